@@ -1,0 +1,241 @@
+"""The model bundle: a directory that training writes, export completes and the server reads. No pickle anywhere.
+
+    bundle.json          this manifest        weights.safetensors  parameters and batch-norm statistics
+    prior.safetensors    where chains start   classify.onnx, score.onnx   graphs; their weights are weights.safetensors
+    calibration.json     clean energies       metrics.json, README.md, samples.png, landscape.png   the evidence
+    selftest.safetensors eight images and what torch said of them
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from ebjdat_serve.errors import BundleError
+from ebjdat_serve.sgld import Sampler
+
+SCHEMA = 1
+MANIFEST = "bundle.json"
+GRAPHS = ("classify.onnx", "score.onnx")
+SERVED = ("weights.safetensors", "prior.safetensors", *GRAPHS, "calibration.json", "selftest.safetensors")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Which network the weights belong to."""
+
+    family: str
+    depth: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Input:
+    """The input contract: pictures are squashed to height x width by area averaging, pixels in [0,1]."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the weights come from."""
+
+    git: str
+    preset: str
+    seed: int
+    dataset: str
+    data_sha256: str
+    rollbacks: int
+    created: str
+    configuration: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file of the bundle must be."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """bundle.json."""
+
+    name: str
+    version: str
+    architecture: Architecture
+    labels: list[str]
+    input: Input
+    sampler: Sampler
+    provenance: Provenance
+    files: dict[str, FileEntry]
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Clean energies taken through one served graph, sorted ascending, and the temperature of p(y|x) (energies keep 1)."""
+
+    of: str
+    precision: str
+    dataset: str
+    temperature: float
+    energies: list[float]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @staticmethod
+    def load(path: Path) -> "Bundle":
+        """Return the bundle at ``path``, a bundle or a store of them, with every file's hash checked.
+
+        Raises BundleError that names the file: missing, damaged, of an unknown schema, or with unknown keys.
+        """
+        bundle = Bundle.draft(path)
+        missing = [name for name in SERVED if name not in bundle.manifest.files]
+        if missing:
+            raise BundleError(f"{bundle.path} is not finished: {', '.join(missing)} missing; export and calibrate it first")
+        bundle.check_files()
+        bundle.calibration()
+        return bundle
+
+    @staticmethod
+    def draft(path: Path) -> "Bundle":
+        """Return the bundle at ``path`` even if steps are still missing; only its manifest is checked."""
+        path = resolve(path)
+        manifest = parse(Manifest, read_json(path / MANIFEST), MANIFEST)
+        if manifest.schema != SCHEMA:
+            raise BundleError(f"{path / MANIFEST}: schema {manifest.schema} is unknown; this version reads schema {SCHEMA}")
+        strange = [name for name in manifest.files if Path(name).name != name]
+        if strange:
+            raise BundleError(f"{path / MANIFEST}: {strange[0]!r} is not a plain file name")
+        return Bundle(path, manifest)
+
+    def check_files(self) -> None:
+        """Raise BundleError naming the first file whose size or sha256 is not the manifest's."""
+        for name, entry in self.manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                raise BundleError(f"{file} is missing")
+            if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
+                raise BundleError(f"{file} is damaged: it does not match its sha256 in {MANIFEST}; restore the bundle")
+
+    def calibration(self, precision: str = "fp32") -> Calibration:
+        """Return the calibration of the served graph; raise BundleError when it was measured on another graph."""
+        rows = read_json(self.path / "calibration.json")
+        found = [parse(Calibration, row, "calibration.json") for row in rows if row.get("precision") == precision]
+        if not found:
+            raise BundleError(f"{self.path / 'calibration.json'} holds no {precision} calibration; run training/calibrate.py on the bundle")
+        graph = self.manifest.files["classify.onnx"].sha256
+        if found[0].of != graph:
+            raise BundleError(f"{self.path / 'calibration.json'} is stale: measured on graph {found[0].of[:12]}, served is {graph[:12]}; calibrate again")
+        if found[0].energies != sorted(found[0].energies) or not found[0].temperature > 0:
+            raise BundleError(f"{self.path / 'calibration.json'}: energies must be sorted and the temperature positive")
+        return found[0]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.json, an empty list when it was never evaluated."""
+        file = self.path / "metrics.json"
+        rows: list[dict[str, Any]] = read_json(file) if file.is_file() else []
+        return rows
+
+    def update(self, *names: str, **changes: Any) -> "Bundle":
+        """Record the files ``names``, just written in the bundle, and any manifest ``changes``; the manifest is replaced atomically."""
+        files = dict(self.manifest.files)
+        for name in names:
+            files[name] = FileEntry(sha256(self.path / name), (self.path / name).stat().st_size)
+        manifest = replace(self.manifest, files=dict(sorted(files.items())), **changes)
+        write_json(self.path / MANIFEST, asdict(manifest))
+        return Bundle(self.path, manifest)
+
+
+def resolve(path: Path) -> Path:
+    """Return the bundle folder meant by ``path``: itself, or what a store's ``current`` points at."""
+    if (path / MANIFEST).is_file():
+        return path
+    if (path / "current" / MANIFEST).is_file():
+        return (path / "current").resolve()
+    raise BundleError(f"{path} is neither a bundle (no {MANIFEST}) nor a store (no current/{MANIFEST})")
+
+
+def publish(bundle: Bundle, store: Path) -> Path:
+    """Copy a verified bundle into ``store`` and point ``current`` at it; a reader sees the old one or the new one, whole."""
+    bundle = Bundle.load(bundle.path)
+    store.mkdir(parents=True, exist_ok=True)
+    home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
+    aside = Path(tempfile.mkdtemp(prefix=".incoming-", dir=store))
+    for name in (MANIFEST, *bundle.manifest.files):
+        shutil.copyfile(bundle.path / name, aside / name)
+    aside.chmod(0o755)
+    if home.exists():
+        shutil.rmtree(aside)
+        if read_json(home / MANIFEST) != read_json(bundle.path / MANIFEST):
+            raise BundleError(f"{home} exists with other content: a version is published once")
+    else:
+        aside.rename(home)
+    pointer = store / ".current-new"
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(home.name)
+    os.replace(pointer, store / "current")
+    return home
+
+
+def parse(kind: type[T], data: Any, where: str) -> T:
+    """Return ``data`` as the dataclass ``kind``; raise BundleError for unknown or missing keys and wrong types."""
+    if not isinstance(data, dict):
+        raise BundleError(f"{where}: expected an object, found {type(data).__name__}")
+    hints = get_type_hints(kind)
+    unknown = sorted(set(data) - set(hints))
+    missing = sorted({f.name for f in fields(kind)} - set(data))  # type: ignore[arg-type]
+    if unknown or missing:
+        raise BundleError(f"{where}: unknown keys {unknown}, missing keys {missing}")
+    return kind(**{name: _value(hints[name], data[name], f"{where}: {name}") for name in hints})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if hasattr(hint, "__dataclass_fields__"):
+        return parse(hint, value, where)
+    origin, arguments = getattr(hint, "__origin__", None), getattr(hint, "__args__", ())
+    if origin is dict and isinstance(value, dict):
+        return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is list and isinstance(value, list):
+        return [_value(arguments[0], item, where) for item in value]
+    if hint is Any or (isinstance(hint, type) and isinstance(value, hint) and not isinstance(value, bool)):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    raise BundleError(f"{where}: {value!r} is not a {getattr(hint, '__name__', hint)}")
+
+
+def sha256(file: Path) -> str:
+    """Return the hex sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(file: Path) -> Any:
+    """Return the parsed file; raise BundleError when it is missing or not JSON."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file} cannot be read: {error}") from error
+
+
+def write_json(file: Path, data: Mapping[str, Any] | list[Any]) -> None:
+    """Write ``data`` indented, aside and renamed, so that a reader never sees half a file."""
+    aside = file.with_name(f".{file.name}.part")
+    aside.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(aside, file)

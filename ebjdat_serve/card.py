@@ -1,0 +1,59 @@
+"""The bundle in words: the summary that `inspect` prints and the model card that the bundle carries, both from its JSON."""
+
+from typing import Any
+
+from ebjdat_serve.bundle import Bundle
+
+Row = dict[str, Any]
+
+
+def summary(bundle: Bundle) -> str:
+    """Return what `ebjdat-serve inspect` prints."""
+    m = bundle.manifest
+    lines = [
+        f"{m.name}@{m.version}",
+        f"  path          {bundle.path}",
+        f"  architecture  {m.architecture.family} {m.architecture.depth}-{m.architecture.width}, input {m.input.height} x {m.input.width}",
+        f"  labels        {', '.join(m.labels)}",
+        f"  sampler       {m.sampler.steps} steps of {m.sampler.step_size}, gradient clip {m.sampler.grad_clip}, noise {m.sampler.noise_std}",
+        f"  trained       preset {m.provenance.preset}, seed {m.provenance.seed}, {m.provenance.dataset}, git {m.provenance.git[:12]}, {m.provenance.created}",
+        f"  rollbacks     {m.provenance.rollbacks}",
+    ]
+    if "calibration.json" in m.files:
+        calibration = bundle.calibration()
+        lines.append(f"  calibration   n = {len(calibration.energies)} ({calibration.dataset}), temperature {calibration.temperature:.3f}, {calibration.precision}")
+    lines.append("  files")
+    lines += [f"    {name:24}{entry.bytes:>10} bytes  sha256 {entry.sha256[:16]}" for name, entry in m.files.items()]
+    rows = bundle.metrics()
+    if rows:
+        lines.append("  metrics")
+        lines += [f"    {row['metric']:32}{figure(row):>24}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}" for row in rows]
+    return "\n".join(lines)
+
+
+def figure(row: Row) -> str:
+    """Return a value with its interval or standard error, as text."""
+    text = f"{row['value']:.4g}"
+    if "interval" in row:
+        low, high = row["interval"]
+        text += f" [{low:.3g}, {high:.3g}]"
+    elif "stderr" in row:
+        text += f" ± {row['stderr']:.2g}"
+    return text
+
+
+def table(rows: list[Row], baseline: list[Row]) -> str:
+    """Return a Markdown table of ``rows``, with the same measurement of the warm start beside each."""
+    known = {key(row): row for row in baseline}
+    lines = ["| figure | this model | warm start | n | data | protocol |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        beside = known.get(key(row))
+        lines.append(
+            f"| {row['metric']} | {figure(row)} | {figure(beside) if beside else ''} | {row['n']} | {row['dataset']} | {row['protocol']}, seed {row['seed']} |"
+        )
+    return "\n".join(lines)
+
+
+def key(row: Row) -> tuple[str, str, str]:
+    """Return what makes two rows the same measurement of two models."""
+    return row["metric"], row["dataset"], row["protocol"]

@@ -1,0 +1,91 @@
+"""`ebjdat-serve serve | inspect | verify`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ebjdat_serve import __version__
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.errors import EbjdatError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, or 2 with the error on stderr."""
+    parser = argparse.ArgumentParser(prog="ebjdat-serve", description="Serve, inspect and verify EB-JDAT model bundles.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True)
+
+    from ebjdat_serve.server.settings import SHIPPED, Settings
+
+    default = Settings()
+    serve_parser = commands.add_parser("serve", help="serve a bundle, or a store of them, over HTTP")
+    serve_parser.add_argument("model", nargs="?", type=Path, default=SHIPPED, help="bundle or store; the shipped CIFAR-10 model by default")
+    serve_parser.add_argument("--host", default=default.host, choices=("127.0.0.1", "0.0.0.0", "::"), help="%(default)s by default")
+    serve_parser.add_argument("--port", default=default.port, type=int, help="%(default)s by default")
+    serve_parser.add_argument("--engine", default=default.engine, choices=("auto", "onnx", "torch"))
+    serve_parser.add_argument("--device", default=default.device, choices=("auto", "cpu", "cuda"))
+    serve_parser.add_argument("--alpha", default=default.alpha, type=float, help="p-values below it are suspicious (%(default)s)")
+    serve_parser.add_argument("--threads", default=max(1, (os.cpu_count() or 1) // 2), type=int, help="threads of each worker (%(default)s)")
+    serve_parser.set_defaults(command=serve)
+
+    for name, command, text in (("inspect", inspect, "print a bundle readably"), ("verify", verify, "check hashes and replay the self-test")):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("model", nargs="?", type=Path, default=SHIPPED)
+        sub.set_defaults(command=command)
+    verify_parser = commands.choices["verify"]
+    verify_parser.add_argument("--engine", default="onnx", choices=("onnx", "torch"))
+
+    options = parser.parse_args(arguments)
+    try:
+        options.command(options)
+    except EbjdatError as error:
+        print(f"ebjdat-serve: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve until interrupted."""
+    from ebjdat_serve.server import seam
+    from ebjdat_serve.server.app import build_server
+    from ebjdat_serve.server.settings import Settings
+
+    settings = Settings(
+        model=options.model,
+        host=options.host,
+        port=options.port,
+        engine=options.engine,
+        device=options.device,
+        alpha=options.alpha,
+        threads=options.threads,
+    )
+    seam.check_address(settings.host, settings.port)
+    server = build_server(settings)
+    bundle = Bundle.draft(settings.model)
+    url = f"http://{'localhost' if settings.host == '::' else settings.host}:{settings.port}"
+    print(f"{bundle.manifest.name}@{bundle.manifest.version} on {url} (docs: {url}/docs); Ctrl-C ends", flush=True)
+    seam.run(server, settings.host, settings.port)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Print what a bundle is, where it comes from and what was measured of it."""
+    from ebjdat_serve.card import summary
+
+    print(summary(Bundle.load(options.model)))
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check every hash, then replay the self-test through the engine."""
+    from ebjdat_serve.selftest import replay
+
+    bundle = Bundle.load(options.model)
+    print(f"{bundle.path}: {len(bundle.manifest.files)} files match their sha256")
+    for name, worst in replay(bundle, options.engine).items():
+        print(f"self-test {name}: largest difference {worst:.1e} of the largest value")
+    print("ok")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""From an energy to a conformal p-value to a flag (split conformal; Vovk et al. 2005, Bates et al. arXiv 2104.08279)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebjdat_serve.errors import EbjdatError
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """p = (1 + #{clean calibration energies >= E(x)}) / (n + 1); suspicious when p < alpha.
+
+    For any model, if calibration images are exchangeable with traffic, a clean image is flagged with probability at
+    most alpha on average over calibration draws. Given one calibration set the rate is Beta-distributed around it. It
+    bounds false alarms; it is no defence against an adaptive attacker.
+    """
+
+    energies: NDArray[np.float64]  # (n,), sorted ascending, nats
+    alpha: float
+
+    def __post_init__(self) -> None:
+        n = len(self.energies)
+        if not 1 / (n + 1) <= self.alpha < 1:
+            raise EbjdatError(
+                f"alpha = {self.alpha:g} cannot be served with {n} calibration energies: choose 1/(n+1) = {1 / (n + 1):.3g} <= alpha < 1"
+            )
+
+    def p_value(self, energy: Floats) -> NDArray[np.float64]:
+        """Return the conformal p-value of each energy, shape (N,), in [1/(n+1), 1]."""
+        n = len(self.energies)
+        at_least = n - np.searchsorted(self.energies, energy.astype(np.float64), side="left")
+        result: NDArray[np.float64] = (1 + at_least) / (n + 1)
+        return result
+
+    def suspicious(self, p_value: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Return which p-values are below alpha."""
+        return p_value < self.alpha
+
+
+def probabilities(logits: Floats, temperature: float) -> Floats:
+    """Return softmax(logits / temperature), shape (N, K): calibrated p(y|x). Energies keep temperature 1."""
+    scaled = logits / np.float32(temperature)
+    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    result: Floats = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return result

@@ -1,0 +1,66 @@
+"""An engine runs a bundle's two functions, f(x) with E(x), and the score; which one, and where, is a choice."""
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.errors import EngineError
+
+Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
+EngineKind = Literal["auto", "onnx", "torch"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Engine(Protocol):
+    """What the server, calibration and evaluation ask of a model; images (N, 3, H, W) float32 in [0,1]."""
+
+    name: str
+    provider: str
+
+    def classify(self, image: Floats) -> tuple[Floats, Floats]:
+        """Return logits (N, K) and energy E(x) (N,), nats."""
+
+    def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
+        """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""
+
+
+def load_engine(bundle: Bundle, kind: EngineKind = "auto", device: Device = "auto", threads: int = 1) -> Engine:
+    """Return the engine asked for; ``auto`` takes ONNX Runtime, and the GPU where it really runs there.
+
+    Raises EngineError when what was asked for by name cannot run here.
+    """
+    if kind == "torch":
+        if find_spec("torch") is None:
+            raise EngineError("--engine torch needs PyTorch: pip install torch==2.13.0, or use --engine onnx")
+        from ebjdat_serve.engines.eager import TorchEngine
+
+        return TorchEngine(bundle, device, threads)
+    check_onnxruntime()
+    from ebjdat_serve.engines.ort import OnnxEngine
+
+    return OnnxEngine(bundle, device, threads)
+
+
+def check_onnxruntime() -> None:
+    """Raise EngineError unless exactly one of onnxruntime and onnxruntime-gpu is installed."""
+    found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if not found or find_spec("onnxruntime") is None:
+        raise EngineError("ONNX Runtime is not installed: pip install 'ebjdat-serve[cpu]', or 'ebjdat-serve[gpu]' on a machine with an NVIDIA GPU")
+    if len(found) == 2:
+        raise EngineError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, then install "
+            "'ebjdat-serve[cpu]' or 'ebjdat-serve[gpu]'"
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,111 @@
+"""Bytes to pixels and back: what is accepted, what is refused, and the only user of Pillow in the server.
+
+A picture of any size is squashed to height x width by area averaging (aspect ratio is not kept); transparency is laid
+on white; 16-bit pictures are scaled to 8; EXIF rotation is applied; of an animation the first frame counts.
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin
+
+from ebjdat_serve.errors import InvalidImage
+
+MAX_BYTES = 16 * 2**20
+MAX_PIXELS = 40_000_000
+FORMATS = ("PNG", "JPEG", "WEBP")
+Pixels = NDArray[np.uint8]
+
+AI_ORIGIN = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's term for media made by a trained model: what readers of provenance look for."""
+
+
+def decode(data: bytes, height: int, width: int) -> Pixels:
+    """Return the picture in ``data`` as (height, width, 3) uint8.
+
+    Raises InvalidImage: empty, too many bytes or pixels, not PNG, JPEG or WebP, truncated or damaged.
+    """
+    if not data:
+        raise InvalidImage("the image is empty (0 bytes)")
+    if len(data) > MAX_BYTES:
+        raise InvalidImage(f"the image has {len(data)} bytes; the limit is {MAX_BYTES}")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            columns, rows = picture.size
+            if columns * rows > MAX_PIXELS:
+                raise InvalidImage(f"the image has {columns} x {rows} pixels; the limit is {MAX_PIXELS} in all")
+            upright = ImageOps.exif_transpose(_eight_bit(picture))
+            small = _rgb(upright).resize((width, height), Image.Resampling.BOX)
+            return np.asarray(small)
+    except InvalidImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InvalidImage(f"the image has too many pixels; the limit is {MAX_PIXELS}") from error
+    except Image.UnidentifiedImageError as error:
+        raise InvalidImage(f"not an image this server reads; send {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow's decoders raise what they like on hostile bytes; none of it may pass this line
+        raise InvalidImage(f"the image is truncated or damaged ({type(error).__name__})") from error
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        deep = np.asarray(picture).astype(np.float64)
+        # copy() carries the EXIF orientation along
+        shallow = Image.fromarray(np.rint(deep.clip(0, 65535) / 257).astype(np.uint8), mode="L")
+        shallow.info = dict(picture.info)
+        return shallow
+    return picture
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def to_unit(image: Pixels) -> NDArray[np.float32]:
+    """Return (N, H, W, 3) uint8 as (N, 3, H, W) float32 in [0,1]."""
+    return np.ascontiguousarray(image.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
+
+
+def to_bytes(image: NDArray[np.float32]) -> Pixels:
+    """Return (N, 3, H, W) in [0,1] as (N, H, W, 3) uint8, rounded."""
+    return np.rint(image.transpose(0, 2, 3, 1) * 255).clip(0, 255).astype(np.uint8)
+
+
+def grid(images: Pixels, scale: int, columns: int | None = None) -> Pixels:
+    """Return (N, H, W, 3) laid out in rows, near a square unless ``columns`` is given, each pixel ``scale`` wide."""
+    n, height, width, _ = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    sheet = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    sheet[:n] = images
+    page = sheet.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+    return page.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def encode_png(image: Pixels, text: Sequence[tuple[str, str]] = (), *, generated: bool = False) -> bytes:
+    """Return a PNG of (H, W, 3); ``generated`` adds the XMP mark of AI origin that machines read."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in text:
+        info.add_text(key, value)
+    if generated:
+        info.add_itxt("XML:com.adobe.xmp", _xmp())
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _xmp() -> str:
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
+        f"<Iptc4xmpExt:DigitalSourceType>{AI_ORIGIN}</Iptc4xmpExt:DigitalSourceType>"
+        "</rdf:Description></rdf:RDF></x:xmpmeta>"
+        '<?xpacket end="r"?>'
+    )

@@ -1,0 +1,143 @@
+"""Request bodies to pixels, in the HTTP process and before any queue: what is invalid never reaches a worker."""
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
+
+import numpy as np
+from fastapi import Request
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from ebjdat_serve.bundle import Input
+from ebjdat_serve.errors import InvalidImage
+from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS, Pixels, decode
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.settings import Settings
+
+RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")  # the last is curl --data-binary's own
+ACCEPTED = "an image body, multipart/form-data with a field image, or application/json with image or images (base64)"
+DRAIN_FACTOR = 5
+READ_SECONDS = 30.0
+
+
+async def read_images(request: Request, contract: Input, settings: Settings, pool: ThreadPoolExecutor) -> tuple[Pixels, bool]:
+    """Return (pixels (n, H, W, 3), whether a list was sent).
+
+    Raises Problem: 400 not JSON, 413 too large, 415 another content type, 422 not an image (with its index in a list).
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if not (kind in RAW_TYPES or kind.startswith("image/") or kind in ("multipart/form-data", "application/json")):
+        raise Problem(415, f"content type {kind!r} is not accepted; send {ACCEPTED}")
+    body = await read_body(request, settings.max_body)
+    if kind == "application/json":
+        pictures, listed = from_json(body, settings.max_images)
+    elif kind == "multipart/form-data":
+        pictures, listed = [await from_form(request, body)], False
+    else:
+        pictures, listed = [body], False
+    loop = asyncio.get_running_loop()
+    decoded = await asyncio.gather(
+        *(loop.run_in_executor(pool, decode, picture, contract.height, contract.width) for picture in pictures), return_exceptions=True
+    )
+    for index, result in enumerate(decoded):
+        if isinstance(result, InvalidImage):
+            refuse(result, index if listed else None, pictures[index])
+        if isinstance(result, BaseException):
+            raise result
+    return np.stack([image for image in decoded if not isinstance(image, BaseException)]), listed
+
+
+def refuse(error: InvalidImage, index: int | None, picture: bytes) -> NoReturn:
+    """Raise the Problem for a picture that could not be decoded, naming its place in the list."""
+    text = str(error)
+    status = 413 if "limit is" in text and index is None else 422
+    if index is None:
+        raise Problem(status, text)
+    raise Problem(422, f"images[{index}]: {text}; nothing was computed", index=index)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the body; beyond ``limit`` read on without keeping it, so that the client gets its 413 and no reset.
+
+    Raises Problem: 408 when the body does not arrive in time, 413 when it is too large.
+    """
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= limit:
+                    chunks.append(chunk)
+                elif size > DRAIN_FACTOR * limit:
+                    break
+                else:
+                    chunks.clear()
+    except TimeoutError:
+        raise Problem(408, f"the body did not arrive within {READ_SECONDS:g} s", headers={"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise Problem(499, "the client closed the connection") from None
+    if size > limit:
+        raise Problem(413, f"the body is larger than the limit of {limit} bytes; an image may have {MAX_BYTES} bytes and {MAX_PIXELS} pixels")
+    return b"".join(chunks)
+
+
+def from_json(body: bytes, max_images: int) -> tuple[list[bytes], bool]:
+    """Return (encoded pictures, whether they came as a list) from {"image": base64} or {"images": [base64, ...]}."""
+    document = parse_json(body)
+    if not isinstance(document, dict) or len(document) != 1 or next(iter(document)) not in ("image", "images"):
+        raise Problem(422, 'send {"image": "<base64>"} or {"images": ["<base64>", ...]}, and no other key')
+    if "image" in document:
+        return [from_base64(document["image"], None)], False
+    items = document["images"]
+    if not isinstance(items, list) or not 1 <= len(items) <= max_images:
+        raise Problem(422, f"images must be a list of 1 to {max_images} base64 strings")
+    return [from_base64(item, index) for index, item in enumerate(items)], True
+
+
+def parse_json(body: bytes) -> Any:
+    """Return the JSON document; NaN and Infinity are not JSON. Raises Problem 400."""
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(body, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise Problem(400, f"the body is not valid JSON: {error}") from None
+
+
+def from_base64(value: Any, index: int | None) -> bytes:
+    """Return the bytes of a base64 string, with or without a data: prefix. Raises Problem 422 with its index."""
+    place, extra = ("image", {}) if index is None else (f"images[{index}]", {"index": index})
+    if not isinstance(value, str):
+        raise Problem(422, f"{place} must be a base64 string, not {type(value).__name__}", **extra)
+    if value.startswith("data:"):
+        value = value.partition(",")[2]
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise Problem(422, f"{place} is not base64", **extra) from None
+
+
+async def from_form(request: Request, body: bytes) -> bytes:
+    """Return the file of the field ``image`` in a multipart body. Raises Problem 422 or 400."""
+
+    async def once() -> AsyncIterator[bytes]:
+        yield body
+
+    try:
+        form = await MultiPartParser(request.headers, once(), max_files=2, max_fields=2, max_part_size=MAX_BYTES + 1).parse()
+    except (MultiPartException, ValueError, KeyError) as error:
+        raise Problem(400, f"the body is not valid multipart/form-data: {error}") from None
+    if list(form.keys()) != ["image"]:
+        raise Problem(422, "send exactly one form field, image: curl -F image=@cat.png")
+    value = form["image"]
+    if isinstance(value, str):
+        raise Problem(422, "the form field image holds text; send a file: curl -F image=@cat.png")
+    return await value.read()

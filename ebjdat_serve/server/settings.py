@@ -1,0 +1,33 @@
+"""What an operator may set, and the limits that every request meets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ebjdat_serve.engines import Device, EngineKind
+
+SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Lengths in bytes, times in seconds."""
+
+    model: Path = SHIPPED
+    host: str = "127.0.0.1"
+    port: int = 8000
+    engine: EngineKind = "auto"
+    device: Device = "auto"
+    alpha: float = 0.05
+    threads: int = 1  # per worker process
+
+    max_body: int = 20 * 2**20
+    max_images: int = 64  # in one JSON list
+    max_samples: int = 64  # n of one /generate
+    max_steps: int = 1000
+    max_work: int = 8000  # n x steps of one /generate
+    max_scale: int = 16
+    classify_queue: int = 256  # requests in flight beyond which the answer is 503
+    generate_queue: int = 16
+    classify_deadline: float = 20.0
+    generate_deadline: float = 120.0
+    max_batch: int = 32

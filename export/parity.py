@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Compare a bundle's graphs with torch: `python export/parity.py BUNDLE`. The gate of every export.
+
+Logits, energies and the score must agree to 1e-4 of the largest value at batches 1, 3 and 32, on the self-test's real
+images, on chain samples drawn from them, and on images given with --images (a folder).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.engines import Engine, Floats
+from ebjdat_serve.engines.eager import TorchEngine
+from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.generation import chain
+from ebjdat_serve.pixels import decode, to_unit
+from ebjdat_serve.selftest import TOLERANCE, compare
+from ebjdat_serve.sgld import Prior, noises
+
+BATCHES = (1, 3, 32)
+
+
+def check(bundle: Bundle, real: Floats | None = None) -> dict[str, float]:
+    """Return {output, batch, kind of image: worst difference}; raise EbjdatError when one is beyond 1e-4."""
+    torch_engine, onnx_engine = TorchEngine(bundle, "cpu"), OnnxEngine(bundle, "cpu")
+    if real is None:
+        real = load_file(bundle.path / "selftest.safetensors")["image"]
+    found: dict[str, float] = {}
+    for kind, images in (("real", real), ("chain", chains(bundle, torch_engine, max(BATCHES)))):
+        for batch in BATCHES:
+            image = np.resize(images, (batch, *images.shape[1:]))
+            label = (np.arange(batch, dtype=np.int64) % (len(bundle.manifest.labels) + 1)) - 1
+            logits, energy = torch_engine.classify(image)
+            score, joint_energy = torch_engine.score(image, label)
+            expected = {"logits": logits, "energy": energy, "score": score, "joint_energy": joint_energy}
+            for name, value in compare(onnx_engine, image, label, expected).items():
+                found[f"{name} batch {batch} {kind}"] = value
+    bad = {name: value for name, value in found.items() if not value <= TOLERANCE}
+    if bad:
+        raise EbjdatError(f"{bundle.path}: graphs differ from torch beyond {TOLERANCE:.0e}: {bad}")
+    return found
+
+
+def chains(bundle: Bundle, engine: Engine, n: int) -> Floats:
+    """Return n chain samples (n, 3, H, W) drawn with the bundle's own sampler."""
+    label = np.arange(n, dtype=np.int64) % len(bundle.manifest.labels)
+    return chain(engine, Prior.load(bundle.path / "prior.safetensors"), bundle.manifest.sampler, label, noises(0, n))
+
+
+def read_images(bundle: Bundle, folder: Path) -> Floats:
+    """Return every picture in ``folder``, decoded as the server decodes it."""
+    size = bundle.manifest.input
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise EbjdatError(f"{folder} holds no PNG, JPEG or WebP file")
+    return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in files]))
+
+
+def main() -> None:
+    """Check the bundle named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--images", type=Path, help="a folder of pictures to compare on, beside the self-test's")
+    options = parser.parse_args()
+    try:
+        bundle = Bundle.draft(options.bundle)
+        found = check(bundle, read_images(bundle, options.images) if options.images else None)
+    except EbjdatError as error:
+        sys.exit(str(error))
+    for name, value in found.items():
+        print(f"{name:32} {value:.1e}")
+
+
+if __name__ == "__main__":
+    main()

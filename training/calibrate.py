@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Write calibration.json of a bundle: `python training/calibrate.py BUNDLE [--data cifar10]`.
+
+Clean energies are taken through the served engine, from images that travel through the server's own decoder; the
+temperature of p(y|x) is fitted on the selection split.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from ebjdat_serve.bundle import Bundle, Calibration, write_json
+from ebjdat_serve.detection import probabilities
+from ebjdat_serve.engines import Engine, Floats, Labels
+from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
+from training.errors import DataError
+from training.images import Dataset, load
+
+
+def calibrate(bundle: Bundle, data: Dataset) -> Bundle:
+    """Record the calibration split's energies and the selection split's temperature for the served graph."""
+    engine = OnnxEngine(bundle, "cpu")
+    _, energies = served(engine, data.calibration.image)
+    logits, _ = served(engine, data.selection.image)
+    calibration = Calibration(
+        of=bundle.manifest.files["classify.onnx"].sha256,
+        precision="fp32",
+        dataset=f"{data.name} calibration split",
+        temperature=fit_temperature(logits, data.selection.label),
+        energies=sorted(float(value) for value in energies),
+    )
+    write_json(bundle.path / "calibration.json", [asdict(calibration)])
+    return bundle.update("calibration.json")
+
+
+def served(engine: Engine, image: Pixels) -> tuple[Floats, Floats]:
+    """Return logits (N, K) and energy (N,) of uint8 images (N, H, W, 3) sent as PNG through the server's decoder."""
+    height, width = image.shape[1:3]
+    decoded = np.stack([decode(encode_png(one), height, width) for one in image])
+    logits, energy = (np.concatenate(part) for part in zip(*classify_in_chunks(engine, to_unit(decoded)), strict=True))
+    return logits, energy
+
+
+def fit_temperature(logits: Floats, label: Labels) -> float:
+    """Return the temperature in [0.05, 20] that minimises the negative log-likelihood of the labels (Guo et al., arXiv 1706.04599).
+
+    Golden-section search in log temperature: the likelihood is unimodal there.
+    """
+
+    def nll(log_temperature: float) -> float:
+        p = probabilities(logits, float(np.exp(log_temperature)))
+        return float(-np.log(p[np.arange(len(label)), label] + 1e-30).mean())
+
+    low, high, ratio = np.log(0.05), np.log(20.0), (np.sqrt(5) - 1) / 2
+    for _ in range(60):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if nll(left) < nll(right) else (left, high)
+    return float(np.exp((low + high) / 2))
+
+
+def main() -> None:
+    """Calibrate the bundle named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--data", help="data set; the one it was trained on by default")
+    options = parser.parse_args()
+    try:
+        bundle = Bundle.draft(options.bundle)
+        calibration = calibrate(bundle, load(options.data or bundle.manifest.provenance.dataset)).calibration()
+    except (EbjdatError, DataError) as error:
+        sys.exit(str(error))
+    print(f"{len(calibration.energies)} energies, median {np.median(calibration.energies):.3f} nats; temperature {calibration.temperature:.3f}")
+
+
+if __name__ == "__main__":
+    main()

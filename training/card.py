@@ -1,0 +1,95 @@
+"""The model card and its pictures, generated from the bundle's JSON: nothing in it is typed by hand."""
+
+from typing import Any
+
+import numpy as np
+
+from ebjdat_serve import pixels
+from ebjdat_serve.bundle import Bundle, write_json
+from ebjdat_serve.card import table
+from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.generation import generate
+from ebjdat_serve.sgld import Prior
+from training.images import Dataset
+
+Row = dict[str, Any]
+
+
+def write_card(bundle: Bundle, data: Dataset, rows: list[Row], baseline: list[Row]) -> list[str]:
+    """Write README.md, samples.png, landscape.png and, when given, baseline.json; return their names."""
+    write_samples(bundle)
+    names = ["README.md", "samples.png"]
+    if write_landscape(bundle):
+        names.append("landscape.png")
+    if baseline:
+        write_json(bundle.path / "baseline.json", baseline)
+        names.append("baseline.json")
+    (bundle.path / "README.md").write_text(card(bundle, data, rows, baseline))
+    return names
+
+
+def write_samples(bundle: Bundle) -> None:
+    """Write samples.png: one column a class, seeds 0 upwards, none chosen."""
+    classes = len(bundle.manifest.labels)
+    label = np.tile(np.arange(classes, dtype=np.int64), 6)
+    samples = generate(OnnxEngine(bundle, "cpu"), Prior.load(bundle.path / "prior.safetensors"), bundle.manifest.sampler, label, seed=0)
+    (bundle.path / "samples.png").write_bytes(pixels.encode_png(pixels.grid(samples.image, 3, columns=classes), generated=True))
+
+
+def write_landscape(bundle: Bundle) -> bool:
+    """Write landscape.png: histograms of E(x) over clean (blue) and PGD-20 (red) images; False when not measured."""
+    stored = bundle.path / ".energies.npz"
+    if not stored.is_file():
+        return False
+    with np.load(stored) as arrays:
+        clean, adversarial = arrays["clean"], arrays["adversarial"]
+    both = np.concatenate([clean, adversarial])
+    edges = np.linspace(np.quantile(both, 0.001), np.quantile(both, 0.999), 81)
+    heights = [np.histogram(values, edges)[0].astype(float) for values in (clean, adversarial)]
+    top = max(h.max() for h in heights)
+    canvas = np.full((160, 400, 3), 255, np.uint8)
+    for height, colour in zip(heights, ((40, 90, 200), (210, 60, 50)), strict=True):
+        for i, value in enumerate(height):
+            bar = canvas[159 - int(150 * value / top) : 160, 5 * i : 5 * i + 5]
+            bar[:] = (bar.astype(int) + np.array(colour)) // 2
+    (bundle.path / "landscape.png").write_bytes(pixels.encode_png(canvas))
+    return True
+
+
+def card(bundle: Bundle, data: Dataset, rows: list[Row], baseline: list[Row]) -> str:
+    """Return the model card."""
+    m = bundle.manifest
+    poor = [f"{row['dataset']} ({row['value']:.3f})" for row in rows if row["metric"] == "auroc_energy" and row["value"] < 0.5]
+    weak = f"\nThe energy is **worse than chance** (AUROC below 0.5) on: {'; '.join(poor)}.\n" if poor else ""
+    return f"""# {m.name}@{m.version}
+
+{m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {data.name}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
+Trained by `python training/train.py {m.provenance.preset}`, seed {m.provenance.seed}, git {m.provenance.git[:12]}, {m.provenance.created};
+rolled back for divergence {m.provenance.rollbacks} times. Data sha256 {m.provenance.data_sha256[:16]}.
+
+![samples: one column a class, seeds in order, none chosen](samples.png)
+
+Generation is short-run conditional sampling ({m.sampler.steps} steps of {m.sampler.step_size}, gradient clip {m.sampler.grad_clip}, noise {m.sampler.noise_std}) from a
+class Gaussian; it is not an exact draw from p(x|y).
+
+## Measured
+
+The warm start is the adversarially trained network (FGSM-RS) that this model was continued from, evaluated identically.
+Robust accuracies are l-inf in pixels of [0,1]; the published EB-JDAT code works in [-1,1], so its 8/255 is 4/255 here.
+
+{table(rows, baseline)}
+
+![energies of clean (blue) and PGD-20 (red) test images](landscape.png)
+{weak}
+## What the flag sees
+
+`suspicious` means p < alpha, with p = (1 + #(clean calibration energies >= E(x))) / (n + 1). It bounds false alarms on data like
+the calibration set, on average over calibration draws; given this one set the rate is Beta-distributed, and the clean flag rate
+above stands beside that interval. It is no defence against an adaptive attacker: training aligns the energies of clean and
+adversarial images, so the energy sees little of an attack inside its ball (see `flag_power` above).
+
+## Data and licence
+
+Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, non-commercial, is used for
+evaluation only. No figure here is FID: no Inception weights were at hand, and `frechet_resnet20` names its extractor.
+"""

@@ -1,0 +1,72 @@
+"""From trained weights to a draft bundle: manifest, weights, prior and the self-test's expectations."""
+
+import shutil
+import subprocess
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from ebjdat_serve.bundle import Architecture, Bundle, Input, Manifest, Provenance, sha256, write_json
+from ebjdat_serve.engines.eager import TorchEngine
+from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.sgld import Sampler
+from training.images import Dataset
+from training.presets import Preset
+from training.replay import fit_prior
+
+
+def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, *, name: str, rollbacks: int) -> Bundle:
+    """Write a bundle without graphs, calibration and figures into ``folder``, replacing what is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copyfile(weights, folder / "weights.safetensors")
+    fit_prior(data.train, len(data.names), preset.prior_rank).save(folder / "prior.safetensors")
+    now = datetime.now(UTC)
+    manifest = Manifest(
+        name=name,
+        version=f"{now:%Y.%m.%d}-{sha256(folder / 'weights.safetensors')[:8]}",
+        architecture=Architecture("wideresnet", preset.depth, preset.width),
+        labels=list(data.names),
+        input=Input(*data.train.image.shape[1:3]),
+        sampler=Sampler(preset.sample_steps, preset.chain_step_size, preset.chain_clip, preset.chain_noise),
+        provenance=Provenance(
+            git=git_commit(),
+            preset=preset.name,
+            seed=preset.seed,
+            dataset=data.name,
+            data_sha256=data.sha256,
+            rollbacks=rollbacks,
+            created=now.isoformat(timespec="seconds"),
+            configuration=asdict(preset),
+        ),
+        files={},
+    )
+    write_json(folder / "bundle.json", asdict(manifest))
+    bundle = Bundle.draft(folder).update("weights.safetensors", "prior.safetensors")
+    write_selftest(bundle, to_unit(data.selection.image[:8]))
+    return bundle.update("selftest.safetensors")
+
+
+def write_selftest(bundle: Bundle, image: np.ndarray) -> None:  # type: ignore[type-arg]
+    """Write eight images, labels with the marginal among them, and torch's outputs."""
+    engine = TorchEngine(bundle, "cpu", torch.get_num_threads())
+    label = np.arange(-1, len(image) - 1, dtype=np.int64)
+    logits, energy = engine.classify(image)
+    score, joint_energy = engine.score(image, label)
+    expected = {"image": image, "label": label, "logits": logits, "energy": energy, "score": score, "joint_energy": joint_energy}
+    save_file({name: np.ascontiguousarray(value) for name, value in expected.items()}, bundle.path / "selftest.safetensors")
+
+
+def git_commit() -> str:
+    """Return the checkout's commit, with ``-dirty`` when the tree differs from it, or ``unknown`` outside git."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("-dirty" if dirty else "")

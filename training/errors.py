@@ -1,0 +1,13 @@
+"""The laboratory's exceptions; every message says what is wrong, where, and what to do."""
+
+
+class TrainingError(Exception):
+    """A run cannot be started or continued as asked."""
+
+
+class TrainingDiverged(TrainingError):
+    """The energies left their limits more often than a run allows."""
+
+
+class DataError(TrainingError):
+    """Data is missing or is not what it should be: where to put it, or how to get it."""

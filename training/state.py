@@ -1,0 +1,93 @@
+"""Everything that a training stage must not lose: weights, EMA, optimiser, chains, random state, position."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ebjdat_serve.wideresnet import WideResNet
+from training.methods import Method
+
+
+@dataclass
+class State:
+    """The moving parts of one stage; ``save`` and ``restore`` make a restart bit-identical on a CPU."""
+
+    model: WideResNet
+    ema: dict[str, Tensor]
+    optimiser: torch.optim.SGD
+    method: Method
+    generator: torch.Generator
+    step: int = 0
+    seconds: float = 0.0
+    rollbacks: int = 0
+    lr_scale: float = 1.0
+
+    def update_ema(self, decay: float) -> None:
+        """Move the average towards the weights; it starts fast and settles at ``decay``."""
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                self.ema[name].lerp_(value, 1 - decay)
+            else:
+                self.ema[name].copy_(value)
+
+    def save(self, path: Path) -> None:
+        """Write the state aside, then rename, so that a kill at any moment leaves a whole file."""
+        payload = {
+            "model": self.model.state_dict(),
+            "ema": self.ema,
+            "optimiser": self.optimiser.state_dict(),
+            "method": self.method.state(),
+            "generator": self.generator.get_state(),
+            "position": [self.step, self.seconds, self.rollbacks, self.lr_scale],
+        }
+        aside = path.with_suffix(".part")
+        torch.save(payload, aside)
+        os.replace(aside, path)
+
+    def restore(self, path: Path) -> None:
+        """Take everything back from ``path``."""
+        payload: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        self.model.load_state_dict(payload["model"])
+        for name, value in payload["ema"].items():
+            self.ema[name].copy_(value)
+        self.optimiser.load_state_dict(payload["optimiser"])
+        self.method.load_state(payload["method"])
+        self.generator.set_state(payload["generator"])
+        step, self.seconds, rollbacks, self.lr_scale = payload["position"]
+        self.step, self.rollbacks = int(step), int(rollbacks)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stage stands."""
+
+    step: int
+    seconds: float
+    rollbacks: int
+
+
+def load_position(path: Path) -> Position:
+    """Return the position in a saved state; the start of everything when there is none."""
+    if not path.is_file():
+        return Position(0, 0.0, 0)
+    step, seconds, rollbacks, _ = torch.load(path, weights_only=True, map_location="cpu")["position"]
+    return Position(int(step), float(seconds), int(rollbacks))
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write parameters and batch-norm statistics as safetensors, atomically; step counters are left out."""
+    kept = {name: value.detach().float().contiguous() for name, value in weights.items() if value.is_floating_point()}
+    aside = path.with_suffix(".part")
+    save_file(kept, aside)
+    os.replace(aside, path)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of ``path`` as float32."""
+    return {name: value.float() for name, value in load_file(path).items()}
