@@ -1,9 +1,9 @@
 """The model bundle: a directory that training writes, export completes and the server reads. No pickle anywhere.
 
-    bundle.json          this manifest        weights.safetensors  parameters and batch-norm statistics
-    prior.safetensors    where chains start   classify.onnx, score.onnx   graphs; their weights are weights.safetensors
-    calibration.json     clean energies       metrics.json, README.md, samples.png, landscape.png   the evidence
-    selftest.safetensors eight images and what torch said of them
+bundle.json          this manifest        weights.safetensors  parameters and batch-norm statistics
+prior.safetensors    where chains start   classify.onnx, score.onnx   graphs; their weights are weights.safetensors
+calibration.json     clean energies       metrics.json, README.md, samples.png, landscape.png   the evidence
+selftest.safetensors eight images and what torch said of them
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.sgld import Sampler
@@ -141,7 +141,9 @@ class Bundle:
             raise BundleError(f"{self.path / 'calibration.json'} holds no {precision} calibration; run training/calibrate.py on the bundle")
         graph = self.manifest.files["classify.onnx"].sha256
         if found[0].of != graph:
-            raise BundleError(f"{self.path / 'calibration.json'} is stale: measured on graph {found[0].of[:12]}, served is {graph[:12]}; calibrate again")
+            raise BundleError(
+                f"{self.path / 'calibration.json'} is stale: measured on graph {found[0].of[:12]}, served is {graph[:12]}; calibrate again"
+            )
         if found[0].energies != sorted(found[0].energies) or not found[0].temperature > 0:
             raise BundleError(f"{self.path / 'calibration.json'}: energies must be sorted and the temperature positive")
         return found[0]
@@ -208,7 +210,7 @@ def parse(kind: type[T], data: Any, where: str) -> T:
 def _value(hint: Any, value: Any, where: str) -> Any:
     if hasattr(hint, "__dataclass_fields__"):
         return parse(hint, value, where)
-    origin, arguments = getattr(hint, "__origin__", None), getattr(hint, "__args__", ())
+    origin, arguments = get_origin(hint), get_args(hint)
     if origin is dict and isinstance(value, dict):
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is list and isinstance(value, list):

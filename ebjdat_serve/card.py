@@ -9,19 +9,19 @@ Row = dict[str, Any]
 
 def summary(bundle: Bundle) -> str:
     """Return what `ebjdat-serve inspect` prints."""
-    m = bundle.manifest
+    m, p, s = bundle.manifest, bundle.manifest.provenance, bundle.manifest.sampler
     lines = [
         f"{m.name}@{m.version}",
         f"  path          {bundle.path}",
         f"  architecture  {m.architecture.family} {m.architecture.depth}-{m.architecture.width}, input {m.input.height} x {m.input.width}",
         f"  labels        {', '.join(m.labels)}",
-        f"  sampler       {m.sampler.steps} steps of {m.sampler.step_size}, gradient clip {m.sampler.grad_clip}, noise {m.sampler.noise_std}",
-        f"  trained       preset {m.provenance.preset}, seed {m.provenance.seed}, {m.provenance.dataset}, git {m.provenance.git[:12]}, {m.provenance.created}",
-        f"  rollbacks     {m.provenance.rollbacks}",
+        f"  sampler       {s.steps} steps of {s.step_size}, gradient clip {s.grad_clip}, noise {s.noise_std}",
+        f"  trained       preset {p.preset}, seed {p.seed}, {p.dataset}, git {p.git[:12]}, {p.created}",
+        f"  rollbacks     {p.rollbacks}",
     ]
     if "calibration.json" in m.files:
-        calibration = bundle.calibration()
-        lines.append(f"  calibration   n = {len(calibration.energies)} ({calibration.dataset}), temperature {calibration.temperature:.3f}, {calibration.precision}")
+        c = bundle.calibration()
+        lines.append(f"  calibration   n = {len(c.energies)} ({c.dataset}), temperature {c.temperature:.3f}, {c.precision}")
     lines.append("  files")
     lines += [f"    {name:24}{entry.bytes:>10} bytes  sha256 {entry.sha256[:16]}" for name, entry in m.files.items()]
     rows = bundle.metrics()
@@ -48,9 +48,15 @@ def table(rows: list[Row], baseline: list[Row]) -> str:
     lines = ["| figure | this model | warm start | n | data | protocol |", "|---|---|---|---|---|---|"]
     for row in rows:
         beside = known.get(key(row))
-        lines.append(
-            f"| {row['metric']} | {figure(row)} | {figure(beside) if beside else ''} | {row['n']} | {row['dataset']} | {row['protocol']}, seed {row['seed']} |"
+        cells = (
+            row["metric"],
+            figure(row),
+            figure(beside) if beside else "",
+            row["n"],
+            row["dataset"],
+            f"{row['protocol']}, seed {row['seed']}",
         )
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
 
 

@@ -27,10 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve_parser.add_argument("--engine", default=default.engine, choices=("auto", "onnx", "torch"))
     serve_parser.add_argument("--device", default=default.device, choices=("auto", "cpu", "cuda"))
     serve_parser.add_argument("--alpha", default=default.alpha, type=float, help="p-values below it are suspicious (%(default)s)")
-    serve_parser.add_argument("--threads", default=max(1, (os.cpu_count() or 1) // 2), type=int, help="threads of each worker (%(default)s)")
+    serve_parser.add_argument(
+        "--threads", default=max(1, (os.cpu_count() or 1) // 2), type=int, help="threads of each worker (%(default)s)"
+    )
     serve_parser.set_defaults(command=serve)
 
-    for name, command, text in (("inspect", inspect, "print a bundle readably"), ("verify", verify, "check hashes and replay the self-test")):
+    for name, command, text in (
+        ("inspect", inspect, "print a bundle readably"),
+        ("verify", verify, "check hashes and replay the self-test"),
+    ):
         sub = commands.add_parser(name, help=text)
         sub.add_argument("model", nargs="?", type=Path, default=SHIPPED)
         sub.set_defaults(command=command)

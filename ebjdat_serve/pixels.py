@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from ebjdat_serve.errors import InvalidImage
 
@@ -43,7 +43,7 @@ def decode(data: bytes, height: int, width: int) -> Pixels:
         raise
     except Image.DecompressionBombError as error:
         raise InvalidImage(f"the image has too many pixels; the limit is {MAX_PIXELS}") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise InvalidImage(f"not an image this server reads; send {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise what they like on hostile bytes; none of it may pass this line
         raise InvalidImage(f"the image is truncated or damaged ({type(error).__name__})") from error

@@ -10,14 +10,14 @@ from ebjdat_serve.errors import BundleError
 TOLERANCE = 1e-4
 
 
-def worst(found: np.ndarray, expected: np.ndarray) -> float:  # type: ignore[type-arg]
+def worst(found: np.ndarray, expected: np.ndarray) -> float:
     """Return max|found - expected| / max|expected|; infinite when something is not finite."""
     if not np.isfinite(found).all():
         return float("inf")
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def compare(engine: Engine, image: np.ndarray, label: np.ndarray, expected: dict[str, np.ndarray]) -> dict[str, float]:  # type: ignore[type-arg]
+def compare(engine: Engine, image: np.ndarray, label: np.ndarray, expected: dict[str, np.ndarray]) -> dict[str, float]:
     """Return the worst relative difference of logits, energy, score and joint energy from ``expected``."""
     logits, energy = engine.classify(image)
     score, joint_energy = engine.score(image, label)
@@ -31,5 +31,8 @@ def replay(bundle: Bundle, kind: EngineKind = "onnx") -> dict[str, float]:
     differences = compare(load_engine(bundle, kind, "cpu"), expected["image"], expected["label"], expected)
     for name, value in differences.items():
         if not value <= TOLERANCE:
-            raise BundleError(f"{bundle.path}: self-test failed, {name} is off by {value:.1e} (limit {TOLERANCE:.0e}): these graphs and weights do not belong together")
+            raise BundleError(
+                f"{bundle.path}: self-test failed, {name} is off by {value:.1e} (limit {TOLERANCE:.0e}): "
+                "these graphs and weights do not belong together"
+            )
     return differences

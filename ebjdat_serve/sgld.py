@@ -33,7 +33,8 @@ def langevin_step(x: Array, score: Array, noise: Array, sampler: Sampler) -> Arr
     2209.07959): not an exact draw from p(x|y).
     """
     drift = sampler.step_size * score.clip(-sampler.grad_clip, sampler.grad_clip)
-    return (x + drift + sampler.noise_std * noise).clip(0.0, 1.0)
+    moved: Array = (x + drift + sampler.noise_std * noise).clip(0.0, 1.0)
+    return moved
 
 
 def sgld(score: Callable[[Array], Array], x: Array, normal: Callable[[], Array], sampler: Sampler) -> Array:

@@ -1,5 +1,7 @@
 """WideResNet (Zagoruyko & Komodakis, arXiv 1605.07146) that takes images in [0,1] and normalises them inside."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ class Block(nn.Module):
         pre = activation(self.norm1(x))
         residual = self.conv2(activation(self.norm2(self.conv1(pre))))
         skip = x if self.shortcut is None else self.shortcut(pre)
-        return skip + residual
+        out: Tensor = skip + residual
+        return out
 
 
 class WideResNet(nn.Module):
@@ -39,7 +42,7 @@ class WideResNet(nn.Module):
         widths = [16, 16 * width, 32 * width, 64 * width]
         self.stem = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
         layers: list[nn.Module] = []
-        for group, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for group, (inputs, outputs) in enumerate(pairwise(widths)):
             for block in range(blocks):
                 first = block == 0
                 layers.append(Block(inputs if first else outputs, outputs, 2 if first and group else 1))

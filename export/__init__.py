@@ -1,0 +1,1 @@
+"""From a bundle's weights to its graphs; never imports training."""

@@ -73,7 +73,7 @@ def trace_score(model: WideResNet, image: Tensor, label: Tensor) -> torch.fx.Gra
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    decompositions = get_decompositions(
+    decompositions: dict[Any, Callable[..., Any]] = get_decompositions(
         [aten.silu_backward, aten.native_batch_norm_backward, aten.native_batch_norm, aten.cudnn_batch_norm, aten.detach]
     )
     decompositions[aten.convolution_backward.default] = convolution_backward
@@ -118,7 +118,9 @@ def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[
         )
     assert converted is not None
     # Not optimize(): it would fuse batch norm into new convolution weights, and the one copy of the weights would be two.
-    optimizer.fold_constants(converted.model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+    optimizer.fold_constants(
+        converted.model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type == "Transpose" else None
+    )
     optimizer.remove_unused_nodes(converted.model)
     model = converted.model_proto
     point_into(model, file.with_name("weights.safetensors"))
@@ -148,7 +150,9 @@ def point_into(model: onnx.ModelProto, weights: Path) -> None:
             continue
         place = places.get(data.tobytes())
         if place is None:
-            raise EbjdatError(f"graph constant {tensor.name} {data.dtype}{list(data.shape)} is not a tensor of {weights.name}: the exporter rewrote it")
+            raise EbjdatError(
+                f"graph constant {tensor.name} {data.dtype}{list(data.shape)} is not a tensor of {weights.name}: the exporter rewrote it"
+            )
         offset, length = place
         tensor.ClearField("raw_data")
         tensor.ClearField("float_data")

@@ -1,0 +1,1 @@
+"""The laboratory: run from the checkout, never in the wheel."""

@@ -75,7 +75,8 @@ def main() -> None:
         calibration = calibrate(bundle, load(options.data or bundle.manifest.provenance.dataset)).calibration()
     except (EbjdatError, DataError) as error:
         sys.exit(str(error))
-    print(f"{len(calibration.energies)} energies, median {np.median(calibration.energies):.3f} nats; temperature {calibration.temperature:.3f}")
+    energies = calibration.energies
+    print(f"{len(energies)} energies, median {np.median(energies):.3f} nats; temperature {calibration.temperature:.3f}")
 
 
 if __name__ == "__main__":

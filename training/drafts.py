@@ -51,7 +51,7 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, *, 
     return bundle.update("selftest.safetensors")
 
 
-def write_selftest(bundle: Bundle, image: np.ndarray) -> None:  # type: ignore[type-arg]
+def write_selftest(bundle: Bundle, image: np.ndarray) -> None:
     """Write eight images, labels with the marginal among them, and torch's outputs."""
     engine = TorchEngine(bundle, "cpu", torch.get_num_threads())
     label = np.arange(-1, len(image) - 1, dtype=np.int64)

@@ -27,8 +27,8 @@ from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.sgld import Prior
 from training.adversary import cross_entropy, pgd
 from training.card import write_card
-from training.extractor import features, load_extractor
 from training.errors import DataError
+from training.extractor import features, load_extractor
 from training.images import Dataset, data_root, load, read_atlas
 from training.measures import auroc, expected_calibration_error, flag_rate_interval, frechet_distance, wilson
 
@@ -80,8 +80,17 @@ def served_rows(bundle: Bundle, data: Dataset, suite: Suite) -> Iterator[Row]:
     logits, energy = through(engine, to_unit(test.image))
     correct = int((logits.argmax(axis=1) == test.label).sum())
     yield proportion("accuracy_clean", correct, n, where, "served graph", weights)
-    yield number("ece", expected_calibration_error(probabilities(logits, calibration.temperature), test.label), n, where, f"15 bins, temperature {calibration.temperature:.3f}", graph)
-    yield number("ece_uncalibrated", expected_calibration_error(probabilities(logits, 1.0), test.label), n, where, "15 bins, temperature 1", graph)
+    yield number(
+        "ece",
+        expected_calibration_error(probabilities(logits, calibration.temperature), test.label),
+        n,
+        where,
+        "15 bins, fitted temperature",
+        graph,
+    )
+    yield number(
+        "ece_uncalibrated", expected_calibration_error(probabilities(logits, 1.0), test.label), n, where, "15 bins, temperature 1", graph
+    )
     yield number("energy_mean", float(energy.mean()), n, where, "nats", graph)
     yield number("energy_sd", float(energy.std()), n, where, "nats", graph)
 
@@ -126,7 +135,7 @@ def survivors(model: torch.nn.Module, image: torch.Tensor, label: torch.Tensor, 
     """
     generator = torch.Generator().manual_seed(SEED)
     standing = 0
-    for x, y in zip(image.split(500), label.split(500), strict=True):
+    for x, y in zip(torch.split(image, 500), torch.split(label, 500), strict=True):
         left = predict(model, x) == y
         clean, y = x[left], y[left]
         x_adv = clean + eps * (2 * torch.rand(clean.shape, generator=generator) - 1)
@@ -159,7 +168,7 @@ def adversarial_energy_rows(bundle: Bundle, model: torch.nn.Module, data: Datase
     generator = torch.Generator().manual_seed(SEED)
     parts = [
         pgd(model, x, y, objective=cross_entropy, eps=eps, step_size=eps / 4, steps=20, generator=generator)
-        for x, y in zip(image.split(500), label.split(500), strict=True)
+        for x, y in zip(torch.split(image, 500), torch.split(label, 500), strict=True)
     ]
     _, energy = through(engine, image.numpy())
     _, energy_adv = through(engine, torch.cat(parts).numpy())
@@ -207,9 +216,31 @@ def generation_rows(bundle: Bundle, data: Dataset, suite: Suite) -> Iterator[Row
     fake, logits = features(extractor, to_unit(samples.image))
     independent = int((logits.argmax(axis=1) == label).sum())
     yield proportion("class_agreement_resnet20", independent, len(label), where, how, graph)
-    yield number("frechet_resnet20", frechet_distance(fake, real), len(label), f"{where} vs 10,000 training images", f"64 features of ResNet-20; {how}", graph)
-    start, _ = features(extractor, np.concatenate([prior.sample(label[i : i + 100], [np.random.default_rng(SEED + j) for j in range(i, min(i + 100, len(label)))]) for i in range(0, len(label), 100)]))
-    yield number("frechet_resnet20_prior", frechet_distance(start, real), len(label), f"{len(label)} prior draws vs 10,000 training images", "64 features of ResNet-20; no step", graph)
+    yield number(
+        "frechet_resnet20",
+        frechet_distance(fake, real),
+        len(label),
+        f"{where} vs 10,000 training images",
+        f"64 features of ResNet-20; {how}",
+        graph,
+    )
+    start, _ = features(
+        extractor,
+        np.concatenate(
+            [
+                prior.sample(label[i : i + 100], [np.random.default_rng(SEED + j) for j in range(i, min(i + 100, len(label)))])
+                for i in range(0, len(label), 100)
+            ]
+        ),
+    )
+    yield number(
+        "frechet_resnet20_prior",
+        frechet_distance(start, real),
+        len(label),
+        f"{len(label)} prior draws vs 10,000 training images",
+        "64 features of ResNet-20; no step",
+        graph,
+    )
 
 
 def ood_sets(data: Dataset) -> Iterator[tuple[str, Floats]]:

@@ -6,7 +6,6 @@ file is looked for as ``resnet20-12fca82f.th`` in the data folder, and read with
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,5 +67,5 @@ def load_extractor() -> ResNet20 | None:
 def features(model: ResNet20, image: Floats) -> tuple[Floats, Floats]:
     """Return features (N, 64) and logits (N, 10) of images (N, 3, 32, 32) in [0,1]."""
     with torch.inference_mode():
-        parts = [model(chunk) for chunk in torch.from_numpy(image).split(256)]
+        parts = [model(chunk) for chunk in torch.split(torch.from_numpy(image), 256)]
     return torch.cat([f for f, _ in parts]).numpy(), torch.cat([logits for _, logits in parts]).numpy()

@@ -85,7 +85,9 @@ def load(name: str) -> Dataset:
         return _split(name, CIFAR10_NAMES, train, test, held_out=2500, flip=True)
     if name == "digits":
         examples = _digits()
-        return _split(name, tuple("0123456789"), _take(examples, slice(0, 1497)), _take(examples, slice(1497, None)), held_out=200, flip=False)
+        return _split(
+            name, tuple("0123456789"), _take(examples, slice(0, 1497)), _take(examples, slice(1497, None)), held_out=200, flip=False
+        )
     raise DataError(f"unknown data set {name!r}: known are cifar10 and digits")
 
 
@@ -131,7 +133,11 @@ class _ArraysOnly(pickle.Unpickler):
             ("numpy", "dtype"),
             ("numpy", "ndarray"),
             ("_codecs", "encode"),
-            *((f"numpy.{core}.{module}", name) for core in ("core", "_core") for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))),
+            *(
+                (f"numpy.{core}.{module}", name)
+                for core in ("core", "_core")
+                for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+            ),
         }
     )
 

@@ -19,7 +19,9 @@ def expected_calibration_error(probability: Array, label: NDArray[np.int64], bin
     """Return sum_b |b|/n |accuracy_b - confidence_b| over equal-width bins of the top probability (N, K)."""
     confidence, correct = probability.max(axis=1), probability.argmax(axis=1) == label
     index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(correct[index == b].mean() - confidence[index == b].mean()) * (index == b).mean() for b in range(bins) if (index == b).any()]
+    gaps = [
+        abs(correct[index == b].mean() - confidence[index == b].mean()) * (index == b).mean() for b in range(bins) if (index == b).any()
+    ]
     return float(sum(gaps))
 
 

@@ -13,8 +13,8 @@ from export.parity import check
 from export.to_onnx import export
 from training.calibrate import calibrate
 from training.drafts import draft_bundle
-from training.evaluate import SUITES, evaluate
 from training.errors import TrainingError
+from training.evaluate import SUITES, evaluate
 from training.images import Dataset, load
 from training.presets import PRESETS, Preset
 from training.state import load_position

@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,7 +158,11 @@ def precision(preset: Preset, device: torch.device) -> torch.dtype | None:
         return None
     if preset.precision == "bf16":
         return torch.bfloat16
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = (
+        torch.cuda.is_bf16_supported()
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
     return torch.bfloat16 if fast else None
 
 
@@ -218,7 +223,9 @@ def main() -> None:
     parser.add_argument("--run", help="name of the run under EBJDAT_RUNS; PRESET-DATE-TIME by default")
     parser.add_argument("--resume", action="store_true", help="continue --run, or the newest run of the preset")
     parser.add_argument("--init", type=Path, help="start from these weights (safetensors) instead of the warm start")
-    parser.add_argument("--max-minutes", type=float, default=math.inf, help="end training cleanly after so long, and go on with what there is")
+    parser.add_argument(
+        "--max-minutes", type=float, default=math.inf, help="end training cleanly after so long, and go on with what there is"
+    )
     parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="how much to measure (%(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override fields of the preset")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
@@ -253,7 +260,8 @@ def override(preset: Preset, settings: list[str]) -> Preset:
             parsed = value == "true" if kinds[name] is bool else kinds[name](value)
         except ValueError:
             raise TrainingError(f"--set {setting}: {name} is a {kinds[name].__name__}") from None
-        preset = replace(preset, **{name: parsed})
+        changes: dict[str, Any] = {name: parsed}
+        preset = replace(preset, **changes)
     return preset
 
 

@@ -50,7 +50,9 @@ def check_onnxruntime() -> None:
     """Raise EngineError unless exactly one of onnxruntime and onnxruntime-gpu is installed."""
     found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
     if not found or find_spec("onnxruntime") is None:
-        raise EngineError("ONNX Runtime is not installed: pip install 'ebjdat-serve[cpu]', or 'ebjdat-serve[gpu]' on a machine with an NVIDIA GPU")
+        raise EngineError(
+            "ONNX Runtime is not installed: pip install 'ebjdat-serve[cpu]', or 'ebjdat-serve[gpu]' on a machine with an NVIDIA GPU"
+        )
     if len(found) == 2:
         raise EngineError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, then install "

@@ -33,7 +33,9 @@ class OnnxEngine:
         self._providers = [CUDA, CPU] if device != "cpu" and CUDA in available else [CPU]
         self.provider = self._classify.get_providers()[0]
         if device == "cuda" and self.provider != CUDA:
-            raise EngineError(f"CUDA was asked for but ONNX Runtime runs on {self.provider}: check the driver and the CUDA libraries, or use --device cpu")
+            raise EngineError(
+                f"CUDA was asked for but ONNX Runtime runs on {self.provider}: check the driver and the CUDA libraries, or use --device cpu"
+            )
 
     @cached_property
     def _classify(self) -> ort.InferenceSession:

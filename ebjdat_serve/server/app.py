@@ -85,7 +85,9 @@ def build_server(settings: Settings) -> seam.Server:
 class Routes:
     """Our own routes: decode and validate here, compute in a worker, word the answer here."""
 
-    def __init__(self, server: seam.Server, bundle: Bundle, settings: Settings, about: dict[str, str], classify: Any, generate: Any) -> None:
+    def __init__(
+        self, server: seam.Server, bundle: Bundle, settings: Settings, about: dict[str, str], classify: Any, generate: Any
+    ) -> None:
         self.server, self.bundle, self.settings, self.about = server, bundle, settings, about
         self.manifest: Manifest = bundle.manifest
         self.names = bundle.manifest.labels
@@ -246,7 +248,7 @@ class Routes:
                     raise Problem(415, f"content type {kind!r} is not accepted; send application/json, or query parameters and no body")
                 document = parse_json(body)
                 if not isinstance(document, dict):
-                    raise Problem(422, f"send a JSON object such as {{\"class\": \"{self.names[0]}\", \"n\": 4}}")
+                    raise Problem(422, f'send a JSON object such as {{"class": "{self.names[0]}", "n": 4}}')
                 values |= document
         if "class" not in values:
             raise Problem(422, f"class is missing: an index 0 to {len(self.names) - 1} or a name, {', '.join(self.names)}")

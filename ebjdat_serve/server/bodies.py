@@ -4,7 +4,7 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -83,7 +83,9 @@ async def read_body(request: Request, limit: int) -> bytes:
     except ClientDisconnect:
         raise Problem(499, "the client closed the connection") from None
     if size > limit:
-        raise Problem(413, f"the body is larger than the limit of {limit} bytes; an image may have {MAX_BYTES} bytes and {MAX_PIXELS} pixels")
+        raise Problem(
+            413, f"the body is larger than the limit of {limit} bytes; an image may have {MAX_BYTES} bytes and {MAX_PIXELS} pixels"
+        )
     return b"".join(chunks)
 
 
@@ -114,7 +116,8 @@ def parse_json(body: bytes) -> Any:
 
 def from_base64(value: Any, index: int | None) -> bytes:
     """Return the bytes of a base64 string, with or without a data: prefix. Raises Problem 422 with its index."""
-    place, extra = ("image", {}) if index is None else (f"images[{index}]", {"index": index})
+    place = "image" if index is None else f"images[{index}]"
+    extra: dict[str, Any] = {} if index is None else {"index": index}
     if not isinstance(value, str):
         raise Problem(422, f"{place} must be a base64 string, not {type(value).__name__}", **extra)
     if value.startswith("data:"):
@@ -128,7 +131,7 @@ def from_base64(value: Any, index: int | None) -> bytes:
 async def from_form(request: Request, body: bytes) -> bytes:
     """Return the file of the field ``image`` in a multipart body. Raises Problem 422 or 400."""
 
-    async def once() -> AsyncIterator[bytes]:
+    async def once() -> AsyncGenerator[bytes, None]:
         yield body
 
     try:

@@ -71,7 +71,9 @@ class GenerateQuery(BaseModel):
     class_: Annotated[str | int, Field(alias="class", description="class index or name")]
     n: Annotated[int, Field(description="how many images")] = 1
     steps: Annotated[int | None, Field(description="Langevin steps; the bundle's own number by default")] = None
-    seed: Annotated[int | None, Field(ge=0, le=2**31 - 1, description="image i's noise depends on seed + i; drawn at random when absent")] = None
+    seed: Annotated[
+        int | None, Field(ge=0, le=2**31 - 1, description="image i's noise depends on seed + i; drawn at random when absent")
+    ] = None
     format: Literal["png", "json"] = "png"
     scale: Annotated[int, Field(description="PNG pixels per image pixel")] = 1
 

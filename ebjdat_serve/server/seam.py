@@ -61,7 +61,7 @@ class Server(ls.LitServer):
 
     def __init__(self, apis: list[ls.LitAPI], register: Callable[["Server"], None], *, accelerator: str, timeout: float) -> None:
         self._register = register
-        super().__init__(apis, accelerator=accelerator, devices=1, timeout=timeout, restart_workers=True)  # type: ignore[arg-type]
+        super().__init__(apis, accelerator=accelerator, devices=1, timeout=timeout, restart_workers=True)
 
     def register_endpoints(self) -> None:
         """Put our routes on the app instead of LitServe's."""
@@ -100,7 +100,9 @@ class Lane:
         Raises Problem: 503 when the lane is full, 504 at the deadline, 499 when the client has gone, 500 when the worker failed.
         """
         if self.in_flight >= self._limit:
-            raise Problem(503, f"{self._limit} requests are already waiting ({self._limit_name}); try again in a second", headers={"Retry-After": "1"})
+            raise Problem(
+                503, f"{self._limit} requests are already waiting ({self._limit_name}); try again in a second", headers={"Retry-After": "1"}
+            )
         self.in_flight += 1
         uid = ""
         end = time.monotonic() + self._deadline
@@ -168,4 +170,6 @@ def check_address(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise EngineError(f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port, or make serve PORT=...") from error
+            raise EngineError(
+                f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port, or make serve PORT=..."
+            ) from error

@@ -7,6 +7,7 @@ from typing import Any
 
 import litserve as ls
 import numpy as np
+from numpy.typing import NDArray
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
@@ -22,11 +23,11 @@ from ebjdat_serve.sgld import Prior
 class Verdicts:
     """What a worker says of n images: logits-derived arrays with n rows, ready to be written as JSON."""
 
-    probability: pixels.NDArray[np.float32]
-    joint_energy: pixels.NDArray[np.float32]
-    energy: pixels.NDArray[np.float32]
-    p_value: pixels.NDArray[np.float64]
-    suspicious: pixels.NDArray[np.bool_]
+    probability: NDArray[np.float32]
+    joint_energy: NDArray[np.float32]
+    energy: NDArray[np.float32]
+    p_value: NDArray[np.float64]
+    suspicious: NDArray[np.bool_]
     provider: str
 
 

@@ -1,0 +1,63 @@
+# Two commands do all the set-up: `make serve` and `make test`. pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, …) pass through.
+PYTHON ?= python3
+PORT ?= 8000
+HOST ?= 127.0.0.1
+MODEL ?=
+VENV := .venv
+BIN := $(VENV)/bin
+ENGINE_EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+KEY := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
+SERVE_STAMP := $(VENV)/.stamp-serve-$(ENGINE_EXTRA)-$(KEY)
+DEV_STAMP := $(VENV)/.stamp-dev-$(ENGINE_EXTRA)-$(KEY)
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: help serve test check fix setup bench gpu-check clean
+help:
+	@echo "make serve [PORT=8000] [HOST=127.0.0.1] [MODEL=bundle-or-store]   install and serve"
+	@echo "make test                                                        install and test"
+	@echo "make check | fix | bench | gpu-check | setup | clean"
+
+serve: $(SERVE_STAMP)
+	exec $(BIN)/ebjdat-serve serve $(MODEL) --host $(HOST) --port $(PORT)
+
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest
+
+setup: $(DEV_STAMP)
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config pyproject.toml
+	$(BIN)/python tests/lint_dockerfile.py Dockerfile
+
+fix: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV_STAMP)
+	$(BIN)/python benchmarks/classify_load.py
+
+# What is installed on a GPU machine is enough: it needs torch and a GPU, and no registry.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --write docs/gpu.md
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11 …" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(SERVE_STAMP): | $(BIN)/python
+	@echo "installing the server [$(ENGINE_EXTRA)] into $(VENV); a second run skips this"
+	$(INSTALL) -e '.[$(ENGINE_EXTRA)]'
+	@rm -f $(VENV)/.stamp-serve-*
+	@touch $@
+
+$(DEV_STAMP): | $(BIN)/python
+	@echo "installing the development environment [$(ENGINE_EXTRA)] into $(VENV); a second run skips this"
+	$(INSTALL) -e '.[$(ENGINE_EXTRA),train,evaluate,clients,test,check]'
+	@rm -f $(VENV)/.stamp-dev-*
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
