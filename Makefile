@@ -30,7 +30,7 @@ check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --config pyproject.toml
-	$(BIN)/python tests/lint_dockerfile.py Dockerfile
+	$(BIN)/hadolint Dockerfile
 
 fix: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .

@@ -62,7 +62,9 @@ class Prior:
 
     def save(self, path: Path) -> None:
         """Write the prior as safetensors: mean in fp32, factor in fp16."""
-        save_file({"mean": self.mean, "factor": self.factor.astype(np.float16)}, path)
+        # safetensors writes the bytes as they lie in memory: an array in Fortran order would come back scrambled
+        mean, factor = np.ascontiguousarray(self.mean), np.ascontiguousarray(self.factor, dtype=np.float16)
+        save_file({"mean": mean, "factor": factor}, path)
 
     @staticmethod
     def load(path: Path) -> "Prior":

@@ -46,26 +46,32 @@ def refresh(preset: Preset, run: Path, *, init: Path | None, clock: Clock, suite
     data = load(preset.dataset)
     todo = [preset] if init is not None else stages(preset)
     remember(run, todo)
-    weights, baseline = init, None
+    weights = init
     for stage in todo:
         folder = run / stage.name
         if not (folder / "weights.safetensors").is_file():
             say(f"train {stage.name} in {folder}")
             train(stage, data, folder, init=weights, clock=clock, device=device)
         weights = folder / "weights.safetensors"
-        bundle = finish(stage, weights, data, folder, suite=suite, baseline=baseline)
+    baseline = None
+    for stage in todo:
+        bundle = finish(stage, data, run / stage.name, suite=suite, baseline=baseline)
         baseline = bundle.path / "metrics.json"
     say(f"publish into {run / 'store'}")
     return publish(bundle, run / "store")
 
 
-def finish(stage: Preset, weights: Path, data: Dataset, folder: Path, *, suite: str, baseline: Path | None) -> Bundle:
+def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None) -> Bundle:
     """Return the evaluated bundle of one stage's weights: export, parity, calibration, evaluation."""
     home = folder / "bundle"
     if (home / "README.md").is_file():
         return Bundle.load(home)
     say(f"export {home}")
-    bundle = export(draft_bundle(weights, stage, data, home, name=stage.name, rollbacks=load_position(folder / "state.pt").rollbacks))
+    bundle = export(
+        draft_bundle(
+            folder / "weights.safetensors", stage, data, home, name=stage.name, rollbacks=load_position(folder / "state.pt").rollbacks
+        )
+    )
     worst = max(check(bundle).items(), key=lambda item: item[1])
     say(f"parity: largest difference {worst[1]:.1e} ({worst[0]})")
     bundle = calibrate(bundle, data)

@@ -18,12 +18,16 @@ def generative(energy_x: Tensor, energy_neg: Tensor) -> Tensor:
 
 
 def alignment(energy_x: Tensor, energy_adv: Tensor, kind: str) -> Tensor:
-    """Return -h2 over pairs of the same image: mean |E(x_adv) - E(x)|, or, for ``paper``, mean E(x_adv) - E(x).
+    """Return -h2, the gap between the energies of the same images, (N,) each, clean and adversarial.
 
-    The signed form is unbounded below when x_adv does not maximise the energy itself (docs/decisions/0001).
+    ``paper``   mean E(x_adv) - mean E(x): unbounded below once x_adv does not maximise the energy itself
+    ``mean``    |mean E(x_adv) - mean E(x)|: the same two sums, whichever way the gap points; bounded
+    ``paired``  mean |E(x_adv) - E(x)|: cheapest to lower by shrinking all logits (docs/decisions/0001)
     """
     gap = energy_adv - energy_x
-    return gap.abs().mean() if kind == "absolute" else gap.mean()
+    if kind == "paired":
+        return gap.abs().mean()
+    return gap.mean().abs() if kind == "mean" else gap.mean()
 
 
 def classification(logits: Tensor, logits_adv: Tensor, label: Tensor, clean_weight: float) -> Tensor:

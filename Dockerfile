@@ -1,0 +1,21 @@
+# docker build -t ebjdat-serve .                         CPU
+# docker build -t ebjdat-serve --build-arg EXTRA=gpu .   NVIDIA GPU (run with --gpus all)
+# docker run -p 8000:8000 ebjdat-serve [--alpha 0.01 …]
+FROM python:3.11-slim-bookworm AS build
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY ebjdat_serve ebjdat_serve
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+
+FROM python:3.11-slim-bookworm
+ARG EXTRA=cpu
+COPY constraints.txt /tmp/constraints.txt
+RUN --mount=type=bind,from=build,source=/wheel,target=/wheel \
+    pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheel/*.whl)[${EXTRA}]" \
+    && useradd --create-home --uid 10001 serve
+USER 10001
+WORKDIR /home/serve
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
+ENTRYPOINT ["ebjdat-serve", "serve", "--host", "0.0.0.0"]

@@ -1,0 +1,87 @@
+"""Conformal p-values and the figures about them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebjdat_serve.detection import Detector, probabilities
+from ebjdat_serve.errors import EbjdatError
+from training.calibrate import fit_temperature
+from training.measures import auroc, expected_calibration_error, flag_rate_interval, frechet_distance, wilson
+
+energies = st.lists(st.floats(-50, 50, width=32), min_size=20, max_size=60)
+
+
+@given(energies, energies)
+def test_the_p_value_is_its_formula(clean, asked):
+    detector = Detector(np.sort(np.array(clean, dtype=np.float64)), alpha=0.5)
+    expected = [(1 + sum(c >= e for c in clean)) / (len(clean) + 1) for e in asked]
+    np.testing.assert_allclose(detector.p_value(np.array(asked, dtype=np.float32)), expected)
+
+
+def test_high_energy_is_the_suspicious_side():
+    detector = Detector(np.arange(99.0), alpha=0.05)
+    p = detector.p_value(np.array([-1e3, 50.0, 1e3], dtype=np.float32))
+    assert p.tolist() == [1.0, 0.5, 0.01]
+    assert detector.suspicious(p).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.009, 1.0, -1.0, float("nan")])
+def test_an_alpha_that_cannot_be_kept_is_refused(alpha):
+    with pytest.raises(EbjdatError, match=r"1/\(n\+1\)"):
+        Detector(np.arange(99.0), alpha)
+
+
+def test_false_alarms_are_at_most_alpha_on_average_and_inside_the_interval():
+    rng = np.random.default_rng(0)
+    n, m, alpha = 400, 1000, 0.05
+    rates = [
+        Detector(np.sort(rng.normal(size=n)), alpha).p_value(rng.normal(size=m).astype(np.float32)).__lt__(alpha).mean() for _ in range(400)
+    ]
+    assert np.mean(rates) <= alpha + 0.001
+    low, high = flag_rate_interval(n, m, alpha)
+    assert 0.975 <= np.mean([low <= rate <= high for rate in rates])
+    assert low > 0.01  # an interval that holds everything would prove nothing
+    assert high < 0.12
+
+
+def test_temperature_moves_probabilities_not_their_order():
+    logits = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    cold, hot = probabilities(logits, 0.5), probabilities(logits, 5.0)
+    np.testing.assert_allclose(cold.sum(axis=1), 1, rtol=1e-5)
+    assert (cold.argmax(axis=1) == hot.argmax(axis=1)).all()
+    assert cold.max() > hot.max()
+
+
+def test_the_fitted_temperature_undoes_a_scaling():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 5)).astype(np.float32) * 2
+    label = np.array([rng.choice(5, p=p / p.sum()) for p in probabilities(logits, 1.0).astype(float)])
+    assert fit_temperature(logits * 3, label) == pytest.approx(3.0, rel=0.1)
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=20), st.lists(st.integers(0, 5), min_size=2, max_size=20))
+def test_auroc_is_the_share_of_ordered_pairs(negative, positive):
+    a, b = np.array(negative, float), np.array(positive, float)
+    pairs = (b[:, None] > a[None]).mean() + 0.5 * (b[:, None] == a[None]).mean()
+    assert auroc(a, b) == pytest.approx(pairs)
+
+
+def test_ece_by_hand():
+    p = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]])
+    assert expected_calibration_error(p, np.array([0, 1, 0, 0])) == pytest.approx(0.5 * abs(0.5 - 0.9) + 0.5 * abs(1 - 0.6))
+
+
+def test_frechet_distance_of_known_gaussians():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(200_000, 3))
+    b = rng.normal(size=(200_000, 3)) * 2 + np.array([1.0, 0, 0])
+    assert frechet_distance(a, b) == pytest.approx(1 + 3 * (2 - 1) ** 2, abs=0.05)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_wilson_holds_the_proportion():
+    low, high = wilson(60, 200)
+    assert low < 0.3 < high
+    assert (low, high) == pytest.approx((0.2407, 0.3668), abs=1e-3)

@@ -1,0 +1,141 @@
+"""Bytes to pixels: every mode, and nothing but InvalidImage for hostile bytes."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ebjdat_serve import pixels
+from ebjdat_serve.errors import InvalidImage
+
+
+def encoded(picture, kind="PNG", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def colour(size=(40, 24)):
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
+def test_png_of_every_mode(mode):
+    out = pixels.decode(encoded(colour().convert(mode)), 32, 32)
+    assert out.shape == (32, 32, 3)
+    assert out.dtype == np.uint8
+    if mode == "RGB":
+        assert out.std() > 10
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("WEBP", "RGBA")])
+def test_jpeg_and_webp(kind, mode):
+    assert pixels.decode(encoded(colour().convert(mode), kind), 32, 32).shape == (32, 32, 3)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    deep = Image.fromarray(np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16))
+    out = pixels.decode(encoded(deep), 32, 32)
+    assert out.min() == 0
+    assert out.max() == 255
+    assert abs(int(out[16, 0, 0]) - 128) <= 2
+
+
+def test_transparency_is_laid_on_white():
+    clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    assert (pixels.decode(encoded(clear), 32, 32) == 255).all()
+    palette = Image.new("P", (32, 32), 0)
+    palette.putpalette([0, 0, 0] * 256)
+    assert (pixels.decode(encoded(palette, transparency=0), 32, 32) == 255).all()
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_exif_rotation_is_applied(deep):
+    array = np.zeros((32, 32), np.uint16 if deep else np.uint8)
+    array[:16] = 65535 if deep else 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the stored picture is its right side
+    out = pixels.decode(encoded(Image.fromarray(array), exif=exif), 32, 32)
+    assert out[:, 20:].min() == 255
+    assert out[:, :12].max() == 0
+
+
+def test_the_squash_averages_areas():
+    board = np.indices((64, 64)).sum(axis=0) % 2 * 255
+    out = pixels.decode(encoded(Image.fromarray(board.astype(np.uint8))), 32, 32)
+    assert np.abs(out.astype(int) - 127.5).max() <= 1
+    wide = pixels.decode(encoded(colour((320, 32))), 32, 32)
+    expected = np.asarray(colour((320, 32)), dtype=float).reshape(32, 32, 10, 3).mean(axis=2)
+    assert np.abs(wide - expected).max() <= 1
+
+
+def test_a_picture_of_the_models_size_passes_unchanged():
+    array = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(pixels.decode(pixels.encode_png(array), 32, 32), array)
+
+
+def bomb(columns, rows):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "0 bytes"),
+        (b"hello", "not an image"),
+        (b"GIF89a" + bytes(100), "not an image"),
+        (encoded(colour())[:200], "truncated or damaged"),
+        (encoded(colour(), "JPEG")[:300], "truncated or damaged"),
+        (bomb(20_000, 20_000), "limit is 40000000"),
+        (bomb(8_000, 8_000), "limit is 40000000"),
+        (bytes(pixels.MAX_BYTES + 1), "limit is"),
+    ],
+)
+def test_refusals_name_the_limit_or_the_fix(data, said):
+    with pytest.raises(InvalidImage, match=said):
+        pixels.decode(data, 32, 32)
+
+
+SEEDS = [encoded(colour(), "PNG"), encoded(colour(), "JPEG"), encoded(colour(), "WEBP"), encoded(colour().convert("P"))]
+
+
+@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=8), st.integers(0, 10_000))
+def test_hostile_bytes_raise_nothing_but_invalid_image(seed, edits, cut):
+    data = bytearray(seed)
+    for place, value in edits:
+        data[place % len(data)] = value
+    try:
+        out = pixels.decode(bytes(data[: max(1, len(data) - cut % 500)]), 16, 16)
+    except InvalidImage:
+        return
+    assert out.shape == (16, 16, 3)
+
+
+def test_the_grid_keeps_every_image_and_scales_by_repetition():
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    sheet = pixels.grid(images, 3)
+    assert sheet.shape == (2 * 12, 3 * 12, 3)
+    np.testing.assert_array_equal(sheet[12:24:3, 12:24:3], images[4])
+    assert (sheet[12:, 24:] == 255).all()
+
+
+def test_a_generated_png_says_so_to_machines():
+    data = pixels.encode_png(np.zeros((4, 4, 3), np.uint8), [("Description", "class 3")], generated=True)
+    with Image.open(io.BytesIO(data)) as picture:
+        assert pixels.AI_ORIGIN in picture.info["XML:com.adobe.xmp"]
+        assert picture.info["Description"] == "class 3"
+
+
+def test_units_round_trip():
+    image = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(pixels.to_bytes(pixels.to_unit(image)), image)

@@ -1,0 +1,44 @@
+"""Contracts with LitServe's private names: if an upgrade moves one, this says which."""
+
+import inspect
+
+import litserve as ls
+from litserve.loops import base
+from litserve.loops.simple_loops import BatchedLoop
+from litserve.server import RegularRequestHandler
+from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
+
+
+def test_the_queue_item_is_queue_id_uid_time_payload():
+    source = inspect.getsource(RegularRequestHandler._submit_request)
+    assert "put((response_queue_id, uid, time.monotonic(), payload))" in source
+    assert "return uid, response_queue_id" in source
+
+
+def test_the_handler_takes_an_api_and_a_server():
+    assert list(inspect.signature(RegularRequestHandler.__init__).parameters) == ["self", "lit_api", "server"]
+
+
+def test_the_batched_loop_asks_get_batch_requests_for_ready_and_late():
+    source = inspect.getsource(BatchedLoop.run_batched_loop)
+    assert "batches, timed_out_uids = self.get_batch_requests(" in source
+    assert "_StopLoopError" in source
+    assert base._SENTINEL_VALUE == (None, None, None, None)
+    assert issubclass(base._StopLoopError, Exception)
+
+
+def test_the_response_item_holds_response_and_status():
+    assert list(inspect.signature(ResponseBufferItem).parameters)[0] == "event"
+    assert "response" in ResponseBufferItem.__dataclass_fields__
+    assert {"OK", "ERROR"} <= set(LitAPIStatus.__dict__)
+    assert {"READY", "ERROR", "STARTING"} <= set(WorkerSetupStatus.__dict__)
+
+
+def test_the_server_calls_what_we_override_and_keeps_what_we_read():
+    assert "self.register_endpoints()" in inspect.getsource(ls.LitServer.__init__)
+    run = inspect.getsource(ls.LitServer.run)
+    assert "self.verify_worker_status()" in run
+    assert "except KeyboardInterrupt" in run
+    assert "self.inference_workers" in run
+    assert "self.workers_setup_status = manager.dict()" in inspect.getsource(ls.LitServer._init_manager)
+    assert "self.response_buffer" in inspect.getsource(ls.LitServer.__init__)

@@ -1,0 +1,301 @@
+"""The live server through real HTTP: what it answers, and that bad input harms nobody."""
+
+import base64
+import io
+import json
+import threading
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from ebjdat_serve import pixels
+from ebjdat_serve.server.settings import Settings
+from tests.test_pixels import bomb
+
+LIMITS = Settings()
+
+
+def post(live, path, **request):
+    return httpx2.post(f"{live.url}{path}", timeout=60, **request)
+
+
+def raw(live, path, data, kind="application/octet-stream"):
+    return post(live, path, content=data, headers={"Content-Type": kind})
+
+
+# what it answers ---------------------------------------------------------------------------------------------------
+
+
+def test_classify_says_everything_it_promises(live, shipped, picture):
+    said = raw(live, "/classify", picture).json()
+    assert set(said) == {"class", "label", "probability", "energy", "p_value", "suspicious", "top", "alpha", "model"}
+    assert said["label"] == shipped.manifest.labels[said["class"]]
+    assert len(said["top"]) == 5
+    assert said["top"][0] == {name: said[name] for name in ("class", "label", "probability")}
+    assert [c["probability"] for c in said["top"]] == sorted((c["probability"] for c in said["top"]), reverse=True)
+    assert said["suspicious"] == (said["p_value"] < said["alpha"])
+    assert said["model"] == f"{shipped.manifest.name}@{shipped.manifest.version}"
+
+
+def test_energy_is_the_logsumexp_of_the_joint_energies(live, shipped, picture):
+    said = raw(live, "/energy", picture).json()
+    joint = np.array(said["joint_energy"])
+    assert len(joint) == len(shipped.manifest.labels)
+    assert said["energy"] == pytest.approx(-np.logaddexp.reduce(-joint), abs=1e-4)
+    classified = raw(live, "/classify", picture).json()
+    assert said["energy"] == pytest.approx(classified["energy"], abs=1e-5)
+    assert said["p_value"] == classified["p_value"]
+
+
+@pytest.mark.parametrize("path", ["/classify", "/energy"])
+def test_every_way_to_send_a_picture_gives_the_same_answer(live, picture, path):
+    encoded = base64.b64encode(picture).decode()
+    answers = [
+        raw(live, path, picture),
+        raw(live, path, picture, "application/x-www-form-urlencoded"),
+        raw(live, path, picture, "image/png"),
+        post(live, path, files={"image": ("cat.png", picture, "image/png")}),
+        post(live, path, json={"image": encoded}),
+        post(live, path, json={"image": f"data:image/png;base64,{encoded}"}),
+    ]
+    assert [answer.status_code for answer in answers] == [200] * len(answers)
+    energies = [answer.json()["energy"] for answer in answers]
+    assert max(energies) - min(energies) < 1e-5
+    listed = post(live, path, json={"images": [encoded, encoded]}).json()
+    assert [r["energy"] for r in listed["results"]] == pytest.approx([energies[0]] * 2, abs=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "L"), ("PNG", "P"), ("PNG", "I;16"), ("JPEG", "RGB"), ("WEBP", "RGB")])
+def test_pictures_of_any_kind_and_size(live, kind, mode):
+    array = np.random.default_rng(0).integers(0, 256, (123, 77, 3), dtype=np.uint8)
+    picture = Image.fromarray(array[..., 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(array).convert(mode)
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    assert raw(live, "/classify", buffer.getvalue()).status_code == 200
+
+
+def test_generate_draws_a_marked_png_of_the_class_asked_for(live, shipped):
+    answer = httpx2.get(f"{live.url}/generate", params={"class": 3, "seed": 5}, timeout=60)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "image/png"
+    size = shipped.manifest.input
+    with Image.open(io.BytesIO(answer.content)) as picture:
+        assert picture.size == (size.width, size.height)
+        assert pixels.AI_ORIGIN in picture.info["XML:com.adobe.xmp"]
+    assert answer.headers["x-label"] == shipped.manifest.labels[3]
+    assert answer.headers["x-seed"] == "5"
+    assert 0 <= float(answer.headers["x-probability"]) <= 1
+    # what the headers say is what the server says of the very same picture
+    again = raw(live, "/classify", answer.content).json()
+    assert again["energy"] == pytest.approx(float(answer.headers["x-energy"]), abs=1e-3)
+
+
+def test_generate_by_name_index_get_and_post_is_one_thing(live, shipped):
+    name = shipped.manifest.labels[3]
+    wanted = {"seed": 11, "steps": 5}
+    url = f"{live.url}/generate"
+    answers = [
+        httpx2.get(url, params={"class": 3, **wanted}),
+        httpx2.get(url, params={"class": name, **wanted}),
+        httpx2.get(url, params={"class": name.upper(), **wanted}),
+        httpx2.post(url, params={"class": 3, **wanted}),
+        httpx2.post(url, json={"class": 3, **wanted}),
+        httpx2.post(url, json={"class": name, **wanted}),
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 6, [answer.text for answer in answers if answer.status_code != 200]
+    assert len({answer.content for answer in answers}) == 1
+
+
+def test_generate_as_json_and_as_a_grid_hold_the_same_images(live, shipped):
+    wanted = {"class": 1, "n": 3, "seed": 2, "steps": 4}
+    said = httpx2.get(f"{live.url}/generate", params={**wanted, "format": "json"}).json()
+    sheet = httpx2.get(f"{live.url}/generate", params={**wanted, "scale": 2})
+    size = shipped.manifest.input
+    with Image.open(io.BytesIO(sheet.content)) as picture:
+        assert picture.size == (2 * 2 * size.width, 2 * 2 * size.height)
+        grid = np.asarray(picture)
+    assert [one["seed"] for one in said["images"]] == [2, 3, 4]
+    for i, one in enumerate(said["images"]):
+        assert one["class"] == 1
+        with Image.open(io.BytesIO(base64.b64decode(one["png"]))) as picture:
+            row, column = divmod(i, 2)
+            tile = grid[row * 2 * size.height : (row + 1) * 2 * size.height : 2, column * 2 * size.width : (column + 1) * 2 * size.width : 2]
+            np.testing.assert_array_equal(np.asarray(picture), tile)
+
+
+def test_a_seed_draws_the_same_picture_and_another_seed_another(live):
+    def draw(seed):
+        return httpx2.get(f"{live.url}/generate", params={"class": 0, "seed": seed, "steps": 3}).content
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_health_info_docs_and_index(live, shipped):
+    assert httpx2.get(f"{live.url}/health").json() == {"status": "ok"}
+    info = httpx2.get(f"{live.url}/info").json()
+    assert info["engine"] == "onnx"
+    assert info["provider"] == "CPUExecutionProvider"
+    assert info["labels"] == shipped.manifest.labels
+    assert info["calibration"]["of"] == shipped.manifest.files["classify.onnx"].sha256
+    assert "swagger" in httpx2.get(f"{live.url}/docs").text.lower()
+    paths = httpx2.get(f"{live.url}/openapi.json").json()["paths"]
+    assert {"/classify", "/energy", "/generate", "/health", "/info"} <= set(paths)
+    assert "/generate?class=3" in httpx2.get(f"{live.url}/").json()["paths"]
+
+
+# what it refuses ---------------------------------------------------------------------------------------------------
+
+GOOD = pixels.encode_png(np.zeros((8, 8, 3), np.uint8))
+B64 = base64.b64encode(GOOD).decode()
+JSON = {"Content-Type": "application/json"}
+
+BAD_BODIES = [
+    ("not an image", {"content": b"hello", "headers": {"Content-Type": "image/png"}}, 422, "send PNG, JPEG, WEBP"),
+    ("gif", {"content": b"GIF89a" + bytes(50)}, 422, "send PNG, JPEG, WEBP"),
+    ("truncated", {"content": pixels.encode_png(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))[:500]}, 422, "truncated"),
+    ("bomb", {"content": bomb(30_000, 30_000)}, 413, "40000000"),
+    ("empty", {"content": b""}, 422, "0 bytes"),
+    ("50 MB", {"content": bytes(50 * 2**20)}, 413, str(LIMITS.max_body)),
+    ("too large an image", {"content": bytes(pixels.MAX_BYTES + 1)}, 413, str(pixels.MAX_BYTES)),
+    ("content type", {"content": GOOD, "headers": {"Content-Type": "text/plain"}}, 415, "multipart/form-data"),
+    ("pdf", {"content": b"%PDF", "headers": {"Content-Type": "application/pdf"}}, 415, "application/json"),
+    ("bad json", {"content": b"{", "headers": JSON}, 400, "not valid JSON"),
+    ("NaN", {"content": b'{"image": NaN}', "headers": JSON}, 400, "NaN is not JSON"),
+    ("deep json", {"content": b"[" * 100_000, "headers": JSON}, 400, "not valid JSON"),
+    ("not utf-8", {"content": b'{"image": "\xff"}', "headers": JSON}, 400, "not valid JSON"),
+    ("json list", {"json": [1]}, 422, "images"),
+    ("no key", {"json": {}}, 422, "images"),
+    ("extra key", {"json": {"image": B64, "colour": 1}}, 422, "no other key"),
+    ("number", {"json": {"image": 3}}, 422, "base64 string"),
+    ("not base64", {"json": {"image": "%%%"}}, 422, "not base64"),
+    ("empty list", {"json": {"images": []}}, 422, "1 to 64"),
+    ("long list", {"json": {"images": [B64] * 65}}, 422, "1 to 64"),
+    ("wrong field", {"files": {"file": ("a.png", GOOD)}}, 422, "-F image=@"),
+    ("two fields", {"files": [("image", ("a.png", GOOD)), ("image", ("b.png", GOOD))]}, 422, "exactly one"),
+    ("text field", {"data": {"image": "hello"}, "files": {}}, 422, "PNG, JPEG"),
+    ("broken form", {"content": b"hello", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}, 400, "multipart"),
+    ("no boundary", {"content": b"hello", "headers": {"Content-Type": "multipart/form-data"}}, 400, "multipart"),
+]
+
+
+def clean(answer):
+    text = answer.text
+    assert "Traceback" not in text
+    assert "site-packages" not in text
+    assert answer.headers["content-type"] == "application/problem+json"
+    said = json.loads(text)
+    assert said["status"] == answer.status_code
+    return said["detail"]
+
+
+@pytest.mark.parametrize("path", ["/classify", "/energy"])
+@pytest.mark.parametrize(("request_", "status", "said"), [case[1:] for case in BAD_BODIES], ids=[case[0] for case in BAD_BODIES])
+def test_a_bad_body_is_refused_with_the_limit_or_the_fix(live, path, request_, status, said):
+    answer = post(live, path, **request_)
+    assert answer.status_code == status, answer.text
+    assert said in clean(answer)
+
+
+@pytest.mark.parametrize("bad", ["aGVsbG8=", "%%%", 7, None])
+def test_a_bad_item_names_its_index_and_nothing_is_computed(live, bad):
+    answer = post(live, "/classify", json={"images": [B64, B64, bad, B64]})
+    assert answer.status_code == 422
+    assert "images[2]" in clean(answer)
+    assert answer.json()["index"] == 2
+    assert "results" not in answer.json()
+
+
+BAD_QUERIES = [
+    ({}, "class is missing"),
+    ({"class": "99"}, "0 to 9"),
+    ({"class": "-1"}, "0 to 9"),
+    ({"class": "catt"}, "unknown"),
+    ({"class": ""}, "unknown"),
+    ({"class": "3.5"}, "unknown"),
+    ({"class": "٣"}, "unknown"),
+    ({"class": "3", "n": "0"}, "1 to 64"),
+    ({"class": "3", "n": "1000000"}, "1 to 64"),
+    ({"class": "3", "n": "x"}, "integer"),
+    ({"class": "3", "steps": "-1"}, "1 to 1000"),
+    ({"class": "3", "steps": "0"}, "1 to 1000"),
+    ({"class": "3", "steps": "1e9"}, "integer"),
+    ({"class": "3", "n": "64", "steps": "1000"}, "n x steps"),
+    ({"class": "3", "seed": "-1"}, "seed"),
+    ({"class": "3", "seed": "99999999999999999999"}, "seed"),
+    ({"class": "3", "scale": "0"}, "1 to 16"),
+    ({"class": "3", "scale": "1000"}, "1 to 16"),
+    ({"class": "3", "format": "gif"}, "png"),
+    ({"class": "3", "colour": "red"}, "colour"),
+]
+
+
+@pytest.mark.parametrize(("query", "said"), BAD_QUERIES, ids=[json.dumps(q) for q, _ in BAD_QUERIES])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_bad_query_is_refused_with_the_limit_or_the_fix(live, query, said, method):
+    answer = httpx2.request(method, f"{live.url}/generate", params=query, timeout=60)
+    assert answer.status_code == 422, answer.text
+    assert said in clean(answer)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (b"{", JSON, 400),
+        (b"[1]", JSON, 422),
+        (b'{"class": NaN}', JSON, 400),
+        (b'{"class": true}', JSON, 422),
+        (b'{"class": [3]}', JSON, 422),
+        (b'{"class": null}', JSON, 422),
+        (b'{"class": 3, "n": 2.5}', JSON, 422),
+        (b"class=3", {"Content-Type": "text/plain"}, 415),
+        (b"x" * 100_000, JSON, 413),
+    ],
+)
+def test_a_bad_generate_body_is_refused(live, body, headers, status):
+    answer = post(live, "/generate", content=body, headers=headers)
+    assert answer.status_code == status, answer.text
+    clean(answer)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", "/classify", "POST"), ("PUT", "/energy", "POST"), ("DELETE", "/generate", "GET"), ("POST", "/health", "GET")],
+)
+def test_a_wrong_method_names_the_right_one(live, method, path, allowed):
+    answer = httpx2.request(method, f"{live.url}{path}")
+    assert answer.status_code == 405
+    assert allowed in clean(answer)
+
+
+def test_an_unknown_path_points_to_the_docs(live):
+    answer = httpx2.get(f"{live.url}/predict")
+    assert answer.status_code == 404
+    assert "/docs" in clean(answer)
+
+
+def test_bad_requests_beside_good_ones_harm_none_of_them(live, picture):
+    bad = [{"content": b"junk"}, {"content": b""}, {"content": GOOD[:30]}, {"content": b"{", "headers": JSON}]
+    expected = raw(live, "/energy", picture).json()["energy"]
+    results: list[tuple[int, int, float]] = []
+
+    def worker(i):
+        with httpx2.Client(timeout=60) as client:
+            for j in range(10):
+                if (i + j) % 2:
+                    answer = client.post(f"{live.url}/energy", **bad[j % len(bad)])
+                    results.append((1, answer.status_code, 0.0))
+                else:
+                    answer = client.post(f"{live.url}/energy", content=picture)
+                    results.append((0, answer.status_code, answer.json()["energy"]))
+
+    threads = [threading.Thread(target=worker, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 80
+    for was_bad, status, energy in results:
+        assert (400 <= status < 500) if was_bad else (status == 200 and energy == pytest.approx(expected, abs=1e-4))
