@@ -33,7 +33,9 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: run it on one with make gpu-check"))
         if item.get_closest_marker("data") and not (data_root() / "cifar-10-batches-py").is_dir():
-            item.add_marker(pytest.mark.skip(reason=f"needs CIFAR-10 in {data_root()}: python -c 'from training.images import load; load(\"cifar10\")'"))
+            item.add_marker(
+                pytest.mark.skip(reason=f"needs CIFAR-10 in {data_root()}: python -c 'from training.images import load; load(\"cifar10\")'")
+            )
 
 
 @dataclass
@@ -63,7 +65,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(model: Path, log: Path, *options: str, executable: tuple[str, ...] = (sys.executable, "-m", "ebjdat_serve.cli")) -> Iterator[Live]:
+def serving(
+    model: Path, log: Path, *options: str, executable: tuple[str, ...] = (sys.executable, "-m", "ebjdat_serve.cli")
+) -> Iterator[Live]:
     port = free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as sink:

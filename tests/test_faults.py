@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -86,9 +87,9 @@ def test_a_killed_worker_is_replaced_and_others_go_on(tmp_path, picture):
     with serving(SHIPPED, tmp_path / "log") as server:
         before = httpx2.post(f"{server.url}/classify", content=picture).json()
         for pid in server.children():
-            with open(f"/proc/{pid}/cmdline") as file:
-                if "spawn_main" in file.read() and "resource_tracker" not in open(f"/proc/{pid}/cmdline").read():
-                    os.kill(pid, signal.SIGKILL)
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            if "spawn_main" in command and "resource_tracker" not in command:
+                os.kill(pid, signal.SIGKILL)
         end = time.monotonic() + 40
         while time.monotonic() < end:
             try:
@@ -174,7 +175,9 @@ def test_graphs_that_do_not_belong_to_the_weights_fail_the_self_test(tmp_path):
     weights[-4000:] = bytes(4000)  # a hash that matches, weights that do not
     (folder / "weights.safetensors").write_bytes(weights)
     Bundle.draft(folder).update("weights.safetensors")
-    done = subprocess.run([sys.executable, "-m", "ebjdat_serve.cli", "verify", str(folder)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "ebjdat_serve.cli", "verify", str(folder)], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
     assert "self-test failed" in done.stderr
 

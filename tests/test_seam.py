@@ -28,7 +28,7 @@ def test_the_batched_loop_asks_get_batch_requests_for_ready_and_late():
 
 
 def test_the_response_item_holds_response_and_status():
-    assert list(inspect.signature(ResponseBufferItem).parameters)[0] == "event"
+    assert next(iter(inspect.signature(ResponseBufferItem).parameters)) == "event"
     assert "response" in ResponseBufferItem.__dataclass_fields__
     assert {"OK", "ERROR"} <= set(LitAPIStatus.__dict__)
     assert {"READY", "ERROR", "STARTING"} <= set(WorkerSetupStatus.__dict__)

@@ -121,7 +121,9 @@ def test_generate_as_json_and_as_a_grid_hold_the_same_images(live, shipped):
         assert one["class"] == 1
         with Image.open(io.BytesIO(base64.b64decode(one["png"]))) as picture:
             row, column = divmod(i, 2)
-            tile = grid[row * 2 * size.height : (row + 1) * 2 * size.height : 2, column * 2 * size.width : (column + 1) * 2 * size.width : 2]
+            tile = grid[
+                row * 2 * size.height : (row + 1) * 2 * size.height : 2, column * 2 * size.width : (column + 1) * 2 * size.width : 2
+            ]
             np.testing.assert_array_equal(np.asarray(picture), tile)
 
 
@@ -155,7 +157,12 @@ JSON = {"Content-Type": "application/json"}
 BAD_BODIES = [
     ("not an image", {"content": b"hello", "headers": {"Content-Type": "image/png"}}, 422, "send PNG, JPEG, WEBP"),
     ("gif", {"content": b"GIF89a" + bytes(50)}, 422, "send PNG, JPEG, WEBP"),
-    ("truncated", {"content": pixels.encode_png(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))[:500]}, 422, "truncated"),
+    (
+        "truncated",
+        {"content": pixels.encode_png(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))[:500]},
+        422,
+        "truncated",
+    ),
     ("bomb", {"content": bomb(30_000, 30_000)}, 413, "40000000"),
     ("empty", {"content": b""}, 422, "0 bytes"),
     ("50 MB", {"content": bytes(50 * 2**20)}, 413, str(LIMITS.max_body)),

@@ -52,7 +52,14 @@ def snapshot(net):
 def test_pgd_stays_in_ball_and_box_and_raises_its_objective(model, batch, name):
     before = snapshot(model)
     x_adv = pgd(
-        model, batch.image, batch.label, objective=INNER[name], eps=0.1, step_size=0.025, steps=8, generator=torch.Generator().manual_seed(0)
+        model,
+        batch.image,
+        batch.label,
+        objective=INNER[name],
+        eps=0.1,
+        step_size=0.025,
+        steps=8,
+        generator=torch.Generator().manual_seed(0),
     )
     assert (x_adv - batch.image).abs().max() <= 0.1 + 1e-6
     assert x_adv.min() >= 0
@@ -92,11 +99,18 @@ def test_generative_lowers_the_data_and_raises_the_chains(model, batch):
     assert gap() < before
 
 
-@pytest.mark.parametrize("kind", ["mean", "paired", "paper"])
+@pytest.mark.parametrize("kind", ["relative", "mean", "paired", "paper"])
 def test_alignment_is_of_pairs_and_signed_as_the_equation_says(kind):
     energy_x, energy_adv = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])
-    expected = {"mean": abs(2 - 3) / 2, "paired": (2 + 3) / 2, "paper": (2 - 3) / 2}[kind]
+    expected = {"mean": abs(2 - 3) / 2, "paired": (2 + 3) / 2, "paper": (2 - 3) / 2, "relative": 0.5 / 0.5**0.5}[kind]
     assert float(alignment(energy_x, energy_adv, kind)) == pytest.approx(expected)
+
+
+def test_only_the_relative_alignment_cannot_be_lowered_by_shrinking_the_logits():
+    energy_x, energy_adv = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 1.0, 6.0])
+    for kind in ("relative", "mean", "paired"):
+        ratio = float(alignment(energy_x / 2, energy_adv / 2, kind) / alignment(energy_x, energy_adv, kind))
+        assert ratio == pytest.approx(1.0 if kind == "relative" else 0.5)
 
 
 def test_classification_is_a_weighted_mean_of_clean_and_adversarial_cross_entropy():

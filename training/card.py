@@ -1,21 +1,39 @@
-"""The model card and its pictures, generated from the bundle's JSON: nothing in it is typed by hand."""
+#!/usr/bin/env python3
+"""The model card and its pictures, generated from the bundle's JSON: nothing in it is typed by hand.
 
+`python training/card.py BUNDLE` writes the card again; `--readme README.md` also writes the figures between its markers.
+"""
+
+import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ebjdat_serve import pixels
-from ebjdat_serve.bundle import Bundle, write_json
+from ebjdat_serve.bundle import Bundle, read_json, write_json
 from ebjdat_serve.card import table
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.generation import generate
 from ebjdat_serve.sgld import Prior
-from training.images import Dataset
 
 Row = dict[str, Any]
+MARKERS = ("<!-- figures -->", "<!-- /figures -->")
+IN_README = (
+    "accuracy_clean",
+    "accuracy_pgd20",
+    "accuracy_autoattack",
+    "energy_gap_adv_over_sd",
+    "frechet_resnet20",
+    "class_agreement_resnet20",
+    "ece",
+    "flag_rate_clean",
+    "auroc_energy",
+    "flag_power",
+)
 
 
-def write_card(bundle: Bundle, data: Dataset, rows: list[Row], baseline: list[Row]) -> list[str]:
+def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> list[str]:
     """Write README.md, samples.png, landscape.png and, when given, baseline.json; return their names."""
     write_samples(bundle)
     names = ["README.md", "samples.png"]
@@ -24,7 +42,7 @@ def write_card(bundle: Bundle, data: Dataset, rows: list[Row], baseline: list[Ro
     if baseline:
         write_json(bundle.path / "baseline.json", baseline)
         names.append("baseline.json")
-    (bundle.path / "README.md").write_text(card(bundle, data, rows, baseline))
+    (bundle.path / "README.md").write_text(card(bundle, rows, baseline))
     return names
 
 
@@ -56,14 +74,14 @@ def write_landscape(bundle: Bundle) -> bool:
     return True
 
 
-def card(bundle: Bundle, data: Dataset, rows: list[Row], baseline: list[Row]) -> str:
+def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     """Return the model card."""
     m = bundle.manifest
     poor = [f"{row['dataset']} ({row['value']:.3f})" for row in rows if row["metric"] == "auroc_energy" and row["value"] < 0.5]
     weak = f"\nThe energy is **worse than chance** (AUROC below 0.5) on: {'; '.join(poor)}.\n" if poor else ""
     return f"""# {m.name}@{m.version}
 
-{m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {data.name}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
+{m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {m.provenance.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
 Trained by `python training/train.py {m.provenance.preset}`, seed {m.provenance.seed}, git {m.provenance.git[:12]}, {m.provenance.created};
 rolled back for divergence {m.provenance.rollbacks} times. Data sha256 {m.provenance.data_sha256[:16]}.
 
@@ -93,3 +111,31 @@ adversarial images, so the energy sees little of an attack inside its ball (see 
 Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, non-commercial, is used for
 evaluation only. No figure here is FID: no Inception weights were at hand, and `frechet_resnet20` names its extractor.
 """
+
+
+def readme_table(bundle: Bundle) -> str:
+    """Return the README's figures: the rows of metrics.json that a new user asks for, the warm start's beside them."""
+    baseline = bundle.path / "baseline.json"
+    rows = [row for name in IN_README for row in bundle.metrics() if row["metric"] == name]
+    return table(rows, read_json(baseline) if baseline.is_file() else [])
+
+
+def main() -> None:
+    """Write the card of the bundle named on the command line, and the README's figures when asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--readme", type=Path)
+    options = parser.parse_args()
+    bundle = Bundle.draft(options.bundle)
+    baseline = bundle.path / "baseline.json"
+    names = write_card(bundle, bundle.metrics(), read_json(baseline) if baseline.is_file() else [])
+    bundle.update(*names)
+    if options.readme:
+        text = options.readme.read_text()
+        before, rest = text.split(MARKERS[0])
+        _, after = rest.split(MARKERS[1])
+        options.readme.write_text(f"{before}{MARKERS[0]}\n\n{readme_table(bundle)}\n\n{MARKERS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -64,7 +64,7 @@ def evaluate(bundle: Bundle, data: Dataset, suite: Suite, baseline: Path | None 
             rows.append(row)
             write_json(bundle.path / "metrics.json", rows)
     beside: list[Row] = read_json(baseline) if baseline else []
-    written = write_card(bundle, data, rows, beside)
+    written = write_card(bundle, rows, beside)
     return bundle.update("metrics.json", *written)
 
 

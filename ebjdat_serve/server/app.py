@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from ebjdat_serve import __version__, pixels
 from ebjdat_serve.bundle import Bundle, Manifest
-from ebjdat_serve.engines import load_engine
 from ebjdat_serve.server import problems, seam
 from ebjdat_serve.server.bodies import parse_json, read_body, read_images
 from ebjdat_serve.server.problems import Problem
@@ -30,7 +29,7 @@ from ebjdat_serve.server.schemas import (
     ProblemDocument,
 )
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.server.workers import ClassifyWorker, Drawn, GenerateWorker, Job, Verdicts
+from ebjdat_serve.server.workers import ClassifyWorker, Drawn, GenerateWorker, Job, Model, Verdicts
 
 TOP = 5
 IMAGE_BODY = {
@@ -68,13 +67,13 @@ def build_server(settings: Settings) -> seam.Server:
 
     Raises BundleError or EngineError when the bundle or the engine cannot be served.
     """
-    bundle = Bundle.load(settings.model)
-    # The engine is opened once here, so that a wrong wish is an error at the prompt and /info says what really runs.
-    engine = load_engine(bundle, settings.engine, settings.device, settings.threads)
+    # The model is opened once here, so that a wrong wish is an error at the prompt and /info says what really runs.
+    model = Model(settings.model, settings)
+    bundle, engine = model.bundle, model.engine
     about = {"engine": engine.name, "provider": engine.provider}
     apis = [ClassifyWorker(bundle.path, settings), GenerateWorker(bundle.path, settings)]
     accelerator = "cuda" if "cuda" in engine.provider.lower() else "cpu"
-    del engine
+    del model, engine
 
     def register(server: seam.Server) -> None:
         Routes(server, bundle, settings, about, apis[0], apis[1]).install(server.app)
@@ -262,7 +261,7 @@ class Routes:
         if text.lower() in (lowered := [name.lower() for name in self.names]) and not isinstance(wanted, int):
             return lowered.index(text.lower())
         with contextlib.suppress(ValueError):
-            if not isinstance(wanted, bool) and text.isascii() and 0 <= int(text) < len(self.names):
+            if text.isascii() and 0 <= int(text) < len(self.names):
                 return int(text)
         raise Problem(422, f"class {text[:40]!r} is unknown: an index 0 to {len(self.names) - 1} or a name, {', '.join(self.names)}")
 

@@ -138,7 +138,7 @@ async def from_form(request: Request, body: bytes) -> bytes:
         form = await MultiPartParser(request.headers, once(), max_files=2, max_fields=2, max_part_size=MAX_BYTES + 1).parse()
     except (MultiPartException, ValueError, KeyError) as error:
         raise Problem(400, f"the body is not valid multipart/form-data: {error}") from None
-    if list(form.keys()) != ["image"]:
+    if [name for name, _ in form.multi_items()] != ["image"]:
         raise Problem(422, "send exactly one form field, image: curl -F image=@cat.png")
     value = form["image"]
     if isinstance(value, str):

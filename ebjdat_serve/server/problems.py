@@ -44,13 +44,19 @@ def install(app: FastAPI) -> None:
         if error.status_code == 404:
             detail = f"no such path {request.url.path}; see /docs"
         if error.status_code == 405:
-            allowed = (error.headers or {}).get("allow", "")
+            allowed = ", ".join(sorted(methods_of(app, request.url.path)))
             detail = f"{request.url.path} does not take {request.method}; use {allowed}"
+            return document(405, detail, {"Allow": allowed})
         return document(error.status_code, detail, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, __: Exception) -> JSONResponse:
         return document(500, "the server failed on this request; its log has the cause")
+
+
+def methods_of(app: FastAPI, path: str) -> set[str]:
+    """Return the methods of every route at ``path``."""
+    return {method for route in app.routes if getattr(route, "path", None) == path for method in getattr(route, "methods", ())}
 
 
 def document(status: int, detail: str, headers: dict[str, str] | None = None, **extra: object) -> JSONResponse:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 
 class Candidate(BaseModel):
@@ -68,7 +68,7 @@ class GenerateQuery(BaseModel):
     """What to draw; GET takes it as query parameters, POST as query parameters or as a JSON object."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
-    class_: Annotated[str | int, Field(alias="class", description="class index or name")]
+    class_: Annotated[StrictStr | StrictInt, Field(alias="class", description="class index or name")]
     n: Annotated[int, Field(description="how many images")] = 1
     steps: Annotated[int | None, Field(description="Langevin steps; the bundle's own number by default")] = None
     seed: Annotated[

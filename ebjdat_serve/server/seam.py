@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing as mp
+import os
 import signal
 import socket
 import time
@@ -68,13 +69,13 @@ class Server(ls.LitServer):
         self._register(self)
 
     def verify_worker_status(self) -> None:
-        """Wait until all workers are ready; raise RuntimeError when one fails or dies during set-up."""
+        """Wait until all workers are ready; raise EngineError when one fails or dies during set-up."""
         while True:
             states = list(self.workers_setup_status.values())
             if all(state == WorkerSetupStatus.READY for state in states):
                 return
             if any(state == WorkerSetupStatus.ERROR for state in states) or not all(w.is_alive() for w in self.inference_workers):
-                raise RuntimeError("a worker failed to start; its error is above")
+                raise EngineError("a worker failed to start; its error is above")
             time.sleep(0.02)
 
     def ready(self) -> bool:
@@ -132,11 +133,15 @@ def run(server: Server, host: str, port: int) -> None:
 
     LitServe orphans its workers on SIGTERM and, as PID 1, ignores it; here both signals end it the same way.
     """
+    owner = os.getpid()
 
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+        raise SystemExit(0)  # the forked HTTP process: uvicorn has shut down and raises its signal once more
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     try:
         server.run(
             host=host,
@@ -152,7 +157,8 @@ def run(server: Server, host: str, port: int) -> None:
     except KeyboardInterrupt:
         log.info("stopped while starting")
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         for child in mp.active_children():
             child.terminate()
             child.join(timeout=5)

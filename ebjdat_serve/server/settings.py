@@ -28,6 +28,6 @@ class Settings:
     max_scale: int = 16
     classify_queue: int = 256  # requests in flight beyond which the answer is 503
     generate_queue: int = 16
-    classify_deadline: float = 20.0
+    classify_deadline: float = 10.0
     generate_deadline: float = 120.0
     max_batch: int = 32

@@ -20,13 +20,17 @@ def generative(energy_x: Tensor, energy_neg: Tensor) -> Tensor:
 def alignment(energy_x: Tensor, energy_adv: Tensor, kind: str) -> Tensor:
     """Return -h2, the gap between the energies of the same images, (N,) each, clean and adversarial.
 
-    ``paper``   mean E(x_adv) - mean E(x): unbounded below once x_adv does not maximise the energy itself
-    ``mean``    |mean E(x_adv) - mean E(x)|: the same two sums, whichever way the gap points; bounded
-    ``paired``  mean |E(x_adv) - E(x)|: cheapest to lower by shrinking all logits (docs/decisions/0001)
+    ``paper``     mean E(x_adv) - mean E(x): unbounded below once x_adv does not maximise the energy itself
+    ``mean``      |mean E(x_adv) - mean E(x)|: the same two sums, whichever way the gap points
+    ``paired``    mean |E(x_adv) - E(x)|
+    ``relative``  |mean E(x_adv) - mean E(x)| / sd E(x): the only one that shrinking all logits does not lower,
+                  which is what training does with the others (docs/decisions/0001)
     """
     gap = energy_adv - energy_x
     if kind == "paired":
         return gap.abs().mean()
+    if kind == "relative":
+        return gap.mean().abs() / energy_x.std()
     return gap.mean().abs() if kind == "mean" else gap.mean()
 
 

@@ -1,0 +1,82 @@
+"""The clients, as a user runs them, against a live server."""
+
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ebjdat_serve import pixels
+from tests.conftest import ROOT, free_port
+
+
+@pytest.fixture
+def folder(tmp_path, test_images):
+    home = tmp_path / "pictures"
+    (home / "inner").mkdir(parents=True)
+    for i, image in enumerate(test_images[0][::60]):
+        (home / f"real{i}.png").write_bytes(pixels.encode_png(image))
+    (home / "inner" / "broken.jpg").write_bytes(b"not a picture")
+    return home
+
+
+def client(name, *arguments, cwd=None):
+    command = [str(ROOT / "clients" / name)] if name.endswith(".sh") else [sys.executable, str(ROOT / "clients" / name)]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, cwd=cwd)
+
+
+def test_classify(live, folder):
+    done = client("classify.py", folder / "real0.png", folder / "real1.png", "--url", live.url)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("energy") == 2
+    bad = client("classify.py", folder / "real0.png", folder / "inner" / "broken.jpg", folder / "absent.png", "--url", live.url)
+    assert bad.returncode == 1
+    assert "not an image" in bad.stderr
+    assert "absent.png" in bad.stderr
+
+
+def test_screen_writes_every_file_in_order(live, folder, tmp_path):
+    report = tmp_path / "report.csv"
+    done = client("screen.py", folder, "-o", report, "--url", live.url)
+    with report.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    assert [row["file"] for row in rows] == sorted(row["file"] for row in rows)
+    assert sum(bool(row["error"]) for row in rows) == 1
+    assert done.returncode == 1  # one was refused
+    assert all(0 < float(row["p_value"]) <= 1 for row in rows if not row["error"])
+
+
+def test_screen_tells_suspicious_by_its_exit_code(live, folder, tmp_path):
+    quiet = client("screen.py", f"{folder}/real*.png", "--url", live.url)
+    flagged = [row for row in csv.DictReader(quiet.stdout.splitlines()) if row["suspicious"] == "True"]
+    assert quiet.returncode == (3 if flagged else 0)
+    assert client("screen.py", tmp_path / "nothing*.png", "--url", live.url).returncode == 1
+
+
+def test_generate(live, tmp_path):
+    done = client("generate.py", "3", "-n", "4", "--steps", "3", "--seed", "1", "-o", tmp_path / "out.png", "--url", live.url)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "out.png") as picture:
+        assert np.asarray(picture).std() > 5
+    wrong = client("generate.py", "catt", "-o", tmp_path / "no.png", "--url", live.url)
+    assert wrong.returncode == 1
+    assert "unknown" in wrong.stderr
+    assert not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("classify.py", ["real0.png"]), ("screen.py", ["real0.png"]), ("generate.py", ["3"])])
+def test_without_a_server_they_say_how_to_start_one(folder, name, arguments):
+    done = client(name, *arguments, "--url", f"http://127.0.0.1:{free_port()}", cwd=folder)
+    assert done.returncode == 2
+    assert "make serve" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_curl_script(live, folder, tmp_path):
+    done = client("curl.sh", folder / "real0.png", live.url, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"energy"') >= 4
+    assert (tmp_path / "generated-grid.png").stat().st_size > 1000

@@ -1,0 +1,108 @@
+"""The golden path on small real data: digits -> train -> export -> parity -> calibrate -> evaluate -> publish -> serve -> curl."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import httpx2
+import numpy as np
+import torch
+
+from ebjdat_serve import pixels
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.pixels import to_unit
+from tests.conftest import ROOT, serving
+from training.adversary import cross_entropy
+from training.evaluate import survivors
+from training.images import load
+from training.presets import DIGITS, DIGITS_FGSM
+from training.state import load_weights
+from training.train import Clock, train
+
+
+def metric(bundle, name, protocol=""):
+    (row,) = [r for r in bundle.metrics() if r["metric"] == name and protocol in r["protocol"]]
+    return row["value"]
+
+
+def test_the_digits_model_reaches_its_floors(golden):
+    bundle = Bundle.load(golden)
+    assert bundle.manifest.provenance.preset == "digits"
+    assert metric(bundle, "accuracy_clean") >= 0.95
+    assert metric(bundle, "accuracy_pgd20", "l-inf 51/255") >= 0.40
+    assert metric(bundle, "flag_rate_clean_in_interval") == 1.0
+    assert metric(bundle, "class_agreement_own") >= 0.8
+
+
+def test_plain_training_fails_the_pgd_floor(tmp_path):
+    data = load("digits")
+    plain = replace(DIGITS_FGSM, name="plain", eps=0.0, attack_step_size=0.0, epochs=10)
+    weights = train(plain, data, tmp_path, init=None, clock=Clock(), device=torch.device("cpu"))
+    from ebjdat_serve.wideresnet import build
+
+    model = build(plain.depth, plain.width, 10, load_weights(weights)).requires_grad_(False)
+    image, label = torch.from_numpy(to_unit(data.test.image)), torch.from_numpy(data.test.label)
+    with torch.no_grad():
+        assert float(cross_entropy(model(image), label).mean()) < 0.5
+    assert survivors(model, image, label, DIGITS.eps) / len(label) < 0.40
+
+
+def test_it_is_served_and_answers_curl(golden, tmp_path):
+    digits = load("digits").test
+    with serving(golden, tmp_path / "log") as server:
+        right = 0
+        for image, label in zip(digits.image[:40], digits.label[:40], strict=True):
+            (tmp_path / "digit.png").write_bytes(pixels.encode_png(image))
+            command = ["curl", "-fsS", "--data-binary", f"@{tmp_path / 'digit.png'}", f"{server.url}/classify"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            right += f'"class":{label},' in said
+        assert right >= 34
+        drawn = tmp_path / "three.png"
+        subprocess.run(["curl", "-fsS", f"{server.url}/generate?class=3", "-o", str(drawn)], check=True)
+        assert httpx2.post(f"{server.url}/classify", content=drawn.read_bytes()).json()["class"] == 3
+        assert httpx2.get(f"{server.url}/info").json()["model"].startswith("digits@")
+
+
+def test_each_step_also_runs_alone(golden, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(golden / "current", folder)
+    before = Bundle.load(folder)
+    for script, said in (
+        ("export/to_onnx.py", "score.onnx"),
+        ("export/parity.py", "batch 32 chain"),
+        ("training/calibrate.py", "200 energies"),
+        ("training/evaluate.py", "accuracy_pgd20"),
+    ):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), str(folder)], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+    again = Bundle.load(folder)
+    assert again.manifest.files["classify.onnx"] == before.manifest.files["classify.onnx"]  # an export is reproducible
+    np.testing.assert_allclose(again.calibration().energies, before.calibration().energies, rtol=1e-6)
+
+
+def test_a_step_that_cannot_run_says_why(tmp_path):
+    for script in ("export/to_onnx.py", "export/parity.py", "training/calibrate.py", "training/evaluate.py"):
+        done = subprocess.run([sys.executable, str(ROOT / script), str(tmp_path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "neither a bundle" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_finished_run_is_not_started_again_by_mistake(golden):
+    environment = {**os.environ, "EBJDAT_RUNS": str(golden.parent.parent)}
+    command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--run", "golden"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert "--resume" in done.stderr
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, check=False)
+    assert resumed.returncode == 0
+    assert "published" in resumed.stdout
+    other = subprocess.run([*command, "--resume", "--set", "lr=0.5"], capture_output=True, text=True, env=environment, check=False)
+    assert other.returncode == 1
+    assert "another configuration" in other.stderr

@@ -1,0 +1,75 @@
+"""The repository itself: names, the README's claims and commands, the preset list."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+
+from tests.conftest import ROOT
+from training.presets import PRESETS
+from training.train import main
+
+
+def tracked():
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    return [ROOT / name for name in listing] or [p for p in ROOT.rglob("*") if ".venv" not in p.parts and p.is_file()]
+
+
+def test_no_script_shadows_a_package():
+    known = set(sys.stdlib_module_names) | set(packages_distributions())
+    for folder in ("training", "export", "clients", "benchmarks"):
+        for file in (ROOT / folder).glob("*.py"):
+            if file.stem != "__init__":
+                assert file.stem not in known, f"{file.name} run as a script would shadow the package {file.stem}"
+
+
+def test_functions_and_files_stay_readable():
+    for file in tracked():
+        if file.suffix == ".py" and "tests" not in file.parts:
+            assert len(file.read_text().splitlines()) <= 350, file
+
+
+def test_readme_figures_are_the_shipped_metrics():
+    readme = (ROOT / "README.md").read_text()
+    table = readme.split("<!-- figures -->")[1].split("<!-- /figures -->")[0].strip()
+    from ebjdat_serve.bundle import Bundle
+    from ebjdat_serve.server.settings import SHIPPED
+    from training.card import readme_table
+
+    assert table == readme_table(Bundle.load(SHIPPED)).strip(), "run python training/card.py --readme README.md"
+
+
+def test_readme_names_every_auroc_below_one_half():
+    readme = (ROOT / "README.md").read_text()
+    rows = json.loads((ROOT / "ebjdat_serve" / "models" / "cifar10" / "metrics.json").read_text())
+    for row in rows:
+        if row["metric"] == "auroc_energy" and row["value"] < 0.5:
+            assert f"{row['value']:.3f}" in readme, row["dataset"]
+
+
+def test_readme_commands_exist():
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for block in re.findall(r"```bash\n(.*?)```", readme, re.S):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["make"]:
+                assert re.search(rf"^{words[1]}:", makefile, re.M), line
+            for word in words:
+                if word.endswith((".py", ".sh")) and "/" in word:
+                    assert (ROOT / word).is_file(), line
+
+
+def test_every_decision_is_numbered_once():
+    numbers = [file.name[:4] for file in sorted((ROOT / "docs" / "decisions").glob("*.md"))]
+    assert numbers == [f"{i + 1:04}" for i in range(len(numbers))]
+
+
+def test_warm_starts_exist_and_share_the_network():
+    for preset in PRESETS.values():
+        if preset.warm_start:
+            start = PRESETS[preset.warm_start]
+            assert (start.depth, start.width, start.dataset) == (preset.depth, preset.width, preset.dataset)
+    assert callable(main)

@@ -1,0 +1,130 @@
+"""The model in the wheel: whole, small, and as good on real pictures as its card says."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from ebjdat_serve.bundle import SERVED, Bundle
+from ebjdat_serve.detection import Detector
+from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.selftest import replay
+from export.parity import check
+from tests.conftest import ROOT
+from training.measures import flag_rate_interval, wilson
+
+
+def metric(bundle: Bundle, name: str, **where) -> float:
+    rows = [r for r in bundle.metrics() if r["metric"] == name and all(text in r[field] for field, text in where.items())]
+    assert len(rows) == 1, (name, where, rows)
+    return rows[0]["value"]
+
+
+def test_it_holds_everything_and_stays_small(shipped):
+    names = set(shipped.manifest.files)
+    assert set(SERVED) | {"metrics.json", "README.md", "samples.png", "landscape.png"} <= names
+    assert {path.name for path in shipped.path.iterdir()} == names | {"bundle.json"}
+    assert sum(entry.bytes for entry in shipped.manifest.files.values()) <= 10 * 2**20
+    assert len(shipped.calibration().energies) == 2500
+
+
+def test_the_wheel_holds_the_bundle_and_nothing_of_the_laboratory(shipped, tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"ebjdat_serve"}
+    inside = {name.rsplit("/", 1)[1] for name in names if name.startswith("ebjdat_serve/models/cifar10/")}
+    assert inside == set(shipped.manifest.files) | {"bundle.json"}
+
+
+def test_every_figure_says_what_it_was_measured_on(shipped):
+    hashes = {entry.sha256 for entry in shipped.manifest.files.values()}
+    rows = shipped.metrics()
+    for row in rows:
+        assert {"metric", "value", "n", "dataset", "protocol", "seed", "of"} <= set(row)
+        assert row["of"] in hashes, f"{row['metric']} was measured on something else"
+    names = {row["metric"] for row in rows}
+    assert {"accuracy_clean", "accuracy_pgd20", "accuracy_autoattack", "auroc_energy", "flag_power", "flag_rate_clean", "ece"} <= names
+    assert {"energy_gap_adv_over_sd", "frechet_resnet20"} <= names
+    robust = [row for row in rows if row["metric"] in ("accuracy_pgd20", "accuracy_autoattack")]
+    assert all("/255" in row["protocol"] for row in robust)
+
+
+def test_accuracy_and_flag_rate_on_real_pictures_are_the_cards(shipped, test_images):
+    image, label = test_images
+    engine, calibration = OnnxEngine(shipped, "cpu"), shipped.calibration()
+    logits, energy = (np.concatenate(part) for part in zip(*classify_in_chunks(engine, to_unit(image)), strict=True))
+    correct = int((logits.argmax(axis=1) == label).sum())
+    low, high = wilson(correct, len(label), level=0.999)
+    assert low <= metric(shipped, "accuracy_clean") <= high
+    p_value = Detector(np.asarray(calibration.energies), 0.05).p_value(energy)
+    low, high = flag_rate_interval(len(calibration.energies), len(label), 0.05, level=0.999)
+    assert low <= float((p_value < 0.05).mean()) <= high
+
+
+def test_the_self_test_replays(shipped):
+    assert max(replay(shipped).values()) < 1e-4
+
+
+def test_graphs_agree_with_torch_at_every_batch_on_real_images_and_chains(shipped, test_images):
+    found = check(shipped, to_unit(test_images[0][::15]))
+    assert len(found) == 4 * 3 * 2
+    assert max(found.values()) < 1e-4
+
+
+def test_attacks_succeed_more_as_the_ball_grows(shipped, test_images):
+    import torch
+
+    from ebjdat_serve.engines.eager import load_model
+    from training.evaluate import survivors
+
+    model = load_model(shipped)
+    image, label = torch.from_numpy(to_unit(test_images[0][::5])), torch.from_numpy(test_images[1][::5].astype(np.int64))
+    standing = [survivors(model, image, label, eps / 255) / len(label) for eps in (0.01, 4, 8, 64)]
+    assert standing == sorted(standing, reverse=True)
+    assert standing[2] > 0.2  # plain training: 0
+    assert standing[3] < 0.02  # a net that masks its gradient stands here
+
+
+def test_inspect_and_verify_print_readably(shipped):
+    for command, said in (("inspect", "accuracy_clean"), ("verify", "ok")):
+        done = subprocess.run([sys.executable, "-m", "ebjdat_serve.cli", command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+    assert (
+        shipped.manifest.name
+        in subprocess.run([sys.executable, "-m", "ebjdat_serve.cli", "inspect"], capture_output=True, text=True, check=True).stdout
+    )
+
+
+def test_serving_modules_do_not_import_torch():
+    code = (
+        "import sys, ebjdat_serve.cli, ebjdat_serve.server.app, ebjdat_serve.engines.ort, ebjdat_serve.generation, ebjdat_serve.selftest;"
+        "from ebjdat_serve.bundle import Bundle; from ebjdat_serve.server.settings import SHIPPED;"
+        "from ebjdat_serve.selftest import replay; replay(Bundle.load(SHIPPED));"
+        "print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_the_card_shows_every_row_of_metrics_json(shipped):
+    card = (shipped.path / "README.md").read_text()
+    from ebjdat_serve.card import figure
+
+    for row in json.loads((shipped.path / "metrics.json").read_text()):
+        assert f"| {row['metric']} | {figure(row)} |" in card
+
+
+@pytest.mark.data
+def test_figures_are_of_the_official_test_set(shipped):
+    from training.images import load
+
+    data = load("cifar10")
+    assert shipped.manifest.provenance.data_sha256 == data.sha256
