@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = Settings()
     serve_parser = commands.add_parser("serve", help="serve a bundle, or a store of them, over HTTP")
     serve_parser.add_argument("model", nargs="?", type=Path, default=SHIPPED, help="bundle or store; the shipped CIFAR-10 model by default")
-    serve_parser.add_argument("--host", default=default.host, choices=("127.0.0.1", "0.0.0.0", "::"), help="%(default)s by default")
+    serve_parser.add_argument(
+        "--host", default=default.host, choices=("127.0.0.1", "localhost", "0.0.0.0", "::"), help="%(default)s by default"
+    )
     serve_parser.add_argument("--port", default=default.port, type=int, help="%(default)s by default")
     serve_parser.add_argument("--engine", default=default.engine, choices=("auto", "onnx", "torch"))
     serve_parser.add_argument("--device", default=default.device, choices=("auto", "cpu", "cuda"))
@@ -59,7 +61,7 @@ def serve(options: argparse.Namespace) -> None:
 
     settings = Settings(
         model=options.model,
-        host=options.host,
+        host="127.0.0.1" if options.host == "localhost" else options.host,
         port=options.port,
         engine=options.engine,
         device=options.device,
@@ -67,11 +69,11 @@ def serve(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     seam.check_address(settings.host, settings.port)
+    print(f"starting {settings.model}", flush=True)
     server = build_server(settings)
-    bundle = Bundle.draft(settings.model)
+    manifest = Bundle.draft(settings.model).manifest
     url = f"http://{'localhost' if settings.host == '::' else settings.host}:{settings.port}"
-    print(f"{bundle.manifest.name}@{bundle.manifest.version} on {url} (docs: {url}/docs); Ctrl-C ends", flush=True)
-    seam.run(server, settings.host, settings.port)
+    seam.run(server, settings.host, settings.port, f"{manifest.name}@{manifest.version} on {url} (docs: {url}/docs); Ctrl-C ends")
 
 
 def inspect(options: argparse.Namespace) -> None:

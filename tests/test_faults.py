@@ -73,9 +73,9 @@ def test_a_stop_while_starting_leaves_no_process_behind(tmp_path):
             cwd=tmp_path,
         )
     end = time.monotonic() + 30
-    while "docs:" not in log.read_text() and time.monotonic() < end:
+    while "starting" not in log.read_text() and time.monotonic() < end:
         time.sleep(0.05)
-    time.sleep(0.3)
+    time.sleep(1.2)  # the workers are being spawned
     process.send_signal(signal.SIGTERM)
     process.wait(20)
     listing = subprocess.run(["ps", "-eo", "pid,sid"], capture_output=True, text=True, check=True).stdout

@@ -103,8 +103,9 @@ def test_generate_by_name_index_get_and_post_is_one_thing(live, shipped):
         httpx2.post(url, params={"class": 3, **wanted}),
         httpx2.post(url, json={"class": 3, **wanted}),
         httpx2.post(url, json={"class": name, **wanted}),
+        httpx2.post(url, data={"class": name, **wanted}),
     ]
-    assert [answer.status_code for answer in answers] == [200] * 6, [answer.text for answer in answers if answer.status_code != 200]
+    assert [answer.status_code for answer in answers] == [200] * 7, [answer.text for answer in answers if answer.status_code != 200]
     assert len({answer.content for answer in answers}) == 1
 
 

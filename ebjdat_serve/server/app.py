@@ -6,6 +6,7 @@ import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -242,19 +243,24 @@ class Routes:
         if request.method == "POST":
             body = await read_body(request, 64 * 1024)
             if body:
-                kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-                if kind != "application/json":
-                    raise Problem(415, f"content type {kind!r} is not accepted; send application/json, or query parameters and no body")
-                document = parse_json(body)
-                if not isinstance(document, dict):
-                    raise Problem(422, f'send a JSON object such as {{"class": "{self.names[0]}", "n": 4}}')
-                values |= document
+                values |= self._document(request, body)
         if "class" not in values:
             raise Problem(422, f"class is missing: an index 0 to {len(self.names) - 1} or a name, {', '.join(self.names)}")
         try:
             return GenerateQuery.model_validate(values)
         except ValidationError as error:
             raise RequestValidationError([{**item, "loc": item["loc"]} for item in error.errors(include_context=False)]) from None
+
+    def _document(self, request: Request, body: bytes) -> dict[str, Any]:
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind == "application/x-www-form-urlencoded":  # curl -d class=3
+            return dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True))
+        if kind != "application/json":
+            raise Problem(415, f"content type {kind!r} is not accepted; send application/json, a form, or query parameters and no body")
+        document = parse_json(body)
+        if not isinstance(document, dict):
+            raise Problem(422, f'send a JSON object such as {{"class": "{self.names[0]}", "n": 4}}')
+        return document
 
     def _label(self, wanted: str | int) -> int:
         text = str(wanted).strip()

@@ -60,6 +60,8 @@ class DrainLoop(BatchedLoop):
 class Server(ls.LitServer):
     """LitServe's processes and queues without its routes, ready only when every worker is."""
 
+    greeting = ""
+
     def __init__(self, apis: list[ls.LitAPI], register: Callable[["Server"], None], *, accelerator: str, timeout: float) -> None:
         self._register = register
         super().__init__(apis, accelerator=accelerator, devices=1, timeout=timeout, restart_workers=True)
@@ -73,6 +75,7 @@ class Server(ls.LitServer):
         while True:
             states = list(self.workers_setup_status.values())
             if all(state == WorkerSetupStatus.READY for state in states):
+                print(self.greeting, flush=True)
                 return
             if any(state == WorkerSetupStatus.ERROR for state in states) or not all(w.is_alive() for w in self.inference_workers):
                 raise EngineError("a worker failed to start; its error is above")
@@ -128,12 +131,13 @@ class Lane:
             self._server.response_buffer.pop(uid, None)
 
 
-def run(server: Server, host: str, port: int) -> None:
-    """Serve until SIGINT or SIGTERM, then leave no process behind.
+def run(server: Server, host: str, port: int, greeting: str) -> None:
+    """Serve until SIGINT or SIGTERM, then leave no process behind; print ``greeting`` when every worker is ready.
 
     LitServe orphans its workers on SIGTERM and, as PID 1, ignores it; here both signals end it the same way.
     """
     owner = os.getpid()
+    server.greeting = greeting
 
     def stop(*_: object) -> None:
         if os.getpid() == owner:

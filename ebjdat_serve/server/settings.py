@@ -20,7 +20,7 @@ class Settings:
     alpha: float = 0.05
     threads: int = 1  # per worker process
 
-    max_body: int = 20 * 2**20
+    max_body: int = 22 * 2**20  # a picture of the largest size still fits as base64
     max_images: int = 64  # in one JSON list
     max_samples: int = 64  # n of one /generate
     max_steps: int = 1000

@@ -28,7 +28,6 @@ class Verdicts:
     energy: NDArray[np.float32]
     p_value: NDArray[np.float64]
     suspicious: NDArray[np.bool_]
-    provider: str
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,7 @@ class Model:
     def verdicts(self, logits: Any, energy: Any) -> Verdicts:
         """Return what is said of images with these logits (N, K) and energies (N,)."""
         p_value = self.detector.p_value(energy)
-        return Verdicts(
-            probabilities(logits, self.temperature), -logits, energy, p_value, self.detector.suspicious(p_value), self.engine.provider
-        )
+        return Verdicts(probabilities(logits, self.temperature), -logits, energy, p_value, self.detector.suspicious(p_value))
 
 
 class Worker(ls.LitAPI):
@@ -87,6 +84,10 @@ class Worker(ls.LitAPI):
         """Pass the payload through: it was decoded and validated in the HTTP process."""
         return request
 
+    def batch(self, inputs: list[Any]) -> list[Any]:
+        """Leave the requests as they are; predict joins what can be joined."""
+        return inputs
+
     def encode_response(self, output: Any) -> Any:
         """Pass the answer through."""
         return output
@@ -98,20 +99,12 @@ class ClassifyWorker(Worker):
     def __init__(self, folder: Path, settings: Settings) -> None:
         super().__init__(folder, settings, max_batch_size=settings.max_batch, api_path="/classify", loop=DrainLoop())
 
-    def batch(self, inputs: list[pixels.Pixels]) -> list[pixels.Pixels]:
-        """Leave the requests as they are; predict joins them."""
-        return inputs
-
     def predict(self, x: list[pixels.Pixels]) -> list[Verdicts]:
         """Return one Verdicts per request."""
         image = pixels.to_unit(np.concatenate(x))
         logits, energy = (np.concatenate(part) for part in zip(*classify_in_chunks(self.model.engine, image), strict=True))
         cuts = np.cumsum([len(one) for one in x])[:-1]
         return [self.model.verdicts(f, e) for f, e in zip(np.split(logits, cuts), np.split(energy, cuts), strict=True)]
-
-    def unbatch(self, output: list[Verdicts]) -> list[Verdicts]:
-        """Return the list as it is."""
-        return output
 
 
 class GenerateWorker(Worker):
@@ -126,10 +119,6 @@ class GenerateWorker(Worker):
         self.prior = Prior.load(self.model.bundle.path / "prior.safetensors")
         self._draw(Job(label=0, n=1, steps=1, seed=0))
 
-    def batch(self, inputs: list[Job]) -> list[Job]:
-        """Leave the one request as it is."""
-        return inputs
-
     def predict(self, x: list[Job]) -> list[Drawn]:
         """Return the drawn images of each job."""
         drawn = []
@@ -137,10 +126,6 @@ class GenerateWorker(Worker):
             samples = self._draw(job)
             drawn.append(Drawn(samples.image, self.model.verdicts(samples.logits, samples.energy)))
         return drawn
-
-    def unbatch(self, output: list[Drawn]) -> list[Drawn]:
-        """Return the list as it is."""
-        return output
 
     def _draw(self, job: Job) -> Samples:
         sampler = replace(self.model.bundle.manifest.sampler, steps=job.steps)
