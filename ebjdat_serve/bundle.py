@@ -52,8 +52,11 @@ class Provenance:
     seed: int
     dataset: str
     data_sha256: str
+    steps: int
+    planned_steps: int
     rollbacks: int
-    created: str
+    init_sha256: str
+    started: str
     configuration: dict[str, Any] = field(default_factory=dict)
 
 

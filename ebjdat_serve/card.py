@@ -16,8 +16,8 @@ def summary(bundle: Bundle) -> str:
         f"  architecture  {m.architecture.family} {m.architecture.depth}-{m.architecture.width}, input {m.input.height} x {m.input.width}",
         f"  labels        {', '.join(m.labels)}",
         f"  sampler       {s.steps} steps of {s.step_size}, gradient clip {s.grad_clip}, noise {s.noise_std}",
-        f"  trained       preset {p.preset}, seed {p.seed}, {p.dataset}, git {p.git[:12]}, {p.created}",
-        f"  rollbacks     {p.rollbacks}",
+        f"  trained       preset {p.preset}, seed {p.seed}, {p.dataset}, git {p.git[:12]}, {p.started}",
+        f"  steps         {p.steps} of {p.planned_steps} planned, rolled back {p.rollbacks} times",
     ]
     if "calibration.json" in m.files:
         c = bundle.calibration()
@@ -60,6 +60,6 @@ def table(rows: list[Row], baseline: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def key(row: Row) -> tuple[str, str, str]:
+def key(row: Row) -> tuple[str, str, str, int]:
     """Return what makes two rows the same measurement of two models."""
-    return row["metric"], row["dataset"], row["protocol"]
+    return row["metric"], row["dataset"], row["protocol"], row["n"]

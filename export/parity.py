@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file
 
 from ebjdat_serve.bundle import Bundle
@@ -27,7 +28,7 @@ BATCHES = (1, 3, 32)
 
 def check(bundle: Bundle, real: Floats | None = None) -> dict[str, float]:
     """Return {output, batch, kind of image: worst difference}; raise EbjdatError when one is beyond 1e-4."""
-    torch_engine, onnx_engine = TorchEngine(bundle, "cpu"), OnnxEngine(bundle, "cpu")
+    torch_engine, onnx_engine = TorchEngine(bundle, "cpu", torch.get_num_threads()), OnnxEngine(bundle, "cpu")
     if real is None:
         real = load_file(bundle.path / "selftest.safetensors")["image"]
     found: dict[str, float] = {}

@@ -1,5 +1,7 @@
 """The adversary, EB-JDAT's terms, the buffer, and a run that is stopped and goes on."""
 
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +13,15 @@ from ebjdat_serve.sgld import Prior, Sampler
 from ebjdat_serve.wideresnet import WideResNet
 from training.adversary import INNER, cross_entropy, frozen, pgd
 from training.errors import TrainingDiverged, TrainingError
+from training.evaluate import autoattack
 from training.images import augment, load
 from training.methods import Batch
 from training.methods.at import AdversarialTraining
 from training.methods.ebjdat import EbJdat, alignment, classification, generative
 from training.presets import DIGITS, DIGITS_FGSM
+from training.refresh import stages
 from training.replay import ReplayBuffer, fit_prior
+from training.state import save_weights
 from training.train import Clock, diverged, learning_rate, new_state, override, train
 
 CPU = torch.device("cpu")
@@ -86,17 +91,19 @@ def test_frozen_restores_modes_and_flags_even_after_an_error(model):
 
 
 def test_generative_lowers_the_data_and_raises_the_chains(model, batch):
+    assert float(generative(torch.tensor([1.0, 3.0]), torch.tensor([5.0, 5.0]))) == -3.0
     model.eval()
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
     x_neg = torch.rand(6, 3, 8, 8)
 
-    def gap():
-        return generative(energy(model(batch.plain)), energy(model(x_neg)))
+    def data_above_chains():
+        with torch.no_grad():
+            return float(energy(model(batch.plain)).mean() - energy(model(x_neg)).mean())
 
-    before = gap()
-    before.backward()
+    before = data_above_chains()
+    generative(energy(model(batch.plain)), energy(model(x_neg))).backward()
     optimiser.step()
-    assert gap() < before
+    assert data_above_chains() < before
 
 
 @pytest.mark.parametrize("kind", ["relative", "mean", "paired", "paper"])
@@ -142,17 +149,15 @@ def test_the_buffer_writes_back_and_keeps_its_class_blocks(model, prior):
     buffer = ReplayBuffer(prior, 40, reinit=0.0, seed=0, device=CPU)
     before = buffer.chain.clone()
     x_neg = buffer.advance(model, 8, Sampler(3, 0.5, 1.0, 0.0), torch.Generator().manual_seed(0))
-    index = torch.randint(0, 40, (8,), generator=torch.Generator().manual_seed(0))
-    for i in set(index.tolist()):
-        last = max(place for place, j in enumerate(index.tolist()) if j == i)
-        torch.testing.assert_close(buffer.chain[i], x_neg[last])
+    index = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:8]
+    torch.testing.assert_close(buffer.chain[index], x_neg)
     untouched = sorted(set(range(40)) - set(index.tolist()))
     torch.testing.assert_close(buffer.chain[untouched], before[untouched])
     assert buffer.label.tolist() == sorted(buffer.label.tolist())
 
 
 def test_the_buffer_restarts_chains_at_the_stated_rate_from_their_own_class(model, prior):
-    buffer = ReplayBuffer(prior, 400, reinit=0.3, seed=0, device=CPU)
+    buffer = ReplayBuffer(prior, 2000, reinit=0.3, seed=0, device=CPU)
     buffer.chain.fill_(0.5)
     still = Sampler(1, 0.0, 1.0, 0.0)
     x = buffer.advance(model, 2000, still, torch.Generator().manual_seed(0))
@@ -211,8 +216,9 @@ def test_a_resumed_run_is_bit_identical_to_one_that_never_stopped(tmp_path, monk
 
         def over(self):
             self.calls += 1
-            self.interrupted = self.calls > 23
-            return self.interrupted
+            if self.calls > 23:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().over()
 
     with pytest.raises(KeyboardInterrupt):
         train(preset, data, tmp_path / "parts", init=None, clock=Interrupting(), device=CPU)
@@ -248,8 +254,44 @@ def test_overrides_are_checked():
     assert override(DIGITS, ["lr=0.5", "attack_steps=3", "frozen_norm=false"]).attack_steps == 3
     with pytest.raises(TrainingError, match="fields are"):
         override(DIGITS, ["learning=1"])
-    with pytest.raises(TrainingError, match="attack_steps is a int"):
-        override(DIGITS, ["attack_steps=many"])
+    assert override(DIGITS, ["epochs=0.5"]).epochs == 0.5
+    for setting, said in (("attack_steps=many", "attack_steps is a int"), ("frozen_norm=yes", "frozen_norm is a bool")):
+        with pytest.raises(TrainingError, match=said):
+            override(DIGITS, [setting])
+
+
+def test_the_warm_start_is_of_the_same_network_and_ball():
+    warm, joint = stages(override(DIGITS, ["width=2", "eps=0.1"]))
+    assert (warm.width, warm.eps, warm.attack_step_size) == (2, 0.1, pytest.approx(0.125))
+    assert joint.width == 2
+
+
+def test_weights_of_another_network_cannot_start_a_run(tmp_path):
+    save_weights(WideResNet(10, 2, 10).state_dict(), tmp_path / "wide.safetensors")
+    save_weights({"strange": torch.zeros(3)}, tmp_path / "strange.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"x")
+    for name in ("wide", "strange", "broken", "absent"):
+        with pytest.raises(TrainingError, match=name):
+            new_state(DIGITS_FGSM, load("digits"), tmp_path / f"{name}.safetensors", CPU)
+
+
+def test_a_run_without_time_for_a_step_is_an_error_not_a_model(tmp_path):
+    with pytest.raises(TrainingError, match="max-minutes"):
+        train(DIGITS_FGSM, load("digits"), tmp_path, init=None, clock=Clock(0), device=CPU)
+    assert not (tmp_path / "weights.safetensors").exists()
+
+
+def test_an_unknown_alignment_is_an_error():
+    with pytest.raises(ValueError, match="alignment must be"):
+        alignment(torch.zeros(2), torch.ones(2), "absolute")
+
+
+def test_autoattack_runs_stays_in_its_ball_and_leaves_less_than_clean():
+    torch.manual_seed(0)
+    net = WideResNet(10, 1, 4).eval().requires_grad_(False)
+    image = torch.rand(4, 3, 8, 8)
+    label = net(image).argmax(dim=1)
+    assert autoattack(net, image, label, eps=0.3) < 4
 
 
 def test_cross_entropy_objective_matches_the_identity():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write calibration.json of a bundle: `python training/calibrate.py BUNDLE [--data cifar10]`.
+"""Write calibration.json of a bundle: `python training/calibrate.py BUNDLE`.
 
 Clean energies are taken through the served engine, from images that travel through the server's own decoder; the
 temperature of p(y|x) is fitted on the selection split.
@@ -16,7 +16,7 @@ from ebjdat_serve.bundle import Bundle, Calibration, write_json
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Engine, Floats, Labels
 from ebjdat_serve.engines.ort import OnnxEngine
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
 from training.errors import DataError
@@ -25,6 +25,7 @@ from training.images import Dataset, load
 
 def calibrate(bundle: Bundle, data: Dataset) -> Bundle:
     """Record the calibration split's energies and the selection split's temperature for the served graph."""
+    check_data(bundle, data)
     engine = OnnxEngine(bundle, "cpu")
     _, energies = served(engine, data.calibration.image)
     logits, _ = served(engine, data.selection.image)
@@ -37,6 +38,16 @@ def calibrate(bundle: Bundle, data: Dataset) -> Bundle:
     )
     write_json(bundle.path / "calibration.json", [asdict(calibration)])
     return bundle.update("calibration.json")
+
+
+def check_data(bundle: Bundle, data: Dataset) -> None:
+    """Raise BundleError unless ``data`` is, split for split, what the bundle was trained on: else splits would overlap."""
+    bundle.check_files()
+    if data.sha256 != bundle.manifest.provenance.data_sha256:
+        raise BundleError(
+            f"{data.name} here (sha256 {data.sha256[:12]}) is not, in this order, what {bundle.path} was trained on "
+            f"({bundle.manifest.provenance.data_sha256[:12]}): its calibration split would hold training images"
+        )
 
 
 def served(engine: Engine, image: Pixels) -> tuple[Floats, Floats]:
@@ -68,11 +79,10 @@ def main() -> None:
     """Calibrate the bundle named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--data", help="data set; the one it was trained on by default")
     options = parser.parse_args()
     try:
         bundle = Bundle.draft(options.bundle)
-        calibration = calibrate(bundle, load(options.data or bundle.manifest.provenance.dataset)).calibration()
+        calibration = calibrate(bundle, load(bundle.manifest.provenance.dataset)).calibration()
     except (EbjdatError, DataError) as error:
         sys.exit(str(error))
     energies = calibration.energies

@@ -28,6 +28,7 @@ IN_README = (
     "class_agreement_resnet20",
     "ece",
     "flag_rate_clean",
+    "flag_rate_clean_in_interval",
     "auroc_energy",
     "flag_power",
 )
@@ -82,8 +83,8 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     return f"""# {m.name}@{m.version}
 
 {m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {m.provenance.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
-Trained by `python training/train.py {m.provenance.preset}`, seed {m.provenance.seed}, git {m.provenance.git[:12]}, {m.provenance.created};
-rolled back for divergence {m.provenance.rollbacks} times. Data sha256 {m.provenance.data_sha256[:16]}.
+Trained by `python training/train.py {m.provenance.preset}`, seed {m.provenance.seed}, git {m.provenance.git[:12]}, begun {m.provenance.started}:
+{m.provenance.steps} of {m.provenance.planned_steps} planned steps, rolled back for divergence {m.provenance.rollbacks} times. Data sha256 {m.provenance.data_sha256[:16]}.
 
 ![samples: one column a class, seeds in order, none chosen](samples.png)
 

@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,9 +17,19 @@ from ebjdat_serve.sgld import Sampler
 from training.images import Dataset
 from training.presets import Preset
 from training.replay import fit_prior
+from training.state import Position
 
 
-def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, *, name: str, rollbacks: int) -> Bundle:
+@dataclass(frozen=True)
+class Origin:
+    """How a run began: the checkout's commit, the time (UTC), and the sha256 of the weights given by --init, if any."""
+
+    git: str
+    started: str
+    init_sha256: str
+
+
+def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, origin: Origin, position: Position, planned: int) -> Bundle:
     """Write a bundle without graphs, calibration and figures into ``folder``, replacing what is there."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -27,20 +37,23 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, *, 
     fit_prior(data.train, len(data.names), preset.prior_rank).save(folder / "prior.safetensors")
     now = datetime.now(UTC)
     manifest = Manifest(
-        name=name,
+        name=preset.name,
         version=f"{now:%Y.%m.%d}-{sha256(folder / 'weights.safetensors')[:8]}",
         architecture=Architecture("wideresnet", preset.depth, preset.width),
         labels=list(data.names),
         input=Input(*data.train.image.shape[1:3]),
         sampler=Sampler(preset.sample_steps, preset.chain_step_size, preset.chain_clip, preset.chain_noise),
         provenance=Provenance(
-            git=git_commit(),
+            git=origin.git,
             preset=preset.name,
             seed=preset.seed,
             dataset=data.name,
             data_sha256=data.sha256,
-            rollbacks=rollbacks,
-            created=now.isoformat(timespec="seconds"),
+            steps=position.step,
+            planned_steps=planned,
+            rollbacks=position.rollbacks,
+            init_sha256=origin.init_sha256,
+            started=origin.started,
             configuration=asdict(preset),
         ),
         files={},
@@ -66,7 +79,9 @@ def git_commit() -> str:
     here = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("-dirty" if dirty else "")

@@ -76,7 +76,7 @@ def data_root() -> Path:
 
 
 def load(name: str) -> Dataset:
-    """Return the data set ``cifar10``, ``digits`` or the folder ``path/to/folder`` of class sub-folders.
+    """Return the data set ``cifar10`` or ``digits``, split.
 
     Raises DataError when it is not there or does not match its checksum.
     """
@@ -172,7 +172,7 @@ def read_atlas(path: Path, tile: int) -> Pixels:
 
 
 def read_folder(folder: Path, names: Sequence[str]) -> Split:
-    """Return ``folder/<class>/*.png`` as a split, classes in the order of ``names``, files in name order."""
+    """Return ``folder/<class>/*.png`` as a split in a fixed shuffled order; label i is ``names[i]``."""
     images: list[Pixels] = []
     labels: list[int] = []
     for index, name in enumerate(names):
@@ -182,7 +182,9 @@ def read_folder(folder: Path, names: Sequence[str]) -> Split:
             labels.append(index)
     if not images or len({image.shape for image in images}) != 1:
         raise DataError(f"{folder} must hold sub-folders {', '.join(names)} of PNG files of one size")
-    return Split(np.stack(images), np.asarray(labels, dtype=np.int64))
+    # in an order of its own, so that the first n of a split are not all of one class
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
+    return Split(np.stack(images)[order], np.asarray(labels, dtype=np.int64)[order])
 
 
 def download_cifar10(root: Path) -> None:

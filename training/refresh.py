@@ -4,21 +4,23 @@ import json
 import os
 import time
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ebjdat_serve.bundle import Bundle, publish, read_json
+from ebjdat_serve.bundle import MANIFEST, Bundle, publish, read_json, sha256, write_json
 from export.parity import check
 from export.to_onnx import export
 from training.calibrate import calibrate
-from training.drafts import draft_bundle
+from training.drafts import Origin, draft_bundle, git_commit
 from training.errors import TrainingError
 from training.evaluate import SUITES, evaluate
 from training.images import Dataset, load
 from training.presets import PRESETS, Preset
 from training.state import load_position
-from training.train import Clock, train
+from training.train import Clock, total_steps, train
 
 
 def runs_root() -> Path:
@@ -32,10 +34,12 @@ def best_preset(device: torch.device) -> str:
 
 
 def stages(preset: Preset) -> list[Preset]:
-    """Return the warm start's stage, if there is one, and the preset's own."""
+    """Return the warm start's stage, if there is one, for the same network, data and ball, and the preset's own."""
     if preset.warm_start is None:
         return [preset]
-    return [replace(PRESETS[preset.warm_start], seed=preset.seed), preset]
+    shared = ("seed", "dataset", "depth", "width", "eps", "prior_rank", "sample_steps", "chain_step_size", "chain_clip", "chain_noise")
+    changes: dict[str, Any] = {name: getattr(preset, name) for name in shared}
+    return [replace(PRESETS[preset.warm_start], **changes, attack_step_size=1.25 * preset.eps), preset]
 
 
 def refresh(preset: Preset, run: Path, *, init: Path | None, clock: Clock, suite: str, device: torch.device) -> Path:
@@ -45,33 +49,30 @@ def refresh(preset: Preset, run: Path, *, init: Path | None, clock: Clock, suite
     """
     data = load(preset.dataset)
     todo = [preset] if init is not None else stages(preset)
-    remember(run, todo)
+    origin = remember(run, todo, init)
     weights = init
     for stage in todo:
         folder = run / stage.name
-        if not (folder / "weights.safetensors").is_file():
+        if load_position(folder / "state.pt").step < total_steps(stage, len(data.train)):
             say(f"train {stage.name} in {folder}")
             train(stage, data, folder, init=weights, clock=clock, device=device)
         weights = folder / "weights.safetensors"
     baseline = None
     for stage in todo:
-        bundle = finish(stage, data, run / stage.name, suite=suite, baseline=baseline)
+        bundle = finish(stage, data, run / stage.name, suite=suite, baseline=baseline, origin=origin)
         baseline = bundle.path / "metrics.json"
     say(f"publish into {run / 'store'}")
     return publish(bundle, run / "store")
 
 
-def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None) -> Bundle:
+def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None, origin: Origin) -> Bundle:
     """Return the evaluated bundle of one stage's weights: export, parity, calibration, evaluation."""
-    home = folder / "bundle"
-    if (home / "README.md").is_file():
+    home, weights = folder / "bundle", folder / "weights.safetensors"
+    if finished(home, weights, min(SUITES[suite].test, len(data.test))):
         return Bundle.load(home)
     say(f"export {home}")
-    bundle = export(
-        draft_bundle(
-            folder / "weights.safetensors", stage, data, home, name=stage.name, rollbacks=load_position(folder / "state.pt").rollbacks
-        )
-    )
+    position = load_position(folder / "state.pt")
+    bundle = export(draft_bundle(weights, stage, data, home, origin, position, total_steps(stage, len(data.train))))
     worst = max(check(bundle).items(), key=lambda item: item[1])
     say(f"parity: largest difference {worst[1]:.1e} ({worst[0]})")
     bundle = calibrate(bundle, data)
@@ -79,15 +80,28 @@ def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: 
     return evaluate(bundle, data, SUITES[suite], baseline)
 
 
-def remember(run: Path, todo: list[Preset]) -> None:
-    """Write the configuration of a new run; refuse to continue a run under another configuration."""
+def finished(home: Path, weights: Path, n: int) -> bool:
+    """Return whether ``home`` is an evaluated bundle of these weights, with n clean test images."""
+    if not (home / MANIFEST).is_file():
+        return False
+    bundle = Bundle.draft(home)
+    entry = bundle.manifest.files.get("weights.safetensors")
+    clean = [row["n"] for row in bundle.metrics() if row["metric"] == "accuracy_clean"]
+    return "README.md" in bundle.manifest.files and entry is not None and entry.sha256 == sha256(weights) and clean == [n]
+
+
+def remember(run: Path, todo: list[Preset], init: Path | None) -> Origin:
+    """Write down how a new run began and return it; refuse to continue a run under another configuration."""
     run.mkdir(parents=True, exist_ok=True)
     file = run / "config.json"
-    wanted = json.loads(json.dumps([asdict(stage) for stage in todo]))
+    begun = {"init_sha256": sha256(init) if init else "", "stages": json.loads(json.dumps([asdict(stage) for stage in todo]))}
     if not file.is_file():
-        file.write_text(json.dumps(wanted, indent=1) + "\n")
-    elif read_json(file) != wanted:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(file, {"git": git_commit(), "started": now, **begun})
+    known = read_json(file)
+    if {name: known.get(name) for name in begun} != begun:
         raise TrainingError(f"{file} holds another configuration: continue it with the same preset and settings, or name a new --run")
+    return Origin(known["git"], known["started"], known["init_sha256"])
 
 
 def say(text: str) -> None:

@@ -47,7 +47,8 @@ class ReplayBuffer:
         Batch norm is frozen meanwhile.
         """
         device = self.chain.device
-        index = torch.randint(0, len(self.chain), (n,), generator=generator, device=device)
+        # without replacement: of two moves of one chain one would be lost, and which one would depend on threads
+        index = torch.randperm(len(self.chain), generator=generator, device=device)[:n]
         block = len(self.chain) // (int(self.label[-1]) + 1)
         # a fresh start of the same class: another place in the same block
         other = index // block * block + torch.randint(0, block, (n,), generator=generator, device=device)

@@ -9,14 +9,17 @@ import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import sys
+import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ebjdat_serve.wideresnet import WideResNet
@@ -36,10 +39,22 @@ class Clock:
 
     def __init__(self, minutes: float = math.inf) -> None:
         self.deadline, self.interrupted = time.monotonic() + 60 * minutes, False
+        self.usual: dict[signal.Signals, Any] = {}
 
     def interrupt(self, *_: object) -> None:
         """Take note of a signal."""
         self.interrupted = True
+
+    def listen(self) -> None:
+        """Let Ctrl-C and SIGTERM end training after the step at hand; outside training they act as usual."""
+        if threading.current_thread() is threading.main_thread():
+            self.usual = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def deafen(self) -> None:
+        """Give the signals back."""
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+        self.usual = {}
 
     def over(self) -> bool:
         """Return whether to stop now."""
@@ -57,10 +72,13 @@ def train(preset: Preset, data: Dataset, folder: Path, *, init: Path | None, clo
     state = new_state(preset, data, init, device)
     if saved.is_file():
         state.restore(saved)
+    else:
+        state.save(saved)  # there is always a good state to return to
     stream = Stream(preset, data, device)
-    total = math.ceil(preset.epochs * stream.steps_per_epoch)
+    total = total_steps(preset, len(data.train))
     held_out = data.selection.first(500)
     since_save = time.monotonic()
+    clock.listen()
 
     while state.step < total and not clock.over():
         started = time.monotonic()
@@ -78,13 +96,13 @@ def train(preset: Preset, data: Dataset, folder: Path, *, init: Path | None, clo
         state.update_ema(preset.ema)
         state.seconds += time.monotonic() - started
 
+        row = {"loss": float(terms.loss.detach()), **{name: float(value) for name, value in terms.log.items()}}
+        if diverged(row, preset):  # at every step, so that no bad state is ever saved
+            roll_back(state, saved, log, row)
+            continue
         if state.step % 20 == 0 or state.step == total:
-            row = {name: float(value) for name, value in terms.log.items()}
-            if diverged(row, preset):
-                roll_back(state, saved, log, row)
-                continue
             speed = preset.batch_size * state.step / state.seconds
-            write(log, {"step": state.step, "of": total, "loss": float(terms.loss.detach()), **row, "images_per_second": round(speed, 1)})
+            write(log, {"step": state.step, "of": total, **row, "images_per_second": round(speed, 1)})
         if state.step % stream.steps_per_epoch == 0 or state.step == total:
             write(log, {"step": state.step, **validate(preset, state.ema, held_out, device)})
         if time.monotonic() - since_save > 45:
@@ -92,10 +110,18 @@ def train(preset: Preset, data: Dataset, folder: Path, *, init: Path | None, clo
             since_save = time.monotonic()
 
     state.save(saved)
+    clock.deafen()
     if clock.interrupted:
         raise KeyboardInterrupt
+    if state.step == 0:
+        raise TrainingError(f"the time ran out before {preset.name} began; give more --max-minutes, with --resume")
     save_weights(state.ema, weights)
     return weights
+
+
+def total_steps(preset: Preset, images: int) -> int:
+    """Return how many steps the preset's epochs over so many images are."""
+    return math.ceil(preset.epochs * (images // preset.batch_size))
 
 
 def new_state(preset: Preset, data: Dataset, init: Path | None, device: torch.device) -> State:
@@ -103,7 +129,7 @@ def new_state(preset: Preset, data: Dataset, init: Path | None, device: torch.de
     torch.manual_seed(preset.seed)
     model = WideResNet(preset.depth, preset.width, len(data.names))
     if init is not None:
-        model.load_state_dict(load_weights(init), strict=False)
+        start(model, init)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.autocast = precision(preset, device)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -113,6 +139,17 @@ def new_state(preset: Preset, data: Dataset, init: Path | None, device: torch.de
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     generator = torch.Generator(device).manual_seed(preset.seed)
     return State(model, ema, optimiser, new_method(preset, data, device), generator)
+
+
+def start(model: WideResNet, init: Path) -> None:
+    """Load ``init`` into ``model``; raise TrainingError when it is not weights of this network."""
+    try:
+        problems = model.load_state_dict(load_weights(init), strict=False)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise TrainingError(f"{init} cannot start this network: {error}") from error
+    missing = [name for name in problems.missing_keys if not name.endswith("num_batches_tracked")]
+    if missing or problems.unexpected_keys:
+        raise TrainingError(f"{init} is not of this network: missing {missing[:3]}, unexpected {problems.unexpected_keys[:3]}")
 
 
 def new_method(preset: Preset, data: Dataset, device: torch.device) -> Method:
@@ -214,7 +251,7 @@ def write(log: Path, row: dict[str, float]) -> None:
 
 
 def main() -> None:
-    """Run the refresh, or, with ``--stop-after train``, the training alone."""
+    """Run the refresh."""
     from ebjdat_serve.errors import EbjdatError
     from training.refresh import best_preset, refresh, runs_root
 
@@ -232,33 +269,34 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = Clock(options.max_minutes)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, clock.interrupt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         preset = override(PRESETS[options.preset or best_preset(device)], options.set)
         run = runs_root() / (options.run or default_run(preset, runs_root(), options.resume))
+        if options.resume and not run.exists():
+            raise TrainingError(f"{run} does not exist: leave --resume out to start it")
         if run.exists() and not options.resume:
             raise TrainingError(f"{run} exists: --resume continues it, another --run starts afresh")
         home = refresh(preset, run, init=options.init, clock=clock, suite=options.suite, device=device)
     except (TrainingError, EbjdatError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        print(f"interrupted; the state is saved: add --resume --run {run.name} to go on", file=sys.stderr)
+        again = [word for word in sys.argv[1:] if word != "--resume"] + ([] if options.run else ["--run", run.name])
+        print(f"interrupted; go on with: {shlex.join([sys.executable, sys.argv[0], *again, '--resume'])}", file=sys.stderr)
         sys.exit(130)
     print(f"published {home}\nserve it: make serve MODEL={home.parent}")
 
 
 def override(preset: Preset, settings: list[str]) -> Preset:
     """Return ``preset`` with FIELD=VALUE settings applied; raise TrainingError naming the fields there are."""
-    kinds = {field.name: type(getattr(preset, field.name)) for field in fields(preset)}
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(preset)}
     for setting in settings:
         name, _, value = setting.partition("=")
         if name not in kinds or kinds[name] not in (int, float, str, bool):
             raise TrainingError(f"--set {setting}: fields are {', '.join(kinds)}")
         try:
-            parsed = value == "true" if kinds[name] is bool else kinds[name](value)
-        except ValueError:
+            parsed = {"true": True, "false": False}[value] if kinds[name] is bool else kinds[name](value)
+        except (ValueError, KeyError):
             raise TrainingError(f"--set {setting}: {name} is a {kinds[name].__name__}") from None
         changes: dict[str, Any] = {name: parsed}
         preset = replace(preset, **changes)
@@ -269,7 +307,9 @@ def default_run(preset: Preset, root: Path, resume: bool) -> str:
     """Return the newest run of the preset to resume, or a new name."""
     if not resume:
         return f"{preset.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    known = sorted((path for path in root.glob(f"{preset.name}-2*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    known = sorted(
+        (path.parent for path in root.glob("*/config.json") if (path.parent / preset.name).is_dir()), key=lambda p: p.stat().st_mtime
+    )
     if not known:
         raise TrainingError(f"no run of {preset.name} in {root} to resume; leave --resume out, or name it with --run")
     return known[-1].name

@@ -13,7 +13,11 @@ from training.replay import ReplayBuffer
 
 
 def generative(energy_x: Tensor, energy_neg: Tensor) -> Tensor:
-    """Return -h1: mean E(x) - mean E(x_neg), whose gradient is that of -log p(x) (x_neg a chain sample, constant)."""
+    """Return -h1: mean E(x) - mean E(x_neg), whose gradient estimates that of -log p(x); x_neg is constant.
+
+    The chains follow dE(x,y)/dx for y uniform, so that blocks of the buffer stay of one class: the estimate takes the
+    model's p(y) for uniform, where the lineage's default samples the marginal.
+    """
     return energy_x.mean() - energy_neg.mean()
 
 
@@ -27,11 +31,16 @@ def alignment(energy_x: Tensor, energy_adv: Tensor, kind: str) -> Tensor:
                   which is what training does with the others (docs/decisions/0001)
     """
     gap = energy_adv - energy_x
-    if kind == "paired":
-        return gap.abs().mean()
-    if kind == "relative":
-        return gap.mean().abs() / energy_x.std()
-    return gap.mean().abs() if kind == "mean" else gap.mean()
+    match kind:
+        case "relative":
+            return gap.mean().abs() / energy_x.std()
+        case "mean":
+            return gap.mean().abs()
+        case "paired":
+            return gap.abs().mean()
+        case "paper":
+            return gap.mean()
+    raise ValueError(f"alignment must be relative, mean, paired or paper, not {kind!r}")
 
 
 def classification(logits: Tensor, logits_adv: Tensor, label: Tensor, clean_weight: float) -> Tensor:
