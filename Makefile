@@ -3,9 +3,15 @@ PYTHON ?= python3
 PORT ?= 8000
 HOST ?= 127.0.0.1
 MODEL ?=
+# shells and compilers that export HOST mean the name of the machine
+ifeq ($(origin HOST),environment)
+HOST := $(if $(filter 127.0.0.1 localhost 0.0.0.0 ::,$(HOST)),$(HOST),127.0.0.1)
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 ENGINE_EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+# the two overwrite each other: a machine that gains or loses its GPU must not keep both
+OTHER_ENGINE := $(if $(filter gpu,$(ENGINE_EXTRA)),onnxruntime,onnxruntime-gpu)
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
 SERVE_STAMP := $(VENV)/.stamp-serve-$(ENGINE_EXTRA)-$(KEY)
 DEV_STAMP := $(VENV)/.stamp-dev-$(ENGINE_EXTRA)-$(KEY)
@@ -45,16 +51,18 @@ gpu-check:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11 …" % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(SERVE_STAMP): | $(BIN)/python
 	@echo "installing the server [$(ENGINE_EXTRA)] into $(VENV); a second run skips this"
+	@$(BIN)/python -m pip uninstall --yes --quiet $(OTHER_ENGINE) 2>/dev/null
 	$(INSTALL) -e '.[$(ENGINE_EXTRA)]'
 	@rm -f $(VENV)/.stamp-serve-*
 	@touch $@
 
 $(DEV_STAMP): | $(BIN)/python
 	@echo "installing the development environment [$(ENGINE_EXTRA)] into $(VENV); a second run skips this"
+	@$(BIN)/python -m pip uninstall --yes --quiet $(OTHER_ENGINE) 2>/dev/null
 	$(INSTALL) -e '.[$(ENGINE_EXTRA),train,evaluate,clients,test,check]'
 	@rm -f $(VENV)/.stamp-dev-*
 	@touch $@

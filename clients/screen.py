@@ -44,7 +44,10 @@ def screen(client: httpx2.Client, file: Path) -> dict[str, Any]:
     except OSError as error:
         return {"file": file, "error": error.strerror}
     for _ in range(TRIES):
-        answer = client.post("/classify", content=body, headers={"Content-Type": "application/octet-stream"})
+        try:
+            answer = client.post("/classify", content=body, headers={"Content-Type": "application/octet-stream"})
+        except httpx2.TimeoutException as error:
+            return {"file": file, "error": f"no answer in time ({type(error).__name__})"}
         if answer.status_code != 503:
             break
         time.sleep(float(answer.headers.get("retry-after", 1)))

@@ -133,7 +133,11 @@ class Bundle:
             file = self.path / name
             if not file.is_file():
                 raise BundleError(f"{file} is missing")
-            if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
+            try:
+                whole = file.stat().st_size == entry.bytes and sha256(file) == entry.sha256
+            except OSError as error:
+                raise BundleError(f"{file} cannot be read: {error.strerror}") from error
+            if not whole:
                 raise BundleError(f"{file} is damaged: it does not match its sha256 in {MANIFEST}; restore the bundle")
 
     def calibration(self, precision: str = "fp32") -> Calibration:
@@ -181,16 +185,19 @@ def publish(bundle: Bundle, store: Path) -> Path:
     bundle = Bundle.load(bundle.path)
     store.mkdir(parents=True, exist_ok=True)
     home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
-    aside = Path(tempfile.mkdtemp(prefix=".incoming-", dir=store))
-    for name in (MANIFEST, *bundle.manifest.files):
-        shutil.copyfile(bundle.path / name, aside / name)
-    aside.chmod(0o755)
     if home.exists():
-        shutil.rmtree(aside)
         if read_json(home / MANIFEST) != read_json(bundle.path / MANIFEST):
             raise BundleError(f"{home} exists with other content: a version is published once")
+        Bundle.load(home)
     else:
-        aside.rename(home)
+        aside = Path(tempfile.mkdtemp(prefix=".incoming-", dir=store))
+        try:
+            for name in (MANIFEST, *bundle.manifest.files):
+                shutil.copyfile(bundle.path / name, aside / name)
+            aside.chmod(0o755)
+            aside.rename(home)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     pointer = store / ".current-new"
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(home.name)

@@ -36,9 +36,7 @@ def decode(data: bytes, height: int, width: int) -> Pixels:
             columns, rows = picture.size
             if columns * rows > MAX_PIXELS:
                 raise InvalidImage(f"the image has {columns} x {rows} pixels; the limit is {MAX_PIXELS} in all")
-            upright = ImageOps.exif_transpose(_eight_bit(picture))
-            small = _rgb(upright).resize((width, height), Image.Resampling.BOX)
-            return np.asarray(small)
+            return np.asarray(_rgb(_upright(_eight_bit(picture))).resize((width, height), Image.Resampling.BOX))
     except InvalidImage:
         raise
     except Image.DecompressionBombError as error:
@@ -49,12 +47,28 @@ def decode(data: bytes, height: int, width: int) -> Pixels:
         raise InvalidImage(f"the image is truncated or damaged ({type(error).__name__})") from error
 
 
+def count_pixels(data: bytes) -> int:
+    """Return how many pixels the header promises, 0 when it is no picture: what decoding would cost, at no cost."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return picture.width * picture.height
+    except Exception:  # as in decode, which will name the cause
+        return 0
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    picture.load()
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # a picture with broken EXIF is still a picture
+        return picture
+
+
 def _eight_bit(picture: Image.Image) -> Image.Image:
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        deep = np.asarray(picture).astype(np.float64)
-        # copy() carries the EXIF orientation along
-        shallow = Image.fromarray(np.rint(deep.clip(0, 65535) / 257).astype(np.uint8), mode="L")
-        shallow.info = dict(picture.info)
+        shallow = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+        # the orientation is kept; a transparent grey level is of 16 bits and means nothing here
+        shallow.info = {key: value for key, value in picture.info.items() if key != "transparency"}
         return shallow
     return picture
 

@@ -72,7 +72,7 @@ def serving(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as sink:
         process = subprocess.Popen(
-            [*executable, "serve", str(model), "--port", str(port), "--threads", "1", *options],
+            [*executable, "serve", str(model), "--port", str(port), "--threads", "1", *(options or ("--device", "cpu"))],
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -103,15 +103,17 @@ def test_a_killed_worker_is_replaced_and_others_go_on(tmp_path, picture):
         assert httpx2.get(f"{server.url}/generate", params={"class": 0, "steps": 2}, timeout=30).status_code == 200
 
 
-def test_a_client_that_leaves_frees_its_place(tmp_path):
+def test_clients_that_leave_take_their_requests_along(tmp_path):
     with serving(SHIPPED, tmp_path / "log") as server:
         host, port = server.url.removeprefix("http://").split(":")
         for _ in range(Settings().generate_queue + 4):  # more than the queue holds: leavers must not fill it
             with socket.create_connection((host, int(port))) as client:
-                client.sendall(b"GET /generate?class=1&n=1&steps=20 HTTP/1.1\r\nHost: x\r\n\r\n")
+                client.sendall(b"GET /generate?class=1&n=8&steps=150 HTTP/1.1\r\nHost: x\r\n\r\n")
                 time.sleep(0.15)
+        begin = time.monotonic()
         answer = httpx2.get(f"{server.url}/generate", params={"class": 0, "steps": 2}, timeout=60)
         assert answer.status_code == 200
+        assert time.monotonic() - begin < 40  # one abandoned job may be running; twenty would take minutes
 
 
 def test_a_full_queue_answers_503_with_retry_after_and_classify_goes_on(tmp_path, picture):
@@ -140,7 +142,6 @@ def test_a_full_queue_answers_503_with_retry_after_and_classify_goes_on(tmp_path
     [
         (["serve", "/nowhere"], "neither a bundle"),
         (["serve", "--alpha", "0.0001"], "1/(n+1)"),
-        (["serve", "--device", "cuda"], "[gpu]"),
         (["serve", "--port", "80"], "1024 to 65535"),
         (["inspect", "/nowhere"], "neither a bundle"),
         (["verify", "/nowhere"], "neither a bundle"),
@@ -151,6 +152,39 @@ def test_a_wrong_wish_is_an_error_at_the_prompt(arguments, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_that_is_not_there_is_named_not_replaced():
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is installed")
+    command = [sys.executable, "-m", "ebjdat_serve.cli", "serve", "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "[gpu]" in done.stderr
+
+
+def test_the_death_of_the_http_process_ends_the_server(tmp_path):
+    with serving(SHIPPED, tmp_path / "log") as server:
+        port = int(server.url.rsplit(":", 1)[1])
+        tree = [server.process.pid, *server.children()]
+        listing = subprocess.run(["ps", "-eo", "pid,ppid,rss"], capture_output=True, text=True, check=True).stdout
+        forked = [int(pid) for pid, ppid, _ in re.findall(r"(\d+)\s+(\d+)\s+(\d+)", listing) if int(ppid) == server.process.pid]
+        holding = [pid for pid in forked if listens(pid, port)]
+        assert holding
+        for pid in holding:
+            os.kill(pid, signal.SIGKILL)
+        assert server.process.wait(30) == 2
+        assert "HTTP process died" in server.log.read_text()
+        assert gone(tree)
+
+
+def listens(pid, port):
+    """Whether a process runs uvicorn: it is forked, so its command line is its parent's, and it serves, so it has an epoll."""
+    command = Path(f"/proc/{pid}/cmdline").read_text()
+    descriptors = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+    return "spawn_main" not in command and "resource_tracker" not in command and any("eventpoll" in target for target in descriptors)
 
 
 def test_a_taken_port_is_named_before_anything_starts():

@@ -47,6 +47,16 @@ def test_sixteen_bits_are_scaled_not_clipped():
     assert abs(int(out[16, 0, 0]) - 128) <= 2
 
 
+def test_a_transparent_level_of_sixteen_bits_does_not_turn_black_into_white():
+    deep = Image.fromarray(np.zeros((32, 32), np.uint16))
+    assert (pixels.decode(encoded(deep, transparency=256), 32, 32) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_with_broken_exif_is_still_a_picture(kind):
+    assert pixels.decode(encoded(colour(), kind, exif=b"Exif\x00\x00garbage"), 32, 32).shape == (32, 32, 3)
+
+
 def test_transparency_is_laid_on_white():
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     assert (pixels.decode(encoded(clear), 32, 32) == 255).all()

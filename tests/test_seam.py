@@ -38,6 +38,10 @@ def test_the_server_calls_what_we_override_and_keeps_what_we_read():
     assert "self.register_endpoints()" in inspect.getsource(ls.LitServer.__init__)
     run = inspect.getsource(ls.LitServer.run)
     assert "self.verify_worker_status()" in run
+    assert "self._start_server(" in run
+    assert "self._perform_graceful_shutdown(manager, uvicorn_workers, shutdown_reason)" in run
+    assert "self._shutdown_event.wait()" in run
+    assert "return dict(enumerate(workers))" in inspect.getsource(ls.LitServer._start_server)
     assert "except KeyboardInterrupt" in run
     assert "self.inference_workers" in run
     assert "self.workers_setup_status = manager.dict()" in inspect.getsource(ls.LitServer._init_manager)

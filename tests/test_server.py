@@ -1,8 +1,10 @@
 """The live server through real HTTP: what it answers, and that bad input harms nobody."""
 
 import base64
+import contextlib
 import io
 import json
+import socket
 import threading
 
 import httpx2
@@ -172,7 +174,10 @@ BAD_BODIES = [
     ("pdf", {"content": b"%PDF", "headers": {"Content-Type": "application/pdf"}}, 415, "application/json"),
     ("bad json", {"content": b"{", "headers": JSON}, 400, "not valid JSON"),
     ("NaN", {"content": b'{"image": NaN}', "headers": JSON}, 400, "NaN is not JSON"),
-    ("deep json", {"content": b"[" * 100_000, "headers": JSON}, 400, "not valid JSON"),
+    ("deep json", {"content": b"[" * 100_000, "headers": JSON}, 422, "nothing nested"),
+    ("json bomb", {"content": b'{"images":[' + b"[]," * 5_000_000 + b"[]]}", "headers": JSON}, 422, "nothing nested"),
+    ("gzip", {"content": GOOD, "headers": {"Content-Encoding": "gzip"}}, 415, "gzip"),
+    ("many pixels", {"json": {"images": [base64.b64encode(bomb(6_000, 6_000)).decode()] * 2}}, 413, "one by one"),
     ("not utf-8", {"content": b'{"image": "\xff"}', "headers": JSON}, 400, "not valid JSON"),
     ("json list", {"json": [1]}, 422, "images"),
     ("no key", {"json": {}}, 422, "images"),
@@ -207,6 +212,24 @@ def test_a_bad_body_is_refused_with_the_limit_or_the_fix(live, path, request_, s
     assert said in clean(answer)
 
 
+def test_line_wrapped_base64_is_base64(live, picture):
+    assert post(live, "/classify", json={"image": base64.encodebytes(picture).decode()}).status_code == 200
+
+
+def test_endless_headers_are_cut_off(live):
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        sent, line = 0, b"X-A: " + b"a" * 1000 + b"\r\n"
+        with contextlib.suppress(OSError):
+            while sent < 20 * 2**20:
+                client.sendall(line)
+                sent += len(line)
+            assert not client.recv(1)
+    assert sent < 10 * 2**20
+    assert httpx2.get(f"{live.url}/health").status_code == 200
+
+
 @pytest.mark.parametrize("bad", ["aGVsbG8=", "%%%", 7, None])
 def test_a_bad_item_names_its_index_and_nothing_is_computed(live, bad):
     answer = post(live, "/classify", json={"images": [B64, B64, bad, B64]})
@@ -236,7 +259,7 @@ BAD_QUERIES = [
     ({"class": "3", "scale": "0"}, "1 to 16"),
     ({"class": "3", "scale": "1000"}, "1 to 16"),
     ({"class": "3", "format": "gif"}, "png"),
-    ({"class": "3", "colour": "red"}, "colour"),
+    ({"class": "3", "colour": "red"}, "known are class, n, steps"),
 ]
 
 

@@ -208,8 +208,14 @@ def download_cifar10(root: Path) -> None:
     with archive.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != CIFAR10_SHA256:
             raise DataError(f"{archive} is not the official archive (sha256 differs): remove it and try again")
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(exist_ok=True)
     with tarfile.open(archive) as tar:
-        tar.extractall(root, filter="data")
+        for name in CIFAR10_BATCHES:
+            member = tar.extractfile(f"cifar-10-batches-py/{name}")
+            if member is None:
+                raise DataError(f"{archive} holds no {name}")
+            (folder / name).write_bytes(member.read())
 
 
 # digits ------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """The routes, and how a server is put together."""
 
+import asyncio
 import base64
 import contextlib
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -72,14 +73,15 @@ def build_server(settings: Settings) -> seam.Server:
     model = Model(settings.model, settings)
     bundle, engine = model.bundle, model.engine
     about = {"engine": engine.name, "provider": engine.provider}
-    apis = [ClassifyWorker(bundle.path, settings), GenerateWorker(bundle.path, settings)]
+    classify, generate = ClassifyWorker(bundle.path, settings), GenerateWorker(bundle.path, settings)
     accelerator = "cuda" if "cuda" in engine.provider.lower() else "cpu"
     del model, engine
 
     def register(server: seam.Server) -> None:
-        Routes(server, bundle, settings, about, apis[0], apis[1]).install(server.app)
+        Routes(server, bundle, settings, about, classify, generate).install(server.app)
 
-    return seam.Server(list(apis), register, accelerator=accelerator, timeout=max(settings.classify_deadline, settings.generate_deadline))
+    lanes: list[Any] = [(classify, settings.classify_deadline), (generate, settings.generate_deadline)]
+    return seam.Server(lanes, register, accelerator=accelerator)
 
 
 class Routes:
@@ -92,12 +94,14 @@ class Routes:
         self.manifest: Manifest = bundle.manifest
         self.names = bundle.manifest.labels
         self.model = f"{bundle.manifest.name}@{bundle.manifest.version}"
+        s = settings
         self.classify_lane = seam.Lane(
-            server, classify, limit=settings.classify_queue, deadline=settings.classify_deadline, limit_name="classify_queue"
+            server, classify, limit=s.classify_queue, slots=2 * s.max_batch, deadline=s.classify_deadline, limit_name="classify_queue"
         )
         self.generate_lane = seam.Lane(
-            server, generate, limit=settings.generate_queue, deadline=settings.generate_deadline, limit_name="generate_queue"
+            server, generate, limit=s.generate_queue, slots=1, deadline=s.generate_deadline, limit_name="generate_queue"
         )
+        self.metrics, self.calibration = bundle.metrics(), bundle.calibration()
         self.decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
 
     def install(self, app: FastAPI) -> None:
@@ -120,16 +124,19 @@ class Routes:
 
     async def classify(self, request: Request) -> Response:
         """Return the class, its probability, the energy and whether it is suspicious, of one image or of a list."""
-        image, listed = await read_images(request, self.manifest.input, self.settings, self.decoders)
-        verdicts: Verdicts = await self.classify_lane.submit(image, request)
-        return self._json([self._classified(verdicts, i) for i in range(len(image))], listed)
+        verdicts, listed = await self._verdicts(request)
+        return self._json([self._classified(verdicts, i) for i in range(len(verdicts.energy))], listed)
 
     async def energy(self, request: Request) -> Response:
         """Return E(x), E(x, y) for every class, the p-value and whether it is suspicious, of one image or of a list."""
-        image, listed = await read_images(request, self.manifest.input, self.settings, self.decoders)
-        verdicts: Verdicts = await self.classify_lane.submit(image, request)
-        rows = [{**self._flag(verdicts, i), "joint_energy": verdicts.joint_energy[i].tolist()} for i in range(len(image))]
-        return self._json(rows, listed)
+        verdicts, listed = await self._verdicts(request)
+        energies = verdicts.joint_energy.tolist()
+        return self._json([{**self._flag(verdicts, i), "joint_energy": joint} for i, joint in enumerate(energies)], listed)
+
+    async def _verdicts(self, request: Request) -> tuple[Verdicts, bool]:
+        with self.classify_lane.place() as late:
+            image, listed = await read_images(request, self.manifest.input, self.settings, self.decoders)
+            return await self.classify_lane.submit(image, request, late), listed
 
     async def generate(self, request: Request) -> Response:
         """Draw images of one class by conditional short-run SGLD, marked as AI-made, as a PNG (grid) or as JSON."""
@@ -138,8 +145,10 @@ class Routes:
         steps = self.manifest.sampler.steps if query.steps is None else query.steps
         self._check_work(query, steps)
         seed = secrets.randbelow(2**31 - self.settings.max_samples) if query.seed is None else query.seed
-        drawn: Drawn = await self.generate_lane.submit(Job(label, query.n, steps, seed), request)
-        return self._drawn_json(drawn, label, steps, seed) if query.format == "json" else self._drawn_png(drawn, query, label, steps, seed)
+        with self.generate_lane.place() as late:
+            drawn: Drawn = await self.generate_lane.submit(Job(label, query.n, steps, seed), request, late)
+        word = self._drawn_json if query.format == "json" else self._drawn_png
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, word, drawn, query, label, steps, seed)
 
     async def health(self) -> Response:
         """Return ok when every worker is ready."""
@@ -158,7 +167,7 @@ class Routes:
             "provenance": asdict(m.provenance),
             **self.about,
             "alpha": s.alpha,
-            "calibration": {"n": len(self.bundle.calibration().energies), "of": self.bundle.calibration().of},
+            "calibration": {"n": len(self.calibration.energies), "of": self.calibration.of, "dataset": self.calibration.dataset},
             "limits": {
                 "body_bytes": s.max_body,
                 "image_bytes": pixels.MAX_BYTES,
@@ -169,7 +178,7 @@ class Routes:
                 "n_times_steps": s.max_work,
                 "scale": s.max_scale,
             },
-            "metrics": self.bundle.metrics(),
+            "metrics": self.metrics,
             "version": __version__,
         }
 
@@ -194,7 +203,7 @@ class Routes:
         top = [self._candidate(verdicts, i, int(label)) for label in order]
         return {**top[0], **self._flag(verdicts, i), "top": top}
 
-    def _drawn_json(self, drawn: Drawn, label: int, steps: int, seed: int) -> JSONResponse:
+    def _drawn_json(self, drawn: Drawn, query: GenerateQuery, label: int, steps: int, seed: int) -> Response:
         rows = [
             {
                 **self._candidate(drawn.verdicts, i, label),
@@ -216,13 +225,13 @@ class Routes:
 
         headers = {
             "X-Class": str(label),
-            "X-Label": self.names[label],
+            "X-Label": quote(self.names[label]),
             "X-Seed": str(seed),
             "X-Steps": str(steps),
             "X-Energy": listed(v.energy),
             "X-Probability": listed(v.probability[:, label]),
             "X-P-Value": listed(v.p_value),
-            "X-Model": self.model,
+            "X-Model": quote(self.model, safe="@-._"),
             "X-Content-Origin": "ai-generated",
         }
         seeds = list(range(seed, seed + query.n))
@@ -241,15 +250,14 @@ class Routes:
     async def _query(self, request: Request) -> GenerateQuery:
         values: dict[str, Any] = dict(request.query_params)
         if request.method == "POST":
-            body = await read_body(request, 64 * 1024)
-            if body:
-                values |= self._document(request, body)
+            async with read_body(request, 64 * 1024) as body:
+                values |= self._document(request, body) if body else {}
         if "class" not in values:
             raise Problem(422, f"class is missing: an index 0 to {len(self.names) - 1} or a name, {', '.join(self.names)}")
         try:
             return GenerateQuery.model_validate(values)
         except ValidationError as error:
-            raise RequestValidationError([{**item, "loc": item["loc"]} for item in error.errors(include_context=False)]) from None
+            raise RequestValidationError(error.errors(include_context=False)) from None
 
     def _document(self, request: Request, body: bytes) -> dict[str, Any]:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -276,5 +284,8 @@ class Routes:
         for name, value, limit in (("n", query.n, s.max_samples), ("steps", steps, s.max_steps), ("scale", query.scale, s.max_scale)):
             if not 1 <= value <= limit:
                 raise Problem(422, f"{name} must be 1 to {limit}, not {value}")
+        size = self.manifest.input
+        if query.format == "png" and query.n * query.scale**2 * size.height * size.width > s.max_sheet:
+            raise Problem(422, f"n x scale^2 x {size.height} x {size.width} may be at most {s.max_sheet} pixels; lower n or scale")
         if query.n * steps > s.max_work:
             raise Problem(422, f"n x steps must be at most {s.max_work}, not {query.n} x {steps}")

@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from ebjdat_serve.bundle import Input
 from ebjdat_serve.errors import InvalidImage
-from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS, Pixels, decode
+from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS, Pixels, count_pixels, decode
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
@@ -23,6 +24,14 @@ RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded"
 ACCEPTED = "an image body, multipart/form-data with a field image, or application/json with image or images (base64)"
 DRAIN_FACTOR = 5
 READ_SECONDS = 30.0
+HELD_BYTES = 256 * 2**20
+"""Bytes of bodies held at a time by this process; beyond it a request is asked to come back."""
+
+
+class Held:
+    """How many bytes of bodies are in memory now."""
+
+    bytes = 0
 
 
 async def read_images(request: Request, contract: Input, settings: Settings, pool: ThreadPoolExecutor) -> tuple[Pixels, bool]:
@@ -31,15 +40,27 @@ async def read_images(request: Request, contract: Input, settings: Settings, poo
     Raises Problem: 400 not JSON, 413 too large, 415 another content type, 422 not an image (with its index in a list).
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise Problem(415, f"content encoding {encoding[:40]!r} is not accepted; send the body as it is")
     if not (kind in RAW_TYPES or kind.startswith("image/") or kind in ("multipart/form-data", "application/json")):
         raise Problem(415, f"content type {kind!r} is not accepted; send {ACCEPTED}")
-    body = await read_body(request, settings.max_body)
+    async with read_body(request, settings.max_body) as body:
+        return await _decode(request, kind, body, contract, settings, pool)
+
+
+async def _decode(
+    request: Request, kind: str, body: bytes, contract: Input, settings: Settings, pool: ThreadPoolExecutor
+) -> tuple[Pixels, bool]:
     if kind == "application/json":
         pictures, listed = from_json(body, settings.max_images)
     elif kind == "multipart/form-data":
         pictures, listed = [await from_form(request, body)], False
     else:
         pictures, listed = [body], False
+    total = sum(count_pixels(picture) for picture in pictures)
+    if listed and total > MAX_PIXELS:
+        raise Problem(413, f"the images of one list may have {MAX_PIXELS} pixels in all, these have {total}; send them one by one")
     loop = asyncio.get_running_loop()
     decoded = await asyncio.gather(
         *(loop.run_in_executor(pool, decode, picture, contract.height, contract.width) for picture in pictures), return_exceptions=True
@@ -61,36 +82,46 @@ def refuse(error: InvalidImage, index: int | None, picture: bytes) -> NoReturn:
     raise Problem(422, f"images[{index}]: {text}; nothing was computed", index=index)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body; beyond ``limit`` read on without keeping it, so that the client gets its 413 and no reset.
+@contextlib.asynccontextmanager
+async def read_body(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """Give the body; beyond ``limit`` read on without keeping it, so that the client gets its 413 and no reset.
 
-    Raises Problem: 408 when the body does not arrive in time, 413 when it is too large.
+    Raises Problem: 408 when the body does not arrive in time, 413 when it is too large, 503 when too many are being read.
     """
     chunks: list[bytes] = []
-    size = 0
+    size = kept = 0
     try:
-        async with asyncio.timeout(READ_SECONDS):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= limit:
-                    chunks.append(chunk)
-                elif size > DRAIN_FACTOR * limit:
-                    break
-                else:
-                    chunks.clear()
-    except TimeoutError:
-        raise Problem(408, f"the body did not arrive within {READ_SECONDS:g} s", headers={"Connection": "close"}) from None
-    except ClientDisconnect:
-        raise Problem(499, "the client closed the connection") from None
-    if size > limit:
-        raise Problem(
-            413, f"the body is larger than the limit of {limit} bytes; an image may have {MAX_BYTES} bytes and {MAX_PIXELS} pixels"
-        )
-    return b"".join(chunks)
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size <= limit:
+                        chunks.append(chunk)
+                        kept += len(chunk)
+                        Held.bytes += len(chunk)
+                        if Held.bytes > HELD_BYTES:
+                            raise Problem(503, "too many bytes are being uploaded; try again in a second", headers={"Retry-After": "1"})
+                    elif size > DRAIN_FACTOR * limit:
+                        break
+                    else:
+                        chunks.clear()
+        except TimeoutError:
+            raise Problem(408, f"the body did not arrive within {READ_SECONDS:g} s", headers={"Connection": "close"}) from None
+        except ClientDisconnect:
+            raise Problem(499, "the client closed the connection") from None
+        if size > limit:
+            image = f"an image may have {MAX_BYTES} bytes and {MAX_PIXELS} pixels"
+            raise Problem(413, f"the body is larger than the limit of {limit} bytes; {image}")
+        yield b"".join(chunks)
+    finally:
+        Held.bytes -= kept
 
 
 def from_json(body: bytes, max_images: int) -> tuple[list[bytes], bool]:
     """Return (encoded pictures, whether they came as a list) from {"image": base64} or {"images": [base64, ...]}."""
+    if body.count(b"[") + body.count(b"{") > 2 or body.count(b",") > 2 * max_images:
+        # before parsing: millions of empty lists would hold the whole process for seconds
+        raise Problem(422, f'send {{"image": "<base64>"}} or {{"images": [...]}} with 1 to {max_images} base64 strings, and nothing nested')
     document = parse_json(body)
     if not isinstance(document, dict) or len(document) != 1 or next(iter(document)) not in ("image", "images"):
         raise Problem(422, 'send {"image": "<base64>"} or {"images": ["<base64>", ...]}, and no other key')
@@ -123,9 +154,9 @@ def from_base64(value: Any, index: int | None) -> bytes:
     if value.startswith("data:"):
         value = value.partition(",")[2]
     try:
-        return base64.b64decode(value, validate=True)
+        return base64.b64decode("".join(value.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise Problem(422, f"{place} is not base64", **extra) from None
+        raise Problem(422, f"{place} is not base64 of the standard alphabet, with padding", **extra) from None
 
 
 async def from_form(request: Request, body: bytes) -> bytes:

@@ -42,10 +42,10 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         detail = str(error.detail)
         if error.status_code == 404:
-            detail = f"no such path {request.url.path}; see /docs"
+            detail = f"no such path {request.scope['path']}; see /docs"
         if error.status_code == 405:
-            allowed = ", ".join(sorted(methods_of(app, request.url.path)))
-            detail = f"{request.url.path} does not take {request.method}; use {allowed}"
+            allowed = ", ".join(sorted(methods_of(app, request.scope["path"])))
+            detail = f"{request.scope['path']} does not take {request.method}; use {allowed}"
             return document(405, detail, {"Allow": allowed})
         return document(error.status_code, detail, dict(error.headers or {}))
 
@@ -69,6 +69,9 @@ def explain(error: RequestValidationError) -> str:
     """Return pydantic's findings as one readable line."""
     found = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"] if part not in ("query", "body"))
+        place = ".".join(str(part) for part in item["loc"] if part not in ("query", "body", "str", "int"))
+        if item["type"] == "extra_forbidden":
+            found.append(f"{place[:40]} is unknown; known are class, n, steps, seed, format, scale")
+            continue
         found.append(f"{place}: {item['msg']}" if place else item["msg"])
     return "; ".join(found)

@@ -5,13 +5,15 @@ Each private name used here has a contract test in tests/test_seam.py; reference
 
 import asyncio
 import contextlib
+import http.client
 import logging
 import multiprocessing as mp
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from queue import Empty
 from typing import Any
 
@@ -60,14 +62,19 @@ class DrainLoop(BatchedLoop):
 class Server(ls.LitServer):
     """LitServe's processes and queues without its routes, ready only when every worker is."""
 
-    greeting = ""
-
-    def __init__(self, apis: list[ls.LitAPI], register: Callable[["Server"], None], *, accelerator: str, timeout: float) -> None:
+    def __init__(self, lanes: list[tuple[ls.LitAPI, float]], register: Callable[["Server"], None], *, accelerator: str) -> None:
         self._register = register
-        super().__init__(apis, accelerator=accelerator, devices=1, timeout=timeout, restart_workers=True)
+        self.greeting = ""
+        self.failed = ""
+        super().__init__(
+            [api for api, _ in lanes], accelerator=accelerator, devices=1, timeout=max(t for _, t in lanes), restart_workers=True
+        )
+        for api, deadline in lanes:
+            api.request_timeout = deadline  # what nobody waits for any more is not computed
 
     def register_endpoints(self) -> None:
         """Put our routes on the app instead of LitServe's."""
+        self.app.router.redirect_slashes = False
         self._register(self)
 
     def verify_worker_status(self) -> None:
@@ -75,11 +82,35 @@ class Server(ls.LitServer):
         while True:
             states = list(self.workers_setup_status.values())
             if all(state == WorkerSetupStatus.READY for state in states):
-                print(self.greeting, flush=True)
                 return
             if any(state == WorkerSetupStatus.ERROR for state in states) or not all(w.is_alive() for w in self.inference_workers):
                 raise EngineError("a worker failed to start; its error is above")
             time.sleep(0.02)
+
+    def _start_server(self, port: int, *arguments: Any, **options: Any) -> Any:
+        """Start the HTTP process, greet when it answers, and end the server should it die: LitServe watches workers only."""
+        processes = super()._start_server(port, *arguments, **options)
+        threading.Thread(target=self._watch, args=(port, list(processes.values())), daemon=True, name="watch-http").start()
+        return processes
+
+    def _watch(self, port: int, processes: list[Any]) -> None:
+        while all(process.is_alive() for process in processes):
+            if self.greeting and answers(port):
+                print(self.greeting, flush=True)
+                self.greeting = ""
+            time.sleep(0.1 if self.greeting else 1.0)
+        with contextlib.suppress(OSError, EOFError):  # the manager is gone: the server is already going down
+            if not self._shutdown_event.is_set():
+                self.failed = "the HTTP process died; the log above may say why"
+                self._shutdown_event.set()
+
+    def _perform_graceful_shutdown(self, *arguments: Any) -> None:
+        """Say first that this is the end, or the monitor would start terminated workers again."""
+        # from another thread: this one's connection to the manager is still inside the wait() that a signal broke off
+        teller = threading.Thread(target=self._shutdown_event.set, daemon=True)
+        teller.start()
+        teller.join(2)
+        super()._perform_graceful_shutdown(*arguments)
 
     def ready(self) -> bool:
         """Return whether every worker is ready."""
@@ -90,45 +121,96 @@ class Server(ls.LitServer):
         return bool(states) and all(state == WorkerSetupStatus.READY for state in states)
 
 
-class Lane:
-    """One worker kind's queue as the HTTP process sees it: bounded, with a deadline, and cancelled with its client."""
+def answers(port: int) -> bool:
+    """Return whether something on this machine answers GET /health."""
+    connection = http.client.HTTPConnection("localhost", port, timeout=2)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
-    def __init__(self, server: Server, api: ls.LitAPI, *, limit: int, deadline: float, limit_name: str) -> None:
+
+class Lane:
+    """One worker kind as the HTTP process sees it: bounded, with a deadline, and cancelled with its client.
+
+    Requests wait here, where a client that leaves takes its request along, and only ``slots`` of them at a time are in
+    the worker's queue, where nothing can be taken back.
+    """
+
+    def __init__(self, server: Server, api: ls.LitAPI, *, limit: int, slots: int, deadline: float, limit_name: str) -> None:
         self._handler, self._server = RegularRequestHandler(api, server), server
         self._limit, self._deadline, self._limit_name = limit, deadline, limit_name
+        self._slots = asyncio.Semaphore(slots)
+        self._abandoned: set[asyncio.Task[None]] = set()
         self.in_flight = 0
 
-    async def submit(self, payload: Any, request: Request) -> Any:
-        """Return the worker's answer to ``payload``.
+    @contextlib.contextmanager
+    def place(self) -> Iterator[float]:
+        """Hold one of the lane's places, from reading the body to the answer; give the time at which the request is late.
 
-        Raises Problem: 503 when the lane is full, 504 at the deadline, 499 when the client has gone, 500 when the worker failed.
+        Raises Problem 503 when the lane is full.
         """
         if self.in_flight >= self._limit:
-            raise Problem(
-                503, f"{self._limit} requests are already waiting ({self._limit_name}); try again in a second", headers={"Retry-After": "1"}
-            )
+            detail = f"{self._limit} requests are already waiting ({self._limit_name}); try again in a second"
+            raise Problem(503, detail, headers={"Retry-After": "1"})
         self.in_flight += 1
+        try:
+            yield time.monotonic() + self._deadline
+        finally:
+            self.in_flight -= 1
+
+    async def submit(self, payload: Any, request: Request, late: float) -> Any:
+        """Return the worker's answer to ``payload``.
+
+        Raises Problem: 504 at ``late``, 499 when the client has gone, 500 when the worker failed.
+        """
+        await self._wait(self._slots.acquire, request, late)
+        held = True
         uid = ""
-        end = time.monotonic() + self._deadline
         try:
             uid, _ = await self._handler._submit_request(payload)
-            answered = asyncio.Event()
-            self._server.response_buffer[uid] = ResponseBufferItem(answered)
-            while not answered.is_set():
-                left = end - time.monotonic()
-                if left <= 0:
-                    raise Problem(504, f"no answer within {self._deadline:g} s; try again, or ask for less", headers={"Retry-After": "1"})
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(answered.wait(), min(POLL, left))
-                if not answered.is_set() and await request.is_disconnected():
-                    raise Problem(499, "the client closed the connection")
-            answer, status = self._server.response_buffer[uid].response
+            item = ResponseBufferItem(asyncio.Event())
+            self._server.response_buffer[uid] = item
+            try:
+                await self._wait(item.event.wait, request, late)
+            except Problem:
+                held = False  # the worker may be at it: its slot is free when it answers, or never will
+                task = asyncio.create_task(self._outlive(uid, item))
+                self._abandoned.add(task)
+                task.add_done_callback(self._abandoned.discard)
+                raise
+            answer, status = item.response
             if status == LitAPIStatus.ERROR:
                 raise Problem(500, "the model failed on this request; the server's log has the cause")
             return answer
         finally:
-            self.in_flight -= 1
-            self._server.response_buffer.pop(uid, None)
+            if held:
+                self._server.response_buffer.pop(uid, None)
+                self._slots.release()
+
+    async def _wait(self, what: Callable[[], Coroutine[Any, Any, Any]], request: Request, late: float) -> None:
+        task = asyncio.ensure_future(what())
+        try:
+            while not task.done():
+                left = late - time.monotonic()
+                if left <= 0:
+                    raise Problem(504, f"no answer within {self._deadline:g} s; try again, or ask for less", headers={"Retry-After": "1"})
+                await asyncio.wait({task}, timeout=min(POLL, left))
+                if not task.done() and await request.is_disconnected():
+                    raise Problem(499, "the client closed the connection")
+        except BaseException:
+            if not task.cancel() and what == self._slots.acquire:
+                self._slots.release()  # the slot came just as the client left
+            raise
+
+    async def _outlive(self, uid: str, item: ResponseBufferItem) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(item.event.wait(), self._deadline)
+        self._server.response_buffer.pop(uid, None)
+        self._slots.release()
 
 
 def run(server: Server, host: str, port: int, greeting: str) -> None:
@@ -148,6 +230,7 @@ def run(server: Server, host: str, port: int, greeting: str) -> None:
         signal.signal(number, stop)
     try:
         server.run(
+            http="h11",  # httptools takes headers without a limit
             host=host,
             port=port,
             num_api_servers=1,
@@ -168,6 +251,8 @@ def run(server: Server, host: str, port: int, greeting: str) -> None:
             child.join(timeout=5)
             if child.is_alive():
                 child.kill()
+    if server.failed:
+        raise EngineError(server.failed)
 
 
 def check_address(host: str, port: int) -> None:
@@ -175,11 +260,11 @@ def check_address(host: str, port: int) -> None:
     if not 1024 <= port <= 65535:
         raise EngineError(f"port must be 1024 to 65535, not {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            raise EngineError(
-                f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port, or make serve PORT=..."
-            ) from error
+    except OSError as error:
+        raise EngineError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port, or make serve PORT=..."
+        ) from error

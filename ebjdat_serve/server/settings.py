@@ -26,6 +26,7 @@ class Settings:
     max_steps: int = 1000
     max_work: int = 8000  # n x steps of one /generate
     max_scale: int = 16
+    max_sheet: int = 2**24  # pixels of one PNG
     classify_queue: int = 256  # requests in flight beyond which the answer is 503
     generate_queue: int = 16
     classify_deadline: float = 10.0
