@@ -91,6 +91,7 @@ def served_rows(bundle: Bundle, data: Dataset, suite: Suite) -> Iterator[Row]:
         "15 bins, fitted temperature",
         graph,
     )
+    yield number("temperature", calibration.temperature, len(data.selection), f"{data.name} selection split", "fitted to p(y|x)", graph)
     yield number(
         "ece_uncalibrated", expected_calibration_error(probabilities(logits, 1.0), test.label), n, where, "15 bins, temperature 1", graph
     )
