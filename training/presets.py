@@ -91,6 +91,7 @@ CIFAR10_SMALL = Preset(
     frozen_norm=True,
     buffer_size=2_000,
     reinit=0.1,
+    sample_steps=80,  # of 20, 40 and 80 the nearest to training images on 400 samples
 )
 
 DIGITS_FGSM = Preset(
