@@ -5,13 +5,17 @@ Needs torch, NumPy, Pillow, safetensors and an NVIDIA GPU; what else is missing 
 """
 
 import argparse
+import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -20,6 +24,7 @@ def main() -> int:
     """Write the report; return 2 where there is no GPU to check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", type=Path, help="the report, Markdown")
+    parser.add_argument("--json", type=Path, help="the rows, a flat list")
     options = parser.parse_args()
     missing = [name for name in ("torch", "numpy", "PIL", "safetensors") if find_spec(name) is None]
     if missing:
@@ -31,9 +36,12 @@ def main() -> int:
         print("gpu-check needs an NVIDIA GPU that torch sees; there is none here, so nothing was measured", file=sys.stderr)
         return 2
     lines = ["# What ran on a GPU", "", f"{torch.cuda.get_device_name(0)}, Python {platform.python_version()}, {versions()}", ""]
-    lines += ["| path | batch | images or steps per second |", "|---|---|---|", *torch_rows()]
-    lines += ["", *onnx_rows(), "", *tests()]
+    rows = torch_rows()
+    lines += ["| what | value | unit |", "|---|---|---|", *(f"| {row['name']} | {row['value']:.4g} | {row['unit']} |" for row in rows)]
+    lines += ["", *onnx_lines(), "", *tests()]
     report = "\n".join(lines) + "\n"
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(report)
     if options.write:
         options.write.write_text(report)
@@ -51,8 +59,8 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def torch_rows() -> list[str]:
-    """Return the torch engine's served functions on the GPU, compared with its own CPU answers."""
+def torch_rows() -> list[Row]:
+    """Return the rates of the torch engine's two functions on the GPU, and how far its score is from the CPU's."""
     import numpy as np
 
     from ebjdat_serve.bundle import Bundle
@@ -63,20 +71,23 @@ def torch_rows() -> list[str]:
     bundle = Bundle.load(SHIPPED)
     gpu, cpu = TorchEngine(bundle, "cuda"), TorchEngine(bundle, "cpu")
     size = bundle.manifest.input
-    rows = []
+    rows: list[Row] = []
     for batch in (1, 32, 256):
         image = np.random.default_rng(0).random((batch, 3, size.height, size.width), dtype=np.float32)
         label = np.zeros(batch, np.int64)
+        images = rate(lambda x=image: gpu.classify(x)) * batch  # type: ignore[misc]
+        steps = rate(lambda x=image, y=label: gpu.score(x, y))  # type: ignore[misc]
         difference = worst(gpu.score(image, label)[0], cpu.score(image, label)[0])
-        rows.append(f"| torch classify | {batch} | {rate(lambda x=image: gpu.classify(x)) * batch:.0f} images/s |")
-        steps = rate(lambda x=image, y=label: gpu.score(x, y))
-        rows.append(f"| torch Langevin score | {batch} | {steps:.0f} steps/s (GPU against CPU {difference:.1e}) |")
+        rows += [
+            {"name": f"torch classify, batch {batch}", "value": images, "unit": "images/s"},
+            {"name": f"torch score, batch {batch}", "value": steps, "unit": "steps/s"},
+            {"name": f"ratio difference of the score, GPU and CPU, batch {batch}", "value": difference, "unit": ""},
+        ]
     return rows
 
 
-def rate(call: object, seconds: float = 3.0) -> float:
+def rate(call: Callable[[], object], seconds: float = 3.0) -> float:
     """Return calls per second; each call ends with its result on the host."""
-    assert callable(call)
     for _ in range(5):
         call()
     done, started = 0, time.monotonic()
@@ -86,7 +97,7 @@ def rate(call: object, seconds: float = 3.0) -> float:
     return done / (time.monotonic() - started)
 
 
-def onnx_rows() -> list[str]:
+def onnx_lines() -> list[str]:
     """Return what ONNX Runtime does on the GPU, or why that is unmeasured."""
     if find_spec("onnxruntime") is None:
         return ["ONNX Runtime: unmeasured, onnxruntime-gpu is not installed here."]

@@ -62,6 +62,15 @@ def test_readme_commands_exist():
                     assert (ROOT / word).is_file(), line
 
 
+def test_a_second_make_does_not_install_again():
+    import pytest
+
+    if not list((ROOT / ".venv").glob(".stamp-dev-*")):
+        pytest.skip("this is not the environment that make made")
+    plan = subprocess.run(["make", "-n", "setup"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "pip install" not in plan
+
+
 def test_every_decision_is_numbered_once():
     numbers = [file.name[:4] for file in sorted((ROOT / "docs" / "decisions").glob("*.md"))]
     assert numbers == [f"{i + 1:04}" for i in range(len(numbers))]

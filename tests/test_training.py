@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -279,6 +281,12 @@ def test_a_run_without_time_for_a_step_is_an_error_not_a_model(tmp_path):
     with pytest.raises(TrainingError, match="max-minutes"):
         train(DIGITS_FGSM, load("digits"), tmp_path, init=None, clock=Clock(0), device=CPU)
     assert not (tmp_path / "weights.safetensors").exists()
+
+
+def test_training_and_the_torch_engine_need_no_more_than_torch_numpy_pillow_and_safetensors():
+    absent = ("onnx", "onnxruntime", "onnxscript", "scipy", "sklearn", "litserve", "fastapi", "pydantic", "pyautoattack", "tqdm")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import training.train, training.refresh, ebjdat_serve.engines.eager"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unknown_alignment_is_an_error():

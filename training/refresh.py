@@ -11,12 +11,8 @@ from typing import Any
 import torch
 
 from ebjdat_serve.bundle import MANIFEST, Bundle, publish, read_json, sha256, write_json
-from export.parity import check
-from export.to_onnx import export
-from training.calibrate import calibrate
 from training.drafts import Origin, draft_bundle, git_commit
 from training.errors import TrainingError
-from training.evaluate import SUITES, evaluate
 from training.images import Dataset, load
 from training.presets import PRESETS, Preset
 from training.state import load_position
@@ -42,10 +38,11 @@ def stages(preset: Preset) -> list[Preset]:
     return [replace(PRESETS[preset.warm_start], **changes, attack_step_size=1.25 * preset.eps), preset]
 
 
-def refresh(preset: Preset, run: Path, *, init: Path | None, clock: Clock, suite: str, device: torch.device) -> Path:
+def refresh(preset: Preset, run: Path, *, init: Path | None, clock: Clock, suite: str | None, device: torch.device) -> Path:
     """Run every step of ``preset`` in ``run`` and return the published bundle; what a run already finished is not done again.
 
-    Raises TrainingError, DataError or EbjdatError with the step's own message.
+    Without a ``suite`` only the training is done, which needs torch, NumPy, Pillow and safetensors alone, and the weights
+    are returned. Raises TrainingError, DataError or EbjdatError with the step's own message.
     """
     data = load(preset.dataset)
     todo = [preset] if init is not None else stages(preset)
@@ -57,6 +54,9 @@ def refresh(preset: Preset, run: Path, *, init: Path | None, clock: Clock, suite
             say(f"train {stage.name} in {folder}")
             train(stage, data, folder, init=weights, clock=clock, device=device)
         weights = folder / "weights.safetensors"
+    if suite is None:
+        assert weights is not None
+        return weights
     baseline = None
     for stage in todo:
         bundle = finish(stage, data, run / stage.name, suite=suite, baseline=baseline, origin=origin)
@@ -67,6 +67,12 @@ def refresh(preset: Preset, run: Path, *, init: Path | None, clock: Clock, suite
 
 def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None, origin: Origin) -> Bundle:
     """Return the evaluated bundle of one stage's weights: export, parity, calibration, evaluation."""
+    # here and not above: a machine that only trains need not have ONNX and SciPy
+    from export.parity import check
+    from export.to_onnx import export
+    from training.calibrate import calibrate
+    from training.evaluate import SUITES, evaluate
+
     home, weights = folder / "bundle", folder / "weights.safetensors"
     if finished(home, weights, min(SUITES[suite].test, len(data.test))):
         return Bundle.load(home)

@@ -264,6 +264,7 @@ def main() -> None:
         "--max-minutes", type=float, default=math.inf, help="end training cleanly after so long, and go on with what there is"
     )
     parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="how much to measure (%(default)s)")
+    parser.add_argument("--only-train", action="store_true", help="stop when the weights are there; --resume without it does the rest")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override fields of the preset")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     options = parser.parse_args()
@@ -277,13 +278,16 @@ def main() -> None:
             raise TrainingError(f"{run} does not exist: leave --resume out to start it")
         if run.exists() and not options.resume:
             raise TrainingError(f"{run} exists: --resume continues it, another --run starts afresh")
-        home = refresh(preset, run, init=options.init, clock=clock, suite=options.suite, device=device)
+        home = refresh(preset, run, init=options.init, clock=clock, suite=None if options.only_train else options.suite, device=device)
     except (TrainingError, EbjdatError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         again = [word for word in sys.argv[1:] if word != "--resume"] + ([] if options.run else ["--run", run.name])
         print(f"interrupted; go on with: {shlex.join([sys.executable, sys.argv[0], *again, '--resume'])}", file=sys.stderr)
         sys.exit(130)
+    if options.only_train:
+        print(f"trained {home}; export, calibrate, evaluate and publish with --resume --run {run.name}")
+        return
     print(f"published {home}\nserve it: make serve MODEL={home.parent}")
 
 
