@@ -35,7 +35,7 @@ def figure(row: Row) -> str:
     """Return a value with its interval or standard error, as text."""
     text = f"{row['value']:.4g}"
     if "interval" in row:
-        low, high = row["interval"]
+        low, high = (0.0 if bound < 1e-9 else bound for bound in row["interval"])
         text += f" [{low:.3g}, {high:.3g}]"
     elif "stderr" in row:
         text += f" ± {row['stderr']:.2g}"
@@ -56,7 +56,7 @@ def table(rows: list[Row], baseline: list[Row]) -> str:
             row["dataset"],
             f"{row['protocol']}, seed {row['seed']}",
         )
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
