@@ -8,14 +8,17 @@ from dataclasses import replace
 
 import httpx2
 import numpy as np
+import pytest
 import torch
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.errors import BundleError
 from ebjdat_serve.pixels import to_unit
 from tests.conftest import ROOT, serving
 from training.adversary import cross_entropy
-from training.evaluate import survivors
+from training.calibrate import calibrate
+from training.evaluate import SUITES, evaluate, survivors
 from training.images import load
 from training.presets import DIGITS, DIGITS_FGSM
 from training.state import load_weights
@@ -84,6 +87,14 @@ def test_each_step_also_runs_alone(golden, tmp_path):
     again = Bundle.load(folder)
     assert again.manifest.files["classify.onnx"] == before.manifest.files["classify.onnx"]  # an export is reproducible
     np.testing.assert_allclose(again.calibration().energies, before.calibration().energies, rtol=1e-6)
+
+
+def test_other_data_than_it_was_trained_on_is_refused(golden):
+    shuffled = replace(load("digits"), sha256="0" * 64)
+    with pytest.raises(BundleError, match="training images"):
+        calibrate(Bundle.load(golden), shuffled)
+    with pytest.raises(BundleError, match="training images"):
+        evaluate(Bundle.load(golden), shuffled, SUITES["quick"])
 
 
 def test_a_step_that_cannot_run_says_why(tmp_path):
