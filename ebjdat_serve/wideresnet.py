@@ -78,11 +78,6 @@ def activation(x: Tensor) -> Tensor:
     return F.silu(x)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable scalars."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def build(depth: int, width: int, classes: int, state: dict[str, Tensor] | None = None) -> WideResNet:
     """Return a WideResNet in eval mode, with ``state`` loaded strictly when given."""
     model = WideResNet(depth, width, classes)

@@ -27,6 +27,13 @@ def alive(pid):
         return False
 
 
+def kill_workers(server):
+    for pid in server.children():
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+        if "spawn_main" in command and "resource_tracker" not in command:
+            os.kill(pid, signal.SIGKILL)
+
+
 def gone(pids, seconds=15):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -86,10 +93,7 @@ def test_a_stop_while_starting_leaves_no_process_behind(tmp_path):
 def test_a_killed_worker_is_replaced_and_others_go_on(tmp_path, picture):
     with serving(SHIPPED, tmp_path / "log") as server:
         before = httpx2.post(f"{server.url}/classify", content=picture).json()
-        for pid in server.children():
-            command = Path(f"/proc/{pid}/cmdline").read_text()
-            if "spawn_main" in command and "resource_tracker" not in command:
-                os.kill(pid, signal.SIGKILL)
+        kill_workers(server)
         end = time.monotonic() + 40
         while time.monotonic() < end:
             try:
@@ -101,6 +105,27 @@ def test_a_killed_worker_is_replaced_and_others_go_on(tmp_path, picture):
         assert answer.status_code == 200, server.log.read_text()
         assert answer.json() == before
         assert httpx2.get(f"{server.url}/generate", params={"class": 0, "steps": 2}, timeout=30).status_code == 200
+
+
+def test_a_worker_killed_at_work_costs_its_request_only_and_soon(tmp_path):
+    with serving(SHIPPED, tmp_path / "log") as server:
+        answers = []
+
+        def ask():
+            begin = time.monotonic()
+            answer = httpx2.get(f"{server.url}/generate", params={"class": 1, "n": 8, "steps": 900}, timeout=100)
+            answers.append((answer.status_code, answer.headers.get("retry-after"), time.monotonic() - begin))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(1.5)
+        kill_workers(server)
+        thread.join(60)
+        status, retry_after, seconds = answers[0]
+        assert (status, retry_after) == (503, "3")
+        assert seconds < 30  # not the deadline, 120 s
+        wait_ready(server)
+        assert httpx2.get(f"{server.url}/generate", params={"class": 1, "steps": 2}, timeout=30).status_code == 200
 
 
 def test_clients_that_leave_take_their_requests_along(tmp_path):

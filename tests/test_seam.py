@@ -44,5 +44,7 @@ def test_the_server_calls_what_we_override_and_keeps_what_we_read():
     assert "return dict(enumerate(workers))" in inspect.getsource(ls.LitServer._start_server)
     assert "except KeyboardInterrupt" in run
     assert "self.inference_workers" in run
+    single = inspect.getsource(ls.LitServer.launch_single_inference_worker)
+    assert 'self.workers_setup_status[f"{endpoint}_{worker_id}"] = WorkerSetupStatus.STARTING' in single
     assert "self.workers_setup_status = manager.dict()" in inspect.getsource(ls.LitServer._init_manager)
     assert "self.response_buffer" in inspect.getsource(ls.LitServer.__init__)

@@ -67,13 +67,13 @@ async def _decode(
     )
     for index, result in enumerate(decoded):
         if isinstance(result, InvalidImage):
-            refuse(result, index if listed else None, pictures[index])
+            refuse(result, index if listed else None)
         if isinstance(result, BaseException):
             raise result
     return np.stack([image for image in decoded if not isinstance(image, BaseException)]), listed
 
 
-def refuse(error: InvalidImage, index: int | None, picture: bytes) -> NoReturn:
+def refuse(error: InvalidImage, index: int | None) -> NoReturn:
     """Raise the Problem for a picture that could not be decoded, naming its place in the list."""
     text = str(error)
     status = 413 if "limit is" in text and index is None else 422

@@ -30,6 +30,8 @@ from ebjdat_serve.server.problems import Problem
 log = logging.getLogger("ebjdat_serve")
 POLL = 0.1
 """Seconds between looks at whether the client is still there."""
+LOOK = 0.5
+"""Seconds between looks at whether the worker is; starting one again takes longer than that."""
 
 
 class DrainLoop(BatchedLoop):
@@ -112,10 +114,11 @@ class Server(ls.LitServer):
         teller.join(2)
         super()._perform_graceful_shutdown(*arguments)
 
-    def ready(self) -> bool:
-        """Return whether every worker is ready."""
+    def ready(self, api: ls.LitAPI | None = None) -> bool:
+        """Return whether every worker, or every worker of ``api``, is ready."""
+        kind = api.api_path.rsplit("/", 1)[-1] + "_" if api else ""
         try:
-            states = list(self.workers_setup_status.values())
+            states = [state for name, state in self.workers_setup_status.items() if name.startswith(kind)]
         except (ConnectionError, EOFError):  # the manager is gone: the server is going down
             return False
         return bool(states) and all(state == WorkerSetupStatus.READY for state in states)
@@ -131,6 +134,10 @@ def answers(port: int) -> bool:
         return False
     finally:
         connection.close()
+
+
+class Abandoned(Problem):
+    """Nobody waits for the answer any more, but the worker may still be computing it."""
 
 
 class Lane:
@@ -175,9 +182,9 @@ class Lane:
             item = ResponseBufferItem(asyncio.Event())
             self._server.response_buffer[uid] = item
             try:
-                await self._wait(item.event.wait, request, late)
-            except Problem:
-                held = False  # the worker may be at it: its slot is free when it answers, or never will
+                await self._wait(item.event.wait, request, late, lost=self._worker_is_down)
+            except Abandoned:
+                held = False  # the worker may be at it: its slot is free when it answers, or has died
                 task = asyncio.create_task(self._outlive(uid, item))
                 self._abandoned.add(task)
                 task.add_done_callback(self._abandoned.discard)
@@ -191,24 +198,35 @@ class Lane:
                 self._server.response_buffer.pop(uid, None)
                 self._slots.release()
 
-    async def _wait(self, what: Callable[[], Coroutine[Any, Any, Any]], request: Request, late: float) -> None:
+    def _worker_is_down(self) -> bool:
+        return not self._server.ready(self._handler.lit_api)
+
+    async def _wait(
+        self, what: Callable[[], Coroutine[Any, Any, Any]], request: Request, late: float, lost: Callable[[], bool] = lambda: False
+    ) -> None:
+        look = time.monotonic() + LOOK
         task = asyncio.ensure_future(what())
         try:
             while not task.done():
                 left = late - time.monotonic()
                 if left <= 0:
-                    raise Problem(504, f"no answer within {self._deadline:g} s; try again, or ask for less", headers={"Retry-After": "1"})
+                    raise Abandoned(504, f"no answer within {self._deadline:g} s; try again, or ask for less", headers={"Retry-After": "1"})
                 await asyncio.wait({task}, timeout=min(POLL, left))
                 if not task.done() and await request.is_disconnected():
-                    raise Problem(499, "the client closed the connection")
+                    raise Abandoned(499, "the client closed the connection")
+                if time.monotonic() >= look and not task.done():
+                    look = time.monotonic() + LOOK
+                    if lost():
+                        raise Problem(503, "the worker died on this request and is starting again; try again", headers={"Retry-After": "3"})
         except BaseException:
             if not task.cancel() and what == self._slots.acquire:
                 self._slots.release()  # the slot came just as the client left
             raise
 
     async def _outlive(self, uid: str, item: ResponseBufferItem) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(item.event.wait(), self._deadline)
+        end = time.monotonic() + self._deadline
+        while not item.event.is_set() and time.monotonic() < end and not self._worker_is_down():
+            await asyncio.sleep(LOOK)
         self._server.response_buffer.pop(uid, None)
         self._slots.release()
 
