@@ -18,11 +18,13 @@ from ebjdat_serve.pixels import to_unit
 from tests.conftest import ROOT, serving
 from training.adversary import cross_entropy
 from training.calibrate import calibrate
+from training.clock import Clock
 from training.evaluate import SUITES, evaluate, survivors
 from training.images import load
-from training.presets import DIGITS, DIGITS_FGSM
+from training.methods.at import Standard
+from training.presets import DIGITS, stages
 from training.state import load_weights
-from training.train import Clock, train
+from training.train import train
 
 
 def metric(bundle, name, protocol=""):
@@ -41,7 +43,7 @@ def test_the_digits_model_reaches_its_floors(golden):
 
 def test_plain_training_fails_the_pgd_floor(tmp_path):
     data = load("digits")
-    plain = replace(DIGITS_FGSM, name="plain", eps=0.0, attack_step_size=0.0, epochs=10)
+    plain = replace(stages(DIGITS)[0], name="plain", method=Standard(), epochs=10)
     weights = train(plain, data, tmp_path, init=None, clock=Clock(), device=torch.device("cpu"))
     from ebjdat_serve.wideresnet import build
 
@@ -49,7 +51,7 @@ def test_plain_training_fails_the_pgd_floor(tmp_path):
     image, label = torch.from_numpy(to_unit(data.test.image)), torch.from_numpy(data.test.label)
     with torch.no_grad():
         assert float(cross_entropy(model(image), label).mean()) < 0.5
-    assert survivors(model, image, label, DIGITS.eps) / len(label) < 0.40
+    assert survivors(model, image, label, DIGITS.threat) / len(label) < 0.40
 
 
 def test_it_is_served_and_answers_curl(golden, tmp_path):

@@ -38,10 +38,11 @@ def test_one_training_step_runs_on_cuda(tmp_path):
 
     import torch
 
+    from training.clock import Clock
     from training.images import load
     from training.presets import DIGITS
-    from training.train import Clock, train
+    from training.train import train
 
-    preset = replace(DIGITS, epochs=0.5, buffer_size=100, chain_batch=8, precision="auto")
+    preset = replace(DIGITS, epochs=0.5, precision="auto")
     weights = train(preset, load("digits"), tmp_path, init=None, clock=Clock(), device=torch.device("cuda"))
     assert np.isfinite(weights.stat().st_size)

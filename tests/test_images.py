@@ -4,13 +4,21 @@ import hashlib
 import io
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from scipy.io import savemat
 
-from training import images
-from training.errors import DataError
+from ebjdat_serve.pixels import decode
+from training import images, sources
+from training.augment import augment, crop, cutout, recolour
+from training.errors import DataError, TrainingError
+from training.presets import DIGITS
+from training.ranks import Noise
+from training.stream import Stream
 
 
 def small_cifar(root, monkeypatch, tamper=False):
@@ -19,21 +27,21 @@ def small_cifar(root, monkeypatch, tamper=False):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     sums = {}
-    for name in images.CIFAR10_BATCHES:
+    for name in sources.CIFAR10_BATCHES:
         pixels = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
         sums[name] = hashlib.md5(pixels.tobytes()).hexdigest()
         rows = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).reshape(20, 3072)
         if tamper:
             rows[0, 0] ^= 1
         (folder / name).write_bytes(pickle.dumps({b"data": rows, b"labels": rng.integers(0, 10, 20).tolist()}, protocol=2))
-    monkeypatch.setattr(images, "CIFAR10_BATCHES", sums)
+    monkeypatch.setattr(sources, "CIFAR10_BATCHES", sums)
     monkeypatch.setenv("EBJDAT_DATA", str(root))
     return folder
 
 
 def test_canonical_batches_are_read_and_checked(tmp_path, monkeypatch):
     small_cifar(tmp_path, monkeypatch)
-    train, test = images._cifar10(tmp_path)
+    train, test = sources.cifar10(tmp_path)
     assert train.image.shape == (100, 32, 32, 3)
     assert len(test) == 20
 
@@ -46,13 +54,13 @@ def test_changed_pixels_are_refused(tmp_path, monkeypatch):
 
 def test_atlases_and_class_folders_hold_the_same_images(tmp_path, monkeypatch):
     small_cifar(tmp_path / "a", monkeypatch)
-    train, test = images._cifar10(tmp_path / "a")
+    train, test = sources.cifar10(tmp_path / "a")
     for split, part in (("train", train), ("test", test)):
         for i, (image, label) in enumerate(zip(part.image, part.label, strict=True)):
-            home = tmp_path / "b" / "cifar10" / split / images.CIFAR10_NAMES[label]
+            home = tmp_path / "b" / "cifar10" / split / sources.CIFAR10_NAMES[label]
             home.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(home / f"{i:04}.png")
-    again, _ = images._cifar10(tmp_path / "b")
+    again, _ = sources.cifar10(tmp_path / "b")
     assert sorted(image.tobytes() for image in again.image) == sorted(image.tobytes() for image in train.image)
     label_of = {image.tobytes(): label for image, label in zip(train.image, train.label, strict=True)}
     assert all(label_of[image.tobytes()] == label for image, label in zip(again.image, again.label, strict=True))
@@ -71,21 +79,21 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     file = tmp_path / "data_batch_1"
     file.write_bytes(pickle.dumps({b"data": Evil(), b"labels": []}))
     with pytest.raises(DataError, match="does not hold"):
-        images._python_batch(file)
+        sources._python_batch(file)
 
 
 def test_a_damaged_batch_is_a_data_error(tmp_path):
     file = tmp_path / "data_batch_1"
     file.write_bytes(pickle.dumps({b"labels": []})[:-3])
     with pytest.raises(DataError, match="fetch the archive again"):
-        images._python_batch(file)
+        sources._python_batch(file)
 
 
 def test_no_data_and_no_network_says_where_to_put_it(tmp_path, monkeypatch):
     def offline(*_):
         raise OSError("no network")
 
-    monkeypatch.setattr(images.urllib.request, "urlretrieve", offline)
+    monkeypatch.setattr(sources.urllib.request, "urlretrieve", offline)
     monkeypatch.setenv("EBJDAT_DATA", str(tmp_path))
     with pytest.raises(DataError, match="EBJDAT_DATA"):
         images.load("cifar10")
@@ -99,7 +107,7 @@ def test_a_wrong_download_is_refused(tmp_path, monkeypatch):
 
 
 def test_unknown_data():
-    with pytest.raises(DataError, match="known are"):
+    with pytest.raises(DataError, match="neither a data set"):
         images.load("imagenet")
 
 
@@ -121,3 +129,133 @@ def test_real_cifar10_is_split_45_25_25():
     buffer = io.BytesIO()
     Image.fromarray(data.test.image[0]).save(buffer, "PNG")
     assert data.names[data.test.label[0]] == "cat"
+
+
+# a folder of one's own, and extra images --------------------------------------------------------------------------------
+
+
+def pictures(folder, names, n, size=(12, 16), suffix=".png", mode="RGB"):
+    rng = np.random.default_rng(len(names))
+    for index, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            shape = (*size, 3) if mode == "RGB" else size
+            Image.fromarray(((rng.integers(0, 100, shape) + 40 * index) % 256).astype(np.uint8), mode).save(folder / name / f"{i}{suffix}")
+
+
+def test_a_folder_of_class_folders_is_a_data_set(tmp_path):
+    pictures(tmp_path / "own", ("ash", "birch", "cedar"), 100)
+    data = images.load(str(tmp_path / "own"))
+    assert (data.name, data.names) == ("own", ("ash", "birch", "cedar"))
+    assert data.train.image.shape[1:] == (12, 16, 3)
+    assert [len(part) for part in (data.train, data.selection, data.calibration, data.test)] == [200, 25, 25, 50]
+    assert set(data.test.label.tolist()) == {0, 1, 2}
+    again = images.load(str(tmp_path / "own"), (12, 16))
+    assert again.sha256 == data.sha256
+    assert images.load(str(tmp_path / "own"), (8, 8)).train.image.shape[1:] == (8, 8, 3)
+
+
+def test_pictures_of_any_kind_are_squashed_as_the_server_squashes_them(tmp_path):
+    pictures(tmp_path / "own" / "train", ("ash", "birch"), 110, size=(30, 20), suffix=".jpg", mode="L")
+    pictures(tmp_path / "own" / "test", ("ash", "birch"), 10, size=(9, 50))
+    data = images.load(str(tmp_path / "own"), (16, 16))
+    assert (len(data.test), data.test.image.shape[1:]) == (20, (16, 16, 3))
+    served = {decode(file.read_bytes(), 16, 16).tobytes() for file in (tmp_path / "own" / "test").rglob("*.png")}
+    assert {image.tobytes() for image in data.test.image} == served
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda root: pictures(root, ("ash",), 300), "two or more classes"),
+        (lambda root: pictures(root, ("ash", "birch"), 20), "200 are the least"),
+        (lambda root: pictures(root, ("ash", "birch"), 130, size=(9, 9)), "multiple of 4"),
+        (lambda root: (pictures(root, ("ash", "birch"), 130), pictures(root / "train", ("ash", "birch"), 2)), "no test"),
+        (lambda root: (pictures(root, ("ash",), 250), pictures(root, ("birch",), 3)), "fewer than 8 training images of birch"),
+        (lambda root: (pictures(root, ("ash",), 150), pictures(root, ("birch",), 150, size=(8, 8))), "set size="),
+        (lambda root: (pictures(root, ("ash", "birch"), 130), (root / "ash" / "x.png").write_bytes(b"no")), "x.png"),
+        (lambda root: (root / "ash").mkdir(parents=True) or (root / "birch").mkdir(), "of pictures"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on_says_why(tmp_path, build, said):
+    build(tmp_path / "own")
+    with pytest.raises(DataError, match=said):
+        images.load(str(tmp_path / "own"))
+
+
+def test_cifar100_and_svhn_are_read_as_they_are_published(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rows = rng.integers(0, 256, (30, 3072), dtype=np.uint8)
+    for name in ("train", "test"):
+        (folder / name).write_bytes(pickle.dumps({b"data": rows, b"fine_labels": list(range(30)), b"coarse_labels": [0] * 30}, protocol=2))
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [f"n{i}".encode() for i in range(100)]}, protocol=2))
+    names, train, _ = sources.cifar100(tmp_path)
+    assert names[99] == "n99"
+    np.testing.assert_array_equal(train.image[3, :, :, 1].ravel(), rows[3, 1024:2048])
+    assert train.label.tolist() == list(range(30))
+
+    digests = {}
+    for name in sources.SVHN_FILES:
+        image = rng.integers(0, 256, (32, 32, 3, 12), dtype=np.uint8)
+        savemat(tmp_path / name, {"X": image, "y": np.arange(1, 13)[:, None] % 10 + 1})
+        digests[name] = hashlib.md5((tmp_path / name).read_bytes()).hexdigest()
+    with pytest.raises(DataError, match="not the official file"):
+        sources.svhn(tmp_path)
+    monkeypatch.setattr(sources, "SVHN_FILES", digests)
+    train, test = sources.svhn(tmp_path)
+    assert len(train) == len(test) == 12
+    assert set(train.label.tolist()) == set(range(10))  # class 10 of the file is the digit 0
+    np.testing.assert_array_equal(test.image[5], image[..., 5])
+
+
+def test_extra_images_fill_their_share_of_every_batch(tmp_path):
+    data = images.load("digits")
+    np.savez(tmp_path / "extra.npz", image=np.full((50, 8, 8, 3), 77, np.uint8), label=np.full(50, 3))
+    stage = replace(DIGITS, extra=str(tmp_path / "extra.npz"), extra_fraction=0.25, augment="none")
+    stream = Stream(stage, data, torch.device("cpu"), Noise.seeded(0))
+    for step in range(30):
+        batch = stream.batch(step)
+        extra = (batch.image * 255 == 77).flatten(1).all(dim=1)
+        assert int(extra.sum()) == 16
+        assert (batch.label[extra] == 3).all()
+        assert not (batch.plain * 255 == 77).flatten(1).all(dim=1).any()
+    for settings, said in (({"extra_fraction": 1.0}, "leaves none"), ({"extra": str(tmp_path / "absent.npz")}, "must be an .npz")):
+        with pytest.raises(TrainingError, match=said):
+            Stream(replace(stage, **settings), data, torch.device("cpu"), Noise.seeded(0))
+    for arrays, said in (
+        ({"image": np.zeros((5, 8, 8, 3), np.uint8)}, "pseudo_label"),
+        ({"image": np.zeros((5, 8, 8, 3)), "label": np.zeros(5)}, "must be uint8"),
+        ({"image": np.zeros((5, 8, 8, 3), np.uint8), "label": np.full(5, 10)}, "labels must lie in 0 to 9"),
+    ):
+        np.savez(tmp_path / "bad.npz", **arrays)
+        with pytest.raises(DataError, match=said):
+            images.load_extra(str(tmp_path / "bad.npz"), data)
+
+
+def test_one_epoch_visits_every_image_once():
+    data = images.load("digits")
+    stream = Stream(replace(DIGITS, augment="none", batch_size=50), data, torch.device("cpu"), Noise.seeded(0))
+    seen = [image.numpy().tobytes() for step in range(stream.steps_per_epoch) for image in stream.batch(step).image]
+    assert stream.steps_per_epoch == 21
+    assert len(set(seen)) >= 1050 - 5
+
+
+def test_augmentation_keeps_shape_range_and_what_it_promises():
+    image = torch.arange(2 * 3 * 8 * 8, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(2, 3, 8, 8)
+    out = crop(image, Noise.seeded(0), padding=2, flip=True)
+    assert (out.shape, out.dtype) == (image.shape, torch.uint8)
+    for one, source in zip(out, image, strict=True):
+        assert set(one.unique().tolist()) <= set(source.unique().tolist())
+    torch.testing.assert_close(crop(image, Noise.seeded(0), padding=0, flip=False), image)
+    many = torch.rand(200, 3, 8, 12)
+    holes = (cutout(many, Noise.seeded(0)) == 0).all(dim=1).flatten(1).float().mean(dim=1)
+    assert 0 < holes.mean() < 16 / 96 + 0.02
+    assert holes.max() <= 16 / 96 + 1e-6
+    changed = recolour(many, Noise.seeded(0))
+    assert (changed.mean(dim=(1, 2, 3)) - many.mean(dim=(1, 2, 3))).abs().max() > 0.05
+    for kind in ("none", "crop", "strong"):
+        x = augment(image, Noise.seeded(0), kind=kind, padding=1, flip=True)
+        assert (x.shape, x.dtype) == (image.shape, torch.float32)
+        assert 0 <= x.min() <= x.max() <= 1

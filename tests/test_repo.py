@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import packages_distributions
 
 from tests.conftest import ROOT
-from training.presets import PRESETS
+from training.presets import METHODS, preset, stages
 from training.train import main
 
 
@@ -77,8 +77,9 @@ def test_every_decision_is_numbered_once():
 
 
 def test_warm_starts_exist_and_share_the_network():
-    for preset in PRESETS.values():
-        if preset.warm_start:
-            start = PRESETS[preset.warm_start]
-            assert (start.depth, start.width, start.dataset) == (preset.depth, preset.width, preset.dataset)
+    for name in METHODS:
+        *warm, joint = stages(preset(name, "small", "cifar100"))
+        for start in warm:
+            assert (start.depth, start.width, start.dataset) == (joint.depth, joint.width, "cifar100")
+            assert start.warm_start is None
     assert callable(main)

@@ -1,13 +1,15 @@
-"""Projected gradient ascent of any objective: the training attack, FGSM-RS and PGD-20 alike (arXiv 1706.06083)."""
+"""Projected gradient ascent of any objective: training attacks, FGSM-RS, PGD-20 and DAT's negatives alike (arXiv 1706.06083)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy, joint_energy
+from training.ranks import Noise
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(logits (N, K), label (N,)) -> one value per image (N,), which the adversary raises."""
@@ -18,12 +20,40 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(logits, label, reduction="none")
 
 
+def divergence(logits: Tensor, logits_adv: Tensor) -> Tensor:
+    """Return KL(p(.|x) || p(.|x_adv)) = sum_y p (log p - log q), shape (N,)."""
+    log_p, log_q = F.log_softmax(logits, dim=1), F.log_softmax(logits_adv, dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
 INNER: dict[str, Objective] = {
     "ce": cross_entropy,
     "energy": lambda logits, label: energy(logits),
     "joint_energy": joint_energy,
+    "class_logit": lambda logits, label: -joint_energy(logits, label),
 }
-"""What the inner maximum of EB-JDAT climbs: see docs/decisions/0001."""
+"""What an inner loop climbs; ``class_logit`` is f(x)[y], the direction of a sample of class y."""
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What the adversary may do: move x by at most ``eps`` in the norm ``linf`` or ``l2``, pixels of [0,1], within [0,1]."""
+
+    norm: str
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"norm must be linf or l2, not {self.norm!r}")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How the adversary searches: ``steps`` of ``step_over_eps`` times eps, from ``start`` (uniform | gaussian | image)."""
+
+    steps: int = 10
+    step_over_eps: float = 0.25
+    start: str = "uniform"
 
 
 @contextmanager
@@ -44,38 +74,75 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(flag)
 
 
-def project(x_adv: Tensor, image: Tensor, eps: float) -> Tensor:
-    """Return the point of the l-infinity ball of radius ``eps`` around ``image``, within [0,1], nearest to ``x_adv``."""
-    return x_adv.clamp(image - eps, image + eps).clamp(0.0, 1.0)
+def project(x_adv: Tensor, image: Tensor, threat: Threat) -> Tensor:
+    """Return ``x_adv`` brought back into the ball around ``image``, then into [0,1]; shapes (N, 3, H, W).
+
+    Clipping to [0,1] moves every pixel towards ``image``, so it never leaves the ball again. An infinite eps: the box alone.
+    """
+    if threat.eps == torch.inf:
+        return x_adv.clamp(0.0, 1.0)
+    if threat.norm == "linf":
+        return x_adv.clamp(image - threat.eps, image + threat.eps).clamp(0.0, 1.0)
+    delta = x_adv - image
+    shrink = (threat.eps / norm(delta).clamp_min(1e-12)).clamp(max=1.0)
+    return (image + shrink * delta).clamp(0.0, 1.0)
 
 
-def random_start(image: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """Return image + U(-eps, eps), clipped to [0,1]."""
-    noise = torch.rand(image.shape, generator=generator, device=image.device)
-    return (image + eps * (2.0 * noise - 1.0)).clamp(0.0, 1.0)
+def norm(x: Tensor) -> Tensor:
+    """Return the Euclidean norm of each image, (N, 1, 1, 1)."""
+    length: Tensor = x.flatten(1).norm(dim=1)
+    return length[:, None, None, None]
 
 
-def pgd(
-    model: nn.Module,
-    image: Tensor,
-    label: Tensor,
-    *,
-    objective: Objective,
-    eps: float,
-    step_size: float,
-    steps: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """Return x_adv: ``steps`` sign-gradient ascents of ``objective`` from a random start in the ball, each projected.
+def ascent(gradient: Tensor, kind: str) -> Tensor:
+    """Return the steepest direction of unit length in the norm: the sign, or g / ||g||_2."""
+    return gradient.sign() if kind == "linf" else gradient / (norm(gradient) + 1e-10)
 
-        x <- project(x + step_size * sign d objective / dx)
 
-    Image (N, 3, H, W) in [0,1]; ``eps`` and ``step_size`` in pixel units of [0,1]. The model is frozen meanwhile.
+def begin(image: Tensor, threat: Threat, start: str, noise: Noise) -> Tensor:
+    """Return where the search begins: uniform in the ball, image + 0.001 N(0, 1), or the image itself."""
+    if start == "image":
+        return image.clone()
+    if start == "gaussian":
+        return project(image + 0.001 * noise.normal(*image.shape), image, threat)
+    if start != "uniform":
+        raise ValueError(f"start must be uniform, gaussian or image, not {start!r}")
+    if threat.norm == "linf":
+        return project(image + threat.eps * (2.0 * noise.uniform(*image.shape) - 1.0), image, threat)
+    direction = noise.normal(*image.shape)
+    radius = noise.uniform(len(image), 1, 1, 1) ** (1.0 / image[0].numel())
+    return project(image + threat.eps * radius * direction / norm(direction), image, threat)
+
+
+def pgd(model: nn.Module, image: Tensor, label: Tensor, *, objective: Objective, threat: Threat, attack: Attack, noise: Noise) -> Tensor:
+    """Return x_adv: gradient ascents of ``objective`` in the ball, each projected.
+
+        x <- project(x + step_size * direction(d objective / dx)),   direction = sign (l-inf) or g / ||g|| (l2)
+
+    Image (N, 3, H, W) in [0,1]. The model is frozen meanwhile.
     """
     with frozen(model):
-        x_adv = random_start(image, eps, generator)
-        for _ in range(steps):
-            x_adv.requires_grad_()
-            (gradient,) = torch.autograd.grad(objective(model(x_adv).float(), label).sum(), x_adv)
-            x_adv = project(x_adv.detach() + step_size * gradient.sign(), image, eps)
-    return x_adv
+        x_adv = begin(image, threat, attack.start, noise)
+        return climb(model, x_adv, label, objective, threat, attack.steps, attack.step_over_eps * threat.eps, image)
+
+
+def climb(
+    model: nn.Module,
+    x: Tensor,
+    label: Tensor,
+    objective: Objective,
+    threat: Threat,
+    steps: int,
+    step_size: float,
+    centre: Tensor | None = None,
+) -> Tensor:
+    """Return ``x`` after ``steps`` ascents of length ``step_size``, kept in the ball around ``centre``, by default ``x``.
+
+    With an infinite eps only the box holds it. The model must be frozen.
+    """
+    centre = x if centre is None else centre
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(model(x).float(), label).sum(), x)
+        x = project(x.detach() + step_size * ascent(gradient, threat.norm), centre, threat)
+    return x.detach()

@@ -50,6 +50,13 @@ def check_data(bundle: Bundle, data: Dataset) -> None:
         )
 
 
+def dataset_of(bundle: Bundle, moved: str | None = None) -> Dataset:
+    """Return the data set that the bundle names, a folder's pictures at the bundle's size; ``moved``: where the folder is now."""
+    manifest = bundle.manifest
+    source = moved or manifest.provenance.configuration.get("dataset", manifest.provenance.dataset)
+    return load(source, (manifest.input.height, manifest.input.width))
+
+
 def served(engine: Engine, image: Pixels) -> tuple[Floats, Floats]:
     """Return logits (N, K) and energy (N,) of uint8 images (N, H, W, 3) sent as PNG through the server's decoder."""
     height, width = image.shape[1:3]
@@ -79,10 +86,11 @@ def main() -> None:
     """Calibrate the bundle named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
     options = parser.parse_args()
     try:
         bundle = Bundle.draft(options.bundle)
-        calibration = calibrate(bundle, load(bundle.manifest.provenance.dataset)).calibration()
+        calibration = calibrate(bundle, dataset_of(bundle, options.data)).calibration()
     except (EbjdatError, DataError) as error:
         sys.exit(str(error))
     energies = calibration.energies

@@ -13,9 +13,8 @@ from safetensors.numpy import save_file
 from ebjdat_serve.bundle import Architecture, Bundle, Input, Manifest, Provenance, sha256, write_json
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.sgld import Sampler
 from training.images import Dataset
-from training.presets import Preset
+from training.presets import Preset, describe
 from training.replay import fit_prior
 from training.state import Position
 
@@ -42,7 +41,7 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, ori
         architecture=Architecture("wideresnet", preset.depth, preset.width),
         labels=list(data.names),
         input=Input(*data.train.image.shape[1:3]),
-        sampler=Sampler(preset.sample_steps, preset.chain_step_size, preset.chain_clip, preset.chain_noise),
+        sampler=preset.sample,
         provenance=Provenance(
             git=origin.git,
             preset=preset.name,
@@ -54,7 +53,7 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, ori
             rollbacks=position.rollbacks,
             init_sha256=origin.init_sha256,
             started=origin.started,
-            configuration=asdict(preset),
+            configuration=describe(preset),
         ),
         files={},
     )

@@ -25,17 +25,19 @@ from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.generation import classify_in_chunks, generate
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.sgld import Prior
-from training.adversary import cross_entropy, pgd
-from training.calibrate import check_data
+from training.adversary import Attack, Threat, ascent, begin, cross_entropy, pgd, project
+from training.calibrate import check_data, dataset_of
 from training.card import write_card
 from training.errors import DataError
 from training.extractor import features, load_extractor
-from training.images import Dataset, data_root, load, read_atlas
+from training.images import Dataset, data_root, read_atlas
 from training.measures import auroc, expected_calibration_error, flag_rate_interval, frechet_distance, wilson
+from training.ranks import Noise
 
 OOD_ATLASES = ("svhn_train_first1080", "cifar100_test_3000")
 ALPHA = 0.05
-EPS = {"cifar10": 8 / 255, "digits": 51 / 255}  # of the data set, whatever the model was trained with
+EPS, EPS_DIGITS = 8 / 255, 51 / 255  # l-inf, of the data set, whatever the model was trained with
+EPS_L2, EPS_L2_DIGITS = 0.5, 1.0
 SEED = 0
 Row = dict[str, Any]
 
@@ -115,15 +117,18 @@ def robust_rows(bundle: Bundle, data: Dataset, suite: Suite) -> Iterator[Row]:
     """Yield PGD-20 and AutoAttack accuracy and what the energy says of adversarial images."""
     model = load_model(bundle).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     weights = bundle.manifest.files["weights.safetensors"].sha256
-    eps8 = EPS[data.name]
+    eps8, eps_l2 = (EPS_DIGITS, EPS_L2_DIGITS) if data.name == "digits" else (EPS, EPS_L2)
     where = f"{data.name} test"
     attacked = data.test.first(suite.attacked)
     image, label = torch.from_numpy(to_unit(attacked.image)), torch.from_numpy(attacked.label)
 
     for eps, name in ((eps8, eps_name(eps8)), (eps8 / 2, eps_name(eps8 / 2))):
-        robust = survivors(model, image, label, eps)
+        robust = survivors(model, image, label, Threat("linf", eps))
         protocol = f"PGD-20 on cross-entropy, l-inf {name}, step eps/4, 1 random start, each iterate counts"
         yield proportion("accuracy_pgd20", robust, len(label), where, protocol, weights)
+    robust = survivors(model, image, label, Threat("l2", eps_l2))
+    protocol = f"PGD-20 on cross-entropy, l2 {eps_l2:g}, step eps/4, 1 random start, each iterate counts"
+    yield proportion("accuracy_pgd20_l2", robust, len(label), where, protocol, weights)
 
     yield from adversarial_energy_rows(bundle, model, data, suite, eps8)
     if suite.autoattack:
@@ -132,25 +137,25 @@ def robust_rows(bundle: Bundle, data: Dataset, suite: Suite) -> Iterator[Row]:
         yield proportion("accuracy_autoattack", robust, suite.autoattack, where, protocol, weights)
 
 
-def survivors(model: torch.nn.Module, image: torch.Tensor, label: torch.Tensor, eps: float, steps: int = 20) -> int:
+def survivors(model: torch.nn.Module, image: torch.Tensor, label: torch.Tensor, threat: Threat, steps: int = 20) -> int:
     """Return how many images no iterate of one PGD run fools: images that are fooled, or wrong to begin with, leave the run.
 
     Never above the usual figure, which looks at the last iterate alone, and half the work.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    noise = Noise.seeded(SEED)
     standing = 0
     for x, y in zip(torch.split(image, 500), torch.split(label, 500), strict=True):
         left = predict(model, x) == y
         clean, y = x[left], y[left]
-        x_adv = clean + eps * (2 * torch.rand(clean.shape, generator=generator) - 1)
-        x_adv = x_adv.clamp(0, 1)
+        x_adv = begin(clean, threat, "uniform", noise)
         for _ in range(steps):
             x_adv.requires_grad_()
             logits = model(x_adv)
             (gradient,) = torch.autograd.grad(cross_entropy(logits, y).sum(), x_adv)
             left = logits.argmax(dim=1) == y
+            x_adv = x_adv.detach() + threat.eps / 4 * ascent(gradient, threat.norm)
             clean, y = clean[left], y[left]
-            x_adv = (x_adv.detach() + eps / 4 * gradient.sign())[left].clamp(clean - eps, clean + eps).clamp(0, 1)
+            x_adv = project(x_adv[left], clean, threat)
         standing += int((predict(model, x_adv) == y).sum())
     return standing
 
@@ -169,9 +174,9 @@ def adversarial_energy_rows(bundle: Bundle, model: torch.nn.Module, data: Datase
     graph = bundle.manifest.files["classify.onnx"].sha256
     some = data.test.first(suite.energies)
     image, label = torch.from_numpy(to_unit(some.image)), torch.from_numpy(some.label)
-    generator = torch.Generator().manual_seed(SEED)
+    noise = Noise.seeded(SEED)
     parts = [
-        pgd(model, x, y, objective=cross_entropy, eps=eps, step_size=eps / 4, steps=20, generator=generator)
+        pgd(model, x, y, objective=cross_entropy, threat=Threat("linf", eps), attack=Attack(steps=20), noise=noise)
         for x, y in zip(torch.split(image, 500), torch.split(label, 500), strict=True)
     ]
     _, energy = through(engine, image.numpy())
@@ -288,10 +293,11 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--suite", choices=sorted(SUITES), default="quick")
     parser.add_argument("--baseline", type=Path, help="metrics.json of the warm start, to stand beside every figure")
+    parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
     options = parser.parse_args()
     try:
         bundle = Bundle.draft(options.bundle)
-        evaluate(bundle, load(bundle.manifest.provenance.dataset), SUITES[options.suite], options.baseline)
+        evaluate(bundle, dataset_of(bundle, options.data), SUITES[options.suite], options.baseline)
     except (EbjdatError, DataError) as error:
         sys.exit(str(error))
 

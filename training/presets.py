@@ -1,143 +1,277 @@
-"""Every configuration that has a name, with what it reached; the command line overrides single fields."""
+"""Every configuration that has a name: budgets (data, network, epochs) and methods; the command line overrides single fields.
 
-from dataclasses import dataclass, replace
+``preset(method, budget)`` trains any method on any budget, so that methods can be compared on the same data, loop and number of
+labelled images: a method that continues a warm start gets the epochs that are left. What each reached is in docs/methods.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ebjdat_serve.sgld import Sampler
+from training.adversary import Attack, Threat
+from training.errors import TrainingError
+from training.methods import Method
+from training.methods.at import AdversarialTraining, Mart, Standard, Trades, Weat
+from training.methods.dat import Dat
+from training.methods.ebjdat import EbJdat
+from training.methods.jem import Jeat, Jem, pyld
+from training.methods.las import LasAt
+from training.replay import Chains
+from training.sharpness import Asam, Awp, Sharpness
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One training stage. Lengths in pixel units of [0,1], energies in nats, epochs of the labelled stream."""
+    """One training stage. Lengths in pixels of [0,1], energies in nats, epochs of the labelled stream."""
 
     name: str
-    dataset: str
-    method: str  # at | ebjdat
+    dataset: str  # cifar10 | cifar100 | svhn | digits | the path of a folder of class sub-folders
+    method: Method[Any]
     depth: int
     width: int
     epochs: float
     seed: int = 0
-    warm_start: str | None = None  # the preset whose weights this one starts from
+    warm_start: "Preset | None" = None  # the stage whose weights this one starts from
+    threat: Threat = Threat("linf", 8 / 255)
 
-    # optimiser: SGD with Nesterov momentum, linear warm-up then linear decay to zero
+    # data
+    size: int = 0  # side that a folder's pictures are squashed to, 0: their own
     batch_size: int = 128
+    plain_batch: int = 64  # of the p(x) stream
+    augment: str = "crop"  # none | crop | strong: of the labelled stream
+    plain_augment: str = "none"  # of the p(x) stream
+    padding: int = 4  # pixels of the random crop
+    flip: bool = True  # mirror images, where the data set allows
+    extra: str = ""  # extra labelled images: an .npz or a folder
+    extra_fraction: float = 0.7  # their share of the labelled batch
+
+    # optimiser; the rate rises linearly up to lr_peak of the run, then follows the schedule
+    optimiser: str = "sgd"  # sgd (Nesterov) | adam
     lr: float = 0.2
-    lr_peak: float = 0.4  # fraction of the run at which the rate peaks
+    schedule: str = "linear"  # linear | cosine, to zero, or constant
+    lr_peak: float = 0.4
     momentum: float = 0.9
     weight_decay: float = 5e-4
     gradient_clip: float = 0.0  # global norm, 0: none
+    sharpness: Sharpness | None = None
+    frozen_norm: bool = False  # batch norm keeps the warm start's statistics
     ema: float = 0.995
-    padding: int = 4  # pixels of the random crop
     precision: str = "auto"  # auto (bf16 where the machine has it) | fp32 | bf16
 
-    # inner maximum, l-infinity
-    eps: float = 8 / 255
-    attack_steps: int = 1
-    attack_step_size: float = 10 / 255
-    inner: str = "ce"  # ce | energy | joint_energy
-
-    # EB-JDAT: w1 h1 + w2 h2 + w3 h3
-    w1: float = 0.0
-    w2: float = 0.0
-    w3: float = 1.0
-    w1_ramp: float = 0.1  # fraction of the run over which w1 rises from 0: h1 from step 0 is unstable
-    alignment: str = "relative"  # relative | mean | paired | paper: see training/methods/ebjdat.py
-    clean_weight: float = 0.0  # share of the clean image in h3; the adversarial one has 1 - clean_weight
-    energy_penalty: float = 0.0  # mean E(x)^2 + mean E(x_neg)^2
-    frozen_norm: bool = False  # batch norm keeps the warm start's statistics
-
-    # chains: proximal SGLD, x <- clip(x + step_size clip(score) + noise)
-    chain_batch: int = 64
-    chain_steps: int = 5
-    chain_step_size: float = 0.25
-    chain_clip: float = 2.0
-    chain_noise: float = 0.005
-    data_noise: float = 0.015  # on the images whose likelihood is raised
-    buffer_size: int = 10_000
-    reinit: float = 0.05
-
-    # what generation uses by default in the bundle
-    sample_steps: int = 40
+    # what generation uses by default in the bundle, and the rank of the prior
+    sample: Sampler = Sampler(steps=40, step_size=0.25, grad_clip=2.0, noise_std=0.005)
     prior_rank: int = 48
 
-    # survival
-    energy_gap_limit: float = 50.0  # nats; beyond it the run has diverged
-    saturation_limit: float = 0.6  # share of buffer pixels at 0 or 1
+    # survival: a state is saved so often; beyond the limits the run has diverged, and rolls back so many times at most
+    save_seconds: float = 45.0
+    energy_gap_limit: float = 50.0  # nats between data and chains
+    saturation_limit: float = 0.5  # share of chain pixels at 0 or 1 beyond the data's own
+    rollbacks: int = 3
 
 
-CIFAR10_FGSM = Preset(
-    name="cifar10-fgsm",
-    dataset="cifar10",
-    method="at",
-    depth=16,
-    width=2,
-    epochs=12,
-)
+@dataclass(frozen=True)
+class Budget:
+    """Data, network and time that methods share."""
 
-CIFAR10_SMALL = Preset(
-    name="cifar10-small",
-    dataset="cifar10",
-    method="ebjdat",
-    depth=16,
-    width=2,
-    epochs=3.3,
-    warm_start="cifar10-fgsm",
-    lr=0.01,
-    lr_peak=0.1,
-    gradient_clip=5.0,
-    attack_steps=5,
-    attack_step_size=2 / 255,
-    w1=0.3,  # 1.0 from this warm start cost 17 points of adversarial accuracy within 40 steps
-    w2=2.0,
-    clean_weight=0.3,
-    energy_penalty=0.002,
-    frozen_norm=True,
-    buffer_size=2_000,
-    reinit=0.1,
-    sample_steps=80,  # of 20, 40 and 80 the nearest to training images on 400 samples
-)
+    stage: Preset  # what all stages have in common; its own method is not used
+    warm_epochs: float
+    joint_epochs: float
+    lr: float  # of a network trained from scratch
+    joint_lr: float  # of one that continues
+    chains: Chains  # batch, buffer and restarts; a method sets steps and lengths
+    seeds_eta: float = 0.1  # DAT's step, an l2 length
+    curriculum: int = 40  # DAT's cap on T
+    window: int = 1000
+    strong: str = "strong"  # augmentation of DAT's labelled stream: eight pixels do not survive a cut-out
 
-DIGITS_FGSM = Preset(
-    name="digits-fgsm",
-    dataset="digits",
-    method="at",
-    depth=10,
-    width=1,
-    epochs=20,
-    batch_size=64,
-    eps=0.2,
-    attack_step_size=0.25,
-    padding=1,
-    precision="fp32",
-)
 
-DIGITS = Preset(
-    name="digits",
-    dataset="digits",
-    method="ebjdat",
-    depth=10,
-    width=1,
-    epochs=12,
-    warm_start="digits-fgsm",
-    batch_size=64,
-    lr=0.02,
-    lr_peak=0.1,
-    gradient_clip=5.0,
-    eps=0.2,
-    attack_steps=5,
-    attack_step_size=0.05,
-    padding=1,
-    precision="fp32",
-    w1=0.3,
-    w2=2.0,
-    clean_weight=0.5,
-    energy_penalty=0.002,
-    frozen_norm=True,
-    chain_batch=32,
-    buffer_size=500,
-    reinit=0.1,
-    sample_steps=40,
-    prior_rank=24,
-)
+CIFAR = Preset("", "cifar10", Standard(), depth=16, width=2, epochs=0)
+BUDGETS = {
+    "digits": Budget(
+        stage=replace(
+            CIFAR,
+            dataset="digits",
+            depth=10,
+            width=1,
+            batch_size=64,
+            plain_batch=32,
+            padding=1,
+            precision="fp32",
+            threat=Threat("linf", 0.2),
+            prior_rank=24,
+        ),
+        warm_epochs=20,
+        joint_epochs=12,
+        lr=0.2,
+        joint_lr=0.02,
+        chains=Chains(batch=32, buffer_size=480, reinit=0.1),
+        seeds_eta=0.05,
+        curriculum=20,
+        window=256,
+        strong="crop",
+    ),
+    "small": Budget(
+        stage=replace(CIFAR, sample=replace(CIFAR.sample, steps=80)),
+        warm_epochs=12,
+        joint_epochs=3.3,
+        lr=0.2,
+        joint_lr=0.01,
+        chains=Chains(buffer_size=2_000, reinit=0.1),
+    ),
+    "large": Budget(
+        stage=replace(CIFAR, width=4, sample=replace(CIFAR.sample, steps=80)),
+        warm_epochs=25,
+        joint_epochs=25,
+        lr=0.2,
+        joint_lr=0.01,
+        chains=Chains(),
+    ),
+}
+"""``small`` is for a CPU core, ``large`` for a GPU."""
 
-CIFAR10_FGSM_GPU = replace(CIFAR10_FGSM, name="cifar10-fgsm-gpu", width=4, epochs=25)
-CIFAR10 = replace(CIFAR10_SMALL, name="cifar10", width=4, epochs=25, warm_start="cifar10-fgsm-gpu", buffer_size=10_000)
+JEM_CHAINS = {"steps": 20, "grad_clip": 1e6, "noise_std": 0.005, "prior": "uniform", "reinit": 0.05}
+"""JEM's SGLD, step 1 and noise 0.01 in [-1,1] units, no clipping of the gradient, from uniform noise."""
 
-PRESETS = {preset.name: preset for preset in (CIFAR10_FGSM, CIFAR10_SMALL, CIFAR10_FGSM_GPU, CIFAR10, DIGITS_FGSM, DIGITS)}
+
+def scratch(b: Budget, method: Method[Any], **changes: Any) -> Preset:
+    """Return a stage from random weights, of the whole budget."""
+    settings = {"epochs": b.warm_epochs + b.joint_epochs, "lr": b.lr, **changes}
+    return replace(b.stage, method=method, **settings)
+
+
+def continued(b: Budget, warm: str, method: Method[Any], **changes: Any) -> Preset:
+    """Return a stage that continues ``warm`` with its batch-norm statistics frozen (DAT's two stages)."""
+    start = replace(METHODS[warm](b), name=f"{warm}-warm", epochs=b.warm_epochs)
+    settings = {"epochs": b.joint_epochs, "lr": b.joint_lr, "lr_peak": 0.1, "gradient_clip": 5.0, "frozen_norm": True, **changes}
+    return replace(b.stage, method=method, warm_start=start, **settings)
+
+
+def chains(b: Budget, **changes: Any) -> Chains:
+    """Return the budget's chains with a method's numbers."""
+    return replace(b.chains, **changes)
+
+
+def hosts(b: Budget, steps: int) -> dict[str, tuple[Chains, dict[str, Any]]]:
+    """Return the chains, streams and steps of the three joint models that EB-JDAT can stand on."""
+    plus = pyld(steps, 5, 0.2, b.chains)
+    return {
+        "jem": (chains(b, **{**JEM_CHAINS, "steps": steps}), {"plain_augment": "crop"}),
+        "jem++": (plus, {"plain_augment": "crop"}),
+        "sada-jem": (chains(b, steps=steps), {"sharpness": Asam(rho=2.0)}),
+    }
+
+
+def ebjdat_paper(host: str) -> Callable[[Budget], Preset]:
+    """Return the equations of the paper to the letter, from random weights: w = (1, 1, 1), E(x, y) climbed, the gap signed."""
+
+    def build(b: Budget) -> Preset:
+        sampler, changes = hosts(b, 10)[host]
+        method = EbJdat(
+            w1=1.0, w2=1.0, w1_ramp=0.0, alignment="paper", clean_weight=0.5, energy_penalty=0.0, climb="joint_energy", chains=sampler
+        )
+        return scratch(b, method, lr=b.joint_lr, lr_peak=0.1, **changes)
+
+    return build
+
+
+def ebjdat_aligned(host: str) -> Callable[[Budget], Preset]:
+    """Return ours: a robust start with frozen norms, cross-entropy climbed, the gap relative to the spread (docs/decisions/0001)."""
+
+    def build(b: Budget) -> Preset:
+        sampler, changes = hosts(b, 5)[host]
+        return continued(b, "fgsm-rs", EbJdat(chains=sampler), **changes)
+
+    return build
+
+
+def dat(b: Budget) -> Preset:
+    """Return DAT's second stage: constant rate, two augmentation streams, as many p(x) images as labelled ones."""
+    method = Dat(eta=b.seeds_eta, cap=b.curriculum, window=b.window)
+    return continued(
+        b,
+        "pgd-at",
+        method,
+        lr=b.joint_lr / 2,
+        schedule="constant",
+        augment=b.strong,
+        plain_augment="crop",
+        plain_batch=b.stage.batch_size,
+    )
+
+
+def jem(b: Budget) -> Preset:
+    """Return JEM with the squared-energy penalty that its authors recommend against divergence, and Adam."""
+    method = Jem(energy_penalty=0.1, chains=chains(b, **JEM_CHAINS))
+    return scratch(b, method, optimiser="adam", lr=b.joint_lr / 10, lr_peak=0.1, weight_decay=0.0, plain_augment="crop")
+
+
+METHODS: dict[str, Callable[[Budget], Preset]] = {
+    "standard": lambda b: scratch(b, Standard()),
+    "fgsm-rs": lambda b: scratch(b, AdversarialTraining(Attack(steps=1, step_over_eps=1.25))),
+    "pgd-at": lambda b: scratch(b, AdversarialTraining()),
+    "trades": lambda b: scratch(b, Trades()),
+    "mart": lambda b: scratch(b, Mart()),
+    "awp-at": lambda b: scratch(b, AdversarialTraining(), sharpness=Awp(gamma=0.01)),
+    "awp-trades": lambda b: scratch(b, Trades(), sharpness=Awp(gamma=0.005, after=0.1)),
+    "weat": lambda b: scratch(b, Weat()),
+    "las-at": lambda b: scratch(b, LasAt()),
+    "jem": jem,
+    "jem++": lambda b: scratch(b, Jem(chains=pyld(10, 5, 0.2, b.chains)), lr=b.lr / 2, lr_peak=0.1, plain_augment="crop"),
+    "sada-jem": lambda b: scratch(b, Jem(data_noise=0.0, chains=chains(b, steps=5)), lr=b.lr / 2, lr_peak=0.1, sharpness=Asam(rho=2.0)),
+    "jeat": lambda b: scratch(b, Jeat(chains=chains(b, steps=10)), lr=b.lr / 2, lr_peak=0.1),
+    "dat": dat,
+    "ebjdat-paper": ebjdat_paper("sada-jem"),
+    "ebjdat-paper-jem": ebjdat_paper("jem"),
+    "ebjdat-paper-jem++": ebjdat_paper("jem++"),
+    "ebjdat-aligned": ebjdat_aligned("sada-jem"),
+    "ebjdat-aligned-jem": ebjdat_aligned("jem"),
+    "ebjdat-aligned-jem++": ebjdat_aligned("jem++"),
+}
+"""Every method by name, in the order of docs/methods.md. A new paper is one file in training/methods/ and one line here."""
+
+
+def preset(method: str, budget: str, dataset: str | None = None) -> Preset:
+    """Return a method on a budget, named after both; raise TrainingError for unknown names."""
+    if method not in METHODS or budget not in BUDGETS:
+        raise TrainingError(f"{method!r} on {budget!r}: methods are {', '.join(METHODS)}; budgets {', '.join(BUDGETS)}")
+    stage = METHODS[method](BUDGETS[budget])
+    return replace(stage, name=f"{budget}-{method}", dataset=dataset or stage.dataset)
+
+
+def refreshed(budget: str, name: str, warm: str) -> Preset:
+    """Return what the refresh trains on a budget: EB-JDAT with conditional chains, without sharpness, one step in three of JEM's."""
+    b = BUDGETS[budget]
+    method = EbJdat(clean_weight=0.5 if budget == "digits" else 0.3, chains=chains(b, conditional=True, noise_std=0.005))
+    stage = continued(b, "fgsm-rs", method)
+    assert stage.warm_start is not None
+    return replace(stage, name=name, warm_start=replace(stage.warm_start, name=warm))
+
+
+DIGITS = refreshed("digits", "digits", "digits-fgsm")
+CIFAR10_SMALL = refreshed("small", "cifar10-small", "cifar10-fgsm")
+CIFAR10 = refreshed("large", "cifar10", "cifar10-fgsm-gpu")
+PRESETS = {stage.name: stage for stage in (CIFAR10_SMALL, CIFAR10, DIGITS)}
+"""What the refresh publishes."""
+
+
+def stages(stage: Preset) -> list[Preset]:
+    """Return the warm start's stage, if there is one, on the same data, network and ball, and the stage itself."""
+    if stage.warm_start is None:
+        return [stage]
+    shared = ("seed", "dataset", "size", "flip", "depth", "width", "threat", "prior_rank", "sample", "precision", "extra", "extra_fraction")
+    changes: dict[str, Any] = {name: getattr(stage, name) for name in shared}
+    return [replace(stage.warm_start, **changes), stage]
+
+
+def describe(stage: Preset) -> dict[str, Any]:
+    """Return the preset as JSON: methods and sharpness carry their kind, the warm start only its name."""
+    plain = replace(stage, warm_start=None)
+    kinds = {"method": type(stage.method).__name__, "sharpness": type(stage.sharpness).__name__}
+    described = {
+        name: {"kind": kinds[name], **value} if name in kinds and value is not None else value for name, value in asdict(plain).items()
+    }
+    return {**described, "warm_start": stage.warm_start.name if stage.warm_start else None}
+
+
+__all__ = ["BUDGETS", "CIFAR10", "CIFAR10_SMALL", "DIGITS", "METHODS", "PRESETS", "Budget", "Preset", "describe", "preset", "stages"]

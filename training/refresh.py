@@ -3,20 +3,20 @@
 import json
 import os
 import time
-from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ebjdat_serve.bundle import MANIFEST, Bundle, publish, read_json, sha256, write_json
+from training.clock import Clock
 from training.drafts import Origin, draft_bundle, git_commit
 from training.errors import TrainingError
 from training.images import Dataset, load
-from training.presets import PRESETS, Preset
+from training.presets import Preset, describe, stages
+from training.ranks import Ranks
 from training.state import load_position
-from training.train import Clock, total_steps, train
+from training.train import total_steps, train
 
 
 def runs_root() -> Path:
@@ -24,37 +24,36 @@ def runs_root() -> Path:
     return Path(os.environ.get("EBJDAT_RUNS", "~/.cache/ebjdat_serve/runs")).expanduser()
 
 
-def best_preset(device: torch.device) -> str:
-    """Return the preset for this device: ``cifar10`` on a GPU, ``cifar10-small`` on a CPU."""
-    return "cifar10" if device.type == "cuda" else "cifar10-small"
-
-
-def stages(preset: Preset) -> list[Preset]:
-    """Return the warm start's stage, if there is one, for the same network, data and ball, and the preset's own."""
-    if preset.warm_start is None:
-        return [preset]
-    shared = ("seed", "dataset", "depth", "width", "eps", "prior_rank", "sample_steps", "chain_step_size", "chain_clip", "chain_noise")
-    changes: dict[str, Any] = {name: getattr(preset, name) for name in shared}
-    return [replace(PRESETS[preset.warm_start], **changes, attack_step_size=1.25 * preset.eps), preset]
-
-
-def refresh(preset: Preset, run: Path, *, init: Path | None, clock: Clock, suite: str | None, device: torch.device) -> Path:
+def refresh(
+    preset: Preset,
+    run: Path,
+    *,
+    init: Path | None,
+    clock: Clock,
+    suite: str | None,
+    device: torch.device,
+    ranks: Ranks = Ranks(),
+    tensorboard: bool = False,
+) -> Path:
     """Run every step of ``preset`` in ``run`` and return the published bundle; what a run already finished is not done again.
 
     Without a ``suite`` only the training is done, which needs torch, NumPy, Pillow and safetensors alone, and the weights
-    are returned. Raises TrainingError, DataError or EbjdatError with the step's own message.
+    are returned; so they are on every rank but the first, which does the rest alone. Raises TrainingError, DataError or
+    EbjdatError with the step's own message.
     """
-    data = load(preset.dataset)
+    data = load(preset.dataset, (preset.size, preset.size) if preset.size else None)
     todo = [preset] if init is not None else stages(preset)
-    origin = remember(run, todo, init)
+    origin = remember(run, todo, init) if ranks.rank == 0 else None
+    ranks.wait()
     weights = init
     for stage in todo:
         folder = run / stage.name
-        if load_position(folder / "state.pt").step < total_steps(stage, len(data.train)):
-            say(f"train {stage.name} in {folder}")
-            train(stage, data, folder, init=weights, clock=clock, device=device)
+        if ranks.agree(load_position(folder / "state.pt").step < total_steps(stage, len(data.train))):
+            if ranks.rank == 0:
+                say(f"train {stage.name} in {folder}")
+            train(stage, data, folder, init=weights, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
         weights = folder / "weights.safetensors"
-    if suite is None:
+    if suite is None or origin is None:
         assert weights is not None
         return weights
     baseline = None
@@ -100,7 +99,7 @@ def remember(run: Path, todo: list[Preset], init: Path | None) -> Origin:
     """Write down how a new run began and return it; refuse to continue a run under another configuration."""
     run.mkdir(parents=True, exist_ok=True)
     file = run / "config.json"
-    begun = {"init_sha256": sha256(init) if init else "", "stages": json.loads(json.dumps([asdict(stage) for stage in todo]))}
+    begun = {"init_sha256": sha256(init) if init else "", "stages": json.loads(json.dumps([describe(stage) for stage in todo]))}
     if not file.is_file():
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(file, {"git": git_commit(), "started": now, **begun})

@@ -1,14 +1,47 @@
 """The class-informative prior and the replay buffer of persistent chains (JEM++, arXiv 2109.09032)."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ebjdat_serve.energy import score
+from ebjdat_serve.energy import MARGINAL, score
 from ebjdat_serve.sgld import Prior, Sampler, sgld
-from ebjdat_serve.wideresnet import WideResNet
 from training.adversary import frozen
-from training.images import Split
+from training.errors import TrainingError
+from training.pictures import Split
+from training.ranks import Noise
+
+SHARDS = 8
+"""Parts of the buffer; a draw takes equally many chains of each, and a rank owns whole parts. So 1, 2, 4 or 8 ranks draw alike."""
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Where the negatives of maximum likelihood come from; lengths in pixels of [0,1].
+
+    ``prior`` gaussian (class-informative, JEM++) | uniform (JEM). ``conditional``: chains follow dE(x,y)/dx of their class, else
+    the marginal dE(x)/dx. In [-1,1] units a step of 1 clipped at +-1 is step_size 0.25 and grad_clip 2 here.
+    """
+
+    batch: int = 64
+    steps: int = 5
+    step_size: float = 0.25
+    grad_clip: float = 2.0
+    noise_std: float = 0.0
+    buffer_size: int = 10_000
+    reinit: float = 0.05
+    prior: str = "gaussian"
+    conditional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prior not in ("gaussian", "uniform"):
+            raise ValueError(f"prior must be gaussian or uniform, not {self.prior!r}")
+
+    def sampler(self) -> Sampler:
+        """Return the chain's numbers as the sampler takes them."""
+        return Sampler(self.steps, self.step_size, self.grad_clip, self.noise_std)
 
 
 def fit_prior(split: Split, classes: int, rank: int) -> Prior:
@@ -21,51 +54,83 @@ def fit_prior(split: Split, classes: int, rank: int) -> Prior:
             image = torch.from_numpy(split.image[split.label == y]).permute(0, 3, 1, 2).flatten(1).float() / 255.0
             mean = image.mean(dim=0)
             _, scale, components = torch.svd_lowrank(image - mean, q=min(rank, *image.shape), niter=4)
-            factor = components.T * (scale / np.sqrt(len(image) - 1))[:, None]
+            factor = torch.zeros(rank, image.shape[1])  # a class of fewer images than ``rank`` leaves rows of zeros
+            factor[: len(scale)] = components.T * (scale / max(1.0, np.sqrt(len(image) - 1)))[:, None]
             means.append(mean.reshape(shape).numpy())
             factors.append(factor.reshape(-1, *shape).numpy())
     return Prior(np.stack(means).astype(np.float32), np.stack(factors).astype(np.float32))
 
 
+class Starts:
+    """p0(x|y) on the device: the class Gaussian, or uniform pixels when there is no prior."""
+
+    def __init__(self, prior: Prior | None, shape: tuple[int, ...], device: torch.device) -> None:
+        self.shape = shape
+        if prior is not None:
+            self.mean = torch.from_numpy(prior.mean).flatten(1).to(device)
+            self.factor = torch.from_numpy(prior.factor).flatten(2).to(device)  # (K, rank, 3HW)
+        self.gaussian = prior is not None
+
+    def draw(self, label: Tensor, noise: Noise) -> Tensor:
+        """Return one start per label, (N, 3, H, W) in [0,1]."""
+        if not self.gaussian:
+            return noise.uniform(len(label), *self.shape)
+        classes, rank, _ = self.factor.shape
+        z = noise.normal(len(label), rank)
+        here = torch.nn.functional.one_hot(label, classes).to(z.dtype)
+        spread = (here[:, :, None] * z[:, None, :]).flatten(1) @ self.factor.flatten(0, 1)  # z_n . factor_{y_n}, without a gather
+        return (self.mean[label] + spread).clamp(0.0, 1.0).reshape(-1, *self.shape)
+
+
 class ReplayBuffer:
-    """Persistent chains in class blocks: chain i belongs to class i // (size / classes)."""
+    """This rank's persistent chains, (parts, size, 3, H, W); chain i of a part belongs to class i * K // size."""
 
-    def __init__(self, prior: Prior, size: int, reinit: float, seed: int, device: torch.device) -> None:
-        classes = len(prior.mean)
-        if size % classes:
-            raise ValueError(f"buffer_size must be a multiple of the {classes} classes, not {size}")
-        self.reinit = reinit
-        self.label = torch.arange(classes, device=device).repeat_interleave(size // classes)
-        labels = self.label.cpu().numpy()
-        # Twice the buffer in starts, drawn once: drawing them one by one in every step is what the released code does.
-        self.starts = torch.from_numpy(prior.sample(labels, [np.random.default_rng((seed, i)) for i in range(size)])).to(device)
-        self.chain = torch.from_numpy(prior.sample(labels, [np.random.default_rng((seed, size + i)) for i in range(size)])).to(device)
+    def __init__(self, chains: Chains, starts: Starts, classes: int, noise: Noise, device: torch.device) -> None:
+        ranks = noise.ranks
+        if SHARDS % ranks.world or chains.batch % SHARDS or chains.buffer_size % SHARDS or chains.batch > chains.buffer_size:
+            raise TrainingError(
+                f"chains of {chains.batch} from a buffer of {chains.buffer_size} on {ranks.world} processes: the first two must be "
+                f"multiples of {SHARDS}, batch no more than buffer_size, and the processes 1, 2, 4 or 8"
+            )
+        self.chains, self.starts, self.ranks = chains, starts, ranks
+        parts, size = SHARDS // ranks.world, chains.buffer_size // SHARDS
+        self.label = (torch.arange(size, device=device) * classes // size).expand(parts, size)
+        self.chain = starts.draw(self.label.flatten(), noise).reshape(parts, size, *starts.shape)
 
-    def advance(self, model: WideResNet, n: int, sampler: Sampler, generator: torch.Generator) -> Tensor:
-        """Return x_neg: n chains (N, 3, H, W), some started afresh, moved by ``sampler`` along -dE(x,y)/dx and kept.
+    def draw(self, noise: Noise) -> tuple[Tensor, Tensor]:
+        """Return which chains move, as (part, place), each (N,): equally many of each part, none twice.
+
+        Of two moves of one chain one would be lost, and which one would depend on threads.
+        """
+        parts, size = self.label.shape
+        each = self.chains.batch // SHARDS
+        place = noise.uniform(parts, size).argsort(dim=1)[:, :each].flatten()
+        return torch.arange(parts, device=place.device).repeat_interleave(each), place
+
+    def advance(self, model: nn.Module, noise: Noise) -> Tensor:
+        """Return x_neg: chains (N, 3, H, W), some started afresh from p0(x|y), moved by SGLD and kept.
 
         Batch norm is frozen meanwhile.
         """
-        device = self.chain.device
-        # without replacement: of two moves of one chain one would be lost, and which one would depend on threads
-        index = torch.randperm(len(self.chain), generator=generator, device=device)[:n]
-        block = len(self.chain) // (int(self.label[-1]) + 1)
-        # a fresh start of the same class: another place in the same block
-        other = index // block * block + torch.randint(0, block, (n,), generator=generator, device=device)
-        fresh = torch.rand(n, generator=generator, device=device) < self.reinit
-        x = torch.where(fresh[:, None, None, None], self.starts[other], self.chain[index])
-        label = self.label[index]
+        part, place = self.draw(noise)
+        label = self.label[part, place]
+        fresh = noise.uniform(len(label), 1, 1, 1) < self.chains.reinit
+        x = torch.where(fresh, self.starts.draw(label, noise), self.chain[part, place])
+        target = label if self.chains.conditional else torch.full_like(label, MARGINAL)
         with frozen(model):
-            x_neg = sgld(
-                lambda image: score(model, image, label)[0],
-                x,
-                lambda: torch.randn(x.shape, generator=generator, device=device),
-                sampler,
-            )
-        self.chain[index] = x_neg
+            x_neg = sgld(lambda image: score(model, image, target)[0], x, lambda: noise.normal(*x.shape), self.chains.sampler())
+        self.chain[part, place] = x_neg
         return x_neg
 
     def saturation(self) -> Tensor:
         """Return the share of pixels at 0 or 1: near one when chains have run away."""
-        sample = self.chain[:: max(1, len(self.chain) // 200)]
+        sample = self.chain.flatten(0, 1)[:: max(1, self.label.numel() // 200)]
         return ((sample <= 0.0) | (sample >= 1.0)).float().mean()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the chains of all ranks."""
+        return {"chain": self.ranks.gather(self.chain)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take this rank's chains back."""
+        self.chain.copy_(self.ranks.share(state["chain"]))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ebjdat_serve.wideresnet import WideResNet
-from training.methods import Method
+from training.methods import Memory
+from training.ranks import Noise
 
 
 @dataclass
@@ -19,9 +20,9 @@ class State:
 
     model: WideResNet
     ema: dict[str, Tensor]
-    optimiser: torch.optim.SGD
-    method: Method
-    generator: torch.Generator
+    optimiser: torch.optim.Optimizer
+    memory: Memory
+    noise: Noise
     step: int = 0
     seconds: float = 0.0
     rollbacks: int = 0
@@ -37,18 +38,19 @@ class State:
                 self.ema[name].copy_(value)
 
     def save(self, path: Path) -> None:
-        """Write the state aside, then rename, so that a kill at any moment leaves a whole file."""
+        """Write the state aside, then rename, so that a kill at any moment leaves a whole file; every rank calls, the first writes."""
         payload = {
             "model": self.model.state_dict(),
             "ema": self.ema,
             "optimiser": self.optimiser.state_dict(),
-            "method": self.method.state(),
-            "generator": self.generator.get_state(),
+            "memory": self.memory.state(),
+            "generator": self.noise.generator.get_state(),
             "position": [self.step, self.seconds, self.rollbacks, self.lr_scale],
         }
-        aside = path.with_suffix(".part")
-        torch.save(payload, aside)
-        os.replace(aside, path)
+        if self.noise.ranks.rank == 0:
+            aside = path.with_suffix(".part")
+            torch.save(payload, aside)
+            os.replace(aside, path)
 
     def restore(self, path: Path) -> None:
         """Take everything back from ``path``."""
@@ -57,8 +59,8 @@ class State:
         for name, value in payload["ema"].items():
             self.ema[name].copy_(value)
         self.optimiser.load_state_dict(payload["optimiser"])
-        self.method.load_state(payload["method"])
-        self.generator.set_state(payload["generator"])
+        self.memory.load_state(payload["memory"])
+        self.noise.generator.set_state(payload["generator"])
         step, self.seconds, rollbacks, self.lr_scale = payload["position"]
         self.step, self.rollbacks = int(step), int(rollbacks)
 

@@ -1,263 +1,197 @@
 #!/usr/bin/env python3
-"""Train a model and publish a bundle: `python training/train.py [PRESET]`.
+"""Train a model and publish a bundle: `python training/train.py [PRESET | METHOD]`.
 
 With no argument this is the refresh: it picks the best preset for the device and runs
 train -> export -> parity -> calibrate -> evaluate -> publish. Each step also runs alone, on a bundle.
+Any method trains on any data: `train.py trades --data digits`. Several GPUs: `torchrun --nproc-per-node 4 training/train.py …`.
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
-from dataclasses import fields, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ebjdat_serve.wideresnet import WideResNet
-from training.adversary import cross_entropy, pgd
-from training.errors import TrainingDiverged, TrainingError
-from training.images import Dataset, Split, augment, to_device, to_float
-from training.methods import Batch, Method
-from training.methods.at import AdversarialTraining
-from training.methods.ebjdat import EbJdat
-from training.presets import PRESETS, Preset
-from training.replay import fit_prior
-from training.state import State, load_weights, save_weights
-
-
-class Clock:
-    """When training must end: at its deadline, or as soon as the step is done after Ctrl-C or SIGTERM."""
-
-    def __init__(self, minutes: float = math.inf) -> None:
-        self.deadline, self.interrupted = time.monotonic() + 60 * minutes, False
-        self.usual: dict[signal.Signals, Any] = {}
-
-    def interrupt(self, *_: object) -> None:
-        """Take note of a signal."""
-        self.interrupted = True
-
-    def listen(self) -> None:
-        """Let Ctrl-C and SIGTERM end training after the step at hand; outside training they act as usual."""
-        if threading.current_thread() is threading.main_thread():
-            self.usual = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def deafen(self) -> None:
-        """Give the signals back."""
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
-        self.usual = {}
-
-    def over(self) -> bool:
-        """Return whether to stop now."""
-        return self.interrupted or time.monotonic() >= self.deadline
+from training.clock import Clock
+from training.errors import TrainingError
+from training.images import NAMED, Dataset
+from training.methods import Moment, Terms
+from training.presets import BUDGETS, METHODS, PRESETS, Preset, preset
+from training.ranks import Ranks, connect
+from training.report import write_report
+from training.settings import listing, override
+from training.sharpness import perturbed
+from training.start import new_state
+from training.state import save_weights
+from training.stream import Stream, steps_per_epoch
+from training.watch import Judge, Watch, diverged, read, roll_back
 
 
-def train(preset: Preset, data: Dataset, folder: Path, *, init: Path | None, clock: Clock, device: torch.device) -> Path:
+def train(
+    preset: Preset,
+    data: Dataset,
+    folder: Path,
+    *,
+    init: Path | None,
+    clock: Clock,
+    device: torch.device,
+    ranks: Ranks = Ranks(),
+    tensorboard: bool = False,
+) -> Path:
     """Train one stage in ``folder``, resuming what is there, and return its weights file (EMA applied).
 
-    At the clock's deadline the stage ends cleanly with the weights it has. Raises TrainingDiverged after three rollbacks,
+    At the clock's deadline the stage ends cleanly with the weights it has. Raises TrainingDiverged after too many rollbacks,
     and KeyboardInterrupt, with the state saved, when it was interrupted.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights, saved, log = folder / "weights.safetensors", folder / "state.pt", folder / "log.jsonl"
-    state = new_state(preset, data, init, device)
-    if saved.is_file():
+    weights, saved = folder / "weights.safetensors", folder / "state.pt"
+    state = new_state(preset, data, init, device, ranks)
+    stream = Stream(preset, data, device, state.noise)
+    model = DistributedDataParallel(state.model) if ranks.world > 1 else state.model
+    parameters = list(state.model.parameters())
+    judge, spare = Judge(preset, data, device), stream.saturation()
+    if ranks.agree(saved.is_file()):
         state.restore(saved)
     else:
         state.save(saved)  # there is always a good state to return to
-    stream = Stream(preset, data, device)
     total = total_steps(preset, len(data.train))
-    held_out = data.selection.first(500)
+    watch = Watch(folder, preset, total, state.step, writes=ranks.rank == 0, tensorboard=tensorboard)
     since_save = time.monotonic()
     clock.listen()
 
-    while state.step < total and not clock.over():
+    while state.step < total and not ranks.any(clock.over(), device):
         started = time.monotonic()
         progress = state.step / total
         for group in state.optimiser.param_groups:
-            group["lr"] = state.lr_scale * preset.lr * learning_rate(progress, preset.lr_peak)
+            group["lr"] = state.lr_scale * preset.lr * learning_rate(progress, preset.lr_peak, preset.schedule)
         state.model.train(not preset.frozen_norm)
-        terms = state.method.terms(state.model, stream.batch(state.step, state.generator), state.generator, progress)
-        state.optimiser.zero_grad(set_to_none=True)
-        terms.loss.backward()  # type: ignore[no-untyped-call]
+        now = Moment(preset.threat, state.noise, progress)
+        batch = preset.method.inner(state.model, stream.batch(state.step), state.memory, now)  # x_adv and x_neg
+        terms = descend(model, lambda: preset.method.loss(model, batch, state.memory, now), preset, progress)  # noqa: B023
         if preset.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(state.model.parameters(), preset.gradient_clip)
+            torch.nn.utils.clip_grad_norm_(parameters, preset.gradient_clip)
         state.optimiser.step()
         state.step += 1
         state.update_ema(preset.ema)
+        row = read(terms, ranks)  # waits for the device
         state.seconds += time.monotonic() - started
 
-        row = {"loss": float(terms.loss.detach()), **{name: float(value) for name, value in terms.log.items()}}
-        if diverged(row, preset):  # at every step, so that no bad state is ever saved
-            roll_back(state, saved, log, row)
+        if ranks.any(diverged(row, preset, spare), device):  # at every step, so that no bad state is ever saved
+            roll_back(state, saved, watch, row, preset.rollbacks)
             continue
         if state.step % 20 == 0 or state.step == total:
             speed = preset.batch_size * state.step / state.seconds
-            write(log, {"step": state.step, "of": total, **row, "images_per_second": round(speed, 1)})
+            watch.write({"step": state.step, "of": total, **row, "images_per_second": round(speed, 1)})
         if state.step % stream.steps_per_epoch == 0 or state.step == total:
-            write(log, {"step": state.step, **validate(preset, state.ema, held_out, device)})
-        if time.monotonic() - since_save > 45:
+            figures, samples = judge.look(state.ema)
+            watch.write({"step": state.step, **figures})
+            watch.picture(state.step, samples)
+        if ranks.any(time.monotonic() - since_save > preset.save_seconds, device):
             state.save(saved)
             since_save = time.monotonic()
 
     state.save(saved)
+    interrupted = ranks.any(clock.interrupted, device)
     clock.deafen()
-    if clock.interrupted:
+    watch.close()
+    if interrupted:
         raise KeyboardInterrupt
     if state.step == 0:
         raise TrainingError(f"the time ran out before {preset.name} began; give more --max-minutes, with --resume")
-    save_weights(state.ema, weights)
+    if ranks.rank == 0:
+        save_weights(state.ema, weights)
+        write_report(folder, preset)
+    ranks.wait()  # others start their next stage from this file
     return weights
+
+
+def descend(model: nn.Module, loss: Callable[[], Terms], preset: Preset, progress: float) -> Terms:
+    """Leave the gradient of ``loss`` in the parameters, taken at perturbed weights where the preset says so, and return its terms."""
+    if preset.sharpness is None or progress < preset.sharpness.after:
+        for parameter in model.parameters():
+            parameter.grad = None
+        terms = loss()
+        terms.loss.backward()  # type: ignore[no-untyped-call]
+        return terms
+    with perturbed(model, lambda: loss().loss.backward(), preset.sharpness):  # type: ignore[no-untyped-call]
+        terms = loss()
+        terms.loss.backward()  # type: ignore[no-untyped-call]
+    return terms
 
 
 def total_steps(preset: Preset, images: int) -> int:
     """Return how many steps the preset's epochs over so many images are."""
-    return math.ceil(preset.epochs * (images // preset.batch_size))
+    return math.ceil(preset.epochs * steps_per_epoch(preset, images))
 
 
-def new_state(preset: Preset, data: Dataset, init: Path | None, device: torch.device) -> State:
-    """Return a fresh state: seeded weights, or those of ``init``, and an untouched optimiser."""
-    torch.manual_seed(preset.seed)
-    model = WideResNet(preset.depth, preset.width, len(data.names))
-    if init is not None:
-        start(model, init)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.autocast = precision(preset, device)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": preset.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimiser = torch.optim.SGD(groups, lr=preset.lr, momentum=preset.momentum, nesterov=True)
-    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    generator = torch.Generator(device).manual_seed(preset.seed)
-    return State(model, ema, optimiser, new_method(preset, data, device), generator)
-
-
-def start(model: WideResNet, init: Path) -> None:
-    """Load ``init`` into ``model``; raise TrainingError when it is not weights of this network."""
-    try:
-        problems = model.load_state_dict(load_weights(init), strict=False)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise TrainingError(f"{init} cannot start this network: {error}") from error
-    missing = [name for name in problems.missing_keys if not name.endswith("num_batches_tracked")]
-    if missing or problems.unexpected_keys:
-        raise TrainingError(f"{init} is not of this network: missing {missing[:3]}, unexpected {problems.unexpected_keys[:3]}")
-
-
-def new_method(preset: Preset, data: Dataset, device: torch.device) -> Method:
-    """Return the loss step that the preset names."""
-    if preset.method == "at":
-        return AdversarialTraining(preset)
-    if preset.method == "ebjdat":
-        return EbJdat(preset, fit_prior(data.train, len(data.names), preset.prior_rank), device)
-    raise ValueError(f"unknown method {preset.method!r}")
-
-
-class Stream:
-    """The two streams of a step: labelled and augmented, and plain images for p(x), both resident on the device."""
-
-    def __init__(self, preset: Preset, data: Dataset, device: torch.device) -> None:
-        self.preset, self.flip = preset, data.flip
-        self.image = to_device(data.train.image, device)
-        self.label = torch.from_numpy(data.train.label).to(device)
-        self.steps_per_epoch = len(data.train) // preset.batch_size
-        self.epoch, self.order = -1, torch.empty(0)
-
-    def batch(self, step: int, generator: torch.Generator) -> Batch:
-        """Return the batch of ``step``: an epoch visits every image once, in an order that (seed, epoch) fixes."""
-        p, n, device = self.preset, len(self.label), self.image.device
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            shuffler = torch.Generator().manual_seed(1_000_003 * p.seed + epoch)
-            self.epoch, self.order = epoch, torch.randperm(n, generator=shuffler).to(device)
-        index = self.order[place * p.batch_size : (place + 1) * p.batch_size]
-        image = augment(self.image[index], generator, padding=p.padding, flip=self.flip)
-        plain = self.image[torch.randint(0, n, (p.chain_batch,), generator=generator, device=device)]
-        return Batch(to_float(image), self.label[index], to_float(plain))
-
-
-def learning_rate(progress: float, peak: float) -> float:
-    """Return the fraction of the top rate: linear up to ``peak`` of the run, linear down to zero at its end."""
-    return progress / peak if progress < peak else (1 - progress) / (1 - peak)
-
-
-def precision(preset: Preset, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of the blocks: bf16 where the machine computes in it, else None for fp32."""
-    if preset.precision == "fp32":
-        return None
-    if preset.precision == "bf16":
-        return torch.bfloat16
-    fast = (
-        torch.cuda.is_bf16_supported()
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return torch.bfloat16 if fast else None
-
-
-def validate(preset: Preset, ema: dict[str, Tensor], split: Split, device: torch.device) -> dict[str, float]:
-    """Return clean and PGD-10 accuracy of the averaged weights on held-out training images."""
-    model = WideResNet(preset.depth, preset.width, ema["head.weight"].shape[0]).to(device)
-    model.load_state_dict(ema)
-    model.autocast = precision(preset, device)
-    model.eval()
-    image, label = to_float(to_device(split.image, device)), torch.from_numpy(split.label).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    x_adv = pgd(model, image, label, objective=cross_entropy, eps=preset.eps, step_size=preset.eps / 4, steps=10, generator=generator)
-    with torch.no_grad():
-        clean, adversarial = ((model(x).argmax(dim=1) == label).float().mean() for x in (image, x_adv))
-    return {"selection_clean": float(clean), "selection_pgd10": float(adversarial)}
-
-
-def diverged(row: dict[str, float], preset: Preset) -> bool:
-    """Return whether a loss is not finite, the energy gap left its limit, or the chains sit on the box."""
-    return (
-        not all(math.isfinite(value) for value in row.values())
-        or abs(row.get("energy_gap_neg", 0.0)) > preset.energy_gap_limit
-        or row.get("saturation", 0.0) > preset.saturation_limit
-    )
-
-
-def roll_back(state: State, saved: Path, log: Path, row: dict[str, float]) -> None:
-    """Return to the last saved state with another random stream and half the rate, and count it.
-
-    Raises TrainingDiverged at the fourth time, or when nothing was saved yet.
-    """
-    rollbacks = state.rollbacks + 1
-    write(log, {"step": state.step, "diverged": rollbacks, **row})
-    if rollbacks > 3 or not saved.is_file():
-        raise TrainingDiverged(f"diverged {rollbacks} times, last at step {state.step}: {row}; lower lr or w1, or raise energy_penalty")
-    state.restore(saved)
-    state.rollbacks = rollbacks
-    state.lr_scale *= 0.5
-    state.generator.manual_seed(1000 * rollbacks + state.step)
-    state.save(saved)
-
-
-def write(log: Path, row: dict[str, float]) -> None:
-    """Append one line to the log and show it."""
-    line = json.dumps({name: round(value, 4) for name, value in row.items()})
-    with log.open("a") as file:
-        file.write(line + "\n")
-    print(line, flush=True)
+def learning_rate(progress: float, peak: float, schedule: str) -> float:
+    """Return the fraction of the top rate: linear up to ``peak`` of the run, then linear or cosine to zero, or constant."""
+    if progress < peak:
+        return progress / peak
+    rest = (1 - progress) / (1 - peak)
+    match schedule:
+        case "linear":
+            return rest
+        case "cosine":
+            return 0.5 * (1 - math.cos(math.pi * rest))
+        case "constant":
+            return 1.0
+    raise TrainingError(f"schedule must be linear, cosine or constant, not {schedule!r}")
 
 
 def main() -> None:
     """Run the refresh."""
     from ebjdat_serve.errors import EbjdatError
-    from training.refresh import best_preset, refresh, runs_root
+    from training.refresh import refresh, runs_root
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("preset", nargs="?", choices=sorted(PRESETS), help="the best one for this device by default")
-    parser.add_argument("--run", help="name of the run under EBJDAT_RUNS; PRESET-DATE-TIME by default")
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    clock = Clock(options.max_minutes)
+    run = runs_root()
+    try:
+        ranks = connect()
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        stage = override(chosen(options, device), options.set)
+        run = runs_root() / ranks.agree(options.run or default_run(stage, runs_root(), options.resume))
+        there = ranks.agree(run.exists())
+        if options.resume and not there:
+            raise TrainingError(f"{run} does not exist: leave --resume out to start it")
+        if there and not options.resume:
+            raise TrainingError(f"{run} exists: --resume continues it, another --run starts afresh")
+        suite = None if options.only_train else options.suite
+        home = refresh(stage, run, init=options.init, clock=clock, suite=suite, device=device, ranks=ranks, tensorboard=options.tensorboard)
+    except (TrainingError, EbjdatError) as error:
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        again = [word for word in sys.argv[1:] if word != "--resume"] + ([] if options.run else ["--run", run.name])
+        print(f"interrupted; go on with: {shlex.join([sys.executable, sys.argv[0], *again, '--resume'])}", file=sys.stderr)
+        sys.exit(130)
+    if ranks.rank:
+        return
+    if options.only_train:
+        print(f"trained {home}; export, calibrate, evaluate and publish with --resume --run {run.name}")
+        return
+    print(f"published {home}\nserve it: make serve MODEL={home.parent}")
+
+
+def arguments() -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[1] if __doc__ else None, epilog=listing(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    choices = sorted({*PRESETS, *METHODS})
+    parser.add_argument("preset", nargs="?", choices=choices, metavar="PRESET", help="a preset or a method; the best preset by default")
+    parser.add_argument("--data", help=f"for a method: {', '.join(NAMED)}, or a folder of class sub-folders (cifar10)")
+    parser.add_argument("--budget", choices=sorted(BUDGETS), help="for a method: network and epochs; by data and device by default")
+    # torchrun takes --run for its own --run-path, hence the second name
+    parser.add_argument("--run", "--name", help="name of the run under EBJDAT_RUNS; PRESET-DATE-TIME by default")
     parser.add_argument("--resume", action="store_true", help="continue --run, or the newest run of the preset")
     parser.add_argument("--init", type=Path, help="start from these weights (safetensors) instead of the warm start")
     parser.add_argument(
@@ -265,58 +199,32 @@ def main() -> None:
     )
     parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="how much to measure (%(default)s)")
     parser.add_argument("--only-train", action="store_true", help="stop when the weights are there; --resume without it does the rest")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override fields of the preset")
+    parser.add_argument("--tensorboard", action="store_true", help="also write scalars and samples for TensorBoard (extra [watch])")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override fields of the preset: lr=0.1 threat.norm=l2")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    clock = Clock(options.max_minutes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        preset = override(PRESETS[options.preset or best_preset(device)], options.set)
-        run = runs_root() / (options.run or default_run(preset, runs_root(), options.resume))
-        if options.resume and not run.exists():
-            raise TrainingError(f"{run} does not exist: leave --resume out to start it")
-        if run.exists() and not options.resume:
-            raise TrainingError(f"{run} exists: --resume continues it, another --run starts afresh")
-        home = refresh(preset, run, init=options.init, clock=clock, suite=None if options.only_train else options.suite, device=device)
-    except (TrainingError, EbjdatError) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        again = [word for word in sys.argv[1:] if word != "--resume"] + ([] if options.run else ["--run", run.name])
-        print(f"interrupted; go on with: {shlex.join([sys.executable, sys.argv[0], *again, '--resume'])}", file=sys.stderr)
-        sys.exit(130)
-    if options.only_train:
-        print(f"trained {home}; export, calibrate, evaluate and publish with --resume --run {run.name}")
-        return
-    print(f"published {home}\nserve it: make serve MODEL={home.parent}")
+    return parser.parse_args()
 
 
-def override(preset: Preset, settings: list[str]) -> Preset:
-    """Return ``preset`` with FIELD=VALUE settings applied; raise TrainingError naming the fields there are."""
-    kinds: dict[str, Any] = {field.name: field.type for field in fields(preset)}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        if name not in kinds or kinds[name] not in (int, float, str, bool):
-            raise TrainingError(f"--set {setting}: fields are {', '.join(kinds)}")
-        try:
-            parsed = {"true": True, "false": False}[value] if kinds[name] is bool else kinds[name](value)
-        except (ValueError, KeyError):
-            raise TrainingError(f"--set {setting}: {name} is a {kinds[name].__name__}") from None
-        changes: dict[str, Any] = {name: parsed}
-        preset = replace(preset, **changes)
-    return preset
+def chosen(options: argparse.Namespace, device: torch.device) -> Preset:
+    """Return the preset that the command line names; by default the best one for the device."""
+    gpu = device.type == "cuda"
+    name = options.preset or ("cifar10" if gpu else "cifar10-small")
+    if name in PRESETS:
+        if options.data or options.budget:
+            raise TrainingError(f"{name} says its own data and budget: --data and --budget are for methods, {', '.join(METHODS)}")
+        return PRESETS[name]
+    budget = options.budget or ("digits" if options.data == "digits" else "large" if gpu else "small")
+    return preset(name, budget, options.data)
 
 
-def default_run(preset: Preset, root: Path, resume: bool) -> str:
+def default_run(stage: Preset, root: Path, resume: bool) -> str:
     """Return the newest run of the preset to resume, or a new name."""
     if not resume:
-        return f"{preset.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    known = sorted(
-        (path.parent for path in root.glob("*/config.json") if (path.parent / preset.name).is_dir()), key=lambda p: p.stat().st_mtime
-    )
+        return f"{stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    known = [path.parent for path in root.glob("*/config.json") if (path.parent / stage.name).is_dir()]
     if not known:
-        raise TrainingError(f"no run of {preset.name} in {root} to resume; leave --resume out, or name it with --run")
-    return known[-1].name
+        raise TrainingError(f"no run of {stage.name} in {root} to resume; leave --resume out, or name it with --run")
+    return max(known, key=lambda path: path.stat().st_mtime).name
 
 
 if __name__ == "__main__":

@@ -1,24 +1,14 @@
 """EB-JDAT (arXiv 2505.19459): log p(x, x_adv, y) = log p(x) + log p(x_adv|x) + log p(y|x, x_adv), term by term."""
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
-from ebjdat_serve.sgld import Prior, Sampler
-from ebjdat_serve.wideresnet import WideResNet
-from training.adversary import INNER, cross_entropy, pgd
-from training.methods import Batch, Terms
-from training.presets import Preset
-from training.replay import ReplayBuffer
-
-
-def generative(energy_x: Tensor, energy_neg: Tensor) -> Tensor:
-    """Return -h1: mean E(x) - mean E(x_neg), whose gradient estimates that of -log p(x); x_neg is constant.
-
-    The chains follow dE(x,y)/dx for y uniform, so that blocks of the buffer stay of one class: the estimate takes the
-    model's p(y) for uniform, where the lineage's default samples the marginal.
-    """
-    return energy_x.mean() - energy_neg.mean()
+from training.adversary import INNER, Attack, cross_entropy, pgd
+from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached, forward
+from training.methods.jem import blurred, energy_log, generative, penalty, ramp, start_chains
+from training.replay import Chains, ReplayBuffer
 
 
 def alignment(energy_x: Tensor, energy_adv: Tensor, kind: str) -> Tensor:
@@ -49,54 +39,52 @@ def classification(logits: Tensor, logits_adv: Tensor, label: Tensor, clean_weig
     return clean_weight * clean + (1 - clean_weight) * adversarial
 
 
-class EbJdat:
-    """w1 h1 + w2 h2 + w3 h3 with one concatenated forward; batch norm as the preset says."""
+@dataclass(frozen=True)
+class EbJdat(Method[ReplayBuffer]):
+    """min -(w1 h1 + w2 h2 + w3 h3) with x_adv raising ``inner`` (ce | energy | joint_energy) and x_neg from ``chains``."""
 
-    def __init__(self, preset: Preset, prior: Prior, device: torch.device) -> None:
-        self.preset = preset
-        self.buffer = ReplayBuffer(prior, preset.buffer_size, preset.reinit, preset.seed, device)
-        self.sampler = Sampler(preset.chain_steps, preset.chain_step_size, preset.chain_clip, preset.chain_noise)
+    w1: float = 0.3
+    w2: float = 2.0
+    w3: float = 1.0
+    w1_ramp: float = 0.1  # fraction of the run over which w1 rises from 0
+    alignment: str = "relative"
+    clean_weight: float = 0.3  # share of the clean image in h3
+    energy_penalty: float = 0.002
+    data_noise: float = 0.015  # on the images whose likelihood is raised
+    climb: str = "ce"  # what the inner maximum climbs
+    attack: Attack = Attack(steps=5)
+    chains: Chains = Chains(conditional=True, noise_std=0.005)
 
-    def terms(self, model: WideResNet, batch: Batch, generator: torch.Generator, progress: float) -> Terms:
-        """Return the loss of one step and what to log of it."""
-        p, x, label = self.preset, batch.image, batch.label
-        x_adv = pgd(
-            model, x, label, objective=INNER[p.inner], eps=p.eps, step_size=p.attack_step_size, steps=p.attack_steps, generator=generator
-        )
-        x_neg = self.buffer.advance(model, p.chain_batch, self.sampler, generator)
-        noise = torch.randn(batch.plain.shape, generator=generator, device=x.device)
-        x_plain = (batch.plain + p.data_noise * noise).clamp(0.0, 1.0)
+    def begin(self, setting: Setting) -> ReplayBuffer:
+        """Return the chains."""
+        return start_chains(self.chains, setting)
 
-        logits, logits_adv, logits_plain, logits_neg = model(torch.cat([x, x_adv, x_plain, x_neg])).split(
-            [len(x), len(x), len(x_plain), len(x_neg)]
-        )
+    def inner(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
+        """Find x_adv in the ball and x_neg from the chains, and blur the p(x) stream a little."""
+        x_adv = pgd(model, batch.image, batch.label, objective=INNER[self.climb], threat=now.threat, attack=self.attack, noise=now.noise)
+        x_neg = memory.advance(model, now.noise)
+        return replace(batch, x_adv=x_adv, x_neg=x_neg, plain=blurred(batch.plain, self.data_noise, now))
+
+    def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Terms:
+        """Return w1 (-h1) + w2 (-h2) + w3 (-h3) + energy_penalty (...) from one concatenated forward."""
+        label = batch.label
+        logits, logits_adv, logits_plain, logits_neg = forward(model, batch.image, batch.x_adv, batch.plain, batch.x_neg)
         energy_x, energy_adv = energy(logits), energy(logits_adv)
         energy_plain, energy_neg = energy(logits_plain), energy(logits_neg)
 
-        w1 = p.w1 * min(1.0, progress / p.w1_ramp) if p.w1_ramp else p.w1
         h1 = generative(energy_plain, energy_neg)
-        h2 = alignment(energy_x, energy_adv, p.alignment)
-        h3 = classification(logits, logits_adv, label, p.clean_weight)
-        penalty = energy_plain.square().mean() + energy_neg.square().mean()
-        loss = w1 * h1 + p.w2 * h2 + p.w3 * h3 + p.energy_penalty * penalty
+        # of the whole batch: a quotient of its statistics is no mean over ranks
+        h2 = alignment(now.ranks.everywhere(energy_x), now.ranks.everywhere(energy_adv), self.alignment)
+        h3 = classification(logits, logits_adv, label, self.clean_weight)
+        loss = ramp(self.w1, self.w1_ramp, now) * h1 + self.w2 * h2 + self.w3 * h3
+        loss = loss + self.energy_penalty * penalty(energy_plain, energy_neg)
 
-        log = {
-            "energy": energy_plain.mean(),
-            "energy_sd": energy_plain.std(),
-            "energy_gap_neg": energy_neg.mean() - energy_plain.mean(),
-            "energy_gap_adv": (energy_adv - energy_x).mean(),
-            "h2": h2,
-            "h3": h3,
-            "accuracy": (logits.argmax(dim=1) == label).float().mean(),
-            "accuracy_adv": (logits_adv.argmax(dim=1) == label).float().mean(),
-            "saturation": self.buffer.saturation(),
-        }
-        return Terms(loss, {name: value.detach() for name, value in log.items()})
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the chains."""
-        return {"chain": self.buffer.chain}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take the chains back."""
-        self.buffer.chain.copy_(state["chain"])
+        return detached(
+            loss,
+            h2=h2,
+            h3=h3,
+            energy_gap_adv=(energy_adv - energy_x).mean(),
+            accuracy=accuracy(logits, label),
+            accuracy_adv=accuracy(logits_adv, label),
+            **energy_log(energy_plain, energy_neg, memory),
+        )

@@ -1,0 +1,49 @@
+"""DAT's curriculum: the negatives take one step more whenever they have become easy to tell from data (arXiv 2510.13872)."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class AucGate:
+    """T rises by one whenever the mean AUC of the last ``window`` images reaches ``threshold``; then the window empties.
+
+    T stays at ``cap``; while the adversary wins it stalls. ``patience`` batches without a rise force one (0: never).
+    """
+
+    threshold: float
+    cap: int
+    window: int
+    patience: int = 0
+    steps: int = 0
+    waited: int = 0
+    recent: list[float] = field(default_factory=list)
+
+    def update(self, auc: float, images: int) -> None:
+        """Take note of one batch's AUC, over so many images."""
+        if self.steps >= self.cap:
+            return
+        self.waited += 1
+        full = math.ceil(self.window / images)
+        self.recent = [*self.recent, auc][-full:]
+        passed = len(self.recent) == full and sum(self.recent) / full >= self.threshold
+        if passed or (self.patience and self.waited >= self.patience):
+            self.steps, self.waited, self.recent = self.steps + 1, 0, []
+
+    def state(self) -> dict[str, Tensor]:
+        """Return where the curriculum stands."""
+        return {"gate": torch.tensor([self.steps, self.waited, *self.recent], dtype=torch.float64)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state`` returned."""
+        steps, waited, *recent = state["gate"].tolist()
+        self.steps, self.waited, self.recent = int(steps), int(waited), recent
+
+
+def auc(negative: Tensor, positive: Tensor) -> Tensor:
+    """Return P(a positive's score > a negative's), ties counted half; shapes (N,) and (M,)."""
+    difference = positive[:, None] - negative[None, :]
+    return (difference > 0).float().mean() + 0.5 * (difference == 0).float().mean()

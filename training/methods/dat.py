@@ -1,0 +1,129 @@
+"""DAT, dual adversarial training (arXiv 2510.13872): adversarial training of p(y|x), and BCE on s(x) = logsumexp f(x) = -E(x).
+
+Stage 2 continues an adversarially trained network with batch-norm statistics frozen: presets.py.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ebjdat_serve.energy import energy, joint_energy
+from training.adversary import INNER, Attack, Threat, climb, cross_entropy, frozen
+from training.augment import to_device, to_float
+from training.curriculum import AucGate, auc
+from training.errors import TrainingError
+from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached
+from training.methods.at import cross_entropy_adversary
+from training.pictures import load_images
+from training.ranks import Noise
+from training.replay import Starts, fit_prior
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Where negatives begin, on the device: images of an OOD source, the data's Gaussians, or uniform noise."""
+
+    pool: Tensor  # uint8 (M, 3, H, W), empty unless there is an OOD source
+    starts: Starts
+    classes: int
+
+    def draw(self, label: Tensor, noise: Noise) -> Tensor:
+        """Return one seed per label, (N, 3, H, W) in [0,1], of any class or none: the label is where it must go."""
+        if len(self.pool):
+            return to_float(self.pool[noise.integers(len(self.pool), len(label))])
+        return self.starts.draw(noise.integers(self.classes, len(label)), noise)
+
+
+@dataclass
+class DatMemory:
+    """The curriculum, which must survive a restart, and the seeds, which are drawn anew."""
+
+    gate: AucGate
+    seeds: Seeds
+
+    def state(self) -> dict[str, Tensor]:
+        """Return where the curriculum stands."""
+        return self.gate.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state`` returned."""
+        self.gate.load_state(state)
+
+
+@dataclass(frozen=True)
+class Dat(Method[DatMemory]):
+    """min CE(f(x_adv), y) + bce_weight BCE(s), positives the p(x) stream, negatives T ascents of f(x)[y] from a seed.
+
+    BCE(s) = 1/2 (mean softplus(-s(x)) + mean softplus(s(x_neg))), the released code's mean over both halves. Each negative takes the
+    label of the data at its place, and steps x <- clip01(x + eta g / ||g||_2): no noise, no ball, no buffer.
+    """
+
+    bce_weight: float = 1.0
+    attack: Attack = Attack(step_over_eps=0.2, start="image")
+    eta: float = 0.1
+    cap: int = 40
+    auc_threshold: float = 0.8
+    window: int = 1000
+    patience: int = 0
+    seeds: str = "gaussian"  # gaussian | noise | the path of an OOD source: a folder of pictures, an .npz, a picture of tiles
+
+    def begin(self, setting: Setting) -> DatMemory:
+        """Return the curriculum at T = 0 and the seeds."""
+        shape = (3, *setting.data.train.image.shape[1:3])
+        pool = torch.empty(0, dtype=torch.uint8)
+        prior = None
+        if self.seeds == "gaussian":
+            prior = fit_prior(setting.data.train, len(setting.data.names), setting.prior_rank)
+        elif self.seeds != "noise":
+            pool = to_device(load_images(self.seeds, shape[1], shape[2]), setting.device)
+        gate = AucGate(self.auc_threshold, self.cap, self.window, self.patience)
+        return DatMemory(gate, Seeds(pool, Starts(prior, shape, setting.device), len(setting.data.names)))
+
+    def inner(self, model: nn.Module, batch: Batch, memory: DatMemory, now: Moment) -> Batch:
+        """Find x_adv by raising the cross-entropy; and, unless BCE weighs nothing, move negatives and ask the curriculum."""
+        x_adv = cross_entropy_adversary(model, batch, self.attack, now)
+        if not self.bce_weight:
+            return replace(batch, x_adv=x_adv)
+        if len(batch.plain) != len(batch.label):
+            raise TrainingError(f"DAT needs as many p(x) images as labelled ones: plain_batch {len(batch.plain)}, not {len(batch.label)}")
+        seeds = memory.seeds.draw(batch.label, now.noise)
+        with frozen(model):
+            x_neg = climb(model, seeds, batch.label, INNER["class_logit"], Threat("l2", torch.inf), memory.gate.steps, self.eta)
+            with torch.no_grad():
+                score, score_neg = (-joint_energy(model(x), batch.label) for x in (batch.plain, x_neg))
+        area = float(now.ranks.mean(auc(score_neg, score)))
+        memory.gate.update(area, len(batch.label) * now.ranks.world)
+        return replace(batch, x_adv=x_adv, x_neg=x_neg)
+
+    def loss(self, model: nn.Module, batch: Batch, memory: DatMemory, now: Moment) -> Terms:
+        """Return CE(f(x_adv), y) + bce_weight BCE(s)."""
+        if not self.bce_weight:
+            logits_adv = model(batch.x_adv)
+            return detached(cross_entropy(logits_adv, batch.label).mean(), accuracy_adv=accuracy(logits_adv, batch.label))
+        n = [len(batch.x_adv), len(batch.plain), len(batch.x_neg)]
+        logits_adv, logits_plain, logits_neg = model(torch.cat([batch.x_adv, batch.plain, batch.x_neg])).split(n)
+        ce = cross_entropy(logits_adv, batch.label).mean()
+        energy_plain, energy_neg = energy(logits_plain), energy(logits_neg)
+        bce = support(energy_plain, energy_neg)
+        return detached(
+            ce + self.bce_weight * bce,
+            ce_adv=ce,
+            bce=bce,
+            attack_steps=torch.tensor(float(memory.gate.steps)),
+            auc_energy=auc(-energy_neg, -energy_plain),
+            energy=energy_plain.mean(),
+            energy_sd=energy_plain.std(),
+            energy_gap_neg=energy_neg.mean() - energy_plain.mean(),
+            accuracy_adv=accuracy(logits_adv, batch.label),
+        )
+
+
+def support(energy_x: Tensor, energy_neg: Tensor) -> Tensor:
+    """Return BCE with logit s = -E: 1/2 (mean softplus(E(x)) + mean softplus(-E(x_neg))).
+
+    Its gradient is that of maximum likelihood with weights 1 - sigma(s(x)) and sigma(s(x_neg)), which vanish when both are told
+    apart: energies stop growing. What is learned is the support of p(x), E = 0 on it.
+    """
+    return 0.5 * (F.softplus(energy_x).mean() + F.softplus(-energy_neg).mean())

@@ -1,0 +1,137 @@
+"""One run, whatever the number of processes: one global stream of indices and noise, of which each rank takes its share.
+
+Under ``torchrun`` every rank draws what the whole batch needs from the same generator and keeps its own rows, so that two
+ranks with half the batch each compute what one rank with the whole batch computes.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.errors import TrainingError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the processes of the run."""
+
+    rank: int = 0
+    world: int = 1
+
+    def share(self, rows: Tensor) -> Tensor:
+        """Return this rank's contiguous rows of a global tensor."""
+        each = len(rows) // self.world
+        return rows[self.rank * each : (self.rank + 1) * each]
+
+    def part(self, name: str, whole: int) -> int:
+        """Return this rank's number of ``whole``; raise TrainingError when it cannot be divided evenly."""
+        if whole % self.world:
+            raise TrainingError(f"{name}={whole} cannot be divided among {self.world} processes: set a multiple of it")
+        return whole // self.world
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of every rank in order, without a graph."""
+        if self.world == 1:
+            return rows.detach()
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.detach().contiguous())
+        return torch.cat(parts)
+
+    def everywhere(self, rows: Tensor) -> Tensor:
+        """Return the rows of every rank, such that gradients averaged over ranks are those of the global loss.
+
+        For losses that are no mean over images, such as a quotient of batch statistics.
+        """
+        if self.world == 1:
+            return rows
+        everyone: Tensor = _Gather.apply(rows, self)  # type: ignore[no-untyped-call]
+        return everyone
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Return whether ``flag`` is set on any rank, so that all of them turn the same way."""
+        if self.world == 1:
+            return flag
+        seen = torch.tensor(float(flag), device=device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen)
+
+    def agree(self, value: T) -> T:
+        """Return the first rank's ``value`` on every rank."""
+        if self.world == 1:
+            return value
+        said: list[Any] = [value]
+        dist.broadcast_object_list(said)
+        first: T = said[0]
+        return first
+
+    def wait(self) -> None:
+        """Wait for every rank."""
+        if self.world > 1:
+            dist.barrier()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the average of a detached tensor over the ranks."""
+        if self.world == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.world
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ranks: Ranks = ctx.ranks
+        # every rank computes the same global loss; the average over ranks divides by world what the sum should be
+        return ranks.share(gradients[0]) * ranks.world, None
+
+
+@dataclass
+class Noise:
+    """The run's only source of randomness on the device: global draws, of which a rank keeps its rows."""
+
+    generator: torch.Generator
+    ranks: Ranks = Ranks()
+
+    @staticmethod
+    def seeded(seed: int, device: torch.device | None = None, ranks: Ranks = Ranks()) -> "Noise":
+        """Return a fresh source; every rank passes the same seed."""
+        return Noise(torch.Generator(device or torch.device("cpu")).manual_seed(seed), ranks)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return this rank's rows of N(0, 1)."""
+        n, *rest = shape
+        return self.ranks.share(torch.randn(n * self.ranks.world, *rest, generator=self.generator, device=self.generator.device))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return this rank's rows of U[0, 1)."""
+        n, *rest = shape
+        return self.ranks.share(torch.rand(n * self.ranks.world, *rest, generator=self.generator, device=self.generator.device))
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Return this rank's rows of uniform integers in [0, high)."""
+        n, *rest = shape
+        size = (n * self.ranks.world, *rest)
+        return self.ranks.share(torch.randint(0, high, size, generator=self.generator, device=self.generator.device))
+
+
+def connect() -> Ranks:
+    """Join the processes that torchrun started, over NCCL on GPUs and gloo on CPUs; one process needs nothing."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return Ranks(dist.get_rank(), world)

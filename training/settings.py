@@ -1,0 +1,87 @@
+"""What the command line may change of a preset, and what it says of the presets there are."""
+
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.server.settings import SHIPPED
+from training.errors import TrainingError
+from training.presets import METHODS, PRESETS, Preset
+
+MEASURED = Path(__file__).parent.parent / "benchmarks" / "methods.json"
+
+
+def override(preset: Preset, settings: list[str]) -> Preset:
+    """Return ``preset`` with FIELD=VALUE settings applied; raise TrainingError naming the fields there are.
+
+    A field of a part is named by its path, ``method.chains.steps``, or by its end where only one part has it, ``beta``; the warm
+    start's own begin with ``warm_start.``.
+    """
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        known = paths(preset)
+        path = name if name in known else unique(name, [path for path in known if not path.startswith("warm_start.")], setting)
+        preset = changed(preset, path.split("."), value, setting)
+    return preset
+
+
+def paths(part: Any, before: str = "") -> list[str]:
+    """Return the dotted names of the plain fields of a dataclass and its parts."""
+    found: list[str] = []
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if is_dataclass(value):
+            found += paths(value, f"{before}{field.name}.")
+        elif isinstance(value, int | float | str):
+            found.append(f"{before}{field.name}")
+    return found
+
+
+def unique(name: str, known: list[str], setting: str) -> str:
+    """Return the one path that ends in ``name``."""
+    matches = [path for path in known if path.endswith(f".{name}")]
+    if len(matches) == 1:
+        return matches[0]
+    said = (
+        f"{name} is one of {', '.join(matches)}"
+        if matches
+        else f"fields are {', '.join(known)}; warm_start. before one is the warm start's"
+    )
+    raise TrainingError(f"--set {setting}: {said}")
+
+
+def changed(part: Any, path: list[str], value: str, setting: str) -> Any:
+    """Return the dataclass with the field at ``path`` parsed from ``value`` as what it is now."""
+    name, *rest = path
+    old = getattr(part, name)
+    if rest:
+        return checked(part, name, changed(old, rest, value, setting), setting)
+    kind: Any = {field.name: field.type for field in fields(part)}[name]  # not type(old): epochs=12 is a float
+    try:
+        new = {"true": True, "false": False}[value] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        raise TrainingError(f"--set {setting}: {name} is a {kind.__name__}") from None
+    return checked(part, name, new, setting)
+
+
+def checked(part: Any, name: str, value: Any, setting: str) -> Any:
+    """Return the dataclass with one field replaced; its own checks become TrainingError."""
+    try:
+        return replace(part, **{name: value})
+    except ValueError as error:
+        raise TrainingError(f"--set {setting}: {error}") from error
+
+
+def listing() -> str:
+    """Return the presets and methods with what they reached and how long they took, for --help."""
+    lines = ["presets, from data to a published bundle:"]
+    rows = {row["metric"]: row["value"] for row in Bundle.draft(SHIPPED).metrics() if row.get("protocol", "").find("4/255") < 0}
+    reached = f"clean {rows['accuracy_clean']:.3f}, PGD-20 8/255 {rows['accuracy_pgd20']:.3f}; 75 minutes on one core"
+    said = {"cifar10-small": reached, "cifar10": "for a GPU; not measured yet", "digits": "about a minute on one core"}
+    lines += [f"  {name:22}{said[name]}" for name in PRESETS]
+    lines.append("methods, on --budget digits (8 x 8; mean of 3 seeds, PGD-20 at l-inf 51/255), small (CIFAR-10, a core) or large (a GPU):")
+    measured = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
+    lines += [f"  {name:22}{measured.get(name, {}).get('summary', 'not measured')}" for name in METHODS]
+    return "\n".join(lines)

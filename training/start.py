@@ -1,0 +1,66 @@
+"""How a stage begins: network, optimiser and memory from a preset, weights from a file."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ebjdat_serve.wideresnet import WideResNet
+from training.errors import TrainingError
+from training.images import Dataset
+from training.methods import Setting
+from training.presets import Preset
+from training.ranks import Noise, Ranks
+from training.state import State, load_weights
+
+
+def new_state(preset: Preset, data: Dataset, init: Path | None, device: torch.device, ranks: Ranks = Ranks()) -> State:
+    """Return a fresh state: seeded weights, or those of ``init``, an untouched optimiser, and the method's memory."""
+    torch.manual_seed(preset.seed)
+    model = WideResNet(preset.depth, preset.width, len(data.names))
+    if init is not None:
+        load(model, init)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.autocast = precision(preset, device)
+    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    noise = Noise.seeded(preset.seed, device, ranks)
+    memory = preset.method.begin(Setting(data, preset.threat, noise, device, preset.prior_rank))
+    return State(model, ema, new_optimiser(preset, model), memory, noise)
+
+
+def load(model: WideResNet, init: Path) -> None:
+    """Load ``init`` into ``model``; raise TrainingError when it is not weights of this network."""
+    try:
+        problems = model.load_state_dict(load_weights(init), strict=False)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise TrainingError(f"{init} cannot start this network: {error}") from error
+    missing = [name for name in problems.missing_keys if not name.endswith("num_batches_tracked")]
+    if missing or problems.unexpected_keys:
+        raise TrainingError(f"{init} is not of this network: missing {missing[:3]}, unexpected {problems.unexpected_keys[:3]}")
+
+
+def new_optimiser(preset: Preset, model: nn.Module) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum, or Adam; norms and biases do not decay."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": preset.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    if preset.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=preset.lr, momentum=preset.momentum, nesterov=True)
+    if preset.optimiser == "adam":
+        return torch.optim.Adam(groups, lr=preset.lr)
+    raise TrainingError(f"optimiser must be sgd or adam, not {preset.optimiser!r}")
+
+
+def precision(preset: Preset, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the blocks: bf16 where the machine computes in it, else None for fp32."""
+    if preset.precision == "fp32":
+        return None
+    if preset.precision == "bf16":
+        return torch.bfloat16
+    fast = (
+        torch.cuda.is_bf16_supported()
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return torch.bfloat16 if fast else None
