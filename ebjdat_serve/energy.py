@@ -7,6 +7,8 @@ A classifier with logits f(x) in R^K is read as an energy-based model (Grathwohl
     p(y|x)  = exp(E(x) - E(x, y))     = softmax f(x)[y]
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def one_hot(label: Tensor, logits: Tensor) -> Tensor:
     return (label[:, None] == classes).to(logits.dtype)
 
 
-def score(model: torch.nn.Module, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def score(model: Callable[[Tensor], Tensor], image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Return (score, energy): -dE(x,y)/dx of shape (N, 3, H, W) and E(x,y) (N,), or the marginal's for ``MARGINAL``.
 
     Parameters receive no gradient, and the model's mode is the caller's business.

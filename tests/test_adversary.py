@@ -9,6 +9,7 @@ from ebjdat_serve.energy import energy, joint_energy
 from ebjdat_serve.wideresnet import WideResNet
 from training.adversary import INNER, Attack, Threat, ascent, begin, climb, cross_entropy, divergence, frozen, pgd, project
 from training.evaluate import autoattack, survivors
+from training.folding import folded
 from training.ranks import Noise
 
 
@@ -149,3 +150,23 @@ def test_autoattack_runs_stays_in_its_ball_and_leaves_less_than_clean():
     image = torch.rand(4, 3, 8, 8)
     label = net(image).argmax(dim=1)
     assert autoattack(net, image, label, eps=0.3) < 4
+
+
+@pytest.mark.parametrize("depth", [10, 16])
+def test_folded_norms_are_the_same_function_with_the_same_gradient(depth, image):
+    torch.manual_seed(0)
+    net = WideResNet(depth, 2, 4).train()
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.rand(32, 3, 8, 8))
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_()
+    net.eval().requires_grad_(False)
+    x, y = image.clone().requires_grad_(), image.clone().requires_grad_()
+    f, g = net(x), folded(net)(y)
+    torch.testing.assert_close(g, f, rtol=1e-4, atol=1e-4)
+    f.square().sum().backward()
+    g.square().sum().backward()
+    torch.testing.assert_close(y.grad, x.grad, rtol=1e-3, atol=1e-3 * float(x.grad.abs().max()))

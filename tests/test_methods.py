@@ -13,6 +13,7 @@ from ebjdat_serve.energy import energy, joint_energy
 from ebjdat_serve.sgld import Sampler, langevin_step
 from training.adversary import Attack, Threat, cross_entropy
 from training.curriculum import AucGate, auc
+from training.images import load
 from training.methods import Batch, Moment, Nothing
 from training.methods.at import AdversarialTraining, Mart, Standard, Trades, Weat, divergence, mart, weat
 from training.methods.dat import Dat, support
@@ -23,6 +24,8 @@ from training.presets import METHODS, preset
 from training.ranks import Noise
 from training.replay import Chains
 from training.sharpness import Asam, Awp, perturbed
+from training.start import new_state
+from training.stream import Stream
 from training.train import descend
 
 NOW = Moment(Threat("linf", 0.1), Noise.seeded(0), 0.5)
@@ -46,7 +49,7 @@ def batch():
     draw = torch.Generator().manual_seed(3)
     image, plain, x_neg = (torch.rand(6, 3, 2, 2, generator=draw) for _ in range(3))
     x_adv = (image + 0.1 * (2 * torch.rand(6, 3, 2, 2, generator=draw) - 1)).clamp(0, 1)
-    return Batch(image, LABEL, plain, x_adv, x_neg)
+    return Batch(image, LABEL, plain, LABEL.flip(0), x_adv, x_neg)
 
 
 class Still:
@@ -371,3 +374,34 @@ def test_every_method_has_a_preset_and_attacks_where_it_should():
     assert (paper.w1, paper.w2, paper.w3, paper.alignment, paper.climb) == (1.0, 1.0, 1.0, "paper", "joint_energy")
     assert (ours.alignment, ours.climb) == ("relative", "ce")
     assert preset("fgsm-rs", "small").method.attack == Attack(steps=1, step_over_eps=1.25)
+
+
+def test_dat_negatives_are_seeds_at_first_and_then_climb_the_class_of_the_data_at_their_place():
+    stage = preset("dat", "digits")
+    state = new_state(stage, load("digits"), None, torch.device("cpu"))
+    batch = Stream(stage, load("digits"), torch.device("cpu"), state.noise).batch(0)
+    assert not torch.equal(batch.label, batch.plain_label)
+    state.model.eval()
+    found = {}
+    for steps in (0, 10):
+        state.memory.gate.steps = steps
+        noise = Noise.seeded(7)
+        found[steps] = stage.method.inner(state.model, batch, state.memory, Moment(stage.threat, noise, 0.0)).x_neg
+    seeds = Noise.seeded(7)
+    torch.testing.assert_close(found[0], state.memory.seeds.draw(batch.plain_label, seeds))
+    with torch.no_grad():
+        before, after = (-joint_energy(state.model(found[steps]), batch.plain_label) for steps in (0, 10))
+    assert (after > before).float().mean() > 0.95
+    uniform = replace(stage, method=replace(stage.method, seeds="noise"))
+    drawn = new_state(uniform, load("digits"), None, torch.device("cpu")).memory.seeds.draw(batch.plain_label, seeds)
+    assert abs(float(drawn.std()) - 12**-0.5) < 0.01
+
+
+def test_dat_takes_its_seeds_from_an_ood_source(tmp_path):
+    pool = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "ood.npz", image=pool)
+    stage = preset("dat", "digits")
+    stage = replace(stage, method=replace(stage.method, seeds=str(tmp_path / "ood.npz")))
+    drawn = new_state(stage, load("digits"), None, torch.device("cpu")).memory.seeds.draw(LABEL, Noise.seeded(0))
+    known = {image.transpose(2, 0, 1).tobytes() for image in pool}
+    assert {np.rint(255 * image.numpy()).astype(np.uint8).tobytes() for image in drawn} <= known

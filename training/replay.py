@@ -117,8 +117,8 @@ class ReplayBuffer:
         fresh = noise.uniform(len(label), 1, 1, 1) < self.chains.reinit
         x = torch.where(fresh, self.starts.draw(label, noise), self.chain[part, place])
         target = label if self.chains.conditional else torch.full_like(label, MARGINAL)
-        with frozen(model):
-            x_neg = sgld(lambda image: score(model, image, target)[0], x, lambda: noise.normal(*x.shape), self.chains.sampler())
+        with frozen(model) as network:
+            x_neg = sgld(lambda image: score(network, image, target)[0], x, lambda: noise.normal(*x.shape), self.chains.sampler())
         self.chain[part, place] = x_neg
         return x_neg
 

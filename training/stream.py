@@ -49,8 +49,9 @@ class Stream:
         index = noise.ranks.share(index)
         image, label = self.image[index], self.label[index]
         image = augment(image, noise, kind=p.augment, padding=p.padding, flip=self.flip)
-        plain = self.image[noise.integers(self.images, self.plain)]
-        return Batch(image, label, augment(plain, noise, kind=p.plain_augment, padding=p.padding, flip=self.flip))
+        drawn = noise.integers(self.images, self.plain)
+        plain = augment(self.image[drawn], noise, kind=p.plain_augment, padding=p.padding, flip=self.flip)
+        return Batch(image, label, plain, self.label[drawn])
 
     def saturation(self) -> float:
         """Return the share of the data's pixels at 0 or 1, which chains may reach without having run away."""

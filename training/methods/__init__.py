@@ -23,6 +23,7 @@ class Batch:
     image: Tensor
     label: Tensor
     plain: Tensor
+    plain_label: Tensor
     x_adv: Tensor = field(default_factory=lambda: torch.empty(0))
     x_neg: Tensor = field(default_factory=lambda: torch.empty(0))
 

@@ -131,8 +131,8 @@ def cross_entropy_adversary(model: nn.Module, batch: Batch, attack: Attack, now:
 
 def divergence_adversary(model: nn.Module, batch: Batch, attack: Attack, now: Moment) -> Tensor:
     """Return x_adv that raises KL(p || q), p held at the clean image."""
-    with frozen(model), torch.no_grad():
-        logits = model(batch.image)
+    with frozen(model) as network, torch.no_grad():
+        logits = network(batch.image)
     return pgd(
         model,
         batch.image,

@@ -13,7 +13,6 @@ from ebjdat_serve.energy import energy, joint_energy
 from training.adversary import INNER, Attack, Threat, climb, cross_entropy, frozen
 from training.augment import to_device, to_float
 from training.curriculum import AucGate, auc
-from training.errors import TrainingError
 from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached
 from training.methods.at import cross_entropy_adversary
 from training.pictures import load_images
@@ -86,15 +85,14 @@ class Dat(Method[DatMemory]):
         x_adv = cross_entropy_adversary(model, batch, self.attack, now)
         if not self.bce_weight:
             return replace(batch, x_adv=x_adv)
-        if len(batch.plain) != len(batch.label):
-            raise TrainingError(f"DAT needs as many p(x) images as labelled ones: plain_batch {len(batch.plain)}, not {len(batch.label)}")
-        seeds = memory.seeds.draw(batch.label, now.noise)
-        with frozen(model):
-            x_neg = climb(model, seeds, batch.label, INNER["class_logit"], Threat("l2", torch.inf), memory.gate.steps, self.eta)
+        label = batch.plain_label
+        seeds = memory.seeds.draw(label, now.noise)
+        with frozen(model) as network:
+            x_neg = climb(network, seeds, label, INNER["class_logit"], Threat("l2", torch.inf), memory.gate.steps, self.eta)
             with torch.no_grad():
-                score, score_neg = (-joint_energy(model(x), batch.label) for x in (batch.plain, x_neg))
+                score, score_neg = (-joint_energy(network(x), label) for x in (batch.plain, x_neg))
         area = float(now.ranks.mean(auc(score_neg, score)))
-        memory.gate.update(area, len(batch.label) * now.ranks.world)
+        memory.gate.update(area, len(label) * now.ranks.world)
         return replace(batch, x_adv=x_adv, x_neg=x_neg)
 
     def loss(self, model: nn.Module, batch: Batch, memory: DatMemory, now: Moment) -> Terms:

@@ -91,11 +91,11 @@ class LasAt(Method[Strategy]):
         """Return x_adv: sign (or l2) ascents of the cross-entropy, image i with its own radius, number and length of steps."""
         unit = now.threat.eps / 8
         eps, steps, step = (option + low for option, (low, _) in zip(choice, (self.eps, self.steps, self.step), strict=True))
-        with frozen(model):
+        with frozen(model) as network:
             x = begin(batch.image, now.threat, "uniform", now.noise)
             for t in range(self.steps[1]):
                 x = x.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(cross_entropy(model(x).float(), batch.label).sum(), x)
+                (gradient,) = torch.autograd.grad(cross_entropy(network(x).float(), batch.label).sum(), x)
                 length = (unit * step * (t < steps))[:, None, None, None]
                 x = x.detach() + length * ascent(gradient, now.threat.norm)
                 x = self.within(x, batch.image, unit * eps, now.threat)
@@ -125,8 +125,8 @@ class LasAt(Method[Strategy]):
 
     def reward(self, model: nn.Module, batch: Batch, x_adv: Tensor, now: Moment) -> Tensor:
         """Return R = min(CE(x_adv), 10) + 4 robust accuracy + 2 clean accuracy, the two of a copy that took one step on x_adv."""
-        with frozen(model), torch.no_grad():
-            difficulty = cross_entropy(model(x_adv), batch.label).mean().clamp(0.0, 10.0)
+        with frozen(model) as network, torch.no_grad():
+            difficulty = cross_entropy(network(x_adv), batch.label).mean().clamp(0.0, 10.0)
         ahead = deepcopy(model)
         weights = [w for w in ahead.parameters() if w.requires_grad]
         gradient = torch.autograd.grad(self.smoothed(ahead(x_adv), batch.label), weights)
@@ -134,6 +134,6 @@ class LasAt(Method[Strategy]):
             for w, g in zip(weights, gradient, strict=True):
                 w.sub_(self.lookahead_lr * g)
         x_new = pgd(ahead, batch.image, batch.label, objective=cross_entropy, threat=now.threat, attack=Attack(steps=10), noise=now.noise)
-        with frozen(ahead), torch.no_grad():
-            robust, clean = accuracy(ahead(x_new), batch.label), accuracy(ahead(batch.image), batch.label)
+        with frozen(ahead) as network, torch.no_grad():
+            robust, clean = accuracy(network(x_new), batch.label), accuracy(network(batch.image), batch.label)
         return difficulty + 4.0 * robust + 2.0 * clean
