@@ -44,6 +44,7 @@ fix: $(DEV_STAMP)
 
 bench: $(DEV_STAMP)
 	$(BIN)/python benchmarks/classify_load.py
+	$(BIN)/python benchmarks/train_step.py
 
 # What is installed on a GPU machine is enough: it needs torch and a GPU, and no registry.
 gpu-check:

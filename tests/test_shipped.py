@@ -16,6 +16,7 @@ from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.selftest import replay
 from export.parity import check
 from tests.conftest import ROOT
+from training.adversary import Threat
 from training.measures import flag_rate_interval, wilson
 
 
@@ -87,7 +88,7 @@ def test_attacks_succeed_more_as_the_ball_grows(shipped, test_images):
 
     model = load_model(shipped)
     image, label = torch.from_numpy(to_unit(test_images[0][::5])), torch.from_numpy(test_images[1][::5].astype(np.int64))
-    standing = [survivors(model, image, label, eps / 255) / len(label) for eps in (0.01, 4, 8, 64)]
+    standing = [survivors(model, image, label, Threat("linf", eps / 255)) / len(label) for eps in (0.01, 4, 8, 64)]
     assert standing == sorted(standing, reverse=True)
     assert standing[2] > 0.2  # plain training: 0
     assert standing[3] < 0.02  # a net that masks its gradient stands here

@@ -11,10 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.wideresnet import WideResNet
 from tests.conftest import ROOT
 from training.adversary import Attack, Threat, cross_entropy
+from training.card import card
 from training.clock import Clock
+from training.drafts import Origin, draft_bundle
 from training.errors import TrainingDiverged, TrainingError
 from training.images import load
 from training.methods import Moment
@@ -206,3 +209,37 @@ def test_training_and_the_torch_engine_need_no_more_than_torch_numpy_pillow_and_
     absent = ("onnx", "onnxruntime", "onnxscript", "scipy", "sklearn", "litserve", "fastapi", "pydantic", "pyautoattack", "tqdm")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import training.train, training.refresh, ebjdat_serve.engines.eager"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_short_time_is_shared_by_the_stages_and_ends_with_a_bundle(tmp_path):
+    environment = {**os.environ, "EBJDAT_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--threads", "1", "--run", "short", "--max-minutes", "0.12"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.load(tmp_path / "short" / "store" / "current")
+    assert bundle.manifest.name == "digits"
+    assert 0 < bundle.manifest.provenance.steps < bundle.manifest.provenance.planned_steps
+    assert 0 < load_position(tmp_path / "short" / "digits-fgsm" / "state.pt").step < 340
+
+
+def test_what_diverged_is_counted_in_the_model_card(tmp_path, monkeypatch):
+    """One poisoned step, and the rest of the run as if nothing had been."""
+    loop = sys.modules["training.train"]
+
+    real, said = loop.read, []
+
+    def poisoned(terms, ranks):
+        row = real(terms, ranks)
+        said.append(row)
+        return {**row, "loss": float("nan")} if len(said) == 25 else row
+
+    monkeypatch.setattr(loop, "read", poisoned)
+    stage = replace(WARM, epochs=2)
+    data = load("digits")
+    weights = train(stage, data, tmp_path / "run", init=None, clock=Clock(), device=CPU)
+    position = load_position(tmp_path / "run" / "state.pt")
+    assert (position.step, position.rollbacks) == (34, 1)
+    assert sum('"diverged": 1' in line for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
+    bundle = draft_bundle(weights, stage, data, tmp_path / "bundle", Origin("git", "now", ""), position, 34)
+    assert "rolled back for divergence 1 times" in card(bundle, [], [])
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["position"][3] == 0.5  # half the rate

@@ -12,7 +12,13 @@ class Clock:
 
     def __init__(self, minutes: float = math.inf) -> None:
         self.deadline, self.interrupted = time.monotonic() + 60 * minutes, False
+        self.stage_end = self.deadline
         self.usual: dict[signal.Signals, Any] = {}
+
+    def allot(self, share: float) -> None:
+        """Give the stage at hand a share of the time that is left, so that those after it get theirs."""
+        now = time.monotonic()
+        self.stage_end = now + share * (self.deadline - now)
 
     def interrupt(self, *_: object) -> None:
         """Take note of a signal."""
@@ -31,4 +37,4 @@ class Clock:
 
     def over(self) -> bool:
         """Return whether to stop now."""
-        return self.interrupted or time.monotonic() >= self.deadline
+        return self.interrupted or time.monotonic() >= self.stage_end

@@ -1,10 +1,12 @@
 """From trained weights to a draft bundle: manifest, weights, prior and the self-test's expectations."""
 
+import os
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +55,7 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, ori
             rollbacks=position.rollbacks,
             init_sha256=origin.init_sha256,
             started=origin.started,
-            configuration=describe(preset),
+            configuration=without_paths(describe(preset)),
         ),
         files={},
     )
@@ -61,6 +63,14 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, ori
     bundle = Bundle.draft(folder).update("weights.safetensors", "prior.safetensors")
     write_selftest(bundle, to_unit(data.selection.image[:8]))
     return bundle.update("selftest.safetensors")
+
+
+def without_paths(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with folders and files by their last name: a published bundle says nothing of whose machine it was."""
+    return {
+        name: without_paths(value) if isinstance(value, dict) else Path(value).name if isinstance(value, str) and os.sep in value else value
+        for name, value in configuration.items()
+    }
 
 
 def write_selftest(bundle: Bundle, image: np.ndarray) -> None:

@@ -4,8 +4,10 @@
 labelled images: a method that continues a warm start gets the epochs that are left. What each reached is in docs/methods.md.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ebjdat_serve.sgld import Sampler
@@ -232,11 +234,12 @@ METHODS: dict[str, Callable[[Budget], Preset]] = {
 
 
 def preset(method: str, budget: str, dataset: str | None = None) -> Preset:
-    """Return a method on a budget, named after both; raise TrainingError for unknown names."""
+    """Return a method on a budget, named after both, or after the data when they are others; raise TrainingError for unknown names."""
     if method not in METHODS or budget not in BUDGETS:
         raise TrainingError(f"{method!r} on {budget!r}: methods are {', '.join(METHODS)}; budgets {', '.join(BUDGETS)}")
     stage = METHODS[method](BUDGETS[budget])
-    return replace(stage, name=f"{budget}-{method}", dataset=dataset or stage.dataset)
+    where = budget if dataset in (None, stage.dataset) else re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(dataset)).expanduser().resolve().name)
+    return replace(stage, name=f"{where}-{method}", dataset=dataset or stage.dataset)
 
 
 def refreshed(budget: str, name: str, warm: str) -> Preset:

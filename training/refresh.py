@@ -46,11 +46,15 @@ def refresh(
     origin = remember(run, todo, init) if ranks.rank == 0 else None
     ranks.wait()
     weights = init
-    for stage in todo:
+    steps = [total_steps(stage, len(data.train)) for stage in todo]
+    for i, stage in enumerate(todo):
         folder = run / stage.name
-        if ranks.agree(load_position(folder / "state.pt").step < total_steps(stage, len(data.train))):
+        taken = [load_position(run / other.name / "state.pt").step for other in todo[i:]]
+        # a warm start that ran out of its time is not trained on once something was built on it
+        if ranks.agree(taken[0] < steps[i] and not any(taken[1:])):
             if ranks.rank == 0:
                 say(f"train {stage.name} in {folder}")
+            clock.allot((steps[i] - taken[0]) / (sum(steps[i:]) - taken[0]))
             train(stage, data, folder, init=weights, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
         weights = folder / "weights.safetensors"
     if suite is None or origin is None:
