@@ -9,6 +9,7 @@ x-, class-Gaussian draws only for re-initialised chains, no SAM, and the same th
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -138,15 +139,14 @@ class Step:
         marks = [("", self.clock())]
         plain = self.stream.batch(self.count % self.stream.steps_per_epoch)
         marks.append(("data and augmentation", self.clock()))
-        batch = p.method.inner(state.model, plain, state.memory, now)
+        batch = p.method.solve(state.model, plain, state.memory, now)
         marks.append(("inner problem", self.clock()))
         terms = descend(state.model, lambda: p.method.loss(state.model, batch, state.memory, now), p, 0.5)
         marks.append(("loss and gradient", self.clock()))
-        if p.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(state.model.parameters(), p.gradient_clip)
+        length = torch.nn.utils.clip_grad_norm_(state.model.parameters(), p.gradient_clip or math.inf)
+        read(terms, length, Ranks())
         state.optimiser.step()
         state.update_ema(p.ema)
-        read(terms, Ranks())
         marks.append(("optimiser, average, log", self.clock()))
         self.count += 1
         for (_, before), (name, after) in pairwise(marks):

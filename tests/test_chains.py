@@ -57,11 +57,14 @@ def test_sampling_leaves_statistics_mode_and_gradients_alone(model, starts):
     assert all(w.grad is None and w.requires_grad for w in model.parameters())
 
 
-def test_every_part_holds_class_blocks_of_equal_size(starts):
-    held = buffer(starts, buffer_size=320)
+@pytest.mark.parametrize(("size", "classes"), [(320, 10), (2000, 100), (480, 100)])
+def test_every_class_has_its_equal_share_of_chains(size, classes):
+    held = ReplayBuffer(Chains(batch=16, buffer_size=size), Starts(None, (3, 4, 4), CPU), classes, Noise.seeded(0), CPU)
+    count = held.label.flatten().bincount(minlength=classes)
+    assert count.max() - count.min() <= 1
     for part in held.label:
-        assert part.tolist() == sorted(part.tolist())
-        assert part.bincount().tolist() == [10] * 4
+        assert part.tolist() == sorted(part.tolist())  # in blocks
+        assert len(part.unique()) >= min(classes, size // SHARDS)
 
 
 def test_chains_restart_at_the_stated_rate_from_their_own_class(model, starts):
@@ -112,6 +115,8 @@ def test_chains_that_cannot_be_divided_are_refused(starts):
     for changes in ({"batch": 12}, {"buffer_size": 100}, {"batch": 160}):
         with pytest.raises(TrainingError, match="multiples of 8"):
             buffer(starts, **changes)
+    with pytest.raises(TrainingError, match="cannot hold 100 classes"):
+        ReplayBuffer(Chains(batch=8, buffer_size=80), Starts(None, (3, 4, 4), CPU), 100, Noise.seeded(0), CPU)
     with pytest.raises(ValueError, match="prior must be"):
         Chains(prior="gauss")
 

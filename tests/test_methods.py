@@ -113,7 +113,7 @@ def test_ebjdat_and_jem_losses_equal_an_independent_float64_computation(batch):
     gaps = {
         "paper": (e_adv - e).mean(),
         "mean": abs((e_adv - e).mean()),
-        "paired": abs(e_adv - e).mean(),
+        "absolute": abs(e_adv - e).mean(),
         "relative": abs((e_adv - e).mean()) / e.std(ddof=1),
     }
     for kind, h2 in gaps.items():
@@ -228,7 +228,7 @@ TERMS = {
     # term: (loss, what one small step against its gradient must lower)
     "h1": (lambda n, b, e: generative(e["plain"], e["x_neg"]), lambda n, b, e: e["plain"].mean() - e["x_neg"].mean()),
     "h2 relative": (lambda n, b, e: alignment(e["image"], e["x_adv"], "relative"), lambda n, b, e: (e["x_adv"] - e["image"]).mean().abs()),
-    "h2 paired": (lambda n, b, e: alignment(e["image"], e["x_adv"], "paired"), lambda n, b, e: (e["x_adv"] - e["image"]).abs().mean()),
+    "h2 absolute": (lambda n, b, e: alignment(e["image"], e["x_adv"], "absolute"), lambda n, b, e: (e["x_adv"] - e["image"]).abs().mean()),
     "h2 paper": (lambda n, b, e: alignment(e["image"], e["x_adv"], "paper"), lambda n, b, e: (e["x_adv"] - e["image"]).mean()),
     "h3": (
         lambda n, b, e: classification(n(b.image), n(b.x_adv), LABEL, 0.5),
@@ -287,14 +287,14 @@ def test_a_shift_of_all_logits_changes_bce_and_not_cross_entropy():
 
 def test_only_the_relative_alignment_cannot_be_lowered_by_shrinking_the_logits():
     energy_x, energy_adv = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 1.0, 6.0])
-    for kind in ("relative", "mean", "paired"):
+    for kind in ("relative", "mean", "absolute"):
         ratio = float(alignment(energy_x / 2, energy_adv / 2, kind) / alignment(energy_x, energy_adv, kind))
         assert ratio == pytest.approx(1.0 if kind == "relative" else 0.5)
 
 
 def test_an_unknown_alignment_is_an_error():
     with pytest.raises(ValueError, match="alignment must be"):
-        alignment(torch.zeros(2), torch.ones(2), "absolute")
+        alignment(torch.zeros(2), torch.ones(2), "squared")
 
 
 def test_w1_rises_from_zero():
@@ -371,8 +371,8 @@ def test_every_method_has_a_preset_and_attacks_where_it_should():
         warm = stage.warm_start
         assert (warm is not None) == stage.frozen_norm
     paper, ours = preset("ebjdat-paper", "small").method, preset("ebjdat-aligned", "small").method
-    assert (paper.w1, paper.w2, paper.w3, paper.alignment, paper.climb) == (1.0, 1.0, 1.0, "paper", "joint_energy")
-    assert (ours.alignment, ours.climb) == ("relative", "ce")
+    assert (paper.w1, paper.w2, paper.w3, paper.alignment, paper.inner) == (1.0, 1.0, 1.0, "paper", "joint_energy")
+    assert (ours.alignment, ours.inner) == ("relative", "ce")
     assert preset("fgsm-rs", "small").method.attack == Attack(steps=1, step_over_eps=1.25)
 
 
@@ -386,7 +386,7 @@ def test_dat_negatives_are_seeds_at_first_and_then_climb_the_class_of_the_data_a
     for steps in (0, 10):
         state.memory.gate.steps = steps
         noise = Noise.seeded(7)
-        found[steps] = stage.method.inner(state.model, batch, state.memory, Moment(stage.threat, noise, 0.0)).x_neg
+        found[steps] = stage.method.solve(state.model, batch, state.memory, Moment(stage.threat, noise, 0.0)).x_neg
     seeds = Noise.seeded(7)
     torch.testing.assert_close(found[0], state.memory.seeds.draw(batch.plain_label, seeds))
     with torch.no_grad():

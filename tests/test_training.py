@@ -161,7 +161,7 @@ def test_without_h1_and_h2_ebjdat_is_adversarial_training_plus_clean_cross_entro
         state.model.eval()
         batch = Stream(stage, data, CPU, Noise.seeded(1)).batch(0)
         now = Moment(stage.threat, Noise.seeded(2), 0.5)
-        found = stage.method.inner(state.model, batch, state.memory, now)
+        found = stage.method.solve(state.model, batch, state.memory, now)
         losses.append(stage.method.loss(state.model, found, state.memory, now).loss)
         clean = cross_entropy(state.model(batch.image), batch.label).mean()
     torch.testing.assert_close((1 - clean_weight) * losses[0] + clean_weight * clean, losses[1])
@@ -228,8 +228,8 @@ def test_what_diverged_is_counted_in_the_model_card(tmp_path, monkeypatch):
 
     real, said = loop.read, []
 
-    def poisoned(terms, ranks):
-        row = real(terms, ranks)
+    def poisoned(terms, length, ranks):
+        row = real(terms, length, ranks)
         said.append(row)
         return {**row, "loss": float("nan")} if len(said) == 25 else row
 

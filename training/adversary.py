@@ -50,6 +50,8 @@ class Threat:
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm must be linf or l2, not {self.norm!r}")
+        if not self.eps >= 0:
+            raise ValueError(f"eps must be 0 or more, not {self.eps}")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Attack:
     steps: int = 10
     step_over_eps: float = 0.25
     start: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.start not in ("uniform", "gaussian", "image"):
+            raise ValueError(f"an attack takes 0 or more steps and starts uniform, gaussian or image, not {self.steps} from {self.start!r}")
 
 
 @contextmanager

@@ -19,6 +19,13 @@ from ebjdat_serve.sgld import Prior
 
 Row = dict[str, Any]
 MARKERS = ("<!-- figures -->", "<!-- /figures -->")
+LICENCES = {
+    "cifar10": "Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, non-commercial, "
+    "is used for evaluation only.",
+    "cifar100": "Weights: Apache-2.0. CIFAR-100 (Krizhevsky 2009) states no licence; its use here follows research custom.",
+    "svhn": "Weights of a model trained on SVHN (Netzer et al. 2011), which is for non-commercial use only.",
+    "digits": "Weights: Apache-2.0. Digits: UCI, Alpaydin and Kaynak 1998, as scikit-learn ships them (CC BY 4.0).",
+}
 IN_README = (
     "accuracy_clean",
     "accuracy_pgd20",
@@ -77,14 +84,19 @@ def write_landscape(bundle: Bundle) -> bool:
 
 def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     """Return the model card."""
-    m = bundle.manifest
+    m, p = bundle.manifest, bundle.manifest.provenance
     poor = [f"{row['dataset']} ({row['value']:.3f})" for row in rows if row["metric"] == "auroc_energy" and row["value"] < 0.5]
     weak = f"\nThe energy is **worse than chance** (AUROC below 0.5) on: {'; '.join(poor)}.\n" if poor else ""
+    warm = p.configuration.get("warm_start")
+    beside = f"The warm start is `{warm}`, the network that this model was continued from, evaluated identically.\n" if warm else ""
+    aligned = (
+        "training aligns the energies of clean and\nadversarial images, so the energy" if method_kind(bundle) == "EbJdat" else "the energy"
+    )
     return f"""# {m.name}@{m.version}
 
-{m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {m.provenance.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
-Trained by `python training/train.py {m.provenance.preset}`, seed {m.provenance.seed}, git {m.provenance.git[:12]}, begun {m.provenance.started}:
-{m.provenance.steps} of {m.provenance.planned_steps} planned steps, rolled back for divergence {m.provenance.rollbacks} times. Data sha256 {m.provenance.data_sha256[:16]}.
+{m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
+Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, begun {p.started}:
+{p.steps} of {p.planned_steps} planned steps, rolled back for divergence {p.rollbacks} times. Data sha256 {p.data_sha256[:16]}.
 
 ![samples: one column a class, seeds in order, none chosen](samples.png)
 
@@ -93,8 +105,7 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 ## Measured
 
-The warm start is the adversarially trained network (FGSM-RS) that this model was continued from, evaluated identically.
-Robust accuracies are l-inf in pixels of [0,1]; the published EB-JDAT code works in [-1,1], so its 8/255 is 4/255 here.
+{beside}Robust accuracies are in pixels of [0,1]; the published EB-JDAT code works in [-1,1], so its 8/255 is 4/255 here.
 
 {table(rows, baseline)}
 
@@ -104,14 +115,25 @@ Robust accuracies are l-inf in pixels of [0,1]; the published EB-JDAT code works
 
 `suspicious` means p < alpha, with p = (1 + #(clean calibration energies >= E(x))) / (n + 1). It bounds false alarms on data like
 the calibration set, on average over calibration draws; given this one set the rate is Beta-distributed, and the clean flag rate
-above stands beside that interval. It is no defence against an adaptive attacker: training aligns the energies of clean and
-adversarial images, so the energy sees little of an attack inside its ball (see `flag_power` above).
+above stands beside that interval. It is no defence against an adaptive attacker: {aligned} sees little of an attack inside its ball (see `flag_power` above).
 
 ## Data and licence
 
-Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, non-commercial, is used for
-evaluation only. No figure here is FID: no Inception weights were at hand, and `frechet_resnet20` names its extractor.
+{LICENCES.get(p.dataset, f"The weights are yours; {p.dataset} is a folder of your own, and its licence is for you to state.")} No figure here is FID: no Inception weights were
+at hand, and `frechet_resnet20`, where it is given, names its extractor.
 """
+
+
+def method_kind(bundle: Bundle) -> str:
+    """Return the class name of the method that trained the bundle."""
+    method = bundle.manifest.provenance.configuration.get("method", "unknown")
+    return str(method["kind"]) if isinstance(method, dict) else {"ebjdat": "EbJdat", "at": "AdversarialTraining"}.get(method, str(method))
+
+
+def short(git: str) -> str:
+    """Return an abbreviated commit that still says when the tree differed from it."""
+    commit, dirty, _ = git.partition("-dirty")
+    return commit[:12] + dirty
 
 
 def readme_table(bundle: Bundle) -> str:

@@ -258,6 +258,8 @@ def ood_sets(data: Dataset) -> Iterator[tuple[str, Floats]]:
     noise = np.random.default_rng(SEED).integers(0, 256, (1000, height, width, 3), dtype=np.uint8)
     yield "uniform noise", to_unit(noise)
     for name in OOD_ATLASES:
+        if name.startswith(f"{data.name}_"):
+            continue  # a data set is not out of its own distribution
         file = data_root() / f"{name}.webp"
         if (height, width) == (32, 32) and file.is_file():
             yield name, to_unit(read_atlas(file, 32))

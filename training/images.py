@@ -73,7 +73,8 @@ def _folder(folder: Path, size: tuple[int, int] | None) -> Dataset:
     missing = [name for index, name in enumerate(names) if (train.label == index).sum() < 8]
     if missing:
         raise DataError(f"{folder}: fewer than 8 training images of {', '.join(missing)}")
-    return _split(folder.resolve().name, names, train, test, held_out=min(2500, len(train) // 10), flip=True)
+    name = folder.resolve().name
+    return _split(f"{name} (a folder)" if name in NAMED else name, names, train, test, held_out=min(2500, len(train) // 10), flip=True)
 
 
 def _split(name: str, names: tuple[str, ...], train: Split, test: Split, held_out: int, flip: bool) -> Dataset:
@@ -95,7 +96,7 @@ def load_extra(source: str, data: Dataset) -> Split:
     path = path if path.is_absolute() or path.exists() else data_root() / path
     if path.is_dir():
         return read_folder(path, data.names, (height, width))
-    image, label = read_npz(path, height, width)
+    image, label = read_npz(path, height, width, data.names)
     if label is None:
         raise DataError(f"{path} holds no label: write pseudo-labels with python training/pseudo_label.py {path} BUNDLE")
     if len(label) == 0 or label.min() < 0 or label.max() >= len(data.names):

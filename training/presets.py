@@ -4,6 +4,7 @@
 labelled images: a method that continues a warm start gets the epochs that are left. What each reached is in docs/methods.md.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,14 @@ from training.methods.jem import Jeat, Jem, pyld
 from training.methods.las import LasAt
 from training.replay import Chains
 from training.sharpness import Asam, Awp, Sharpness
+
+CHOICES = {
+    "augment": ("none", "crop", "strong"),
+    "plain_augment": ("none", "crop", "strong"),
+    "optimiser": ("sgd", "adam"),
+    "schedule": ("linear", "cosine", "constant"),
+    "precision": ("auto", "fp32", "bf16"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,19 @@ class Preset:
     energy_gap_limit: float = 50.0  # nats between data and chains
     saturation_limit: float = 0.5  # share of chain pixels at 0 or 1 beyond the data's own
     rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("lr", "ema", "momentum", "weight_decay", "gradient_clip", "epochs", "padding", "plain_batch", "size"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number from 0 up, not {getattr(self, name)}")
+        for name in ("batch_size", "width", "prior_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.depth < 10 or (self.depth - 4) % 6 or self.size % 4 or not 0 <= self.lr_peak < 1 or not math.isfinite(self.threat.eps):
+            raise ValueError("depth must be 6n + 4 from 10 up, size a multiple of 4, lr_peak from 0 to below 1, and eps finite")
 
 
 @dataclass(frozen=True)
@@ -170,7 +192,7 @@ def ebjdat_paper(host: str) -> Callable[[Budget], Preset]:
     def build(b: Budget) -> Preset:
         sampler, changes = hosts(b, 10)[host]
         method = EbJdat(
-            w1=1.0, w2=1.0, w1_ramp=0.0, alignment="paper", clean_weight=0.5, energy_penalty=0.0, climb="joint_energy", chains=sampler
+            w1=1.0, w2=1.0, w1_ramp=0.0, alignment="paper", clean_weight=0.5, energy_penalty=0.0, inner="joint_energy", chains=sampler
         )
         return scratch(b, method, lr=b.joint_lr, lr_peak=0.1, **changes)
 

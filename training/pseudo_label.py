@@ -42,10 +42,11 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=0.0, help="smallest probability that is kept (%(default)s)")
     options = parser.parse_args()
     try:
-        image, label = pseudo_label(options.images, Bundle.load(options.bundle), options.least)
+        bundle = Bundle.load(options.bundle)
+        image, label = pseudo_label(options.images, bundle, options.least)
     except (EbjdatError, DataError) as error:
         sys.exit(str(error))
-    np.savez_compressed(options.output, image=image, label=label)
+    np.savez_compressed(options.output, image=image, label=label, names=np.asarray(bundle.manifest.labels))
     print(f"{len(label)} images, {np.bincount(label).tolist()} a class, in {options.output}")
 
 

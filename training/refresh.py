@@ -1,10 +1,13 @@
 """The refresh: train (with its warm start) -> export -> parity -> calibrate -> evaluate -> publish, one step after the other."""
 
+import fcntl
 import json
 import os
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -12,7 +15,7 @@ from ebjdat_serve.bundle import MANIFEST, Bundle, publish, read_json, sha256, wr
 from training.clock import Clock
 from training.drafts import Origin, draft_bundle, git_commit
 from training.errors import TrainingError
-from training.images import Dataset, load
+from training.images import Dataset, load, load_extra
 from training.presets import Preset, describe, stages
 from training.ranks import Ranks
 from training.state import load_position
@@ -41,35 +44,58 @@ def refresh(
     are returned; so they are on every rank but the first, which does the rest alone. Raises TrainingError, DataError or
     EbjdatError with the step's own message.
     """
+    if init is not None and not init.is_file():
+        raise TrainingError(f"--init {init} is not there")
+    if ranks.rank:
+        ranks.wait()  # the first rank may have to download
     data = load(preset.dataset, (preset.size, preset.size) if preset.size else None)
     todo = [preset] if init is not None else stages(preset)
-    origin = remember(run, todo, init) if ranks.rank == 0 else None
-    ranks.wait()
+    held = lock(run) if ranks.rank == 0 else None
+    origin = remember(run, todo, init, data) if ranks.rank == 0 else None
+    if ranks.rank == 0:
+        ranks.wait()
     weights = init
     steps = [total_steps(stage, len(data.train)) for stage in todo]
     for i, stage in enumerate(todo):
         folder = run / stage.name
         taken = [load_position(run / other.name / "state.pt").step for other in todo[i:]]
         # a warm start that ran out of its time is not trained on once something was built on it
-        if ranks.agree(taken[0] < steps[i] and not any(taken[1:])):
+        missing = taken[0] < steps[i] or not (folder / "weights.safetensors").is_file()
+        if ranks.agree(missing and not any(taken[1:])):
             if ranks.rank == 0:
                 say(f"train {stage.name} in {folder}")
-            clock.allot((steps[i] - taken[0]) / (sum(steps[i:]) - taken[0]))
+            share = (steps[i] - taken[0] + 1) / (sum(steps[i:]) - taken[0] + 1)
+            clock.allot(share if stage is preset else min(share, 0.5))  # a step of a warm start is the cheaper one
             train(stage, data, folder, init=weights, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
         weights = folder / "weights.safetensors"
     if suite is None or origin is None:
         assert weights is not None
         return weights
-    baseline = None
+    baseline, before = None, 0
     for stage in todo:
-        bundle = finish(stage, data, run / stage.name, suite=suite, baseline=baseline, origin=origin)
-        baseline = bundle.path / "metrics.json"
+        bundle = finish(stage, data, run / stage.name, suite=suite, baseline=baseline, origin=origin, before=before)
+        baseline, before = bundle.path / "metrics.json", bundle.manifest.provenance.rollbacks
     say(f"publish into {run / 'store'}")
-    return publish(bundle, run / "store")
+    home = publish(bundle, run / "store")
+    if held is not None:
+        held.close()
+    return home
 
 
-def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None, origin: Origin) -> Bundle:
-    """Return the evaluated bundle of one stage's weights: export, parity, calibration, evaluation."""
+def lock(run: Path) -> IO[str]:
+    """Return the run's lock file, held until it is closed; raise TrainingError when another process trains there."""
+    run.mkdir(parents=True, exist_ok=True)
+    held = (run / ".lock").open("w")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        held.close()
+        raise TrainingError(f"another process trains in {run}: wait for it, or name another --run") from error
+    return held
+
+
+def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None, origin: Origin, before: int) -> Bundle:
+    """Return the evaluated bundle of one stage's weights: export, parity, calibration, evaluation; ``before``: roll-backs until then."""
     # here and not above: a machine that only trains need not have ONNX and SciPy
     from export.parity import check
     from export.to_onnx import export
@@ -81,6 +107,7 @@ def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: 
         return Bundle.load(home)
     say(f"export {home}")
     position = load_position(folder / "state.pt")
+    position = replace(position, rollbacks=position.rollbacks + before)
     bundle = export(draft_bundle(weights, stage, data, home, origin, position, total_steps(stage, len(data.train))))
     worst = max(check(bundle).items(), key=lambda item: item[1])
     say(f"parity: largest difference {worst[1]:.1e} ({worst[0]})")
@@ -99,17 +126,23 @@ def finished(home: Path, weights: Path, n: int) -> bool:
     return "README.md" in bundle.manifest.files and entry is not None and entry.sha256 == sha256(weights) and clean == [n]
 
 
-def remember(run: Path, todo: list[Preset], init: Path | None) -> Origin:
-    """Write down how a new run began and return it; refuse to continue a run under another configuration."""
+def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) -> Origin:
+    """Write down how a new run began and return it; refuse to continue a run under another configuration or on other data."""
     run.mkdir(parents=True, exist_ok=True)
     file = run / "config.json"
-    begun = {"init_sha256": sha256(init) if init else "", "stages": json.loads(json.dumps([describe(stage) for stage in todo]))}
+    begun = {
+        "init_sha256": sha256(init) if init else "",
+        "data_sha256": data.sha256,
+        "extra_sha256": load_extra(todo[-1].extra, data).sha256() if todo[-1].extra else "",
+        "stages": json.loads(json.dumps([describe(stage) for stage in todo])),
+    }
     if not file.is_file():
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(file, {"git": git_commit(), "started": now, **begun})
     known = read_json(file)
     if {name: known.get(name) for name in begun} != begun:
-        raise TrainingError(f"{file} holds another configuration: continue it with the same preset and settings, or name a new --run")
+        fix = "continue it with the same preset, settings and images, or name a new --run"
+        raise TrainingError(f"{file} holds another configuration or data: {fix}")
     return Origin(known["git"], known["started"], known["init_sha256"])
 
 

@@ -83,7 +83,7 @@ class Starts:
 
 
 class ReplayBuffer:
-    """This rank's persistent chains, (parts, size, 3, H, W); chain i of a part belongs to class i * K // size."""
+    """This rank's persistent chains, (parts, size, 3, H, W), in class blocks: over all parts every class has its equal share."""
 
     def __init__(self, chains: Chains, starts: Starts, classes: int, noise: Noise, device: torch.device) -> None:
         ranks = noise.ranks
@@ -93,8 +93,13 @@ class ReplayBuffer:
                 f"multiples of {SHARDS}, batch no more than buffer_size, and the processes 1, 2, 4 or 8"
             )
         self.chains, self.starts, self.ranks = chains, starts, ranks
+        if chains.buffer_size < classes:
+            raise TrainingError(f"a buffer of {chains.buffer_size} chains cannot hold {classes} classes: set buffer_size to more")
         parts, size = SHARDS // ranks.world, chains.buffer_size // SHARDS
-        self.label = (torch.arange(size, device=device) * classes // size).expand(parts, size)
+        blocks = torch.arange(chains.buffer_size, device=device) * classes // chains.buffer_size
+        self.label = blocks.view(size, SHARDS).T[
+            ranks.rank * parts : (ranks.rank + 1) * parts
+        ]  # dealt out, so that all parts have all classes
         self.chain = starts.draw(self.label.flatten(), noise).reshape(parts, size, *starts.shape)
 
     def draw(self, noise: Noise) -> tuple[Tensor, Tensor]:

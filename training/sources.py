@@ -119,13 +119,15 @@ def download(url: str, archive: Path, digest: str, expected: str) -> None:
 
 def unpack(archive: Path, folder: Path, members: Sequence[str]) -> None:
     """Write the named members of ``archive``, and nothing else of it, into ``folder``."""
-    folder.mkdir(exist_ok=True)
+    aside = folder.with_suffix(".part")
+    aside.mkdir(exist_ok=True)
     with tarfile.open(archive) as tar:
         for name in members:
             member = tar.extractfile(f"{folder.name}/{name}")
             if member is None:
                 raise DataError(f"{archive} holds no {name}")
-            (folder / name).write_bytes(member.read())
+            (aside / name).write_bytes(member.read())
+    aside.rename(folder)
 
 
 # CIFAR-100 and SVHN -------------------------------------------------------------------------------------------------
@@ -143,7 +145,10 @@ def cifar100(root: Path) -> tuple[tuple[str, ...], Split, Split]:
 
 def svhn(root: Path) -> tuple[Split, Split]:
     """Return train and test from ``train_32x32.mat`` and ``test_32x32.mat``, downloaded when they are not there."""
-    from scipy.io import loadmat  # comes with scikit-learn; needed by this one set
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise DataError("SVHN comes in MATLAB files, and reading them needs SciPy: pip install scikit-learn") from error
 
     parts = []
     for name, expected in SVHN_FILES.items():
@@ -159,7 +164,10 @@ def svhn(root: Path) -> tuple[Split, Split]:
 
 def digits() -> Split:
     """Return scikit-learn's 1,797 digits, 8 x 8, grey as RGB, in a fixed shuffled order."""
-    from sklearn.datasets import load_digits  # ships its data; needed by this one preset
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("digits are scikit-learn's: pip install scikit-learn") from error
 
     arrays = load_digits()
     grey = np.rint(arrays.images * (255 / 16)).astype(np.uint8)

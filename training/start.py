@@ -46,10 +46,8 @@ def new_optimiser(preset: Preset, model: nn.Module) -> torch.optim.Optimizer:
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": preset.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if preset.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=preset.lr, momentum=preset.momentum, nesterov=True)
-    if preset.optimiser == "adam":
-        return torch.optim.Adam(groups, lr=preset.lr)
-    raise TrainingError(f"optimiser must be sgd or adam, not {preset.optimiser!r}")
+        return torch.optim.SGD(groups, lr=preset.lr, momentum=preset.momentum, nesterov=preset.momentum > 0)
+    return torch.optim.Adam(groups, lr=preset.lr)
 
 
 def precision(preset: Preset, device: torch.device) -> torch.dtype | None:

@@ -1,6 +1,7 @@
 """Everything that a training stage must not lose: weights, EMA, optimiser, chains, random state, position."""
 
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ebjdat_serve.wideresnet import WideResNet
+from training.errors import TrainingError
 from training.methods import Memory
 from training.ranks import Noise
 
@@ -27,6 +29,7 @@ class State:
     seconds: float = 0.0
     rollbacks: int = 0
     lr_scale: float = 1.0
+    fell_back: bool = False  # since the last save of its own
 
     def update_ema(self, decay: float) -> None:
         """Move the average towards the weights; it starts fast and settles at ``decay``."""
@@ -37,8 +40,12 @@ class State:
             else:
                 self.ema[name].copy_(value)
 
-    def save(self, path: Path) -> None:
-        """Write the state aside, then rename, so that a kill at any moment leaves a whole file; every rank calls, the first writes."""
+    def save(self, path: Path, *, keep: bool = True) -> None:
+        """Write the state aside, then rename, so that a kill at any moment leaves a whole file; every rank calls, the first writes.
+
+        The state before it is kept beside it, unless ``keep`` is false: then this one takes the place of a bad one.
+        """
+        self.fell_back = self.fell_back and not keep
         payload = {
             "model": self.model.state_dict(),
             "ema": self.ema,
@@ -50,11 +57,16 @@ class State:
         if self.noise.ranks.rank == 0:
             aside = path.with_suffix(".part")
             torch.save(payload, aside)
+            if keep and path.is_file():
+                spare = path.with_suffix(".link")
+                spare.unlink(missing_ok=True)
+                os.link(path, spare)
+                os.replace(spare, previous(path))
             os.replace(aside, path)
 
     def restore(self, path: Path) -> None:
-        """Take everything back from ``path``."""
-        payload: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        """Take everything back from ``path``; raise TrainingError when it is damaged."""
+        payload = read_state(path)
         self.model.load_state_dict(payload["model"])
         for name, value in payload["ema"].items():
             self.ema[name].copy_(value)
@@ -63,6 +75,22 @@ class State:
         self.noise.generator.set_state(payload["generator"])
         step, self.seconds, rollbacks, self.lr_scale = payload["position"]
         self.step, self.rollbacks = int(step), int(rollbacks)
+
+
+def previous(path: Path) -> Path:
+    """Return where the state before the last one is kept."""
+    return path.with_suffix(".previous.pt")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what a state file holds; raise TrainingError naming it when it cannot be read."""
+    try:
+        payload: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise TrainingError(
+            f"{path} is damaged ({type(error).__name__}): put {previous(path).name} in its place, or start a new --run"
+        ) from error
+    return payload
 
 
 @dataclass(frozen=True)
@@ -78,7 +106,7 @@ def load_position(path: Path) -> Position:
     """Return the position in a saved state; the start of everything when there is none."""
     if not path.is_file():
         return Position(0, 0.0, 0)
-    step, seconds, rollbacks, _ = torch.load(path, weights_only=True, map_location="cpu")["position"]
+    step, seconds, rollbacks, _ = read_state(path)["position"]
     return Position(int(step), float(seconds), int(rollbacks))
 
 

@@ -27,6 +27,8 @@ class Stream:
             raise TrainingError(
                 f"extra_fraction={preset.extra_fraction} leaves none of the {preset.batch_size} images of a batch to the data"
             )
+        if preset.padding >= min(image.shape[2:]):
+            raise TrainingError(f"padding={preset.padding} must be less than the images' side of {min(image.shape[2:])}")
         noise.ranks.part("batch_size", preset.batch_size)
         self.plain = noise.ranks.part("plain_batch", preset.plain_batch)
         # an epoch is as many labelled images as the data holds, extra ones counted, as the published recipes count

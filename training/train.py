@@ -29,7 +29,7 @@ from training.report import write_report
 from training.settings import listing, override
 from training.sharpness import perturbed
 from training.start import new_state
-from training.state import save_weights
+from training.state import load_position, save_weights
 from training.stream import Stream, steps_per_epoch
 from training.watch import Judge, Watch, diverged, read, roll_back
 
@@ -52,12 +52,14 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights, saved = folder / "weights.safetensors", folder / "state.pt"
+    if ranks.rank == 0:
+        weights.unlink(missing_ok=True)  # what stands here at the end is of this state
     state = new_state(preset, data, init, device, ranks)
     stream = Stream(preset, data, device, state.noise)
     model = DistributedDataParallel(state.model) if ranks.world > 1 else state.model
     parameters = list(state.model.parameters())
     judge, spare = Judge(preset, data, device), stream.saturation()
-    if ranks.agree(saved.is_file()):
+    if ranks.agree(load_position(saved).step > 0):  # at step 0 ``init`` decides: it may have been trained on since
         state.restore(saved)
     else:
         state.save(saved)  # there is always a good state to return to
@@ -73,23 +75,22 @@ def train(
             group["lr"] = state.lr_scale * preset.lr * learning_rate(progress, preset.lr_peak, preset.schedule)
         state.model.train(not preset.frozen_norm)
         now = Moment(preset.threat, state.noise, progress)
-        batch = preset.method.inner(state.model, stream.batch(state.step), state.memory, now)  # x_adv and x_neg
+        batch = preset.method.solve(state.model, stream.batch(state.step), state.memory, now)  # x_adv and x_neg
         terms = descend(model, lambda: preset.method.loss(model, batch, state.memory, now), preset, progress)  # noqa: B023
-        if preset.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(parameters, preset.gradient_clip)
+        length = torch.nn.utils.clip_grad_norm_(parameters, preset.gradient_clip or math.inf)
+        row = read(terms, length, ranks)  # waits for the device
+        if ranks.any(diverged(row, preset, spare), device):  # before the step, so that no weights are ever not finite
+            roll_back(state, saved, watch, row, preset.rollbacks)
+            continue
         state.optimiser.step()
         state.step += 1
         state.update_ema(preset.ema)
-        row = read(terms, ranks)  # waits for the device
         state.seconds += time.monotonic() - started
-
-        if ranks.any(diverged(row, preset, spare), device):  # at every step, so that no bad state is ever saved
-            roll_back(state, saved, watch, row, preset.rollbacks)
-            continue
         if state.step % 20 == 0 or state.step == total:
             speed = preset.batch_size * state.step / state.seconds
             watch.write({"step": state.step, "of": total, **row, "images_per_second": round(speed, 1)})
         if state.step % stream.steps_per_epoch == 0 or state.step == total:
+            state.save(saved)  # the look takes its time
             figures, samples = judge.look(state.ema)
             watch.write({"step": state.step, **figures})
             watch.picture(state.step, samples)
@@ -200,7 +201,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="how much to measure (%(default)s)")
     parser.add_argument("--only-train", action="store_true", help="stop when the weights are there; --resume without it does the rest")
     parser.add_argument("--tensorboard", action="store_true", help="also write scalars and samples for TensorBoard (extra [watch])")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override fields of the preset: lr=0.1 threat.norm=l2")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help="override fields of the preset: lr=0.1 threat.norm=l2"
+    )
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     return parser.parse_args()
 

@@ -24,7 +24,7 @@ from training.presets import Preset
 from training.ranks import Noise, Ranks
 from training.replay import Starts, fit_prior
 from training.start import precision
-from training.state import State
+from training.state import State, previous
 
 Row = dict[str, float]
 BINS = 48
@@ -36,6 +36,9 @@ class Watch:
     def __init__(self, folder: Path, preset: Preset, total: int, step: int, *, writes: bool, tensorboard: bool) -> None:
         self.folder, self.total, self.writes = folder, total, writes
         self.log = folder / "log.jsonl"
+        if writes and self.log.is_file() and not self.log.read_bytes().endswith(b"\n"):
+            with self.log.open("a") as file:
+                file.write("\n")  # a kill cut the last line short
         self.bar = progress_bar(preset.name, total, step) if writes else None
         self.board = summary_writer(folder) if tensorboard and writes else None
 
@@ -43,7 +46,7 @@ class Watch:
         """Append one line to the log; show it, or move the progress line where there is one."""
         if not self.writes:
             return
-        line = json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
+        line = json.dumps({name: rounded(value) for name, value in row.items()}, allow_nan=False)
         with self.log.open("a") as file:
             file.write(line + "\n")
         if self.bar is None:
@@ -71,6 +74,13 @@ class Watch:
             self.bar.close()
         if self.board is not None:
             self.board.close()
+
+
+def rounded(value: Any) -> Any:
+    """Return a number as the log shows it; what is not finite, as a word, for JSON has no number for it."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 4) if math.isfinite(value) else str(value)
 
 
 def progress_bar(name: str, total: int, step: int) -> Any:
@@ -113,11 +123,16 @@ class Judge:
         model.autocast = precision(p, self.device)
         model.eval().requires_grad_(False)
         noise = Noise.seeded(0, self.device)
-        x_adv = pgd(model, self.image, self.label, objective=cross_entropy, threat=p.threat, attack=Attack(steps=10), noise=noise)
+        pairs = zip(torch.split(self.image, 100), torch.split(self.label, 100), strict=True)  # large pictures would not fit at once
+        x_adv = torch.cat(
+            [pgd(model, x, y, objective=cross_entropy, threat=p.threat, attack=Attack(steps=10), noise=noise) for x, y in pairs]
+        )
         start = self.starts.draw(self.drawn, noise)
         drawn = sgld(lambda x: score(model, x, self.drawn)[0], start, lambda: noise.normal(*start.shape), p.sample)
         with torch.no_grad():
-            logits, logits_adv, logits_drawn = (model(x) for x in (self.image, x_adv, drawn))
+            logits, logits_adv, logits_drawn = (
+                torch.cat([model(part) for part in torch.split(x, 100)]) for x in (self.image, x_adv, drawn)
+            )
         energies = {name: energy(f).cpu().numpy() for name, f in (("clean", logits), ("adversarial", logits_adv), ("drawn", logits_drawn))}
         row = {
             "selection_clean": float((logits.argmax(dim=1) == self.label).float().mean()),
@@ -141,10 +156,10 @@ def histograms(energies: dict[str, np.ndarray]) -> dict[str, Any]:
     return {"range": [round(low, 4), round(high, 4)], **{name: [round(float(c), 4) for c in count] for name, count in counts.items()}}
 
 
-def read(terms: Terms, ranks: Ranks) -> Row:
-    """Return loss and log as numbers, averaged over the ranks, with one transfer from the device."""
-    names = ["loss", *terms.log]
-    values = torch.stack([terms.loss.detach().float(), *(value.float().to(terms.loss.device) for value in terms.log.values())])
+def read(terms: Terms, length: Tensor, ranks: Ranks) -> Row:
+    """Return loss, log and the gradient's length as numbers, averaged over the ranks, with one transfer from the device."""
+    names = ["loss", *terms.log, "gradient"]
+    values = torch.stack([terms.loss.detach().float(), *(value.float().to(terms.loss.device) for value in (*terms.log.values(), length))])
     return dict(zip(names, ranks.mean(values).tolist(), strict=True))
 
 
@@ -166,8 +181,12 @@ def roll_back(state: State, saved: Path, watch: Watch, row: Row, most: int) -> N
     watch.write({"step": state.step, "diverged": rollbacks, **row})
     if rollbacks > most or not saved.is_file():
         raise TrainingDiverged(f"diverged {rollbacks} times, last at step {state.step}: {row}; lower lr or w1, or raise energy_penalty")
-    state.restore(saved)
+    # a state that was already on its way out when it was saved sends the run back once more, to the one before
+    before = previous(saved)
+    state.restore(before if state.fell_back and before.is_file() else saved)
+    state.noise.ranks.wait()
+    state.fell_back = True
     state.rollbacks = rollbacks
     state.lr_scale *= 0.5
     state.noise.generator.manual_seed(1000 * rollbacks + state.step)
-    state.save(saved)
+    state.save(saved, keep=False)

@@ -92,13 +92,13 @@ class Method(ABC, Generic[M]):
     def begin(self, setting: Setting) -> M:
         """Return the memory that a run of this method begins with."""
 
-    def inner(self, model: nn.Module, batch: Batch, memory: M, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: M, now: Moment) -> Batch:
         """Return ``batch`` with x_adv and x_neg found; parameters, batch-norm statistics and ``.grad`` are left alone."""
         return batch
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, memory: M, now: Moment) -> Terms:
-        """Return the loss of one step, given what ``inner`` found."""
+        """Return the loss of one step, given what ``solve`` found."""
 
 
 class Memoryless(Method[Nothing]):

@@ -31,7 +31,7 @@ class AdversarialTraining(Memoryless):
 
     attack: Attack = Attack()
 
-    def inner(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
         """Find x_adv by raising the cross-entropy."""
         return replace(batch, x_adv=cross_entropy_adversary(model, batch, self.attack, now))
 
@@ -48,7 +48,7 @@ class Trades(Memoryless):
     beta: float = 6.0
     attack: Attack = Attack(start="gaussian")
 
-    def inner(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
         """Find x_adv by raising KL(p || q); at x itself its gradient is zero, hence the gaussian start."""
         return replace(batch, x_adv=divergence_adversary(model, batch, self.attack, now))
 
@@ -66,7 +66,7 @@ class Mart(Memoryless):
     beta: float = 5.0
     attack: Attack = Attack()
 
-    def inner(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
         """Find x_adv by raising the cross-entropy."""
         return replace(batch, x_adv=cross_entropy_adversary(model, batch, self.attack, now))
 
@@ -88,7 +88,7 @@ class Weat(Memoryless):
     adversarial: bool = False
     attack: Attack = Attack(start="gaussian")
 
-    def inner(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
         """Find x_adv by raising KL(p || q)."""
         return replace(batch, x_adv=divergence_adversary(model, batch, self.attack, now))
 

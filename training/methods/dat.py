@@ -13,6 +13,7 @@ from ebjdat_serve.energy import energy, joint_energy
 from training.adversary import INNER, Attack, Threat, climb, cross_entropy, frozen
 from training.augment import to_device, to_float
 from training.curriculum import AucGate, auc
+from training.errors import TrainingError
 from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached
 from training.methods.at import cross_entropy_adversary
 from training.pictures import load_images
@@ -68,6 +69,10 @@ class Dat(Method[DatMemory]):
     patience: int = 0
     seeds: str = "gaussian"  # gaussian | noise | the path of an OOD source: a folder of pictures, an .npz, a picture of tiles
 
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.cap < 0 or not self.seeds:
+            raise ValueError("window must be 1 or more, cap 0 or more, and seeds gaussian, noise or a path")
+
     def begin(self, setting: Setting) -> DatMemory:
         """Return the curriculum at T = 0 and the seeds."""
         shape = (3, *setting.data.train.image.shape[1:3])
@@ -77,10 +82,12 @@ class Dat(Method[DatMemory]):
             prior = fit_prior(setting.data.train, len(setting.data.names), setting.prior_rank)
         elif self.seeds != "noise":
             pool = to_device(load_images(self.seeds, shape[1], shape[2]), setting.device)
+            if not len(pool):
+                raise TrainingError(f"seeds={self.seeds} holds no image")
         gate = AucGate(self.auc_threshold, self.cap, self.window, self.patience)
         return DatMemory(gate, Seeds(pool, Starts(prior, shape, setting.device), len(setting.data.names)))
 
-    def inner(self, model: nn.Module, batch: Batch, memory: DatMemory, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: DatMemory, now: Moment) -> Batch:
         """Find x_adv by raising the cross-entropy; and, unless BCE weighs nothing, move negatives and ask the curriculum."""
         x_adv = cross_entropy_adversary(model, batch, self.attack, now)
         if not self.bce_weight:
@@ -91,7 +98,7 @@ class Dat(Method[DatMemory]):
             x_neg = climb(network, seeds, label, INNER["class_logit"], Threat("l2", torch.inf), memory.gate.steps, self.eta)
             with torch.no_grad():
                 score, score_neg = (-joint_energy(network(x), label) for x in (batch.plain, x_neg))
-        area = float(now.ranks.mean(auc(score_neg, score)))
+        area = float(auc(now.ranks.gather(score_neg), now.ranks.gather(score)))
         memory.gate.update(area, len(label) * now.ranks.world)
         return replace(batch, x_adv=x_adv, x_neg=x_neg)
 

@@ -10,13 +10,15 @@ from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, de
 from training.methods.jem import blurred, energy_log, generative, penalty, ramp, start_chains
 from training.replay import Chains, ReplayBuffer
 
+ALIGNMENTS = ("relative", "mean", "absolute", "paper")
+
 
 def alignment(energy_x: Tensor, energy_adv: Tensor, kind: str) -> Tensor:
     """Return -h2, the gap between the energies of the same images, (N,) each, clean and adversarial.
 
     ``paper``     mean E(x_adv) - mean E(x): unbounded below once x_adv does not maximise the energy itself
     ``mean``      |mean E(x_adv) - mean E(x)|: the same two sums, whichever way the gap points
-    ``paired``    mean |E(x_adv) - E(x)|
+    ``absolute``  mean |E(x_adv) - E(x)|, image by image
     ``relative``  |mean E(x_adv) - mean E(x)| / sd E(x): the only one that shrinking all logits does not lower,
                   which is what training does with the others (docs/decisions/0001)
     """
@@ -26,11 +28,11 @@ def alignment(energy_x: Tensor, energy_adv: Tensor, kind: str) -> Tensor:
             return gap.mean().abs() / energy_x.std()
         case "mean":
             return gap.mean().abs()
-        case "paired":
+        case "absolute":
             return gap.abs().mean()
         case "paper":
             return gap.mean()
-    raise ValueError(f"alignment must be relative, mean, paired or paper, not {kind!r}")
+    raise ValueError(f"alignment must be relative, mean, absolute or paper, not {kind!r}")
 
 
 def classification(logits: Tensor, logits_adv: Tensor, label: Tensor, clean_weight: float) -> Tensor:
@@ -51,17 +53,23 @@ class EbJdat(Method[ReplayBuffer]):
     clean_weight: float = 0.3  # share of the clean image in h3
     energy_penalty: float = 0.002
     data_noise: float = 0.015  # on the images whose likelihood is raised
-    climb: str = "ce"  # what the inner maximum climbs
+    inner: str = "ce"  # what the inner maximum climbs
     attack: Attack = Attack(steps=5)
     chains: Chains = Chains(conditional=True, noise_std=0.005)
+
+    def __post_init__(self) -> None:
+        if self.alignment not in ALIGNMENTS or self.inner not in INNER:
+            raise ValueError(
+                f"alignment is one of {', '.join(ALIGNMENTS)}, inner of {', '.join(INNER)}: not {self.alignment}, {self.inner}"
+            )
 
     def begin(self, setting: Setting) -> ReplayBuffer:
         """Return the chains."""
         return start_chains(self.chains, setting)
 
-    def inner(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
         """Find x_adv in the ball and x_neg from the chains, and blur the p(x) stream a little."""
-        x_adv = pgd(model, batch.image, batch.label, objective=INNER[self.climb], threat=now.threat, attack=self.attack, noise=now.noise)
+        x_adv = pgd(model, batch.image, batch.label, objective=INNER[self.inner], threat=now.threat, attack=self.attack, noise=now.noise)
         x_neg = memory.advance(model, now.noise)
         return replace(batch, x_adv=x_adv, x_neg=x_neg, plain=blurred(batch.plain, self.data_noise, now))
 

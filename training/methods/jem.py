@@ -37,7 +37,7 @@ class Jem(Method[ReplayBuffer]):
         """Return the chains."""
         return start_chains(self.chains, setting)
 
-    def inner(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
         """Move chains from the model's energy, and blur the p(x) stream a little."""
         return replace(batch, x_neg=memory.advance(model, now.noise), plain=blurred(batch.plain, self.data_noise, now))
 
@@ -63,17 +63,21 @@ class Jeat(Method[ReplayBuffer]):
     w1: float = 1.0
     w1_ramp: float = 0.1
     energy_penalty: float = 0.0
-    climb: str = "joint_energy"
+    inner: str = "joint_energy"
     attack: Attack = Attack(steps=1, step_over_eps=1.0)
     chains: Chains = Chains()
+
+    def __post_init__(self) -> None:
+        if self.inner not in INNER:
+            raise ValueError(f"inner is one of {', '.join(INNER)}, not {self.inner!r}")
 
     def begin(self, setting: Setting) -> ReplayBuffer:
         """Return the chains."""
         return start_chains(self.chains, setting)
 
-    def inner(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
         """Find x_adv by raising the joint energy, and move chains."""
-        x_adv = pgd(model, batch.image, batch.label, objective=INNER[self.climb], threat=now.threat, attack=self.attack, noise=now.noise)
+        x_adv = pgd(model, batch.image, batch.label, objective=INNER[self.inner], threat=now.threat, attack=self.attack, noise=now.noise)
         return replace(batch, x_adv=x_adv, x_neg=memory.advance(model, now.noise))
 
     def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Terms:

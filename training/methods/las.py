@@ -55,6 +55,10 @@ class LasAt(Method[Strategy]):
     strategy_lr: float = 1e-4
     lookahead_lr: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError("interval must be 1 or more")
+
     def begin(self, setting: Setting) -> Strategy:
         """Return a fresh strategy network, the same on every rank."""
         heads = [high - low + 1 for low, high in (self.eps, self.steps, self.step)]
@@ -63,7 +67,7 @@ class LasAt(Method[Strategy]):
             network = WideResNet(10, 1, sum(heads))
         return Strategy(network.to(setting.device).eval(), heads)
 
-    def inner(self, model: nn.Module, batch: Batch, memory: Strategy, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: Strategy, now: Moment) -> Batch:
         """Find x_adv by each image's own attack; now and then improve the strategy first."""
         if memory.steps % self.interval == 0:
             self.improve(model, batch, memory, now)
@@ -121,6 +125,9 @@ class LasAt(Method[Strategy]):
         with torch.no_grad():
             for w, g in zip(weights, gradient, strict=True):
                 w.add_(self.strategy_lr * g * (1.0 / length.clamp_min(1.0)))
+        for statistic in memory.network.buffers():
+            if statistic.is_floating_point():
+                statistic.copy_(now.ranks.mean(statistic))  # every rank saw its own images
         memory.network.eval()
 
     def reward(self, model: nn.Module, batch: Batch, x_adv: Tensor, now: Moment) -> Tensor:
