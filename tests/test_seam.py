@@ -1,6 +1,9 @@
 """Contracts with LitServe's private names: if an upgrade moves one, this says which."""
 
 import inspect
+import subprocess
+import sys
+import time
 
 import litserve as ls
 from litserve.loops import base
@@ -48,3 +51,28 @@ def test_the_server_calls_what_we_override_and_keeps_what_we_read():
     assert 'self.workers_setup_status[f"{endpoint}_{worker_id}"] = WorkerSetupStatus.STARTING' in single
     assert "self.workers_setup_status = manager.dict()" in inspect.getsource(ls.LitServer._init_manager)
     assert "self.response_buffer" in inspect.getsource(ls.LitServer.__init__)
+
+
+def test_a_stop_that_python_drops_is_given_again(tmp_path):
+    """A signal whose exception is raised inside a destructor is lost; two seconds later it comes again."""
+    script = tmp_path / "lost.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "from ebjdat_serve.server import seam\n"
+        "class Lossy:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.2)\n"
+        "class Server:\n"
+        "    stopping, failed, greeting = False, '', ''\n"
+        "    def run(self, **_):\n"
+        "        Lossy()\n"
+        "        print('lost', flush=True)\n"
+        "        time.sleep(30)\n"
+        "seam.run(Server(), '127.0.0.1', 1, '')\n"
+        "print('stopped')\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=25)
+    assert done.stdout.split() == ["lost", "stopped"]
+    assert time.monotonic() - began < 20

@@ -4,10 +4,11 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -46,52 +47,58 @@ def refresh(
     """
     if init is not None and not init.is_file():
         raise TrainingError(f"--init {init} is not there")
-    if ranks.rank:
-        ranks.wait()  # the first rank may have to download
-    data = load(preset.dataset, (preset.size, preset.size) if preset.size else None)
-    todo = [preset] if init is not None else stages(preset)
-    held = lock(run) if ranks.rank == 0 else None
-    origin = remember(run, todo, init, data) if ranks.rank == 0 else None
-    if ranks.rank == 0:
-        ranks.wait()
+    first = ranks.rank == 0
+    with lock(run) if first else nullcontext():
+        if not first:
+            ranks.wait()  # the first rank may have to download
+        data = load(preset.dataset, (preset.size, preset.size) if preset.size else None)
+        todo = [preset] if init is not None else stages(preset)
+        origin = remember(run, todo, init, data) if first else None
+        if first:
+            ranks.wait()
+        weights = train_stages(todo, data, run, init=init, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
+        if suite is None or origin is None:
+            return weights
+        baseline, before = None, 0
+        for stage in todo:
+            bundle = finish(stage, data, run / stage.name, suite=suite, baseline=baseline, origin=origin, before=before)
+            baseline, before = bundle.path / "metrics.json", bundle.manifest.provenance.rollbacks
+        say(f"publish into {run / 'store'}")
+        return publish(bundle, run / "store")
+
+
+def train_stages(
+    todo: list[Preset], data: Dataset, run: Path, *, init: Path | None, clock: Clock, device: torch.device, ranks: Ranks, tensorboard: bool
+) -> Path:
+    """Train what is left of each stage from the weights of the one before, and return the last one's."""
     weights = init
     steps = [total_steps(stage, len(data.train)) for stage in todo]
     for i, stage in enumerate(todo):
         folder = run / stage.name
         taken = [load_position(run / other.name / "state.pt").step for other in todo[i:]]
+        unfinished = taken[0] < steps[i] or not (folder / "weights.safetensors").is_file()
         # a warm start that ran out of its time is not trained on once something was built on it
-        missing = taken[0] < steps[i] or not (folder / "weights.safetensors").is_file()
-        if ranks.agree(missing and not any(taken[1:])):
+        if ranks.agree(unfinished and not any(taken[1:])):
             if ranks.rank == 0:
                 say(f"train {stage.name} in {folder}")
             share = (steps[i] - taken[0] + 1) / (sum(steps[i:]) - taken[0] + 1)
-            clock.allot(share if stage is preset else min(share, 0.5))  # a step of a warm start is the cheaper one
+            clock.allot(share if len(taken) == 1 else min(share, 0.5))  # a step of a warm start is the cheaper one
             train(stage, data, folder, init=weights, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
         weights = folder / "weights.safetensors"
-    if suite is None or origin is None:
-        assert weights is not None
-        return weights
-    baseline, before = None, 0
-    for stage in todo:
-        bundle = finish(stage, data, run / stage.name, suite=suite, baseline=baseline, origin=origin, before=before)
-        baseline, before = bundle.path / "metrics.json", bundle.manifest.provenance.rollbacks
-    say(f"publish into {run / 'store'}")
-    home = publish(bundle, run / "store")
-    if held is not None:
-        held.close()
-    return home
+    assert weights is not None
+    return weights
 
 
-def lock(run: Path) -> IO[str]:
-    """Return the run's lock file, held until it is closed; raise TrainingError when another process trains there."""
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Hold the run's folder; raise TrainingError when another process trains there."""
     run.mkdir(parents=True, exist_ok=True)
-    held = (run / ".lock").open("w")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        held.close()
-        raise TrainingError(f"another process trains in {run}: wait for it, or name another --run") from error
-    return held
+    with (run / ".lock").open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(f"another process trains in {run}: wait for it, or name another --run") from error
+        yield
 
 
 def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None, origin: Origin, before: int) -> Bundle:

@@ -68,6 +68,7 @@ class Server(ls.LitServer):
         self._register = register
         self.greeting = ""
         self.failed = ""
+        self.stopping = False
         super().__init__(
             [api for api, _ in lanes], accelerator=accelerator, devices=1, timeout=max(t for _, t in lanes), restart_workers=True
         )
@@ -108,6 +109,7 @@ class Server(ls.LitServer):
 
     def _perform_graceful_shutdown(self, *arguments: Any) -> None:
         """Say first that this is the end, or the monitor would start terminated workers again."""
+        self.stopping = True
         # from another thread: this one's connection to the manager is still inside the wait() that a signal broke off
         teller = threading.Thread(target=self._shutdown_event.set, daemon=True)
         teller.start()
@@ -241,11 +243,17 @@ def run(server: Server, host: str, port: int, greeting: str) -> None:
 
     def stop(*_: object) -> None:
         if os.getpid() == owner:
+            signal.setitimer(signal.ITIMER_REAL, 2.0)
             raise KeyboardInterrupt
         raise SystemExit(0)  # the forked HTTP process: uvicorn has shut down and raises its signal once more
 
+    def again(*_: object) -> None:
+        if not server.stopping:
+            stop()  # Python drops an exception that a signal raises in a destructor or a callback
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    signal.signal(signal.SIGALRM, again)
     try:
         server.run(
             http="h11",  # httptools takes headers without a limit
@@ -262,6 +270,7 @@ def run(server: Server, host: str, port: int, greeting: str) -> None:
     except KeyboardInterrupt:
         log.info("stopped while starting")
     finally:
+        server.stopping = True
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         for child in mp.active_children():

@@ -18,7 +18,7 @@ def pyld(outer: int, inner: int, alpha: float, chains: Chains) -> Chains:
     """Return JEM++'s PYLD(M, N): M outer gradients, N inner steps of ``alpha`` in [-1,1] units, clipped at +-1.
 
     The network's first layer is affine, so the N inner steps share one gradient and equal one proximal step of N alpha:
-    step_size N alpha / 4 and grad_clip 2 in [0,1] units (tests/test_methods.py proves it).
+    step_size N alpha / 4 and grad_clip 2 in [0,1] units (tests/test_identities.py proves it).
     """
     return replace(chains, steps=outer, step_size=inner * alpha / 4, grad_clip=2.0)
 
