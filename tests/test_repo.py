@@ -7,8 +7,10 @@ import subprocess
 import sys
 from importlib.metadata import packages_distributions
 
+from benchmarks.methods import SEEDS, table
 from tests.conftest import ROOT
-from training.presets import METHODS, preset, stages
+from training.presets import METHODS, describe, preset, stages
+from training.settings import MEASURED, override
 from training.train import main
 
 
@@ -83,3 +85,15 @@ def test_warm_starts_exist_and_share_the_network():
             assert (start.depth, start.width, start.dataset) == (joint.depth, joint.width, "cifar100")
             assert start.warm_start is None
     assert callable(main)
+
+
+def test_the_comparison_of_methods_is_what_was_measured_of_the_presets_as_they_are():
+    measured = json.loads(MEASURED.read_text())
+    assert list(measured) and set(measured) == set(METHODS)
+    for name, held in measured.items():
+        assert [row["seed"] for row in held["rows"]] == list(SEEDS)
+        for row in held["rows"]:
+            now = describe(override(preset(name, "digits"), [f"seed={row['seed']}"]))
+            assert row["configuration"] == json.loads(json.dumps(now)), f"{name}: python benchmarks/methods.py measures it again"
+            assert "failed" in row or (row["n"] == 300 and len(row["of"]) == 64)
+    assert table(measured) in (ROOT / "docs" / "methods.md").read_text()

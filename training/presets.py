@@ -241,7 +241,7 @@ METHODS: dict[str, Callable[[Budget], Preset]] = {
     "weat": lambda b: scratch(b, Weat()),
     "las-at": lambda b: scratch(b, LasAt()),
     "jem": jem,
-    "jem++": lambda b: scratch(b, Jem(chains=pyld(10, 5, 0.2, b.chains)), lr=b.lr / 2, lr_peak=0.1, plain_augment="crop"),
+    "jem++": lambda b: scratch(b, Jem(chains=pyld(10, 5, 0.2, b.chains)), lr=b.lr / 4, lr_peak=0.1, plain_augment="crop"),
     "sada-jem": lambda b: scratch(b, Jem(data_noise=0.0, chains=chains(b, steps=5)), lr=b.lr / 4, lr_peak=0.1, sharpness=Asam(rho=2.0)),
     "jeat": lambda b: scratch(b, Jeat(chains=chains(b, steps=10)), lr=b.lr / 2, lr_peak=0.1),
     "dat": dat,
