@@ -20,6 +20,7 @@ from hypothesis import settings
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.wideresnet import WideResNet
 from training.images import data_root
 
 ROOT = Path(__file__).parent.parent
@@ -148,3 +149,13 @@ def test_images() -> tuple[pixels.Pixels, np.ndarray]:
 @pytest.fixture
 def picture() -> bytes:
     return pixels.encode_png(np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def model() -> WideResNet:
+    """A small network of four classes in train mode, its batch-norm statistics no longer those of a fresh one."""
+    torch.manual_seed(0)
+    net = WideResNet(10, 1, 4).train()
+    with torch.no_grad():
+        net(torch.rand(16, 3, 8, 8))
+    return net

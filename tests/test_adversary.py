@@ -14,15 +14,6 @@ from training.ranks import Noise
 
 
 @pytest.fixture
-def model():
-    torch.manual_seed(0)
-    net = WideResNet(10, 1, 4).train()
-    with torch.no_grad():
-        net(torch.rand(16, 3, 8, 8))
-    return net
-
-
-@pytest.fixture
 def image():
     return torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

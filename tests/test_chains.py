@@ -5,22 +5,12 @@ import pytest
 import torch
 
 from ebjdat_serve.sgld import Prior
-from ebjdat_serve.wideresnet import WideResNet
 from training.errors import TrainingError
 from training.images import load
 from training.ranks import Noise
 from training.replay import SHARDS, Chains, ReplayBuffer, Starts, fit_prior
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    net = WideResNet(10, 1, 4).train()
-    with torch.no_grad():
-        net(torch.rand(16, 3, 8, 8))
-    return net
 
 
 @pytest.fixture
