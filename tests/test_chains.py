@@ -72,14 +72,13 @@ def test_chains_restart_at_the_stated_rate_from_their_own_class(model, starts):
 def test_starts_follow_the_prior_on_the_device_as_they_do_in_numpy(starts):
     label = torch.arange(4).repeat_interleave(3000)
     drawn = starts.draw(label, Noise.seeded(1)).flatten(1)
-    inside = ((starts.mean > 0.45) & (starts.mean < 0.55)).all(dim=0)  # far from 0 and 1, where clipping bends the law
     for y in range(4):
         mean, spread = drawn[label == y].mean(dim=0), drawn[label == y].std(dim=0)
         expected = starts.factor[y].square().sum(dim=0).sqrt()
-        free = (starts.mean[y] > 0.4) & (starts.mean[y] < 0.6)
+        free = (starts.mean[y] > 0.4) & (starts.mean[y] < 0.6)  # far from 0 and 1, where clipping bends the law
+        assert free.sum() > 20
         torch.testing.assert_close(mean[free], starts.mean[y][free], rtol=0.1, atol=0.02)
         torch.testing.assert_close(spread[free], expected[free], rtol=0.15, atol=0.02)
-    assert inside.shape == (192,)
     uniform = Starts(None, (3, 8, 8), CPU).draw(label, Noise.seeded(1))
     assert uniform.shape == (12000, 3, 8, 8)
     assert abs(float(uniform.std()) - 12**-0.5) < 1e-3

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ebjdat_serve.energy import energy, joint_energy
+from ebjdat_serve.energy import joint_energy
 from ebjdat_serve.sgld import Sampler, langevin_step
 from training.adversary import Attack
 from training.curriculum import AucGate, auc
@@ -48,11 +47,6 @@ def test_pyld_is_proximal_sgld():
         unit = langevin_step(unit, score, torch.zeros_like(unit), sampler)
     assert (x - y).abs().max() > 0.1
     torch.testing.assert_close(2 * unit - 1, y, rtol=0, atol=5e-6)
-
-
-def test_energies_make_cross_entropy():
-    logits = torch.randn(6, 4)
-    torch.testing.assert_close(F.cross_entropy(logits, LABEL, reduction="none"), joint_energy(logits, LABEL) - energy(logits))
 
 
 def test_the_auc_gate_follows_a_scripted_sequence():

@@ -227,7 +227,9 @@ def test_pseudo_labels_are_the_classifiers_and_of_its_classes(golden, tmp_path):
         pseudo_label(str(tmp_path / "drawn.npz"), bundle, least=1.1)
 
 
-def test_every_rollback_allowed_and_no_more(tmp_path, monkeypatch):
+def test_signals_act_as_usual_again_however_training_ends(tmp_path, monkeypatch):
+    usual = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(LOOP, "diverged", lambda *_: True)
     with pytest.raises(TrainingDiverged, match="diverged 4 times"):
         train(WARM, load("digits"), tmp_path, init=None, clock=Clock(), device=CPU)
+    assert signal.getsignal(signal.SIGINT) is usual

@@ -4,7 +4,8 @@ import math
 import signal
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Clock:
@@ -13,7 +14,6 @@ class Clock:
     def __init__(self, minutes: float = math.inf) -> None:
         self.deadline, self.interrupted = time.monotonic() + 60 * minutes, False
         self.stage_end = self.deadline
-        self.usual: dict[signal.Signals, Any] = {}
 
     def allot(self, share: float) -> None:
         """Give the stage at hand a share of the time that is left, so that those after it get theirs."""
@@ -24,16 +24,16 @@ class Clock:
         """Take note of a signal."""
         self.interrupted = True
 
-    def listen(self) -> None:
-        """Let Ctrl-C and SIGTERM end training after the step at hand; outside training they act as usual."""
-        if threading.current_thread() is threading.main_thread():
-            self.usual = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def deafen(self) -> None:
-        """Give the signals back."""
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
-        self.usual = {}
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM end training after the step at hand; before and after, however it ends, they act as usual."""
+        here = threading.current_thread() is threading.main_thread()
+        usual = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)} if here else {}
+        try:
+            yield
+        finally:
+            for number, handler in usual.items():
+                signal.signal(number, handler)
 
     def over(self) -> bool:
         """Return whether to stop now."""

@@ -97,9 +97,8 @@ class ReplayBuffer:
             raise TrainingError(f"a buffer of {chains.buffer_size} chains cannot hold {classes} classes: set buffer_size to more")
         parts, size = SHARDS // ranks.world, chains.buffer_size // SHARDS
         blocks = torch.arange(chains.buffer_size, device=device) * classes // chains.buffer_size
-        self.label = blocks.view(size, SHARDS).T[
-            ranks.rank * parts : (ranks.rank + 1) * parts
-        ]  # dealt out, so that all parts have all classes
+        own = slice(ranks.rank * parts, (ranks.rank + 1) * parts)
+        self.label = blocks.view(size, SHARDS).T[own]  # dealt out, so that all parts have all classes
         self.chain = starts.draw(self.label.flatten(), noise).reshape(parts, size, *starts.shape)
 
     def draw(self, noise: Noise) -> tuple[Tensor, Tensor]:

@@ -66,41 +66,40 @@ def train(
     total = total_steps(preset, len(data.train))
     watch = Watch(folder, preset, total, state.step, writes=ranks.rank == 0, tensorboard=tensorboard)
     since_save = time.monotonic()
-    clock.listen()
 
-    while state.step < total and not ranks.any(clock.over(), device):
-        started = time.monotonic()
-        progress = state.step / total
-        for group in state.optimiser.param_groups:
-            group["lr"] = state.lr_scale * preset.lr * learning_rate(progress, preset.lr_peak, preset.schedule)
-        state.model.train(not preset.frozen_norm)
-        now = Moment(preset.threat, state.noise, progress)
-        batch = preset.method.solve(state.model, stream.batch(state.step), state.memory, now)  # x_adv and x_neg
-        terms = descend(model, lambda: preset.method.loss(model, batch, state.memory, now), preset, progress)  # noqa: B023
-        length = torch.nn.utils.clip_grad_norm_(parameters, preset.gradient_clip or math.inf)
-        row = read(terms, length, ranks)  # waits for the device
-        if ranks.any(diverged(row, preset, spare), device):  # before the step, so that no weights are ever not finite
-            roll_back(state, saved, watch, row, preset.rollbacks)
-            continue
-        state.optimiser.step()
-        state.step += 1
-        state.update_ema(preset.ema)
-        state.seconds += time.monotonic() - started
-        if state.step % 20 == 0 or state.step == total:
-            speed = preset.batch_size * state.step / state.seconds
-            watch.write({"step": state.step, "of": total, **row, "images_per_second": round(speed, 1)})
-        if state.step % stream.steps_per_epoch == 0 or state.step == total:
-            state.save(saved)  # the look takes its time
-            figures, samples = judge.look(state.ema)
-            watch.write({"step": state.step, **figures})
-            watch.picture(state.step, samples)
-        if ranks.any(time.monotonic() - since_save > preset.save_seconds, device):
-            state.save(saved)
-            since_save = time.monotonic()
+    with clock.listening():
+        while state.step < total and not ranks.any(clock.over(), device):
+            started = time.monotonic()
+            progress = state.step / total
+            for group in state.optimiser.param_groups:
+                group["lr"] = state.lr_scale * preset.lr * learning_rate(progress, preset.lr_peak, preset.schedule)
+            state.model.train(not preset.frozen_norm)
+            now = Moment(preset.threat, state.noise, progress)
+            batch = preset.method.solve(state.model, stream.batch(state.step), state.memory, now)  # x_adv and x_neg
+            terms = descend(model, lambda: preset.method.loss(model, batch, state.memory, now), preset, progress)  # noqa: B023
+            length = torch.nn.utils.clip_grad_norm_(parameters, preset.gradient_clip or math.inf)
+            row = read(terms, length, ranks)  # waits for the device
+            if ranks.any(diverged(row, preset, spare), device):  # before the step, so that no weights are ever not finite
+                roll_back(state, saved, watch, row, preset.rollbacks)
+                continue
+            state.optimiser.step()
+            state.step += 1
+            state.update_ema(preset.ema)
+            state.seconds += time.monotonic() - started
+            if state.step % 20 == 0 or state.step == total:
+                speed = preset.batch_size * state.step / state.seconds
+                watch.write({"step": state.step, "of": total, **row, "images_per_second": round(speed, 1)})
+            if state.step % stream.steps_per_epoch == 0 or state.step == total:
+                state.save(saved)  # the look takes its time
+                figures, samples = judge.look(state.ema)
+                watch.write({"step": state.step, **figures})
+                watch.picture(state.step, samples)
+            if ranks.any(time.monotonic() - since_save > preset.save_seconds, device):
+                state.save(saved)
+                since_save = time.monotonic()
 
-    state.save(saved)
-    interrupted = ranks.any(clock.interrupted, device)
-    clock.deafen()
+        state.save(saved)
+        interrupted = ranks.any(clock.interrupted, device)
     watch.close()
     if interrupted:
         raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from training.adversary import INNER, Attack, Threat, climb, cross_entropy, froz
 from training.augment import to_device, to_float
 from training.curriculum import AucGate, auc
 from training.errors import TrainingError
-from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached
+from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached, forward
 from training.methods.at import cross_entropy_adversary
 from training.pictures import load_images
 from training.ranks import Noise
@@ -107,8 +107,7 @@ class Dat(Method[DatMemory]):
         if not self.bce_weight:
             logits_adv = model(batch.x_adv)
             return detached(cross_entropy(logits_adv, batch.label).mean(), accuracy_adv=accuracy(logits_adv, batch.label))
-        n = [len(batch.x_adv), len(batch.plain), len(batch.x_neg)]
-        logits_adv, logits_plain, logits_neg = model(torch.cat([batch.x_adv, batch.plain, batch.x_neg])).split(n)
+        logits_adv, logits_plain, logits_neg = forward(model, batch.x_adv, batch.plain, batch.x_neg)
         ce = cross_entropy(logits_adv, batch.label).mean()
         energy_plain, energy_neg = energy(logits_plain), energy(logits_neg)
         bce = support(energy_plain, energy_neg)
