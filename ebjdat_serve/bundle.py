@@ -1,7 +1,7 @@
 """The model bundle: a directory that training writes, export completes and the server reads. No pickle anywhere.
 
 bundle.json          this manifest        weights.safetensors  parameters and batch-norm statistics
-prior.safetensors    where chains start   classify.onnx, score.onnx   graphs; their weights are weights.safetensors
+prior.safetensors    where chains start   classify.onnx, score.onnx, step.onnx   graphs; their weights are weights.safetensors
 calibration.json     clean energies       metrics.json, README.md, samples.png, landscape.png   the evidence
 selftest.safetensors eight images and what torch said of them
 """
@@ -21,7 +21,7 @@ from ebjdat_serve.sgld import Sampler
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
-GRAPHS = ("classify.onnx", "score.onnx")
+GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
 SERVED = ("weights.safetensors", "prior.safetensors", *GRAPHS, "calibration.json", "selftest.safetensors")
 T = TypeVar("T")
 
@@ -140,20 +140,44 @@ class Bundle:
             if not whole:
                 raise BundleError(f"{file} is damaged: it does not match its sha256 in {MANIFEST}; restore the bundle")
 
-    def calibration(self, precision: str = "fp32") -> Calibration:
-        """Return the calibration of the served graph; raise BundleError when it was measured on another graph."""
-        rows = read_json(self.path / "calibration.json")
-        found = [parse(Calibration, row, "calibration.json") for row in rows if row.get("precision") == precision]
-        if not found:
-            raise BundleError(f"{self.path / 'calibration.json'} holds no {precision} calibration; run training/calibrate.py on the bundle")
-        graph = self.manifest.files["classify.onnx"].sha256
-        if found[0].of != graph:
+    def graph(self, function: str, precision: str = "fp32") -> Path:
+        """Return the graph of ``function`` (classify, score, step): a precision's own, else the fp32 one.
+
+        Raises BundleError when the bundle does not classify in ``precision`` at all.
+        """
+        own = graph_name(function, precision)
+        if own in self.manifest.files:
+            return self.path / own
+        if function == "classify":
             raise BundleError(
-                f"{self.path / 'calibration.json'} is stale: measured on graph {found[0].of[:12]}, served is {graph[:12]}; calibrate again"
+                f"{self.path} has no {own}; python training/precision.py BUNDLE --precision {precision} makes and measures one"
             )
-        if found[0].energies != sorted(found[0].energies) or not found[0].temperature > 0:
+        return self.path / graph_name(function, "fp32")
+
+    def measured(self, precision: str) -> str:
+        """Return the sha256 that figures of ``precision`` must be of: its graph's; bf16 is torch's and has none, so the weights'."""
+        name = "weights.safetensors" if precision == "bf16" else self.graph("classify", precision).name
+        return self.manifest.files[name].sha256
+
+    def calibrations(self) -> list[Calibration]:
+        """Return every precision's calibration, stale or not, in the file's order."""
+        file = self.path / "calibration.json"
+        return [parse(Calibration, row, "calibration.json") for row in (read_json(file) if file.is_file() else [])]
+
+    def calibration(self, precision: str = "fp32") -> Calibration:
+        """Return the calibration of ``precision``; raise BundleError when there is none or it was measured on another graph."""
+        found = next((row for row in self.calibrations() if row.precision == precision), None)
+        if found is None:
+            how = "training/calibrate.py BUNDLE" if precision == "fp32" else f"training/precision.py BUNDLE --precision {precision}"
+            raise BundleError(f"{self.path / 'calibration.json'} holds no {precision} calibration; run python {how}")
+        if found.of != self.measured(precision):
+            raise BundleError(
+                f"{self.path / 'calibration.json'} is stale: {precision} was measured on {found.of[:12]}, served is "
+                f"{self.measured(precision)[:12]}; calibrate again"
+            )
+        if found.energies != sorted(found.energies) or not found.temperature > 0:
             raise BundleError(f"{self.path / 'calibration.json'}: energies must be sorted and the temperature positive")
-        return found[0]
+        return found
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.json, an empty list when it was never evaluated."""
@@ -169,6 +193,11 @@ class Bundle:
         manifest = replace(self.manifest, files=dict(sorted(files.items())), **changes)
         write_json(self.path / MANIFEST, asdict(manifest))
         return Bundle(self.path, manifest)
+
+
+def graph_name(function: str, precision: str) -> str:
+    """Return the file name of a function's graph in a precision."""
+    return f"{function}.onnx" if precision == "fp32" else f"{function}.{precision}.onnx"
 
 
 def resolve(path: Path) -> Path:

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ebjdat_serve import pixels
 from ebjdat_serve.engines import Engine, Floats, Labels
-from ebjdat_serve.sgld import Prior, Sampler, langevin_step, noises, stacked_normal
+from ebjdat_serve.sgld import Chains, Prior, Sampler
 
 CHUNK = 16
 """Chains moved at once: on a CPU a step's time is linear in the batch, and memory stays bounded."""
@@ -26,24 +25,15 @@ class Samples:
 def generate(engine: Engine, prior: Prior, sampler: Sampler, label: Labels, seed: int) -> Samples:
     """Return one sample per label by ``sampler.steps`` Langevin steps on E(x,y) from the prior.
 
-    Image i's noise depends on seed + i only.
+    Image i's start and noise depend on seed + i only.
     """
     parts = [
-        chain(engine, prior, sampler, label[i : i + CHUNK], noises(seed + i, len(label[i : i + CHUNK])))
+        engine.advance(Chains.start(prior, sampler, label[i : i + CHUNK], seed + i), sampler.steps).image
         for i in range(0, len(label), CHUNK)
     ]
     image = pixels.to_bytes(np.concatenate(parts))
     logits, energy = (np.concatenate(a) for a in zip(*classify_in_chunks(engine, pixels.to_unit(image)), strict=True))
     return Samples(image, logits, energy)
-
-
-def chain(engine: Engine, prior: Prior, sampler: Sampler, label: Labels, sources: list[np.random.Generator]) -> NDArray[np.float32]:
-    """Return the end points (N, 3, H, W) of chains started from the prior, each fed by its own noise source."""
-    x = prior.sample(label, sources)
-    for _ in range(sampler.steps):
-        score, _ = engine.score(x, label)
-        x = langevin_step(x, score, stacked_normal(sources, x.shape[1:]), sampler).astype(np.float32, copy=False)
-    return x
 
 
 def classify_in_chunks(engine: Engine, image: Floats, size: int = 64) -> Iterator[tuple[Floats, Floats]]:

@@ -6,8 +6,11 @@ from safetensors.numpy import load_file
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.engines import Engine, EngineKind, load_engine
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.sgld import Chains, Sampler
 
 TOLERANCE = 1e-4
+PROBE = Sampler(steps=2, step_size=0.25, grad_clip=2.0, noise_std=0.005)
+"""The steps that every engine is compared on."""
 
 
 def worst(found: np.ndarray, expected: np.ndarray) -> float:
@@ -18,11 +21,17 @@ def worst(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def compare(engine: Engine, image: np.ndarray, label: np.ndarray, expected: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return the worst relative difference of logits, energy, score and joint energy from ``expected``."""
+    """Return the worst relative difference of an engine's answers from ``expected``, by name."""
+    found = answers(engine, image, label)
+    return {name: worst(value, expected[name]) for name, value in found.items()}
+
+
+def answers(engine: Engine, image: np.ndarray, label: np.ndarray) -> dict[str, np.ndarray]:
+    """Return all that an engine can be asked of ``image`` and ``label``: every output, and where two Langevin steps lead."""
     logits, energy = engine.classify(image)
     score, joint_energy = engine.score(image, label)
-    found = {"logits": logits, "energy": energy, "score": score, "joint_energy": joint_energy}
-    return {name: worst(value, expected[name]) for name, value in found.items()}
+    moved = engine.advance(Chains.at(image, PROBE, label, seed=0), PROBE.steps).image
+    return {"logits": logits, "energy": energy, "score": score, "joint_energy": joint_energy, "moved": moved}
 
 
 def replay(bundle: Bundle, kind: EngineKind = "onnx") -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The Langevin loop and the prior its chains start from, for NumPy arrays and torch tensors alike."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 Array = TypeVar("Array", bound=Any)
 Floats = NDArray[np.float32]
+PRIME = 2**31 - 1
+"""The field that noise keys are drawn from."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,45 @@ def noises(seed: int, n: int) -> list[np.random.Generator]:
     return [np.random.default_rng(seed + i) for i in range(n)]
 
 
-def stacked_normal(sources: Sequence[np.random.Generator], shape: tuple[int, ...]) -> Floats:
-    """Return standard normal noise (N, *shape), row i from source i."""
-    return np.stack([source.standard_normal(shape, dtype=np.float32) for source in sources])
+@dataclass(frozen=True)
+class Chains:
+    """N running chains, all that their next step depends on; rows are independent, so chains may be joined and parted at any step."""
+
+    image: Floats  # (N, 3, H, W) in [0,1]
+    label: NDArray[np.int64]  # (N,); -1 walks on the marginal E(x)
+    key: NDArray[np.int64]  # (N, 4, 4) below PRIME: where a chain's noise comes from
+    step: NDArray[np.int64]  # (N,) steps taken
+    step_size: Floats  # (N,), and so the next two
+    grad_clip: Floats
+    noise_std: Floats
+
+    @staticmethod
+    def start(prior: Prior, sampler: Sampler, label: NDArray[np.int64], seed: int) -> "Chains":
+        """Return chains drawn from the prior before their first step; chain i depends on ``label[i]`` and ``seed + i`` alone."""
+        return Chains.at(prior.sample(label, noises(seed, len(label))), sampler, label, seed)
+
+    @staticmethod
+    def at(image: Floats, sampler: Sampler, label: NDArray[np.int64], seed: int) -> "Chains":
+        """Return chains that stand at ``image`` before their first step; chain i's noise depends on ``seed + i`` alone."""
+        n = len(label)
+        # a stream of its own: the prior draws from default_rng(seed + i)
+        key = np.stack([np.random.default_rng((seed + i, 1)).integers(0, PRIME, (4, 4)) for i in range(n)])
+        each = [np.full(n, value, np.float32) for value in (sampler.step_size, sampler.grad_clip, sampler.noise_std)]
+        return Chains(image, label.astype(np.int64, copy=False), key, np.zeros(n, np.int64), *each)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays by name, as the step graph names them."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def rows(self, chosen: Any) -> "Chains":
+        """Return the chains at ``chosen``: a slice, indices or a mask."""
+        return Chains(**{name: array[chosen] for name, array in self.arrays().items()})
+
+    @staticmethod
+    def join(parts: "Sequence[Chains]") -> "Chains":
+        """Return all chains of ``parts``, in order."""
+        return Chains(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Chains)})
+
+    def moved(self, image: Floats, steps: int) -> "Chains":
+        """Return these chains ``steps`` later, at ``image``."""
+        return replace(self, image=image, step=self.step + steps)

@@ -18,10 +18,9 @@ from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.generation import chain
 from ebjdat_serve.pixels import decode, to_unit
-from ebjdat_serve.selftest import TOLERANCE, compare
-from ebjdat_serve.sgld import Prior, noises
+from ebjdat_serve.selftest import TOLERANCE, answers, compare
+from ebjdat_serve.sgld import Chains, Prior
 
 BATCHES = (1, 3, 32)
 
@@ -36,10 +35,7 @@ def check(bundle: Bundle, real: Floats | None = None) -> dict[str, float]:
         for batch in BATCHES:
             image = np.resize(images, (batch, *images.shape[1:]))
             label = (np.arange(batch, dtype=np.int64) % (len(bundle.manifest.labels) + 1)) - 1
-            logits, energy = torch_engine.classify(image)
-            score, joint_energy = torch_engine.score(image, label)
-            expected = {"logits": logits, "energy": energy, "score": score, "joint_energy": joint_energy}
-            for name, value in compare(onnx_engine, image, label, expected).items():
+            for name, value in compare(onnx_engine, image, label, answers(torch_engine, image, label)).items():
                 found[f"{name} batch {batch} {kind}"] = value
     bad = {name: value for name, value in found.items() if not value <= TOLERANCE}
     if bad:
@@ -50,7 +46,8 @@ def check(bundle: Bundle, real: Floats | None = None) -> dict[str, float]:
 def chains(bundle: Bundle, engine: Engine, n: int) -> Floats:
     """Return n chain samples (n, 3, H, W) drawn with the bundle's own sampler."""
     label = np.arange(n, dtype=np.int64) % len(bundle.manifest.labels)
-    return chain(engine, Prior.load(bundle.path / "prior.safetensors"), bundle.manifest.sampler, label, noises(0, n))
+    sampler = bundle.manifest.sampler
+    return engine.advance(Chains.start(Prior.load(bundle.path / "prior.safetensors"), sampler, label, seed=0), sampler.steps).image
 
 
 def read_images(bundle: Bundle, folder: Path) -> Floats:

@@ -12,101 +12,56 @@ import json
 import struct
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from onnx_ir.passes import Sequential, common
 from onnxscript import optimizer
 from safetensors.torch import load_file
-from torch import Tensor
-from torch._decomp import get_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.energy import energy, score
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.wideresnet import WideResNet, build
+from ebjdat_serve.wideresnet import build
+from export.tracing import Classify, Score, Step, program
 
 INLINE_BYTES = 1024
 """Constants up to this size (shapes, scalars) stay in the graph; a larger one must be found in the weights file."""
 OPSET = 20
-aten = torch.ops.aten
+KINDS = {"classify.onnx": Classify, "score.onnx": Score, "step.onnx": Step}
+NAMES: dict[type[Classify], tuple[list[str], list[str]]] = {
+    Classify: (["image"], ["logits", "energy"]),
+    Score: (["image", "label"], ["score", "energy"]),
+    Step: (["image", "label", "key", "step", "step_size", "grad_clip", "noise_std"], ["next_image", "energy", "next_step"]),
+}
+KEEP = ("Transpose", "Slice", "Add", "Sub", "Mul", "Div", "Sqrt", "Unsqueeze", "Reshape", "Cast")
+"""Operators on weights that stay in the graph, so that one copy of the weights is true for all graphs; engines fold them at load."""
 
 
 def export(bundle: Bundle) -> Bundle:
-    """Write both graphs into ``bundle`` and record them; raise EbjdatError when a constant is not in the weights file."""
+    """Write the graphs into ``bundle`` and record them; raise EbjdatError when a constant is not in the weights file."""
+    for name, kind in KINDS.items():
+        write(bundle, name, kind, torch.float32)
+    return bundle.update(*KINDS)
+
+
+def write(bundle: Bundle, file: str, kind: type[Classify], dtype: torch.dtype) -> None:
+    """Write one graph of ``bundle``, its blocks in ``dtype``, everything outside them in fp32."""
     m = bundle.manifest
-    weights = bundle.path / "weights.safetensors"
-    model = build(m.architecture.depth, m.architecture.width, len(m.labels), load_file(weights))
-    image = torch.rand(2, 3, m.input.height, m.input.width)
-    label = torch.tensor([0, -1])
-    batch = torch.export.Dim("batch", min=1, max=4096)
-
-    classify = torch.export.export(Classify(model), (image,), dynamic_shapes=({0: batch},), strict=False)
-    traced = trace_score(model, image, label)
-    gradient = torch.export.export(traced, (image, label), dynamic_shapes=({0: batch}, {0: batch}), strict=False)
-    title = {"name": m.name, "version": m.version, "weights": m.files["weights.safetensors"].sha256}
-    write_graph(classify, bundle.path / "classify.onnx", ["image"], ["logits", "energy"], title)
-    write_graph(gradient, bundle.path / "score.onnx", ["image", "label"], ["score", "energy"], title)
-    return bundle.update("classify.onnx", "score.onnx")
-
-
-class Classify(torch.nn.Module):
-    """image -> (f(x), E(x))."""
-
-    def __init__(self, model: WideResNet) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(image)
-        return logits, energy(logits)
-
-
-def trace_score(model: WideResNet, image: Tensor, label: Tensor) -> torch.fx.GraphModule:
-    """Return the graph of (image, label) -> (score, energy): autograd traced, then written in forward operators alone.
-
-    torch.export cannot trace autograd.grad, and ONNX has no convolution_backward: see docs/decisions/0003.
-    """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    decompositions: dict[Any, Callable[..., Any]] = get_decompositions(
-        [aten.silu_backward, aten.native_batch_norm_backward, aten.native_batch_norm, aten.cudnn_batch_norm, aten.detach]
-    )
-    decompositions[aten.convolution_backward.default] = convolution_backward
-
-    def both(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        return score(model, image, label)
-
-    trace: Callable[..., torch.fx.GraphModule] = make_fx(
-        both, tracing_mode="symbolic", decomposition_table=decompositions, _allow_non_fake_inputs=True
-    )
-    return trace(image, label)
-
-
-def convolution_backward(
-    gradient: Tensor,
-    inputs: Tensor,
-    weight: Tensor,
-    bias_sizes: Any,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-    mask: list[bool],
-) -> tuple[Tensor, None, None]:
-    """Return the gradient of a convolution in its input, as a transposed convolution."""
-    missing = [
-        int(inputs.shape[2 + i])
-        - ((int(gradient.shape[2 + i]) - 1) * stride[i] - 2 * padding[i] + dilation[i] * (int(weight.shape[2 + i]) - 1) + 1)
-        for i in (0, 1)
-    ]
-    return aten.convolution.default(gradient, weight, None, stride, padding, dilation, True, missing, groups), None, None
+    model = build(m.architecture.depth, m.architecture.width, len(m.labels), load_file(bundle.path / "weights.safetensors"))
+    model.requires_grad_(False)
+    inputs, outputs = NAMES[kind]
+    n = 2
+    example = {
+        "image": torch.rand(n, 3, m.input.height, m.input.width),
+        "label": torch.tensor([0, -1]),
+        "key": torch.zeros(n, 4, 4, dtype=torch.int64),
+        "step": torch.zeros(n, dtype=torch.int64),
+    }
+    arguments = tuple(example.get(name, torch.ones(n)) for name in inputs)
+    title = {"name": m.name, "version": m.version, "weights": m.files["weights.safetensors"].sha256, "precision": str(dtype)[6:]}
+    write_graph(program(kind(model, dtype), arguments), bundle.path / file, inputs, outputs, title)
 
 
 def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[str], outputs: list[str], title: dict[str, str]) -> None:
@@ -117,11 +72,14 @@ def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[
             program, (), dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, optimize=False, verbose=False
         )
     assert converted is not None
-    # Not optimize(): it would fuse batch norm into new convolution weights, and the one copy of the weights would be two.
-    optimizer.fold_constants(
-        converted.model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type == "Transpose" else None
+    # Not optimize(): it would write folded weights, and the one copy of the weights would be two.
+    optimizer.fold_constants(converted.model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type in KEEP else None)
+    passes = (
+        common.CommonSubexpressionEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True),
+        common.RemoveUnusedNodesPass(),
     )
-    optimizer.remove_unused_nodes(converted.model)
+    Sequential(*passes)(converted.model)
     model = converted.model_proto
     point_into(model, file.with_name("weights.safetensors"))
     del model.metadata_props[:]

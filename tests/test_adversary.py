@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebjdat_serve.energy import energy, joint_energy
+from ebjdat_serve.folding import folded
 from ebjdat_serve.wideresnet import WideResNet
 from training.adversary import INNER, Attack, Threat, ascent, begin, climb, cross_entropy, divergence, frozen, pgd, project
 from training.evaluate import autoattack, survivors
-from training.folding import folded
 from training.ranks import Noise
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy, joint_energy
+from ebjdat_serve.folding import folded
 from ebjdat_serve.wideresnet import WideResNet
-from training.folding import folded
 from training.ranks import Noise
 
 Network = Callable[[Tensor], Tensor]

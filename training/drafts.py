@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from ebjdat_serve.bundle import Architecture, Bundle, Input, Manifest, Provenance, sha256, write_json
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.selftest import answers
 from training.images import Dataset
 from training.presets import Preset, describe
 from training.replay import fit_prior
@@ -77,9 +78,7 @@ def write_selftest(bundle: Bundle, image: np.ndarray) -> None:
     """Write eight images, labels with the marginal among them, and torch's outputs."""
     engine = TorchEngine(bundle, "cpu", torch.get_num_threads())
     label = np.arange(-1, len(image) - 1, dtype=np.int64)
-    logits, energy = engine.classify(image)
-    score, joint_energy = engine.score(image, label)
-    expected = {"image": image, "label": label, "logits": logits, "energy": energy, "score": score, "joint_energy": joint_energy}
+    expected = {"image": image, "label": label, **answers(engine, image, label)}
     save_file({name: np.ascontiguousarray(value) for name, value in expected.items()}, bundle.path / "selftest.safetensors")
 
 

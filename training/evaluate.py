@@ -208,7 +208,7 @@ def autoattack(model: torch.nn.Module, image: torch.Tensor, label: torch.Tensor,
 def generation_rows(bundle: Bundle, data: Dataset, suite: Suite) -> Iterator[Row]:
     """Yield figures of fresh samples, drawn as the server draws them, equally many of each class."""
     engine, prior, sampler = OnnxEngine(bundle, "cpu"), Prior.load(bundle.path / "prior.safetensors"), bundle.manifest.sampler
-    graph = bundle.manifest.files["score.onnx"].sha256
+    graph = bundle.manifest.files["step.onnx"].sha256
     classes = len(bundle.manifest.labels)
     label = np.arange(suite.samples, dtype=np.int64) % classes
     samples = generate(engine, prior, sampler, label, seed=SEED)

@@ -1,4 +1,4 @@
-"""An engine runs a bundle's two functions, f(x) with E(x), and the score; which one, and where, is a choice."""
+"""An engine runs a bundle's functions, f(x) with E(x), the score, and Langevin steps; which one, where and how precisely is a choice."""
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.errors import EngineError
+from ebjdat_serve.sgld import Chains
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 EngineKind = Literal["auto", "onnx", "torch"]
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class Engine(Protocol):
@@ -21,6 +23,7 @@ class Engine(Protocol):
 
     name: str
     provider: str
+    precision: Precision
 
     def classify(self, image: Floats) -> tuple[Floats, Floats]:
         """Return logits (N, K) and energy E(x) (N,), nats."""
@@ -28,22 +31,27 @@ class Engine(Protocol):
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""
 
+    def advance(self, chains: Chains, steps: int) -> Chains:
+        """Return ``chains`` after ``steps`` Langevin steps; between the first and the last nothing is copied to or from the host."""
 
-def load_engine(bundle: Bundle, kind: EngineKind = "auto", device: Device = "auto", threads: int = 1) -> Engine:
-    """Return the engine asked for; ``auto`` takes ONNX Runtime, and the GPU where it really runs there.
 
-    Raises EngineError when what was asked for by name cannot run here.
+def load_engine(
+    bundle: Bundle, kind: EngineKind = "auto", device: Device = "auto", threads: int = 1, precision: Precision = "fp32"
+) -> Engine:
+    """Return the engine asked for; ``auto`` takes ONNX Runtime, torch for bf16, and the GPU where it really runs there.
+
+    Raises EngineError when what was asked for by name cannot run here, BundleError when the bundle has no such precision.
     """
-    if kind == "torch":
+    if kind == "torch" or (kind == "auto" and precision == "bf16"):
         if find_spec("torch") is None:
-            raise EngineError("--engine torch needs PyTorch: pip install torch==2.13.0, or use --engine onnx")
+            raise EngineError("--engine torch and --precision bf16 need PyTorch: pip install torch==2.13.0, or use --engine onnx")
         from ebjdat_serve.engines.eager import TorchEngine
 
-        return TorchEngine(bundle, device, threads)
+        return TorchEngine(bundle, device, threads, precision)
     check_onnxruntime()
     from ebjdat_serve.engines.ort import OnnxEngine
 
-    return OnnxEngine(bundle, device, threads)
+    return OnnxEngine(bundle, device, threads, precision)
 
 
 def check_onnxruntime() -> None:

@@ -1,13 +1,24 @@
-"""Eager torch from weights.safetensors alone: the reference that the graphs are compared with, and the fallback."""
+"""Torch from weights.safetensors alone: in fp32 the reference that the graphs are compared with; on a GPU, captured as CUDA graphs."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.energy import energy, score
-from ebjdat_serve.engines import Device, Floats, Labels
+from ebjdat_serve.engines import Device, Floats, Labels, Precision
 from ebjdat_serve.errors import EngineError
+from ebjdat_serve.folding import folded
+from ebjdat_serve.noise import normal
+from ebjdat_serve.sgld import Chains, Sampler, langevin_step
 from ebjdat_serve.wideresnet import WideResNet, build
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LARGEST = 256
+"""The most chains that one CUDA graph moves."""
 
 
 def load_model(bundle: Bundle) -> WideResNet:
@@ -18,25 +29,100 @@ def load_model(bundle: Bundle) -> WideResNet:
 
 
 class TorchEngine:
-    """The Engine protocol on eager PyTorch, fp32."""
+    """The Engine protocol on PyTorch: blocks in fp32 or bf16; logits, energies and the state of chains always fp32."""
 
     name = "torch"
 
-    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1, precision: Precision = "fp32") -> None:
+        if device == "tensorrt":
+            raise EngineError("TensorRT runs through ONNX Runtime: use --engine onnx --device tensorrt")
         if device == "cuda" and not torch.cuda.is_available():
             raise EngineError("CUDA was asked for but torch sees no GPU: check the driver, or use --device cpu")
+        if precision not in DTYPES:
+            raise EngineError(f"--precision {precision} is ONNX Runtime's: use --engine onnx, or --precision bf16")
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.precision: Precision = precision
         self.provider = f"torch {torch.__version__} {self._device.type}"
-        self._model = load_model(bundle).to(self._device)
+        model = load_model(bundle).to(self._device)
+        self._fast = folded(model, DTYPES[precision])
+        # fp32 stays plain, norm after norm: what every other road is compared with
+        self._model: Callable[[Tensor], Tensor] = model if precision == "fp32" else self._fast
+        self._walks: dict[tuple[int, ...], Walk] = {}
 
     def classify(self, image: Floats) -> tuple[Floats, Floats]:
         """Return logits (N, K) and energy E(x) (N,), nats."""
-        with torch.inference_mode():
+        with torch.inference_mode(), exact():
             logits = self._model(torch.from_numpy(image).to(self._device))
             return logits.cpu().numpy(), energy(logits).cpu().numpy()
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""
-        gradient, energies = score(self._model, torch.from_numpy(image).to(self._device), torch.from_numpy(label).to(self._device))
+        with exact():
+            gradient, energies = score(self._model, torch.from_numpy(image).to(self._device), torch.from_numpy(label).to(self._device))
         return gradient.cpu().numpy(), energies.cpu().numpy()
+
+    def advance(self, chains: Chains, steps: int) -> Chains:
+        """Return ``chains`` after ``steps`` Langevin steps; on a GPU each is one launch of a captured graph of the next power of two."""
+        if self._device.type == "cpu":
+            return self._moved(Walk(self._fast, chains, self._device), chains, steps)
+        parts = [chains.rows(slice(i, i + LARGEST)) for i in range(0, len(chains.label), LARGEST)]
+        return Chains.join([self._captured(part, steps) for part in parts])
+
+    def _captured(self, chains: Chains, steps: int) -> Chains:
+        n = len(chains.label)
+        bucket = 1 << (n - 1).bit_length()
+        padded = chains.rows([*range(n), *[0] * (bucket - n)])
+        shape = padded.image.shape
+        if shape not in self._walks:
+            self._walks[shape] = Walk(self._fast, padded, self._device)
+            self._walks[shape].capture()
+        return self._moved(self._walks[shape], chains, steps, padded)
+
+    def _moved(self, walk: "Walk", chains: Chains, steps: int, padded: Chains | None = None) -> Chains:
+        walk.load(padded or chains)
+        with exact():
+            for _ in range(steps):
+                walk.step()
+        return chains.moved(walk.image[: len(chains.label)].cpu().numpy(), steps)
+
+
+class Walk:
+    """Chains in fixed memory of the device, moved in place; a step is a function, or its captured graph."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], chains: Chains, device: torch.device) -> None:
+        self._model = model
+        self._state = {name: torch.from_numpy(array).to(device, copy=True) for name, array in chains.arrays().items()}
+        self.image = self._state["image"]
+        self.step = self._step
+
+    def load(self, chains: Chains) -> None:
+        """Put ``chains`` in place of what is there."""
+        for name, array in chains.arrays().items():
+            self._state[name].copy_(torch.from_numpy(array))
+
+    def _step(self) -> None:
+        s = self._state
+        gradient, _ = score(self._model, s["image"], s["label"])
+        each = [s[name].reshape(-1, 1, 1, 1) for name in ("step_size", "grad_clip", "noise_std")]
+        noise = normal(s["key"], s["step"], tuple(self.image.shape[1:]))
+        self.image.copy_(langevin_step(self.image, gradient, noise, Sampler(1, *each)))  # type: ignore[arg-type]
+        s["step"] += 1
+
+    def capture(self) -> None:
+        """Make a step one launch: warm up on a side stream, as CUDA graphs ask for, then record."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), exact():
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), exact():
+            self._step()
+        self.step = graph.replay
+
+
+def exact() -> AbstractContextManager[None]:
+    """Return a context in which cuDNN multiplies in fp32, not TF32: a threshold taken on a CPU holds on the GPU."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)

@@ -1,49 +1,68 @@
-"""ONNX Runtime on the bundle's two graphs: CUDA where it runs, else the CPU; no torch."""
+"""ONNX Runtime on the bundle's graphs: TensorRT, CUDA or the CPU; no torch."""
 
+from collections import Counter
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.engines import Device, Floats, Labels
+from ebjdat_serve.engines import Device, Floats, Labels, Precision
+from ebjdat_serve.engines.providers import GPU, TENSORRT, chosen, engine_facts, engine_folder, options_for, seal
 from ebjdat_serve.errors import EngineError
-
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+from ebjdat_serve.sgld import Chains
 
 
 class OnnxEngine:
-    """Sessions are opened when first used: a server that only classifies never loads the score graph."""
+    """Sessions are opened when first used: a server that only classifies never loads the other graphs."""
 
     name = "onnx"
 
-    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1) -> None:
-        self._folder = bundle.path
-        self._options = ort.SessionOptions()
-        self._options.intra_op_num_threads = threads
-        self._options.inter_op_num_threads = 1
-        # spinning threads starve the HTTP process of the same machine
-        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._options.log_severity_level = 3
-        available = ort.get_available_providers()
-        if device == "cuda" and CUDA not in available:
-            raise EngineError("the CUDA provider is not in this ONNX Runtime: pip install 'ebjdat-serve[gpu]', or use --device cpu")
-        if device != "cpu" and CUDA in available and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()
-        self._providers = [CUDA, CPU] if device != "cpu" and CUDA in available else [CPU]
+    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1, precision: Precision = "fp32") -> None:
+        if precision == "bf16":
+            raise EngineError("bf16 is the torch engine's: use --engine torch, or --precision fp16")
+        self.precision: Precision = precision
+        self._bundle, self._threads, self._wish = bundle, threads, chosen(device)
+        self._strict = device != "auto"
         self.provider = self._classify.get_providers()[0]
-        if device == "cuda" and self.provider != CUDA:
-            raise EngineError(
-                f"CUDA was asked for but ONNX Runtime runs on {self.provider}: check the driver and the CUDA libraries, or use --device cpu"
-            )
 
     @cached_property
     def _classify(self) -> ort.InferenceSession:
-        return ort.InferenceSession(self._folder / "classify.onnx", self._options, providers=self._providers)
+        return self._open("classify")
 
     @cached_property
     def _score(self) -> ort.InferenceSession:
-        return ort.InferenceSession(self._folder / "score.onnx", self._options, providers=self._providers)
+        return self._open("score")
+
+    @cached_property
+    def _step(self) -> ort.InferenceSession:
+        return self._open("step")
+
+    def _open(self, function: str) -> ort.InferenceSession:
+        graph = self._bundle.graph(function, self.precision)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        # spinning threads starve the HTTP process of the same machine
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.log_severity_level = 3
+        session = ort.InferenceSession(graph, options, providers=options_for(self._wish, self._bundle, graph, self.precision))
+        if self._strict and session.get_providers()[0] != self._wish:
+            raise EngineError(
+                f"{self._wish} was asked for but ONNX Runtime runs on {session.get_providers()[0]}: check the driver and the provider's "
+                "libraries (ebjdat-serve[gpu], [tensorrt]), or use --device cpu"
+            )
+        if self._wish == TENSORRT:
+            facts = engine_facts(graph, self.precision)
+            seal(engine_folder(facts), facts)
+        return session
+
+    def placement(self) -> dict[str, dict[str, int]]:
+        """Return, for each graph in use, how many of its operators run on which provider."""
+        sessions = {name: self.__dict__[f"_{name}"] for name in ("classify", "score", "step") if f"_{name}" in self.__dict__}
+        return {name: dict(_operators(session)) for name, session in sessions.items()}
 
     def classify(self, image: Floats) -> tuple[Floats, Floats]:
         """Return logits (N, K) and energy E(x) (N,), nats."""
@@ -54,3 +73,39 @@ class OnnxEngine:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""
         score, energy = self._score.run(["score", "energy"], {"image": image, "label": label.astype(np.int64, copy=False)})
         return score, energy
+
+    def advance(self, chains: Chains, steps: int) -> Chains:
+        """Return ``chains`` after ``steps`` Langevin steps: one run of the step graph each, between two pairs of buffers on the device."""
+        device = "cuda" if self.provider in GPU else "cpu"
+        place = {name: ort.OrtValue.ortvalue_from_numpy(array.copy(), device) for name, array in chains.arrays().items()}
+        other = {name: _like(place[name], device) for name in ("image", "step")}
+        energy = ort.OrtValue.ortvalue_from_shape_and_type([len(chains.label)], np.float32, device)
+        bindings = [self._bind(place, other, energy), self._bind({**place, **other}, place, energy)]
+        options = ort.RunOptions()
+        # the host queues the steps and waits once
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        for step in range(steps):
+            self._step.run_with_iobinding(bindings[step % 2], options)
+        bindings[0].synchronize_outputs()
+        # on a CPU numpy() is a view of memory that goes with the OrtValue
+        return chains.moved((other if steps % 2 else place)["image"].numpy().copy(), steps)
+
+    def _bind(self, source: dict[str, Any], target: dict[str, Any], energy: Any) -> Any:
+        binding = self._step.io_binding()
+        for name, value in source.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in ("image", "step"):
+            binding.bind_ortvalue_output(f"next_{name}", target[name])
+        binding.bind_ortvalue_output("energy", energy)
+        return binding
+
+
+def _like(value: Any, device: str) -> Any:
+    return ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), value.numpy().dtype, device)
+
+
+def _operators(session: ort.InferenceSession) -> Counter[str]:
+    count: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        count[part.ep_name] += len(part.get_nodes())
+    return count

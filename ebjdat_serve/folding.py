@@ -1,4 +1,4 @@
-"""A network with frozen norms as samplers and attacks may see it: the same function in fewer passes over memory."""
+"""A network with frozen norms as samplers, attacks and graphs see it: the same function in fewer passes over memory."""
 
 from collections.abc import Callable
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from ebjdat_serve.wideresnet import Block, WideResNet, activation
 
 
-def folded(model: WideResNet) -> Callable[[Tensor], Tensor]:
-    """Return x -> f(x) of ``model`` in eval mode, blocks in its autocast dtype: a norm after a convolution becomes part of it.
+def folded(model: WideResNet, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
+    """Return x -> f(x) of ``model`` in eval mode, blocks in ``dtype`` (its autocast by default): norms after convolutions join them.
 
     A norm before an activation stays as scale and shift, whose input gradient is one product where batch norm's is four sums. On a
     CPU an input gradient takes about a tenth less time (benchmarks/train_step.py). Weights are read once: parameters must not change
     meanwhile, and take no gradient.
     """
-    dtype = model.autocast or torch.float32
+    dtype = dtype or model.autocast or torch.float32
 
     def weight(conv: nn.Conv2d, scale: Tensor | None = None) -> Tensor:
-        w = conv.weight if scale is None else conv.weight * scale[:, None, None, None]
+        w = conv.weight if scale is None else conv.weight * scale.reshape(-1, 1, 1, 1)
         return w.to(dtype).contiguous(memory_format=torch.channels_last)
 
     blocks = []
@@ -57,4 +57,4 @@ def statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 def affine(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return scale and shift in ``dtype``, (C, 1, 1) each."""
     scale, shift = statistics(norm)
-    return scale.to(dtype)[:, None, None], shift.to(dtype)[:, None, None]
+    return scale.to(dtype).reshape(-1, 1, 1), shift.to(dtype).reshape(-1, 1, 1)

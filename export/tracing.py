@@ -1,0 +1,121 @@
+"""From the model and its score to programs of forward operators alone, which torch.onnx can write."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._decomp import get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ebjdat_serve.energy import energy, score
+from ebjdat_serve.folding import folded
+from ebjdat_serve.noise import normal
+from ebjdat_serve.sgld import Sampler, langevin_step
+from ebjdat_serve.wideresnet import WideResNet
+
+aten = torch.ops.aten
+BATCH = torch.export.Dim("batch", min=1, max=4096)
+
+
+class Classify(nn.Module):
+    """image -> f(x), E(x)."""
+
+    def __init__(self, model: WideResNet, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        logits = folded(self.model, self.dtype)(image)
+        return logits, energy(logits)
+
+
+class Score(Classify):
+    """image, label -> -dE(x,y)/dx, E(x,y); label -1 is the marginal."""
+
+    def forward(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return score(folded(self.model, self.dtype), image, label)
+
+
+class Step(Classify):
+    """A chain -> the chain one Langevin step later, and E(x,y) where it was; every number of the sampler is per chain."""
+
+    def forward(  # type: ignore[override]
+        self, image: Tensor, label: Tensor, key: Tensor, step: Tensor, step_size: Tensor, grad_clip: Tensor, noise_std: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradient, energies = score(folded(self.model, self.dtype), image, label)
+        each = [value.reshape(-1, 1, 1, 1) for value in (step_size, grad_clip, noise_std)]
+        noise = normal(key, step, (3, int(image.shape[2]), int(image.shape[3])))
+        moved = langevin_step(image, gradient, noise, Sampler(1, *each))  # type: ignore[arg-type]
+        return moved, energies, step + 1
+
+
+def program(module: Classify, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Return ``module`` as an exported program with a dynamic batch: autograd traced, written in forward operators alone.
+
+    torch.export cannot trace autograd.grad, and ONNX has no convolution_backward: docs/decisions/0003. Parameters are arguments
+    while tracing, so that what is computed from them (folded norms, flipped kernels) is written as operators on the one copy.
+    """
+    names, values = zip(*{**dict(module.named_parameters()), **dict(module.named_buffers())}.items(), strict=True)
+    values = tuple(value.detach() for value in values)
+
+    def function(*everything: Tensor) -> tuple[Tensor, ...]:
+        inputs, weights = everything[: len(arguments)], everything[len(arguments) :]
+        result: tuple[Tensor, ...] = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), inputs)
+        return result
+
+    table: dict[Any, Callable[..., Any]] = get_decompositions(
+        [aten.silu_backward, aten.native_batch_norm_backward, aten.native_batch_norm, aten.cudnn_batch_norm, aten.detach]
+    )
+    table[aten.convolution_backward.default] = convolution_backward
+    trace: Callable[..., torch.fx.GraphModule] = make_fx(
+        function, tracing_mode="symbolic", decomposition_table=table, _allow_non_fake_inputs=True
+    )
+    traced = Weighted(trace(*arguments, *values), values)
+    dynamic = tuple({0: BATCH} for _ in arguments)
+    return torch.export.export(traced, arguments, dynamic_shapes=(dynamic,), strict=False)
+
+
+class Weighted(nn.Module):
+    """A traced function with its weights in place."""
+
+    def __init__(self, function: torch.fx.GraphModule, weights: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.function = function
+        for i, weight in enumerate(weights):
+            self.register_buffer(f"weight{i}", weight)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = self.function(*inputs, *self.buffers())
+        return result
+
+
+def convolution_backward(
+    gradient: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    bias_sizes: Any,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    mask: list[bool],
+) -> tuple[Tensor, None, None]:
+    """Return the gradient of a convolution in its input, as a convolution where the stride is one, else as a transposed one.
+
+    A convolution with the kernel turned round is the same sum, and engines have faster code for it.
+    """
+    size = [int(weight.shape[2 + i]) for i in (0, 1)]
+    if list(stride) == [1, 1] and all(2 * pad == k - 1 for pad, k in zip(padding, size, strict=True)) and groups == 1:
+        return (
+            aten.convolution.default(gradient, weight.transpose(0, 1).flip(2, 3), None, stride, padding, dilation, False, [0, 0], 1),
+            None,
+            None,
+        )
+    missing = [
+        int(inputs.shape[2 + i]) - ((int(gradient.shape[2 + i]) - 1) * stride[i] - 2 * padding[i] + dilation[i] * (size[i] - 1) + 1)
+        for i in (0, 1)
+    ]
+    return aten.convolution.default(gradient, weight, None, stride, padding, dilation, True, missing, groups), None, None
