@@ -5,9 +5,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from ebjdat_serve import __version__
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
 
 
@@ -26,8 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--host", default=default.host, choices=("127.0.0.1", "localhost", "0.0.0.0", "::"), help="%(default)s by default"
     )
     serve_parser.add_argument("--port", default=default.port, type=int, help="%(default)s by default")
-    serve_parser.add_argument("--engine", default=default.engine, choices=("auto", "onnx", "torch"))
-    serve_parser.add_argument("--device", default=default.device, choices=("auto", "cpu", "cuda"))
+    serve_parser.add_argument("--engine", default=default.engine, choices=get_args(EngineKind))
+    serve_parser.add_argument("--device", default=default.device, choices=get_args(Device), help="auto: CUDA where it is, never TensorRT")
+    serve_parser.add_argument(
+        "--precision", default=default.precision, choices=get_args(Precision), help="%(default)s by default; bf16 is the torch engine's"
+    )
     serve_parser.add_argument("--alpha", default=default.alpha, type=float, help="p-values below it are suspicious (%(default)s)")
     serve_parser.add_argument(
         "--threads", default=max(1, (os.cpu_count() or 1) // 2), type=int, help="threads of each worker (%(default)s)"
@@ -65,6 +70,7 @@ def serve(options: argparse.Namespace) -> None:
         port=options.port,
         engine=options.engine,
         device=options.device,
+        precision=options.precision,
         alpha=options.alpha,
         threads=options.threads,
     )

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Write classify.onnx and score.onnx of a bundle: `python export/to_onnx.py BUNDLE`.
+"""Write the graphs of a bundle: `python export/to_onnx.py BUNDLE`.
 
     classify.onnx   image (N, 3, H, W) -> logits (N, K), energy (N,)
     score.onnx      image, label (N,)  -> score (N, 3, H, W) = -dE(x,y)/dx, energy (N,); label -1 is the marginal
+    step.onnx       image, label, key (N, 4, 4), step, step_size, grad_clip, noise_std (N,)
+                    -> next_image, energy = E(x,y) before the step, next_step: one Langevin step, its noise made in the graph
 
 The graphs hold no weights: their initialisers point into weights.safetensors by byte offset.
 """
@@ -21,16 +23,18 @@ from onnx_ir.passes import Sequential, common
 from onnxscript import optimizer
 from safetensors.torch import load_file
 
-from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
+from ebjdat_serve.engines import Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.wideresnet import build
-from export.tracing import Classify, Score, Step, program
+from export.tracing import Classify, Function, Score, Step, program
 
 INLINE_BYTES = 1024
 """Constants up to this size (shapes, scalars) stay in the graph; a larger one must be found in the weights file."""
 OPSET = 20
-KINDS = {"classify.onnx": Classify, "score.onnx": Score, "step.onnx": Step}
-NAMES: dict[type[Classify], tuple[list[str], list[str]]] = {
+KINDS: dict[str, type[Function]] = {"classify": Classify, "score": Score, "step": Step}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+NAMES: dict[type[Function], tuple[list[str], list[str]]] = {
     Classify: (["image"], ["logits", "energy"]),
     Score: (["image", "label"], ["score", "energy"]),
     Step: (["image", "label", "key", "step", "step_size", "grad_clip", "noise_std"], ["next_image", "energy", "next_step"]),
@@ -41,13 +45,12 @@ KEEP = ("Transpose", "Slice", "Add", "Sub", "Mul", "Div", "Sqrt", "Unsqueeze", "
 
 def export(bundle: Bundle) -> Bundle:
     """Write the graphs into ``bundle`` and record them; raise EbjdatError when a constant is not in the weights file."""
-    for name, kind in KINDS.items():
-        write(bundle, name, kind, torch.float32)
-    return bundle.update(*KINDS)
+    return bundle.update(*(write(bundle, function, "fp32") for function in KINDS))
 
 
-def write(bundle: Bundle, file: str, kind: type[Classify], dtype: torch.dtype) -> None:
-    """Write one graph of ``bundle``, its blocks in ``dtype``, everything outside them in fp32."""
+def write(bundle: Bundle, function: str, precision: Precision) -> str:
+    """Write the graph of one function, its blocks in fp32 or fp16, everything outside them in fp32, and return the file's name."""
+    kind, file = KINDS[function], graph_name(function, precision)
     m = bundle.manifest
     model = build(m.architecture.depth, m.architecture.width, len(m.labels), load_file(bundle.path / "weights.safetensors"))
     model.requires_grad_(False)
@@ -60,8 +63,9 @@ def write(bundle: Bundle, file: str, kind: type[Classify], dtype: torch.dtype) -
         "step": torch.zeros(n, dtype=torch.int64),
     }
     arguments = tuple(example.get(name, torch.ones(n)) for name in inputs)
-    title = {"name": m.name, "version": m.version, "weights": m.files["weights.safetensors"].sha256, "precision": str(dtype)[6:]}
-    write_graph(program(kind(model, dtype), arguments), bundle.path / file, inputs, outputs, title)
+    title = {"name": m.name, "version": m.version, "weights": m.files["weights.safetensors"].sha256, "precision": precision}
+    write_graph(program(kind(model, DTYPES[precision]), arguments), bundle.path / file, inputs, outputs, title)
+    return file
 
 
 def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[str], outputs: list[str], title: dict[str, str]) -> None:
@@ -138,7 +142,7 @@ def main() -> None:
         bundle = export(Bundle.draft(parser.parse_args().bundle))
     except EbjdatError as error:
         sys.exit(str(error))
-    for name in ("classify.onnx", "score.onnx"):
+    for name in GRAPHS:
         print(f"{bundle.path / name}  {bundle.manifest.files[name].bytes / 1024:.0f} KiB")
 
 

@@ -18,29 +18,33 @@ aten = torch.ops.aten
 BATCH = torch.export.Dim("batch", min=1, max=4096)
 
 
-class Classify(nn.Module):
-    """image -> f(x), E(x)."""
+class Function(nn.Module):
+    """What one graph computes; blocks in ``dtype``, everything outside them in fp32."""
 
     def __init__(self, model: WideResNet, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
 
+
+class Classify(Function):
+    """image -> f(x), E(x); in fp32 norm after norm as the model is written, which engines fold and quantisation needs whole."""
+
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        logits = folded(self.model, self.dtype)(image)
+        logits = self.model(image) if self.dtype == torch.float32 else folded(self.model, self.dtype)(image)
         return logits, energy(logits)
 
 
-class Score(Classify):
+class Score(Function):
     """image, label -> -dE(x,y)/dx, E(x,y); label -1 is the marginal."""
 
-    def forward(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         return score(folded(self.model, self.dtype), image, label)
 
 
-class Step(Classify):
+class Step(Function):
     """A chain -> the chain one Langevin step later, and E(x,y) where it was; every number of the sampler is per chain."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, image: Tensor, label: Tensor, key: Tensor, step: Tensor, step_size: Tensor, grad_clip: Tensor, noise_std: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient, energies = score(folded(self.model, self.dtype), image, label)
@@ -50,8 +54,16 @@ class Step(Classify):
         return moved, energies, step + 1
 
 
-def program(module: Classify, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """Return ``module`` as an exported program with a dynamic batch: autograd traced, written in forward operators alone.
+def program(module: Function, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Return ``module`` as an exported program with a dynamic batch."""
+    each: tuple[Any, ...] = tuple({0: BATCH} for _ in arguments)
+    if isinstance(module, Classify):
+        return torch.export.export(module, arguments, dynamic_shapes=each, strict=False)
+    return torch.export.export(traced(module, arguments), arguments, dynamic_shapes=(each,), strict=False)
+
+
+def traced(module: Function, arguments: tuple[Tensor, ...]) -> "Weighted":
+    """Return ``module`` with its autograd traced and written in forward operators alone.
 
     torch.export cannot trace autograd.grad, and ONNX has no convolution_backward: docs/decisions/0003. Parameters are arguments
     while tracing, so that what is computed from them (folded norms, flipped kernels) is written as operators on the one copy.
@@ -71,9 +83,7 @@ def program(module: Classify, arguments: tuple[Tensor, ...]) -> torch.export.Exp
     trace: Callable[..., torch.fx.GraphModule] = make_fx(
         function, tracing_mode="symbolic", decomposition_table=table, _allow_non_fake_inputs=True
     )
-    traced = Weighted(trace(*arguments, *values), values)
-    dynamic = tuple({0: BATCH} for _ in arguments)
-    return torch.export.export(traced, arguments, dynamic_shapes=(dynamic,), strict=False)
+    return Weighted(trace(*arguments, *values), values)
 
 
 class Weighted(nn.Module):

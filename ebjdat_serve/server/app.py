@@ -72,16 +72,15 @@ def build_server(settings: Settings) -> seam.Server:
     # The model is opened once here, so that a wrong wish is an error at the prompt and /info says what really runs.
     model = Model(settings.model, settings)
     bundle, engine = model.bundle, model.engine
-    about = {"engine": engine.name, "provider": engine.provider}
+    about = {"engine": engine.name, "provider": engine.provider, "precision": engine.precision}
     classify, generate = ClassifyWorker(bundle.path, settings), GenerateWorker(bundle.path, settings)
-    accelerator = "cuda" if "cuda" in engine.provider.lower() else "cpu"
     del model, engine
 
     def register(server: seam.Server) -> None:
         Routes(server, bundle, settings, about, classify, generate).install(server.app)
 
     lanes: list[Any] = [(classify, settings.classify_deadline), (generate, settings.generate_deadline)]
-    return seam.Server(lanes, register, accelerator=accelerator)
+    return seam.Server(lanes, register)
 
 
 class Routes:
@@ -101,7 +100,7 @@ class Routes:
         self.generate_lane = seam.Lane(
             server, generate, limit=s.generate_queue, slots=1, deadline=s.generate_deadline, limit_name="generate_queue"
         )
-        self.metrics, self.calibration = bundle.metrics(), bundle.calibration()
+        self.metrics, self.calibration = bundle.metrics(), bundle.calibration(settings.precision)
         self.decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
 
     def install(self, app: FastAPI) -> None:

@@ -64,14 +64,13 @@ class DrainLoop(BatchedLoop):
 class Server(ls.LitServer):
     """LitServe's processes and queues without its routes, ready only when every worker is."""
 
-    def __init__(self, lanes: list[tuple[ls.LitAPI, float]], register: Callable[["Server"], None], *, accelerator: str) -> None:
+    def __init__(self, lanes: list[tuple[ls.LitAPI, float]], register: Callable[["Server"], None]) -> None:
         self._register = register
         self.greeting = ""
         self.failed = ""
         self.stopping = False
-        super().__init__(
-            [api for api, _ in lanes], accelerator=accelerator, devices=1, timeout=max(t for _, t in lanes), restart_workers=True
-        )
+        # an engine finds its own device: LitServe's accelerator would only ask for torch
+        super().__init__([api for api, _ in lanes], accelerator="cpu", devices=1, timeout=max(t for _, t in lanes), restart_workers=True)
         for api, deadline in lanes:
             api.request_timeout = deadline  # what nobody waits for any more is not computed
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebjdat_serve.engines import Device, EngineKind
+from ebjdat_serve.engines import Device, EngineKind, Precision
 
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
 
@@ -17,6 +17,7 @@ class Settings:
     port: int = 8000
     engine: EngineKind = "auto"
     device: Device = "auto"
+    precision: Precision = "fp32"
     alpha: float = 0.05
     threads: int = 1  # per worker process
 

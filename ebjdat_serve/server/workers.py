@@ -53,8 +53,8 @@ class Model:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.bundle = Bundle.load(folder)
-        calibration = self.bundle.calibration()
-        self.engine: Engine = load_engine(self.bundle, settings.engine, settings.device, settings.threads)
+        calibration = self.bundle.calibration(settings.precision)
+        self.engine: Engine = load_engine(self.bundle, settings.engine, settings.device, settings.threads, settings.precision)
         self.detector = Detector(np.asarray(calibration.energies), settings.alpha)
         self.temperature = calibration.temperature
 
