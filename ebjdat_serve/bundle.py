@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.precision import check
 from ebjdat_serve.sgld import Sampler
 
 SCHEMA = 1
@@ -210,8 +211,14 @@ def resolve(path: Path) -> Path:
 
 
 def publish(bundle: Bundle, store: Path) -> Path:
-    """Copy a verified bundle into ``store`` and point ``current`` at it; a reader sees the old one or the new one, whole."""
+    """Copy a verified bundle into ``store`` and point ``current`` at it; a reader sees the old one or the new one, whole.
+
+    Raises BundleError for a damaged bundle, a version that is there with other content, and a precision beyond its limits.
+    """
     bundle = Bundle.load(bundle.path)
+    for calibration in bundle.calibrations():
+        if calibration.precision != "fp32":
+            check(bundle.metrics(), calibration.precision, bundle.measured(calibration.precision))
     store.mkdir(parents=True, exist_ok=True)
     home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
     if home.exists():

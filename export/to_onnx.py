@@ -63,12 +63,17 @@ def write(bundle: Bundle, function: str, precision: Precision) -> str:
         "step": torch.zeros(n, dtype=torch.int64),
     }
     arguments = tuple(example.get(name, torch.ones(n)) for name in inputs)
-    title = {"name": m.name, "version": m.version, "weights": m.files["weights.safetensors"].sha256, "precision": precision}
-    write_graph(program(kind(model, DTYPES[precision]), arguments), bundle.path / file, inputs, outputs, title)
+    write_graph(program(kind(model, DTYPES[precision]), arguments), bundle.path / file, inputs, outputs, title(bundle, precision))
     return file
 
 
-def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[str], outputs: list[str], title: dict[str, str]) -> None:
+def title(bundle: Bundle, precision: str) -> dict[str, str]:
+    """Return what a graph says of itself."""
+    m = bundle.manifest
+    return {"name": m.name, "version": m.version, "weights": m.files["weights.safetensors"].sha256, "precision": precision}
+
+
+def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[str], outputs: list[str], about: dict[str, str]) -> None:
     """Convert ``program`` and write it with its weights left in weights.safetensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own internals
@@ -84,10 +89,14 @@ def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[
         common.RemoveUnusedNodesPass(),
     )
     Sequential(*passes)(converted.model)
-    model = converted.model_proto
-    point_into(model, file.with_name("weights.safetensors"))
+    finish(converted.model_proto, file, about)
+
+
+def finish(model: onnx.ModelProto, file: Path, about: dict[str, str], inline: int = INLINE_BYTES) -> None:
+    """Write ``model`` without weights of its own, without traces of the machine that made it, and checked."""
+    point_into(model, file.with_name("weights.safetensors"), inline)
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, title)
+    onnx.helper.set_model_props(model, about)
     model.producer_name = "ebjdat_serve"
     clear_traces(model.graph)
     file.write_bytes(model.SerializeToString(deterministic=True))
@@ -103,12 +112,12 @@ def clear_traces(graph: onnx.GraphProto) -> None:
         del item.metadata_props[:]
 
 
-def point_into(model: onnx.ModelProto, weights: Path) -> None:
+def point_into(model: onnx.ModelProto, weights: Path, inline: int) -> None:
     """Replace every larger initialiser by a reference to the same bytes in ``weights``."""
     places = safetensors_places(weights)
     for tensor in model.graph.initializer:
         data = onnx.numpy_helper.to_array(tensor)
-        if data.nbytes <= INLINE_BYTES and (data.dtype != np.float32 or data.tobytes() not in places):
+        if data.nbytes <= inline and (data.dtype != np.float32 or data.tobytes() not in places):
             continue
         place = places.get(data.tobytes())
         if place is None:

@@ -77,8 +77,9 @@ def traced(module: Function, arguments: tuple[Tensor, ...]) -> "Weighted":
         return result
 
     table: dict[Any, Callable[..., Any]] = get_decompositions(
-        [aten.silu_backward, aten.native_batch_norm_backward, aten.native_batch_norm, aten.cudnn_batch_norm, aten.detach]
+        [aten.native_batch_norm_backward, aten.native_batch_norm, aten.cudnn_batch_norm, aten.detach]
     )
+    table[aten.silu_backward.default] = silu_backward
     table[aten.convolution_backward.default] = convolution_backward
     trace: Callable[..., torch.fx.GraphModule] = make_fx(
         function, tracing_mode="symbolic", decomposition_table=table, _allow_non_fake_inputs=True
@@ -98,6 +99,12 @@ class Weighted(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = self.function(*inputs, *self.buffers())
         return result
+
+
+def silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of y = x sigmoid(x) in x, in terms of y: sigmoid and y are the forward's own, and are not computed twice."""
+    sigmoid = torch.sigmoid(x)
+    return gradient * (sigmoid + x * sigmoid * (1 - sigmoid))
 
 
 def convolution_backward(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ebjdat_serve.energy import score as energy_score
 from ebjdat_serve.generation import generate
-from ebjdat_serve.sgld import Prior, Sampler, langevin_step, noises, sgld, stacked_normal
+from ebjdat_serve.sgld import Chains, Prior, Sampler, langevin_step, noises, sgld
 from ebjdat_serve.wideresnet import WideResNet
 
 
@@ -65,9 +65,20 @@ def test_langevin_on_a_quadratic_energy_has_the_right_mean_and_spread():
 
 
 def test_image_i_depends_on_its_own_seed_only():
-    together = stacked_normal(noises(7, 3), (3, 2, 2))
-    alone = stacked_normal(noises(8, 1), (3, 2, 2))
-    np.testing.assert_array_equal(together[1:2], alone)
+    prior, sampler = Prior(np.full((3, 3, 2, 2), 0.5, np.float32), np.ones((3, 2, 3, 2, 2), np.float32)), Sampler(3, 0.1, 1.0, 0.01)
+    together = Chains.start(prior, sampler, np.array([0, 2, 1]), seed=7)
+    alone = Chains.start(prior, sampler, np.array([2]), seed=8)
+    for name, array in alone.arrays().items():
+        np.testing.assert_array_equal(together.rows(slice(1, 2)).arrays()[name], array)
+
+
+def test_chains_are_parted_and_joined_again():
+    prior = Prior(np.full((3, 3, 2, 2), 0.5, np.float32), np.ones((3, 2, 3, 2, 2), np.float32))
+    chains = Chains.start(prior, Sampler(3, 0.1, 1.0, 0.01), np.arange(3), seed=0)
+    again = Chains.join([chains.rows([2]), chains.rows(np.array([True, True, False]))])
+    np.testing.assert_array_equal(again.label, [2, 0, 1])
+    np.testing.assert_array_equal(again.rows([1, 2, 0]).key, chains.key)
+    assert chains.moved(chains.image, 5).step.tolist() == [5, 5, 5]
 
 
 def test_the_prior_round_trips_and_draws_within_the_box(tmp_path):
@@ -93,8 +104,13 @@ class Downhill:
         logits = -np.abs(mean - np.linspace(0, 1, 3)[None]).astype(np.float32)
         return logits, -np.log(np.exp(logits).sum(axis=1))
 
-    def score(self, image, label):
-        return (label[:, None, None, None] / 2 - image).astype(np.float32), np.zeros(len(image), np.float32)
+    def advance(self, chains, steps):
+        x = chains.image
+        for step in range(steps):
+            noise = np.stack([np.random.default_rng((int(key[0, 0]), step)).standard_normal(x.shape[1:]) for key in chains.key])
+            each = [value[:, None, None, None] for value in (chains.step_size, chains.grad_clip, chains.noise_std)]
+            x = langevin_step(x, chains.label[:, None, None, None] / 2 - x, noise, Sampler(1, *each)).astype(np.float32)
+        return chains.moved(x, steps)
 
 
 def test_generation_is_reproducible_and_does_not_depend_on_the_company():

@@ -14,8 +14,7 @@ import numpy as np
 
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
 from ebjdat_serve.detection import probabilities
-from ebjdat_serve.engines import Engine, Floats, Labels
-from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
@@ -23,20 +22,21 @@ from training.errors import DataError
 from training.images import Dataset, load
 
 
-def calibrate(bundle: Bundle, data: Dataset) -> Bundle:
-    """Record the calibration split's energies and the selection split's temperature for the served graph."""
+def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32") -> Bundle:
+    """Record the calibration split's energies and the selection split's temperature, both taken in ``precision``, beside the others'."""
     check_data(bundle, data)
-    engine = OnnxEngine(bundle, "cpu")
+    engine = load_engine(bundle, "auto", "cpu", 1, precision)
     _, energies = served(engine, data.calibration.image)
     logits, _ = served(engine, data.selection.image)
     calibration = Calibration(
-        of=bundle.manifest.files["classify.onnx"].sha256,
-        precision="fp32",
+        of=bundle.measured(precision),
+        precision=precision,
         dataset=f"{data.name} calibration split",
         temperature=fit_temperature(logits, data.selection.label),
         energies=sorted(float(value) for value in energies),
     )
-    write_json(bundle.path / "calibration.json", [asdict(calibration)])
+    others = [row for row in bundle.calibrations() if row.precision != precision]
+    write_json(bundle.path / "calibration.json", [asdict(row) for row in sorted([calibration, *others], key=lambda row: row.precision)])
     return bundle.update("calibration.json")
 
 

@@ -18,12 +18,13 @@ import torch
 
 from ebjdat_serve.bundle import Bundle, read_json, write_json
 from ebjdat_serve.detection import Detector, probabilities
-from ebjdat_serve.engines import Floats
+from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.generation import classify_in_chunks, generate
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.precision import LOWER, rows_of
 from ebjdat_serve.sgld import Prior
 from training.adversary import Attack, Threat, ascent, begin, cross_entropy, pgd, project
 from training.calibrate import check_data, dataset_of
@@ -68,6 +69,7 @@ def evaluate(bundle: Bundle, data: Dataset, suite: Suite, baseline: Path | None 
         for row in part(bundle, data, suite):
             print(f"{row['metric']:32}{row['value']:>10.4f}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}", flush=True)
             rows.append(row)
+    rows += [row for p in LOWER for row in rows_of(bundle.metrics(), p)]  # what training/precision.py measured
     write_json(bundle.path / "metrics.json", rows)
     written = write_card(bundle, rows, beside)
     return bundle.update("metrics.json", *written)
@@ -267,7 +269,7 @@ def ood_sets(data: Dataset) -> Iterator[tuple[str, Floats]]:
             print(f"{name}: not measured, {name}.webp is not in the data folder or the model's size is not 32 x 32", flush=True)
 
 
-def through(engine: OnnxEngine, image: Floats) -> tuple[Floats, Floats]:
+def through(engine: Engine, image: Floats) -> tuple[Floats, Floats]:
     """Return logits and energies of images (N, 3, H, W) from the served graph."""
     logits, energy = (np.concatenate(part) for part in zip(*classify_in_chunks(engine, image), strict=True))
     return logits, energy

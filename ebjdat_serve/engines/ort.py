@@ -39,6 +39,11 @@ class OnnxEngine:
     def _step(self) -> ort.InferenceSession:
         return self._open("step")
 
+    def warm(self, function: str) -> str:
+        """Open the session of ``function`` (classify, score, step) and return the provider that runs it."""
+        session: ort.InferenceSession = getattr(self, f"_{function}")
+        return str(session.get_providers()[0])
+
     def _open(self, function: str) -> ort.InferenceSession:
         graph = self._bundle.graph(function, self.precision)
         options = ort.SessionOptions()

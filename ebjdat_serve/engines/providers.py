@@ -99,6 +99,8 @@ def engine_folder(facts: Facts) -> Path:
 
 def seal(folder: Path, facts: Facts) -> None:
     """Write down what made the engine in ``folder`` and what its files are: an engine without this is not loaded."""
+    if ready(folder, facts):
+        return
     files = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != SEAL}
     write_json(folder / SEAL, {**facts, "files": files})
 
@@ -108,8 +110,9 @@ def ready(folder: Path, facts: Facts) -> bool:
     try:
         found = read_json(folder / SEAL)
         files = found.pop("files")
-        return bool(files) and found == facts and all(sha256(folder / name) == digest for name, digest in files.items())
-    except (BundleError, OSError, KeyError, AttributeError):
+        there = {file.name for file in folder.iterdir()} - {SEAL}
+        return bool(files) and found == facts and there == set(files) and all(sha256(folder / name) == files[name] for name in files)
+    except (BundleError, OSError, KeyError, TypeError, AttributeError):
         return False
 
 

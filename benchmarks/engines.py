@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""How fast each engine is: `python benchmarks/engines.py [--json FILE] [--network DEPTH WIDTH]`.
+
+Images per second of classify and chain steps per second of generation, by engine, provider, precision and batch, against plain eager
+torch in fp32 (contiguous, norms unfolded, noise by randn) and against the floor: the floating-point operations of the function over the
+rate at which the device multiplies matrices in that precision. All roads are interleaved and the 20th percentile of their times is kept,
+so that all see the same noise. A road that cannot run here is listed with the reason.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # on a machine where nothing can be installed
+
+from ebjdat_serve.bundle import Bundle, write_json
+from ebjdat_serve.energy import energy, score
+from ebjdat_serve.engines import Device, Engine, EngineKind, Precision, load_engine
+from ebjdat_serve.engines.eager import exact, load_model
+from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.sgld import Chains, Sampler, langevin_step
+
+Row = dict[str, Any]
+Road = tuple[EngineKind, Device, Precision]
+SAMPLER = Sampler(steps=1, step_size=0.25, grad_clip=2.0, noise_std=0.005)
+ON_CPU: list[Road] = [
+    ("torch", "cpu", "fp32"),
+    ("torch", "cpu", "bf16"),
+    ("onnx", "cpu", "fp32"),
+    ("onnx", "cpu", "fp16"),
+    ("onnx", "cpu", "int8"),
+]
+ON_GPU: list[Road] = [
+    ("torch", "cuda", "fp32"),
+    ("torch", "cuda", "bf16"),
+    ("onnx", "cuda", "fp32"),
+    ("onnx", "cuda", "fp16"),
+    ("onnx", "tensorrt", "fp32"),
+    ("onnx", "tensorrt", "fp16"),
+    ("onnx", "tensorrt", "int8"),
+]
+STEPS = 4
+"""Langevin steps of one timed call, whose images come back to the host at the end as a server's do."""
+
+
+class Eager:
+    """The baseline: the model as it is written, contiguous, one operator after the other."""
+
+    def __init__(self, bundle: Bundle, device: torch.device, *, tf32: bool) -> None:
+        self.model, self.device, self.tf32 = load_model(bundle).to(device), device, tf32
+
+    def classify(self, image: np.ndarray) -> None:
+        """Classify and bring the answer back."""
+        with torch.inference_mode(), self.context():
+            logits = self.model(torch.from_numpy(image).to(self.device))
+            energy(logits).cpu()
+            logits.cpu()
+
+    def advance(self, chains: Chains, steps: int) -> None:
+        """Take Langevin steps and bring the images back."""
+        x, y = torch.from_numpy(chains.image).to(self.device), torch.from_numpy(chains.label).to(self.device)
+        with self.context():
+            for _ in range(steps):
+                x = langevin_step(x, score(self.model, x, y)[0], torch.randn_like(x), SAMPLER)
+        x.cpu()
+
+    def context(self) -> Any:
+        """Return the context that says whether cuDNN may use TF32."""
+        return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True) if self.tf32 else exact()
+
+
+def roads(bundle: Bundle, wanted: list[Road]) -> tuple[dict[str, Engine], list[Row]]:
+    """Return the engines that run here by name, and a row with the reason for each that does not."""
+    found: dict[str, Engine] = {}
+    missing: list[Row] = []
+    for kind, device, precision in wanted:
+        name = f"{kind} {device} {precision}"
+        try:
+            found[name] = load_engine(bundle, kind, device, torch.get_num_threads(), precision)
+        except EbjdatError as error:
+            missing.append({"name": name, "value": None, "unit": "unmeasured", "why": str(error)})
+    return found, missing
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Return the 20th percentile of each call's seconds, calls taking turns for at least 10 rounds and ``seconds``."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(times[next(iter(calls))]) < 10:
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began)
+    return {name: float(np.percentile(taken, 20)) for name, taken in times.items()}
+
+
+def measure(bundle: Bundle, batches: list[int], wanted: list[Road], device: torch.device, seconds: float) -> list[Row]:
+    """Return the rows of every road, batch and function."""
+    engines, rows = roads(bundle, wanted)
+    size = bundle.manifest.input
+    baselines = {"eager torch fp32": Eager(bundle, device, tf32=False)}
+    if device.type == "cuda":
+        baselines["eager torch TF32"] = Eager(bundle, device, tf32=True)
+    rates = {
+        name: matmul_rate(device, dtype) for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16))
+    }
+    rows += [{"name": f"matmul {name}", "value": rate / 1e9, "unit": "GFLOP/s"} for name, rate in rates.items()]
+    work = operations(bundle)
+    for batch in batches:
+        image = np.random.default_rng(0).random((batch, 3, size.height, size.width), dtype=np.float32)
+        chains = Chains.at(image, SAMPLER, np.arange(batch) % len(bundle.manifest.labels), seed=0)
+        everything: dict[str, Any] = {**baselines, **engines}
+        calls = {
+            "classify": {name: partial(engine.classify, image) for name, engine in everything.items()},
+            # the steps of int8 are those of fp32
+            "step": {name: partial(engine.advance, chains, STEPS) for name, engine in everything.items() if not name.endswith("int8")},
+        }
+        for function, unit, per_call in (("classify", "images/s", 1), ("step", "chain steps/s", STEPS)):
+            timed = interleaved(calls[function], seconds)
+            for name, taken in timed.items():
+                each = taken / per_call
+                about = {"provider": engines[name].provider} if name in engines else {}
+                label = f"{name} {function} batch {batch}"
+                rows.append({"name": label, "value": batch / each, "unit": unit, "ms": each * 1e3, **about})
+                rows += [
+                    {"name": f"ratio {label} / {base}", "value": timed[base] / taken, "unit": "ratio"} for base in baselines if base != name
+                ]
+                precision = name.rsplit(" ", 1)[1] if name in engines else "fp32"
+                if precision in rates and not (device.type == "cpu" and precision == "fp16"):  # which a CPU computes in fp32
+                    share = work[function] * batch / rates[precision] / each
+                    rows.append({"name": f"ratio floor / {label}", "value": share, "unit": "ratio"})
+            report(rows, function, batch)
+    return rows
+
+
+def report(rows: list[Row], function: str, batch: int) -> None:
+    """Print one block of the table."""
+    ratios = {row["name"]: row["value"] for row in rows if row["unit"] == "ratio"}
+    print(f"\n{function}, batch {batch}")
+    for row in rows:
+        if row["name"].endswith(f" {function} batch {batch}") and row["unit"] != "ratio":
+            over, share = ratios.get(f"ratio {row['name']} / eager torch fp32"), ratios.get(f"ratio floor / {row['name']}")
+            tail = (f"{over:8.2f} x eager" if over else " " * 16) + (f"{share:8.0%} of the floor" if share else "")
+            name = row["name"].removesuffix(f" {function} batch {batch}")
+            print(f"  {name:24}{row['value']:12.1f} {row['unit']:16}{row['ms']:10.3f} ms{tail}", flush=True)
+
+
+def operations(bundle: Bundle) -> dict[str, float]:
+    """Return the floating-point operations of one image's classification, and of one chain's step: a forward and an input gradient."""
+    model, size = load_model(bundle), bundle.manifest.input
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, size.height, size.width))
+    forward = float(counter.get_total_flops())
+    return {"classify": forward, "step": 2 * forward}  # the input gradient of a convolution has as many products as the convolution
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return floating-point operations a second of the fastest of some square matrix products, TF32 off."""
+    best = 0.0
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for n in (4096, 8192) if device.type == "cuda" else (384, 768, 1536):
+        a, b = (torch.rand(n, n, device=device).to(dtype) for _ in "ab")
+        for _ in range(6):
+            began = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2 * n**3 / (time.perf_counter() - began))
+        if device.type == "cpu" and dtype == torch.float16:
+            break  # emulated: the figure is not used
+    return best
+
+
+def random_bundle(folder: Path, depth: int, width: int) -> Bundle:
+    """Return a bundle of the shipped one's shape whose network has another depth and width, its weights random: only time is measured."""
+    from safetensors.torch import save_file
+
+    from ebjdat_serve.wideresnet import build
+
+    shipped = json.loads((SHIPPED / "bundle.json").read_text())
+    architecture = {"family": "wideresnet", "depth": depth, "width": width}
+    write_json(folder / "bundle.json", {**shipped, "name": f"random-{depth}-{width}", "architecture": architecture, "files": {}})
+    torch.manual_seed(0)
+    save_file(build(depth, width, len(shipped["labels"])).state_dict(), folder / "weights.safetensors")
+    bundle = Bundle.draft(folder).update("weights.safetensors")
+    try:
+        from export.to_onnx import export, write
+    except ImportError as error:
+        print(f"no graphs, so no ONNX Runtime: {error}", flush=True)
+        return bundle
+    bundle = export(bundle)
+    return bundle.update(write(bundle, "classify", "fp16"), write(bundle, "step", "fp16"))
+
+
+def main() -> None:
+    """Print and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--bundle", type=Path, default=SHIPPED)
+    parser.add_argument("--network", type=int, nargs=2, metavar=("DEPTH", "WIDTH"), help="random weights instead of a bundle")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", help="1 8 32 on a CPU, 1 32 256 on a GPU")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each batch and function")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = options.batch or ([1, 32, 256] if device.type == "cuda" else [1, 8, 32])
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = random_bundle(Path(folder), *options.network) if options.network else Bundle.load(options.bundle)
+        rows = measure(bundle, batches, ON_GPU if device.type == "cuda" else ON_CPU, device, options.seconds)
+    for row in rows:
+        if row["unit"] == "unmeasured":
+            print(f"unmeasured: {row['name']}: {row['why']}")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    a = bundle.manifest.architecture
+    about = {"device": name, "threads": options.threads, "torch": torch.__version__, "network": f"WRN-{a.depth}-{a.width}"}
+    if options.json:
+        options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

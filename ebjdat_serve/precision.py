@@ -1,0 +1,43 @@
+"""What a lower precision may cost before a bundle may carry it: limits on figures that training/precision.py measures."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ebjdat_serve.errors import BundleError
+
+LOWER = ("fp16", "bf16", "int8")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a precision may lose against fp32 on the same images; a row's metric is the field's name, _ and the precision."""
+
+    label_disagreement: float = 0.02
+    accuracy_clean_drop: float = 0.01
+    accuracy_pgd20_transfer_drop: float = 0.02
+    accuracy_square_drop: float = 0.03
+    energy_error_mean_over_sd: float = 0.1
+    flag_rate_excess: float = 0.0  # how far the clean flag rate, its own calibration, lies outside its 99 % interval
+
+
+LIMITS = Limits()
+
+
+def rows_of(rows: Iterable[Row], precision: str) -> list[Row]:
+    """Return the rows that speak of ``precision``: their metric ends in its name."""
+    return [row for row in rows if row["metric"].endswith(f"_{precision}")]
+
+
+def check(rows: Iterable[Row], precision: str, of: str, limits: Limits = LIMITS) -> None:
+    """Raise BundleError unless every figure of ``precision``, measured on ``of``, is there and within its limit."""
+    found = {row["metric"]: row for row in rows_of(rows, precision) if row["of"] == of}
+    for name, limit in asdict(limits).items():
+        row = found.get(f"{name}_{precision}")
+        if row is None:
+            raise BundleError(
+                f"precision {precision} has no figure {name}_{precision} of {of[:12]}: training/precision.py BUNDLE measures it"
+            )
+        if not row["value"] <= limit:
+            raise BundleError(f"precision {precision} is refused: {name} is {row['value']:.4g} (n = {row['n']}), the limit is {limit:g}")

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Build TensorRT engines of a bundle for the GPU at hand: `python export/to_tensorrt.py BUNDLE [--precision fp16]`.
+
+Through ONNX Runtime's TensorRT provider, with its cache outside the bundle: one engine per graph, one optimisation profile over batches
+1, 32 and 256, precision as the graph has it. `ebjdat-serve serve BUNDLE --device tensorrt` builds what is missing too, but takes minutes
+to be ready then. An engine is kept under the hash of GPU, driver, TensorRT, ONNX Runtime, graph, weights, precision and batches; one
+that was made under others, or whose files changed, is built anew.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.engines import Precision, check_onnxruntime
+from ebjdat_serve.errors import EbjdatError
+
+FUNCTIONS = ("classify", "score", "step")
+
+
+def build(bundle: Bundle, precision: Precision) -> None:
+    """Build the engine of every graph and check it against the self-test; raise EngineError where TensorRT cannot run."""
+    from safetensors.numpy import load_file
+
+    from ebjdat_serve.engines.ort import OnnxEngine
+    from ebjdat_serve.engines.providers import engine_facts, engine_folder, ready
+    from ebjdat_serve.selftest import compare
+
+    check_onnxruntime()
+    engine = OnnxEngine(bundle, "tensorrt", precision=precision)
+    for function in FUNCTIONS:
+        facts = engine_facts(bundle.graph(function, precision), precision)
+        kept, began = ready(engine_folder(facts), facts), time.monotonic()
+        engine.warm(function)
+        print(
+            f"{function} {precision}: {'kept' if kept else 'built'} in {engine_folder(facts)}, {time.monotonic() - began:.0f} s", flush=True
+        )
+    expected = load_file(bundle.path / "selftest.safetensors")
+    for name, worst in compare(engine, expected["image"], expected["label"], expected).items():
+        print(f"self-test {name}: largest difference {worst:.1e} of the largest value")
+    print(f"operators by provider: {engine.placement()}")
+
+
+def main() -> None:
+    """Build the engines of the bundle named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--precision", default="fp32", choices=[p for p in get_args(Precision) if p != "bf16"])
+    options = parser.parse_args()
+    try:
+        build(Bundle.load(options.bundle), options.precision)
+    except EbjdatError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

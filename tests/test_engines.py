@@ -1,0 +1,310 @@
+"""Engines: the same chain on every road, providers that are what they say, and TensorRT's engines that are what they were made from."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.engines import operations
+from ebjdat_serve.bundle import GRAPHS, Bundle
+from ebjdat_serve.engines import load_engine, providers
+from ebjdat_serve.engines.eager import TorchEngine
+from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.errors import BundleError, EngineError
+from ebjdat_serve.noise import horner, normal, uniform
+from ebjdat_serve.selftest import PROBE
+from ebjdat_serve.sgld import PRIME, Chains, Prior, Sampler
+
+
+def keys(n, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, PRIME, (n, 4, 4)))
+
+
+@pytest.fixture(scope="module")
+def roads(shipped):
+    return {"onnx": OnnxEngine(shipped, "cpu"), "torch": TorchEngine(shipped, "cpu")}
+
+
+@pytest.fixture(scope="module")
+def chains(shipped):
+    prior = Prior.load(shipped.path / "prior.safetensors")
+    return Chains.start(prior, shipped.manifest.sampler, np.array([3, 0, -1, 9, 5]), seed=11)
+
+
+# noise -------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, PRIME - 1), min_size=4, max_size=4), st.integers(0, 2**32 - 1))
+def test_the_polynomial_is_the_one_of_whole_numbers(coefficients, at):
+    found = horner(torch.tensor(coefficients), torch.tensor(at))
+    assert int(found) == sum(c * at**power for power, c in enumerate(coefficients)) % PRIME
+
+
+def test_noise_is_standard_normal_and_fresh_at_every_step():
+    z = torch.stack([normal(keys(200), torch.full((200,), step), (3, 8, 8)) for step in range(5)])
+    n = z.numel()
+    assert abs(float(z.mean())) < 4 / n**0.5
+    assert abs(float(z.var()) - 1) < 4 * (2 / n) ** 0.5
+    assert abs(float((z**4).mean()) - 3) < 4 * (96 / n) ** 0.5
+    flat = z.reshape(5, -1)
+    correlation = torch.corrcoef(flat) - torch.eye(5)
+    assert float(correlation.abs().max()) < 5 / flat.shape[1] ** 0.5
+    neighbours = (z[..., 1:] * z[..., :-1]).mean()
+    assert abs(float(neighbours)) < 5 / n**0.5
+
+
+def test_noise_is_finite_at_the_ends_of_the_field():
+    ends = torch.stack([torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), PRIME - 1)])
+    for step in (0, 1, 10**6):
+        assert torch.isfinite(normal(ends, torch.tensor([step, step]), (3, 4, 4))).all()
+
+
+def test_a_chains_noise_is_its_own():
+    key = keys(3)
+    together = uniform(key, torch.tensor([4, 5, 6]), 12)
+    torch.testing.assert_close(together[1:2], uniform(key[1:2], torch.tensor([5]), 12), rtol=0, atol=0)
+
+
+# chains ------------------------------------------------------------------------------------------------------------------
+
+
+def test_all_roads_walk_the_same_chain(roads, chains):
+    onnx_end, torch_end = (roads[name].advance(chains, 10) for name in ("onnx", "torch"))
+    assert onnx_end.step.tolist() == [10] * 5
+    np.testing.assert_allclose(onnx_end.image, torch_end.image, atol=1e-4)
+    assert np.abs(onnx_end.image - chains.image).max() > 0.1
+
+
+@pytest.mark.parametrize("road", ["onnx", "torch"])
+def test_steps_taken_at_once_or_in_pieces_are_the_same_bytes(roads, chains, road):
+    whole = roads[road].advance(chains, 5)
+    pieces = roads[road].advance(roads[road].advance(chains, 2), 3)
+    np.testing.assert_array_equal(whole.image, pieces.image)
+    assert roads[road].advance(chains, 0).image.tobytes() == chains.image.tobytes()
+
+
+@pytest.mark.parametrize("road", ["onnx", "torch"])
+def test_a_chain_does_not_depend_on_its_company_and_leaves_at_any_step(roads, chains, road):
+    engine = roads[road]
+    halfway = engine.advance(chains, 3)
+    alone = engine.advance(chains.rows([3]), 6)
+    np.testing.assert_allclose(engine.advance(halfway.rows([3, 1]), 3).image[0], alone.image[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("road", ["onnx", "torch"])
+def test_every_chain_has_its_own_sampler(roads, chains, road):
+    still = np.array([0, 1, 0, 1, 0], np.float32)
+    zero = np.zeros(5, np.float32)
+    moved = roads[road].advance(replace(chains, step_size=still * 0.25, noise_std=zero), 2).image
+    changed = np.abs(moved - chains.image).max(axis=(1, 2, 3)) > 0
+    np.testing.assert_array_equal(changed, still > 0)
+
+
+def test_the_step_is_the_samplers_own(roads, shipped):
+    image = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)
+    label = np.array([1, -1])
+    chains = Chains.at(image, Sampler(1, 0.25, 0.02, 0.1), label, seed=5)
+    score, _ = roads["onnx"].score(image, label)
+    noise = normal(torch.from_numpy(chains.key), torch.tensor([0, 0]), (3, 32, 32)).numpy()
+    expected = (image + 0.25 * score.clip(-0.02, 0.02) + 0.1 * noise).clip(0, 1)
+    np.testing.assert_allclose(roads["onnx"].advance(chains, 1).image, expected, atol=1e-5)
+
+
+def test_advancing_leaves_the_callers_arrays_alone(roads, chains):
+    before = {name: array.copy() for name, array in chains.arrays().items()}
+    for engine in roads.values():
+        engine.advance(chains, 3)
+    for name, array in chains.arrays().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_bf16_keeps_the_chains_state_in_fp32(shipped, chains):
+    engine = TorchEngine(shipped, "cpu", 1, "bf16")
+    small = replace(chains, step_size=np.full(5, 1e-5, np.float32), noise_std=np.zeros(5, np.float32))
+    end = engine.advance(small, 1).image
+    assert end.dtype == np.float32
+    assert 0 < np.abs(end - small.image).max() < 1e-4  # such a step is lost in bf16, whose neighbours are 4e-3 apart
+
+
+# providers ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "fix"), [("cuda", "ebjdat-serve\\[gpu\\]"), ("tensorrt", "ebjdat-serve\\[gpu\\]")])
+def test_a_provider_asked_for_and_missing_is_an_error_that_names_the_fix(shipped, device, fix):
+    if providers.BY_DEVICE[device] in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has the provider")
+    with pytest.raises(EngineError, match=fix):
+        OnnxEngine(shipped, device)
+
+
+def test_a_provider_that_is_listed_and_does_not_load_is_an_error(shipped, monkeypatch):
+    """onnxruntime-gpu lists CUDA on a machine without a GPU, and then runs on the CPU without a word."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [providers.CUDA, providers.CPU])
+    if providers.CUDA in ort.capi._pybind_state.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.warns(UserWarning, match="not in available provider"), pytest.raises(EngineError, match="runs on CPUExecutionProvider"):
+        OnnxEngine(shipped, "cuda")
+
+
+def test_tensorrt_without_its_libraries_says_where_they_come_from(shipped, monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [providers.TENSORRT, providers.CUDA, providers.CPU])
+    monkeypatch.setattr(providers, "tensorrt_version", lambda: None)
+    with pytest.raises(EngineError, match=r"\[gpu,tensorrt\].*NVIDIA's own package index"):
+        OnnxEngine(shipped, "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "precision", "fix"),
+    [
+        ("torch", "tensorrt", "fp32", "--engine onnx --device tensorrt"),
+        ("torch", "cpu", "int8", "--engine onnx"),
+        ("onnx", "cpu", "bf16", "--engine torch"),
+    ],
+)
+def test_a_combination_that_no_engine_has_names_one_that_exists(shipped, kind, device, precision, fix):
+    with pytest.raises(EngineError, match=fix):
+        load_engine(shipped, kind, device, 1, precision)
+
+
+def test_placement_counts_operators_by_provider(roads, chains):
+    roads["onnx"].advance(chains, 1)
+    placed = roads["onnx"].placement()
+    assert placed["step"]["CPUExecutionProvider"] > placed["classify"]["CPUExecutionProvider"] > 20
+
+
+def test_auto_takes_what_there_is(shipped):
+    engine = load_engine(shipped)
+    assert engine.provider == ("CUDAExecutionProvider" if providers.CUDA in ort.get_available_providers() else "CPUExecutionProvider")
+    assert (engine.name, engine.precision) == ("onnx", "fp32")
+
+
+# TensorRT's engines ------------------------------------------------------------------------------------------------------
+
+FACTS = {
+    "gpu": "NVIDIA H200, 9.0, 580.65",
+    "tensorrt": "10.13.2",
+    "graph": "aa",
+    "weights": "bb",
+    "precision": "fp16",
+    "batches": [1, 32, 256],
+}
+
+
+@pytest.fixture
+def engine_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("EBJDAT_CACHE", str(tmp_path))
+    folder = providers.engine_folder(FACTS)
+    folder.mkdir(parents=True)
+    (folder / "trt_0.engine").write_bytes(b"an engine")
+    return folder
+
+
+def test_a_sealed_engine_is_kept(engine_dir):
+    providers.seal(engine_dir, FACTS)
+    providers.clear_unless_ready(engine_dir, FACTS)
+    assert (engine_dir / "trt_0.engine").is_file()
+
+
+@pytest.mark.parametrize("fact", ["gpu", "tensorrt", "graph", "weights", "precision", "batches"])
+def test_another_gpu_version_graph_or_profile_is_another_engine(engine_dir, fact):
+    other = {**FACTS, fact: "another"}
+    assert providers.engine_folder(other) != engine_dir
+    providers.seal(engine_dir, FACTS)
+    providers.clear_unless_ready(engine_dir, other)  # a folder carried here from elsewhere under this name
+    assert not engine_dir.exists()
+
+
+def spoil(folder):
+    (folder / "trt_0.engine").write_bytes(b"another engine")
+
+
+def lose(folder):
+    (folder / "trt_0.engine").unlink()
+
+
+def plant(folder):
+    (folder / "trt_1.engine").write_bytes(b"an engine of somebody else's")
+
+
+def half_seal(folder):
+    (folder / "engine.json").write_text('{"gpu":')
+
+
+def no_files(folder):
+    seal = json.loads((folder / "engine.json").read_text())
+    (folder / "engine.json").write_text(json.dumps({**seal, "files": {}}))
+
+
+def not_an_object(folder):
+    (folder / "engine.json").write_text("[]")
+
+
+@pytest.mark.parametrize("damage", [spoil, lose, plant, half_seal, no_files, not_an_object])
+def test_a_damaged_or_half_built_engine_is_built_again(engine_dir, damage):
+    providers.seal(engine_dir, FACTS)
+    damage(engine_dir)
+    providers.clear_unless_ready(engine_dir, FACTS)
+    assert not engine_dir.exists()
+
+
+def test_the_profile_names_every_input_of_the_graph(shipped, tmp_path):
+    options = providers.tensorrt_options(tmp_path, shipped, shipped.path / "step.onnx", "fp16")
+    assert options["trt_profile_max_shapes"].startswith("image:256x3x32x32,label:256,key:256x4x4,step:256,step_size:256")
+    assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == ("1", "0")
+    assert options["trt_engine_cache_path"] == str(tmp_path)
+
+
+# graphs ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_say_what_they_are_and_hold_no_weights(shipped, name):
+    graph = onnx.load(shipped.path / name, load_external_data=False)
+    about = {entry.key: entry.value for entry in graph.metadata_props}
+    m = shipped.manifest
+    assert about == {
+        "name": m.name,
+        "version": m.version,
+        "weights": m.files["weights.safetensors"].sha256,
+        "precision": "fp32",
+    }
+    assert [entry.version for entry in graph.opset_import if entry.domain == ""] == [20]
+    inside = sum(len(t.raw_data) for t in graph.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL)
+    assert inside < 16 * 1024
+    elsewhere = {e.value for t in graph.graph.initializer for e in t.external_data if e.key == "location"}
+    assert elsewhere == {"weights.safetensors"}
+
+
+def test_the_floor_counts_every_product_of_the_graph(shipped):
+    graph = onnx.shape_inference.infer_shapes(onnx.load(shipped.path / "classify.onnx"))
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.graph.value_info}
+    weights = {t.name: list(t.dims) for t in graph.graph.initializer}
+    total = 0
+    for node in graph.graph.node:
+        if node.op_type == "Conv":
+            total += 2 * int(np.prod(weights[node.input[1]])) * int(np.prod(shapes[node.output[0]][2:]))
+        elif node.op_type == "Gemm":
+            total += 2 * 128 * 10
+    assert operations(shipped)["classify"] == total
+    assert operations(shipped)["step"] == 2 * total
+
+
+def test_a_precision_that_the_bundle_lacks_names_the_command(shipped, tmp_path):
+    names = {name: entry for name, entry in shipped.manifest.files.items() if ".fp16." not in name}
+    bare = Bundle(shipped.path, replace(shipped.manifest, files=names))
+    with pytest.raises(BundleError, match=r"training/precision\.py BUNDLE --precision fp16"):
+        OnnxEngine(bare, "cpu", 1, "fp16")
+
+
+def test_two_probe_steps_are_in_the_self_test(shipped, roads):
+    from safetensors.numpy import load_file
+
+    expected = load_file(shipped.path / "selftest.safetensors")
+    moved = roads["onnx"].advance(Chains.at(expected["image"], PROBE, expected["label"], seed=0), 2).image
+    np.testing.assert_allclose(moved, expected["moved"], atol=1e-5)

@@ -1,0 +1,158 @@
+"""Precisions: graphs on the same weights, each with its own calibration and evidence, or none at all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import httpx2
+import numpy as np
+import onnx
+import pytest
+
+import training.precision
+from ebjdat_serve import pixels
+from ebjdat_serve.bundle import Bundle, publish, sha256
+from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.errors import BundleError
+from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.precision import LOWER, Limits, check, rows_of
+from export.to_int8 import write_int8
+from tests.conftest import ROOT, serving
+from training.images import load
+from training.precision import Amounts
+
+
+@pytest.fixture(scope="module")
+def precise(golden, tmp_path_factory):
+    """The digits bundle with every precision, added as a user adds them."""
+    folder = tmp_path_factory.mktemp("precise") / "digits"
+    shutil.copytree(golden / "current", folder)
+    script, few = ROOT / "training" / "precision.py", ["--n", "200", "--attacked", "50", "--square", "20", "--queries", "50"]
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), "--precision", *LOWER, *few],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "int8 admitted" in done.stdout
+    return Bundle.load(folder)
+
+
+@pytest.mark.parametrize("precision", LOWER)
+def test_a_precision_has_its_own_calibration_and_figures(precise, precision):
+    own, full = precise.calibration(precision), precise.calibration()
+    assert own.of == precise.measured(precision)
+    assert own.energies != full.energies
+    figures = {row["metric"].removesuffix(f"_{precision}"): row for row in rows_of(precise.metrics(), precision)}
+    wanted = "logit_error_max accuracy_clean accuracy_pgd20_transfer accuracy_square flag_rate_clean ratio_classify_batch1"
+    assert set(wanted.split()) <= set(figures)
+    assert all(row["of"] == own.of and row["n"] > 0 and row["protocol"] for row in figures.values())
+    assert 0 < figures["energy_error_max"]["value"] < 0.5
+
+
+def test_every_precision_lives_on_one_copy_of_the_weights(precise):
+    for name in ("classify.fp16.onnx", "step.fp16.onnx", "classify.int8.onnx"):
+        graph = onnx.load(precise.path / name, load_external_data=False)
+        inside = [t for t in graph.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+        assert all(len(t.raw_data) <= 16 * 1024 for t in inside)
+        assert {e.value for t in graph.graph.initializer for e in t.external_data if e.key == "location"} == {"weights.safetensors"}
+        assert {entry.key: entry.value for entry in graph.metadata_props}["precision"] == name.split(".")[1]
+
+
+def test_int8_quantises_convolutions_alone(precise):
+    graph = onnx.load(precise.path / "classify.int8.onnx", load_external_data=False).graph
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type == "Conv":
+            assert [made_by[name] for name in node.input[:2]] == ["DequantizeLinear"] * 2
+        if node.op_type in ("Gemm", "ReduceLogSumExp"):
+            assert made_by[node.input[0]] != "DequantizeLinear"
+
+
+def test_the_server_flags_with_the_precisions_own_threshold(precise, tmp_path):
+    image = load("digits").test.image[:8]
+    expected = OnnxEngine(precise, "cpu", 1, "int8").classify(to_unit(image))[1]
+    with serving(precise.path, tmp_path / "log", "--precision", "int8", "--device", "cpu") as server:
+        info = httpx2.get(f"{server.url}/info").json()
+        assert (info["precision"], info["provider"]) == ("int8", "CPUExecutionProvider")
+        assert info["calibration"]["of"] == precise.measured("int8")
+        energies = sorted(precise.calibration("int8").energies)
+        for one, energy in zip(image, expected, strict=True):
+            said = httpx2.post(f"{server.url}/classify", content=pixels.encode_png(one)).json()
+            assert said["energy"] == pytest.approx(float(energy), abs=1e-5)
+            assert said["p_value"] == pytest.approx((1 + sum(e >= said["energy"] for e in energies)) / (len(energies) + 1), abs=2e-3)
+        assert httpx2.get(f"{server.url}/generate?class=3&steps=2").status_code == 200  # by the fp32 step
+
+
+def test_a_precision_that_the_bundle_lacks_stops_the_server_with_the_fix(golden):
+    command = [sys.executable, "-m", "ebjdat_serve.cli", "serve", str(golden), "--precision", "int8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "training/precision.py BUNDLE --precision int8" in done.stderr
+
+
+def digest(folder):
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+
+
+def test_a_precision_beyond_its_limits_is_refused_and_leaves_no_trace(golden, tmp_path, monkeypatch):
+    folder = tmp_path / "digits"
+    shutil.copytree(golden / "current", folder)
+    before = digest(folder)
+    # ranges taken on blank pictures clip everything that a real one holds
+    monkeypatch.setattr(training.precision, "write_int8", lambda bundle, image: write_int8(bundle, np.zeros_like(image)))
+    with pytest.raises(BundleError, match="precision int8 is refused: label_disagreement"):
+        training.precision.admit(Bundle.draft(folder), load("digits"), "int8", Amounts(100, 20, 5, 10))
+    assert digest(folder) == before
+
+
+def row(metric, value, of="ab"):
+    return {"metric": metric, "value": value, "n": 10, "of": of}
+
+
+WITHIN = [row(f"{name}_int8", 0.0) for name in Limits.__dataclass_fields__]
+
+
+def test_the_gate_wants_every_figure_of_this_very_graph():
+    check(WITHIN, "int8", "ab")
+    with pytest.raises(BundleError, match="no figure"):
+        check(WITHIN, "int8", "cd")
+    for i, missing in enumerate(WITHIN):
+        with pytest.raises(BundleError, match=f"no figure {missing['metric']}"):
+            check(WITHIN[:i] + WITHIN[i + 1 :], "int8", "ab")
+
+
+@pytest.mark.parametrize("name", list(Limits.__dataclass_fields__))
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_the_gate_refuses_each_figure_beyond_its_limit(name, value):
+    rows = [replace_value(r, value) if r["metric"] == f"{name}_int8" else r for r in WITHIN]
+    with pytest.raises(BundleError, match=f"{name} is"):
+        check(rows, "int8", "ab")
+
+
+def replace_value(row, value):
+    return {**row, "value": value}
+
+
+def test_a_bundle_whose_precision_is_outside_its_limits_is_not_published(precise, tmp_path):
+    publish(precise, tmp_path / "store")
+    folder = tmp_path / "bad"
+    shutil.copytree(precise.path, folder)
+    rows = json.loads((folder / "metrics.json").read_text())
+    worse = [replace_value(r, 0.2) if r["metric"] == "accuracy_square_drop_int8" else r for r in rows]
+    (folder / "metrics.json").write_text(json.dumps(worse))
+    bundle = Bundle.draft(folder).update("metrics.json")
+    with pytest.raises(BundleError, match="accuracy_square_drop"):
+        publish(bundle, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_threshold_of_another_graph_is_stale(precise):
+    files = {**precise.manifest.files, "classify.int8.onnx": precise.manifest.files["classify.fp16.onnx"]}
+    with pytest.raises(BundleError, match="stale: int8"):
+        Bundle(precise.path, replace(precise.manifest, files=files)).calibration("int8")
