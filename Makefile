@@ -17,11 +17,11 @@ SERVE_STAMP := $(VENV)/.stamp-serve-$(ENGINE_EXTRA)-$(KEY)
 DEV_STAMP := $(VENV)/.stamp-dev-$(ENGINE_EXTRA)-$(KEY)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help serve test check fix setup bench gpu-check clean
+.PHONY: help serve test check fix setup bench gpu-check browser-check clean
 help:
 	@echo "make serve [PORT=8000] [HOST=127.0.0.1] [MODEL=bundle-or-store]   install and serve"
 	@echo "make test                                                        install and test"
-	@echo "make check | fix | bench | gpu-check | setup | clean"
+	@echo "make check | fix | bench | gpu-check | browser-check | setup | clean"
 
 serve: $(SERVE_STAMP)
 	exec $(BIN)/ebjdat-serve serve $(MODEL) --host $(HOST) --port $(PORT)
@@ -45,10 +45,16 @@ fix: $(DEV_STAMP)
 bench: $(DEV_STAMP)
 	$(BIN)/python benchmarks/classify_load.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/engines.py
 
 # What is installed on a GPU machine is enough: it needs torch and a GPU, and no registry.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --write docs/gpu.md
+
+# Needs Node.js 20 and Chromium: the tests that `make test` skips without them.
+browser-check: $(DEV_STAMP)
+	npm ci --prefix clients/browser --no-fund --no-audit
+	$(BIN)/python -m pytest tests/test_browser.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11 …" % sys.version_info[:2])'

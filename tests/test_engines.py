@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.engines import operations
 from ebjdat_serve.bundle import GRAPHS, Bundle
-from ebjdat_serve.engines import load_engine, providers
+from ebjdat_serve.engines import eager, load_engine, providers
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError, EngineError
@@ -130,6 +130,23 @@ def test_bf16_keeps_the_chains_state_in_fp32(shipped, chains):
     end = engine.advance(small, 1).image
     assert end.dtype == np.float32
     assert 0 < np.abs(end - small.image).max() < 1e-4  # such a step is lost in bf16, whose neighbours are 4e-3 apart
+
+
+def test_a_captured_walk_pads_to_a_power_of_two_and_serves_again(shipped, chains, monkeypatch):
+    """What a GPU does, but for the capture itself: fixed memory for the next power of two, at most so many at once, used again."""
+    made = []
+    monkeypatch.setattr(eager.Walk, "capture", lambda walk: made.append(len(walk.image)))
+    monkeypatch.setattr(eager, "LARGEST", 4)
+    engine = TorchEngine(shipped, "cpu")
+    expected = engine.advance(chains, 3).image
+    engine._device = torch.device("meta")  # not the CPU's road; memory stays where Walk is told
+    monkeypatch.setattr(eager, "Walk", lambda model, rows, device, walk=eager.Walk: walk(model, rows, torch.device("cpu")))
+    for _ in range(2):
+        found = engine.advance(chains, 3)
+        np.testing.assert_allclose(found.image, expected, atol=2e-5)
+        assert found.step.tolist() == [3] * 5
+    np.testing.assert_allclose(engine.advance(chains.rows([4, 2, 0]), 3).image, expected[[4, 2, 0]], atol=2e-5)
+    assert made == [4, 1]
 
 
 # providers ---------------------------------------------------------------------------------------------------------------

@@ -82,8 +82,11 @@ class OnnxEngine:
     def advance(self, chains: Chains, steps: int) -> Chains:
         """Return ``chains`` after ``steps`` Langevin steps: one run of the step graph each, between two pairs of buffers on the device."""
         device = "cuda" if self.provider in GPU else "cpu"
-        place = {name: ort.OrtValue.ortvalue_from_numpy(array.copy(), device) for name, array in chains.arrays().items()}
-        other = {name: _like(place[name], device) for name in ("image", "step")}
+        arrays = chains.arrays()
+        place = {name: ort.OrtValue.ortvalue_from_numpy(array.copy(), device) for name, array in arrays.items()}
+        other = {
+            name: ort.OrtValue.ortvalue_from_shape_and_type(arrays[name].shape, arrays[name].dtype, device) for name in ("image", "step")
+        }
         energy = ort.OrtValue.ortvalue_from_shape_and_type([len(chains.label)], np.float32, device)
         bindings = [self._bind(place, other, energy), self._bind({**place, **other}, place, energy)]
         options = ort.RunOptions()
@@ -103,10 +106,6 @@ class OnnxEngine:
             binding.bind_ortvalue_output(f"next_{name}", target[name])
         binding.bind_ortvalue_output("energy", energy)
         return binding
-
-
-def _like(value: Any, device: str) -> Any:
-    return ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), value.numpy().dtype, device)
 
 
 def _operators(session: ort.InferenceSession) -> Counter[str]:
