@@ -1,5 +1,6 @@
 # docker build -t ebjdat-serve .                         CPU
-# docker build -t ebjdat-serve --build-arg EXTRA=gpu .   NVIDIA GPU (run with --gpus all)
+# docker build -t ebjdat-serve --build-arg EXTRA=gpu .   NVIDIA GPU (run with --gpus all); its CUDA libraries are pip's, pinned in constraints.txt
+# docker build … --build-arg EXTRA=gpu,tensorrt --build-arg PIP_EXTRA_INDEX_URL=…   TensorRT too, whose libraries are on NVIDIA's own package index
 # docker run -p 8000:8000 ebjdat-serve [--alpha 0.01 …]
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /src
@@ -9,6 +10,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM python:3.11-slim-bookworm
 ARG EXTRA=cpu
+ARG PIP_EXTRA_INDEX_URL=
 COPY constraints.txt /tmp/constraints.txt
 RUN --mount=type=bind,from=build,source=/wheel,target=/wheel \
     pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheel/*.whl)[${EXTRA}]" \

@@ -158,6 +158,21 @@ def report(rows: list[Row], function: str, batch: int) -> None:
             print(f"  {name:24}{row['value']:12.1f} {row['unit']:16}{row['ms']:10.3f} ms{tail}", flush=True)
 
 
+def table(rows: list[Row]) -> str:
+    """Return the figures as Markdown: a line a road, a column a function and batch; images or chain steps a second, and x eager."""
+    values = {row["name"]: row["value"] for row in rows}
+    cases = list(dict.fromkeys(row["name"].split(" ", 3)[-1] for row in rows if row["unit"] in ("images/s", "chain steps/s")))
+    roads = list(dict.fromkeys(row["name"].rsplit(" ", 3)[0] for row in rows if row["unit"] in ("images/s", "chain steps/s")))
+    lines = [f"| | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    for road in roads:
+        cells = []
+        for case in cases:
+            value, ratio = values.get(f"{road} {case}"), values.get(f"ratio {road} {case} / eager torch fp32")
+            cells.append("" if value is None else f"{value:.0f}" + (f" ({ratio:.2f} x)" if ratio else ""))
+        lines.append(f"| {road} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def operations(bundle: Bundle) -> dict[str, float]:
     """Return the floating-point operations of one image's classification, and of one chain's step: a forward and an input gradient."""
     model, size = load_model(bundle), bundle.manifest.input

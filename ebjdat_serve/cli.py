@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.set_defaults(command=command)
     verify_parser = commands.choices["verify"]
     verify_parser.add_argument("--engine", default="onnx", choices=("onnx", "torch"))
+    verify_parser.add_argument("--device", default="cpu", choices=get_args(Device))
 
     options = parser.parse_args(arguments)
     try:
@@ -95,7 +96,7 @@ def verify(options: argparse.Namespace) -> None:
 
     bundle = Bundle.load(options.model)
     print(f"{bundle.path}: {len(bundle.manifest.files)} files match their sha256")
-    for name, worst in replay(bundle, options.engine).items():
+    for name, worst in replay(bundle, options.engine, options.device).items():
         print(f"self-test {name}: largest difference {worst:.1e} of the largest value")
     print("ok")
 

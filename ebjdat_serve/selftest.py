@@ -4,7 +4,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.engines import Engine, EngineKind, load_engine
+from ebjdat_serve.engines import Device, Engine, EngineKind, load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.sgld import Chains, Sampler
 
@@ -34,10 +34,10 @@ def answers(engine: Engine, image: np.ndarray, label: np.ndarray) -> dict[str, n
     return {"logits": logits, "energy": energy, "score": score, "joint_energy": joint_energy, "moved": moved}
 
 
-def replay(bundle: Bundle, kind: EngineKind = "onnx") -> dict[str, float]:
+def replay(bundle: Bundle, kind: EngineKind = "onnx", device: Device = "cpu") -> dict[str, float]:
     """Return the worst difference by output; raise BundleError when one is beyond 1e-4 of the largest value."""
     expected = load_file(bundle.path / "selftest.safetensors")
-    differences = compare(load_engine(bundle, kind, "cpu"), expected["image"], expected["label"], expected)
+    differences = compare(load_engine(bundle, kind, device), expected["image"], expected["label"], expected)
     for name, value in differences.items():
         if not value <= TOLERANCE:
             raise BundleError(

@@ -92,9 +92,16 @@ def measure(bundle: Bundle, data: Dataset, precision: Precision, amounts: Amount
 
     image, label = to_unit(test.image), test.label
     (f, e), (f_low, e_low) = through(full, image), through(low, image)
-    yield row("logit_error_max", np.abs(f_low - f).max() / np.abs(f).max(), len(f), "max|f - f_fp32| / max|f_fp32|")
-    yield row("energy_error_max", np.abs(e_low - e).max(), len(e), "max|E - E_fp32|, nats")
-    yield row("energy_error_mean_over_sd", np.abs(e_low - e).mean() / e.std(), len(e), "mean|E - E_fp32| / sd E_fp32")
+    yield row(
+        "logit_error_max", np.abs(f_low - f).max() / np.abs(f).max(), len(f), "largest difference from fp32's logits over the largest logit"
+    )
+    yield row("energy_error_max", np.abs(e_low - e).max(), len(e), "largest difference from fp32's energy, nats")
+    yield row(
+        "energy_error_mean_over_sd",
+        np.abs(e_low - e).mean() / e.std(),
+        len(e),
+        "mean distance from fp32's energy over the deviation of fp32's energies",
+    )
     yield row("label_disagreement", (f_low.argmax(1) != f.argmax(1)).mean(), len(f), "share of images whose class differs from fp32's")
     yield from costs(row, "accuracy_clean", right(f, label), right(f_low, label), "served graph")
 
@@ -162,6 +169,22 @@ def speed_ratio(full: Engine, low: Engine, image: Floats) -> float:
             engine.classify(image)
             taken.append(time.perf_counter() - started)
     return float(np.percentile(times[0], 20) / np.percentile(times[1], 20))
+
+
+def table(rows: list[Row]) -> str:
+    """Return what each precision costs as Markdown: a line a figure, a column a precision."""
+    found = [precision for precision in LOWER if rows_of(rows, precision)]
+    lines = [f"| figure | {' | '.join(found)} | n | protocol |", "|---" * (len(found) + 3) + "|"]
+    values = {row["metric"]: row["value"] for row in rows}
+    names: dict[str, Row] = {}
+    for precision in found:
+        for row in rows_of(rows, precision):
+            names.setdefault(row["metric"].removesuffix(f"_{precision}"), row)
+    for name, row in names.items():
+        cells = [f"{values[f'{name}_{p}']:.4g}" if f"{name}_{p}" in values else "" for p in found]
+        beside = f"; fp32 {row['fp32']:.4g}" if "fp32" in row else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['n']} | {row['protocol']}{beside} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
