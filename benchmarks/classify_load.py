@@ -14,13 +14,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import numpy as np
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.engines import Device, Engine, Precision, load_engine
 from ebjdat_serve.pixels import encode_png
 from ebjdat_serve.server.settings import SHIPPED
 
@@ -33,13 +33,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--model", type=Path, default=SHIPPED)
+    parser.add_argument("--device", default="auto", choices=get_args(Device))
+    parser.add_argument("--precision", default="fp32", choices=get_args(Precision))
     options = parser.parse_args()
-    bare = bare_rate(options.model, options.seconds)
+    engine = load_engine(Bundle.load(options.model), "auto", options.device, 1, options.precision)
+    bare = bare_rate(engine, options.seconds)
     rows: list[Row] = [{"name": "bare session, batch 32, one thread", "value": bare, "unit": "images/s"}]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "ebjdat_serve.cli", "serve", str(options.model), "--port", str(port), "--threads", "1"]
+    command += ["--device", options.device, "--precision", options.precision]
     server = subprocess.Popen(command, preexec_fn=lambda: pin(0), stdout=subprocess.DEVNULL)
     pin(1)
     try:
@@ -47,6 +51,9 @@ def main() -> None:
         started = time.monotonic()
         wait(url)
         rows.append({"name": "ready after", "value": time.monotonic() - started, "unit": "s"})
+        info = httpx2.get(f"{url}/info").json()
+        about = {"provider": info["provider"], "precision": info["precision"]}
+        assert about == {"provider": engine.provider, "precision": engine.precision}
         for connections in (1, 32):
             rate, p50, p99 = load(url, connections, options.seconds)
             rows += [
@@ -60,8 +67,9 @@ def main() -> None:
         server.wait(20)
     for row in rows:
         print(f"{row['name']:56}{row['value']:>10.2f} {row['unit']}")
+    print(f"on {about['provider']}, {about['precision']}")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
 
 
 def pin(core: int) -> None:
@@ -70,11 +78,9 @@ def pin(core: int) -> None:
         os.sched_setaffinity(0, {core})
 
 
-def bare_rate(model: Path, seconds: float) -> float:
-    """Return images per second of the session alone at batch 32, one thread."""
-    engine = OnnxEngine(Bundle.load(model), "cpu", threads=1)
-    size = Bundle.load(model).manifest.input
-    image = np.random.default_rng(0).random((32, 3, size.height, size.width), dtype=np.float32)
+def bare_rate(engine: Engine, seconds: float) -> float:
+    """Return images per second of the session alone at batch 32, one thread, pictures of 32 x 32."""
+    image = np.random.default_rng(0).random((32, 3, 32, 32), dtype=np.float32)
     engine.classify(image)
     done, started = 0, time.monotonic()
     while time.monotonic() - started < seconds:

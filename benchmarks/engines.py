@@ -3,8 +3,9 @@
 
 Images per second of classify and chain steps per second of generation, by engine, provider, precision and batch, against plain eager
 torch in fp32 (contiguous, norms unfolded, noise by randn) and against the floor: the floating-point operations of the function over the
-rate at which the device multiplies matrices in that precision. All roads are interleaved and the 20th percentile of their times is kept,
-so that all see the same noise. A road that cannot run here is listed with the reason.
+rate at which the device multiplies matrices in that precision. All roads take turns and the 20th percentile of their times is kept; on one
+CPU thread it is CPU time, since another process delays long calls always and short ones seldom. A road that cannot run here is listed with
+the reason.
 """
 
 import argparse
@@ -48,7 +49,6 @@ ON_GPU: list[Road] = [
     ("onnx", "cuda", "fp16"),
     ("onnx", "tensorrt", "fp32"),
     ("onnx", "tensorrt", "fp16"),
-    ("onnx", "tensorrt", "int8"),
 ]
 STEPS = 4
 """Langevin steps of one timed call, whose images come back to the host at the end as a server's do."""
@@ -87,23 +87,34 @@ def roads(bundle: Bundle, wanted: list[Road]) -> tuple[dict[str, Engine], list[R
     for kind, device, precision in wanted:
         name = f"{kind} {device} {precision}"
         try:
-            found[name] = load_engine(bundle, kind, device, torch.get_num_threads(), precision)
-        except EbjdatError as error:
-            missing.append({"name": name, "value": None, "unit": "unmeasured", "why": str(error)})
+            engine = load_engine(bundle, kind, device, torch.get_num_threads(), precision)
+            size, label = bundle.manifest.input, np.zeros(1, np.int64)
+            image = np.zeros((1, 3, size.height, size.width), np.float32)
+            engine.classify(image)
+            engine.advance(Chains.at(image, SAMPLER, label, seed=0), 1)
+            found[name] = engine
+        except (EbjdatError, RuntimeError) as error:  # torch's too: no memory, no kernel
+            missing.append({"name": name, "value": None, "unit": "unmeasured", "why": str(error).splitlines()[0]})
     return found, missing
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def clock(device: torch.device) -> Callable[[], float]:
+    """Return what time is read from: CPU time where one thread of the CPU does all."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, float]:
     """Return the 20th percentile of each call's seconds, calls taking turns for at least 10 rounds and ``seconds``."""
+    now = clock(device)
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(times[next(iter(calls))]) < 10:
         for name, call in calls.items():
-            began = time.perf_counter()
+            began = now()
             call()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(now() - began)
     return {name: float(np.percentile(taken, 20)) for name, taken in times.items()}
 
 
@@ -129,7 +140,7 @@ def measure(bundle: Bundle, batches: list[int], wanted: list[Road], device: torc
             "step": {name: partial(engine.advance, chains, STEPS) for name, engine in everything.items() if not name.endswith("int8")},
         }
         for function, unit, per_call in (("classify", "images/s", 1), ("step", "chain steps/s", STEPS)):
-            timed = interleaved(calls[function], seconds)
+            timed = interleaved(calls[function], seconds, device)
             for name, taken in timed.items():
                 each = taken / per_call
                 about = {"provider": engines[name].provider} if name in engines else {}
@@ -138,7 +149,7 @@ def measure(bundle: Bundle, batches: list[int], wanted: list[Road], device: torc
                 rows += [
                     {"name": f"ratio {label} / {base}", "value": timed[base] / taken, "unit": "ratio"} for base in baselines if base != name
                 ]
-                precision = name.rsplit(" ", 1)[1] if name in engines else "fp32"
+                precision = name.rsplit(" ", 1)[1]
                 if precision in rates and not (device.type == "cpu" and precision == "fp16"):  # which a CPU computes in fp32
                     share = work[function] * batch / rates[precision] / each
                     rows.append({"name": f"ratio floor / {label}", "value": share, "unit": "ratio"})
@@ -173,6 +184,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def document(text: str, rows: list[Row], bundle: Bundle) -> str:
+    """Return docs/engines.md with the tables between its markers written from ``rows`` and from the bundle's metrics.json."""
+    from training.precision import table as costs
+
+    for name, content in (("speed", table(rows)), ("precision", costs(bundle.metrics()))):
+        before, rest = text.split(f"<!-- {name} -->")
+        _, after = rest.split(f"<!-- /{name} -->")
+        text = f"{before}<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->{after}"
+    return text
+
+
 def operations(bundle: Bundle) -> dict[str, float]:
     """Return the floating-point operations of one image's classification, and of one chain's step: a forward and an input gradient."""
     model, size = load_model(bundle), bundle.manifest.input
@@ -184,16 +206,16 @@ def operations(bundle: Bundle) -> dict[str, float]:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return floating-point operations a second of the fastest of some square matrix products, TF32 off."""
-    best = 0.0
+    best, now = 0.0, clock(device)
     torch.backends.cuda.matmul.allow_tf32 = False
     for n in (4096, 8192) if device.type == "cuda" else (384, 768, 1536):
         a, b = (torch.rand(n, n, device=device).to(dtype) for _ in "ab")
         for _ in range(6):
-            began = time.perf_counter()
+            began = now()
             a @ b
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            best = max(best, 2 * n**3 / (time.perf_counter() - began))
+            best = max(best, 2 * n**3 / (now() - began))
         if device.type == "cpu" and dtype == torch.float16:
             break  # emulated: the figure is not used
     return best
@@ -229,6 +251,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, nargs="+", help="1 8 32 on a CPU, 1 32 256 on a GPU")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each batch and function")
+    parser.add_argument("--docs", type=Path, help="the document whose tables are written anew from --json and the bundle's metrics")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -244,6 +267,8 @@ def main() -> None:
     about = {"device": name, "threads": options.threads, "torch": torch.__version__, "network": f"WRN-{a.depth}-{a.width}"}
     if options.json:
         options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
+    if options.docs:
+        options.docs.write_text(document(options.docs.read_text(), rows, bundle))
 
 
 if __name__ == "__main__":

@@ -160,6 +160,12 @@ class Bundle:
         name = "weights.safetensors" if precision == "bf16" else self.graph("classify", precision).name
         return self.manifest.files[name].sha256
 
+    def check_precision(self, precision: str) -> None:
+        """Raise BundleError when ``precision`` has no figures of its graphs in this bundle, or one beyond its limit; fp32 needs none."""
+        if precision != "fp32":
+            step = "weights.safetensors" if precision == "bf16" else self.graph("step", precision).name
+            check(self.metrics(), precision, {self.measured(precision), self.manifest.files[step].sha256})
+
     def calibrations(self) -> list[Calibration]:
         """Return every precision's calibration, stale or not, in the file's order."""
         file = self.path / "calibration.json"
@@ -217,8 +223,7 @@ def publish(bundle: Bundle, store: Path) -> Path:
     """
     bundle = Bundle.load(bundle.path)
     for calibration in bundle.calibrations():
-        if calibration.precision != "fp32":
-            check(bundle.metrics(), calibration.precision, bundle.measured(calibration.precision))
+        bundle.check_precision(calibration.precision)
     store.mkdir(parents=True, exist_ok=True)
     home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
     if home.exists():

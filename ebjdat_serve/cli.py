@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.add_argument("model", nargs="?", type=Path, default=SHIPPED)
         sub.set_defaults(command=command)
     verify_parser = commands.choices["verify"]
-    verify_parser.add_argument("--engine", default="onnx", choices=("onnx", "torch"))
+    verify_parser.add_argument("--engine", default="auto", choices=get_args(EngineKind))
     verify_parser.add_argument("--device", default="cpu", choices=get_args(Device))
+    verify_parser.add_argument("--precision", default="fp32", choices=get_args(Precision))
 
     options = parser.parse_args(arguments)
     try:
@@ -96,7 +97,7 @@ def verify(options: argparse.Namespace) -> None:
 
     bundle = Bundle.load(options.model)
     print(f"{bundle.path}: {len(bundle.manifest.files)} files match their sha256")
-    for name, worst in replay(bundle, options.engine, options.device).items():
+    for name, worst in replay(bundle, options.engine, options.device, options.precision).items():
         print(f"self-test {name}: largest difference {worst:.1e} of the largest value")
     print("ok")
 

@@ -1,6 +1,6 @@
 """What a lower precision may cost before a bundle may carry it: limits on figures that training/precision.py measures."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,10 +19,13 @@ class Limits:
     accuracy_pgd20_transfer_drop: float = 0.02
     accuracy_square_drop: float = 0.03
     energy_error_mean_over_sd: float = 0.1
+    step_error_max: float = 0.02  # pixels of [0,1], after two Langevin steps
     flag_rate_excess: float = 0.0  # how far the clean flag rate, its own calibration, lies outside its 99 % interval
 
 
 LIMITS = Limits()
+FEWEST = {"accuracy_pgd20_transfer_drop": 100, "accuracy_square_drop": 50, "step_error_max": 8}
+"""Images that a figure must rest on; 200 where nothing is said."""
 
 
 def rows_of(rows: Iterable[Row], precision: str) -> list[Row]:
@@ -30,14 +33,18 @@ def rows_of(rows: Iterable[Row], precision: str) -> list[Row]:
     return [row for row in rows if row["metric"].endswith(f"_{precision}")]
 
 
-def check(rows: Iterable[Row], precision: str, of: str, limits: Limits = LIMITS) -> None:
-    """Raise BundleError unless every figure of ``precision``, measured on ``of``, is there and within its limit."""
-    found = {row["metric"]: row for row in rows_of(rows, precision) if row["of"] == of}
+def check(rows: Iterable[Row], precision: str, of: Collection[str], limits: Limits = LIMITS) -> None:
+    """Raise BundleError unless every figure of ``precision``, measured on one of ``of``, is there, within its limit, of enough images."""
+    found = {row["metric"]: row for row in rows_of(rows, precision) if row["of"] in of}
     for name, limit in asdict(limits).items():
         row = found.get(f"{name}_{precision}")
         if row is None:
             raise BundleError(
-                f"precision {precision} has no figure {name}_{precision} of {of[:12]}: training/precision.py BUNDLE measures it"
+                f"precision {precision} has no figure {name}_{precision} of the graph that is there: training/precision.py measures it"
+            )
+        if row["n"] < FEWEST.get(name, 200):
+            raise BundleError(
+                f"precision {precision} is refused: {name} rests on {row['n']} images, {FEWEST.get(name, 200)} are the fewest"
             )
         if not row["value"] <= limit:
             raise BundleError(f"precision {precision} is refused: {name} is {row['value']:.4g} (n = {row['n']}), the limit is {limit:g}")

@@ -14,6 +14,7 @@ import json
 import struct
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
 from ebjdat_serve.engines import Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.wideresnet import build
+from export.reference import renew_selftest
 from export.tracing import Classify, Function, Score, Step, program
 
 INLINE_BYTES = 1024
@@ -45,7 +47,21 @@ KEEP = ("Transpose", "Slice", "Add", "Sub", "Mul", "Div", "Sqrt", "Unsqueeze", "
 
 def export(bundle: Bundle) -> Bundle:
     """Write the graphs into ``bundle`` and record them; raise EbjdatError when a constant is not in the weights file."""
+    bundle = renew_selftest(without_strangers(bundle))
     return bundle.update(*(write(bundle, function, "fp32") for function in KINDS))
+
+
+def without_strangers(bundle: Bundle) -> Bundle:
+    """Return ``bundle`` without graphs of other weights: those of lower precisions hold none, and would go on with these unseen."""
+    weights, strangers = bundle.manifest.files["weights.safetensors"].sha256, []
+    for name in bundle.manifest.files:
+        if name.endswith(".onnx") and name not in GRAPHS:
+            model = onnx.load(bundle.path / name, load_external_data=False)
+            if weights not in (entry.value for entry in model.metadata_props):
+                strangers.append(name)
+                print(f"{name} was made from other weights and is dropped: training/precision.py makes it anew")
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name not in strangers}
+    return Bundle(bundle.path, replace(bundle.manifest, files=files))
 
 
 def write(bundle: Bundle, function: str, precision: Precision) -> str:

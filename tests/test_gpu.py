@@ -1,21 +1,15 @@
 """On a GPU: the same answers as the CPU, on every road that is installed."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 import numpy as np
 import pytest
 
 from ebjdat_serve.engines import load_engine
-from ebjdat_serve.errors import EngineError
-from ebjdat_serve.selftest import TOLERANCE, compare
+from ebjdat_serve.selftest import verify
 from ebjdat_serve.sgld import Chains, Prior
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def expected(shipped):
-    from safetensors.numpy import load_file
-
-    return load_file(shipped.path / "selftest.safetensors")
 
 
 @pytest.fixture
@@ -25,27 +19,28 @@ def chains(shipped):
 
 
 def engine_or_skip(bundle, kind, device, precision="fp32"):
-    if kind == "onnx":
-        pytest.importorskip("onnxruntime")
-    try:
-        return load_engine(bundle, kind, device, 1, precision)
-    except EngineError as error:
-        pytest.skip(f"not installed here: {error}")
+    """Skip for what is not installed; what is installed and does not run is a failure."""
+    wheels = {("onnx", "cuda"): ["onnxruntime-gpu"], ("onnx", "tensorrt"): ["onnxruntime-gpu", "tensorrt-cu13"]}
+    for wheel in wheels.get((kind, device), []):
+        try:
+            version(wheel)
+        except PackageNotFoundError:
+            pytest.skip(f"{wheel} is not installed here")
+    return load_engine(bundle, kind, device, 1, precision)
 
 
 @pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda"), ("onnx", "tensorrt")])
-def test_fp32_gives_the_self_tests_answers(shipped, expected, kind, device):
+def test_fp32_gives_the_self_tests_answers(shipped, kind, device):
     engine = engine_or_skip(shipped, kind, device)
     assert device in engine.provider.lower()
-    assert max(compare(engine, expected["image"], expected["label"], expected).values()) < TOLERANCE
+    verify(shipped, engine)
 
 
 @pytest.mark.parametrize(
     ("kind", "device", "precision"), [("torch", "cuda", "bf16"), ("onnx", "cuda", "fp16"), ("onnx", "tensorrt", "fp16")]
 )
-def test_lower_precisions_stay_near(shipped, expected, kind, device, precision):
-    engine = engine_or_skip(shipped, kind, device, precision)
-    assert max(compare(engine, expected["image"], expected["label"], expected).values()) < (0.1 if precision == "bf16" else 0.01)
+def test_lower_precisions_stay_near(shipped, kind, device, precision):
+    verify(shipped, engine_or_skip(shipped, kind, device, precision))
 
 
 @pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda"), ("onnx", "tensorrt")])
@@ -64,17 +59,17 @@ def test_more_chains_than_one_graph_moves(shipped, chains):
     np.testing.assert_allclose(end[-11:], end[:11], atol=1e-4)
 
 
-def test_no_operator_of_a_cuda_session_that_matters_runs_on_the_cpu(shipped, chains):
+def test_no_operator_of_a_step_runs_on_the_cpu_but_those_on_shapes(shipped, chains):
     engine = engine_or_skip(shipped, "onnx", "cuda")
     engine.advance(chains, 1)
-    placed = engine.placement()["step"]
-    assert placed["CUDAExecutionProvider"] > 5 * placed.get("CPUExecutionProvider", 0)
+    assert engine.placement()["step"].get("CPUExecutionProvider", 0) <= 4  # the batch's size, read from a shape
 
 
 def test_one_training_step_runs_on_cuda(tmp_path):
     from dataclasses import replace
 
     import torch
+    from safetensors.torch import load_file
 
     from training.clock import Clock
     from training.images import load
@@ -83,4 +78,4 @@ def test_one_training_step_runs_on_cuda(tmp_path):
 
     preset = replace(DIGITS, epochs=0.5, precision="auto")
     weights = train(preset, load("digits"), tmp_path, init=None, clock=Clock(), device=torch.device("cuda"))
-    assert np.isfinite(weights.stat().st_size)
+    assert all(torch.isfinite(value).all() for value in load_file(weights).values())

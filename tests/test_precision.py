@@ -11,6 +11,7 @@ import httpx2
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import training.precision
 from ebjdat_serve import pixels
@@ -19,7 +20,10 @@ from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import LOWER, Limits, check, rows_of
+from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.workers import Model
 from export.to_int8 import write_int8
+from export.to_onnx import export
 from tests.conftest import ROOT, serving
 from training.images import load
 from training.precision import Amounts
@@ -30,7 +34,7 @@ def precise(golden, tmp_path_factory):
     """The digits bundle with every precision, added as a user adds them."""
     folder = tmp_path_factory.mktemp("precise") / "digits"
     shutil.copytree(golden / "current", folder)
-    script, few = ROOT / "training" / "precision.py", ["--n", "200", "--attacked", "50", "--square", "20", "--queries", "50"]
+    script, few = ROOT / "training" / "precision.py", ["--n", "200", "--attacked", "100", "--square", "50", "--queries", "20"]
     done = subprocess.run(
         [sys.executable, str(script), str(folder), "--precision", *LOWER, *few],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -100,31 +104,92 @@ def digest(folder):
     return {path.name: sha256(path) for path in sorted(folder.iterdir())}
 
 
-def test_a_precision_beyond_its_limits_is_refused_and_leaves_no_trace(golden, tmp_path, monkeypatch):
+FEW = Amounts(200, 100, 50, 3)
+
+
+@pytest.fixture
+def digits(golden, tmp_path):
     folder = tmp_path / "digits"
     shutil.copytree(golden / "current", folder)
-    before = digest(folder)
-    # ranges taken on blank pictures clip everything that a real one holds
-    monkeypatch.setattr(training.precision, "write_int8", lambda bundle, image: write_int8(bundle, np.zeros_like(image)))
+    return folder
+
+
+def blind(bundle, image):
+    """Ranges taken on blank pictures clip everything that a real one holds."""
+    return write_int8(bundle, np.zeros_like(image))
+
+
+def test_a_precision_beyond_its_limits_is_refused_and_leaves_no_trace(digits, monkeypatch):
+    before = digest(digits)
+    monkeypatch.setattr(training.precision, "write_int8", blind)
     with pytest.raises(BundleError, match="precision int8 is refused: label_disagreement"):
-        training.precision.admit(Bundle.draft(folder), load("digits"), "int8", Amounts(100, 20, 5, 10))
-    assert digest(folder) == before
+        training.precision.admit(Bundle.draft(digits), load("digits"), ["int8"], FEW)
+    assert digest(digits) == before
+    assert [path.name for path in digits.parent.iterdir()] == ["digits"]
+
+
+def test_a_refused_precision_does_not_cost_the_others(digits, monkeypatch):
+    monkeypatch.setattr(training.precision, "write_int8", blind)
+    with pytest.raises(BundleError, match="int8 is refused"):
+        training.precision.admit(Bundle.draft(digits), load("digits"), ["bf16", "int8"], FEW)
+    bundle = Bundle.load(digits)
+    assert [c.precision for c in bundle.calibrations()] == ["bf16", "fp32"]
+    assert bundle.manifest.version.endswith(".r1")
+
+
+def test_an_interrupted_admission_leaves_the_bundle_as_it_was(digits, monkeypatch):
+    before = digest(digits)
+    monkeypatch.setattr(training.precision, "put", lambda done, home: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        training.precision.admit(Bundle.draft(digits), load("digits"), ["bf16"], FEW)
+    assert digest(digits) == before
+    Bundle.load(digits)
+
+
+def test_a_store_gets_a_new_version_and_keeps_the_old_one(golden, tmp_path):
+    store = tmp_path / "store"
+    publish(Bundle.load(golden), store)
+    old = (store / "current").resolve()
+    before = digest(old)
+    done = training.precision.admit(Bundle.draft(store), load("digits"), ["bf16"], FEW)
+    assert (store / "current").resolve() == done.path != old
+    assert digest(old) == before
+    assert Bundle.load(store).calibration("bf16").precision == "bf16"
+
+
+def test_a_precision_without_figures_is_not_served(precise, tmp_path):
+    shutil.copytree(precise.path, tmp_path / "bare")
+    (tmp_path / "bare" / "metrics.json").write_text("[]")
+    bare = Bundle.draft(tmp_path / "bare").update("metrics.json")
+    with pytest.raises(BundleError, match="has no figure"):
+        Model(bare.path, Settings(precision="int8", device="cpu"))
+
+
+def test_graphs_of_other_weights_are_dropped_at_the_next_export(precise, tmp_path):
+    shutil.copytree(precise.path, tmp_path / "other")
+    bundle = Bundle.draft(tmp_path / "other")
+    tensors = load_file(bundle.path / "weights.safetensors")
+    save_file({name: value * np.asarray(1.001, value.dtype) for name, value in tensors.items()}, bundle.path / "weights.safetensors")
+    again = export(bundle.update("weights.safetensors"))
+    assert not [name for name in again.manifest.files if ".int8." in name or ".fp16." in name]
+    with pytest.raises(BundleError, match=r"no classify\.int8\.onnx"):
+        again.calibration("int8")
 
 
 def row(metric, value, of="ab"):
-    return {"metric": metric, "value": value, "n": 10, "of": of}
+    return {"metric": metric, "value": value, "n": 200, "of": of}
 
 
 WITHIN = [row(f"{name}_int8", 0.0) for name in Limits.__dataclass_fields__]
 
 
 def test_the_gate_wants_every_figure_of_this_very_graph():
-    check(WITHIN, "int8", "ab")
+    check(WITHIN, "int8", {"ab"})
     with pytest.raises(BundleError, match="no figure"):
-        check(WITHIN, "int8", "cd")
+        check(WITHIN, "int8", {"cd"})
     for i, missing in enumerate(WITHIN):
         with pytest.raises(BundleError, match=f"no figure {missing['metric']}"):
-            check(WITHIN[:i] + WITHIN[i + 1 :], "int8", "ab")
+            check(WITHIN[:i] + WITHIN[i + 1 :], "int8", {"ab"})
 
 
 @pytest.mark.parametrize("name", list(Limits.__dataclass_fields__))
@@ -132,7 +197,12 @@ def test_the_gate_wants_every_figure_of_this_very_graph():
 def test_the_gate_refuses_each_figure_beyond_its_limit(name, value):
     rows = [replace_value(r, value) if r["metric"] == f"{name}_int8" else r for r in WITHIN]
     with pytest.raises(BundleError, match=f"{name} is"):
-        check(rows, "int8", "ab")
+        check(rows, "int8", {"ab"})
+
+
+def test_the_gate_wants_enough_images():
+    with pytest.raises(BundleError, match="rests on 7 images, 50 are the fewest"):
+        check([{**r, "n": 7} if "square" in r["metric"] else r for r in WITHIN], "int8", {"ab"})
 
 
 def replace_value(row, value):

@@ -8,14 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.numpy import save_file
-
 from ebjdat_serve.bundle import Architecture, Bundle, Input, Manifest, Provenance, sha256, write_json
-from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.selftest import answers
+from export.reference import write_selftest
 from training.images import Dataset
 from training.presets import Preset, describe
 from training.replay import fit_prior
@@ -72,14 +67,6 @@ def without_paths(configuration: dict[str, Any]) -> dict[str, Any]:
         name: without_paths(value) if isinstance(value, dict) else Path(value).name if isinstance(value, str) and os.sep in value else value
         for name, value in configuration.items()
     }
-
-
-def write_selftest(bundle: Bundle, image: np.ndarray) -> None:
-    """Write eight images, labels with the marginal among them, and torch's outputs."""
-    engine = TorchEngine(bundle, "cpu", torch.get_num_threads())
-    label = np.arange(-1, len(image) - 1, dtype=np.int64)
-    expected = {"image": image, "label": label, **answers(engine, image, label)}
-    save_file({name: np.ascontiguousarray(value) for name, value in expected.items()}, bundle.path / "selftest.safetensors")
 
 
 def git_commit() -> str:

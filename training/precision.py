@@ -3,7 +3,7 @@
 
 Writes the precision's graphs (fp16: classify and step; int8: classify, ranges from training images; bf16 is the torch engine's and
 needs none), calibrates it on its own energies, and measures what it costs against fp32 on the same images. A precision outside the
-limits of ebjdat_serve/precision.py is refused and the bundle stays as it was.
+limits of ebjdat_serve/precision.py is refused. The bundle gets a new version; where BUNDLE is a store, it is published into it.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
+from ebjdat_serve.bundle import Bundle, publish, write_json
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.precision import LOWER, check, rows_of
+from ebjdat_serve.precision import LOWER, rows_of
+from ebjdat_serve.selftest import PROBE
+from ebjdat_serve.sgld import Chains
 from export.to_int8 import write_int8
 from export.to_onnx import write
 from training.adversary import Attack, Threat, cross_entropy, pgd
@@ -46,30 +48,85 @@ class Amounts:
 
     n: int = 2000
     attacked: int = 1000
-    square: int = 200
+    square: int = 100
     queries: int = 1000
 
 
-def admit(bundle: Bundle, data: Dataset, precision: Precision, amounts: Amounts) -> Bundle:
-    """Return ``bundle`` with ``precision`` added, calibrated and measured; raise BundleError, the bundle untouched, beyond a limit."""
+@dataclass(frozen=True)
+class Reference:
+    """What fp32 says, that every precision is compared with: the engine, test images, logits, energies, and who survives which attack."""
+
+    engine: Engine
+    image: Floats
+    label: Labels
+    logits: Floats
+    energy: Floats
+    adversarial: Floats
+    right_adversarial: np.ndarray
+    square: np.ndarray
+    eps: float
+
+
+def admit(bundle: Bundle, data: Dataset, precisions: Sequence[Precision], amounts: Amounts) -> Bundle:
+    """Return ``bundle`` with every one of ``precisions`` that is within its limits, calibrated and measured, as a new version.
+
+    All is done on a copy beside it, which takes its place at the end; in a store it is published. Raises BundleError that names the
+    precisions refused, the others being there, and the bundle untouched when none is.
+    """
     check_data(bundle, data)
-    with tempfile.TemporaryDirectory(prefix=f"{precision}-") as folder:
-        trial = Path(folder) / "bundle"
-        shutil.copytree(bundle.path, trial)
-        draft = Bundle.draft(trial)
-        names = write_graphs(draft, data, precision)
-        draft = calibrate(draft.update(*names), data, precision)
-        rows = list(measure(draft, data, precision, amounts))
-        for row in rows:
-            print(f"{row['metric']:36}{row['value']:>12.5g}  n = {row['n']:<6} {row['protocol']}", flush=True)
-        check(rows, precision, draft.measured(precision))
-        others = [row for row in bundle.metrics() if row not in rows_of(bundle.metrics(), precision)]
-        write_json(trial / "metrics.json", [*others, *rows])
-        draft.update("metrics.json")
-        for name in (*names, "calibration.json", "metrics.json", MANIFEST):  # the manifest last: until then the old one is true
-            shutil.copyfile(trial / name, bundle.path / f".{name}.part")
-            (bundle.path / f".{name}.part").replace(bundle.path / name)
-    return Bundle.draft(bundle.path)
+    fp32 = reference(bundle, data, amounts)
+    refused: list[str] = []
+    with tempfile.TemporaryDirectory(prefix=".precision-", dir=bundle.path.parent) as folder:
+        done = bundle
+        for precision in precisions:
+            try:
+                done = attempt(done, Path(folder) / precision, data, precision, fp32, amounts)
+            except BundleError as error:
+                refused.append(str(error))
+        if done is not bundle:
+            base, _, revision = bundle.manifest.version.partition(".r")
+            done = done.update(version=f"{base}.r{int(revision or 0) + 1}")
+            bundle = put(done, bundle.path)
+    if refused:
+        raise BundleError("; ".join(refused))
+    return bundle
+
+
+def attempt(bundle: Bundle, folder: Path, data: Dataset, precision: Precision, fp32: Reference, amounts: Amounts) -> Bundle:
+    """Return a copy of ``bundle`` in ``folder`` with one precision added; raise BundleError beyond a limit."""
+    shutil.copytree(bundle.path, folder)
+    draft = Bundle.draft(folder)
+    draft = calibrate(draft.update(*write_graphs(draft, data, precision)), data, precision)
+    rows = list(measure(draft, data, precision, fp32, amounts))
+    for row in rows:
+        print(f"{row['metric']:36}{row['value']:>12.5g}  n = {row['n']:<6} {row['protocol']}", flush=True)
+    before = draft.metrics()
+    stale = rows_of(before, precision)
+    write_json(folder / "metrics.json", [*(row for row in before if row not in stale), *rows])
+    draft = draft.update("metrics.json")
+    draft.check_precision(precision)
+    return draft
+
+
+def put(done: Bundle, home: Path) -> Bundle:
+    """Return ``done`` in its place: published where ``home`` is a store's, else put where the old bundle was, whole."""
+    if (home.parent / "current").is_symlink():
+        return Bundle.draft(publish(done, home.parent))
+    old = done.path.with_name("old")
+    home.rename(old)
+    done.path.rename(home)
+    return Bundle.draft(home)
+
+
+def reference(bundle: Bundle, data: Dataset, amounts: Amounts) -> Reference:
+    """Return fp32's answers on the first test images, and its survivors of both attacks."""
+    engine, test = load_engine(bundle, "auto", "cpu", 1), data.test.first(amounts.n)
+    image, label, eps = to_unit(test.image), test.label, EPS_DIGITS if data.name == "digits" else EPS
+    logits, energy = through(engine, image)
+    adversarial = transferred(bundle, image[: amounts.attacked], label[: amounts.attacked], eps)
+    right_adversarial = right(through(engine, adversarial)[0], label[: amounts.attacked])
+    square = square_survivors(engine, image[: amounts.square], label[: amounts.square], eps, amounts.queries)
+    return Reference(engine, image, label, logits, energy, adversarial, right_adversarial, square, eps)
 
 
 def write_graphs(bundle: Bundle, data: Dataset, precision: Precision) -> list[str]:
@@ -80,56 +137,59 @@ def write_graphs(bundle: Bundle, data: Dataset, precision: Precision) -> list[st
     return [write(bundle, function, precision) for function in ("classify", "step")] if precision == "fp16" else []
 
 
-def measure(bundle: Bundle, data: Dataset, precision: Precision, amounts: Amounts) -> Iterator[Row]:
+def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference, amounts: Amounts) -> Iterator[Row]:
     """Yield what ``precision`` costs against fp32 on the same test images, each engine on one thread of the CPU."""
-    full, low = (load_engine(bundle, "auto", "cpu", 1, p) for p in ("fp32", precision))
-    test, where, of = data.test.first(amounts.n), f"{data.name} test", bundle.measured(precision)
-    attacked, square = amounts.attacked, amounts.square
-    eps = EPS_DIGITS if data.name == "digits" else EPS
+    low, where = load_engine(bundle, "auto", "cpu", 1, precision), f"{data.name} test"
+    image, label, f, e = fp32.image, fp32.label, fp32.logits, fp32.energy
 
     def row(metric: str, value: float, n: int, protocol: str, **more: Any) -> Row:
-        return {**number(f"{metric}_{precision}", float(value), n, where, protocol, of), **more}
+        of = more.pop("of", bundle.measured(precision))
+        return {**number(f"{metric}_{precision}", float(value), n, where, protocol, of), "provider": low.provider, **more}
 
-    image, label = to_unit(test.image), test.label
-    (f, e), (f_low, e_low) = through(full, image), through(low, image)
-    yield row(
-        "logit_error_max", np.abs(f_low - f).max() / np.abs(f).max(), len(f), "largest difference from fp32's logits over the largest logit"
-    )
+    f_low, e_low = through(low, image)
+    off = "largest difference from fp32's logits over the largest logit"
+    yield row("logit_error_max", np.abs(f_low - f).max() / np.abs(f).max(), len(f), off)
     yield row("energy_error_max", np.abs(e_low - e).max(), len(e), "largest difference from fp32's energy, nats")
-    yield row(
-        "energy_error_mean_over_sd",
-        np.abs(e_low - e).mean() / e.std(),
-        len(e),
-        "mean distance from fp32's energy over the deviation of fp32's energies",
-    )
+    far = "mean distance from fp32's energy over the deviation of fp32's energies"
+    yield row("energy_error_mean_over_sd", np.abs(e_low - e).mean() / e.std(), len(e), far)
     yield row("label_disagreement", (f_low.argmax(1) != f.argmax(1)).mean(), len(f), "share of images whose class differs from fp32's")
     yield from costs(row, "accuracy_clean", right(f, label), right(f_low, label), "served graph")
 
-    adversarial = transferred(bundle, image[:attacked], label[:attacked], eps)
-    before, after = (right(through(engine, adversarial)[0], label[:attacked]) for engine in (full, low))
-    yield from costs(row, "accuracy_pgd20_transfer", before, after, f"PGD-20 made on the fp32 net, l-inf {eps_name(eps)}, last iterate")
-    before, after = (square_survivors(engine, image[:square], label[:square], eps, amounts.queries) for engine in (full, low))
-    yield from costs(row, "accuracy_square", before, after, f"Square on the graph itself, {amounts.queries} queries, l-inf {eps_name(eps)}")
+    survivors = right(through(low, fp32.adversarial)[0], label[: len(fp32.adversarial)])
+    protocol = f"PGD-20 made on the fp32 net, l-inf {eps_name(fp32.eps)}, last iterate"
+    yield from costs(row, "accuracy_pgd20_transfer", fp32.right_adversarial, survivors, protocol)
+    survivors = square_survivors(low, image[: amounts.square], label[: amounts.square], fp32.eps, amounts.queries)
+    protocol = f"Square on the graph itself, {amounts.queries} queries, l-inf {eps_name(fp32.eps)}"
+    yield from costs(row, "accuracy_square", fp32.square, survivors, protocol)
+
+    chains = Chains.at(image[:32], PROBE, label[:32], SEED)
+    apart = np.abs(low.advance(chains, PROBE.steps).image - fp32.engine.advance(chains, PROBE.steps).image).max()
+    step = "weights.safetensors" if precision == "bf16" else bundle.graph("step", precision).name
+    yield row("step_error_max", apart, 32, "pixels of [0,1], after two Langevin steps", of=bundle.manifest.files[step].sha256)
 
     calibration = bundle.calibration(precision)
     flagged = Detector(np.asarray(calibration.energies), ALPHA)
     rate = flagged.suspicious(flagged.p_value(e_low)).mean()
     stale = Detector(np.asarray(bundle.calibration().energies), ALPHA)
     bounds = flag_rate_interval(len(calibration.energies), len(e), ALPHA)
-    yield row("flag_rate_clean", rate, len(e), f"alpha {ALPHA}, its own calibration", interval=list(bounds))
-    yield row("flag_rate_excess", max(bounds[0] - rate, rate - bounds[1], 0.0), len(e), "distance from the Beta-binomial 99 % interval")
+    low_bound, high_bound = (float(bound) for bound in bounds)
+    own = f"alpha {ALPHA}, its own calibration, Beta-binomial 99 % interval [{low_bound:.4f}, {high_bound:.4f}]"
+    yield row("flag_rate_clean", rate, len(e), own)
+    yield row("flag_rate_excess", max(low_bound - rate, rate - high_bound, 0.0), len(e), "distance from that interval")
     yield row("flag_rate_clean_fp32_threshold", stale.suspicious(stale.p_value(e_low)).mean(), len(e), f"alpha {ALPHA}, fp32's calibration")
     if precision != "bf16":
         yield row("graph_bytes", bundle.graph("classify", precision).stat().st_size, 1, "classify graph; weights.safetensors is shared")
     for batch in (1, 32):
-        protocol = f"images/s over fp32's, batch {batch}, one CPU thread, calls interleaved, 20th percentile of 40"
-        yield row(f"ratio_classify_batch{batch}", speed_ratio(full, low, image[:batch]), 40, protocol)
+        protocol = f"images/s over fp32's, batch {batch}, one CPU thread, calls interleaved, 20th percentile of 40 CPU times"
+        yield row(f"ratio_classify_batch{batch}", speed_ratio(fp32.engine, low, image[:batch]), 40, protocol)
 
 
 def costs(row: Any, metric: str, before: np.ndarray, after: np.ndarray, protocol: str) -> Iterator[Row]:
     """Yield the accuracy of a precision and what it lost against fp32 on the same images, (n,) bool each."""
+    lost = before.astype(float) - after
     yield row(metric, after.mean(), len(after), protocol, fp32=float(before.mean()))
-    yield row(f"{metric}_drop", before.mean() - after.mean(), len(after), f"{protocol}: fp32's accuracy minus this one's")
+    spread = float(lost.std() / len(lost) ** 0.5)
+    yield row(f"{metric}_drop", lost.mean(), len(after), f"{protocol}: fp32's accuracy minus this one's", stderr=spread)
 
 
 def right(logits: Floats, label: Labels) -> np.ndarray:
@@ -165,9 +225,9 @@ def speed_ratio(full: Engine, low: Engine, image: Floats) -> float:
     times: list[list[float]] = [[], []]
     for _ in range(40):
         for engine, taken in zip((full, low), times, strict=True):
-            started = time.perf_counter()
+            started = time.process_time()  # this machine may do other things, which a short call meets seldom and a long one always
             engine.classify(image)
-            taken.append(time.perf_counter() - started)
+            taken.append(time.process_time() - started)
     return float(np.percentile(times[0], 20) / np.percentile(times[1], 20))
 
 
@@ -203,9 +263,9 @@ def main() -> None:
     try:
         bundle = Bundle.draft(options.bundle)
         data = dataset_of(bundle, options.data)
-        for precision in options.precision:
-            bundle = admit(bundle, data, precision, Amounts(options.n, options.attacked, options.square, options.queries))
-            print(f"{precision} admitted to {bundle.path}", flush=True)
+        amounts = Amounts(options.n, options.attacked, options.square, options.queries)
+        done = admit(bundle, data, options.precision, amounts)
+        print(f"{', '.join(options.precision)} admitted to {done.path}, now {done.manifest.version}", flush=True)
     except (EbjdatError, DataError) as error:
         sys.exit(str(error))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ebjdat_serve.bundle import MANIFEST, Bundle, publish, read_json, sha256, write_json
+from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, publish, read_json, sha256, write_json
 from training.clock import Clock
 from training.drafts import Origin, draft_bundle, git_commit
 from training.errors import TrainingError
@@ -130,7 +130,8 @@ def finished(home: Path, weights: Path, n: int) -> bool:
     bundle = Bundle.draft(home)
     entry = bundle.manifest.files.get("weights.safetensors")
     clean = [row["n"] for row in bundle.metrics() if row["metric"] == "accuracy_clean"]
-    return "README.md" in bundle.manifest.files and entry is not None and entry.sha256 == sha256(weights) and clean == [n]
+    whole = {"README.md", *SERVED} <= set(bundle.manifest.files)  # an earlier version had fewer graphs
+    return whole and entry is not None and entry.sha256 == sha256(weights) and clean == [n]
 
 
 def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) -> Origin:

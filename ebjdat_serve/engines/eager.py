@@ -35,7 +35,7 @@ class TorchEngine:
 
     def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1, precision: Precision = "fp32") -> None:
         if device == "tensorrt":
-            raise EngineError("TensorRT runs through ONNX Runtime: use --engine onnx --device tensorrt")
+            raise EngineError("TensorRT runs through ONNX Runtime: use --engine onnx --device tensorrt, with --precision fp32 or fp16")
         if device == "cuda" and not torch.cuda.is_available():
             raise EngineError("CUDA was asked for but torch sees no GPU: check the driver, or use --device cpu")
         if precision not in DTYPES:
@@ -124,5 +124,5 @@ class Walk:
 
 
 def exact() -> AbstractContextManager[None]:
-    """Return a context in which cuDNN multiplies in fp32, not TF32: a threshold taken on a CPU holds on the GPU."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
+    """Return a context in which cuDNN multiplies in fp32, not TF32, and repeats itself: a threshold taken on a CPU holds on the GPU."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -6,12 +6,16 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.engines import Device, Floats, Labels, Precision
-from ebjdat_serve.engines.providers import GPU, TENSORRT, chosen, engine_facts, engine_folder, options_for, seal
-from ebjdat_serve.errors import EngineError
+from ebjdat_serve.engines.providers import BATCHES, CPU, GPU, TENSORRT, chosen, options_for
+from ebjdat_serve.errors import BundleError, EngineError
 from ebjdat_serve.sgld import Chains
+
+FAILURES = (errors.Fail, errors.EPFail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented, errors.RuntimeException)
+"""What ONNX Runtime raises when a session cannot be opened."""
 
 
 class OnnxEngine:
@@ -20,10 +24,8 @@ class OnnxEngine:
     name = "onnx"
 
     def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1, precision: Precision = "fp32") -> None:
-        if precision == "bf16":
-            raise EngineError("bf16 is the torch engine's: use --engine torch, or --precision fp16")
         self.precision: Precision = precision
-        self._bundle, self._threads, self._wish = bundle, threads, chosen(device)
+        self._bundle, self._threads, self._wish = bundle, threads, chosen(device, precision)
         self._strict = device != "auto"
         self.provider = self._classify.get_providers()[0]
 
@@ -53,16 +55,28 @@ class OnnxEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.log_severity_level = 3
-        session = ort.InferenceSession(graph, options, providers=options_for(self._wish, self._bundle, graph, self.precision))
-        if self._strict and session.get_providers()[0] != self._wish:
-            raise EngineError(
-                f"{self._wish} was asked for but ONNX Runtime runs on {session.get_providers()[0]}: check the driver and the provider's "
-                "libraries (ebjdat-serve[gpu], [tensorrt]), or use --device cpu"
-            )
-        if self._wish == TENSORRT:
-            facts = engine_facts(graph, self.precision)
-            seal(engine_folder(facts), facts)
+        if self._wish == CPU and ".fp16." in graph.name:
+            # a CPU computes fp16 by casts, for evidence and not for speed: optimised, they cancel and nothing is rounded
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        with options_for(self._wish, self._bundle, graph) as wanted:
+            try:
+                # without its own fallback, which would go on with other providers and other options
+                session = ort.InferenceSession(graph, options, providers=wanted, enable_fallback=0)
+            except FAILURES as error:
+                raise EngineError(f"ONNX Runtime cannot open {graph} on {self._wish}: {error}") from error
+            self._check(session)
         return session
+
+    def _check(self, session: ort.InferenceSession) -> None:
+        about, weights = session.get_modelmeta().custom_metadata_map, self._bundle.manifest.files["weights.safetensors"].sha256
+        if about.get("weights") != weights:
+            raise BundleError(f"{self._bundle.path}: a graph was made from other weights; python export/to_onnx.py BUNDLE makes it anew")
+        placed = _operators(session)
+        if self._strict and (session.get_providers()[0] != self._wish or not placed[self._wish]):
+            raise EngineError(
+                f"{self._wish} was asked for but ONNX Runtime runs on {session.get_providers()[0]} ({dict(placed)} operators): check the "
+                "driver and the provider's libraries (ebjdat-serve[gpu], [tensorrt]), or use --device cpu"
+            )
 
     def placement(self) -> dict[str, dict[str, int]]:
         """Return, for each graph in use, how many of its operators run on which provider."""
@@ -81,6 +95,9 @@ class OnnxEngine:
 
     def advance(self, chains: Chains, steps: int) -> Chains:
         """Return ``chains`` after ``steps`` Langevin steps: one run of the step graph each, between two pairs of buffers on the device."""
+        if self._wish == TENSORRT and len(chains.label) > BATCHES[-1]:  # beyond its profile
+            parts = [chains.rows(slice(i, i + BATCHES[-1])) for i in range(0, len(chains.label), BATCHES[-1])]
+            return Chains.join([self.advance(part, steps) for part in parts])
         device = "cuda" if self.provider in GPU else "cpu"
         arrays = chains.arrays()
         place = {name: ort.OrtValue.ortvalue_from_numpy(array.copy(), device) for name, array in arrays.items()}

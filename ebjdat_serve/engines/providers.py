@@ -1,11 +1,16 @@
 """Which ONNX Runtime provider runs a graph, with what options, and where TensorRT's engines are kept."""
 
+import ctypes
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,42 +29,76 @@ SEAL = "engine.json"
 Facts = dict[str, Any]
 
 
-def chosen(device: Device) -> str:
+def chosen(device: Device, precision: Precision) -> str:
     """Return the provider to ask for; ``auto`` is CUDA where this ONNX Runtime has it, else the CPU: TensorRT only by name.
 
-    Raises EngineError when a provider asked for by name is not to be had here.
+    Raises EngineError when a provider asked for by name is not to be had here, or does not compute in ``precision``.
     """
+    if precision == "bf16":
+        raise EngineError("--precision bf16 is the torch engine's: use --engine torch with --device cpu or cuda, or --precision fp16")
+    if device == "tensorrt" and precision == "int8":
+        raise EngineError("--precision int8 is for CPUs, and TensorRT takes no ranges that are not symmetric: use --precision fp16")
     available = ort.get_available_providers()
     if device == "auto":
         return CUDA if CUDA in available else CPU
     wanted = BY_DEVICE[device]
+    if wanted == TENSORRT and (tensorrt_version() is None or wanted not in available):
+        raise EngineError(
+            "--device tensorrt: ONNX Runtime's GPU build and TensorRT 10 are needed: pip install 'ebjdat-serve[gpu,tensorrt]' (its "
+            "libraries come from NVIDIA's own package index, not from PyPI), or use --device cuda"
+        )
     if wanted not in available:
         raise EngineError(f"--device {device}: this ONNX Runtime has no {wanted}: pip install 'ebjdat-serve[gpu]', or use --device cpu")
-    if wanted == TENSORRT and tensorrt_version() is None:
-        raise EngineError(
-            "--device tensorrt: TensorRT 10 is not installed: pip install 'ebjdat-serve[gpu,tensorrt]' (its libraries come from NVIDIA's "
-            "own package index, not from PyPI), or use --device cuda"
-        )
     return wanted
 
 
-def options_for(provider: str, bundle: Bundle, graph: Path, precision: Precision) -> list[tuple[str, dict[str, str]]]:
-    """Return ONNX Runtime's list of providers: the one wanted, then what runs the operators it does not know."""
+@contextmanager
+def options_for(provider: str, bundle: Bundle, graph: Path) -> Iterator[list[tuple[str, dict[str, str]]]]:
+    """Yield ONNX Runtime's providers while a session is opened: the one wanted, then what runs operators it does not know.
+
+    TensorRT's engine is locked meanwhile, so that no process removes what another builds, and sealed when the session was opened.
+    """
     if provider == CPU:
-        return [(CPU, {})]
+        yield [(CPU, {})]
+        return
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
     # TF32 would move energies by 1e-3, and a threshold with them: fp32 means fp32, and fp16 is there for speed
     cuda = (CUDA, {"device_id": "0", "use_tf32": "0"})
     if provider == CUDA:
-        return [cuda, (CPU, {})]
-    facts = engine_facts(graph, precision)
+        yield [cuda, (CPU, {})]
+        return
+    load_tensorrt()
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # TensorRT's provider has no option for it
+    facts = engine_facts(graph)
     folder = engine_folder(facts)
-    clear_unless_ready(folder, facts)
-    return [(TENSORRT, tensorrt_options(folder, bundle, graph, precision)), cuda, (CPU, {})]
+    with locked(folder):
+        clear_unless_ready(folder, facts)
+        yield [(TENSORRT, tensorrt_options(folder, bundle, graph)), cuda, (CPU, {})]
+        seal(folder, facts)
 
 
-def tensorrt_options(folder: Path, bundle: Bundle, graph: Path, precision: Precision) -> dict[str, str]:
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder``'s lock, waiting for the process that has it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def load_tensorrt() -> None:
+    """Load TensorRT's libraries from their wheel, where ONNX Runtime would not look; raise EngineError when they do not load."""
+    found = find_spec("tensorrt_libs")
+    folder = Path(found.origin).parent if found and found.origin else None
+    for name in ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10"):
+        try:
+            ctypes.CDLL(str(folder / name) if folder else name, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise EngineError(f"--device tensorrt: {name} does not load ({error}): pip install 'ebjdat-serve[gpu,tensorrt]'") from error
+
+
+def tensorrt_options(folder: Path, bundle: Bundle, graph: Path) -> dict[str, str]:
     """Return the provider's options: a cache in ``folder``, one optimisation profile over ``BATCHES``, and the graph's own precision."""
     folder.mkdir(parents=True, exist_ok=True)
     size = bundle.manifest.input
@@ -72,13 +111,12 @@ def tensorrt_options(folder: Path, bundle: Bundle, graph: Path, precision: Preci
         "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(folder),
-        "trt_fp16_enable": "1" if precision == "fp16" else "0",
-        "trt_int8_enable": "1" if precision == "int8" else "0",
+        "trt_fp16_enable": "1" if ".fp16." in graph.name else "0",  # of the graph: fp16 has no score of its own
         **{f"trt_profile_{name}_shapes": shape for name, shape in zip(("min", "opt", "max"), shapes, strict=True)},
     }
 
 
-def engine_facts(graph: Path, precision: Precision) -> Facts:
+def engine_facts(graph: Path) -> Facts:
     """Return all that a TensorRT engine depends on: an engine made under other facts is another engine."""
     return {
         "gpu": gpu_name(),
@@ -86,7 +124,7 @@ def engine_facts(graph: Path, precision: Precision) -> Facts:
         "onnxruntime": ort.__version__,
         "graph": sha256(graph),
         "weights": sha256(graph.with_name("weights.safetensors")),
-        "precision": precision,
+        "tf32": os.environ.get("NVIDIA_TF32_OVERRIDE", ""),
         "batches": list(BATCHES),
     }
 
@@ -134,9 +172,10 @@ def tensorrt_version() -> str | None:
 
 
 def gpu_name() -> str:
-    """Return name, compute capability and driver of the first GPU; raise EngineError where there is none."""
+    """Return name, compute capability and driver of the first visible GPU; raise EngineError where there is none."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     try:
-        query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader", "-i", "0"]
+        query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader", "-i", first]
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         raise EngineError(f"no NVIDIA GPU answers nvidia-smi here ({error}): use --device cpu") from error

@@ -54,6 +54,7 @@ class Model:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.bundle = Bundle.load(folder)
         calibration = self.bundle.calibration(settings.precision)
+        self.bundle.check_precision(settings.precision)
         self.engine: Engine = load_engine(self.bundle, settings.engine, settings.device, settings.threads, settings.precision)
         self.detector = Detector(np.asarray(calibration.energies), settings.alpha)
         self.temperature = calibration.temperature

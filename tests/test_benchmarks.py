@@ -1,0 +1,67 @@
+"""The benchmarks' own logic: what is written where, and what happens when a road or the time is missing."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import benchmarks.engines as engines
+from benchmarks import gpu_check
+from ebjdat_serve.errors import EngineError
+from tests.conftest import ROOT
+
+
+def test_the_documents_tables_are_those_of_the_json(shipped):
+    rows = json.loads((ROOT / "benchmarks" / "engines.json").read_text())
+    text = (ROOT / "docs" / "engines.md").read_text()
+    assert engines.document(text, rows, shipped) == text
+
+
+def test_a_road_that_cannot_step_is_listed_with_its_reason(shipped, monkeypatch):
+    from ebjdat_serve.engines.ort import OnnxEngine
+
+    def broken(self, chains, steps):
+        raise EngineError("no step here")
+
+    monkeypatch.setattr(OnnxEngine, "advance", broken)
+    found, missing = engines.roads(shipped, [("onnx", "cpu", "fp32"), ("torch", "cpu", "fp32"), ("onnx", "cpu", "bf16")])
+    assert list(found) == ["torch cpu fp32"]
+    assert [(row["name"], row["unit"]) for row in missing] == [("onnx cpu fp32", "unmeasured"), ("onnx cpu bf16", "unmeasured")]
+    assert missing[0]["why"] == "no step here"
+
+
+def test_gpu_check_names_what_there_was_no_time_for_and_writes_the_rest(monkeypatch):
+    asked = []
+
+    def measure(bundle, batches, roads, device, seconds):
+        asked.append([road[1] for road in roads])
+        label = "torch cuda fp32 step batch 1"
+        return [
+            {"name": label, "value": 100.0, "unit": "chain steps/s", "ms": 10.0},
+            {"name": f"ratio {label} / eager torch fp32", "value": 5.0, "unit": "ratio"},
+            {"name": f"ratio floor / {label}", "value": 0.4, "unit": "ratio"},
+        ]
+
+    monkeypatch.setattr(engines, "measure", measure)
+    monkeypatch.setattr(engines, "random_bundle", lambda folder, depth, width: None)
+    rows = [row for block in gpu_check.measured(time.monotonic() + 200) for row in block]
+    assert asked == [["cuda"] * 4, ["cuda"] * 4, ["tensorrt"] * 2]
+    report = gpu_check.document("a GPU", rows, ["Tests: none"])
+    assert "| WRN-28-10 torch cuda fp32 step batch 1 | 100 | chain steps/s | 10.00 | 5.00 |  | 0.40 |" in report
+    assert "unmeasured: WRN-28-10 onnx tensorrt fp16: 240 s were not left" in report
+    assert len({row["name"] for row in rows if row["unit"] == "chain steps/s"}) == 2
+
+
+def test_one_cpu_thread_is_timed_by_the_cpus_time():
+    assert torch.get_num_threads() == 1
+    assert engines.clock(torch.device("cpu")) is time.process_time
+    assert engines.clock(torch.device("cuda")) is time.perf_counter
+
+
+def test_gpu_check_without_a_gpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--write", "never.md"])
+    assert gpu_check.main() == 2
+    assert "there is none here" in capsys.readouterr().err
+    assert not Path("never.md").exists()
