@@ -55,6 +55,8 @@ def test_a_precision_has_its_own_calibration_and_figures(precise, precision):
     figures = {row["metric"].removesuffix(f"_{precision}"): row for row in rows_of(precise.metrics(), precision)}
     wanted = "logit_error_max accuracy_clean accuracy_pgd20_transfer accuracy_square flag_rate_clean ratio_classify_batch1"
     assert set(wanted.split()) <= set(figures)
+    step = "weights.safetensors" if precision == "bf16" else precise.graph("step", precision).name
+    assert figures.pop("step_error_max")["of"] == precise.manifest.files[step].sha256
     assert all(row["of"] == own.of and row["n"] > 0 and row["protocol"] for row in figures.values())
     assert 0 < figures["energy_error_max"]["value"] < 0.5
 

@@ -44,7 +44,9 @@ def load_engine(
     """
     if kind == "torch" or (kind == "auto" and precision == "bf16"):
         if find_spec("torch") is None:
-            raise EngineError("--engine torch and --precision bf16 need PyTorch: pip install torch==2.13.0, or use --engine onnx")
+            raise EngineError(
+                "the torch engine (--engine torch, --precision bf16) needs PyTorch: pip install torch==2.13.0, or use --engine onnx"
+            )
         from ebjdat_serve.engines.eager import TorchEngine
 
         return TorchEngine(bundle, device, threads, precision)
