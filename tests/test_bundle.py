@@ -76,13 +76,15 @@ def test_a_manifest_that_is_not_json_is_refused(copy):
         Bundle.load(copy)
 
 
-def test_calibration_of_another_graph_is_stale(copy):
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_calibration_of_another_graph_is_stale(copy, precision):
     rows = json.loads((copy / "calibration.json").read_text())
-    rows[0]["of"] = "0" * 64
+    for row in rows:
+        row["of"] = "0" * 64 if row["precision"] == precision else row["of"]
     (copy / "calibration.json").write_text(json.dumps(rows))
     Bundle.draft(copy).update("calibration.json")
-    with pytest.raises(BundleError, match="stale"):
-        Bundle.load(copy)
+    with pytest.raises(BundleError, match=f"stale: {precision}"):
+        Bundle.load(copy).calibration(precision)
 
 
 def test_neither_bundle_nor_store(tmp_path):
