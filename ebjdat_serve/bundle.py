@@ -166,6 +166,10 @@ class Bundle:
             step = "weights.safetensors" if precision == "bf16" else self.graph("step", precision).name
             check(self.metrics(), precision, {self.measured(precision), self.manifest.files[step].sha256})
 
+    def holds(self, of: str) -> bool:
+        """Return whether ``of`` is the sha256 of one of the bundle's files: what was measured of anything else is stale."""
+        return any(entry.sha256 == of for entry in self.manifest.files.values())
+
     def calibrations(self) -> list[Calibration]:
         """Return every precision's calibration, stale or not, in the file's order."""
         file = self.path / "calibration.json"

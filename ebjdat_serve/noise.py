@@ -14,8 +14,8 @@ def uniform(key: Tensor, step: Tensor, n: int) -> Tensor:
         u[j] = (sum_m c_m(t) j^m mod P) / P,   c_m(t) = sum_l key[m, l] t^l mod P,   P = 2^31 - 1
 
     ``key`` (N, 4, 4) int64 is uniform below P, ``step`` (N,) int64. Any four places of any four steps are independent and uniform
-    (Wegman & Carter 1981), so every moment up to the fourth is exact; longer runs of one chain obey linear relations modulo one,
-    which a sampler does not see. Products, sums and remainders of int64 are all it takes, which every engine has: bit shifts are not.
+    (Wegman & Carter 1981); longer runs of one chain obey linear relations modulo one, which a sampler does not see. Products, sums
+    and remainders of int64 are all it takes, which every engine has: bit shifts are not.
     """
     coefficient = horner(key, step[:, None])
     place = torch.arange(n, device=key.device)
@@ -31,7 +31,10 @@ def horner(coefficient: Tensor, at: Tensor) -> Tensor:
 
 
 def normal(key: Tensor, step: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return standard normal noise (N, *shape), an even number of values a row, by Box-Muller: row i from ``key[i]`` and ``step[i]``."""
+    """Return standard normal noise (N, *shape), an even number of values a row, by Box-Muller: row i from ``key[i]`` and ``step[i]``.
+
+    Two places of u make a value, so any two values are independent.
+    """
     n = math.prod(shape)
     u = uniform(key, step, n)
     # u is one where its integer is near P, and never zero but for the integer zero: half a step up keeps the logarithm finite

@@ -183,6 +183,15 @@ def test_tensorrt_that_is_installed_and_does_not_load_is_an_error_with_the_libra
         OnnxEngine(shipped, "tensorrt")
 
 
+def test_fp32_on_a_gpu_is_not_tf32(shipped, monkeypatch):
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
+    with providers.options_for(providers.CUDA, shipped, shipped.path / "classify.onnx") as wanted:
+        assert [name for name, _ in wanted] == [providers.CUDA, providers.CPU]
+        assert wanted[0][1]["use_tf32"] == "0"
+    with eager.exact():
+        assert not torch.backends.cudnn.allow_tf32
+
+
 def test_no_session_goes_on_with_other_providers_on_its_own(roads):
     for name in ("classify", "score", "step"):
         roads["onnx"].warm(name)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -25,6 +26,7 @@ from ebjdat_serve.server.workers import Model
 from export.to_int8 import write_int8
 from export.to_onnx import export
 from tests.conftest import ROOT, serving
+from training.calibrate import calibrate
 from training.images import load
 from training.precision import Amounts
 
@@ -139,6 +141,29 @@ def test_a_refused_precision_does_not_cost_the_others(digits, monkeypatch):
     assert bundle.manifest.version.endswith(".r1")
 
 
+@pytest.mark.parametrize(("few", "name"), [(Amounts(0), "n 0"), (Amounts(200, 99), "attacked 99"), (Amounts(200, 100, 1), "square 1")])
+def test_too_few_images_are_refused_before_anything_is_measured(digits, few, name):
+    with pytest.raises(BundleError, match=f"--{name}, of 300 test images"):
+        training.precision.admit(Bundle.draft(digits), load("digits"), ["bf16"], few)
+
+
+def test_a_bundle_that_cannot_be_put_in_place_leaves_the_old_one(digits, monkeypatch):
+    before = digest(digits)
+    trial = digits.parent / ".trial" / "new"
+    shutil.copytree(digits, trial)
+    rename = Path.rename
+
+    def full(self, target):
+        if self == trial:
+            raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space"):
+        training.precision.put(Bundle.draft(trial), digits)
+    assert digest(digits) == before
+
+
 def test_an_interrupted_admission_leaves_the_bundle_as_it_was(digits, monkeypatch):
     before = digest(digits)
     monkeypatch.setattr(training.precision, "put", lambda done, home: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -176,6 +201,10 @@ def test_graphs_of_other_weights_are_dropped_at_the_next_export(precise, tmp_pat
     assert not [name for name in again.manifest.files if ".int8." in name or ".fp16." in name]
     with pytest.raises(BundleError, match=r"no classify\.int8\.onnx"):
         again.calibration("int8")
+    data = load("digits")
+    calibrated = calibrate(again, data)
+    assert [row.precision for row in calibrated.calibrations()] == ["fp32"]
+    publish(calibrated, tmp_path / "store")
 
 
 def row(metric, value, of="ab"):

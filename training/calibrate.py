@@ -35,7 +35,7 @@ def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32") -> B
         temperature=fit_temperature(logits, data.selection.label),
         energies=sorted(float(value) for value in energies),
     )
-    others = [row for row in bundle.calibrations() if row.precision != precision]
+    others = [row for row in bundle.calibrations() if row.precision != precision and bundle.holds(row.of)]
     write_json(bundle.path / "calibration.json", [asdict(row) for row in sorted([calibration, *others], key=lambda row: row.precision)])
     return bundle.update("calibration.json")
 

@@ -69,7 +69,7 @@ def evaluate(bundle: Bundle, data: Dataset, suite: Suite, baseline: Path | None 
         for row in part(bundle, data, suite):
             print(f"{row['metric']:32}{row['value']:>10.4f}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}", flush=True)
             rows.append(row)
-    rows += [row for p in LOWER for row in rows_of(bundle.metrics(), p)]  # what training/precision.py measured
+    rows += [row for p in LOWER for row in rows_of(bundle.metrics(), p) if bundle.holds(row["of"])]  # what training/precision.py measured
     write_json(bundle.path / "metrics.json", rows)
     written = write_card(bundle, rows, beside)
     return bundle.update("metrics.json", *written)

@@ -25,7 +25,7 @@ from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.precision import LOWER, rows_of
+from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
 from ebjdat_serve.selftest import PROBE
 from ebjdat_serve.sgld import Chains
 from export.to_int8 import write_int8
@@ -114,12 +114,23 @@ def put(done: Bundle, home: Path) -> Bundle:
         return Bundle.draft(publish(done, home.parent))
     old = done.path.with_name("old")
     home.rename(old)
-    done.path.rename(home)
+    try:
+        done.path.rename(home)
+    except BaseException:
+        old.rename(home)  # the folder around it is removed
+        raise
     return Bundle.draft(home)
 
 
 def reference(bundle: Bundle, data: Dataset, amounts: Amounts) -> Reference:
-    """Return fp32's answers on the first test images, and its survivors of both attacks."""
+    """Return fp32's answers on the first test images and its survivors of both attacks; raise BundleError for too few images."""
+    for given, least, what in (
+        (amounts.n, FEWEST, "n"),
+        (amounts.attacked, FEWEST_ATTACKED, "attacked"),
+        (amounts.square, FEWEST_SQUARE, "square"),
+    ):
+        if min(given, len(data.test)) < least:
+            raise BundleError(f"--{what} {given}, of {len(data.test)} test images: figures must rest on {least} at the fewest")
     engine, test = load_engine(bundle, "auto", "cpu", 1), data.test.first(amounts.n)
     image, label, eps = to_unit(test.image), test.label, EPS_DIGITS if data.name == "digits" else EPS
     logits, energy = through(engine, image)
@@ -261,7 +272,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        bundle = Bundle.draft(options.bundle)
+        bundle = Bundle.draft(options.bundle.resolve())  # a copy is made beside it, also when it is the folder that one stands in
         data = dataset_of(bundle, options.data)
         amounts = Amounts(options.n, options.attacked, options.square, options.queries)
         done = admit(bundle, data, options.precision, amounts)
