@@ -9,19 +9,19 @@ selftest.safetensors eight images and what torch said of them
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.graphs import check_graph
 from ebjdat_serve.precision import check
 from ebjdat_serve.sgld import Sampler
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
+SIGNATURE = "bundle.json.sig"
 GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
 SERVED = ("weights.safetensors", "prior.safetensors", *GRAPHS, "calibration.json", "selftest.safetensors")
 T = TypeVar("T")
@@ -129,17 +129,22 @@ class Bundle:
         return Bundle(path, manifest)
 
     def check_files(self) -> None:
-        """Raise BundleError naming the first file whose size or sha256 is not the manifest's."""
+        """Raise BundleError naming the first file that is not the manifest's, lies elsewhere, or is a graph that takes from elsewhere."""
+        home = self.path.resolve()
         for name, entry in self.manifest.files.items():
             file = self.path / name
             if not file.is_file():
                 raise BundleError(f"{file} is missing")
+            if file.resolve().parent != home:
+                raise BundleError(f"{file} is a link that leaves the bundle; put the file itself there")
             try:
                 whole = file.stat().st_size == entry.bytes and sha256(file) == entry.sha256
             except OSError as error:
                 raise BundleError(f"{file} cannot be read: {error.strerror}") from error
             if not whole:
                 raise BundleError(f"{file} is damaged: it does not match its sha256 in {MANIFEST}; restore the bundle")
+            if name.endswith(".onnx"):
+                check_graph(file, self.manifest.files)
 
     def graph(self, function: str, precision: str = "fp32") -> Path:
         """Return the graph of ``function`` (classify, score, step): a precision's own, else the fp32 one.
@@ -206,6 +211,14 @@ class Bundle:
         return Bundle(self.path, manifest)
 
 
+def manifest_key(path: Path) -> str:
+    """Return the sha256 of a bundle's manifest, and so of all it vouches for; raise BundleError when there is none."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise BundleError(f"{file} is missing")
+    return sha256(file)
+
+
 def graph_name(function: str, precision: str) -> str:
     """Return the file name of a function's graph in a precision."""
     return f"{function}.onnx" if precision == "fp32" else f"{function}.{precision}.onnx"
@@ -218,36 +231,6 @@ def resolve(path: Path) -> Path:
     if (path / "current" / MANIFEST).is_file():
         return (path / "current").resolve()
     raise BundleError(f"{path} is neither a bundle (no {MANIFEST}) nor a store (no current/{MANIFEST})")
-
-
-def publish(bundle: Bundle, store: Path) -> Path:
-    """Copy a verified bundle into ``store`` and point ``current`` at it; a reader sees the old one or the new one, whole.
-
-    Raises BundleError for a damaged bundle, a version that is there with other content, and a precision beyond its limits.
-    """
-    bundle = Bundle.load(bundle.path)
-    for calibration in bundle.calibrations():
-        bundle.check_precision(calibration.precision)
-    store.mkdir(parents=True, exist_ok=True)
-    home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
-    if home.exists():
-        if read_json(home / MANIFEST) != read_json(bundle.path / MANIFEST):
-            raise BundleError(f"{home} exists with other content: a version is published once")
-        Bundle.load(home)
-    else:
-        aside = Path(tempfile.mkdtemp(prefix=".incoming-", dir=store))
-        try:
-            for name in (MANIFEST, *bundle.manifest.files):
-                shutil.copyfile(bundle.path / name, aside / name)
-            aside.chmod(0o755)
-            aside.rename(home)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    pointer = store / ".current-new"
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(home.name)
-    os.replace(pointer, store / "current")
-    return home
 
 
 def parse(kind: type[T], data: Any, where: str) -> T:

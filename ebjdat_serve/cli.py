@@ -1,4 +1,4 @@
-"""`ebjdat-serve serve | inspect | verify`."""
+"""`ebjdat-serve serve | inspect | verify | publish | rollback | sign`."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from ebjdat_serve.errors import EbjdatError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 2 with the error on stderr."""
-    parser = argparse.ArgumentParser(prog="ebjdat-serve", description="Serve, inspect and verify EB-JDAT model bundles.")
+    parser = argparse.ArgumentParser(prog="ebjdat-serve", description="Serve, inspect, verify, publish and sign EB-JDAT model bundles.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True)
 
@@ -37,6 +37,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve_parser.add_argument(
         "--threads", default=max(1, (os.cpu_count() or 1) // 2), type=int, help="threads of each worker (%(default)s)"
     )
+    serve_parser.add_argument(
+        "--max-steps",
+        default=0,
+        type=int,
+        help="most Langevin steps of a chain; the bundle's own number, its sampler's horizon, by default",
+    )
+    for name in ("classify-workers", "generate-workers"):
+        value = getattr(default, name.replace("-", "_"))
+        zero = "; 0: no /generate" if name.startswith("generate") else ""
+        serve_parser.add_argument(f"--{name}", default=value, type=int, help=f"processes (%(default)s){zero}")
+    serve_parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="KEY.pub.pem",
+        help="serve only bundles signed by this key; may be repeated",
+    )
     serve_parser.set_defaults(command=serve)
 
     for name, command, text in (
@@ -50,6 +68,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify_parser.add_argument("--engine", default="auto", choices=get_args(EngineKind))
     verify_parser.add_argument("--device", default="cpu", choices=get_args(Device))
     verify_parser.add_argument("--precision", default="fp32", choices=get_args(Precision))
+
+    publish_parser = commands.add_parser("publish", help="copy a bundle into a store and point the store at it")
+    publish_parser.add_argument("bundle", type=Path)
+    publish_parser.add_argument("store", type=Path)
+    publish_parser.add_argument("--key", type=Path, help="sign it with this private key")
+    publish_parser.set_defaults(command=publish)
+    rollback_parser = commands.add_parser("rollback", help="point a store at the version before, or at another")
+    rollback_parser.add_argument("store", type=Path)
+    rollback_parser.add_argument("version", nargs="?", default="")
+    rollback_parser.set_defaults(command=rollback)
+    sign_parser = commands.add_parser("sign", help="sign a bundle's manifest with an ed25519 key")
+    sign_parser.add_argument("bundle", type=Path)
+    sign_parser.add_argument("--key", type=Path, required=True)
+    sign_parser.set_defaults(command=sign)
 
     options = parser.parse_args(arguments)
     try:
@@ -75,13 +107,42 @@ def serve(options: argparse.Namespace) -> None:
         precision=options.precision,
         alpha=options.alpha,
         threads=options.threads,
+        trust=tuple(options.trust),
+        max_steps=options.max_steps,
+        classify_workers=options.classify_workers,
+        generate_workers=options.generate_workers,
     )
     seam.check_address(settings.host, settings.port)
     print(f"starting {settings.model}", flush=True)
-    server = build_server(settings)
-    manifest = Bundle.draft(settings.model).manifest
+    server, model = build_server(settings)
     url = f"http://{'localhost' if settings.host == '::' else settings.host}:{settings.port}"
-    seam.run(server, settings.host, settings.port, f"{manifest.name}@{manifest.version} on {url} (docs: {url}/docs); Ctrl-C ends")
+    seam.run(server, settings.host, settings.port, f"{model} on {url} (docs: {url}/docs); Ctrl-C ends")
+
+
+def publish(options: argparse.Namespace) -> None:
+    """Publish a bundle; servers of the store change over by themselves."""
+    from ebjdat_serve import store
+
+    bundle = Bundle.load(options.bundle)
+    if options.key:
+        from ebjdat_serve.signing import sign
+
+        sign(bundle.path, options.key)
+    print(f"{store.publish(bundle, options.store)} is current")
+
+
+def rollback(options: argparse.Namespace) -> None:
+    """Point a store at an earlier version."""
+    from ebjdat_serve import store
+
+    print(f"{store.rollback(options.store, options.version)} is current")
+
+
+def sign(options: argparse.Namespace) -> None:
+    """Sign a bundle."""
+    from ebjdat_serve import signing
+
+    print(f"signed: {signing.sign(Bundle.load(options.bundle).path, options.key)}")
 
 
 def inspect(options: argparse.Namespace) -> None:

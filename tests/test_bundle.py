@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ebjdat_serve.bundle import MANIFEST, Bundle, Manifest, parse, publish, resolve, sha256
+from ebjdat_serve.bundle import MANIFEST, Bundle, Manifest, parse, resolve, sha256
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.store import publish
 
 
 @pytest.fixture

@@ -16,13 +16,14 @@ from safetensors.numpy import load_file, save_file
 
 import training.precision
 from ebjdat_serve import pixels
-from ebjdat_serve.bundle import Bundle, publish, sha256
+from ebjdat_serve.bundle import Bundle, sha256
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import LOWER, Limits, check, rows_of
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.workers import Model
+from ebjdat_serve.store import publish
 from export.to_int8 import write_int8
 from export.to_onnx import export
 from tests.conftest import ROOT, serving

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ebjdat_serve.bundle import Bundle, publish, write_json
+from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
@@ -28,6 +28,7 @@ from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
 from ebjdat_serve.selftest import PROBE
 from ebjdat_serve.sgld import Chains
+from ebjdat_serve.store import publish
 from export.to_int8 import write_int8
 from export.to_onnx import write
 from training.adversary import Attack, Threat, cross_entropy, pgd

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, publish, read_json, sha256, write_json
+from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
+from ebjdat_serve.store import publish
 from training.clock import Clock
 from training.drafts import Origin, draft_bundle, git_commit
 from training.errors import TrainingError

@@ -7,12 +7,14 @@ from starlette.exceptions import HTTPException
 
 TITLES = {
     400: "Bad request",
+    401: "Not allowed",
     404: "Not found",
     405: "Method not allowed",
     408: "Body too slow",
     413: "Too large",
     415: "Unsupported content type",
     422: "Invalid input",
+    429: "Too much at once",
     500: "Internal error",
     503: "Busy",
     504: "Deadline exceeded",
@@ -61,8 +63,12 @@ def methods_of(app: FastAPI, path: str) -> set[str]:
 
 def document(status: int, detail: str, headers: dict[str, str] | None = None, **extra: object) -> JSONResponse:
     """Return the problem document."""
-    content = {"title": TITLES.get(status, "Error"), "status": status, "detail": detail, **extra}
-    return JSONResponse(content, status, headers=headers, media_type="application/problem+json")
+    return JSONResponse(content(status, detail, **extra), status, headers=headers, media_type="application/problem+json")
+
+
+def content(status: int, detail: str, **extra: object) -> dict[str, object]:
+    """Return the problem document's content."""
+    return {"title": TITLES.get(status, "Error"), "status": status, "detail": detail, **extra}
 
 
 def explain(error: RequestValidationError) -> str:
@@ -71,7 +77,7 @@ def explain(error: RequestValidationError) -> str:
     for item in error.errors():
         place = ".".join(str(part) for part in item["loc"] if part not in ("query", "body", "str", "int"))
         if item["type"] == "extra_forbidden":
-            found.append(f"{place[:40]} is unknown; known are class, n, steps, seed, format, scale")
+            found.append(f"{place[:40]} is unknown; known are class, n, steps, step_size, temperature, seed, format, scale, stream, every")
             continue
         found.append(f"{place}: {item['msg']}" if place else item["msg"])
     return "; ".join(found)

@@ -70,11 +70,17 @@ class GenerateQuery(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     class_: Annotated[StrictStr | StrictInt, Field(alias="class", description="class index or name")]
     n: Annotated[int, Field(description="how many images")] = 1
-    steps: Annotated[int | None, Field(description="Langevin steps; the bundle's own number by default")] = None
+    steps: Annotated[int | None, Field(description="Langevin steps; the bundle's own number by default, and at most")] = None
+    step_size: Annotated[
+        float | None, Field(gt=0, le=100, description="step size in pixel units of [0,1]; the bundle's own by default")
+    ] = None
+    temperature: Annotated[float, Field(ge=0, le=1e4, description="noise variance in units of the bundle's own; 0: no noise")] = 1.0
     seed: Annotated[
         int | None, Field(ge=0, le=2**31 - 1, description="image i's noise depends on seed + i; drawn at random when absent")
     ] = None
     format: Literal["png", "json"] = "png"
+    stream: Annotated[bool, Field(description="server-sent events: previews with energies, then what format=json answers")] = False
+    every: Annotated[int | None, Field(ge=1, description="steps between previews; a tenth of all by default")] = None
     scale: Annotated[int, Field(description="PNG pixels per image pixel")] = 1
 
 
@@ -90,6 +96,8 @@ class GenerateAnswer(BaseModel):
 
     images: list[Generated]
     steps: int
+    step_size: float
+    temperature: float
     sampler: str
     alpha: float
     model: str

@@ -21,15 +21,22 @@ class Settings:
     alpha: float = 0.05
     threads: int = 1  # per worker process
 
+    trust: tuple[Path, ...] = ()  # public keys; with any, a bundle must be signed by one of them
+
+    classify_workers: int = 1
+    generate_workers: int = 1  # 0: no /generate, and less memory
+
     max_body: int = 22 * 2**20  # a picture of the largest size still fits as base64
     max_images: int = 64  # in one JSON list
     max_samples: int = 64  # n of one /generate
-    max_steps: int = 1000
+    max_steps: int = 0  # of one /generate; 0: the bundle's own number, the horizon its sampler was tuned for
     max_work: int = 8000  # n x steps of one /generate
     max_scale: int = 16
     max_sheet: int = 2**24  # pixels of one PNG
     classify_queue: int = 256  # requests in flight beyond which the answer is 503
-    generate_queue: int = 16
+    generate_queue: int = 256
+    generate_chains: int = 128  # chains under way beyond which the answer is 429
+    generate_backlog: float = 60.0  # estimated seconds of work under way beyond which the answer is 429
     classify_deadline: float = 10.0
     generate_deadline: float = 120.0
     max_batch: int = 32

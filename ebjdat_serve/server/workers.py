@@ -1,51 +1,33 @@
-"""The two worker processes: one batched forward for classify and energy, and chains for generate."""
+"""The two kinds of worker process: one batched forward for classify and energy, and chains for generate."""
 
+import logging
+import os
 import signal
-from dataclasses import dataclass, replace
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import litserve as ls
 import numpy as np
-from numpy.typing import NDArray
+from litserve.loops import LitLoop
 
 from ebjdat_serve import pixels
-from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.bundle import Bundle, manifest_key
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.engines import Engine, load_engine
-from ebjdat_serve.generation import Samples, classify_in_chunks, generate
-from ebjdat_serve.server.seam import DrainLoop
+from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.scheduling import Policy, Request, Scheduler
+from ebjdat_serve.selftest import verify
+from ebjdat_serve.server import wire
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.sgld import Prior
+from ebjdat_serve.server.wire import Answer, Ask, Cancel, Drawn, Drop, Hello, Job, Line, Load, Loaded, Pace, Preview, Refused, Verdicts
+from ebjdat_serve.sgld import Chains, Prior
 
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What a worker says of n images: logits-derived arrays with n rows, ready to be written as JSON."""
-
-    probability: NDArray[np.float32]
-    joint_energy: NDArray[np.float32]
-    energy: NDArray[np.float32]
-    p_value: NDArray[np.float64]
-    suspicious: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One request to /generate."""
-
-    label: int
-    n: int
-    steps: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The answer to a Job: pixels (n, H, W, 3) and what the model says of them."""
-
-    image: pixels.Pixels
-    verdicts: Verdicts
+log = logging.getLogger("ebjdat_serve")
+PACE = 0.25
+"""Seconds between two reports of how fast chains move."""
 
 
 class Model:
@@ -59,75 +41,215 @@ class Model:
         self.detector = Detector(np.asarray(calibration.energies), settings.alpha)
         self.temperature = calibration.temperature
 
-    def verdicts(self, logits: Any, energy: Any) -> Verdicts:
-        """Return what is said of images with these logits (N, K) and energies (N,)."""
+    def about(self) -> dict[str, str]:
+        """Return what runs the model."""
+        return {"engine": self.engine.name, "provider": self.engine.provider, "precision": self.engine.precision}
+
+    def verdicts(self, image: pixels.Pixels) -> Verdicts:
+        """Return what the model says of pixels (n, H, W, 3)."""
+        parts = classify_in_chunks(self.engine, pixels.to_unit(image))
+        logits, energy = (np.concatenate(part) for part in zip(*parts, strict=True))
         p_value = self.detector.p_value(energy)
         return Verdicts(probabilities(logits, self.temperature), -logits, energy, p_value, self.detector.suspicious(p_value))
 
 
 class Worker(ls.LitAPI):
-    """Opens the model in its own process; the main process alone decides when to stop."""
+    """What LitServe starts, watches and starts again; its loop is `Talk`, and models are opened when the HTTP process says so."""
 
-    model: Model
+    lane: str
+    functions: tuple[str, ...]
 
-    def __init__(self, folder: Path, settings: Settings, **options: Any) -> None:
-        super().__init__(**options)
-        self._folder, self._settings = folder, settings
+    def __init__(self, address: str, settings: Settings) -> None:
+        super().__init__(api_path=f"/{self.lane}", loop=Talk())
+        self._address, self._settings = address, settings
 
     def setup(self, device: str) -> None:
-        """Load, verify and warm up the model."""
+        """Leave it to the main process alone to decide when to stop."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.model = Model(self._folder, self._settings)
-        m = self.model.bundle.manifest
-        self.model.engine.classify(np.zeros((1, 3, m.input.height, m.input.width), np.float32))
+        logging.basicConfig(format="%(levelname)s: %(message)s")
+
+    def work(self) -> None:
+        """Serve until the HTTP process hangs up."""
+        self.models: dict[str, Model] = {}
+        self.line = Line(self._address)
+        self.line.send(Hello(self.lane, os.getpid()))
+        try:
+            while True:
+                self.turn()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            log.debug("the HTTP process has gone, and so does its worker")
+
+    def turn(self) -> None:
+        """Do one piece of work, or wait for it."""
+        raise NotImplementedError
+
+    def heed(self, message: Any) -> None:
+        """Open or forget a model."""
+        match message:
+            case Load():
+                # beside the work, which goes on with the models that are open
+                threading.Thread(target=self._load, args=(message,), daemon=True).start()
+            case Drop(key):
+                self.models.pop(key, None)
+
+    def _load(self, wanted: Load) -> None:
+        try:
+            if manifest_key(wanted.folder) != wanted.key:
+                raise BundleError(f"{wanted.folder} was changed while it was opened; publish the change as a new version")
+            model = Model(wanted.folder, self._settings)
+            verify(model.bundle, model.engine, self.functions)
+            self.prepare(model)
+        except (EbjdatError, OSError) as error:
+            answer: object = Refused(wanted.key, str(error))
+        else:
+            self.models[wanted.key] = model
+            answer = Loaded(wanted.key, model.about())
+        self.line.send(answer)
+
+    def prepare(self, model: Model) -> None:
+        """Do what must be done before the first request."""
+        model.verdicts(np.zeros((1, model.bundle.manifest.input.height, model.bundle.manifest.input.width, 3), np.uint8))
+
+    # LitServe asks for these of every LitAPI; with a loop of our own they are never called
 
     def decode_request(self, request: Any) -> Any:
-        """Pass the payload through: it was decoded and validated in the HTTP process."""
+        """Return the request."""
         return request
 
-    def batch(self, inputs: list[Any]) -> list[Any]:
-        """Leave the requests as they are; predict joins what can be joined."""
-        return inputs
+    def predict(self, x: Any) -> Any:
+        """Return the input."""
+        return x
 
     def encode_response(self, output: Any) -> Any:
-        """Pass the answer through."""
+        """Return the output."""
         return output
 
 
+class Talk(LitLoop):
+    """LitServe's public hook for a loop of one's own: it hands over to the worker."""
+
+    def __call__(self, lit_api: Worker, *_: Any) -> None:
+        """Serve until the HTTP process hangs up."""
+        lit_api.work()
+
+
 class ClassifyWorker(Worker):
-    """Requests are uint8 arrays (n, H, W, 3); all that wait share one forward."""
+    """One message is one batch: uint8 pixels (n, H, W, 3)."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        super().__init__(folder, settings, max_batch_size=settings.max_batch, api_path="/classify", loop=DrainLoop())
+    lane = "classify"
+    functions = ("classify",)
 
-    def predict(self, x: list[pixels.Pixels]) -> list[Verdicts]:
-        """Return one Verdicts per request."""
-        image = pixels.to_unit(np.concatenate(x))
-        logits, energy = (np.concatenate(part) for part in zip(*classify_in_chunks(self.model.engine, image), strict=True))
-        cuts = np.cumsum([len(one) for one in x])[:-1]
-        return [self.model.verdicts(f, e) for f, e in zip(np.split(logits, cuts), np.split(energy, cuts), strict=True)]
+    def turn(self) -> None:
+        """Answer one message."""
+        message = self.line.receive()
+        if isinstance(message, Ask):
+            self.line.send(Answer(message.number, self.models[message.key].verdicts(message.payload)))
+        else:
+            self.heed(message)
 
 
 class GenerateWorker(Worker):
-    """Runs one Job after the other."""
+    """Moves the chains of all its jobs, a turn at a time, and listens between two turns."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        super().__init__(folder, settings, max_batch_size=1, api_path="/generate", loop=DrainLoop())
+    lane = "generate"
+    functions = ("classify", "step")
 
-    def setup(self, device: str) -> None:
-        """Load the model and the prior, and take one step to open the score graph."""
-        super().setup(device)
-        self.prior = Prior.load(self.model.bundle.path / "prior.safetensors")
-        self._draw(Job(label=0, n=1, steps=1, seed=0))
+    def work(self) -> None:
+        """Serve until the HTTP process hangs up."""
+        self.scheduler = Scheduler()
+        self.drawings: dict[int, Drawing] = {}
+        self.priors: dict[str, Prior] = {}
+        self.rate, self.taken, self.since = 0.0, 0, time.monotonic()
+        super().work()
 
-    def predict(self, x: list[Job]) -> list[Drawn]:
-        """Return the drawn images of each job."""
-        drawn = []
-        for job in x:
-            samples = self._draw(job)
-            drawn.append(Drawn(samples.image, self.model.verdicts(samples.logits, samples.energy)))
-        return drawn
+    def prepare(self, model: Model) -> None:
+        """Read the prior, and time a few turns: admission needs to know how fast chains move."""
+        super().prepare(model)
+        key = manifest_key(model.bundle.path)
+        self.priors[key] = prior = Prior.load(model.bundle.path / "prior.safetensors")
+        n = min(Policy.of(model.engine).width, 16)
+        chains = Chains.start(prior, model.bundle.manifest.sampler, np.zeros(n, np.int64), seed=0)
+        model.engine.advance(chains, 1)
+        began = time.perf_counter()
+        model.engine.advance(chains, 2)
+        if not self.rate:
+            self.rate = 2 * n / (time.perf_counter() - began)
+            self.line.send(Pace(self.rate, {}))
 
-    def _draw(self, job: Job) -> Samples:
-        sampler = replace(self.model.bundle.manifest.sampler, steps=job.steps)
-        return generate(self.model.engine, self.prior, sampler, np.full(job.n, job.label, np.int64), job.seed)
+    def turn(self) -> None:
+        """Hear what there is to hear, then move chains once."""
+        while self.line.waiting(0.0 if self.scheduler.requests else None):
+            self._hear(self.line.receive())
+        if not self.scheduler.requests:
+            return
+        for moved in self.scheduler.advance():
+            self.taken += moved.steps * len(moved.rows)
+            drawing = next(drawing for drawing in self.drawings.values() if drawing.request is moved.request)
+            drawing.arrive(moved.arrived)
+            if drawing.done:
+                del self.drawings[drawing.number]
+                self.line.send(Answer(drawing.number, drawing.result()))
+            elif drawing.preview_is_due():
+                self.line.send(drawing.preview())
+        if (elapsed := time.monotonic() - self.since) > PACE:
+            self.rate, self.taken, self.since = self.taken / elapsed, 0, time.monotonic()
+            self._tell()
+
+    def _hear(self, message: Any) -> None:
+        match message:
+            case Ask(number, key, job):
+                if not self.scheduler.requests:
+                    self.taken, self.since = 0, time.monotonic()  # time spent asleep is not slowness
+                drawing = Drawing(number, job, self.models[key], self.priors[key])
+                self.drawings[number] = drawing
+                self.scheduler.join(drawing.request)
+            case Cancel(number):
+                if number in self.drawings:  # it may have been answered meanwhile
+                    self.scheduler.leave(self.drawings.pop(number).request)
+            case Drop(key):
+                self.priors.pop(key, None)
+                self.heed(message)
+            case _:
+                self.heed(message)
+
+    def _tell(self) -> None:
+        self.line.send(Pace(self.rate, {drawing.number: drawing.request.left for drawing in self.drawings.values()}))
+
+
+class Drawing:
+    """A job on its way: its chains, and the pictures of those that arrived."""
+
+    def __init__(self, number: int, job: Job, model: Model, prior: Prior) -> None:
+        self.number, self._job, self._model = number, job, model
+        chains = Chains.start(prior, job.sampler, np.full(job.n, job.label, np.int64), job.seed)
+        self.request = Request(model.engine, chains, job.sampler.steps)
+        self._image = np.zeros((job.n, *chains.image.shape[2:], 3), np.uint8)
+        self._said: dict[int, Verdicts] = {}
+        self._shown = 0
+
+    def arrive(self, rows: Any) -> None:
+        """Turn chains that took their last step into pixels, and ask the model about exactly those."""
+        if len(rows):
+            self._image[rows] = pixels.to_bytes(self.request.chains.image[rows])
+            said = self._model.verdicts(self._image[rows])
+            self._said |= {int(row): said.rows(slice(i, i + 1)) for i, row in enumerate(rows)}
+
+    @property
+    def done(self) -> bool:
+        """Whether every chain has arrived."""
+        return len(self._said) == self._job.n
+
+    def result(self) -> Drawn:
+        """Return the pictures and what the model says of them."""
+        return Drawn(self._image, wire.joined([self._said[row] for row in range(self._job.n)]))
+
+    def preview_is_due(self) -> bool:
+        """Return whether the slowest chain has come ``every`` steps further since the last preview."""
+        step = int(self.request.chains.step.min())
+        return bool(self._job.every) and step - self._shown >= self._job.every
+
+    def preview(self) -> Preview:
+        """Return how the chains look now."""
+        self._shown = int(self.request.chains.step.min())
+        image = pixels.to_bytes(self.request.chains.image)
+        return Preview(self.number, self._shown, image, self._model.verdicts(image))

@@ -1,0 +1,344 @@
+"""One kind of worker as the HTTP process sees it: requests wait here, bounded, with a deadline, and cancelled with their client."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.wire import Answer, Ask, Cancel, Job, Loaded, Pace, Preview, Verdicts, pack
+
+log = logging.getLogger("ebjdat_serve")
+POLL = 0.1
+"""Seconds between looks at whether clients are still there."""
+HANGS = 30.0
+"""Seconds without a word, owing an answer, after which a worker is taken for hung and killed."""
+DEPTH = 2
+"""Batches under way in one worker: it finds the next when it has finished one."""
+
+
+@dataclass(eq=False)
+class Item:
+    """A request that waits for its answer; ``key`` is the bundle it was read for."""
+
+    key: str
+    payload: Any
+    request: Request
+    late: float
+    future: "asyncio.Future[Any]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    since: float = field(default_factory=time.monotonic)
+    preview: "Preview | None" = None  # the newest
+    shown: asyncio.Event = field(default_factory=asyncio.Event)  # set when there is something to show, or it is over
+
+    def answer(self, value: Any) -> None:
+        """End the wait with a value, unless it has ended."""
+        if not self.future.done():
+            self.future.set_result(value)
+        self.shown.set()
+
+    def fail(self, problem: Problem) -> None:
+        """End the wait with an error, unless it has ended."""
+        if not self.future.done():
+            self.future.set_exception(problem)
+        self.shown.set()
+
+
+@dataclass(eq=False)
+class Peer:
+    """A worker at the other end of a wire: the bundles it has open, and the items it owes, by the number of the message."""
+
+    pid: int
+    writer: asyncio.StreamWriter
+    loaded: dict[str, Loaded] = field(default_factory=dict)
+    owes: dict[int, list[Item]] = field(default_factory=dict)
+    heard: float = field(default_factory=time.monotonic)
+
+    def send(self, message: object) -> None:
+        """Send a message; a worker that has gone is found out by its reader."""
+        self.writer.write(pack(message))
+
+
+class Lane:
+    """What both lanes share: places, deadlines, clients that leave, workers that die or hang."""
+
+    def __init__(self, name: str, *, workers: int, deadline: float) -> None:
+        self.name, self.workers, self.deadline = name, workers, deadline
+        self.peers: list[Peer] = []
+        self.items: set[Item] = set()
+        self.in_flight = 0
+        self.closed = ""
+        self._numbers = itertools.count(1)
+
+    def ready(self, key: str) -> bool:
+        """Return whether every worker has the bundle open."""
+        return sum(key in peer.loaded for peer in self.peers) >= self.workers
+
+    def uses(self, key: str) -> bool:
+        """Return whether a request still waits for an answer of this bundle."""
+        return any(item.key == key for item in self.items)
+
+    @contextlib.contextmanager
+    def place(self, limit: int, limit_name: str) -> Iterator[float]:
+        """Hold one of ``limit`` places, from reading the body to the answer; give the time at which the request is late.
+
+        Raises Problem 503 when the lane is full.
+        """
+        if self.in_flight >= limit:
+            detail = f"{limit} requests are already waiting ({limit_name}); try again in a second"
+            raise Problem(503, detail, headers={"Retry-After": "1"})
+        self.in_flight += 1
+        try:
+            yield time.monotonic() + self.deadline
+        finally:
+            self.in_flight -= 1
+
+    @contextlib.contextmanager
+    def entered(self, item: Item) -> Iterator[None]:
+        """Take ``item`` in until the block ends: it fails at its deadline, and is taken back should nobody wait any more."""
+        if self.closed:
+            raise Problem(503, self.closed, headers={"Retry-After": "5"})
+        late = Problem(
+            504, f"no answer within {self.deadline:g} s; try again, or ask for less", headers={"Retry-After": str(self.retry_after())}
+        )
+        timer = asyncio.get_running_loop().call_later(max(0.0, item.late - time.monotonic()), item.fail, late)
+        self.items.add(item)
+        try:
+            self.enter(item)
+            yield
+        finally:
+            timer.cancel()
+            self.items.discard(item)
+            self.leave(item)
+            if item.future.done() and not item.future.cancelled():
+                item.future.exception()  # it has been seen, whoever waited
+
+    async def submit(self, key: str, payload: Any, request: Request, late: float) -> Any:
+        """Return the worker's answer to ``payload``.
+
+        Raises Problem: 504 at ``late``, 499 when the client has gone, 503 when the worker died on it.
+        """
+        item = Item(key, payload, request, late)
+        with self.entered(item):
+            return await item.future
+
+    def enter(self, item: Item) -> None:
+        """Give a new item to a worker, or keep it until one has time."""
+        raise NotImplementedError
+
+    def leave(self, item: Item) -> None:
+        """Take back what can be taken back of an item that nobody waits for; it may have been answered."""
+        raise NotImplementedError
+
+    def retry_after(self) -> int:
+        """Return in how many seconds it is worth trying again."""
+        return 1
+
+    def joined(self, peer: Peer) -> None:
+        """Start to use a worker that has just opened a bundle."""
+
+    def heard(self, peer: Peer, message: Any) -> None:
+        """Take in a worker's message."""
+        if isinstance(message, Answer):
+            self.answered(peer.owes.pop(message.number, []), message.value)
+
+    def answered(self, items: list[Item], value: Any) -> None:
+        """Hand out the answer to the items of one message."""
+        raise NotImplementedError
+
+    def lost(self, peer: Peer) -> None:
+        """Tell those whose requests the worker had that it died; those it had not got wait for the next."""
+        self.peers.remove(peer)
+        for item in itertools.chain(*peer.owes.values()):
+            item.fail(Problem(503, "the worker died on this request and is starting again; try again", headers={"Retry-After": "3"}))
+
+    def close(self, why: str) -> None:
+        """Answer everyone who waits with 503, and everyone to come."""
+        self.closed = why
+        for item in list(self.items):
+            item.fail(Problem(503, why, headers={"Retry-After": "5"}))
+
+    async def watch(self) -> None:
+        """Look after clients that leave and workers that hang, for ever."""
+        while True:
+            await asyncio.sleep(POLL if self.items else 5 * POLL)
+            now = time.monotonic()
+            for item in list(self.items):
+                if now - item.since > POLL and await item.request.is_disconnected():
+                    item.fail(Problem(499, "the client closed the connection"))
+            for peer in self.peers:
+                if not peer.owes:
+                    peer.heard = now
+                elif now - peer.heard > HANGS:
+                    log.error("the %s worker %d has not said a word for %g s: killed, another will start", self.name, peer.pid, HANGS)
+                    os.kill(peer.pid, signal.SIGKILL)
+                    peer.heard = now
+
+
+class ClassifyLane(Lane):
+    """Whoever waits when a worker has time shares one forward."""
+
+    def __init__(self, *, workers: int, deadline: float, max_batch: int) -> None:
+        super().__init__("classify", workers=workers, deadline=deadline)
+        self._waiting: deque[Item] = deque()
+        self._max_batch = max_batch
+        self._pumping = False
+
+    def enter(self, item: Item) -> None:
+        """Wait for a worker, at least until the event loop has read what else has come."""
+        self._waiting.append(item)
+        self._pump_soon()
+
+    def leave(self, item: Item) -> None:
+        """Forget the item; a batch under way is computed to its end, some milliseconds."""
+        if item in self._waiting:
+            self._waiting.remove(item)
+
+    def joined(self, peer: Peer) -> None:
+        """Give the new worker what waits."""
+        self._pump_soon()
+
+    def answered(self, items: list[Item], value: Verdicts) -> None:
+        """Cut the batch's answer into its items'."""
+        start = 0
+        for item in items:
+            item.answer(value.rows(slice(start, start := start + len(item.payload))))
+        self._pump_soon()
+
+    def lost(self, peer: Peer) -> None:
+        """Go on with the other workers."""
+        super().lost(peer)
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        while self._waiting:
+            key = self._waiting[0].key
+            able = [peer for peer in self.peers if key in peer.loaded and len(peer.owes) < DEPTH]
+            if not able:
+                return
+            peer = min(able, key=lambda peer: len(peer.owes))
+            number, batch = next(self._numbers), self._batch(key)
+            peer.owes[number] = batch
+            peer.send(Ask(number, key, np.concatenate([item.payload for item in batch]) if len(batch) > 1 else batch[0].payload))
+
+    def _batch(self, key: str) -> list[Item]:
+        batch: list[Item] = []
+        size = 0
+        while self._waiting and self._waiting[0].key == key:
+            size += len(self._waiting[0].payload)
+            if batch and size > self._max_batch:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
+
+
+class GenerateLane(Lane):
+    """Jobs go to their worker at once, where their chains join the others; what may go is bounded by chains and by estimated seconds."""
+
+    def __init__(self, *, workers: int, deadline: float, chains: int, backlog: float) -> None:
+        super().__init__("generate", workers=workers, deadline=deadline)
+        self._chains, self._backlog = chains, backlog
+        self._left: dict[int, int] = {}
+        self._rates: dict[int, float] = {}
+        self._parked: list[Item] = []
+
+    @property
+    def rate(self) -> float:
+        """Chain-steps a second of all workers together; 0 while unknown."""
+        return sum(self._rates.get(peer.pid, 0.0) for peer in self.peers)
+
+    @property
+    def chains(self) -> int:
+        """Chains under way."""
+        return sum(item.payload.n for item in self.items)
+
+    @property
+    def work(self) -> int:
+        """Chain-steps left."""
+        return sum(self._left.values())
+
+    def admit(self, job: Job) -> None:
+        """Raise Problem 429 when there are too many chains, or more work than can be done in the time that is allowed."""
+        if self.chains + job.n > self._chains:
+            detail = f"{self.chains} chains are running and at most {self._chains} may (generate_chains)"
+            raise Problem(429, f"{detail}; try again later, or ask for fewer", headers={"Retry-After": str(self.retry_after())})
+        if self.work and self.rate and (seconds := (self.work + job.work) / self.rate) > self._backlog:
+            detail = (
+                f"it would take about {seconds:.0f} s with {self.work} chain-steps to go, more than {self._backlog:g} s (generate_backlog)"
+            )
+            wait = max(1, math.ceil(seconds - self._backlog))
+            raise Problem(429, f"{detail}; try again in {wait} s, or ask for less", headers={"Retry-After": str(wait)})
+
+    def retry_after(self) -> int:
+        """Return in about how many seconds half of what is under way will be done."""
+        return max(1, min(60, math.ceil(self.work / self.rate / 2))) if self.rate else 1
+
+    def enter(self, item: Item) -> None:
+        """Give the job to the worker with the least to do, or keep it until there is one."""
+        able = [peer for peer in self.peers if item.key in peer.loaded]
+        if not able:
+            self._parked.append(item)
+            return
+        peer = min(able, key=lambda peer: sum(self._left.get(number, 0) for number in peer.owes))
+        number = next(self._numbers)
+        peer.owes[number] = [item]
+        self._left[number] = item.payload.work
+        peer.send(Ask(number, item.key, item.payload))
+
+    def leave(self, item: Item) -> None:
+        """Have the worker drop the job's chains at its next step, if it still has them."""
+        if item in self._parked:
+            self._parked.remove(item)
+        for peer in self.peers:
+            for number in [number for number, owed in peer.owes.items() if item in owed]:
+                del peer.owes[number]
+                self._left.pop(number, None)
+                peer.send(Cancel(number))
+
+    def joined(self, peer: Peer) -> None:
+        """Give the new worker what waited for one."""
+        parked, self._parked = self._parked, []
+        for item in parked:
+            self.enter(item)
+
+    def heard(self, peer: Peer, message: Any) -> None:
+        """Take in an answer, a preview or how fast chains move."""
+        match message:
+            case Preview(number):
+                for item in peer.owes.get(number, []):
+                    item.preview = message
+                    item.shown.set()
+            case Pace(rate, left):
+                self._rates[peer.pid] = rate
+                self._left |= {number: work for number, work in left.items() if number in self._left}
+            case Answer(number):
+                self._left.pop(number, None)
+                super().heard(peer, message)
+
+    def answered(self, items: list[Item], value: Any) -> None:
+        """Hand out the pictures of a job."""
+        for item in items:
+            item.answer(value)
+
+    def lost(self, peer: Peer) -> None:
+        """Forget what the worker was to do."""
+        super().lost(peer)
+        self._rates.pop(peer.pid, None)
+        for number in peer.owes:
+            self._left.pop(number, None)

@@ -1,0 +1,144 @@
+"""How answers are worded: what workers say of images, as JSON, as PNG, as server-sent events."""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from fastapi import Response
+from fastapi.responses import JSONResponse
+
+from ebjdat_serve import __version__, pixels
+from ebjdat_serve.server.fleet import Served
+from ebjdat_serve.server.schemas import GenerateQuery
+from ebjdat_serve.server.wire import Drawn, Job, Preview, Verdicts
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of one served bundle: every answer names the model that made it, and its labels are that model's."""
+
+    served: Served
+    alpha: float
+
+    @property
+    def names(self) -> list[str]:
+        """Labels by class index."""
+        return self.served.bundle.manifest.labels
+
+    def answer(self, rows: list[dict[str, Any]], listed: bool) -> JSONResponse:
+        """Return one row as it is, or a list."""
+        tail = {"alpha": self.alpha, "model": self.served.name}
+        return JSONResponse({"results": rows, **tail} if listed else {**rows[0], **tail})
+
+    def candidate(self, verdicts: Verdicts, i: int, label: int) -> dict[str, Any]:
+        """Return one class and its probability."""
+        return {"class": label, "label": self.names[label], "probability": float(verdicts.probability[i, label])}
+
+    def flag(self, verdicts: Verdicts, i: int) -> dict[str, Any]:
+        """Return the energy and what follows from it."""
+        return {"energy": float(verdicts.energy[i]), "p_value": float(verdicts.p_value[i]), "suspicious": bool(verdicts.suspicious[i])}
+
+    def classified(self, verdicts: Verdicts, i: int) -> dict[str, Any]:
+        """Return what /classify says of image i."""
+        order = np.argsort(-verdicts.probability[i], kind="stable")[:TOP]
+        top = [self.candidate(verdicts, i, int(label)) for label in order]
+        return {**top[0], **self.flag(verdicts, i), "top": top}
+
+    def energies(self, verdicts: Verdicts, i: int) -> dict[str, Any]:
+        """Return what /energy says of image i."""
+        return {**self.flag(verdicts, i), "joint_energy": verdicts.joint_energy[i].tolist()}
+
+
+@dataclass(frozen=True)
+class Order:
+    """A validated request to /generate."""
+
+    words: Words
+    query: GenerateQuery
+    job: Job
+
+    def drawn(self, drawn: Drawn) -> Response:
+        """Return the pictures as they were asked for."""
+        return JSONResponse(self.document(drawn)) if self.query.format == "json" else self.sheet(drawn)
+
+    def document(self, drawn: Drawn) -> dict[str, Any]:
+        """Return what format=json answers."""
+        job, words = self.job, self.words
+        rows = [
+            {
+                **words.candidate(drawn.verdicts, i, job.label),
+                **words.flag(drawn.verdicts, i),
+                "seed": job.seed + i,
+                "png": self._base64(image, [job.seed + i]),
+            }
+            for i, image in enumerate(drawn.image)
+        ]
+        sampler = {"steps": job.sampler.steps, "step_size": job.sampler.step_size, "temperature": self.query.temperature}
+        return {"images": rows, **sampler, "sampler": "short-run SGLD", "alpha": words.alpha, "model": words.served.name}
+
+    def sheet(self, drawn: Drawn) -> Response:
+        """Return a PNG, a grid of all pictures; what is said of them is in its headers."""
+        job, v = self.job, drawn.verdicts
+
+        def listed(values: Any) -> str:
+            return ",".join(f"{float(value):.6g}" for value in values)
+
+        headers = {
+            "X-Class": str(job.label),
+            "X-Label": quote(self.words.names[job.label]),
+            "X-Seed": str(job.seed),
+            "X-Steps": str(job.sampler.steps),
+            "X-Step-Size": f"{job.sampler.step_size:g}",
+            "X-Temperature": f"{self.query.temperature:g}",
+            "X-Energy": listed(v.energy),
+            "X-Probability": listed(v.probability[:, job.label]),
+            "X-P-Value": listed(v.p_value),
+            "X-Model": quote(self.words.served.name, safe="@-._"),
+            "X-Content-Origin": "ai-generated",
+        }
+        sheet = self._png(pixels.grid(drawn.image, self.query.scale), self._seeds())
+        return Response(sheet, media_type="image/png", headers=headers)
+
+    def done(self, drawn: Drawn) -> bytes:
+        """Return the last event of a stream."""
+        return event("done", self.document(drawn))
+
+    def preview(self, preview: Preview) -> bytes:
+        """Return the event that shows how far the chains have come."""
+        v = preview.verdicts
+        document = {
+            "step": preview.step,
+            "steps": self.job.sampler.steps,
+            "energy": [float(value) for value in v.energy],
+            "probability": [float(value) for value in v.probability[:, self.job.label]],
+            "png": self._base64(pixels.grid(preview.image, self.query.scale), self._seeds()),
+            "model": self.words.served.name,
+        }
+        return event("preview", document)
+
+    def _seeds(self) -> list[int]:
+        return list(range(self.job.seed, self.job.seed + self.job.n))
+
+    def _base64(self, image: pixels.Pixels, seeds: Sequence[int]) -> str:
+        return base64.b64encode(self._png(image, seeds)).decode()
+
+    def _png(self, image: pixels.Pixels, seeds: Sequence[int]) -> bytes:
+        job, name = self.job, self.words.names[self.job.label]
+        made = f"class {job.label} ({name}), model {self.words.served.name}, seeds {seeds[0]}..{seeds[-1]}, {job.sampler.steps} steps"
+        text = [
+            ("Software", f"ebjdat_serve {__version__}"),
+            ("Source", "AI-generated: conditional SGLD on an energy-based model"),
+            ("Description", made),
+        ]
+        return pixels.encode_png(image, text, generated=True)
+
+
+def event(kind: str, document: dict[str, Any]) -> bytes:
+    """Return one server-sent event."""
+    return f"event: {kind}\ndata: {json.dumps(document)}\n\n".encode()

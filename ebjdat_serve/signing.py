@@ -1,0 +1,60 @@
+"""Signatures of bundles: ed25519 over the bytes of bundle.json, which holds the sha256 of every other file.
+
+Keys are PEM files as OpenSSL writes them:
+
+    openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in key.pem -pubout -out key.pub.pem
+    ebjdat-serve sign BUNDLE --key key.pem
+    ebjdat-serve serve STORE --trust key.pub.pem
+
+``bundle.json.sig`` is the bare signature, 64 bytes, so that OpenSSL can check it too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+from ebjdat_serve.bundle import MANIFEST, SIGNATURE
+from ebjdat_serve.errors import BundleError, EbjdatError
+
+
+def sign(folder: Path, key: Path) -> Path:
+    """Write ``bundle.json.sig`` into the bundle at ``folder``; raise EbjdatError when ``key`` is no private ed25519 key."""
+    try:
+        private = load_pem_private_key(key.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise EbjdatError(f"{key} cannot be read as a private key without password: {error}") from error
+    if not isinstance(private, Ed25519PrivateKey):
+        raise EbjdatError(f"{key} is not an ed25519 key: openssl genpkey -algorithm ed25519 -out {key.name} makes one")
+    file = folder / SIGNATURE
+    file.write_bytes(private.sign((folder / MANIFEST).read_bytes()))
+    return file
+
+
+def public_key(file: Path) -> Ed25519PublicKey:
+    """Return the public key in a PEM file; raise EbjdatError when it holds none."""
+    try:
+        key = load_pem_public_key(file.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise EbjdatError(f"{file} cannot be read as a public key: {error}; openssl pkey -in key.pem -pubout -out {file.name}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise EbjdatError(f"{file} is not an ed25519 public key")
+    return key
+
+
+def check_signature(folder: Path, trust: Sequence[Path]) -> None:
+    """Raise BundleError unless the manifest of the bundle at ``folder`` is signed by one of the keys in ``trust``."""
+    file = folder / SIGNATURE
+    if not file.is_file():
+        raise BundleError(
+            f"{folder} is not signed ({SIGNATURE} is missing) and --trust is set; ebjdat-serve sign BUNDLE --key KEY signs it"
+        )
+    content, signature = (folder / MANIFEST).read_bytes(), file.read_bytes()
+    for key in map(public_key, trust):
+        try:
+            return key.verify(signature, content)
+        except InvalidSignature:
+            continue
+    raise BundleError(f"{file} is not a signature of {MANIFEST} by a key that --trust names")

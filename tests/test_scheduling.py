@@ -1,0 +1,183 @@
+"""Chains are scheduled: the same pictures as alone, short before long, nobody starves, whoever leaves is gone at the next step."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebjdat_serve.engines import load_engine
+from ebjdat_serve.scheduling import FAIR, Policy, Request, Scheduler
+from ebjdat_serve.sgld import Chains, Prior, Sampler
+
+SAMPLER = Sampler(steps=80, step_size=0.25, grad_clip=2.0, noise_std=0.005)
+
+
+class Counting:
+    """An engine that only counts: it remembers every batch, and its clock goes a second a chain-step, or a second a step."""
+
+    def __init__(self, provider="CPUExecutionProvider"):
+        self.provider, self.batches, self.now = provider, [], 0.0
+
+    def advance(self, chains, steps):
+        self.batches.append((len(chains.label), steps))
+        self.now += steps * (len(chains.label) if "CPU" in self.provider else 1e-3)
+        return chains.moved(chains.image, steps)
+
+
+def blank(engine, n, steps):
+    zeros = np.zeros((n, 3, 2, 2), np.float32)
+    return Request(engine, Chains.at(zeros, SAMPLER, np.zeros(n, np.int64), seed=0), steps)
+
+
+def turns_until(scheduler, request, limit=100_000):
+    for turn in range(limit):
+        if request not in scheduler.requests:
+            return turn
+        scheduler.advance()
+    raise AssertionError("it never ended")
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_pictures_are_those_of_a_chain_alone(shipped, kind):
+    """Bit for bit with ONNX Runtime on a CPU, whatever the company; with torch within 1e-4 after 20 steps."""
+    engine = load_engine(shipped, kind, "cpu")
+    prior = Prior.load(shipped.path / "prior.safetensors")
+    wanted = [(3, 2, 20, 0), (5, 1, 7, 100), (1, 5, 12, 200), (3, 1, 20, 0)]
+    samplers = [SAMPLER, replace(SAMPLER, step_size=0.1), replace(SAMPLER, noise_std=0.0), SAMPLER]
+    starts = [
+        Chains.start(prior, sampler, np.full(n, label, np.int64), seed)
+        for (label, n, _, seed), sampler in zip(wanted, samplers, strict=True)
+    ]
+    alone = [
+        np.concatenate([engine.advance(start.rows(slice(i, i + 1)), steps).image for i in range(n)])
+        for start, (_, n, steps, _) in zip(starts, wanted, strict=True)
+    ]
+    scheduler = Scheduler()
+    requests = [Request(engine, start, steps) for start, (_, _, steps, _) in zip(starts, wanted, strict=True)]
+    for request in requests:  # they join one after the other, while those before are under way
+        scheduler.join(request)
+        scheduler.advance()
+    while scheduler.requests:
+        scheduler.advance()
+    for request, expected in zip(requests, alone, strict=True):
+        if kind == "onnx":
+            np.testing.assert_array_equal(request.chains.image, expected)
+        else:
+            np.testing.assert_allclose(request.chains.image, expected, atol=1e-4)
+    np.testing.assert_allclose(requests[0].chains.image[0], requests[3].chains.image[0], atol=0 if kind == "onnx" else 1e-4)
+
+
+def test_a_short_request_overtakes_long_ones_and_waits_for_little_more_than_its_own_time():
+    engine = Counting()
+    scheduler = Scheduler(lambda: engine.now)
+    for _ in range(8):
+        scheduler.join(blank(engine, 1, 600))
+    for _ in range(10):
+        scheduler.advance()
+    short, began = blank(engine, 1, 20), engine.now
+    scheduler.join(short)
+    turns_until(scheduler, short)
+    assert engine.now - began <= 20 * (1 + FAIR) + 2 * Policy.of(engine).width
+
+
+def test_long_requests_go_on_under_a_stream_of_short_ones():
+    """A third of all chain-steps is theirs."""
+    engine = Counting()
+    scheduler = Scheduler(lambda: engine.now)
+    long = [blank(engine, 1, 600) for _ in range(8)]
+    for request in long:
+        scheduler.join(request)
+    short = blank(engine, 1, 20)
+    while engine.now < 3000:
+        if short not in scheduler.requests:
+            short = blank(engine, 1, 20)
+            scheduler.join(short)
+        scheduler.advance()
+    taken = sum(int(request.chains.step.sum()) for request in long)
+    assert taken == pytest.approx(FAIR / (1 + FAIR) * 3000, rel=0.05)
+    assert max(request.left for request in long) - min(request.left for request in long) <= Policy.of(engine).width
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(0, 60)), min_size=1, max_size=12))
+def test_no_chain_waits_longer_than_the_stated_bound(jobs):
+    """With N chains at most N (1 + 1 / FAIR) chain-steps pass between two of a chain's, and a turn or two that was under way."""
+    engine = Counting()
+    scheduler = Scheduler(lambda: engine.now)
+    coming = sorted(jobs, key=lambda job: job[2])
+    last: dict[tuple[int, int], float] = {}
+    most = sum(n for n, _, _ in jobs)
+    bound = most * (1 + 1 / FAIR) + 3 * Policy.of(engine).width
+    turn = 0
+    while coming or scheduler.requests:
+        while coming and (coming[0][2] <= turn or not scheduler.requests):
+            n, steps, _ = coming.pop(0)
+            request = blank(engine, n, steps)
+            scheduler.join(request)
+            last |= {(id(request), row): engine.now for row in range(n)}
+        before = {id(request): request for request in scheduler.requests}
+        for moved in scheduler.advance():
+            for row in moved.rows:
+                last[id(moved.request), int(row)] = engine.now
+        for request in before.values():
+            assert all(engine.now - last[id(request), int(row)] <= bound for row in request.walking())
+        turn += 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 15)), min_size=1, max_size=8), st.booleans())
+def test_every_chain_takes_exactly_its_steps(jobs, gpu):
+    engine = Counting("CUDAExecutionProvider" if gpu else "CPUExecutionProvider")
+    scheduler = Scheduler(lambda: engine.now)
+    requests = [blank(engine, n, steps) for n, steps in jobs]
+    for request in requests:
+        scheduler.join(request)
+    arrived = dict.fromkeys(requests, 0)
+    while scheduler.requests:
+        for moved in scheduler.advance():
+            arrived[moved.request] += len(moved.arrived)
+    for request, (n, steps) in zip(requests, jobs, strict=True):
+        assert (request.chains.step == steps).all()
+        assert arrived[request] == n
+    assert sum(n * steps for n, steps in engine.batches) == sum(n * steps for n, steps in jobs)
+
+
+def test_a_gpu_is_filled_and_takes_several_short_steps_a_turn():
+    engine = Counting("CUDAExecutionProvider")
+    scheduler = Scheduler(lambda: engine.now)
+    for n, steps in ((100, 200), (50, 600), (1, 40)):
+        scheduler.join(blank(engine, n, steps))
+    scheduler.advance()
+    scheduler.advance()
+    assert engine.batches[0] == (151, 1)
+    assert engine.batches[1][0] == 151
+    assert engine.batches[1][1] > 1
+
+
+def test_a_request_that_leaves_takes_no_further_step():
+    engine = Counting()
+    scheduler = Scheduler(lambda: engine.now)
+    stays, leaves = blank(engine, 1, 10), blank(engine, 3, 10)
+    scheduler.join(stays)
+    scheduler.join(leaves)
+    scheduler.advance()
+    taken = int(leaves.chains.step.sum())
+    scheduler.leave(leaves)
+    turns_until(scheduler, stays)
+    assert int(leaves.chains.step.sum()) == taken
+    assert not scheduler.requests
+
+
+def test_two_engines_are_never_in_one_batch_and_both_get_on():
+    old, new = Counting(), Counting()
+    scheduler = Scheduler(lambda: old.now + new.now)
+    first = blank(old, 2, 50)
+    scheduler.join(first)
+    for _ in range(20):
+        scheduler.join(blank(new, 1, 3))
+        scheduler.advance()
+    assert first.chains.step.sum() > 0
+    while scheduler.requests:
+        scheduler.advance()
+    assert sum(n * steps for n, steps in old.batches) == 100
+    assert sum(n * steps for n, steps in new.batches) == 60
