@@ -1,124 +1,178 @@
 #!/usr/bin/env python3
-"""Images per second of the live server beside the bare ONNX Runtime session, in one run: `make bench`.
+"""The live server under load, beside the bare session, LitServe's own loops, and plain FastAPI with PyTorch: `make bench`.
 
-The server runs on core 0, this load generator on core 1 where there are two; `--json FILE` writes a flat list of rows.
+Servers run on core 0, one after the other, this load generator on core 1. Every ratio to the bare session is to one measured on
+core 0 just before and just after. `--json FILE` writes a flat list of rows.
 """
 
 import argparse
+import base64
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-import httpx2
 import numpy as np
 
+from benchmarks.load import Result, Served, closed_loop, open_loop, pin, request, serving
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.engines import Device, Engine, Precision, load_engine
+from ebjdat_serve.engines import Device, Precision, load_engine
 from ebjdat_serve.pixels import encode_png
 from ebjdat_serve.server.settings import SHIPPED
 
 Row = dict[str, Any]
+MANY = 32
+STOCK = {"batch 32, wait 2 ms": (32, 0.002), "batch 32, wait 0": (32, 0.0), "batch 1": (1, 0.0)}
+STOCK_SERVER = """
+import sys
+from pathlib import Path
+from ebjdat_serve.server import stock
+from ebjdat_serve.server.settings import Settings
+if __name__ == "__main__":
+    stock.BATCH_SECONDS = {wait}
+    stock.run(Settings(model=Path({model!r}), port=int(sys.argv[1]), device={device!r}, max_batch={batch}, generate_workers=0))
+"""
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=2, help="medians are of so many")
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--device", default="auto", choices=get_args(Device))
     parser.add_argument("--precision", default="fp32", choices=get_args(Precision))
+    parser.add_argument("--alone", action="store_true", help="our server only, not what it is compared with")
+    parser.add_argument("--bare", type=float, help=argparse.SUPPRESS)  # this script runs itself on core 0 for the bare session
     options = parser.parse_args()
-    engine = load_engine(Bundle.load(options.model), "auto", options.device, 1, options.precision)
-    bare = bare_rate(engine, options.seconds)
-    rows: list[Row] = [{"name": "bare session, batch 32, one thread", "value": bare, "unit": "images/s"}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "ebjdat_serve.cli", "serve", str(options.model), "--port", str(port), "--threads", "1"]
-    command += ["--device", options.device, "--precision", options.precision]
-    server = subprocess.Popen(command, preexec_fn=lambda: pin(0), stdout=subprocess.DEVNULL)
+    if options.bare:
+        print(bare_rate(options.model, options.device, options.precision, options.bare))
+        return
     pin(1)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        started = time.monotonic()
-        wait(url)
-        rows.append({"name": "ready after", "value": time.monotonic() - started, "unit": "s"})
-        info = httpx2.get(f"{url}/info").json()
-        about = {"provider": info["provider"], "precision": info["precision"]}
-        assert about == {"provider": engine.provider, "precision": engine.precision}
-        for connections in (1, 32):
-            rate, p50, p99 = load(url, connections, options.seconds)
-            rows += [
-                {"name": f"server, {connections} connections, one image each", "value": rate, "unit": "images/s"},
-                {"name": f"ratio server / bare session, {connections} connections", "value": rate / bare, "unit": ""},
-                {"name": f"latency p50, {connections} connections", "value": p50, "unit": "ms"},
-                {"name": f"latency p99, {connections} connections", "value": p99, "unit": "ms"},
-            ]
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(20)
+    rows, about = measure(options)
     for row in rows:
-        print(f"{row['name']:56}{row['value']:>10.2f} {row['unit']}")
+        print(f"{row['name']:72}{row['value']:>10.2f} {row['unit']}")
     print(f"on {about['provider']}, {about['precision']}")
     if options.json:
         options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
 
 
-def pin(core: int) -> None:
-    """Run this process on one core, where there are several."""
-    if hasattr(os, "sched_setaffinity") and core in os.sched_getaffinity(0):
-        os.sched_setaffinity(0, {core})
+def measure(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """Return the rows, and what our server ran on."""
+    pictures = [encode_png(image) for image in np.random.default_rng(0).integers(0, 256, (MANY, 32, 32, 3), dtype=np.uint8)]
+    single = request("/classify", pictures[0])
+    encoded = [base64.b64encode(picture).decode() for picture in pictures]
+    many = request("/classify", json.dumps({"images": encoded}).encode(), "application/json")
+    stock_single = request("/classify", json.dumps({"image": encoded[0]}).encode(), "application/json")
+    ours = [sys.executable, "-m", "ebjdat_serve.cli", "serve", str(options.model), "--threads", "1"]
+    ours += ["--device", options.device, "--precision", options.precision, "--generate-workers", "0", "--port"]
+
+    def closed(data: bytes, connections: int, images: int) -> Callable[[Served], Result]:
+        return lambda server: closed_loop(server.port, data, connections, options.seconds * (1 if images == 1 else 2))
+
+    rows: list[Row] = []
+    with serving(lambda port: [*ours, str(port)]) as server:
+        rows += at_rest(server)
+        about = what_runs(server.port)
+        for connections, data, images in ((1, single, 1), (MANY, single, 1), (4, many, MANY)):
+            rows += compared("server", server, closed(data, connections, images), connections, images, options)
+        top = next(row["value"] for row in rows if row["name"] == f"server, {MANY} connections, 1 image each")
+        for share in (0.5, 0.8):
+            came = open_loop(server.port, single, share * top, options.seconds * 2)
+            name = f"server, open loop at {share:.0%} of its closed-loop rate"
+            rows += [{"name": f"{name}, p{q}", "value": came.quantile(q / 100), "unit": "ms", "refused": came.refused} for q in (50, 99)]
+        rows.append({"name": "memory after load, PSS of the whole tree", "value": server.pss(), "unit": "MB"})
+    if not options.alone:
+        plain = [sys.executable, str(Path(__file__).parent / "plain.py")]
+        with serving(lambda port: [*plain, str(port), str(options.model)]) as server:
+            for connections, data, images in ((MANY, single, 1), (4, many, MANY)):
+                rows += compared("FastAPI + torch", server, closed(data, connections, images), connections, images, options)
+        for name, (batch, wait) in STOCK.items():
+            code = STOCK_SERVER.format(model=str(options.model), device=options.device, batch=batch, wait=wait)
+            script = Path(f"/tmp/stock_{batch}_{wait}.py")  # LitServe spawns its workers from a file
+            script.write_text(code)
+            with serving(lambda port, script=script: [sys.executable, str(script), str(port)]) as server:  # type: ignore[misc]
+                rows += compared(f"stock LitServe, {name}", server, closed(stock_single, MANY, 1), MANY, 1, options)
+        rows += ratios(rows)
+    return rows, about
 
 
-def bare_rate(engine: Engine, seconds: float) -> float:
-    """Return images per second of the session alone at batch 32, one thread, pictures of 32 x 32."""
-    image = np.random.default_rng(0).random((32, 3, 32, 32), dtype=np.float32)
+def at_rest(server: Served) -> list[Row]:
+    """Return what a server costs that nobody asks anything: seconds to be ready, share of a core, memory."""
+    before = server.cpu()
+    time.sleep(10)
+    idle = (server.cpu() - before) / 10
+    return [
+        {"name": "ready after", "value": server.ready, "unit": "s"},
+        {"name": "idle, share of a core", "value": idle, "unit": ""},
+        {"name": "memory at rest, PSS of the whole tree, classify only", "value": server.pss(), "unit": "MB"},
+    ]
+
+
+def compared(
+    name: str, server: Served, drive: Callable[[Served], Result], connections: int, images: int, options: argparse.Namespace
+) -> list[Row]:
+    """Return images/s and latency of a closed loop, and their ratio to the bare session measured around it."""
+    seen, shares, rates = [], [], []
+    for _ in range(options.rounds):
+        before = bare(options, server)
+        result = drive(server)
+        around = (before + bare(options, server)) / 2
+        seen.append(result)
+        rates.append(result.rate * images)
+        shares.append(result.rate * images / around)
+    what = f"{name}, {connections} connections, {images} image{'s' if images > 1 else ''} each"
+    refused = sum(result.refused for result in seen)
+    return [
+        {"name": what, "value": float(np.median(rates)), "unit": "images/s", "refused": refused},
+        {"name": f"ratio to bare session: {what}", "value": float(np.median(shares)), "unit": ""},
+        *({"name": f"{what}, p{q}", "value": float(np.median([r.quantile(q / 100) for r in seen])), "unit": "ms"} for q in (50, 99)),
+    ]
+
+
+def ratios(rows: list[Row]) -> list[Row]:
+    """Return our server's share of the bare session over each of the others'."""
+    shares = {row["name"].removeprefix("ratio to bare session: "): row["value"] for row in rows if row["name"].startswith("ratio to bare")}
+    found = []
+    for name, share in shares.items():
+        who, what = name.split(", ")[0], ", ".join(name.split(", ")[-2:])
+        if who != "server":
+            found.append({"name": f"ratio server / {name}", "value": shares[f"server, {what}"] / share, "unit": ""})
+    return found
+
+
+def bare(options: argparse.Namespace, server: Served) -> float:
+    """Return images/s of the session alone on core 0, in a process of its own, while the server sleeps: some never do of themselves."""
+    command = [sys.executable, __file__, "--bare", "3", "--model", str(options.model), "--device", options.device]
+    command += ["--precision", options.precision]
+    with server.asleep():
+        done = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=lambda: pin(0))
+    return float(done.stdout)
+
+
+def bare_rate(model: Path, device: Device, precision: Precision, seconds: float) -> float:
+    """Return images per second of the session alone at batch 32, one thread."""
+    bundle = Bundle.load(model)
+    engine, size = load_engine(bundle, "auto", device, 1, precision), bundle.manifest.input
+    image = np.random.default_rng(0).random((MANY, 3, size.height, size.width), dtype=np.float32)
     engine.classify(image)
     done, started = 0, time.monotonic()
     while time.monotonic() - started < seconds:
         engine.classify(image)
-        done += 32
+        done += MANY
     return done / (time.monotonic() - started)
 
 
-def wait(url: str) -> None:
-    """Return when the server is ready; raise TimeoutError after a minute."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            if httpx2.get(f"{url}/health").status_code == 200:
-                return
-        except httpx2.TransportError:
-            time.sleep(0.05)
-    raise TimeoutError("the server was not ready within a minute")
-
-
-def load(url: str, connections: int, seconds: float) -> tuple[float, float, float]:
-    """Return images/s, and p50 and p99 latency in ms, of a closed loop with so many connections."""
-    picture = encode_png(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    end = time.monotonic() + seconds
-
-    def one(_: int) -> list[float]:
-        times = []
-        with httpx2.Client(timeout=60) as client:
-            while (begin := time.monotonic()) < end:
-                client.post(f"{url}/classify", content=picture).raise_for_status()
-                times.append(time.monotonic() - begin)
-        return times
-
-    started = time.monotonic()
-    with ThreadPoolExecutor(connections) as pool:
-        times = [value for part in pool.map(one, range(connections)) for value in part]
-    elapsed = time.monotonic() - started
-    return len(times) / elapsed, float(np.quantile(times, 0.5)) * 1e3, float(np.quantile(times, 0.99)) * 1e3
+def what_runs(port: int) -> dict[str, str]:
+    """Return the provider and precision that the server names."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/info") as answer:
+        info = json.loads(answer.read())
+    return {"provider": info["provider"], "precision": info["precision"]}
 
 
 if __name__ == "__main__":

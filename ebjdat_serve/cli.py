@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="KEY.pub.pem",
         help="serve only bundles signed by this key; may be repeated",
     )
+    serve_parser.add_argument("--stock", action="store_true", help="by LitServe's own routes, queues and loops; see docs/decisions/0004")
     serve_parser.set_defaults(command=serve)
 
     for name, command, text in (
@@ -114,6 +115,11 @@ def serve(options: argparse.Namespace) -> None:
     )
     seam.check_address(settings.host, settings.port)
     print(f"starting {settings.model}", flush=True)
+    if options.stock:
+        from ebjdat_serve.server import stock
+
+        stock.run(settings)
+        return
     server, model = build_server(settings)
     url = f"http://{'localhost' if settings.host == '::' else settings.host}:{settings.port}"
     seam.run(server, settings.host, settings.port, f"{model} on {url} (docs: {url}/docs); Ctrl-C ends")

@@ -5,7 +5,8 @@ on white; 16-bit pictures are scaled to 8; EXIF rotation is applied; of an anima
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,33 +28,41 @@ def decode(data: bytes, height: int, width: int) -> Pixels:
 
     Raises InvalidImage: empty, too many bytes or pixels, not PNG, JPEG or WebP, truncated or damaged.
     """
+    return load(peek(data), height, width)
+
+
+def peek(data: bytes) -> Image.Image:
+    """Return the picture in ``data`` with only its header read: its ``size`` says what ``load`` will cost. Raises InvalidImage."""
     if not data:
         raise InvalidImage("the image is empty (0 bytes)")
     if len(data) > MAX_BYTES:
         raise InvalidImage(f"the image has {len(data)} bytes; the limit is {MAX_BYTES}")
+    with _hostile():
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    columns, rows = picture.size
+    if columns * rows > MAX_PIXELS:
+        raise InvalidImage(f"the image has {columns} x {rows} pixels; the limit is {MAX_PIXELS} in all")
+    return picture
+
+
+def load(picture: Image.Image, height: int, width: int) -> Pixels:
+    """Return a picture that was peeked at as (height, width, 3) uint8. Raises InvalidImage."""
+    with _hostile(), picture:
+        upright = _rgb(_upright(_eight_bit(picture)))
+        return np.asarray(upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BOX))
+
+
+@contextmanager
+def _hostile() -> Iterator[None]:
+    """Turn whatever Pillow raises on hostile bytes into InvalidImage."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            columns, rows = picture.size
-            if columns * rows > MAX_PIXELS:
-                raise InvalidImage(f"the image has {columns} x {rows} pixels; the limit is {MAX_PIXELS} in all")
-            return np.asarray(_rgb(_upright(_eight_bit(picture))).resize((width, height), Image.Resampling.BOX))
-    except InvalidImage:
-        raise
+        yield
     except Image.DecompressionBombError as error:
         raise InvalidImage(f"the image has too many pixels; the limit is {MAX_PIXELS}") from error
     except UnidentifiedImageError as error:
         raise InvalidImage(f"not an image this server reads; send {', '.join(FORMATS)}") from error
-    except Exception as error:  # Pillow's decoders raise what they like on hostile bytes; none of it may pass this line
+    except Exception as error:  # Pillow's decoders raise what they like; none of it may pass this line
         raise InvalidImage(f"the image is truncated or damaged ({type(error).__name__})") from error
-
-
-def count_pixels(data: bytes) -> int:
-    """Return how many pixels the header promises, 0 when it is no picture: what decoding would cost, at no cost."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return picture.width * picture.height
-    except Exception:  # as in decode, which will name the cause
-        return 0
 
 
 def _upright(picture: Image.Image) -> Image.Image:

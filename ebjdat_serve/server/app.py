@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 
 from ebjdat_serve import __version__, pixels
 from ebjdat_serve.server import problems, seam
@@ -110,6 +111,9 @@ class Routes:
         if key := os.environ.get("LIT_SERVER_API_KEY"):
             app.add_middleware(Guard, key=key)
         images: dict[str, Any] = {"openapi_extra": IMAGE_BODY, "responses": ERRORS}
+        for path, endpoint in (("/classify", self.classify), ("/energy", self.energy)):
+            # FastAPI's routes below document them; these, found first, answer without what FastAPI does for each request
+            app.router.routes.append(Route(path, endpoint, methods=["POST"]))
         app.add_api_route("/classify", self.classify, methods=["POST"], response_model=ClassifyAnswer | ClassifyList, **images)
         app.add_api_route("/energy", self.energy, methods=["POST"], response_model=EnergyAnswer | EnergyList, **images)
         drawn: dict[str, Any] = {"responses": {**ERRORS, **PICTURE}, "response_model": GenerateAnswer}
@@ -139,12 +143,12 @@ class Routes:
     async def classify(self, request: Request) -> Response:
         """Return the class, its probability, the energy and whether it is suspicious, of one image or of a list."""
         verdicts, listed, words = await self._verdicts(request)
-        return words.answer([words.classified(verdicts, i) for i in range(len(verdicts.energy))], listed)
+        return words.answer(words.classified(verdicts), listed)
 
     async def energy(self, request: Request) -> Response:
         """Return E(x), E(x, y) for every class, the p-value and whether it is suspicious, of one image or of a list."""
         verdicts, listed, words = await self._verdicts(request)
-        return words.answer([words.energies(verdicts, i) for i in range(len(verdicts.energy))], listed)
+        return words.answer(words.energies(verdicts), listed)
 
     async def _verdicts(self, request: Request) -> tuple[Verdicts, bool, Words]:
         with self.classify_lane.place(self.settings.classify_queue, "classify_queue") as late:

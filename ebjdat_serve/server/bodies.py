@@ -5,7 +5,7 @@ import base64
 import binascii
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from ebjdat_serve.bundle import Input
 from ebjdat_serve.errors import InvalidImage
-from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS, Pixels, count_pixels, decode
+from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS, Pixels, load, peek
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
@@ -60,34 +60,34 @@ async def _decode(
         pictures, listed = [await from_form(request, body)], False
     else:
         pictures, listed = [body], False
-    total = sum(count_pixels(picture) for picture in pictures)
+    opened = [attempt(peek, picture) for picture in pictures]
+    total = sum(one.width * one.height for one in opened if not isinstance(one, InvalidImage))
     if listed and total > MAX_PIXELS:
         raise Problem(413, f"the images of one list may have {MAX_PIXELS} pixels in all, these have {total}; send them one by one")
+    for index, one in enumerate(opened):
+        refuse_invalid(one, index if listed else None)
     if total <= SMALL_PIXELS and sum(map(len, pictures)) <= SMALL_BYTES:
-        decoded = attempt(pictures, contract)  # quicker than to ask another thread
+        decoded = [attempt(load, one, contract.height, contract.width) for one in opened]  # quicker than to ask another thread
     else:
-        loop = asyncio.get_running_loop()
-        parts = await asyncio.gather(*(loop.run_in_executor(pool, attempt, [picture], contract) for picture in pictures))
-        decoded = [one for part in parts for one in part]
-    for index, result in enumerate(decoded):
-        if isinstance(result, InvalidImage):
-            refuse(result, index if listed else None)
-    return np.stack([image for image in decoded if not isinstance(image, InvalidImage)]), listed
+        ask = asyncio.get_running_loop().run_in_executor
+        decoded = await asyncio.gather(*(ask(pool, attempt, load, one, contract.height, contract.width) for one in opened))
+    for index, one in enumerate(decoded):
+        refuse_invalid(one, index if listed else None)
+    return np.stack(decoded), listed
 
 
-def attempt(pictures: list[bytes], contract: Input) -> list[Pixels | InvalidImage]:
-    """Return the pixels of each picture, or what is wrong with it."""
-    decoded: list[Pixels | InvalidImage] = []
-    for picture in pictures:
-        try:
-            decoded.append(decode(picture, contract.height, contract.width))
-        except InvalidImage as error:
-            decoded.append(error)
-    return decoded
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``function`` returns, or the InvalidImage it raises."""
+    try:
+        return function(*arguments)
+    except InvalidImage as error:
+        return error
 
 
-def refuse(error: InvalidImage, index: int | None) -> NoReturn:
-    """Raise the Problem for a picture that could not be decoded, naming its place in the list."""
+def refuse_invalid(error: Any, index: int | None) -> None:
+    """Raise the Problem for a picture that could not be decoded, if it is one, naming its place in the list."""
+    if not isinstance(error, InvalidImage):
+        return
     text = str(error)
     status = 413 if "limit is" in text and index is None else 422
     if index is None:

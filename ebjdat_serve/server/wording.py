@@ -36,23 +36,28 @@ class Words:
         tail = {"alpha": self.alpha, "model": self.served.name}
         return JSONResponse({"results": rows, **tail} if listed else {**rows[0], **tail})
 
-    def candidate(self, verdicts: Verdicts, i: int, label: int) -> dict[str, Any]:
+    def candidate(self, label: int, probability: float) -> dict[str, Any]:
         """Return one class and its probability."""
-        return {"class": label, "label": self.names[label], "probability": float(verdicts.probability[i, label])}
+        return {"class": label, "label": self.names[label], "probability": probability}
 
-    def flag(self, verdicts: Verdicts, i: int) -> dict[str, Any]:
-        """Return the energy and what follows from it."""
-        return {"energy": float(verdicts.energy[i]), "p_value": float(verdicts.p_value[i]), "suspicious": bool(verdicts.suspicious[i])}
+    def flags(self, verdicts: Verdicts) -> list[dict[str, Any]]:
+        """Return each image's energy and what follows from it."""
+        rows = zip(verdicts.energy.tolist(), verdicts.p_value.tolist(), verdicts.suspicious.tolist(), strict=True)
+        return [{"energy": energy, "p_value": p_value, "suspicious": suspicious} for energy, p_value, suspicious in rows]
 
-    def classified(self, verdicts: Verdicts, i: int) -> dict[str, Any]:
-        """Return what /classify says of image i."""
-        order = np.argsort(-verdicts.probability[i], kind="stable")[:TOP]
-        top = [self.candidate(verdicts, i, int(label)) for label in order]
-        return {**top[0], **self.flag(verdicts, i), "top": top}
+    def classified(self, verdicts: Verdicts) -> list[dict[str, Any]]:
+        """Return what /classify says of each image."""
+        order = np.argsort(-verdicts.probability, axis=1, kind="stable")[:, :TOP]
+        probability = np.take_along_axis(verdicts.probability, order, axis=1).tolist()
+        tops = [
+            [self.candidate(label, p) for label, p in zip(*pair, strict=True)] for pair in zip(order.tolist(), probability, strict=True)
+        ]
+        return [{**top[0], **flag, "top": top} for top, flag in zip(tops, self.flags(verdicts), strict=True)]
 
-    def energies(self, verdicts: Verdicts, i: int) -> dict[str, Any]:
-        """Return what /energy says of image i."""
-        return {**self.flag(verdicts, i), "joint_energy": verdicts.joint_energy[i].tolist()}
+    def energies(self, verdicts: Verdicts) -> list[dict[str, Any]]:
+        """Return what /energy says of each image."""
+        joint = verdicts.joint_energy.tolist()
+        return [{**flag, "joint_energy": energies} for flag, energies in zip(self.flags(verdicts), joint, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,12 @@ class Order:
 
     def document(self, drawn: Drawn) -> dict[str, Any]:
         """Return what format=json answers."""
-        job, words = self.job, self.words
+        job, words, flags = self.job, self.words, self.words.flags(drawn.verdicts)
+        probability = drawn.verdicts.probability[:, job.label].tolist()
         rows = [
             {
-                **words.candidate(drawn.verdicts, i, job.label),
-                **words.flag(drawn.verdicts, i),
+                **words.candidate(job.label, probability[i]),
+                **flags[i],
                 "seed": job.seed + i,
                 "png": self._base64(image, [job.seed + i]),
             }
@@ -115,8 +121,8 @@ class Order:
         document = {
             "step": preview.step,
             "steps": self.job.sampler.steps,
-            "energy": [float(value) for value in v.energy],
-            "probability": [float(value) for value in v.probability[:, self.job.label]],
+            "energy": v.energy.tolist(),
+            "probability": v.probability[:, self.job.label].tolist(),
             "png": self._base64(pixels.grid(preview.image, self.query.scale), self._seeds()),
             "model": self.words.served.name,
         }

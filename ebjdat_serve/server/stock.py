@@ -1,0 +1,146 @@
+"""`ebjdat-serve serve --stock`: the same models by LitServe's public hooks alone.
+
+Its routes, queues and loops, for the day that a LitServe to come moves what `seam` relies on, and to measure what `seam` is worth.
+POST /classify takes {"image": base64} and answers what /classify and /energy answer; POST /generate takes {"class", "n", "steps",
+"seed"}, one request at a time. Deadlines, cancellation, back-pressure, streams, refresh and other bodies are not to be had this way.
+"""
+
+import base64
+import contextlib
+import os
+import secrets
+import signal
+from dataclasses import replace
+from typing import Any
+
+import litserve as ls
+import numpy as np
+from fastapi import HTTPException, Request
+
+from ebjdat_serve import pixels
+from ebjdat_serve.errors import EngineError, InvalidImage
+from ebjdat_serve.generation import generate
+from ebjdat_serve.pixels import Pixels
+from ebjdat_serve.server.fleet import Served, open_bundle
+from ebjdat_serve.server.orders import check_work, find_label
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.schemas import GenerateQuery
+from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.wire import Drawn, Job, Verdicts
+from ebjdat_serve.server.wording import Order, Words
+from ebjdat_serve.server.workers import Model
+from ebjdat_serve.sgld import Prior
+
+BATCH_SECONDS = 0.002
+"""How long LitServe waits for company; with 0 it spins on an idle core."""
+
+
+class Stock(ls.LitAPI):
+    """What both have in common: the model, and the words for its answers."""
+
+    def __init__(self, settings: Settings, **options: Any) -> None:
+        super().__init__(**options)
+        self._settings = settings
+
+    def setup(self, device: str) -> None:
+        """Open the model."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.served: Served = open_bundle(self._settings.model, self._settings)
+        self.model = Model(self.served.bundle.path, self._settings)
+        self.words = Words(self.served, self._settings.alpha)
+
+
+class StockClassify(Stock):
+    """One image a request, batched by LitServe."""
+
+    def decode_request(self, request: Request) -> Pixels | str:  # what LitServe gives for this annotation is a dict
+        """Return the pixels, or what is wrong with them: an exception would fail everyone in the batch."""
+        size = self.served.bundle.manifest.input
+        document: Any = request
+        try:
+            return pixels.decode(base64.b64decode(document["image"], validate=True), size.height, size.width)
+        except (InvalidImage, ValueError, KeyError, TypeError) as error:
+            return f'send {{"image": "<base64>"}}: {error}'
+
+    def batch(self, inputs: list[Any]) -> list[Any]:
+        """Leave the requests as they are."""
+        return inputs
+
+    def predict(self, x: Any) -> Any:
+        """Return what the model says of each."""
+        if not isinstance(x, list):  # with max_batch 1 LitServe gives one, and wants one back
+            return self.predict([x])[0]
+        good = [i for i, one in enumerate(x) if not isinstance(one, str)]
+        answers: list[Any] = list(x)
+        if good:
+            said = self.model.verdicts(np.stack([x[i] for i in good]))
+            for row, i in enumerate(good):
+                answers[i] = said.rows(slice(row, row + 1))
+        return answers
+
+    def unbatch(self, output: list[Verdicts | str]) -> list[Verdicts | str]:
+        """Return one a request."""
+        return output
+
+    def encode_response(self, output: Verdicts | str) -> Any:
+        """Return the answer."""
+        if isinstance(output, str):
+            raise HTTPException(422, output)
+        said = {**self.words.classified(output)[0], **self.words.energies(output)[0]}
+        return {**said, "alpha": self.words.alpha, "model": self.served.name}
+
+
+class StockGenerate(Stock):
+    """One request after the other."""
+
+    def setup(self, device: str) -> None:
+        """Open the model and the prior."""
+        super().setup(device)
+        self.prior = Prior.load(self.served.bundle.path / "prior.safetensors")
+
+    def decode_request(self, request: Request) -> Order:
+        """Return what is asked for."""
+        manifest, document = self.served.bundle.manifest, dict(request)
+        try:
+            query = GenerateQuery.model_validate(document | {"format": "json"})
+            steps = query.steps or manifest.sampler.steps
+            check_work(query, steps, manifest, self._settings)
+            label = find_label(query.class_, manifest.labels)
+        except (ValueError, TypeError, Problem) as error:
+            raise HTTPException(422, str(error)) from error
+        seed = secrets.randbelow(2**31 - self._settings.max_samples) if query.seed is None else query.seed
+        return Order(self.words, query, Job(label, query.n, replace(manifest.sampler, steps=steps), seed))
+
+    def predict(self, x: Order) -> dict[str, Any]:
+        """Draw."""
+        job = x.job
+        samples = generate(self.model.engine, self.prior, job.sampler, np.full(job.n, job.label, np.int64), job.seed)
+        return x.document(Drawn(samples.image, self.model.verdicts(samples.image)))
+
+    def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer."""
+        return output
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM; raise EngineError when a worker cannot start."""
+    classify = StockClassify(settings, max_batch_size=settings.max_batch, batch_timeout=BATCH_SECONDS, api_path="/classify")
+    apis: list[ls.LitAPI] = [classify]
+    if settings.generate_workers:
+        apis.append(StockGenerate(settings, api_path="/generate"))
+    served = open_bundle(settings.model, settings)
+    server = ls.LitServer(apis, accelerator="cpu", devices=1, timeout=settings.generate_deadline, model_metadata={"model": served.name})
+
+    owner = os.getpid()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt if os.getpid() == owner else SystemExit(0)  # the latter in the forked HTTP process
+
+    signal.signal(signal.SIGTERM, stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            server.run(
+                host=settings.host, port=settings.port, num_api_servers=1, log_level="warning", generate_client_file=False, access_log=False
+            )
+        except RuntimeError as error:
+            raise EngineError(f"LitServe could not start: {error}") from error
