@@ -1,5 +1,7 @@
 """Which chains take the next Langevin step: requests join and leave a running batch, short ones overtake long ones, none starves."""
 
+import heapq
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -7,15 +9,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ebjdat_serve.engines import Engine
+from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.sgld import Chains
 
-FAIR = 0.5
-"""Chain-steps given to whoever waited longest, for each one given to whoever has least left: a third of the machine."""
-ALIKE = 2.0
-"""A request joins another's turn on a CPU, which it slows down, when it has at most so many times the work left."""
+FAIR = 1.0
+"""Chain-steps given to whoever waited longest, for each one given to the shortest request."""
+CLASS = 4.0
+"""Requests whose work differs by less than about this factor count as equally long."""
 TURN = 0.02
 """Seconds that a turn should take at most: on a GPU, where a step is short, it holds several."""
+
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -29,30 +33,33 @@ class Policy:
     def of(engine: Engine) -> "Policy":
         """Return small batches for a CPU, full ones for a GPU."""
         on_cpu = engine.provider == "CPUExecutionProvider" or engine.provider.endswith(" cpu")
-        return Policy(4, True) if on_cpu else Policy(256, False)
+        return Policy(8, True) if on_cpu else Policy(256, False)
 
 
 @dataclass(eq=False)
 class Request:
-    """Chains that are answered together: all take ``steps`` steps and are then ``done``."""
+    """Chains that are answered together: all take ``steps`` steps."""
 
     engine: Engine
     chains: Chains
     steps: int
-    turn: NDArray[np.int64] = field(init=False)  # (n,) when each chain last took a step, in the scheduler's count of turns
+    left: int = field(init=False)  # chain-steps still to take
+    length: int = field(init=False)  # how long it is, in powers of CLASS
+    turn: Rows = field(init=False)  # (n,) the turn in which each chain last took a step
+    moved: NDArray[np.float64] = field(init=False)  # (n,) and when, in seconds of the scheduler's clock
 
     def __post_init__(self) -> None:
-        self.turn = np.zeros(len(self.chains.label), np.int64)
+        n = len(self.chains.label)
+        self.left = n * self.steps - int(self.chains.step.sum())
+        self.length = int(math.log(max(1, self.left), CLASS))
+        self.turn, self.moved = np.zeros(n, np.int64), np.zeros(n)
 
-    @property
-    def left(self) -> int:
-        """Chain-steps still to take."""
-        return int((self.steps - self.chains.step).sum())
-
-    def walking(self) -> NDArray[np.int64]:
+    def walking(self) -> Rows:
         """Return the rows that have steps to take, the longest waiting first."""
+        if len(self.turn) == 1:
+            return self.turn * 0  # the one row there is: what has none to take has left
         rows = np.flatnonzero(self.chains.step < self.steps)
-        return rows[np.argsort(self.turn[rows], kind="stable")]
+        return rows if len(rows) < 2 else rows[self.turn[rows].argsort(kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -60,30 +67,34 @@ class Moved:
     """Rows of a request that took ``steps`` steps each in a turn; ``arrived`` are those that took their last."""
 
     request: Request
-    rows: NDArray[np.int64]
+    rows: Rows
     steps: int
-    arrived: NDArray[np.int64]
+    arrived: Rows
 
 
 class Scheduler:
     """Shares an engine among requests, a turn at a time.
 
-    A turn is one batch of at most ``width`` chains moved by one step, or by several where they are short. It goes to the request with the
-    fewest chain-steps left; but for each chain-step given so, FAIR of one is owed to the chains that have waited longest, whoever's
-    they are. With N chains none waits longer than about N (1 + 1 / FAIR) / rate seconds for its next step, rate in chain-steps a second.
+    A turn is one batch of at most ``width`` chains moved by one step, or by several where they are short. Chains of the shortest requests
+    lead it, among equally long ones those with the fewest steps left; and for each that leads FAIR ride along: those that have waited
+    longest, whoever's they are. So a short request overtakes long ones in at most 1 + FAIR times the time it takes alone, and with N chains
+    none waits longer for its next step than about N (1 + 1 / FAIR) / rate seconds, rate in chain-steps a second; twice that while two
+    models are served.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self.requests: list[Request] = []
+        self.longest = 0.0  # seconds that any chain waited between two steps; whoever reports it sets it back
         self._turn = 0
         self._owed = 0.0
         self._step_seconds: dict[int, float] = {}
 
     def join(self, request: Request) -> None:
         """Let the chains of ``request`` take part from the next turn on."""
-        # a newcomer has not waited: it may not claim the turns owed to those that have
+        # a newcomer has not waited: it may not claim what is owed to those that have
         request.turn[:] = self._turn
+        request.moved[:] = self._clock()
         self.requests.append(request)
 
     def leave(self, request: Request) -> None:
@@ -94,62 +105,58 @@ class Scheduler:
         """Take one turn; return what moved. Requests whose chains all arrived have left."""
         chosen = self._choose()
         engine = chosen[0][0].engine
-        batch = Chains.join([request.chains.rows(rows) for request, rows in chosen])
-        most = min(int(request.steps - request.chains.step[rows].max()) for request, rows in chosen)
-        steps = 1 if Policy.of(engine).linear else min(most, self._several(len(batch.label)))
+        batch = Chains.join([request.chains if len(request.turn) == 1 else request.chains.rows(rows) for request, rows in chosen])
+        steps = 1
+        if not Policy.of(engine).linear:
+            most = min(int(request.steps - request.chains.step[rows].max()) for request, rows in chosen)
+            steps = min(most, self._several(len(batch.label)))
         began = self._clock()
-        moved = engine.advance(batch, steps)
+        image = engine.advance(batch, steps).image
         self._step_seconds[len(batch.label)] = (self._clock() - began) / steps
         self._turn += 1
-        return list(self._scatter(chosen, moved, steps))
+        return list(self._scatter(chosen, image, steps))
 
-    def _choose(self) -> list[tuple[Request, NDArray[np.int64]]]:
-        """Return the rows of the next turn by request, all of one engine."""
-        order = sorted(self.requests, key=lambda request: request.left)
+    def _choose(self) -> list[tuple[Request, Rows]]:
+        """Return the rows of the next turn by request, all of one engine; several engines take turns."""
+        engines = list(dict.fromkeys(id(request.engine) for request in self.requests))
+        order = [request for request in self.requests if id(request.engine) == engines[self._turn % len(engines)]]
+        order.sort(key=lambda request: (request.length, request.left))
         policy = Policy.of(order[0].engine)
-        if len(order) > 1:
-            waited = self._longest(policy.width)
-            if self._owed >= len(waited):
-                self._owed -= len(waited)
-                return _by_request(waited)
-        chosen, room = [], policy.width
+        walking = {request: request.walking().tolist() for request in order}
+        lead: dict[Request, list[int]] = {}
+        room = max(1, int(policy.width / (1 + FAIR)))
         for request in order:
-            if request.engine is not order[0].engine or (policy.linear and request.left > ALIKE * order[0].left):
-                continue
-            rows = request.walking()[:room]
-            chosen.append((request, rows))
-            room -= len(rows)
-            if not room:
+            if not room or (policy.linear and request.length > order[0].length):
                 break
-        self._owed = min(self._owed + FAIR * (policy.width - room), float(policy.width))
-        return chosen
-
-    def _longest(self, width: int) -> list[tuple[Request, int]]:
-        """Return the chains that have waited longest, at most ``width`` of one engine."""
-        waiting = [(int(request.turn[row]), i, int(row)) for i, request in enumerate(self.requests) for row in request.walking()]
-        waiting.sort()
-        engine = self.requests[waiting[0][1]].engine
-        return [(self.requests[i], row) for _, i, row in waiting if self.requests[i].engine is engine][:width]
+            lead[request] = walking[request][:room]
+            room -= len(lead[request])
+        leading = sum(map(len, lead.values()))
+        self._owed = min(self._owed + FAIR * leading, float(policy.width))
+        behind = (
+            (int(request.turn[row]), -request.left, i, row)
+            for i, request in enumerate(order)
+            for row in walking[request][len(lead.get(request, ())) :]
+        )
+        for *_, i, row in heapq.nsmallest(min(int(self._owed), policy.width - leading), behind):
+            lead.setdefault(order[i], []).append(row)
+            self._owed -= 1
+        return [(request, np.asarray(rows)) for request, rows in lead.items()]
 
     def _several(self, n: int) -> int:
         """Return how many steps of n chains fit into a turn."""
         seconds = self._step_seconds.get(n)
         return 1 if not seconds else max(1, int(TURN / seconds))
 
-    def _scatter(self, chosen: list[tuple[Request, NDArray[np.int64]]], moved: Chains, steps: int) -> Iterator[Moved]:
-        start = 0
+    def _scatter(self, chosen: list[tuple[Request, Rows]], image: Floats, steps: int) -> Iterator[Moved]:
+        start, now = 0, self._clock()
         for request, rows in chosen:
-            part = moved.rows(slice(start, start + len(rows)))
-            start += len(rows)
-            request.chains.image[rows], request.chains.step[rows] = part.image, part.step
-            request.turn[rows] = self._turn
-            if not len(request.walking()):
+            self.longest = max(self.longest, now - float(request.moved[rows].min()))
+            chains, n = request.chains, len(rows)
+            chains.image[rows] = image[start : start + n]
+            chains.step[rows] += steps
+            request.moved[rows], request.turn[rows] = now, self._turn
+            request.left -= steps * n
+            start += n
+            if not request.left:
                 self.requests.remove(request)
-            yield Moved(request, rows, steps, rows[part.step == request.steps])
-
-
-def _by_request(chains: list[tuple[Request, int]]) -> list[tuple[Request, NDArray[np.int64]]]:
-    rows: dict[Request, list[int]] = {}
-    for request, row in chains:
-        rows.setdefault(request, []).append(row)
-    return [(request, np.asarray(found)) for request, found in rows.items()]
+            yield Moved(request, rows, steps, rows[chains.step[rows] == request.steps])

@@ -1,7 +1,7 @@
 """The Langevin loop and the prior its chains start from, for NumPy arrays and torch tensors alike."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,16 +108,18 @@ class Chains:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by name, as the step graph names them."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return dict(vars(self))
 
     def rows(self, chosen: Any) -> "Chains":
         """Return the chains at ``chosen``: a slice, indices or a mask."""
-        return Chains(**{name: array[chosen] for name, array in self.arrays().items()})
+        return Chains(*(array[chosen] for array in vars(self).values()))
 
     @staticmethod
     def join(parts: "Sequence[Chains]") -> "Chains":
         """Return all chains of ``parts``, in order."""
-        return Chains(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Chains)})
+        if len(parts) == 1:
+            return parts[0]
+        return Chains(*(np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts), strict=True)))
 
     def moved(self, image: Floats, steps: int) -> "Chains":
         """Return these chains ``steps`` later, at ``image``."""

@@ -79,11 +79,11 @@ def test_a_short_request_overtakes_long_ones_and_waits_for_little_more_than_its_
     short, began = blank(engine, 1, 20), engine.now
     scheduler.join(short)
     turns_until(scheduler, short)
-    assert engine.now - began <= 20 * (1 + FAIR) + 2 * Policy.of(engine).width
+    assert engine.now - began <= 20 * (1 + FAIR) + Policy.of(engine).width
 
 
 def test_long_requests_go_on_under_a_stream_of_short_ones():
-    """A third of all chain-steps is theirs."""
+    """Their share of all chain-steps is FAIR / (1 + FAIR)."""
     engine = Counting()
     scheduler = Scheduler(lambda: engine.now)
     long = [blank(engine, 1, 600) for _ in range(8)]
@@ -149,8 +149,7 @@ def test_a_gpu_is_filled_and_takes_several_short_steps_a_turn():
         scheduler.join(blank(engine, n, steps))
     scheduler.advance()
     scheduler.advance()
-    assert engine.batches[0] == (151, 1)
-    assert engine.batches[1][0] == 151
+    assert [n for n, _ in engine.batches] == [151, 151]
     assert engine.batches[1][1] > 1
 
 

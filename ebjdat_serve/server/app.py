@@ -238,6 +238,7 @@ class Routes:
                 "chains": lane.chains,
                 "chain_steps_left": lane.work,
                 "chain_steps_per_second": round(lane.rate, 1),
+                "longest_wait_seconds": round(lane.longest, 3),
             }
         return load
 

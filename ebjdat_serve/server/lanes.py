@@ -254,6 +254,7 @@ class GenerateLane(Lane):
     def __init__(self, *, workers: int, deadline: float, chains: int, backlog: float) -> None:
         super().__init__("generate", workers=workers, deadline=deadline)
         self._chains, self._backlog = chains, backlog
+        self.longest = 0.0
         self._left: dict[int, int] = {}
         self._rates: dict[int, float] = {}
         self._parked: list[Item] = []
@@ -324,8 +325,8 @@ class GenerateLane(Lane):
                 for item in peer.owes.get(number, []):
                     item.preview = message
                     item.shown.set()
-            case Pace(rate, left):
-                self._rates[peer.pid] = rate
+            case Pace(rate, left, longest):
+                self._rates[peer.pid], self.longest = rate, longest
                 self._left |= {number: work for number, work in left.items() if number in self._left}
             case Answer(number):
                 self._left.pop(number, None)

@@ -135,10 +135,11 @@ class Preview:
 
 @dataclass(frozen=True)
 class Pace:
-    """Chain-steps a second of late, and what is left of each job in chain-steps."""
+    """Chain-steps a second of late, what is left of each job in chain-steps, and the seconds that a chain waited longest for a step."""
 
     rate: float
     left: dict[int, int]
+    longest: float = 0.0
 
 
 @dataclass(frozen=True)

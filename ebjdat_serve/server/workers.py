@@ -213,7 +213,9 @@ class GenerateWorker(Worker):
                 self.heed(message)
 
     def _tell(self) -> None:
-        self.line.send(Pace(self.rate, {drawing.number: drawing.request.left for drawing in self.drawings.values()}))
+        left = {drawing.number: drawing.request.left for drawing in self.drawings.values()}
+        self.line.send(Pace(self.rate, left, self.scheduler.longest))
+        self.scheduler.longest = 0.0
 
 
 class Drawing:
