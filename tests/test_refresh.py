@@ -1,0 +1,346 @@
+"""A store is refreshed under load: nobody is refused, every answer is one model's, and what is not right is not served."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import httpx2
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from ebjdat_serve import store as stores
+from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
+from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.graphs import References, references
+from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.signing import check_signature, sign
+from ebjdat_serve.store import publish, rollback, versions
+from tests.conftest import serving
+from tests.test_faults import workers
+
+
+def named(bundle):
+    return f"{bundle.manifest.name}@{bundle.manifest.version}"
+
+
+def copied(source, folder, **changes):
+    shutil.copytree(source, folder)
+    return Bundle.draft(folder).update(**changes)
+
+
+def info(server):
+    return httpx2.get(f"{server.url}/info", timeout=30).json()
+
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Two pairs of keys, as OpenSSL makes them."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("ours", "theirs"):
+        private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", private], check=True, capture_output=True)
+        subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True, capture_output=True)
+    return folder
+
+
+def test_a_refresh_under_load_fails_no_request_and_every_answer_is_one_models(tmp_path, golden, shipped, picture):
+    """From digits to CIFAR-10 and back, with other labels and another size of image."""
+    digits = Bundle.load(golden)
+    store = tmp_path / "store"
+    publish(digits, store)
+    labels = {named(bundle): bundle.manifest.labels for bundle in (digits, shipped)}
+    seen, wrong, stop = Counter(), [], threading.Event()
+
+    def ask(kind):
+        with httpx2.Client(timeout=60) as client:
+            while not stop.is_set():
+                if kind == "classify":
+                    answer = client.post(f"{server.url}/classify", content=picture)
+                else:
+                    answer = client.get(f"{server.url}/generate", params={"class": 3, "steps": 10, "format": "json"})
+                if answer.status_code != 200:
+                    wrong.append(answer.text)
+                    continue
+                said = answer.json()
+                one = said["images"][0] if kind == "generate" else said
+                seen[kind, said["model"]] += 1
+                if one["label"] != labels[said["model"]][one["class"]]:
+                    wrong.append(said)
+
+    with serving(store, tmp_path / "log") as server:
+        assert info(server)["model"] == named(digits)
+        threads = [threading.Thread(target=ask, args=(kind,)) for kind in ("classify", "classify", "classify", "generate")]
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+        publish(shipped, store)
+        until(lambda: info(server)["model"] == named(shipped))
+        time.sleep(1)
+        rollback(store)
+        until(lambda: info(server)["model"] == named(digits))
+        time.sleep(0.5)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert set(seen) == {(kind, name) for kind in ("classify", "generate") for name in labels}
+        until(lambda: info(server)["refresh"] == {"opening": None, "refused": None, "retiring": []})
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_long_drawing_ends_on_the_model_it_began_with(tmp_path, golden, shipped):
+    store = tmp_path / "store"
+    publish(shipped, store)
+    with serving(store, tmp_path / "log") as server:
+        answers = []
+        query = {"class": 3, "n": 8, "steps": 80, "seed": 5, "format": "json"}
+        thread = threading.Thread(target=lambda: answers.append(httpx2.get(f"{server.url}/generate", params=query, timeout=60).json()))
+        thread.start()
+        time.sleep(0.3)
+        publish(Bundle.load(golden), store)
+        until(lambda: info(server)["model"] == named(Bundle.load(golden)))
+        assert not answers
+        assert info(server)["refresh"]["retiring"] == [named(shipped)]
+        thread.join(60)
+        assert answers[0]["model"] == named(shipped)
+        assert answers[0]["images"][0]["label"] == "cat"
+        until(lambda: not info(server)["refresh"]["retiring"])
+
+
+def test_what_is_not_right_is_refused_and_the_old_model_goes_on(tmp_path, shipped, picture):
+    store = tmp_path / "store"
+    first = publish(shipped, store)
+    with serving(store, tmp_path / "log") as server:
+        before = httpx2.post(f"{server.url}/classify", content=picture).json()
+
+        def point(name):
+            (store / "hand").symlink_to(name)
+            os.replace(store / "hand", store / "current")
+
+        def refused(what):
+            until(lambda: what in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
+            assert httpx2.post(f"{server.url}/classify", content=picture).json() == before
+            assert httpx2.get(f"{server.url}/health").status_code == 200
+
+        copied(SHIPPED, store / "damaged", version="damaged")
+        (store / "damaged" / "weights.safetensors").write_bytes(b"junk")
+        point("damaged")
+        refused("is damaged")
+
+        bundle = copied(SHIPPED, store / "liar", version="liar")  # every hash is right, the self-test is not
+        expected = load_file(bundle.path / "selftest.safetensors")
+        save_file({**expected, "moved": expected["moved"][::-1].copy()}, bundle.path / "selftest.safetensors")
+        bundle.update("selftest.safetensors")
+        point("liar")
+        refused("self-test failed")
+
+        (store / "current").unlink()  # nothing to point at is no reason to stop either
+        time.sleep(2)
+        assert httpx2.post(f"{server.url}/classify", content=picture).json() == before
+
+        good = publish(copied(SHIPPED, tmp_path / "good", version="good"), store)
+        until(lambda: info(server)["model"].endswith("@good"))
+        assert info(server)["refresh"]["refused"] is None
+        # a worker that is started again serves what is served now, not what it was first started with
+        shutil.rmtree(first)
+        os.kill(workers(server)[0], signal.SIGKILL)
+        after = httpx2.post(f"{server.url}/classify", content=picture, timeout=30).json()
+        assert after == {**before, "model": f"{shipped.manifest.name}@good"}
+        assert good.is_dir()
+
+
+def test_only_what_a_trusted_key_signed_is_served(tmp_path, keys, picture):
+    bundle = copied(SHIPPED, tmp_path / "bundle", version="signed")
+    command = [sys.executable, "-m", "ebjdat_serve.cli"]
+
+    def run(*arguments):
+        return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
+
+    trust = ("--trust", str(keys / "ours.pub.pem"))
+    unsigned = run("serve", bundle.path, *trust)
+    assert (unsigned.returncode, "is not signed" in unsigned.stderr) == (2, True)
+    store = tmp_path / "store"
+    assert run("publish", bundle.path, store, "--key", keys / "ours.pem").returncode == 0
+    with serving(store, tmp_path / "log", "--device", "cpu", *trust) as server:
+        other = copied(SHIPPED, tmp_path / "other", version="other")
+        sign(other.path, keys / "theirs.pem")
+        assert run("publish", other.path, store).returncode == 0
+        until(lambda: "by a key that --trust names" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
+        assert info(server)["model"].endswith("@signed")
+        third = copied(SHIPPED, tmp_path / "third", version="third")
+        assert run("publish", third.path, store, "--key", keys / "ours.pem").returncode == 0
+        until(lambda: info(server)["model"].endswith("@third"))
+        assert run("rollback", store, "signed").returncode == 0
+        until(lambda: info(server)["model"].endswith("@signed"))
+
+
+# signatures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_signature_is_of_these_bytes_by_one_of_these_keys(tmp_path, keys):
+    bundle = copied(SHIPPED, tmp_path / "bundle")
+    ours, theirs = keys / "ours.pub.pem", keys / "theirs.pub.pem"
+    sign(bundle.path, keys / "ours.pem")
+    check_signature(bundle.path, [ours])
+    check_signature(bundle.path, [theirs, ours])
+    with pytest.raises(BundleError, match="not a signature"):
+        check_signature(bundle.path, [theirs])
+    openssl = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", ours, "-rawin", "-in", bundle.path / MANIFEST, "-sigfile"]
+    subprocess.run([*openssl, bundle.path / SIGNATURE], check=True, capture_output=True)
+    bundle.update(version="another")
+    with pytest.raises(BundleError, match="not a signature"):
+        check_signature(bundle.path, [ours])
+
+
+def test_keys_of_another_kind_are_named(tmp_path, keys):
+    rsa = tmp_path / "rsa.pem"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "rsa", "-out", rsa], check=True, capture_output=True)
+    bundle = copied(SHIPPED, tmp_path / "bundle")
+    for key in (rsa, tmp_path / "none.pem", keys / "ours.pub.pem"):
+        with pytest.raises(EbjdatError, match=key.name):
+            sign(bundle.path, key)
+    sign(bundle.path, keys / "ours.pem")
+    with pytest.raises(EbjdatError, match="public key"):
+        check_signature(bundle.path, [keys / "ours.pem"])
+
+
+# the store -----------------------------------------------------------------------------------------------------------
+
+
+def test_rollback_goes_to_the_version_before_or_to_one_that_is_named(tmp_path):
+    store = tmp_path / "store"
+    homes = [publish(copied(SHIPPED, tmp_path / name, version=name), store) for name in ("a", "b", "c")]
+    assert versions(store) == homes
+    assert (store / "current").resolve() == homes[2].resolve()
+    assert rollback(store) == homes[1]
+    assert rollback(store) == homes[2]  # and back again
+    assert rollback(store, "a") == homes[0]
+    assert (store / "current").resolve() == homes[0].resolve()
+    with pytest.raises(BundleError, match="no version zebra"):
+        rollback(store, "zebra")
+    (homes[1] / "weights.safetensors").write_bytes(b"junk")
+    with pytest.raises(BundleError, match="damaged"):
+        rollback(store, "b")
+    assert (store / "current").resolve() == homes[0].resolve()
+    with pytest.raises(BundleError, match="cannot be changed"):
+        rollback(tmp_path / "nowhere")
+
+
+def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    home = publish(copied(SHIPPED, tmp_path / "a", version="a"), store)
+    bundle, copy, left = copied(SHIPPED, tmp_path / "b", version="b"), shutil.copyfile, [3]
+
+    def full(source, target):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return copy(source, target)
+
+    monkeypatch.setattr(stores.shutil, "copyfile", full)
+    with pytest.raises(BundleError, match="No space left"):
+        publish(bundle, store)
+    assert versions(store) == [home]
+    assert (store / "current").resolve() == home.resolve()
+    assert not [path for path in store.iterdir() if path.name.startswith(".incoming")]
+
+
+def test_two_publishers_take_turns(tmp_path):
+    store = tmp_path / "store"
+    bundles = [copied(SHIPPED, tmp_path / name, version=name) for name in "abcd"]
+    threads = [threading.Thread(target=publish, args=(bundle, store)) for bundle in bundles]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(versions(store)) == 4
+    assert Bundle.load(store).manifest.version in "abcd"
+
+
+# graphs --------------------------------------------------------------------------------------------------------------
+
+
+def test_references_are_what_onnx_says_they_are(shipped):
+    for graph in sorted(shipped.path.glob("*.onnx")):
+        model = onnx.load(graph, load_external_data=False)
+        tensors = [entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"]
+        found = references(graph.read_bytes())
+        assert found.files == set(tensors) == {"weights.safetensors"}
+        assert {node.op_type for node in model.graph.node} <= found.operators
+
+
+def outside(tensor):
+    onnx.external_data_helper.set_external_data(tensor, "../../etc/passwd")
+    tensor.ClearField("raw_data")
+    return tensor
+
+
+def hidden_in_a_branch(model):
+    tensor = outside(onnx.helper.make_tensor("t", onnx.TensorProto.FLOAT, [1], np.zeros(1, np.float32).tobytes(), raw=True))
+    branch = onnx.helper.make_graph([], "branch", [], [], [tensor])
+    model.graph.node.append(onnx.helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch))
+
+
+def hidden_in_a_constant(model):
+    tensor = outside(onnx.helper.make_tensor("t", onnx.TensorProto.FLOAT, [1], np.zeros(1, np.float32).tobytes(), raw=True))
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["k"], value=tensor))
+
+
+def plain(model):
+    model.graph.initializer.append(
+        outside(onnx.helper.make_tensor("t", onnx.TensorProto.FLOAT, [1], np.zeros(1, np.float32).tobytes(), raw=True))
+    )
+
+
+def compiled(model):
+    model.graph.node.append(onnx.helper.make_node("EPContext", ["x"], ["z"], domain="com.microsoft", ep_cache_context="engine.bin"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(plain, "etc/passwd"), (hidden_in_a_branch, "etc/passwd"), (hidden_in_a_constant, "etc/passwd"), (compiled, "compiled engine")],
+)
+def test_a_graph_that_takes_from_elsewhere_is_refused(tmp_path, change, said):
+    bundle = copied(SHIPPED, tmp_path / "bundle")
+    graph = bundle.path / "classify.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    change(model)
+    graph.write_bytes(model.SerializeToString())
+    bundle.update("classify.onnx")  # the hash is right, as a publisher with bad intent would have it
+    with pytest.raises(BundleError, match=said):
+        Bundle.load(bundle.path)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_graph_or_a_clear_error(data):
+    try:
+        assert isinstance(references(data), References)
+    except (ValueError, UnicodeDecodeError):
+        return
+
+
+def test_a_file_that_is_a_link_out_of_the_bundle_is_refused(tmp_path):
+    bundle = copied(SHIPPED, tmp_path / "bundle")
+    shutil.move(bundle.path / "prior.safetensors", tmp_path / "elsewhere")
+    (bundle.path / "prior.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        Bundle.load(bundle.path)
