@@ -17,17 +17,21 @@ SERVE_STAMP := $(VENV)/.stamp-serve-$(ENGINE_EXTRA)-$(KEY)
 DEV_STAMP := $(VENV)/.stamp-dev-$(ENGINE_EXTRA)-$(KEY)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help serve test check fix setup bench gpu-check browser-check clean
+.PHONY: help serve test check fix setup soak bench gpu-check browser-check clean
 help:
 	@echo "make serve [PORT=8000] [HOST=127.0.0.1] [MODEL=bundle-or-store]   install and serve"
 	@echo "make test                                                        install and test"
-	@echo "make check | fix | bench | gpu-check | browser-check | setup | clean"
+	@echo "make check | fix | soak | bench | gpu-check | browser-check | setup | clean"
 
 serve: $(SERVE_STAMP)
 	exec $(BIN)/ebjdat-serve serve $(MODEL) --host $(HOST) --port $(PORT)
 
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest
+
+# Ten minutes of mixed load while workers are killed at random.
+soak: $(DEV_STAMP)
+	EBJDAT_SOAK=1 $(BIN)/python -m pytest -s tests/test_soak.py
 
 setup: $(DEV_STAMP)
 
@@ -44,6 +48,7 @@ fix: $(DEV_STAMP)
 
 bench: $(DEV_STAMP)
 	$(BIN)/python benchmarks/classify_load.py
+	$(BIN)/python benchmarks/generate_load.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/engines.py
 

@@ -33,6 +33,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: run it on one with make gpu-check"))
+        if item.get_closest_marker("slow") and "EBJDAT_SOAK" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="takes ten minutes: make soak"))
         if item.get_closest_marker("data") and not (data_root() / "cifar-10-batches-py").is_dir():
             item.add_marker(
                 pytest.mark.skip(reason=f"needs CIFAR-10 in {data_root()}: python -c 'from training.images import load; load(\"cifar10\")'")

@@ -1,0 +1,216 @@
+"""Mixed load while workers are killed at random and the store moves: no answer lost but the stated errors, none wrong, nothing leaks."""
+
+import base64
+import io
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from ebjdat_serve import pixels
+from ebjdat_serve.engines import load_engine
+from ebjdat_serve.generation import generate
+from ebjdat_serve.server.settings import SHIPPED, Settings
+from ebjdat_serve.server.workers import Model
+from ebjdat_serve.sgld import Prior
+from ebjdat_serve.store import publish, rollback
+from tests.conftest import serving
+from tests.test_faults import workers
+from tests.test_refresh import copied
+
+STATED = {503: "died", 429: "try again"}
+"""What may be answered instead of 200 to a good request, and a word of it."""
+GROWTH = 1.5
+"""MB a minute that a process may grow in the second half of a long soak."""
+
+
+class Expected:
+    """What the engine says when it is alone: pictures and drawings, by number."""
+
+    def __init__(self, test_images):
+        folder = SHIPPED
+        self.model = Model(folder, Settings(device="cpu"))
+        engine, prior = load_engine(self.model.bundle, "onnx", "cpu"), Prior.load(folder / "prior.safetensors")
+        images = test_images[0][::25]
+        self.pictures = [pixels.encode_png(image) for image in images]
+        said = self.model.verdicts(images)
+        self.energy, self.p_value = said.energy.tolist(), said.p_value.tolist()
+        self.joint, self.top = said.joint_energy.tolist(), said.probability.argmax(1).tolist()
+        self.jobs = [{"class": seed % 10, "n": 1 + seed % 3, "steps": 1 + 3 * (seed % 7), "seed": 100 * seed} for seed in range(12)]
+        self.drawn = []
+        for job in self.jobs:
+            sampler = self.model.bundle.manifest.sampler.__class__(**{**vars(self.model.bundle.manifest.sampler), "steps": job["steps"]})
+            label = np.full(job["n"], job["class"], np.int64)
+            self.drawn.append(generate(engine, prior, sampler, label, job["seed"]).image)
+
+
+class Soak:
+    """Threads that ask and check, and the tally of what they saw."""
+
+    def __init__(self, server, expected, seconds):
+        self.server, self.expected = server, expected
+        self.end = time.monotonic() + seconds
+        self.statuses, self.wrong = Counter(), []
+
+    def run(self, kinds):
+        threads = [threading.Thread(target=self.client, args=(kind, seed)) for seed, kind in enumerate(kinds)]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def client(self, kind, seed):
+        dice = random.Random(seed)
+        with httpx2.Client(timeout=130) as client:
+            while time.monotonic() < self.end:
+                try:
+                    getattr(self, kind)(client, dice)
+                except Exception as error:  # noqa: BLE001  a thread that dies would make the rest of the soak say nothing
+                    self.wrong.append(f"{kind}: {error!r}")
+
+    def good(self, kind, answer):
+        """Whether an answer is 200; count it, and note what is neither that nor a stated error."""
+        self.statuses[kind, answer.status_code] += 1
+        if answer.status_code == 200:
+            return True
+        if STATED.get(answer.status_code, "\0") not in answer.text or "retry-after" not in answer.headers:
+            self.wrong.append(f"{kind}: {answer.status_code} {answer.text}")
+        return False
+
+    def classify(self, client, dice):
+        i = dice.randrange(len(self.expected.pictures))
+        answer = client.post(f"{self.server.url}/classify", content=self.expected.pictures[i])
+        if self.good("classify", answer):
+            said = answer.json()
+            if (said["class"], said["energy"], said["p_value"]) != (
+                self.expected.top[i],
+                self.expected.energy[i],
+                self.expected.p_value[i],
+            ):
+                self.wrong.append(f"picture {i}: {said}")
+
+    def energies(self, client, dice):
+        chosen = [dice.randrange(len(self.expected.pictures)) for _ in range(dice.randint(1, 40))]
+        images = [base64.b64encode(self.expected.pictures[i]).decode() for i in chosen]
+        answer = client.post(f"{self.server.url}/energy", json={"images": images})
+        if self.good("energy", answer) and [one["joint_energy"] for one in answer.json()["results"]] != [
+            self.expected.joint[i] for i in chosen
+        ]:
+            self.wrong.append(f"list {chosen}")
+
+    def draw(self, client, dice):
+        i = dice.randrange(len(self.expected.jobs))
+        answer = client.get(f"{self.server.url}/generate", params={**self.expected.jobs[i], "format": "json"})
+        if self.good("draw", answer):
+            self.check_drawn(i, answer.json())
+
+    def stream(self, client, dice):
+        i = dice.randrange(len(self.expected.jobs))
+        answer = client.get(f"{self.server.url}/generate", params={**self.expected.jobs[i], "stream": True, "every": 5})
+        events = [part for part in answer.text.split("\n\n") if part.startswith("event: ")] if answer.status_code == 200 else []
+        if events and events[-1].startswith("event: done"):
+            self.statuses["stream", 200] += 1
+            self.check_drawn(i, json.loads(events[-1].split("data: ", 1)[1]))
+        elif events and "died" in events[-1]:
+            self.statuses["stream", 503] += 1
+        else:
+            self.good("stream", answer)
+            self.wrong.extend([f"stream: {answer.text[-300:]}"] if answer.status_code == 200 else [])
+
+    def check_drawn(self, i, said):
+        for one, expected in zip(said["images"], self.expected.drawn[i], strict=True):
+            with Image.open(io.BytesIO(base64.b64decode(one["png"]))) as picture:
+                if not np.array_equal(np.asarray(picture), expected):
+                    self.wrong.append(f"drawing {i}")
+
+    def bad(self, client, dice):
+        body, status = dice.choice([(b"junk", 422), (b"", 422), (self.expected.pictures[0][:100], 422), (b"x" * 20_000_000, 413)])
+        answer = client.post(f"{self.server.url}/classify", content=body)
+        self.statuses["bad", answer.status_code] += 1
+        if answer.status_code != status:
+            self.wrong.append(f"bad: {answer.status_code} {answer.text}")
+        time.sleep(0.2)
+
+    def leave(self, _, dice):
+        """Ask for much, and go away: in the middle of the body, or of the wait."""
+        host, port = self.server.url.removeprefix("http://").split(":")
+        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nhalf"
+        long = b"GET /generate?class=1&n=4&steps=80 HTTP/1.1\r\nHost: x\r\n\r\n"
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(dice.choice([head, long, long.replace(b"steps", b"stream=true&steps")]))
+            time.sleep(dice.uniform(0.05, 0.5))
+        self.statuses["leave", 0] += 1
+
+
+def resident(pid):
+    """MB of memory, and open files, of a process; None when it is gone."""
+    try:
+        line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
+    except (OSError, StopIteration):
+        return None
+
+
+def soak(tmp_path, test_images, seconds, kills_every):
+    expected = Expected(test_images)
+    store = tmp_path / "store"
+    publish(copied(SHIPPED, tmp_path / "one", version="one"), store)
+    publish(copied(SHIPPED, tmp_path / "two", version="two"), store)
+    dice, killed, seen = random.Random(0), 0, defaultdict(list)
+    with serving(store, tmp_path / "log") as server:
+        run = Soak(server, expected, seconds)
+        began = time.monotonic()
+        threads = run.run(["classify"] * 3 + ["energies", "draw", "draw", "stream", "bad", "leave"])
+        next_kill, next_roll = began + kills_every, began + 2 * kills_every
+        while time.monotonic() < run.end:
+            time.sleep(1)
+            for pid in [server.process.pid, *server.children()]:
+                if found := resident(pid):
+                    seen[pid].append((time.monotonic() - began, *found))
+            if time.monotonic() > next_kill:
+                if alive := workers(server):
+                    os.kill(dice.choice(alive), signal.SIGKILL)
+                    killed += 1
+                next_kill += dice.uniform(0.5, 1.5) * kills_every
+            if time.monotonic() > next_roll:
+                rollback(store)
+                next_roll += 3 * kills_every
+        for thread in threads:
+            thread.join(140)
+            assert not thread.is_alive()
+        left = httpx2.get(f"{server.url}/info", timeout=30).json()["load"]
+    print(f"\n{seconds} s, {killed} workers killed: {dict(sorted(run.statuses.items()))}")
+    assert not run.wrong, run.wrong[:5]
+    assert killed >= 1
+    for kind in ("classify", "energy", "draw", "stream"):
+        assert run.statuses[kind, 200] > 5
+        assert run.statuses[kind, 503] <= 8 * killed
+    assert (left["classify"]["requests"], left["generate"]["requests"], left["generate"]["chain_steps_left"]) == (0, 0, 0)
+    return seen
+
+
+def test_a_short_soak(tmp_path, test_images):
+    soak(tmp_path, test_images, seconds=20, kills_every=5)
+
+
+@pytest.mark.slow
+def test_ten_minutes(tmp_path, test_images):
+    seconds = float(os.environ.get("EBJDAT_SOAK_SECONDS", "600"))
+    seen = soak(tmp_path, test_images, seconds, kills_every=20)
+    for pid, rows in seen.items():
+        at, memory, files = (np.array(column) for column in zip(*rows, strict=True))
+        late = at > at[0] + max(60, (at[-1] - at[0]) / 2)
+        if late.sum() > 60:  # workers are killed before long; main and HTTP live through it all
+            slope = np.polyfit(at[late] / 60, memory[late], 1)[0]
+            print(f"process {pid}: {memory[late].mean():.0f} MB, {slope:+.2f} MB a minute, {files[late].max()} files at most")
+            assert slope < GROWTH
+            assert files[late].max() < 100
