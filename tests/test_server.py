@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from ebjdat_serve import pixels
-from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.settings import SHIPPED, Settings
+from tests.conftest import serving
 from tests.test_pixels import bomb
 
 LIMITS = Settings()
@@ -338,3 +339,115 @@ def test_bad_requests_beside_good_ones_harm_none_of_them(live, picture):
     assert len(results) == 80
     for was_bad, status, energy in results:
         assert (400 <= status < 500) if was_bad else (status == 200 and energy == pytest.approx(expected, abs=1e-4))
+
+
+# streams and samplers ----------------------------------------------------------------------------------------------
+
+
+def events(answer):
+    parts = [part.split("\n") for part in answer.text.split("\n\n") if part.startswith("event: ")]
+    return [(kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for kind, data in parts]
+
+
+def test_a_stream_shows_the_chains_moving_and_ends_with_the_same_picture(live, shipped):
+    wanted = {"class": 3, "n": 2, "seed": 7, "steps": 20}
+    answer = httpx2.get(f"{live.url}/generate", params={**wanted, "stream": True, "every": 5, "scale": 2}, timeout=60)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    found = events(answer)
+    assert [kind for kind, _ in found] == ["preview"] * (len(found) - 1) + ["done"]
+    assert {shown["step"] for _, shown in found[:-1]} <= {5, 10, 15}
+    assert len(found) >= 2
+    size = shipped.manifest.input
+    for _, shown in found[:-1]:
+        assert shown["steps"] == 20
+        assert len(shown["energy"]) == len(shown["probability"]) == 2
+        with Image.open(io.BytesIO(base64.b64decode(shown["png"]))) as picture:
+            assert picture.size == (2 * 2 * size.width, 2 * size.height)
+            assert pixels.AI_ORIGIN in picture.info["XML:com.adobe.xmp"]
+    plain = httpx2.get(f"{live.url}/generate", params={**wanted, "format": "json"}, timeout=60).json()
+    assert found[-1][1] == plain
+
+
+def test_a_bad_request_for_a_stream_is_an_error_not_a_stream(live):
+    answer = httpx2.get(f"{live.url}/generate", params={"class": 3, "stream": True, "n": 0})
+    assert answer.status_code == 422
+    assert "1 to 64" in clean(answer)
+
+
+def test_step_size_and_temperature_are_the_chains_own(live):
+    def draw(**query):
+        return httpx2.get(f"{live.url}/generate", params={"class": 1, "seed": 4, "steps": 6, "format": "json", **query}).json()
+
+    base = draw()
+    assert draw(step_size=base["step_size"], temperature=1) == base
+    pictures = {json.dumps(draw(**query)["images"][0]["png"]) for query in ({}, {"step_size": 0.05}, {"temperature": 400})}
+    assert len(pictures) == 3
+    cold = draw(temperature=0, step_size=0.1)
+    assert (cold["temperature"], cold["step_size"]) == (0.0, 0.1)
+
+
+def test_pictures_in_company_are_those_alone(live):
+    """Bit for bit, whatever else runs, and whatever n they were asked for in."""
+    wanted = {"class": 3, "steps": 15, "format": "json"}
+    url = f"{live.url}/generate"
+    alone = [httpx2.get(url, params={**wanted, "seed": seed}).json()["images"][0]["png"] for seed in range(20, 24)]
+    together: dict[int, str] = {}
+
+    def ask(seed):
+        together[seed] = httpx2.get(url, params={**wanted, "seed": seed}, timeout=60).json()["images"][0]["png"]
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(20, 24)]
+    for thread in threads:
+        thread.start()
+    at_once = httpx2.get(url, params={**wanted, "seed": 20, "n": 4}, timeout=60).json()["images"]
+    for thread in threads:
+        thread.join()
+    assert [together[seed] for seed in range(20, 24)] == alone
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in alone]
+    for one, picture in zip(at_once, pictures, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(one["png"])))), picture)
+
+
+# LitServe's key ----------------------------------------------------------------------------------------------------
+
+
+def test_litserves_key_guards_our_routes_but_no_probe(tmp_path, monkeypatch, picture):
+    """Its own would leave our routes open and shut the probes. This server draws nothing either."""
+    monkeypatch.setenv("LIT_SERVER_API_KEY", "secret")
+    with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--generate-workers", "0") as server:
+        for headers in ({}, {"X-API-Key": "wrong"}, {"X-API-Key": ""}):
+            for path in ("/classify", "/docs", "/info", "/nowhere"):
+                refused = httpx2.post(f"{server.url}{path}", content=picture, headers=headers)
+                assert refused.status_code == 401
+                assert "X-API-Key" in clean(refused)
+        known = {"X-API-Key": "secret"}
+        assert httpx2.post(f"{server.url}/classify", content=picture, headers=known).status_code == 200
+        drawn = httpx2.get(f"{server.url}/generate", params={"class": 3}, headers=known)
+        assert drawn.status_code == 404
+        assert "--generate-workers 0" in clean(drawn)
+        assert "generate" not in httpx2.get(f"{server.url}/info", headers=known).json()["load"]
+
+
+def test_the_stock_mode_answers_the_same_by_litserves_own_hooks(tmp_path, live, picture):
+    with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--stock") as server:
+        image = {"image": base64.b64encode(picture).decode()}
+        stock = httpx2.post(f"{server.url}/classify", json=image, timeout=30).json()
+        assert stock == {**raw(live, "/energy", picture).json(), **raw(live, "/classify", picture).json()}
+        drawn = {"class": "cat", "seed": 3, "steps": 4, "n": 2}
+        ours = httpx2.get(f"{live.url}/generate", params={**drawn, "format": "json"}).json()
+        assert httpx2.post(f"{server.url}/generate", json=drawn, timeout=30).json() == ours
+        # one bad item does not fail its batch
+        results: list[int] = []
+        bodies = [image, {"image": "%%%"}, image, {"image": 3}, image, {}]
+        threads = [
+            threading.Thread(target=lambda b=b: results.append(httpx2.post(f"{server.url}/classify", json=b, timeout=30).status_code))
+            for b in bodies
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(results) == [200, 200, 200, 422, 422, 422]
+        for bad in ({"class": "zebra"}, {"class": 3, "steps": 9999}, {"class": 3, "colour": "red"}):
+            assert httpx2.post(f"{server.url}/generate", json=bad, timeout=30).status_code == 422
