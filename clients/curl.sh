@@ -15,3 +15,5 @@ echo "# a picture of class 3, and sixteen of them, large enough to look at"
 curl --fail-with-body -sS "$url/generate?class=3" -o generated.png
 curl --fail-with-body -sS "$url/generate?class=3&n=16&scale=4&seed=7" -o generated-grid.png
 file generated.png generated-grid.png 2>/dev/null || ls -l generated.png generated-grid.png
+echo "# the same, watched while it is drawn"
+curl --fail-with-body -sSN "$url/generate?class=3&steps=20&stream=true" | cut -c1-120
