@@ -253,23 +253,38 @@ def test_the_deadline_is_kept_while_chains_run(tmp_path):
         assert chain_steps_left(server) == 0
 
 
-def test_a_full_classify_queue_answers_503_with_retry_after(tmp_path):
-    """Bodies that never end hold places; the one too many is refused at once, and the rest of the server goes on."""
+def test_bodies_that_never_end_take_nobodys_place(tmp_path, picture):
     with serving(SHIPPED, tmp_path / "log") as server:
         host, port = server.url.removeprefix("http://").split(":")
-        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nhalf"
-        clients = [socket.create_connection((host, int(port))) for _ in range(Settings().classify_queue)]
-        for client in clients:
-            client.sendall(head)
+        heads = [f"POST /{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf".encode() for path in ("classify", "generate")]
+        clients = [socket.create_connection((host, int(port))) for _ in range(2 * Settings().classify_queue + 20)]
+        for i, client in enumerate(clients):
+            client.sendall(heads[i % 2])
         time.sleep(1)
-        refused = httpx2.post(f"{server.url}/classify", content=b"x", timeout=10)
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert "classify_queue" in refused.json()["detail"]
+        assert httpx2.post(f"{server.url}/classify", content=picture, timeout=10).status_code == 200
         assert httpx2.get(f"{server.url}/generate", params={"class": 0, "steps": 2}, timeout=30).status_code == 200
         for client in clients:
             client.close()
-        time.sleep(0.5)
-        assert httpx2.post(f"{server.url}/classify", content=b"x", timeout=10).status_code == 422
+
+
+def test_a_full_classify_queue_answers_503_with_retry_after_and_the_rest_goes_on(tmp_path, picture):
+    with serving(SHIPPED, tmp_path / "log") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        stopped = workers(server)[0]
+        os.kill(stopped, signal.SIGSTOP)
+        ask = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(picture), picture)
+        clients = [socket.create_connection((host, int(port))) for _ in range(Settings().classify_queue)]
+        for client in clients:
+            client.sendall(ask)
+        time.sleep(1)
+        refused = httpx2.post(f"{server.url}/classify", content=picture, timeout=10)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert "classify_queue" in refused.json()["detail"]
+        assert httpx2.get(f"{server.url}/generate", params={"class": 0, "steps": 2}, timeout=30).status_code == 200
+        os.kill(stopped, signal.SIGCONT)
+        for client in clients:
+            assert client.recv(12) == b"HTTP/1.1 200"
+            client.close()
 
 
 def test_half_sent_requests_and_slow_readers_do_not_keep_the_server_from_stopping(tmp_path):
@@ -305,7 +320,7 @@ def test_long_chains_are_cut_off_with_an_answer(tmp_path):
         answers = []
 
         def ask(**query):
-            answers.append(httpx2.get(f"{server.url}/generate", params={"class": 1, "n": 4, "steps": 900, **query}, timeout=60))
+            answers.append(httpx2.get(f"{server.url}/generate", params={"class": 1, "n": 2, "steps": 900, **query}, timeout=60))
 
         threads = [threading.Thread(target=ask), threading.Thread(target=ask, kwargs={"stream": True})]
         for thread in threads:

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from ebjdat_serve import __version__, pixels
 from ebjdat_serve.server import problems, seam
-from ebjdat_serve.server.bodies import read_images
+from ebjdat_serve.server.bodies import decode_upload, read_upload
 from ebjdat_serve.server.fleet import Fleet, open_bundle
 from ebjdat_serve.server.guard import Guard
 from ebjdat_serve.server.lanes import ClassifyLane, GenerateLane, Item, Lane
@@ -151,19 +151,23 @@ class Routes:
         return words.answer(words.energies(verdicts), listed)
 
     async def _verdicts(self, request: Request) -> tuple[Verdicts, bool, Words]:
-        with self.classify_lane.place(self.settings.classify_queue, "classify_queue") as late:
-            words = self._words()
-            image, listed = await read_images(request, words.served.bundle.manifest.input, self.settings, self.decoders)
-            return await self.classify_lane.submit(words.served.key, image, request, late), listed, words
+        lane, limit = self.classify_lane, self.settings.classify_queue
+        lane.check_room(limit, "classify_queue")  # before the body is read; a slow body takes no place
+        with contextlib.ExitStack() as stack:
+            async with read_upload(request, self.settings) as upload:
+                late = stack.enter_context(lane.place(limit, "classify_queue"))
+                words = self._words()
+                image, listed = await decode_upload(request, upload, words.served.bundle.manifest.input, self.settings, self.decoders)
+            return await lane.submit(words.served.key, image, request, late), listed, words
 
     async def generate(self, request: Request) -> Response:
         """Draw images of one class by conditional short-run SGLD, marked as AI-made, as a PNG (grid), as JSON, or as a stream of events."""
         lane, words = self.generate_lane, self._words()
         if lane is None:
             raise Problem(404, "this server draws nothing: it was started with --generate-workers 0")
+        order = await read_order(request, words, self.settings)
         with contextlib.ExitStack() as stack:
             late = stack.enter_context(lane.place(self.settings.generate_queue, "generate_queue"))
-            order = await read_order(request, words, self.settings)
             lane.admit(order.job)
             item = Item(words.served.key, order.job, request, late)
             stack.enter_context(lane.entered(item))

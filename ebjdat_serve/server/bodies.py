@@ -36,10 +36,11 @@ class Held:
     bytes = 0
 
 
-async def read_images(request: Request, contract: Input, settings: Settings, pool: ThreadPoolExecutor) -> tuple[Pixels, bool]:
-    """Return (pixels (n, H, W, 3), whether a list was sent).
+@contextlib.asynccontextmanager
+async def read_upload(request: Request, settings: Settings) -> AsyncIterator[tuple[str, bytes]]:
+    """Give (content type, body) of a request that sends pictures.
 
-    Raises Problem: 400 not JSON, 413 too large, 415 another content type, 422 not an image (with its index in a list).
+    Raises Problem: 408 too slow, 413 too large, 415 another content type, 503 when too many are being read.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     encoding = request.headers.get("content-encoding", "identity").lower()
@@ -48,12 +49,17 @@ async def read_images(request: Request, contract: Input, settings: Settings, poo
     if not (kind in RAW_TYPES or kind.startswith("image/") or kind in ("multipart/form-data", "application/json")):
         raise Problem(415, f"content type {kind!r} is not accepted; send {ACCEPTED}")
     async with read_body(request, settings.max_body) as body:
-        return await _decode(request, kind, body, contract, settings, pool)
+        yield kind, body
 
 
-async def _decode(
-    request: Request, kind: str, body: bytes, contract: Input, settings: Settings, pool: ThreadPoolExecutor
+async def decode_upload(
+    request: Request, upload: tuple[str, bytes], contract: Input, settings: Settings, pool: ThreadPoolExecutor
 ) -> tuple[Pixels, bool]:
+    """Return (pixels (n, H, W, 3), whether a list was sent).
+
+    Raises Problem: 400 not JSON or no form, 413 too large, 422 not an image (with its index in a list).
+    """
+    kind, body = upload
     if kind == "application/json":
         pictures, listed = from_json(body, settings.max_images)
     elif kind == "multipart/form-data":

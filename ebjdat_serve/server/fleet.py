@@ -116,7 +116,13 @@ class Fleet:
     def _keep(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("the HTTP process cannot go on", exc_info=error)
+            self._give_up(f"the HTTP process cannot go on: {error}")
 
     # workers ---------------------------------------------------------------------------------------------------------
 
@@ -169,7 +175,7 @@ class Fleet:
             return
         try:
             folder = resolve(self._settings.model)
-        except BundleError:
+        except (BundleError, OSError):
             return  # the pointer is being moved, or was taken away: what is open goes on
         if folder == self._seen:
             return

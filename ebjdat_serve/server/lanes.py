@@ -88,15 +88,19 @@ class Lane:
         """Return whether a request still waits for an answer of this bundle."""
         return any(item.key == key for item in self.items)
 
-    @contextlib.contextmanager
-    def place(self, limit: int, limit_name: str) -> Iterator[float]:
-        """Hold one of ``limit`` places, from reading the body to the answer; give the time at which the request is late.
-
-        Raises Problem 503 when the lane is full.
-        """
+    def check_room(self, limit: int, limit_name: str) -> None:
+        """Raise Problem 503 when there is no place."""
         if self.in_flight >= limit:
             detail = f"{limit} requests are already waiting ({limit_name}); try again in a second"
             raise Problem(503, detail, headers={"Retry-After": "1"})
+
+    @contextlib.contextmanager
+    def place(self, limit: int, limit_name: str) -> Iterator[float]:
+        """Hold one of ``limit`` places, from the body's being there to the answer; give the time at which the request is late.
+
+        Raises Problem 503 when the lane is full.
+        """
+        self.check_room(limit, limit_name)
         self.in_flight += 1
         try:
             yield time.monotonic() + self.deadline
@@ -181,7 +185,8 @@ class Lane:
                     peer.heard = now
                 elif now - peer.heard > HANGS:
                     log.error("the %s worker %d has not said a word for %g s: killed, another will start", self.name, peer.pid, HANGS)
-                    os.kill(peer.pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(peer.pid, signal.SIGKILL)
                     peer.heard = now
 
 
@@ -266,8 +271,8 @@ class GenerateLane(Lane):
 
     @property
     def chains(self) -> int:
-        """Chains under way."""
-        return sum(item.payload.n for item in self.items)
+        """Chains under way; a stream whose client reads slowly has none any more when they have arrived."""
+        return sum(item.payload.n for item in self.items if not item.future.done())
 
     @property
     def work(self) -> int:

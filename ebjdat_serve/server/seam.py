@@ -8,6 +8,7 @@ import contextlib
 import logging
 import multiprocessing as mp
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -211,6 +212,8 @@ def run(server: Server, host: str, port: int, greeting: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     signal.signal(signal.SIGALRM, again)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a thousand idle connections are no reason to refuse the next
     try:
         server.run(
             http=BoundedProtocol,

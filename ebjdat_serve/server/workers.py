@@ -99,8 +99,11 @@ class Worker(ls.LitAPI):
             model = Model(wanted.folder, self._settings)
             verify(model.bundle, model.engine, self.functions)
             self.prepare(model)
-        except (EbjdatError, OSError) as error:
+        except EbjdatError as error:
             answer: object = Refused(wanted.key, str(error))
+        except Exception as error:
+            log.exception("cannot open %s", wanted.folder)
+            answer = Refused(wanted.key, f"{wanted.folder} cannot be opened: {type(error).__name__}: {error}")
         else:
             self.models[wanted.key] = model
             answer = Loaded(wanted.key, model.about())
