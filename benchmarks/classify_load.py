@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=2, help="medians are of so many")
+    parser.add_argument("--rounds", type=int, default=3, help="medians are of so many")
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--device", default="auto", choices=get_args(Device))
     parser.add_argument("--precision", default="fp32", choices=get_args(Precision))

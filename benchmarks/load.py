@@ -197,7 +197,10 @@ def serving(command: Callable[[int], list[str]], core: int = 0) -> Iterator[Serv
         process.wait(70)
 
 
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def pin(core: int) -> None:
-    """Run this process on one core, where there are several."""
-    if hasattr(os, "sched_setaffinity") and core in os.sched_getaffinity(0):
-        os.sched_setaffinity(0, {core})
+    """Run this process on one of the cores it had at first, where there are several."""
+    if len(CORES) > core:
+        os.sched_setaffinity(0, {CORES[core]})

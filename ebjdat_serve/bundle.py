@@ -3,12 +3,14 @@
 bundle.json          this manifest        weights.safetensors  parameters and batch-norm statistics
 prior.safetensors    where chains start   classify.onnx, score.onnx, step.onnx   graphs; their weights are weights.safetensors
 calibration.json     clean energies       metrics.json, README.md, samples.png, landscape.png   the evidence
-selftest.safetensors eight images and what torch said of them
+selftest.safetensors eight images and what torch said of them   bundle.json.sig      a signature of the manifest, if there is one
 """
 
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +24,8 @@ from ebjdat_serve.sgld import Sampler
 SCHEMA = 1
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+LARGEST_JSON = 64 * 2**20
 GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
 SERVED = ("weights.safetensors", "prior.safetensors", *GRAPHS, "calibration.json", "selftest.safetensors")
 T = TypeVar("T")
@@ -101,6 +105,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    key: str = ""  # sha256 of bundle.json as it was read, and so of all it vouches for
 
     @staticmethod
     def load(path: Path) -> "Bundle":
@@ -114,19 +119,26 @@ class Bundle:
             raise BundleError(f"{bundle.path} is not finished: {', '.join(missing)} missing; export and calibrate it first")
         bundle.check_files()
         bundle.calibration()
+        sampler = bundle.manifest.sampler
+        if sampler.steps < 1 or not all(math.isfinite(value) for value in vars(sampler).values()):
+            raise BundleError(f"{bundle.path / MANIFEST}: the sampler's numbers must be finite and its steps at least 1")
         return bundle
 
     @staticmethod
     def draft(path: Path) -> "Bundle":
         """Return the bundle at ``path`` even if steps are still missing; only its manifest is checked."""
         path = resolve(path)
-        manifest = parse(Manifest, read_json(path / MANIFEST), MANIFEST)
+        content = read_bytes(path / MANIFEST)
+        manifest = parse(Manifest, parse_json(content, path / MANIFEST), MANIFEST)
         if manifest.schema != SCHEMA:
             raise BundleError(f"{path / MANIFEST}: schema {manifest.schema} is unknown; this version reads schema {SCHEMA}")
         strange = [name for name in manifest.files if Path(name).name != name]
         if strange:
             raise BundleError(f"{path / MANIFEST}: {strange[0]!r} is not a plain file name")
-        return Bundle(path, manifest)
+        for what in (manifest.name, manifest.version):
+            if not NAME.fullmatch(what):
+                raise BundleError(f"{path / MANIFEST}: {what[:40]!r} is no name or version: letters, digits and . _ + - after the first")
+        return Bundle(path, manifest, hashlib.sha256(content).hexdigest())
 
     def check_files(self) -> None:
         """Raise BundleError naming the first file that is not the manifest's, lies elsewhere, or is a graph that takes from elsewhere."""
@@ -178,7 +190,7 @@ class Bundle:
     def calibrations(self) -> list[Calibration]:
         """Return every precision's calibration, stale or not, in the file's order."""
         file = self.path / "calibration.json"
-        return [parse(Calibration, row, "calibration.json") for row in (read_json(file) if file.is_file() else [])]
+        return [parse(Calibration, row, "calibration.json") for row in (read_rows(file) if file.is_file() else [])]
 
     def calibration(self, precision: str = "fp32") -> Calibration:
         """Return the calibration of ``precision``; raise BundleError when there is none or it was measured on another graph."""
@@ -191,15 +203,14 @@ class Bundle:
                 f"{self.path / 'calibration.json'} is stale: {precision} was measured on {found.of[:12]}, served is "
                 f"{self.measured(precision)[:12]}; calibrate again"
             )
-        if found.energies != sorted(found.energies) or not found.temperature > 0:
-            raise BundleError(f"{self.path / 'calibration.json'}: energies must be sorted and the temperature positive")
+        if found.energies != sorted(found.energies) or not all(map(math.isfinite, found.energies)) or not 0 < found.temperature < math.inf:
+            raise BundleError(f"{self.path / 'calibration.json'}: energies must be finite and sorted, and the temperature positive")
         return found
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.json, an empty list when it was never evaluated."""
         file = self.path / "metrics.json"
-        rows: list[dict[str, Any]] = read_json(file) if file.is_file() else []
-        return rows
+        return read_rows(file) if file.is_file() else []
 
     def update(self, *names: str, **changes: Any) -> "Bundle":
         """Record the files ``names``, just written in the bundle, and any manifest ``changes``; the manifest is replaced atomically."""
@@ -208,15 +219,7 @@ class Bundle:
             files[name] = FileEntry(sha256(self.path / name), (self.path / name).stat().st_size)
         manifest = replace(self.manifest, files=dict(sorted(files.items())), **changes)
         write_json(self.path / MANIFEST, asdict(manifest))
-        return Bundle(self.path, manifest)
-
-
-def manifest_key(path: Path) -> str:
-    """Return the sha256 of a bundle's manifest, and so of all it vouches for; raise BundleError when there is none."""
-    file = path / MANIFEST
-    if not file.is_file():
-        raise BundleError(f"{file} is missing")
-    return sha256(file)
+        return Bundle(self.path, manifest, sha256(self.path / MANIFEST))
 
 
 def graph_name(function: str, precision: str) -> str:
@@ -227,7 +230,7 @@ def graph_name(function: str, precision: str) -> str:
 def resolve(path: Path) -> Path:
     """Return the bundle folder meant by ``path``: itself, or what a store's ``current`` points at."""
     if (path / MANIFEST).is_file():
-        return path
+        return path.resolve()  # so that store/current names the version it stands for now
     if (path / "current" / MANIFEST).is_file():
         return (path / "current").resolve()
     raise BundleError(f"{path} is neither a bundle (no {MANIFEST}) nor a store (no current/{MANIFEST})")
@@ -255,7 +258,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return [_value(arguments[0], item, where) for item in value]
     if hint is Any or (isinstance(hint, type) and isinstance(value, hint) and not isinstance(value, bool)):
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
     raise BundleError(f"{where}: {value!r} is not a {getattr(hint, '__name__', hint)}")
 
@@ -268,9 +271,32 @@ def sha256(file: Path) -> str:
 
 def read_json(file: Path) -> Any:
     """Return the parsed file; raise BundleError when it is missing or not JSON."""
+    return parse_json(read_bytes(file), file)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the parsed file; raise BundleError when it is not a list of objects."""
+    rows = read_json(file)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BundleError(f"{file} must be a list of objects")
+    return rows
+
+
+def read_bytes(file: Path) -> bytes:
+    """Return the file's content; raise BundleError when it cannot be read, or is too large to be what it should be."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        if file.stat().st_size > LARGEST_JSON:
+            raise BundleError(f"{file} is larger than {LARGEST_JSON} bytes")
+        return file.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read: {error}") from error
+
+
+def parse_json(content: bytes, file: Path) -> Any:
+    """Return the document in ``content``; raise BundleError that names ``file`` when it is not JSON."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} cannot be read: {error}") from error
 
 

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.command(options)
-    except EbjdatError as error:
+    except (EbjdatError, OSError) as error:
         print(f"ebjdat-serve: {error}", file=sys.stderr)
         return 2
     return 0
@@ -129,12 +129,7 @@ def publish(options: argparse.Namespace) -> None:
     """Publish a bundle; servers of the store change over by themselves."""
     from ebjdat_serve import store
 
-    bundle = Bundle.load(options.bundle)
-    if options.key:
-        from ebjdat_serve.signing import sign
-
-        sign(bundle.path, options.key)
-    print(f"{store.publish(bundle, options.store)} is current")
+    print(f"{store.publish(Bundle.load(options.bundle), options.store, options.key)} is current")
 
 
 def rollback(options: argparse.Namespace) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from ebjdat_serve.errors import BundleError
 
 FOLLOWED = {
-    "model": {7: "graph", 25: "function"},
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
     "function": {7: "node", 11: "attribute"},
     "node": {4: "op_type", 5: "attribute"},
@@ -60,6 +61,8 @@ def fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     at = 0
     while at < len(message):
         tag, at = varint(message, at)
+        if not 8 <= tag < 2**32:  # other readers cut longer ones off, and read another field
+            raise ValueError("no such field")
         match tag & 7:
             case 0:
                 _, at = varint(message, at)

@@ -36,6 +36,11 @@ class Policy:
         return Policy(8, True) if on_cpu else Policy(256, False)
 
 
+def length(work: int) -> int:
+    """Return how long so many chain-steps are, in powers of CLASS."""
+    return int(math.log(max(1, work), CLASS))
+
+
 @dataclass(eq=False)
 class Request:
     """Chains that are answered together: all take ``steps`` steps."""
@@ -51,7 +56,7 @@ class Request:
     def __post_init__(self) -> None:
         n = len(self.chains.label)
         self.left = n * self.steps - int(self.chains.step.sum())
-        self.length = int(math.log(max(1, self.left), CLASS))
+        self.length = length(self.left)
         self.turn, self.moved = np.zeros(n, np.int64), np.zeros(n)
 
     def walking(self) -> Rows:
@@ -78,8 +83,8 @@ class Scheduler:
     A turn is one batch of at most ``width`` chains moved by one step, or by several where they are short. Chains of the shortest requests
     lead it, among equally long ones those with the fewest steps left; and for each that leads FAIR ride along: those that have waited
     longest, whoever's they are. So a short request overtakes long ones in at most 1 + FAIR times the time it takes alone, and with N chains
-    none waits longer for its next step than about N (1 + 1 / FAIR) / rate seconds, rate in chain-steps a second; twice that while two
-    models are served.
+    none waits longer for its next step than about N (1 + 1 / FAIR) / rate seconds, rate in chain-steps a second; as many times
+    that as models have chains under way.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

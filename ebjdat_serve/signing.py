@@ -9,6 +9,8 @@ Keys are PEM files as OpenSSL writes them:
 ``bundle.json.sig`` is the bare signature, 64 bytes, so that OpenSSL can check it too.
 """
 
+import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-from ebjdat_serve.bundle import MANIFEST, SIGNATURE
+from ebjdat_serve.bundle import MANIFEST, SIGNATURE, read_bytes
 from ebjdat_serve.errors import BundleError, EbjdatError
+
+SIGNATURE_BYTES = 64
 
 
 def sign(folder: Path, key: Path) -> Path:
@@ -28,8 +32,12 @@ def sign(folder: Path, key: Path) -> Path:
         raise EbjdatError(f"{key} cannot be read as a private key without password: {error}") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise EbjdatError(f"{key} is not an ed25519 key: openssl genpkey -algorithm ed25519 -out {key.name} makes one")
-    file = folder / SIGNATURE
-    file.write_bytes(private.sign((folder / MANIFEST).read_bytes()))
+    file, aside = folder / SIGNATURE, folder / f".{SIGNATURE}.part"
+    try:
+        aside.write_bytes(private.sign((folder / MANIFEST).read_bytes()))
+        os.replace(aside, file)
+    except OSError as error:
+        raise EbjdatError(f"{file} cannot be written: {error.strerror}") from error
     return file
 
 
@@ -44,17 +52,19 @@ def public_key(file: Path) -> Ed25519PublicKey:
     return key
 
 
-def check_signature(folder: Path, trust: Sequence[Path]) -> None:
-    """Raise BundleError unless the manifest of the bundle at ``folder`` is signed by one of the keys in ``trust``."""
+def check_signature(folder: Path, trust: Sequence[Path]) -> str:
+    """Return the sha256 of the manifest of the bundle at ``folder``; raise BundleError unless one of the keys in ``trust`` signed it."""
+    keys = [public_key(file) for file in trust]
     file = folder / SIGNATURE
     if not file.is_file():
-        raise BundleError(
-            f"{folder} is not signed ({SIGNATURE} is missing) and --trust is set; ebjdat-serve sign BUNDLE --key KEY signs it"
-        )
-    content, signature = (folder / MANIFEST).read_bytes(), file.read_bytes()
-    for key in map(public_key, trust):
+        raise BundleError(f"{folder} is not signed ({SIGNATURE} is missing) but --trust is set: ebjdat-serve sign BUNDLE --key KEY")
+    if file.stat().st_size != SIGNATURE_BYTES:
+        raise BundleError(f"{file} is no ed25519 signature: it must have {SIGNATURE_BYTES} bytes")
+    content, signature = read_bytes(folder / MANIFEST), read_bytes(file)
+    for key in keys:
         try:
-            return key.verify(signature, content)
+            key.verify(signature, content)
         except InvalidSignature:
             continue
+        return hashlib.sha256(content).hexdigest()
     raise BundleError(f"{file} is not a signature of {MANIFEST} by a key that --trust names")

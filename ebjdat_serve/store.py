@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, read_json
+from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
 from ebjdat_serve.errors import BundleError
 
 CURRENT, PREVIOUS = "current", "previous"
 
 
-def publish(bundle: Bundle, store: Path) -> Path:
-    """Copy a verified bundle into ``store`` and point ``current`` at it; a reader sees the old one or the new one, whole.
+def publish(bundle: Bundle, store: Path, key: Path | None = None) -> Path:
+    """Copy a verified bundle into ``store``, signed with ``key`` if there is one, and point ``current`` at it.
 
-    Raises BundleError for a damaged bundle, a version that is there with other content, a precision beyond its limits, and a full disk;
-    ``current`` is then what it was.
+    A reader sees the old one or the new one, whole. Raises BundleError for a damaged bundle, a version that is there with other content,
+    a precision beyond its limits, and a full disk; ``current`` is then what it was.
     """
     bundle = Bundle.load(bundle.path)
     for calibration in bundle.calibrations():
@@ -29,12 +29,16 @@ def publish(bundle: Bundle, store: Path) -> Path:
     with _alone(store, create=True):
         home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
         if home.exists():
-            if read_json(home / MANIFEST) != read_json(bundle.path / MANIFEST):
+            if Bundle.draft(home).manifest != bundle.manifest:
                 raise BundleError(f"{home} exists with other content: a version is published once")
-            Bundle.load(home)
-            _copy_signature(bundle.path, home)
+            if Bundle.load(home).key == bundle.key:
+                _copy_signature(bundle.path, home)
         else:
             _copy(bundle, home)
+        if key:
+            from ebjdat_serve.signing import sign
+
+            sign(home, key)
         _point(store, home.name)
     return home
 
@@ -48,7 +52,9 @@ def rollback(store: Path, version: str = "") -> Path:
         name = version or (os.readlink(store / PREVIOUS) if (store / PREVIOUS).is_symlink() else "")
         found = [folder for folder in versions(store) if folder.name == name or (version and folder.name.endswith(f"-{version}"))]
         if len(found) != 1:
-            there = ", ".join(folder.name for folder in versions(store)) or "none"
+            there = ", ".join(folder.name for folder in found or versions(store)) or "none"
+            if found:
+                raise BundleError(f"{store} has several versions {version}: {there}; give the whole name")
             raise BundleError(f"{store} has no {'version ' + version if version else 'previous version'}; there are: {there}")
         Bundle.load(found[0])
         _point(store, found[0].name)
@@ -63,10 +69,15 @@ def versions(store: Path) -> list[Path]:
 
 
 def _copy(bundle: Bundle, home: Path) -> None:
+    for left in home.parent.glob(".incoming-*"):
+        shutil.rmtree(left)  # of a publisher that was killed: the lock is ours
     aside = Path(tempfile.mkdtemp(prefix=".incoming-", dir=home.parent))
     try:
         for name in (MANIFEST, *bundle.manifest.files):
             shutil.copyfile(bundle.path / name, aside / name)
+            with (aside / name).open("rb") as copy:
+                os.fsync(copy.fileno())
+            (aside / name).chmod(0o444)  # a server has it mapped: who writes into it changes or kills what is served
         _copy_signature(bundle.path, aside)
         aside.chmod(0o755)
         Bundle.load(aside)  # what was copied is what was verified

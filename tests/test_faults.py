@@ -1,7 +1,9 @@
 """Faults: a killed worker, a client that leaves, a full queue, a stop signal, wrong wishes at the prompt."""
 
+import contextlib
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -248,8 +250,8 @@ def test_the_deadline_is_kept_while_chains_run(tmp_path):
         begin = time.monotonic()
         answer = httpx2.get(f"{server.url}/generate", params={"class": 1, "n": 8, "steps": 900}, timeout=60)
         assert answer.status_code == 504
-        assert 1.9 < time.monotonic() - begin < 2.5
-        time.sleep(0.3)
+        assert 1.9 < time.monotonic() - begin < 4
+        time.sleep(1)
         assert chain_steps_left(server) == 0
 
 
@@ -285,6 +287,134 @@ def test_a_full_classify_queue_answers_503_with_retry_after_and_the_rest_goes_on
         for client in clients:
             assert client.recv(12) == b"HTTP/1.1 200"
             client.close()
+
+
+def memory(pid):
+    return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")) / 1024
+
+
+def http_process(server):
+    port = int(server.url.rsplit(":", 1)[1])
+    return next(pid for pid in server.children() if listens(pid, port))
+
+
+@pytest.mark.parametrize(
+    ("first", "endless"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"a: " + b"b" * 60_000 + b"\r\n"),
+        (b"GET /generate?class=1&n=8&steps=900 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2000),
+        (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\nContent-Type: text/plain\r\n\r\n", b"x" * 60_000),
+    ],
+    ids=["trailers", "pipelined requests", "the body of a request that was refused"],
+)
+def test_endless_bytes_end_the_connection_and_take_no_memory(tmp_path, first, endless):
+    with serving(SHIPPED, tmp_path / "log", *LONG) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        http = http_process(server)
+        before, sent = memory(http), 0
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            client.sendall(first)
+            time.sleep(0.5)
+            with pytest.raises(OSError):
+                while sent < 200 * 2**20:
+                    client.sendall(endless)
+                    sent += len(endless)
+        assert memory(http) - before < 30
+        time.sleep(0.5)
+        assert chain_steps_left(server) == 0
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_slow_upload_is_cut_off_long_before_a_large_one_that_comes(tmp_path, monkeypatch):
+    with serving(SHIPPED, tmp_path / "log") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            client.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
+            begin = time.monotonic()
+            with contextlib.suppress(OSError):
+                while time.monotonic() - begin < 25 and not select.select([client], [], [], 0.3)[0]:
+                    client.sendall(b"x")
+            assert b" 408 " in client.recv(1000)
+            assert time.monotonic() - begin < 20
+
+
+def test_a_picture_of_countless_pieces_is_refused_and_keeps_nobody_waiting(live):
+    import zlib
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2**20 - 100)))
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes([0, 0, 0, 8, 0, 0, 0, 8, 8, 2, 0, 0, 0]))
+    pixels_ = chunk(b"IDAT", zlib.compress(bytes(8 * 25)))
+    end = chunk(b"IEND", b"")
+    for picture in (
+        head + profile * 3000 + pixels_ + end,
+        head + pixels_ + profile * 400 + end,
+        head + chunk(b"tEXt", b"") * 1_000_000 + pixels_ + end,
+        b"\xff\xd8" + b"\xff" * 10_000_000,
+        b"\xff\xd8" + b"\xff\xe5\0\2" * 3_000_000,
+    ):
+        begin = time.monotonic()
+        answer = httpx2.post(f"{live.url}/classify", content=picture, timeout=60)
+        assert answer.status_code == 422
+        assert "pieces" in answer.json()["detail"]
+        assert time.monotonic() - begin < 3
+    assert httpx2.post(f"{live.url}/classify", content=head + profile + pixels_ + end).status_code == 200
+
+
+def test_a_worker_that_dies_before_it_says_hello_costs_only_itself(tmp_path, picture, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with serving(SHIPPED, tmp_path / "log") as server:
+        (wire,) = tmp_path.glob("ebjdat-*/wire")
+        for said in (b"", b"\0\0"):
+            with socket.socket(socket.AF_UNIX) as stranger:
+                stranger.connect(str(wire))
+                stranger.sendall(said)
+        time.sleep(0.5)
+        assert httpx2.post(f"{server.url}/classify", content=picture).status_code == 200
+    assert not list(tmp_path.glob("ebjdat-*"))
+
+
+def test_a_stop_signal_to_the_whole_group_drains_too(tmp_path):
+    with serving(SHIPPED, tmp_path / "log") as server:
+        tree, answers = [server.process.pid, *server.children()], []
+        query = {"class": 1, "n": 8, "steps": 60}
+        thread = threading.Thread(target=lambda: answers.append(httpx2.get(f"{server.url}/generate", params=query, timeout=60).status_code))
+        thread.start()
+        time.sleep(0.5)
+        os.killpg(server.process.pid, signal.SIGTERM)
+        thread.join(30)
+        assert answers == [200]
+        assert server.process.wait(20) == 0
+        assert gone(tree)
+
+
+def test_an_upload_under_way_is_answered_before_the_end(tmp_path, picture):
+    with serving(SHIPPED, tmp_path / "log") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            client.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(picture), picture[:100]))
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.7)
+            client.sendall(picture[100:])
+            assert client.recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_stream_that_nobody_reads_costs_no_previews_and_ends_at_its_deadline(tmp_path):
+    with serving(SHIPPED, tmp_path / "log", *LONG) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.sendall(b"GET /generate?class=1&n=4&steps=100&scale=16&stream=true&every=5 HTTP/1.1\r\nHost: x\r\n\r\n")
+            end = time.monotonic() + 60
+            time.sleep(0.5)
+            while chain_steps_left(server) and time.monotonic() < end:
+                time.sleep(0.2)
+            assert chain_steps_left(server) == 0  # the chains arrived, read or not
+            assert httpx2.get(f"{server.url}/info").json()["load"]["generate"]["chains"] == 0
+            assert httpx2.get(f"{server.url}/generate", params={"class": 0, "steps": 2}, timeout=30).status_code == 200
 
 
 def test_half_sent_requests_and_slow_readers_do_not_keep_the_server_from_stopping(tmp_path):
@@ -350,6 +480,13 @@ def test_the_death_of_the_main_process_ends_the_others(tmp_path):
         (["serve", "/nowhere"], "neither a bundle"),
         (["serve", "--alpha", "0.0001"], "1/(n+1)"),
         (["serve", "--port", "80"], "1024 to 65535"),
+        (["serve", "--classify-workers", "0"], "--classify-workers must be at least 1"),
+        (["serve", "--generate-workers", "-1"], "--generate-workers must be at least 0"),
+        (["serve", "--max-steps", "-1"], "--max-steps must be at least 0"),
+        (["serve", "--threads", "0"], "--threads must be at least 1"),
+        (["serve", "--trust", "/nowhere.pub.pem"], "cannot be read as a public key"),
+        (["rollback", "/nowhere"], "cannot be changed"),
+        (["publish", "/nowhere", "/tmp/never"], "neither a bundle"),
         (["inspect", "/nowhere"], "neither a bundle"),
         (["verify", "/nowhere"], "neither a bundle"),
     ],

@@ -1,9 +1,13 @@
 """A store is refreshed under load: nobody is refused, every answer is one model's, and what is not right is not served."""
 
+import contextlib
 import errno
+import http.client
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -110,9 +114,9 @@ def test_a_refresh_under_load_fails_no_request_and_every_answer_is_one_models(tm
 def test_a_long_drawing_ends_on_the_model_it_began_with(tmp_path, golden, shipped):
     store = tmp_path / "store"
     publish(shipped, store)
-    with serving(store, tmp_path / "log") as server:
+    with serving(store, tmp_path / "log", "--device", "cpu", "--max-steps", "400") as server:
         answers = []
-        query = {"class": 3, "n": 8, "steps": 80, "seed": 5, "format": "json"}
+        query = {"class": 3, "n": 8, "steps": 400, "seed": 5, "format": "json"}
         thread = threading.Thread(target=lambda: answers.append(httpx2.get(f"{server.url}/generate", params=query, timeout=60).json()))
         thread.start()
         time.sleep(0.3)
@@ -193,6 +197,120 @@ def test_only_what_a_trusted_key_signed_is_served(tmp_path, keys, picture):
         until(lambda: info(server)["model"].endswith("@signed"))
 
 
+def broken(store, name, **files):
+    """A version that is wrong in one of its files, every hash as its publisher says."""
+    bundle = copied(SHIPPED, store / name, version=name)
+    for file, content in files.items():
+        (bundle.path / file.replace("_", ".")).write_bytes(content)
+        if file != "bundle_json":
+            bundle = bundle.update(file.replace("_", "."))
+    return bundle
+
+
+def test_no_bundle_however_strange_stops_the_server(tmp_path, shipped, picture):
+    store = tmp_path / "store"
+    publish(shipped, store)
+    rows = json.loads((SHIPPED / "calibration.json").read_text())
+    nan = [{**row, "energies": [float("nan"), *row["energies"]]} for row in rows]
+    cold = [{**row, "temperature": 10**400} for row in rows]
+    strange = {
+        "deep": {"bundle_json": b"[" * 200_000},
+        "number": {"calibration_json": b"5"},
+        "nan": {"calibration_json": json.dumps(nan).encode()},
+        "hot": {"calibration_json": json.dumps(cold).encode()},
+        "prior": {"prior_safetensors": b"junk"},
+        "graph": {"classify_onnx": b"\xff" * 100},
+    }
+    with serving(store, tmp_path / "log") as server:
+        before = httpx2.post(f"{server.url}/classify", content=picture).json()
+
+        def point(name):
+            (store / "hand").symlink_to(name)
+            os.replace(store / "hand", store / "current")
+
+        for name, files in strange.items():
+            broken(store, name, **files)
+            point(name)
+            until(lambda name=name: name in ((info(server)["refresh"]["refused"] or {}).get("bundle") or ""))
+        labels = copied(SHIPPED, store / "labels", version="labels")
+        labels.update(labels=["a", "b"])
+        point("labels")
+        until(lambda: "not of one model" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
+        rollback(store, shipped.manifest.version)
+        until(lambda: info(server)["refresh"]["refused"] is None)
+        assert httpx2.post(f"{server.url}/classify", content=picture).json() == before
+
+
+def test_a_slow_upload_across_a_refresh_is_answered_by_the_new_model(tmp_path, golden, shipped, picture):
+    store = tmp_path / "store"
+    publish(shipped, store)
+    with serving(store, tmp_path / "log") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        body = b'{"class": 3, "steps": 2, "format": "json"}'
+        halves = [
+            (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(picture), picture),
+            (b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body), body),
+        ]
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in halves]
+            for client, (head, content) in zip(clients, halves, strict=True):
+                client.sendall(head + content[:10])
+            publish(Bundle.load(golden), store)
+            until(lambda: info(server)["model"] == named(Bundle.load(golden)) and not info(server)["refresh"]["retiring"])
+            for client, (_, content) in zip(clients, halves, strict=True):
+                client.sendall(content[10:])
+                answer = http.client.HTTPResponse(client)
+                answer.begin()
+                assert answer.status == 200
+                assert json.loads(answer.read())["model"] == named(Bundle.load(golden))
+                answer.close()
+
+
+def test_a_worker_killed_during_a_refresh_delays_it_only(tmp_path, shipped):
+    store = tmp_path / "store"
+    publish(shipped, store)
+    with serving(store, tmp_path / "log") as server:
+        publish(copied(SHIPPED, tmp_path / "next", version="next"), store)
+        until(lambda: info(server)["refresh"]["opening"] or info(server)["model"].endswith("@next"))
+        os.kill(workers(server)[1], signal.SIGKILL)
+        until(lambda: info(server)["model"].endswith("@next"))
+
+
+def test_back_and_forth_while_a_drawing_runs_keeps_each_model_once(tmp_path, shipped):
+    store = tmp_path / "store"
+    publish(shipped, store)
+    publish(copied(SHIPPED, tmp_path / "next", version="next"), store)
+    with serving(store, tmp_path / "log", "--device", "cpu", "--max-steps", "1000") as server:
+        query = {"class": 3, "n": 8, "steps": 1000}
+        thread = threading.Thread(
+            target=httpx2.get, args=(f"{server.url}/generate",), kwargs={"params": query, "timeout": 120}, daemon=True
+        )
+        thread.start()
+        time.sleep(0.5)
+        for version in (shipped.manifest.version, "next", shipped.manifest.version):
+            rollback(store, version)
+            until(lambda version=version: info(server)["model"].endswith(f"@{version}"))
+            assert len(info(server)["refresh"]["retiring"]) <= 1
+        assert httpx2.get(f"{server.url}/generate", params={"class": 1, "steps": 2}, timeout=60).status_code == 200
+        for pid in workers(server):  # the drawing need not be waited for
+            os.kill(pid, signal.SIGKILL)
+        thread.join(60)
+
+
+def test_signing_what_was_refused_unsigned_is_noticed(tmp_path, keys):
+    store = tmp_path / "store"
+    first = copied(SHIPPED, tmp_path / "first", version="first")
+    publish(first, store, keys / "ours.pem")
+    with serving(store / "current", tmp_path / "log", "--device", "cpu", "--trust", str(keys / "ours.pub.pem")) as server:
+        assert info(server)["model"].endswith("@first")  # a server of store/current serves what that is now, and stays with it
+    with serving(store, tmp_path / "log", "--device", "cpu", "--trust", str(keys / "ours.pub.pem")) as server:
+        second = copied(SHIPPED, tmp_path / "second", version="second")
+        publish(second, store)
+        until(lambda: "is not signed" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
+        publish(second, store, keys / "ours.pem")
+        until(lambda: info(server)["model"].endswith("@second"))
+
+
 # signatures ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +322,10 @@ def test_a_signature_is_of_these_bytes_by_one_of_these_keys(tmp_path, keys):
     check_signature(bundle.path, [theirs, ours])
     with pytest.raises(BundleError, match="not a signature"):
         check_signature(bundle.path, [theirs])
+    (bundle.path / SIGNATURE).write_bytes(bytes(65))
+    with pytest.raises(BundleError, match="64 bytes"):
+        check_signature(bundle.path, [ours])
+    sign(bundle.path, keys / "ours.pem")
     openssl = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", ours, "-rawin", "-in", bundle.path / MANIFEST, "-sigfile"]
     subprocess.run([*openssl, bundle.path / SIGNATURE], check=True, capture_output=True)
     bundle.update(version="another")
@@ -264,6 +386,25 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     assert not [path for path in store.iterdir() if path.name.startswith(".incoming")]
 
 
+@pytest.mark.parametrize("name", ["../../outside", "/absolute", ".hidden", "a b", "", "nul\0", "\ud800"])
+def test_a_name_that_is_no_name_is_published_nowhere(tmp_path, name):
+    for field in ("name", "version"):
+        bundle = copied(SHIPPED, tmp_path / field)
+        manifest = json.loads((bundle.path / MANIFEST).read_text())
+        (bundle.path / MANIFEST).write_text(json.dumps({**manifest, field: name}))
+        with pytest.raises(BundleError, match="no name or version"):
+            publish(bundle, tmp_path / "store")
+        shutil.rmtree(bundle.path)
+
+
+def test_what_is_published_is_read_only_and_a_dead_publishers_leavings_are_swept(tmp_path):
+    store = tmp_path / "store"
+    (store / ".incoming-dead").mkdir(parents=True)
+    home = publish(copied(SHIPPED, tmp_path / "a", version="a"), store)
+    assert not (store / ".incoming-dead").exists()
+    assert all(file.stat().st_mode & 0o222 == 0 for file in home.iterdir())
+
+
 def test_two_publishers_take_turns(tmp_path):
     store = tmp_path / "store"
     bundles = [copied(SHIPPED, tmp_path / name, version=name) for name in "abcd"]
@@ -309,6 +450,23 @@ def plain(model):
     model.graph.initializer.append(
         outside(onnx.helper.make_tensor("t", onnx.TensorProto.FLOAT, [1], np.zeros(1, np.float32).tobytes(), raw=True))
     )
+
+
+def tagged(model):
+    """The same bytes under a tag that is longer than a reader of 32 bits sees."""
+    plain(model)
+    entry = model.graph.initializer[-1].SerializeToString()
+    short, long = bytes([13 << 3 | 2]), bytes([(13 << 3 | 2) | 128, 128, 128, 128, 16])
+    return model.SerializeToString(), entry, entry.replace(short, long)
+
+
+def test_a_tag_too_long_for_other_readers_is_refused():
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
+    _, entry, disguised = tagged(model)
+    wrapped = b"".join(bytes([5 << 3 | 2]) + len(part).to_bytes(1, "big") + part for part in (disguised,))
+    assert onnx.TensorProto.FromString(entry).external_data
+    with pytest.raises(ValueError, match="no such field"):
+        references(bytes([7 << 3 | 2, len(wrapped)]) + wrapped)
 
 
 def compiled(model):

@@ -18,8 +18,9 @@ from ebjdat_serve.server.bodies import decode_upload, read_upload
 from ebjdat_serve.server.fleet import Fleet, open_bundle
 from ebjdat_serve.server.guard import Guard
 from ebjdat_serve.server.lanes import ClassifyLane, GenerateLane, Item, Lane
-from ebjdat_serve.server.orders import horizon_of, read_order
+from ebjdat_serve.server.orders import horizon_of, make_order, read_values
 from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.protocol import connections
 from ebjdat_serve.server.schemas import (
     ClassifyAnswer,
     ClassifyList,
@@ -63,7 +64,7 @@ IMAGE_BODY = {
 }
 GENERATE_BODY = {"requestBody": {"required": False, "content": {"application/json": {"schema": GenerateQuery.model_json_schema()}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"model": ProblemDocument, "description": problems.TITLES[code]} for code in (400, 408, 413, 415, 422, 429, 500, 503, 504)
+    code: {"model": ProblemDocument, "description": problems.TITLES[code]} for code in (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
 }
 PICTURE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": {}, "text/event-stream": {}}, "description": "a PNG, JSON with format=json, or events with stream=true"}
@@ -76,24 +77,22 @@ def build_server(settings: Settings) -> tuple[seam.Server, str]:
     Raises BundleError when the bundle cannot be served; an engine that cannot run is found by the workers, and ends the server.
     """
     served = open_bundle(settings.model, settings)
-    folder = seam.private_folder()
-    listener, address = seam.listen(folder)
-    s = settings
+    wire, s = seam.Wire.open(), settings
     classify = ClassifyLane(workers=s.classify_workers, deadline=s.classify_deadline, max_batch=s.max_batch)
-    workers: list[tuple[Any, int]] = [(ClassifyWorker(address, settings), s.classify_workers)]
+    workers: list[tuple[Any, int]] = [(ClassifyWorker(wire.address, settings), s.classify_workers)]
     generate = None
     if s.generate_workers:
         generate = GenerateLane(
             workers=s.generate_workers, deadline=s.generate_deadline, chains=s.generate_chains, backlog=s.generate_backlog
         )
-        workers.append((GenerateWorker(address, settings), s.generate_workers))
-    fleet = Fleet(served, settings, [classify, generate] if generate else [classify], listener)
+        workers.append((GenerateWorker(wire.address, settings), s.generate_workers))
+    fleet = Fleet(served, settings, [classify, generate] if generate else [classify], wire.listener)
     routes = Routes(fleet, settings, classify, generate)
 
     async def serve(server: seam.Server) -> None:
         await fleet.run(server.announce, server.give_up)
 
-    return seam.Server(workers, routes.install, serve, routes.drain, folder), served.name
+    return seam.Server(workers, routes.install, serve, routes.drain, wire), served.name
 
 
 class Routes:
@@ -102,7 +101,8 @@ class Routes:
     def __init__(self, fleet: Fleet, settings: Settings, classify: ClassifyLane, generate: GenerateLane | None) -> None:
         self.fleet, self.settings = fleet, settings
         self.classify_lane, self.generate_lane = classify, generate
-        self.decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        # apart, so that large sheets keep no picture waiting
+        self.decoders, self.encoders = (ThreadPoolExecutor(2, thread_name_prefix=name) for name in ("decode", "encode"))
 
     def install(self, app: FastAPI) -> None:
         """Add the routes and the error pages to ``app``."""
@@ -132,7 +132,7 @@ class Routes:
         loop = asyncio.get_running_loop()
         began = loop.time()
         lanes: list[Lane] = [self.classify_lane, *([self.generate_lane] if self.generate_lane else [])]
-        while any(lane.in_flight for lane in lanes):
+        while any(lane.in_flight for lane in lanes) or connections():  # uvicorn has ended the connections that nothing came on
             await asyncio.sleep(0.1)
             drawing = self.generate_lane and self.generate_lane.items
             if loop.time() - began > (seam.LONG_GRACE if drawing else seam.GRACE):
@@ -155,28 +155,30 @@ class Routes:
         lane.check_room(limit, "classify_queue")  # before the body is read; a slow body takes no place
         with contextlib.ExitStack() as stack:
             async with read_upload(request, self.settings) as upload:
-                late = stack.enter_context(lane.place(limit, "classify_queue"))
                 words = self._words()
+                late = stack.enter_context(lane.place(limit, "classify_queue", words.served.key))
                 image, listed = await decode_upload(request, upload, words.served.bundle.manifest.input, self.settings, self.decoders)
             return await lane.submit(words.served.key, image, request, late), listed, words
 
     async def generate(self, request: Request) -> Response:
         """Draw images of one class by conditional short-run SGLD, marked as AI-made, as a PNG (grid), as JSON, or as a stream of events."""
-        lane, words = self.generate_lane, self._words()
+        lane = self.generate_lane
         if lane is None:
             raise Problem(404, "this server draws nothing: it was started with --generate-workers 0")
-        order = await read_order(request, words, self.settings)
+        values = await read_values(request)
         with contextlib.ExitStack() as stack:
-            late = stack.enter_context(lane.place(self.settings.generate_queue, "generate_queue"))
+            words = self._words()
+            late = stack.enter_context(lane.place(self.settings.generate_queue, "generate_queue", words.served.key))
+            order = make_order(values, words, self.settings)
             lane.admit(order.job)
             item = Item(words.served.key, order.job, request, late)
             stack.enter_context(lane.entered(item))
             if order.query.stream:
-                return Events(self._events(order, item), stack.pop_all())
+                return Events(self._events(lane, order, item), stack.pop_all())
             drawn = await item.future
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, order.drawn, drawn)
+            return await asyncio.get_running_loop().run_in_executor(self.encoders, order.drawn, drawn)
 
-    async def _events(self, order: Order, item: Item) -> AsyncIterator[bytes]:
+    async def _events(self, lane: GenerateLane, order: Order, item: Item) -> AsyncIterator[bytes]:
         """Yield the newest preview whenever the client has taken the last one, then the pictures, or the error."""
         loop = asyncio.get_running_loop()
         yield b": drawing\n\n"
@@ -190,9 +192,10 @@ class Routes:
             item.shown.clear()
             if item.preview and not item.future.done():
                 preview, item.preview = item.preview, None
-                yield await loop.run_in_executor(self.decoders, order.preview, preview)
+                yield await loop.run_in_executor(self.encoders, order.preview, preview)
+                lane.seen(item)
         try:
-            yield await loop.run_in_executor(self.decoders, order.done, item.future.result())
+            yield await loop.run_in_executor(self.encoders, order.done, item.future.result())
         except Problem as problem:
             yield event("error", problems.content(problem.status, problem.detail))
 

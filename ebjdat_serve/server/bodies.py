@@ -5,6 +5,7 @@ import base64
 import binascii
 import contextlib
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
@@ -24,10 +25,13 @@ RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded"
 ACCEPTED = "an image body, multipart/form-data with a field image, or application/json with image or images (base64)"
 DRAIN_FACTOR = 5
 READ_SECONDS = 30.0
-SMALL_PIXELS, SMALL_BYTES = 2**16, 2**19
-"""Pixels and bytes of a request that are decoded in the event loop: some milliseconds at most."""
+PATIENCE, SLOWEST = 10.0, 16 * 1024
+"""Seconds that any body may take, and bytes a second that it must come at from then on."""
+SMALL_PIXELS, SMALL_BYTES = 2**16, 2**18
+"""Pixels and bytes of a request that are decoded in the event loop: some milliseconds, of hostile bytes some tens."""
 HELD_BYTES = 256 * 2**20
-"""Bytes of bodies held at a time by this process; beyond it a request is asked to come back."""
+SPARED_BYTES = 2**20
+"""Bytes of bodies held at a time by this process; beyond it a request that has sent more than the latter is asked to come back."""
 
 
 class Held:
@@ -66,16 +70,18 @@ async def decode_upload(
         pictures, listed = [await from_form(request, body)], False
     else:
         pictures, listed = [body], False
-    opened = [attempt(peek, picture) for picture in pictures]
-    total = sum(one.width * one.height for one in opened if not isinstance(one, InvalidImage))
-    if listed and total > MAX_PIXELS:
-        raise Problem(413, f"the images of one list may have {MAX_PIXELS} pixels in all, these have {total}; send them one by one")
+    ask = asyncio.get_running_loop().run_in_executor
+    small = sum(map(len, pictures)) <= SMALL_BYTES
+    # small ones are quicker done than handed to another thread
+    opened = [attempt(peek, one) for one in pictures] if small else [await ask(pool, attempt, peek, one) for one in pictures]
     for index, one in enumerate(opened):
         refuse_invalid(one, index if listed else None)
-    if total <= SMALL_PIXELS and sum(map(len, pictures)) <= SMALL_BYTES:
-        decoded = [attempt(load, one, contract.height, contract.width) for one in opened]  # quicker than to ask another thread
+    total = sum(one.width * one.height for one in opened)
+    if listed and total > MAX_PIXELS:
+        raise Problem(413, f"the images of one list may have {MAX_PIXELS} pixels in all, these have {total}; send them one by one")
+    if small and total <= SMALL_PIXELS:
+        decoded = [attempt(load, one, contract.height, contract.width) for one in opened]
     else:
-        ask = asyncio.get_running_loop().run_in_executor
         decoded = await asyncio.gather(*(ask(pool, attempt, load, one, contract.height, contract.width) for one in opened))
     for index, one in enumerate(decoded):
         refuse_invalid(one, index if listed else None)
@@ -109,6 +115,8 @@ async def read_body(request: Request, limit: int) -> AsyncIterator[bytes]:
     """
     chunks: list[bytes] = []
     size = kept = 0
+    began = time.monotonic()
+    slow = Problem(408, f"the body did not arrive within {READ_SECONDS:g} s, or came too slowly", headers={"Connection": "close"})
     try:
         try:
             async with asyncio.timeout(READ_SECONDS):
@@ -118,14 +126,18 @@ async def read_body(request: Request, limit: int) -> AsyncIterator[bytes]:
                         chunks.append(chunk)
                         kept += len(chunk)
                         Held.bytes += len(chunk)
-                        if Held.bytes > HELD_BYTES:
+                        if Held.bytes > HELD_BYTES and kept > SPARED_BYTES:
                             raise Problem(503, "too many bytes are being uploaded; try again in a second", headers={"Retry-After": "1"})
                     elif size > DRAIN_FACTOR * limit:
                         break
                     else:
                         chunks.clear()
+                        Held.bytes -= kept
+                        kept = 0
+                    if size < SLOWEST * (time.monotonic() - began - PATIENCE):
+                        raise slow
         except TimeoutError:
-            raise Problem(408, f"the body did not arrive within {READ_SECONDS:g} s", headers={"Connection": "close"}) from None
+            raise slow from None
         except ClientDisconnect:
             raise Problem(499, "the client closed the connection") from None
         if size > limit:

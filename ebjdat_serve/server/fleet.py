@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebjdat_serve.bundle import Bundle, Calibration, manifest_key, resolve
+import numpy as np
+
+from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, Calibration, resolve
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.server.lanes import Lane, Peer
@@ -21,6 +23,10 @@ from ebjdat_serve.server.wire import Drop, Hello, Load, Loaded, Refused, receive
 log = logging.getLogger("ebjdat_serve")
 LOOK = 1.0
 """Seconds between looks at the store's pointer, at the parent process, and at bundles that are no longer used."""
+OPENING = 1200.0
+"""Seconds that workers may take to open a bundle: TensorRT builds engines for minutes."""
+DEATHS = 3
+"""Workers that may die while a bundle is opened before it is held to be the cause."""
 AGAIN = 5.0
 """Seconds until a worker that could not open the bundle being served tries again."""
 
@@ -46,18 +52,24 @@ def open_bundle(path: Path, settings: Settings) -> Served:
     Raises BundleError, and EbjdatError for an alpha that its calibration cannot serve.
     """
     folder = resolve(path)
-    key = manifest_key(folder)
+    signed = ""
     if settings.trust:
         from ebjdat_serve.signing import check_signature  # cryptography costs 100 ms and memory
 
-        check_signature(folder, settings.trust)
+        signed = check_signature(folder, settings.trust)
     bundle = Bundle.load(folder)
-    if manifest_key(folder) != key:
+    if signed and bundle.key != signed:
         raise BundleError(f"{folder} was changed while it was read; publish the change as a new version")
     bundle.check_precision(settings.precision)
     calibration = bundle.calibration(settings.precision)
-    Detector(calibration.energies, settings.alpha)  # type: ignore[arg-type]
-    return Served(key, bundle, calibration, bundle.metrics())
+    Detector(np.asarray(calibration.energies), settings.alpha)
+    return Served(bundle.key, bundle, calibration, bundle.metrics())
+
+
+def fingerprint(folder: Path) -> tuple[Any, ...]:
+    """Return what changes when the bundle in a folder, or its signature, is replaced."""
+    times = [file.stat().st_mtime_ns if file.exists() else 0 for file in (folder / MANIFEST, folder / SIGNATURE)]
+    return (folder, *times)
 
 
 class Fleet:
@@ -70,8 +82,10 @@ class Fleet:
         self._settings, self._listener = settings, listener
         self._lanes = {lane.name: lane for lane in lanes}
         self._candidate: Served | None = None
-        self._retiring: list[Served] = []
-        self._seen = served.bundle.path
+        self._since = 0.0  # when the candidate was first to be opened
+        self._deaths = 0  # of workers, while it was
+        self._retiring: dict[str, Served] = {}
+        self._seen = fingerprint(served.bundle.path)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def ready(self) -> bool:
@@ -91,7 +105,7 @@ class Fleet:
         return {
             "opening": self._candidate.name if self._candidate else None,
             "refused": self.refused or None,
-            "retiring": [served.name for served in self._retiring],
+            "retiring": [served.name for served in self._retiring.values()],
         }
 
     async def run(self, announce: Callable[[], None], give_up: Callable[[str], None]) -> None:
@@ -128,66 +142,84 @@ class Fleet:
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one worker's wire until it ends."""
-        hello: Hello = await receive(reader)
-        lane, peer = self._lanes[hello.lane], Peer(hello.pid, writer)
-        lane.peers.append(peer)
-        for served in self._open():
-            peer.send(Load(served.key, served.bundle.path))
+        peer: Peer | None = None
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # so a worker's death looks
+            hello: Hello = await receive(reader)
+            lane, peer = self._lanes[hello.lane], Peer(hello.pid, writer)
+            lane.peers.append(peer)
+            for served in self._open():
+                peer.send(Load(served.key, served.bundle.path))
             while True:
-                message = await receive(reader)
-                peer.heard = time.monotonic()
-                match message:
-                    case Loaded(key) if all(key != served.key for served in self._open()):
-                        peer.send(Drop(key))  # it was refused meanwhile
-                    case Loaded(key):
-                        peer.loaded[key] = message
-                        lane.joined(peer)
-                        self._settle()
-                    case Refused(key, reason):
-                        self._refuse(peer, key, reason)
-                    case _:
-                        lane.heard(peer, message)
+                self._hear(lane, peer, await receive(reader))
         writer.close()
-        lane.lost(peer)
-        if not lane.closed:
-            log.warning("the %s worker %d died; another is starting", lane.name, peer.pid)
-        if self._candidate and self._candidate.key not in peer.loaded:
-            self._drop_candidate("a worker died while opening it")
+        if peer:
+            lane.lost(peer)
+            if not lane.closed:
+                log.warning("the %s worker %d died; another is starting", lane.name, peer.pid)
+            if self._candidate and self._candidate.key not in peer.loaded:
+                self._deaths += 1
+                if self._deaths >= DEATHS:
+                    self._drop_candidate("workers died while opening it")
+
+    def _hear(self, lane: Lane, peer: Peer, message: Any) -> None:
+        peer.heard = time.monotonic()
+        match message:
+            case Loaded(key) if all(key != served.key for served in self._open()):
+                peer.send(Drop(key))  # it was refused meanwhile
+            case Loaded(key):
+                peer.loaded[key] = message
+                lane.joined(peer)
+                self._settle()
+            case Refused(key, reason):
+                self._refuse(lane, peer, key, reason)
+            case _:
+                lane.heard(peer, message)
 
     def _open(self) -> list[Served]:
-        return [*self._retiring, self.active, *([self._candidate] if self._candidate else [])]
+        """Return every bundle that workers have open or are to open, each once."""
+        candidate = [self._candidate] if self._candidate else []
+        return list({served.key: served for served in [*self._retiring.values(), self.active, *candidate]}.values())
 
-    def _refuse(self, peer: Peer, key: str, reason: str) -> None:
+    def _refuse(self, lane: Lane, peer: Peer, key: str, reason: str) -> None:
         if self._candidate and key == self._candidate.key:
             self._drop_candidate(reason)
         elif not self.started:
             self._give_up(reason)
-        elif key == self.active.key:
-            log.error("a worker cannot open %s: %s", self.active.name, reason)
-            asyncio.get_running_loop().call_later(AGAIN, lambda: peer.send(Load(key, self.active.bundle.path)))
+        elif served := next((served for served in self._open() if served.key == key), None):
+            log.error("a worker cannot open %s: %s", served.name, reason)
+            again = Load(key, served.bundle.path)
+            asyncio.get_running_loop().call_later(AGAIN, lambda: peer.send(again) if peer in lane.peers else None)
 
     # refresh ---------------------------------------------------------------------------------------------------------
 
     async def _look(self) -> None:
         """Open what the store points at now, if it is another bundle than the last looked at."""
+        if self._candidate and time.monotonic() - self._since > OPENING:
+            self._drop_candidate(f"it was not open within {OPENING:g} s")
         if self._candidate or not self.started:
             return
         try:
             folder = resolve(self._settings.model)
+            seen = fingerprint(folder)
         except (BundleError, OSError):
             return  # the pointer is being moved, or was taken away: what is open goes on
-        if folder == self._seen:
+        if seen == self._seen:
             return
-        self._seen = folder
+        self._seen = seen
         try:
             served = await asyncio.get_running_loop().run_in_executor(None, open_bundle, folder, self._settings)
-        except (EbjdatError, OSError) as error:
+        except EbjdatError as error:
             self._note_refusal(folder.name, str(error))
             return
-        if served.key != self.active.key:
-            self._candidate = served
-            self._tell_all(Load(served.key, served.bundle.path))
+        except Exception as error:  # noqa: BLE001  whatever a strange bundle makes a library raise: the old one goes on
+            self._note_refusal(folder.name, f"{type(error).__name__}: {error}")
+            return
+        if served.key == self.active.key:
+            self.refused = {}
+            return
+        self._candidate, self._since, self._deaths = served, time.monotonic(), 0
+        self._tell_all(Load(served.key, served.bundle.path), unless=served.key)
+        self._settle()  # it may be open still, for requests that began on it
 
     def _settle(self) -> None:
         """Swap when every worker has the candidate open; from here on new requests are read for it, those under way end on the old."""
@@ -196,34 +228,37 @@ class Fleet:
             self._announce()
         if self._candidate and all(lane.ready(self._candidate.key) for lane in self._lanes.values()):
             log.warning("now serving %s, before %s", self._candidate.name, self.active.name)
-            self._retiring.append(self.active)
+            self._retiring[self.active.key] = self.active
             self.active, self._candidate, self.refused = self._candidate, None, {}
+            self._retiring.pop(self.active.key, None)
 
     def _drop_candidate(self, reason: str) -> None:
         assert self._candidate
         self._note_refusal(self._candidate.name, reason)
         key, self._candidate = self._candidate.key, None
-        self._tell_all(Drop(key))
-        self._forget(key)
+        self._close(key)
 
     def _note_refusal(self, name: str, reason: str) -> None:
         self.refused = {"bundle": name, "reason": reason}
         log.error("%s is refused, %s goes on: %s", name, self.active.name, reason)
 
     def _retire(self) -> None:
-        """Close bundles that no request waits for any more."""
-        for served in [old for old in self._retiring if not any(lane.uses(old.key) for lane in self._lanes.values())]:
-            self._retiring.remove(served)
-            if served.key != self.active.key:
-                self._tell_all(Drop(served.key))
-                self._forget(served.key)
+        """Close bundles that no request needs any more."""
+        for key in [key for key in self._retiring if not any(lane.uses[key] for lane in self._lanes.values())]:
+            del self._retiring[key]
+            self._close(key)
 
-    def _tell_all(self, message: object) -> None:
+    def _close(self, key: str) -> None:
+        """Have the workers forget a bundle, unless it is still needed in another part."""
+        if all(key != served.key for served in self._open()):
+            self._tell_all(Drop(key))
+            for lane in self._lanes.values():
+                for peer in lane.peers:
+                    peer.loaded.pop(key, None)
+
+    def _tell_all(self, message: object, unless: str = "") -> None:
+        """Tell every worker, but not those that have the bundle ``unless`` open."""
         for lane in self._lanes.values():
             for peer in lane.peers:
-                peer.send(message)
-
-    def _forget(self, key: str) -> None:
-        for lane in self._lanes.values():
-            for peer in lane.peers:
-                peer.loaded.pop(key, None)
+                if unless not in peer.loaded:
+                    peer.send(message)

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from fastapi import Request
 
+from ebjdat_serve.scheduling import FAIR, length
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.wire import Answer, Ask, Cancel, Job, Loaded, Pace, Preview, Verdicts, pack
+from ebjdat_serve.server.wire import Answer, Ask, Cancel, Job, Loaded, Pace, Preview, Show, Verdicts, pack
 
 log = logging.getLogger("ebjdat_serve")
 POLL = 0.1
@@ -66,7 +67,8 @@ class Peer:
 
     def send(self, message: object) -> None:
         """Send a message; a worker that has gone is found out by its reader."""
-        self.writer.write(pack(message))
+        if not self.writer.is_closing():
+            self.writer.write(pack(message))
 
 
 class Lane:
@@ -77,16 +79,13 @@ class Lane:
         self.peers: list[Peer] = []
         self.items: set[Item] = set()
         self.in_flight = 0
+        self.uses: Counter[str] = Counter()  # requests that read, wait or are worded for a bundle
         self.closed = ""
         self._numbers = itertools.count(1)
 
     def ready(self, key: str) -> bool:
         """Return whether every worker has the bundle open."""
         return sum(key in peer.loaded for peer in self.peers) >= self.workers
-
-    def uses(self, key: str) -> bool:
-        """Return whether a request still waits for an answer of this bundle."""
-        return any(item.key == key for item in self.items)
 
     def check_room(self, limit: int, limit_name: str) -> None:
         """Raise Problem 503 when there is no place."""
@@ -95,17 +94,19 @@ class Lane:
             raise Problem(503, detail, headers={"Retry-After": "1"})
 
     @contextlib.contextmanager
-    def place(self, limit: int, limit_name: str) -> Iterator[float]:
-        """Hold one of ``limit`` places, from the body's being there to the answer; give the time at which the request is late.
+    def place(self, limit: int, limit_name: str, key: str) -> Iterator[float]:
+        """Hold one of ``limit`` places, from the body's being there to the answer, and the bundle ``key``; give the time of the deadline.
 
         Raises Problem 503 when the lane is full.
         """
         self.check_room(limit, limit_name)
         self.in_flight += 1
+        self.uses[key] += 1
         try:
             yield time.monotonic() + self.deadline
         finally:
             self.in_flight -= 1
+            self.uses[key] -= 1
 
     @contextlib.contextmanager
     def entered(self, item: Item) -> Iterator[None]:
@@ -117,13 +118,15 @@ class Lane:
         )
         timer = asyncio.get_running_loop().call_later(max(0.0, item.late - time.monotonic()), item.fail, late)
         self.items.add(item)
+        item.future.add_done_callback(lambda _: self.leave(item))  # a stream that nobody reads on is over all the same
         try:
             self.enter(item)
             yield
         finally:
             timer.cancel()
             self.items.discard(item)
-            self.leave(item)
+            if not item.future.done():
+                item.future.cancel()
             if item.future.done() and not item.future.cancelled():
                 item.future.exception()  # it has been seen, whoever waited
 
@@ -141,7 +144,7 @@ class Lane:
         raise NotImplementedError
 
     def leave(self, item: Item) -> None:
-        """Take back what can be taken back of an item that nobody waits for; it may have been answered."""
+        """Take back what can be taken back of an item that is over; it may have been answered."""
         raise NotImplementedError
 
     def retry_after(self) -> int:
@@ -208,6 +211,7 @@ class ClassifyLane(Lane):
         """Forget the item; a batch under way is computed to its end, some milliseconds."""
         if item in self._waiting:
             self._waiting.remove(item)
+            self._pump_soon()
 
     def joined(self, peer: Peer) -> None:
         """Give the new worker what waits."""
@@ -232,25 +236,24 @@ class ClassifyLane(Lane):
 
     def _pump(self) -> None:
         self._pumping = False
-        while self._waiting:
-            key = self._waiting[0].key
-            able = [peer for peer in self.peers if key in peer.loaded and len(peer.owes) < DEPTH]
-            if not able:
-                return
-            peer = min(able, key=lambda peer: len(peer.owes))
-            number, batch = next(self._numbers), self._batch(key)
-            peer.owes[number] = batch
-            peer.send(Ask(number, key, np.concatenate([item.payload for item in batch]) if len(batch) > 1 else batch[0].payload))
+        for key in dict.fromkeys(item.key for item in self._waiting):  # a bundle that no worker has open keeps nobody else waiting
+            while waiting := [item for item in self._waiting if item.key == key]:
+                able = [peer for peer in self.peers if key in peer.loaded and len(peer.owes) < DEPTH]
+                if not able:
+                    break
+                peer = min(able, key=lambda peer: len(peer.owes))
+                number, batch = next(self._numbers), self._batch(waiting)
+                peer.owes[number] = batch
+                peer.send(Ask(number, key, np.concatenate([item.payload for item in batch]) if len(batch) > 1 else batch[0].payload))
 
-    def _batch(self, key: str) -> list[Item]:
-        batch: list[Item] = []
-        size = 0
-        while self._waiting and self._waiting[0].key == key:
-            size += len(self._waiting[0].payload)
-            if batch and size > self._max_batch:
-                break
-            batch.append(self._waiting.popleft())
-        return batch
+    def _batch(self, waiting: list[Item]) -> list[Item]:
+        """Take as many items as one batch holds, at least one."""
+        size, n = len(waiting[0].payload), 1
+        while n < len(waiting) and size + len(waiting[n].payload) <= self._max_batch:
+            size, n = size + len(waiting[n].payload), n + 1
+        taken = set(map(id, waiting[:n]))
+        self._waiting = deque(item for item in self._waiting if id(item) not in taken)
+        return waiting[:n]
 
 
 class GenerateLane(Lane):
@@ -259,8 +262,9 @@ class GenerateLane(Lane):
     def __init__(self, *, workers: int, deadline: float, chains: int, backlog: float) -> None:
         super().__init__("generate", workers=workers, deadline=deadline)
         self._chains, self._backlog = chains, backlog
-        self.longest = 0.0
         self._left: dict[int, int] = {}
+        self._longest: deque[tuple[float, float]] = deque()
+        self._lengths: dict[int, int] = {}
         self._rates: dict[int, float] = {}
         self._parked: list[Item] = []
 
@@ -291,6 +295,18 @@ class GenerateLane(Lane):
             wait = max(1, math.ceil(seconds - self._backlog))
             raise Problem(429, f"{detail}; try again in {wait} s, or ask for less", headers={"Retry-After": str(wait)})
 
+    def _estimate(self, job: Job) -> float:
+        """Return the seconds until a job would be done: it shares the machine with all, but waits for jobs as short as itself only."""
+        ahead = sum(left for number, left in self._left.items() if self._lengths[number] <= length(job.work))
+        return min(self.work + job.work, (1 + FAIR) * (ahead + job.work)) / self.rate
+
+    @property
+    def longest(self) -> float:
+        """Seconds that a chain waited longest for a step in the last minute."""
+        while self._longest and self._longest[0][0] < time.monotonic() - 60:
+            self._longest.popleft()
+        return max((seconds for _, seconds in self._longest), default=0.0)
+
     def retry_after(self) -> int:
         """Return in about how many seconds half of what is under way will be done."""
         return max(1, min(60, math.ceil(self.work / self.rate / 2))) if self.rate else 1
@@ -304,7 +320,7 @@ class GenerateLane(Lane):
         peer = min(able, key=lambda peer: sum(self._left.get(number, 0) for number in peer.owes))
         number = next(self._numbers)
         peer.owes[number] = [item]
-        self._left[number] = item.payload.work
+        self._left[number], self._lengths[number] = item.payload.work, length(item.payload.work)
         peer.send(Ask(number, item.key, item.payload))
 
     def leave(self, item: Item) -> None:
@@ -314,7 +330,7 @@ class GenerateLane(Lane):
         for peer in self.peers:
             for number in [number for number, owed in peer.owes.items() if item in owed]:
                 del peer.owes[number]
-                self._left.pop(number, None)
+                self._over(number)
                 peer.send(Cancel(number))
 
     def joined(self, peer: Peer) -> None:
@@ -331,10 +347,11 @@ class GenerateLane(Lane):
                     item.preview = message
                     item.shown.set()
             case Pace(rate, left, longest):
-                self._rates[peer.pid], self.longest = rate, longest
+                self._rates[peer.pid] = rate
+                self._longest.append((time.monotonic(), longest))
                 self._left |= {number: work for number, work in left.items() if number in self._left}
             case Answer(number):
-                self._left.pop(number, None)
+                self._over(number)
                 super().heard(peer, message)
 
     def answered(self, items: list[Item], value: Any) -> None:
@@ -347,4 +364,15 @@ class GenerateLane(Lane):
         super().lost(peer)
         self._rates.pop(peer.pid, None)
         for number in peer.owes:
-            self._left.pop(number, None)
+            self._over(number)
+
+    def _over(self, number: int) -> None:
+        self._left.pop(number, None)
+        self._lengths.pop(number, None)
+
+    def seen(self, item: Item) -> None:
+        """Tell the worker that the client has taken the last preview, and may be shown another."""
+        for peer in self.peers:
+            for number, owed in peer.owes.items():
+                if item in owed:
+                    peer.send(Show(number))

@@ -23,15 +23,32 @@ PREVIEWS = 10
 MAX_BODY = 64 * 1024
 
 
-async def read_order(request: Request, words: Words, settings: Settings) -> Order:
+async def read_values(request: Request) -> dict[str, Any]:
+    """Return query parameters and body as one object.
+
+    Raises Problem: 400 not JSON, 413 too large, 415 another content type, 422 no object.
+    """
+    values: dict[str, Any] = dict(request.query_params)
+    if request.method == "POST":
+        async with read_body(request, MAX_BODY) as body:
+            values |= document(request, body) if body else {}
+    return values
+
+
+def make_order(values: dict[str, Any], words: Words, settings: Settings) -> Order:
     """Return what is asked for.
 
-    Raises Problem: 400 not JSON, 413 too large, 415 another content type, 422 beyond a limit.
+    Raises Problem 422 beyond a limit, RequestValidationError for a number that is none.
     """
-    manifest = words.served.bundle.manifest
-    query = await read_query(request, words.names)
-    label = find_label(query.class_, words.names)
-    steps = manifest.sampler.steps if query.steps is None else query.steps
+    manifest, names = words.served.bundle.manifest, words.names
+    if "class" not in values:
+        raise Problem(422, f"class is missing: an index 0 to {len(names) - 1} or a name, {', '.join(names)}")
+    try:
+        query = GenerateQuery.model_validate(values)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_context=False)) from None
+    label = find_label(query.class_, names)
+    steps = min(manifest.sampler.steps, horizon_of(manifest, settings)) if query.steps is None else query.steps
     check_work(query, steps, manifest, settings)
     seed = secrets.randbelow(2**31 - settings.max_samples) if query.seed is None else query.seed
     every = 0 if not query.stream else query.every or max(1, steps // PREVIEWS)
@@ -44,21 +61,7 @@ async def read_order(request: Request, words: Words, settings: Settings) -> Orde
     return Order(words, query, Job(label, query.n, sampler, seed, every))
 
 
-async def read_query(request: Request, names: list[str]) -> GenerateQuery:
-    """Return query parameters and body as one query."""
-    values: dict[str, Any] = dict(request.query_params)
-    if request.method == "POST":
-        async with read_body(request, MAX_BODY) as body:
-            values |= document(request, body, names) if body else {}
-    if "class" not in values:
-        raise Problem(422, f"class is missing: an index 0 to {len(names) - 1} or a name, {', '.join(names)}")
-    try:
-        return GenerateQuery.model_validate(values)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors(include_context=False)) from None
-
-
-def document(request: Request, body: bytes, names: list[str]) -> dict[str, Any]:
+def document(request: Request, body: bytes) -> dict[str, Any]:
     """Return the body of a POST as an object."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/x-www-form-urlencoded":  # curl -d class=3
@@ -67,7 +70,7 @@ def document(request: Request, body: bytes, names: list[str]) -> dict[str, Any]:
         raise Problem(415, f"content type {kind!r} is not accepted; send application/json, a form, or query parameters and no body")
     found = parse_json(body)
     if not isinstance(found, dict):
-        raise Problem(422, f'send a JSON object such as {{"class": "{names[0]}", "n": 4}}')
+        raise Problem(422, 'send a JSON object such as {"class": 3, "n": 4}')
     return found
 
 
@@ -96,6 +99,11 @@ def check_work(query: GenerateQuery, steps: int, manifest: Manifest, settings: S
         raise Problem(422, f"n x steps must be at most {s.max_work}, not {query.n} x {steps}")
     if query.every is not None and not query.stream:
         raise Problem(422, "every is for stream=true")
+    if query.every is not None and query.every * s.max_previews < steps:
+        least = -(-steps // s.max_previews)
+        raise Problem(422, f"every must be at least {least} for {steps} steps: a stream shows at most {s.max_previews} previews")
+    if query.stream and query.n > s.max_streamed:
+        raise Problem(422, f"n must be 1 to {s.max_streamed} with stream=true, not {query.n}")
 
 
 def horizon_of(manifest: Manifest, settings: Settings) -> int:

@@ -15,6 +15,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ class NoManager:
 class Server(ls.LitServer):
     """LitServe's processes without its routes, queues and manager.
 
-    ``serve`` runs in the HTTP process while it serves; ``drain`` is called there on a stop signal, with the seconds for drawings,
-    and returns when no request is left or those seconds are over.
+    ``serve`` runs in the HTTP process while it serves; ``drain`` is called there on a stop signal, and returns when no request is left
+    or the time for them is over.
     """
 
     def __init__(
@@ -63,10 +64,10 @@ class Server(ls.LitServer):
         register: Callable[[FastAPI], None],
         serve: Callable[["Server"], Coroutine[Any, Any, None]],
         drain: Callable[[], Coroutine[Any, Any, None]],
-        folder: Path,
+        wire: "Wire",
     ) -> None:
         self._register, self._serve, self._drain = register, serve, drain
-        self.folder = folder
+        self._wire, self.folder = wire, wire.folder
         self.greeting = ""
         self.failed = ""
         self.stopping = False
@@ -109,6 +110,7 @@ class Server(ls.LitServer):
     def _start_server(self, *arguments: Any, **options: Any) -> Any:
         """Start the HTTP process, and end the server should it die: LitServe watches workers only."""
         processes = super()._start_server(*arguments, **options)
+        self._wire.listener.close()  # the HTTP process has it: when that is gone, workers that still knock must hear so
         threading.Thread(target=self._watch, args=(list(processes.values()),), daemon=True, name="watch-http").start()
         return processes
 
@@ -122,6 +124,7 @@ class Server(ls.LitServer):
         """Say first that this is the end, or the monitor would start terminated workers again."""
         self.stopping = True
         self._shutdown_event.set()
+        self._wire.listener.close()
         super()._perform_graceful_shutdown(*arguments)
 
     # the HTTP process --------------------------------------------------------------------------------------------------
@@ -176,19 +179,26 @@ class Server(ls.LitServer):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def private_folder() -> Path:
-    """Return a new folder that only this user can enter: who can write to the socket in it is obeyed."""
-    folder = Path(tempfile.mkdtemp(prefix="ebjdat-"))
-    return folder if len(str(folder)) < 80 else Path(tempfile.mkdtemp(prefix="ebjdat-", dir="/tmp"))
+@dataclass(frozen=True)
+class Wire:
+    """Where workers call: a listening Unix socket in a folder that only this user can enter, since who can write to it is obeyed."""
 
+    folder: Path
+    listener: socket.socket
 
-def listen(folder: Path) -> tuple[socket.socket, str]:
-    """Return a listening Unix socket in ``folder``, and its address."""
-    address = str(folder / "wire")
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(64)
-    return listener, address
+    @property
+    def address(self) -> str:
+        """The socket's path."""
+        return str(self.folder / "wire")
+
+    @staticmethod
+    def open() -> "Wire":
+        """Return a new one; a socket's path may have about a hundred characters, so a long TMPDIR is passed over."""
+        base = tempfile.gettempdir()
+        wire = Wire(Path(tempfile.mkdtemp(prefix="ebjdat-", dir=base if len(base) < 70 else "/tmp")), socket.socket(socket.AF_UNIX))
+        wire.listener.bind(wire.address)
+        wire.listener.listen(64)
+        return wire
 
 
 def run(server: Server, host: str, port: int, greeting: str) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebjdat_serve.engines import Device, EngineKind, Precision
+from ebjdat_serve.errors import EbjdatError
 
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
 
@@ -31,6 +32,8 @@ class Settings:
     max_samples: int = 64  # n of one /generate
     max_steps: int = 0  # of one /generate; 0: the bundle's own number, the horizon its sampler was tuned for
     max_work: int = 8000  # n x steps of one /generate
+    max_streamed: int = 16  # n of one stream
+    max_previews: int = 20  # of one stream
     max_scale: int = 16
     max_sheet: int = 2**24  # pixels of one PNG
     classify_queue: int = 256  # requests in flight beyond which the answer is 503
@@ -40,3 +43,8 @@ class Settings:
     classify_deadline: float = 10.0
     generate_deadline: float = 120.0
     max_batch: int = 32
+
+    def __post_init__(self) -> None:
+        for name, least in (("threads", 1), ("classify_workers", 1), ("generate_workers", 0), ("max_steps", 0)):
+            if getattr(self, name) < least:
+                raise EbjdatError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")

@@ -8,29 +8,27 @@ POST /classify takes {"image": base64} and answers what /classify and /energy an
 import base64
 import contextlib
 import os
-import secrets
 import signal
-from dataclasses import replace
 from typing import Any
 
 import litserve as ls
 import numpy as np
 from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from ebjdat_serve import pixels
 from ebjdat_serve.errors import EngineError, InvalidImage
 from ebjdat_serve.generation import generate
 from ebjdat_serve.pixels import Pixels
+from ebjdat_serve.selftest import verify
 from ebjdat_serve.server.fleet import Served, open_bundle
-from ebjdat_serve.server.orders import check_work, find_label
+from ebjdat_serve.server.orders import make_order
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.schemas import GenerateQuery
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.server.wire import Drawn, Job, Verdicts
+from ebjdat_serve.server.wire import Drawn, Verdicts
 from ebjdat_serve.server.wording import Order, Words
 from ebjdat_serve.server.workers import Model
-from ebjdat_serve.sgld import Prior
 
 BATCH_SECONDS = 0.002
 """How long LitServe waits for company; with 0 it spins on an idle core."""
@@ -38,6 +36,8 @@ BATCH_SECONDS = 0.002
 
 class Stock(ls.LitAPI):
     """What both have in common: the model, and the words for its answers."""
+
+    functions: tuple[str, ...] = ("classify",)
 
     def __init__(self, settings: Settings, **options: Any) -> None:
         super().__init__(**options)
@@ -48,6 +48,7 @@ class Stock(ls.LitAPI):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.served: Served = open_bundle(self._settings.model, self._settings)
         self.model = Model(self.served.bundle.path, self._settings)
+        verify(self.model.bundle, self.model.engine, self.functions)
         self.words = Words(self.served, self._settings.alpha)
 
 
@@ -94,28 +95,25 @@ class StockClassify(Stock):
 class StockGenerate(Stock):
     """One request after the other."""
 
-    def setup(self, device: str) -> None:
-        """Open the model and the prior."""
-        super().setup(device)
-        self.prior = Prior.load(self.served.bundle.path / "prior.safetensors")
+    functions = ("classify", "step")
 
     def decode_request(self, request: Request) -> Order:
         """Return what is asked for."""
-        manifest, document = self.served.bundle.manifest, dict(request)
+        document: Any = request
+        if not isinstance(document, dict):
+            raise HTTPException(422, 'send a JSON object such as {"class": 3, "n": 4}')
         try:
-            query = GenerateQuery.model_validate(document | {"format": "json"})
-            steps = query.steps or manifest.sampler.steps
-            check_work(query, steps, manifest, self._settings)
-            label = find_label(query.class_, manifest.labels)
-        except (ValueError, TypeError, Problem) as error:
+            order = make_order({**document, "format": "json"}, self.words, self._settings)
+        except (Problem, RequestValidationError) as error:
             raise HTTPException(422, str(error)) from error
-        seed = secrets.randbelow(2**31 - self._settings.max_samples) if query.seed is None else query.seed
-        return Order(self.words, query, Job(label, query.n, replace(manifest.sampler, steps=steps), seed))
+        if order.query.stream:
+            raise HTTPException(422, "the stock mode has no streams: serve without --stock")
+        return order
 
     def predict(self, x: Order) -> dict[str, Any]:
         """Draw."""
         job = x.job
-        samples = generate(self.model.engine, self.prior, job.sampler, np.full(job.n, job.label, np.int64), job.seed)
+        samples = generate(self.model.engine, self.model.prior, job.sampler, np.full(job.n, job.label, np.int64), job.seed)
         return x.document(Drawn(samples.image, self.model.verdicts(samples.image)))
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:

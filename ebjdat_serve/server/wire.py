@@ -116,6 +116,13 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Show:
+    """The client has taken the last preview of ``number``: there may be another."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Answer:
     """The last word on ``number``: Verdicts of pixels, Drawn for a Job."""
 

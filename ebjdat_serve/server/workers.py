@@ -1,6 +1,7 @@
 """The two kinds of worker process: one batched forward for classify and energy, and chains for generate."""
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ import numpy as np
 from litserve.loops import LitLoop
 
 from ebjdat_serve import pixels
-from ebjdat_serve.bundle import Bundle, manifest_key
+from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.engines import Engine, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
@@ -22,12 +23,30 @@ from ebjdat_serve.scheduling import Policy, Request, Scheduler
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.server import wire
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.server.wire import Answer, Ask, Cancel, Drawn, Drop, Hello, Job, Line, Load, Loaded, Pace, Preview, Refused, Verdicts
+from ebjdat_serve.server.wire import (
+    Answer,
+    Ask,
+    Cancel,
+    Drawn,
+    Drop,
+    Hello,
+    Job,
+    Line,
+    Load,
+    Loaded,
+    Pace,
+    Preview,
+    Refused,
+    Show,
+    Verdicts,
+)
 from ebjdat_serve.sgld import Chains, Prior
 
 log = logging.getLogger("ebjdat_serve")
 PACE = 0.25
 """Seconds between two reports of how fast chains move."""
+MEMORY = 3.0
+"""Seconds over which that is a mean."""
 
 
 class Model:
@@ -40,6 +59,7 @@ class Model:
         self.engine: Engine = load_engine(self.bundle, settings.engine, settings.device, settings.threads, settings.precision)
         self.detector = Detector(np.asarray(calibration.energies), settings.alpha)
         self.temperature = calibration.temperature
+        self.prior = Prior.load(self.bundle.path / "prior.safetensors")
 
     def about(self) -> dict[str, str]:
         """Return what runs the model."""
@@ -64,8 +84,9 @@ class Worker(ls.LitAPI):
         self._address, self._settings = address, settings
 
     def setup(self, device: str) -> None:
-        """Leave it to the main process alone to decide when to stop."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        """Leave it to the main process alone to decide when to stop: a signal to the whole group must not cut off what is being drained."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         logging.basicConfig(format="%(levelname)s: %(message)s")
 
     def work(self) -> None:
@@ -94,9 +115,9 @@ class Worker(ls.LitAPI):
 
     def _load(self, wanted: Load) -> None:
         try:
-            if manifest_key(wanted.folder) != wanted.key:
-                raise BundleError(f"{wanted.folder} was changed while it was opened; publish the change as a new version")
             model = Model(wanted.folder, self._settings)
+            if model.bundle.key != wanted.key:
+                raise BundleError(f"{wanted.folder} is not the bundle that was verified; publish a change as a new version")
             verify(model.bundle, model.engine, self.functions)
             self.prepare(model)
         except EbjdatError as error:
@@ -161,17 +182,15 @@ class GenerateWorker(Worker):
         """Serve until the HTTP process hangs up."""
         self.scheduler = Scheduler()
         self.drawings: dict[int, Drawing] = {}
-        self.priors: dict[str, Prior] = {}
+        self.drawn: dict[Request, Drawing] = {}
         self.rate, self.taken, self.since = 0.0, 0, time.monotonic()
         super().work()
 
     def prepare(self, model: Model) -> None:
         """Read the prior, and time a few turns: admission needs to know how fast chains move."""
         super().prepare(model)
-        key = manifest_key(model.bundle.path)
-        self.priors[key] = prior = Prior.load(model.bundle.path / "prior.safetensors")
         n = min(Policy.of(model.engine).width, 16)
-        chains = Chains.start(prior, model.bundle.manifest.sampler, np.zeros(n, np.int64), seed=0)
+        chains = Chains.start(model.prior, model.bundle.manifest.sampler, np.zeros(n, np.int64), seed=0)
         model.engine.advance(chains, 1)
         began = time.perf_counter()
         model.engine.advance(chains, 2)
@@ -187,15 +206,17 @@ class GenerateWorker(Worker):
             return
         for moved in self.scheduler.advance():
             self.taken += moved.steps * len(moved.rows)
-            drawing = next(drawing for drawing in self.drawings.values() if drawing.request is moved.request)
+            drawing = self.drawn[moved.request]
             drawing.arrive(moved.arrived)
             if drawing.done:
-                del self.drawings[drawing.number]
+                self._forget(drawing)
                 self.line.send(Answer(drawing.number, drawing.result()))
             elif drawing.preview_is_due():
                 self.line.send(drawing.preview())
         if (elapsed := time.monotonic() - self.since) > PACE:
-            self.rate, self.taken, self.since = self.taken / elapsed, 0, time.monotonic()
+            share = 1 - math.exp(-elapsed / MEMORY)  # what a window of a quarter second says alone swings too much
+            self.rate += share * (self.taken / elapsed - self.rate)
+            self.taken, self.since = 0, time.monotonic()
             self._tell()
 
     def _hear(self, message: Any) -> None:
@@ -203,17 +224,19 @@ class GenerateWorker(Worker):
             case Ask(number, key, job):
                 if not self.scheduler.requests:
                     self.taken, self.since = 0, time.monotonic()  # time spent asleep is not slowness
-                drawing = Drawing(number, job, self.models[key], self.priors[key])
-                self.drawings[number] = drawing
+                drawing = Drawing(number, job, self.models[key])
+                self.drawings[number] = self.drawn[drawing.request] = drawing
                 self.scheduler.join(drawing.request)
-            case Cancel(number):
-                if number in self.drawings:  # it may have been answered meanwhile
-                    self.scheduler.leave(self.drawings.pop(number).request)
-            case Drop(key):
-                self.priors.pop(key, None)
-                self.heed(message)
+            case Cancel(number) if number in self.drawings:  # it may have been answered meanwhile
+                self.scheduler.leave(self.drawings[number].request)
+                self._forget(self.drawings[number])
+            case Show(number) if number in self.drawings:
+                self.drawings[number].may_show = True
             case _:
                 self.heed(message)
+
+    def _forget(self, drawing: "Drawing") -> None:
+        del self.drawings[drawing.number], self.drawn[drawing.request]
 
     def _tell(self) -> None:
         left = {drawing.number: drawing.request.left for drawing in self.drawings.values()}
@@ -224,9 +247,10 @@ class GenerateWorker(Worker):
 class Drawing:
     """A job on its way: its chains, and the pictures of those that arrived."""
 
-    def __init__(self, number: int, job: Job, model: Model, prior: Prior) -> None:
+    def __init__(self, number: int, job: Job, model: Model) -> None:
         self.number, self._job, self._model = number, job, model
-        chains = Chains.start(prior, job.sampler, np.full(job.n, job.label, np.int64), job.seed)
+        self.may_show = True
+        chains = Chains.start(model.prior, job.sampler, np.full(job.n, job.label, np.int64), job.seed)
         self.request = Request(model.engine, chains, job.sampler.steps)
         self._image = np.zeros((job.n, *chains.image.shape[2:], 3), np.uint8)
         self._said: dict[int, Verdicts] = {}
@@ -249,12 +273,14 @@ class Drawing:
         return Drawn(self._image, wire.joined([self._said[row] for row in range(self._job.n)]))
 
     def preview_is_due(self) -> bool:
-        """Return whether the slowest chain has come ``every`` steps further since the last preview."""
+        """Return whether the client has taken the last preview, and the slowest chain has come ``every`` steps further."""
+        if not self._job.every or not self.may_show:
+            return False
         step = int(self.request.chains.step.min())
-        return bool(self._job.every) and step - self._shown >= self._job.every
+        return step - self._shown >= self._job.every
 
     def preview(self) -> Preview:
         """Return how the chains look now."""
-        self._shown = int(self.request.chains.step.min())
+        self._shown, self.may_show = int(self.request.chains.step.min()), False
         image = pixels.to_bytes(self.request.chains.image)
         return Preview(self.number, self._shown, image, self._model.verdicts(image))
