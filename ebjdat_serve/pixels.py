@@ -24,7 +24,7 @@ AI_ORIGIN = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMe
 """IPTC's term for media made by a trained model: what readers of provenance look for."""
 
 
-def decode(data: bytes, height: int, width: int) -> Pixels:
+def decode(data: bytes | bytearray, height: int, width: int) -> Pixels:
     """Return the picture in ``data`` as (height, width, 3) uint8.
 
     Raises InvalidImage: empty, too many bytes or pixels, not PNG, JPEG or WebP, truncated or damaged.
@@ -32,7 +32,7 @@ def decode(data: bytes, height: int, width: int) -> Pixels:
     return load(peek(data), height, width)
 
 
-def peek(data: bytes) -> Image.Image:
+def peek(data: bytes | bytearray) -> Image.Image:
     """Return the picture in ``data`` with only its header read: its ``size`` says what ``load`` will cost. Raises InvalidImage."""
     if not data:
         raise InvalidImage("the image is empty (0 bytes)")
@@ -48,7 +48,7 @@ def peek(data: bytes) -> Image.Image:
     return picture
 
 
-def pieces(data: bytes) -> int:
+def pieces(data: bytes | bytearray) -> int:
     """Return how many chunks that are no pixels a PNG has, or segments before a JPEG's pixels; beyond MAX_PIECES it stops counting.
 
     Pillow reads each of them in Python, and inflates some: 16 MiB of nothing else takes it up to a minute.

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import gc
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -41,7 +42,7 @@ class Held:
 
 
 @contextlib.asynccontextmanager
-async def read_upload(request: Request, settings: Settings) -> AsyncIterator[tuple[str, bytes]]:
+async def read_upload(request: Request, settings: Settings) -> AsyncIterator[tuple[str, bytes | bytearray]]:
     """Give (content type, body) of a request that sends pictures.
 
     Raises Problem: 408 too slow, 413 too large, 415 another content type, 503 when too many are being read.
@@ -57,7 +58,7 @@ async def read_upload(request: Request, settings: Settings) -> AsyncIterator[tup
 
 
 async def decode_upload(
-    request: Request, upload: tuple[str, bytes], contract: Input, settings: Settings, pool: ThreadPoolExecutor
+    request: Request, upload: tuple[str, bytes | bytearray], contract: Input, settings: Settings, pool: ThreadPoolExecutor
 ) -> tuple[Pixels, bool]:
     """Return (pixels (n, H, W, 3), whether a list was sent).
 
@@ -69,7 +70,7 @@ async def decode_upload(
     elif kind == "multipart/form-data":
         pictures, listed = [await from_form(request, body)], False
     else:
-        pictures, listed = [body], False
+        pictures, listed = [bytes(body)], False
     ask = asyncio.get_running_loop().run_in_executor
     small = sum(map(len, pictures)) <= SMALL_BYTES
     # small ones are quicker done than handed to another thread
@@ -108,12 +109,12 @@ def refuse_invalid(error: Any, index: int | None) -> None:
 
 
 @contextlib.asynccontextmanager
-async def read_body(request: Request, limit: int) -> AsyncIterator[bytes]:
+async def read_body(request: Request, limit: int) -> AsyncIterator[bytes | bytearray]:
     """Give the body; beyond ``limit`` read on without keeping it, so that the client gets its 413 and no reset.
 
     Raises Problem: 408 when the body does not arrive in time, 413 when it is too large, 503 when too many are being read.
     """
-    chunks: list[bytes] = []
+    held = bytearray()  # one block: as a list of chunks large bodies leave memory in pieces
     size = kept = 0
     began = time.monotonic()
     slow = Problem(408, f"the body did not arrive within {READ_SECONDS:g} s, or came too slowly", headers={"Connection": "close"})
@@ -123,7 +124,7 @@ async def read_body(request: Request, limit: int) -> AsyncIterator[bytes]:
                 async for chunk in request.stream():
                     size += len(chunk)
                     if size <= limit:
-                        chunks.append(chunk)
+                        held += chunk
                         kept += len(chunk)
                         Held.bytes += len(chunk)
                         if Held.bytes > HELD_BYTES and kept > SPARED_BYTES:
@@ -131,7 +132,7 @@ async def read_body(request: Request, limit: int) -> AsyncIterator[bytes]:
                     elif size > DRAIN_FACTOR * limit:
                         break
                     else:
-                        chunks.clear()
+                        held.clear()
                         Held.bytes -= kept
                         kept = 0
                     if size < SLOWEST * (time.monotonic() - began - PATIENCE):
@@ -143,12 +144,15 @@ async def read_body(request: Request, limit: int) -> AsyncIterator[bytes]:
         if size > limit:
             image = f"an image may have {MAX_BYTES} bytes and {MAX_PIXELS} pixels"
             raise Problem(413, f"the body is larger than the limit of {limit} bytes; {image}")
-        yield b"".join(chunks)
+        yield held
     finally:
         Held.bytes -= kept
+        if size > SPARED_BYTES:
+            # the error that a refused body ended in may refer to it, in a cycle that is collected when thousands more have come
+            asyncio.get_running_loop().call_later(0.1, gc.collect)
 
 
-def from_json(body: bytes, max_images: int) -> tuple[list[bytes], bool]:
+def from_json(body: bytes | bytearray, max_images: int) -> tuple[list[bytes], bool]:
     """Return (encoded pictures, whether they came as a list) from {"image": base64} or {"images": [base64, ...]}."""
     if body.count(b"[") + body.count(b"{") > 2 or body.count(b",") > 2 * max_images:
         # before parsing: millions of empty lists would hold the whole process for seconds
@@ -164,7 +168,7 @@ def from_json(body: bytes, max_images: int) -> tuple[list[bytes], bool]:
     return [from_base64(item, index) for index, item in enumerate(items)], True
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: bytes | bytearray) -> Any:
     """Return the JSON document; NaN and Infinity are not JSON. Raises Problem 400."""
 
     def refuse_constant(name: str) -> NoReturn:
@@ -190,11 +194,11 @@ def from_base64(value: Any, index: int | None) -> bytes:
         raise Problem(422, f"{place} is not base64 of the standard alphabet, with padding", **extra) from None
 
 
-async def from_form(request: Request, body: bytes) -> bytes:
+async def from_form(request: Request, body: bytes | bytearray) -> bytes:
     """Return the file of the field ``image`` in a multipart body. Raises Problem 422 or 400."""
 
     async def once() -> AsyncGenerator[bytes, None]:
-        yield body
+        yield bytes(body)
 
     try:
         form = await MultiPartParser(request.headers, once(), max_files=2, max_fields=2, max_part_size=MAX_BYTES + 1).parse()

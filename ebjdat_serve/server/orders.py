@@ -61,7 +61,7 @@ def make_order(values: dict[str, Any], words: Words, settings: Settings) -> Orde
     return Order(words, query, Job(label, query.n, sampler, seed, every))
 
 
-def document(request: Request, body: bytes) -> dict[str, Any]:
+def document(request: Request, body: bytes | bytearray) -> dict[str, Any]:
     """Return the body of a POST as an object."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/x-www-form-urlencoded":  # curl -d class=3
