@@ -10,6 +10,7 @@ import base64
 import json
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="medians are of so many")
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--device", default="auto", choices=get_args(Device))
@@ -79,25 +80,31 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     with serving(lambda port: [*ours, str(port)]) as server:
         rows += at_rest(server)
         about = what_runs(server.port)
-        for connections, data, images in ((1, single, 1), (MANY, single, 1), (4, many, MANY)):
-            rows += compared("server", server, closed(data, connections, images), connections, images, options)
+        for name, connections, data, images in (
+            ("server", 1, single, 1),
+            ("server", MANY, single, 1),
+            ("server, base64 in JSON", MANY, stock_single, 1),
+            ("server", 4, many, MANY),
+        ):
+            rows += compared(name, server, closed(data, connections, images), connections, images, options)
         top = next(row["value"] for row in rows if row["name"] == f"server, {MANY} connections, 1 image each")
         for share in (0.5, 0.8):
             came = open_loop(server.port, single, share * top, options.seconds * 2)
             name = f"server, open loop at {share:.0%} of its closed-loop rate"
             rows += [{"name": f"{name}, p{q}", "value": came.quantile(q / 100), "unit": "ms", "refused": came.refused} for q in (50, 99)]
         rows.append({"name": "memory after load, PSS of the whole tree", "value": server.pss(), "unit": "MB"})
-    if not options.alone:
-        plain = [sys.executable, str(Path(__file__).parent / "plain.py")]
-        with serving(lambda port: [*plain, str(port), str(options.model)]) as server:
-            for connections, data, images in ((MANY, single, 1), (4, many, MANY)):
-                rows += compared("FastAPI + torch", server, closed(data, connections, images), connections, images, options)
-        for name, (batch, wait) in STOCK.items():
-            code = STOCK_SERVER.format(model=str(options.model), device=options.device, batch=batch, wait=wait)
-            script = Path(f"/tmp/stock_{batch}_{wait}.py")  # LitServe spawns its workers from a file
-            script.write_text(code)
-            with serving(lambda port, script=script: [sys.executable, str(script), str(port)]) as server:  # type: ignore[misc]
-                rows += compared(f"stock LitServe, {name}", server, closed(stock_single, MANY, 1), MANY, 1, options)
+    if not options.alone and options.precision == "fp32":  # what it is compared with knows no other
+        for kind in ("torch", "onnx"):
+            plain = [sys.executable, str(Path(__file__).parent / "plain.py")]
+            with serving(lambda port, plain=plain, kind=kind: [*plain, str(port), str(options.model), kind]) as server:  # type: ignore[misc]
+                for connections, data, images in ((MANY, single, 1), (4, many, MANY)):
+                    rows += compared(f"FastAPI + {kind}", server, closed(data, connections, images), connections, images, options)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, (batch, wait) in STOCK.items():
+                script = Path(folder) / f"stock_{batch}_{wait}.py"  # LitServe spawns its workers from a file
+                script.write_text(STOCK_SERVER.format(model=str(options.model), device=options.device, batch=batch, wait=wait))
+                with serving(lambda port, script=script: [sys.executable, str(script), str(port)]) as server:  # type: ignore[misc]
+                    rows += compared(f"stock LitServe, {name}", server, closed(stock_single, MANY, 1), MANY, 1, options)
         rows += ratios(rows)
     return rows, about
 
@@ -141,14 +148,15 @@ def ratios(rows: list[Row]) -> list[Row]:
     found = []
     for name, share in shares.items():
         who, what = name.split(", ")[0], ", ".join(name.split(", ")[-2:])
+        ours = "server, base64 in JSON" if who.startswith("stock") else "server"
         if who != "server":
-            found.append({"name": f"ratio server / {name}", "value": shares[f"server, {what}"] / share, "unit": ""})
+            found.append({"name": f"ratio {ours} / {name}", "value": shares[f"{ours}, {what}"] / share, "unit": ""})
     return found
 
 
 def bare(options: argparse.Namespace, server: Served) -> float:
     """Return images/s of the session alone on core 0, in a process of its own, while the server sleeps: some never do of themselves."""
-    command = [sys.executable, __file__, "--bare", "3", "--model", str(options.model), "--device", options.device]
+    command = [sys.executable, __file__, "--bare", "2", "--model", str(options.model), "--device", options.device]
     command += ["--precision", options.precision]
     with server.asleep():
         done = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=lambda: pin(0))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What one would write in an afternoon, to measure the server against: FastAPI, Pillow, PyTorch, the forward in the handler.
+"""What one would write in an afternoon, to measure the server against: FastAPI and Pillow, the forward in the handler.
 
-`python benchmarks/plain.py PORT [BUNDLE]`: POST /classify takes an image body, or {"images": [base64, ...]}.
+`python benchmarks/plain.py PORT [BUNDLE [torch|onnx]]`: POST /classify takes an image body, or {"images": [base64, ...]}.
 """
 
 import base64
@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import uvicorn
 from fastapi import FastAPI, Request
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.energy import energy
-from ebjdat_serve.engines.eager import load_model
+from ebjdat_serve.detection import probabilities
+from ebjdat_serve.engines import load_engine
 from ebjdat_serve.server.settings import SHIPPED
 
 
 def main() -> None:
     """Serve."""
     bundle = Bundle.load(Path(sys.argv[2]) if len(sys.argv) > 2 else SHIPPED)
-    torch.set_num_threads(1)
-    model, m = load_model(bundle), bundle.manifest
+    engine, m = load_engine(bundle, "onnx" if "onnx" in sys.argv else "torch", "cpu", 1), bundle.manifest
     app = FastAPI()
 
     @app.post("/classify")
@@ -35,10 +33,9 @@ def main() -> None:
         else:
             pictures = [await request.body()]
         image = pixels.to_unit(np.stack([pixels.decode(one, m.input.height, m.input.width) for one in pictures]))
-        with torch.inference_mode():
-            logits = model(torch.from_numpy(image))
-            found = logits.softmax(1).max(1)
-            rows = zip(found.indices.tolist(), found.values.tolist(), energy(logits).tolist(), strict=True)
+        logits, energy = engine.classify(image)
+        likely = probabilities(logits, 1.0)
+        rows = zip(likely.argmax(1).tolist(), likely.max(1).tolist(), energy.tolist(), strict=True)
         return [{"class": label, "label": m.labels[label], "probability": p, "energy": e} for label, p, e in rows]
 
     @app.get("/health")

@@ -2,10 +2,13 @@
 """Classify pictures: `python clients/classify.py cat.png dog.jpg [--url http://localhost:8000]`. Needs httpx2."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import httpx2
+
+KEY = {"X-API-Key": os.environ["LIT_SERVER_API_KEY"]} if "LIT_SERVER_API_KEY" in os.environ else {}
 
 
 def main() -> int:
@@ -15,7 +18,7 @@ def main() -> int:
     parser.add_argument("--url", default="http://localhost:8000")
     options = parser.parse_args()
     refused = 0
-    with httpx2.Client(base_url=options.url, timeout=60) as client:
+    with httpx2.Client(base_url=options.url, timeout=60, headers=KEY) as client:
         for picture in options.pictures:
             try:
                 answer = client.post("/classify", content=picture.read_bytes(), headers={"Content-Type": "application/octet-stream"})

@@ -8,6 +8,7 @@ order of the files' names. Exit code: 0 nothing suspicious, 3 something is, 1 a 
 import argparse
 import csv
 import glob
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tqdm import tqdm
 COLUMNS = ("file", "class", "label", "probability", "energy", "p_value", "suspicious", "error")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 TRIES = 5
+KEY = {"X-API-Key": os.environ["LIT_SERVER_API_KEY"]} if "LIT_SERVER_API_KEY" in os.environ else {}
 
 
 def find(patterns: list[str]) -> Iterator[Path]:
@@ -71,7 +73,7 @@ def main() -> int:
         return 1
     suspicious = refused = 0
     with (
-        httpx2.Client(base_url=options.url, timeout=60) as client,
+        httpx2.Client(base_url=options.url, timeout=60, headers=KEY) as client,
         ThreadPoolExecutor(options.jobs) as pool,
         options.output.open("w", newline="") if options.output else sys.stdout as sink,
     ):

@@ -1,13 +1,17 @@
 """The benchmarks' own logic: what is written where, and what happens when a road or the time is missing."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import benchmarks.engines as engines
-from benchmarks import gpu_check
+from benchmarks import gpu_check, load, tables
 from ebjdat_serve.errors import EngineError
 from tests.conftest import ROOT
 
@@ -16,6 +20,40 @@ def test_the_documents_tables_are_those_of_the_json(shipped):
     rows = json.loads((ROOT / "benchmarks" / "engines.json").read_text())
     text = (ROOT / "docs" / "engines.md").read_text()
     assert engines.document(text, rows, shipped) == text
+
+
+def test_the_tables_of_serving_are_those_of_the_json():
+    text = (ROOT / "docs" / "serving.md").read_text()
+    assert tables.document(text) == text
+
+
+def test_the_readmes_figures_of_the_server_are_in_the_json():
+    classify, generate = (
+        {row["name"]: row["value"] for row in json.loads((ROOT / "benchmarks" / f"{name}_load.json").read_text())}
+        for name in ("classify", "generate")
+    )
+    text = (ROOT / "README.md").read_text()
+    single = classify["ratio to bare session: server, 32 connections, 1 image each"]
+    many = classify["ratio to bare session: server, 4 connections, 32 images each"]
+    short = generate["ratio p99 / alone: 20-step drawing, half a second apart"]
+    assert f"the server on one: {single:.0%} of the bare ONNX Runtime session's" in text
+    assert f"{many:.0%} with 32 images a request" in text
+    assert f"takes at p99 {short:.1f}" in text
+
+
+def test_each_process_has_a_core_of_its_own():
+    """A child inherits its parent's one core: it must be put on another all the same."""
+    if len(load.CORES) < 2:
+        pytest.skip("one core")
+    code = "import os, sys; print(sorted(os.sched_getaffinity(0)))"
+    before = os.sched_getaffinity(0)
+    try:
+        load.pin(1)
+        done = subprocess.run([sys.executable, "-c", code], preexec_fn=lambda: load.pin(0), capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == [load.CORES[0]]
+        assert os.sched_getaffinity(0) == {load.CORES[1]}
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_a_road_that_cannot_step_is_listed_with_its_reason(shipped, monkeypatch):

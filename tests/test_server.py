@@ -5,6 +5,8 @@ import contextlib
 import io
 import json
 import socket
+import subprocess
+import sys
 import threading
 
 import httpx2
@@ -14,7 +16,7 @@ from PIL import Image
 
 from ebjdat_serve import pixels
 from ebjdat_serve.server.settings import SHIPPED, Settings
-from tests.conftest import serving
+from tests.conftest import ROOT, serving
 from tests.test_pixels import bomb
 
 LIMITS = Settings()
@@ -426,6 +428,9 @@ def test_litserves_key_guards_our_routes_but_no_probe(tmp_path, monkeypatch, pic
         drawn = httpx2.get(f"{server.url}/generate", params={"class": 3}, headers=known)
         assert drawn.status_code == 404
         assert "--generate-workers 0" in clean(drawn)
+        (tmp_path / "cat.png").write_bytes(picture)
+        client = [sys.executable, str(ROOT / "clients" / "classify.py"), str(tmp_path / "cat.png"), "--url", server.url]
+        assert subprocess.run(client, capture_output=True, check=False).returncode == 0  # clients read the same variable
         assert "generate" not in httpx2.get(f"{server.url}/info", headers=known).json()["load"]
 
 

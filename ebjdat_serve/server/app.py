@@ -134,7 +134,7 @@ class Routes:
         lanes: list[Lane] = [self.classify_lane, *([self.generate_lane] if self.generate_lane else [])]
         while any(lane.in_flight for lane in lanes) or connections():  # uvicorn has ended the connections that nothing came on
             await asyncio.sleep(0.1)
-            drawing = self.generate_lane and self.generate_lane.items
+            drawing = self.generate_lane and self.generate_lane.chains
             if loop.time() - began > (seam.LONG_GRACE if drawing else seam.GRACE):
                 break
         for lane in lanes:
