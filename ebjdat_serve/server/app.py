@@ -16,8 +16,9 @@ from ebjdat_serve import __version__, pixels
 from ebjdat_serve.server import problems, seam
 from ebjdat_serve.server.bodies import decode_upload, read_upload
 from ebjdat_serve.server.fleet import Fleet, open_bundle
+from ebjdat_serve.server.generate_lane import GenerateLane
 from ebjdat_serve.server.guard import Guard
-from ebjdat_serve.server.lanes import ClassifyLane, GenerateLane, Item, Lane
+from ebjdat_serve.server.lanes import ClassifyLane, Item, Lane
 from ebjdat_serve.server.orders import horizon_of, make_order, read_values
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.protocol import connections
