@@ -5,7 +5,6 @@ Each private name used here has a contract test in tests/test_seam.py; why it is
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
 import multiprocessing as mp
@@ -26,6 +25,7 @@ import litserve as ls
 from fastapi import FastAPI
 
 from ebjdat_serve.errors import EngineError
+from ebjdat_serve.server.memory import give_back_large_blocks
 from ebjdat_serve.server.protocol import BoundedProtocol, connections, hang_up
 
 log = logging.getLogger("ebjdat_serve")
@@ -33,8 +33,6 @@ GRACE = 6.0
 """Seconds that requests under way get to end after a stop signal, but for drawings."""
 LONG_GRACE = 50.0
 """Seconds that drawings get."""
-M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
 
 
 class Nowhere:
@@ -184,16 +182,6 @@ class Server(ls.LitServer):
         """End the server from the HTTP process."""
         (self.folder / "failed").write_text(why)
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def give_back_large_blocks() -> None:
-    """Have glibc map blocks of 1 MiB and more apart, and so return them when they are freed.
-
-    By itself it stops doing so once it has freed large ones: large bodies, one after the other, then grew this process to 780 MB.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.scheduling import Policy, Request, Scheduler
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.server import wire
+from ebjdat_serve.server.memory import give_back_large_blocks
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.wire import (
     Answer,
@@ -87,6 +88,7 @@ class Worker(ls.LitAPI):
         """Leave it to the main process alone to decide when to stop: a signal to the whole group must not cut off what is being drained."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        give_back_large_blocks()
         logging.basicConfig(format="%(levelname)s: %(message)s")
 
     def work(self) -> None:
