@@ -38,6 +38,18 @@ def workers(server):
     return [pid for pid, command in commands.items() if "spawn_main" in command]
 
 
+def chain_steps_left(server):
+    return httpx2.get(f"{server.url}/info", timeout=30).json()["load"]["generate"]["chain_steps_left"]
+
+
+def drawing(server, chains=1):
+    """Wait until so many chains are under way: on a busy machine half a second may not be enough."""
+    end = time.monotonic() + 30
+    while httpx2.get(f"{server.url}/info", timeout=30).json()["load"]["generate"]["chains"] < chains:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def kill_workers(server):
     for pid in workers(server):
         os.kill(pid, signal.SIGKILL)
@@ -72,7 +84,7 @@ def test_a_request_in_flight_is_answered_before_the_end(tmp_path):
 
         thread = threading.Thread(target=ask)
         thread.start()
-        time.sleep(0.4)
+        drawing(server, 8)
         server.process.send_signal(signal.SIGTERM)
         thread.join(30)
         assert answers == [200]
@@ -126,7 +138,7 @@ def test_a_worker_killed_at_work_costs_its_requests_only_and_at_once(tmp_path, p
 
         thread = threading.Thread(target=ask)
         thread.start()
-        time.sleep(1.5)
+        drawing(server, 8)
         killed = time.monotonic()
         os.kill(workers(server)[1], signal.SIGKILL)
         assert httpx2.post(f"{server.url}/classify", content=picture, timeout=30).status_code == 200
@@ -156,10 +168,6 @@ def test_a_worker_that_hangs_is_replaced(tmp_path, picture, monkeypatch):
         assert first.status_code == 503
         assert httpx2.post(f"{server.url}/classify", content=picture, timeout=30).status_code == 200
         assert "has not said a word" in server.log.read_text()
-
-
-def chain_steps_left(server):
-    return httpx2.get(f"{server.url}/info").json()["load"]["generate"]["chain_steps_left"]
 
 
 def test_clients_that_leave_take_their_chains_along(tmp_path):
@@ -382,7 +390,7 @@ def test_a_stop_signal_to_the_whole_group_drains_too(tmp_path):
         query = {"class": 1, "n": 8, "steps": 60}
         thread = threading.Thread(target=lambda: answers.append(httpx2.get(f"{server.url}/generate", params=query, timeout=60).status_code))
         thread.start()
-        time.sleep(0.5)
+        drawing(server, 8)
         os.killpg(server.process.pid, signal.SIGTERM)
         thread.join(30)
         assert answers == [200]
@@ -455,7 +463,7 @@ def test_long_chains_are_cut_off_with_an_answer(tmp_path):
         threads = [threading.Thread(target=ask), threading.Thread(target=ask, kwargs={"stream": True})]
         for thread in threads:
             thread.start()
-        time.sleep(1)
+        drawing(server, 4)
         begin = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         for thread in threads:
