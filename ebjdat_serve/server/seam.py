@@ -245,7 +245,8 @@ def run(server: Server, host: str, port: int, greeting: str) -> None:
         log.info("stopped while starting")
     finally:
         server.stopping = True
-        for number in (signal.SIGTERM, signal.SIGINT):
+        signal.setitimer(signal.ITIMER_REAL, 0)  # or it goes off while Python ends, whose handler is gone by then: exit status -14
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)
         for child in mp.active_children():
             child.terminate()
