@@ -126,15 +126,7 @@ class Served:
 
     def tree(self) -> list[int]:
         """Return the process ids of the server and all below it."""
-        listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split("\n")[1:]
-        pairs = [tuple(map(int, line.split())) for line in listing if line.strip()]
-        found, frontier = [self.process.pid], [self.process.pid]
-        while frontier:
-            parent = frontier.pop()
-            below = [pid for pid, of in pairs if of == parent]
-            found += below
-            frontier += below
-        return found
+        return [self.process.pid, *descendants(self.process.pid)]
 
     def pss(self) -> float:
         """Return the proportional set size of the whole tree in MB: shared memory counts once."""
@@ -165,6 +157,19 @@ class Served:
                 user, system = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
                 total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
         return total
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the process ids below ``pid``."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split("\n")[1:]
+    pairs = [tuple(map(int, line.split())) for line in listing if line.strip()]
+    found, frontier = [], [pid]
+    while frontier:
+        parent = frontier.pop()
+        below = [child for child, of in pairs if of == parent]
+        found += below
+        frontier += below
+    return found
 
 
 def free_port() -> int:

@@ -62,7 +62,7 @@ class Request:
     def walking(self) -> Rows:
         """Return the rows that have steps to take, the longest waiting first."""
         if len(self.turn) == 1:
-            return self.turn * 0  # the one row there is: what has none to take has left
+            return np.zeros(1, np.int64)  # the one row there is: a request that has arrived has left
         rows = np.flatnonzero(self.chains.step < self.steps)
         return rows if len(rows) < 2 else rows[self.turn[rows].argsort(kind="stable")]
 
@@ -92,7 +92,7 @@ class Scheduler:
         self.requests: list[Request] = []
         self.longest = 0.0  # seconds that any chain waited between two steps; whoever reports it sets it back
         self._turn = 0
-        self._owed = 0.0
+        self._owed = 0.0  # the part of a rider that is left over from the last turn
         self._step_seconds: dict[int, float] = {}
 
     def join(self, request: Request) -> None:
@@ -136,15 +136,15 @@ class Scheduler:
             lead[request] = walking[request][:room]
             room -= len(lead[request])
         leading = sum(map(len, lead.values()))
-        self._owed = min(self._owed + FAIR * leading, float(policy.width))
+        # what nobody is there to take is not saved up: it would fill a later turn with riders
+        riders, self._owed = divmod(self._owed + FAIR * leading, 1.0)
         behind = (
             (int(request.turn[row]), -request.left, i, row)
             for i, request in enumerate(order)
             for row in walking[request][len(lead.get(request, ())) :]
         )
-        for *_, i, row in heapq.nsmallest(min(int(self._owed), policy.width - leading), behind):
+        for *_, i, row in heapq.nsmallest(min(int(riders), policy.width - leading), behind):
             lead.setdefault(order[i], []).append(row)
-            self._owed -= 1
         return [(request, np.asarray(rows)) for request, rows in lead.items()]
 
     def _several(self, n: int) -> int:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from benchmarks.load import descendants, free_port
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.server.settings import SHIPPED
@@ -50,21 +50,7 @@ class Live:
     log: Path
 
     def children(self) -> list[int]:
-        listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split("\n")[1:]
-        pairs = [tuple(map(int, line.split())) for line in listing if line.strip()]
-        found, frontier = [], [self.process.pid]
-        while frontier:
-            parent = frontier.pop()
-            offspring = [pid for pid, ppid in pairs if ppid == parent]
-            found += offspring
-            frontier += offspring
-        return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return descendants(self.process.pid)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The repository itself: names, the README's claims and commands, the preset list."""
 
+import ast
 import json
 import re
 import shlex
@@ -97,3 +98,13 @@ def test_the_comparison_of_methods_is_what_was_measured_of_the_presets_as_they_a
             assert row["configuration"] == json.loads(json.dumps(now)), f"{name}: python benchmarks/methods.py measures it again"
             assert "failed" in row or (row["n"] == 300 and len(row["of"]) == 64)
     assert table(measured) in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_no_clock_that_can_jump_is_read_while_serving():
+    """Deadlines, rates and waits are of monotonic clocks: a clock that is set harms nobody."""
+    for file in [*(ROOT / "ebjdat_serve" / "server").glob("*.py"), ROOT / "ebjdat_serve" / "scheduling.py"]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("time", "time"), ("datetime", "now"), ("datetime", "utcnow")}, file
+            if isinstance(node, ast.ImportFrom):
+                assert node.module != "datetime" and not (node.module == "time" and node.names[0].name == "time"), file

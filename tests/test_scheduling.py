@@ -82,6 +82,20 @@ def test_a_short_request_overtakes_long_ones_and_waits_for_little_more_than_its_
     assert engine.now - began <= 20 * (1 + FAIR) + Policy.of(engine).width
 
 
+def test_what_nobody_took_is_not_owed_to_those_who_come_later():
+    """After a chain that was alone for long, a turn that it leads carries one rider, not all it could have carried before."""
+    engine = Counting()
+    scheduler = Scheduler(lambda: engine.now)
+    short = blank(engine, 1, 60)
+    scheduler.join(short)
+    for _ in range(30):
+        scheduler.advance()
+    for _ in range(6):
+        scheduler.join(blank(engine, 1, 600))
+    scheduler.advance()
+    assert engine.batches[-1] == (1 + round(FAIR), 1)
+
+
 def test_long_requests_go_on_under_a_stream_of_short_ones():
     """Their share of all chain-steps is FAIR / (1 + FAIR)."""
     engine = Counting()

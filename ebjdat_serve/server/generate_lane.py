@@ -43,11 +43,11 @@ class GenerateLane(Lane):
         if self.chains + job.n > self._chains:
             detail = f"{self.chains} chains are running and at most {self._chains} may (generate_chains)"
             raise Problem(429, f"{detail}; try again later, or ask for fewer", headers={"Retry-After": str(self.retry_after())})
-        if self.work and self.rate and (seconds := (self.work + job.work) / self.rate) > self._backlog:
+        if self.work and self.rate and (seconds := self._estimate(job)) > self._backlog:
             detail = (
                 f"it would take about {seconds:.0f} s with {self.work} chain-steps to go, more than {self._backlog:g} s (generate_backlog)"
             )
-            wait = max(1, math.ceil(seconds - self._backlog))
+            wait = max(1, min(60, math.ceil(seconds - self._backlog)))
             raise Problem(429, f"{detail}; try again in {wait} s, or ask for less", headers={"Retry-After": str(wait)})
 
     def _estimate(self, job: Job) -> float:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Peer:
             self.writer.write(pack(message))
 
 
-class Lane:
+class Lane(ABC):
     """What both lanes share: places, deadlines, clients that leave, workers that die or hang."""
 
     def __init__(self, name: str, *, workers: int, deadline: float) -> None:
@@ -123,9 +124,7 @@ class Lane:
         finally:
             timer.cancel()
             self.items.discard(item)
-            if not item.future.done():
-                item.future.cancel()
-            if item.future.done() and not item.future.cancelled():
+            if not item.future.cancel() and not item.future.cancelled():
                 item.future.exception()  # it has been seen, whoever waited
 
     async def submit(self, key: str, payload: Any, request: Request, late: float) -> Any:
@@ -137,18 +136,19 @@ class Lane:
         with self.entered(item):
             return await item.future
 
+    @abstractmethod
     def enter(self, item: Item) -> None:
         """Give a new item to a worker, or keep it until one has time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave(self, item: Item) -> None:
         """Take back what can be taken back of an item that is over; it may have been answered."""
-        raise NotImplementedError
 
     def retry_after(self) -> int:
         """Return in how many seconds it is worth trying again."""
         return 1
 
+    @abstractmethod
     def joined(self, peer: Peer) -> None:
         """Start to use a worker that has just opened a bundle."""
 
@@ -157,9 +157,9 @@ class Lane:
         if isinstance(message, Answer):
             self.answered(peer.owes.pop(message.number, []), message.value)
 
+    @abstractmethod
     def answered(self, items: list[Item], value: Any) -> None:
         """Hand out the answer to the items of one message."""
-        raise NotImplementedError
 
     def lost(self, peer: Peer) -> None:
         """Tell those whose requests the worker had that it died; those it had not got wait for the next."""

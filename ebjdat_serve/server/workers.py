@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,9 @@ class Worker(ls.LitAPI):
         except (EOFError, BrokenPipeError, ConnectionResetError):
             log.debug("the HTTP process has gone, and so does its worker")
 
+    @abstractmethod
     def turn(self) -> None:
         """Do one piece of work, or wait for it."""
-        raise NotImplementedError
 
     def heed(self, message: Any) -> None:
         """Open or forget a model."""
@@ -189,7 +190,7 @@ class GenerateWorker(Worker):
         super().work()
 
     def prepare(self, model: Model) -> None:
-        """Read the prior, and time a few turns: admission needs to know how fast chains move."""
+        """Time a step or two: admission needs to know how fast chains move."""
         super().prepare(model)
         n = min(Policy.of(model.engine).width, 16)
         chains = Chains.start(model.prior, model.bundle.manifest.sampler, np.zeros(n, np.int64), seed=0)
