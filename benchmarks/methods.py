@@ -24,7 +24,8 @@ from ebjdat_serve.wideresnet import build
 from training.adversary import Attack, cross_entropy, pgd
 from training.clock import Clock
 from training.errors import TrainingError
-from training.evaluate import EPS_DIGITS, survivors
+from training.evaluation.attacks import survivors
+from training.evaluation.rows import ball_of
 from training.images import Dataset, load
 from training.presets import METHODS, describe, preset, stages
 from training.ranks import Noise
@@ -87,7 +88,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(measured: dict[str, Any]) -> str:
     """Return the comparison as Markdown."""
-    assert EPS_DIGITS == 51 / 255
+    assert ball_of("digits").linf == 51 / 255
     keys = ("accuracy_clean", "accuracy_pgd20", "energy_gap_adv", "energy_gap_adv_over_sd")
     lines = [
         f"Test split of digits, n = 300, seeds {', '.join(map(str, SEEDS))}: mean (lowest to highest).",

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from ebjdat_serve.detection import SCORES
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.graphs import check_graph
 from ebjdat_serve.precision import check
@@ -90,13 +91,19 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Clean energies taken through one served graph, sorted ascending, and the temperature of p(y|x) (energies keep 1)."""
+    """Clean energies and scores taken through one served graph, each sorted, and the temperature of p(y|x) (the others keep 1).
+
+    ``score`` and ``weight`` say which score ``suspicious`` is decided by: detection.suspicion.
+    """
 
     of: str
     precision: str
     dataset: str
     temperature: float
     energies: list[float]
+    score: str
+    weight: float
+    scores: list[float]
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,11 @@ class Bundle:
     def calibrations(self) -> list[Calibration]:
         """Return every precision's calibration, stale or not, in the file's order."""
         file = self.path / "calibration.json"
-        return [parse(Calibration, row, "calibration.json") for row in (read_rows(file) if file.is_file() else [])]
+        rows = read_rows(file) if file.is_file() else []
+        by_energy = [
+            {"score": "energy", "weight": 0.0, "scores": row.get("energies", []), **row} for row in rows
+        ]  # what older bundles meant
+        return [parse(Calibration, row, "calibration.json") for row in by_energy]
 
     def calibration(self, precision: str = "fp32") -> Calibration:
         """Return the calibration of ``precision``; raise BundleError when there is none or it was measured on another graph."""
@@ -203,8 +214,11 @@ class Bundle:
                 f"{self.path / 'calibration.json'} is stale: {precision} was measured on {found.of[:12]}, served is "
                 f"{self.measured(precision)[:12]}; calibrate again"
             )
-        if found.energies != sorted(found.energies) or not all(map(math.isfinite, found.energies)) or not 0 < found.temperature < math.inf:
-            raise BundleError(f"{self.path / 'calibration.json'}: energies must be finite and sorted, and the temperature positive")
+        for values in (found.energies, found.scores):
+            if values != sorted(values) or not all(map(math.isfinite, values)) or len(values) != len(found.energies):
+                raise BundleError(f"{self.path / 'calibration.json'}: energies and scores must be finite, sorted and equally many")
+        if found.score not in SCORES or not math.isfinite(found.weight) or not 0 < found.temperature < math.inf:
+            raise BundleError(f"{self.path / 'calibration.json'}: score must be one of {', '.join(SCORES)}, and the temperature positive")
         return found
 
     def metrics(self) -> list[dict[str, Any]]:

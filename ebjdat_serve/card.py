@@ -21,7 +21,9 @@ def summary(bundle: Bundle) -> str:
     ]
     if "calibration.json" in m.files:
         c = bundle.calibration()
-        lines.append(f"  calibration   n = {len(c.energies)} ({c.dataset}), temperature {c.temperature:.3f}, {c.precision}")
+        lines.append(
+            f"  calibration   n = {len(c.energies)} ({c.dataset}), temperature {c.temperature:.3f}, score {c.score}, {c.precision}"
+        )
     lines.append("  files")
     lines += [f"    {name:24}{entry.bytes:>10} bytes  sha256 {entry.sha256[:16]}" for name, entry in m.files.items()]
     rows = bundle.metrics()

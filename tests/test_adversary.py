@@ -9,7 +9,7 @@ from ebjdat_serve.energy import energy, joint_energy
 from ebjdat_serve.folding import folded
 from ebjdat_serve.wideresnet import WideResNet
 from training.adversary import INNER, Attack, Threat, ascent, begin, climb, cross_entropy, divergence, frozen, pgd, project
-from training.evaluate import autoattack, survivors
+from training.evaluation.attacks import survivors
 from training.ranks import Noise
 
 

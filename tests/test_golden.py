@@ -19,7 +19,8 @@ from tests.conftest import ROOT, serving
 from training.adversary import cross_entropy
 from training.calibrate import calibrate
 from training.clock import Clock
-from training.evaluate import SUITES, evaluate, survivors
+from training.evaluate import SUITES, evaluate
+from training.evaluation.attacks import survivors
 from training.images import load
 from training.methods.at import Standard
 from training.presets import DIGITS, stages

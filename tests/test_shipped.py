@@ -84,7 +84,7 @@ def test_attacks_succeed_more_as_the_ball_grows(shipped, test_images):
     import torch
 
     from ebjdat_serve.engines.eager import load_model
-    from training.evaluate import survivors
+    from training.evaluation.attacks import survivors
 
     model = load_model(shipped)
     image, label = torch.from_numpy(to_unit(test_images[0][::5])), torch.from_numpy(test_images[1][::5].astype(np.int64))

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write calibration.json of a bundle: `python training/calibrate.py BUNDLE`.
 
-Clean energies are taken through the served engine, from images that travel through the server's own decoder; the
-temperature of p(y|x) is fitted on the selection split.
+Clean energies and scores are taken through the served engine, from images that travel through the server's own decoder; the
+temperature of p(y|x), and the weight of a score that has one, are fitted on the selection split.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
-from ebjdat_serve.detection import probabilities
+from ebjdat_serve.detection import SCORES, probabilities, suspicion
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.generation import classify_in_chunks
@@ -21,19 +21,26 @@ from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
 from training.errors import DataError
 from training.images import Dataset, load
 
+DEFAULT_SCORE = "energy_entropy"
+"""What ``suspicious`` is decided by: docs/decisions/0012 says why not by the energy alone."""
 
-def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32") -> Bundle:
-    """Record the calibration split's energies and the selection split's temperature, both taken in ``precision``, beside the others'."""
+
+def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", score: str = DEFAULT_SCORE) -> Bundle:
+    """Record the calibration split's energies and scores and the temperature, in ``precision``, beside the others'."""
     check_data(bundle, data)
     engine = load_engine(bundle, "auto", "cpu", 1, precision)
-    _, energies = served(engine, data.calibration.image)
+    clean, energies = served(engine, data.calibration.image)
     logits, _ = served(engine, data.selection.image)
+    weight = entropy_weight(logits) if score == "energy_entropy" else 0.0
     calibration = Calibration(
         of=bundle.measured(precision),
         precision=precision,
         dataset=f"{data.name} calibration split",
         temperature=fit_temperature(logits, data.selection.label),
         energies=sorted(float(value) for value in energies),
+        score=score,
+        weight=weight,
+        scores=sorted(float(value) for value in suspicion(score, weight, clean)),
     )
     others = [row for row in bundle.calibrations() if row.precision != precision and bundle.holds(row.of)]
     write_json(bundle.path / "calibration.json", [asdict(row) for row in sorted([calibration, *others], key=lambda row: row.precision)])
@@ -65,6 +72,13 @@ def served(engine: Engine, image: Pixels) -> tuple[Floats, Floats]:
     return logits, energy
 
 
+def entropy_weight(logits: Floats) -> float:
+    """Return sd E(x) / sd H(p(.|x)) over clean images: the entropy's weight at which both parts of the score spread alike."""
+    energy = suspicion("energy", 0.0, logits)
+    entropy = suspicion("energy_entropy", 1.0, logits) - energy
+    return float(energy.std() / max(float(entropy.std()), 1e-6))
+
+
 def fit_temperature(logits: Floats, label: Labels) -> float:
     """Return the temperature in [0.05, 20] that minimises the negative log-likelihood of the labels (Guo et al., arXiv 1706.04599).
 
@@ -87,14 +101,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
+    parser.add_argument("--score", choices=SCORES, default=DEFAULT_SCORE, help="what suspicious is decided by (%(default)s)")
     options = parser.parse_args()
     try:
         bundle = Bundle.draft(options.bundle)
-        calibration = calibrate(bundle, dataset_of(bundle, options.data)).calibration()
+        calibration = calibrate(bundle, dataset_of(bundle, options.data), score=options.score).calibration()
     except (EbjdatError, DataError) as error:
         sys.exit(str(error))
     energies = calibration.energies
-    print(f"{len(energies)} energies, median {np.median(energies):.3f} nats; temperature {calibration.temperature:.3f}")
+    said = f"score {calibration.score}, weight {calibration.weight:.3f}"
+    print(f"{len(energies)} energies, median {np.median(energies):.3f} nats; temperature {calibration.temperature:.3f}; {said}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, read_json, write_json
 from ebjdat_serve.card import table
 from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.sgld import Prior
+from training.evaluation.rows import ball_of
 
 Row = dict[str, Any]
 MARKERS = ("<!-- figures -->", "<!-- /figures -->")
@@ -41,17 +44,31 @@ IN_README = (
 )
 
 
-def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> list[str]:
-    """Write README.md, samples.png, landscape.png and, when given, baseline.json; return their names."""
+def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any]) -> list[str]:
+    """Write README.md, samples.png, landscape.png and, when given, baseline.json; return their names.
+
+    Raises BundleError for figures that were measured on other files than the bundle's.
+    """
+    refuse_stale(bundle, rows)
     write_samples(bundle)
     names = ["README.md", "samples.png"]
-    if write_landscape(bundle):
+    if write_landscape(bundle, arrays) or (bundle.path / "landscape.png").is_file():
         names.append("landscape.png")
     if baseline:
         write_json(bundle.path / "baseline.json", baseline)
         names.append("baseline.json")
     (bundle.path / "README.md").write_text(card(bundle, rows, baseline))
     return names
+
+
+def refuse_stale(bundle: Bundle, rows: list[Row]) -> None:
+    """Raise BundleError that names the first figure that is not of the bundle's files."""
+    stale = [row for row in rows if not bundle.holds(row["of"])]
+    if stale:
+        raise BundleError(
+            f"{bundle.path / 'metrics.json'} is stale: {len(stale)} figures, {stale[0]['metric']} first, were measured on {stale[0]['of'][:12]}, "
+            f"which the bundle does not hold; run python training/evaluate.py {bundle.path}"
+        )
 
 
 def write_samples(bundle: Bundle) -> None:
@@ -62,23 +79,14 @@ def write_samples(bundle: Bundle) -> None:
     (bundle.path / "samples.png").write_bytes(pixels.encode_png(pixels.grid(samples.image, 3, columns=classes), generated=True))
 
 
-def write_landscape(bundle: Bundle) -> bool:
-    """Write landscape.png: histograms of E(x) over clean (blue) and PGD-20 (red) images; False when not measured."""
-    stored = bundle.path / ".energies.npz"
-    if not stored.is_file():
+def write_landscape(bundle: Bundle, arrays: dict[str, Any]) -> bool:
+    """Write landscape.png: E(x) and E(x, y) of clean, adversarial, drawn and strange images; False when not measured."""
+    if "clean" not in arrays:
         return False
-    with np.load(stored) as arrays:
-        clean, adversarial = arrays["clean"], arrays["adversarial"]
-    both = np.concatenate([clean, adversarial])
-    edges = np.linspace(np.quantile(both, 0.001), np.quantile(both, 0.999), 81)
-    heights = [np.histogram(values, edges)[0].astype(float) for values in (clean, adversarial)]
-    top = max(h.max() for h in heights)
-    canvas = np.full((160, 400, 3), 255, np.uint8)
-    for height, colour in zip(heights, ((40, 90, 200), (210, 60, 50)), strict=True):
-        for i, value in enumerate(height):
-            bar = canvas[159 - int(150 * value / top) : 160, 5 * i : 5 * i + 5]
-            bar[:] = (bar.astype(int) + np.array(colour)) // 2
-    (bundle.path / "landscape.png").write_bytes(pixels.encode_png(canvas))
+    from training.evaluation.figures import landscape, png  # matplotlib takes a second
+
+    eps = ball_of(bundle.manifest.provenance.dataset).linf
+    (bundle.path / "landscape.png").write_bytes(png(landscape(arrays, eps), 110))
     return True
 
 
@@ -151,7 +159,10 @@ def main() -> None:
     options = parser.parse_args()
     bundle = Bundle.draft(options.bundle)
     baseline = bundle.path / "baseline.json"
-    names = write_card(bundle, bundle.metrics(), read_json(baseline) if baseline.is_file() else [])
+    try:
+        names = write_card(bundle, bundle.metrics(), read_json(baseline) if baseline.is_file() else [], {})
+    except EbjdatError as error:
+        sys.exit(str(error))
     bundle.update(*names)
     if options.readme:
         text = options.readme.read_text()

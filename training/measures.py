@@ -1,9 +1,8 @@
-"""Numbers about arrays: AUROC, calibration error, Frechet distance, intervals. Nothing here knows a model."""
+"""Numbers about arrays: separation, calibration, intervals, paired tests. Nothing here knows a model."""
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import sqrtm
-from scipy.stats import betabinom, norm, rankdata
+from scipy.stats import betabinom, binomtest, norm, rankdata, wasserstein_distance
 
 Array = NDArray[np.floating]
 
@@ -13,6 +12,47 @@ def auroc(negative: Array, positive: Array) -> float:
     ranks = rankdata(np.concatenate([negative, positive]))
     n, m = len(negative), len(positive)
     return float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
+
+
+def auroc_stderr(negative: Array, positive: Array) -> float:
+    """Return the standard error of the AUROC (DeLong, DeLong and Clarke-Pearson 1988).
+
+    var = var_i P(neg_i < pos) / n + var_j P(pos_j > neg) / m, over the shares of the other set that each value beats.
+    """
+    n, m = len(negative), len(positive)
+    ranks = rankdata(np.concatenate([negative, positive]))
+    above = (ranks[n:] - rankdata(positive)) / n
+    below = 1 - (ranks[:n] - rankdata(negative)) / m
+    return float(np.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n)) if min(n, m) > 1 else float("nan")
+
+
+def average_precision(negative: Array, positive: Array) -> float:
+    """Return the area under the precision-recall curve as the mean precision at each positive, ties taken together (AUPR)."""
+    value = np.concatenate([negative, positive])
+    truth = np.concatenate([np.zeros(len(negative)), np.ones(len(positive))])
+    order = np.argsort(-value, kind="stable")
+    value, hits = value[order], np.cumsum(truth[order])
+    last = np.append(np.flatnonzero(np.diff(value)), len(value) - 1)  # where a tie ends
+    precision, recall = hits[last] / (last + 1), hits[last] / len(positive)
+    return float((precision * np.diff(recall, prepend=0.0)).sum())
+
+
+def fpr_at_95(negative: Array, positive: Array) -> float:
+    """Return the share of positives that pass as clean when 95 % of clean images do: FPR@95 with clean as the accepted class."""
+    threshold = np.quantile(negative, 0.95, method="higher")
+    return float((positive <= threshold).mean())
+
+
+def negative_log_likelihood(probability: Array, label: NDArray[np.int64]) -> Array:
+    """Return -log p(y|x) of each image, nats, shape (N,)."""
+    result: Array = -np.log(probability[np.arange(len(label)), label].astype(np.float64).clip(1e-12))
+    return result
+
+
+def brier(probability: Array, label: NDArray[np.int64]) -> Array:
+    """Return sum_k (p_k - 1[k = y])^2 of each image, in [0, 2], shape (N,)."""
+    result: Array = ((probability.astype(np.float64) - np.eye(probability.shape[1])[label]) ** 2).sum(axis=1)
+    return result
 
 
 def expected_calibration_error(probability: Array, label: NDArray[np.int64], bins: int = 15) -> float:
@@ -25,12 +65,48 @@ def expected_calibration_error(probability: Array, label: NDArray[np.int64], bin
     return float(sum(gaps))
 
 
-def frechet_distance(a: Array, b: Array) -> float:
-    """Return |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two feature sets (N, D) read as Gaussians."""
-    mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = sqrtm(cov_a @ cov_b)
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * np.real(root)))
+def calibration_floor(probability: Array, bins: int = 15, draws: int = 100, seed: int = 0) -> float:
+    """Return the ECE that a perfectly calibrated model of these confidences shows at this n: labels drawn from p itself, mean of draws.
+
+    ECE is biased upwards; what a model's exceeds this floor by is its own.
+    """
+    noise, confidence = np.random.default_rng(seed), probability.max(axis=1).astype(np.float64)
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    total = np.bincount(index, confidence, bins)
+    gaps = [np.abs(np.bincount(index, noise.random(len(index)) < confidence, bins) - total).sum() for _ in range(draws)]
+    return float(np.mean(gaps) / len(index))
+
+
+def reliability(probability: Array, label: NDArray[np.int64], bins: int = 15) -> list[tuple[float, float, int]]:
+    """Return (mean confidence, accuracy, n) of each bin that holds an image: the reliability diagram."""
+    confidence, correct = probability.max(axis=1), probability.argmax(axis=1) == label
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    found = [index == b for b in range(bins)]
+    return [(float(confidence[here].mean()), float(correct[here].mean()), int(here.sum())) for here in found if here.any()]
+
+
+def wasserstein(a: Array, b: Array) -> float:
+    """Return the Wasserstein-1 distance of two samples, in their unit."""
+    return float(wasserstein_distance(a, b))
+
+
+def overlap(a: Array, b: Array, bins: int = 60) -> float:
+    """Return the overlap coefficient sum_b min(a_b, b_b) of two samples' histograms on common bins: 1 alike, 0 apart."""
+    edges = np.histogram_bin_edges(np.concatenate([a, b]), bins)
+    p, q = (np.histogram(values, edges)[0] / len(values) for values in (a, b))
+    return float(np.minimum(p, q).sum())
+
+
+def mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    """Return the exact two-sided p-value that two models are right equally often on the same images (McNemar 1947)."""
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
+    """Return the normal interval of a mean."""
+    half = float(norm.ppf(0.5 + level / 2)) * float(values.std(ddof=1)) / np.sqrt(len(values)) if len(values) > 1 else float("inf")
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ebjdat_serve.bundle import Bundle, write_json
-from ebjdat_serve.detection import Detector
+from ebjdat_serve.bundle import Bundle, Calibration, write_json
+from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
 from ebjdat_serve.selftest import PROBE
@@ -34,12 +35,13 @@ from export.to_onnx import write
 from training.adversary import Attack, Threat, cross_entropy, pgd
 from training.calibrate import calibrate, check_data, dataset_of
 from training.errors import DataError
-from training.evaluate import ALPHA, EPS, EPS_DIGITS, SEED, eps_name, number, through
+from training.evaluation.rows import ALPHAS, SEED, ball_of, eps_name, number
 from training.images import Dataset
 from training.measures import flag_rate_interval
 from training.ranks import Noise
 
 RANGE_IMAGES = 512
+ALPHA = ALPHAS[0]
 Row = dict[str, Any]
 
 
@@ -133,7 +135,7 @@ def reference(bundle: Bundle, data: Dataset, amounts: Amounts) -> Reference:
         if min(given, len(data.test)) < least:
             raise BundleError(f"--{what} {given}, of {len(data.test)} test images: figures must rest on {least} at the fewest")
     engine, test = load_engine(bundle, "auto", "cpu", 1), data.test.first(amounts.n)
-    image, label, eps = to_unit(test.image), test.label, EPS_DIGITS if data.name == "digits" else EPS
+    image, label, eps = to_unit(test.image), test.label, ball_of(data.name).linf
     logits, energy = through(engine, image)
     adversarial = transferred(bundle, image[: amounts.attacked], label[: amounts.attacked], eps)
     right_adversarial = right(through(engine, adversarial)[0], label[: amounts.attacked])
@@ -180,20 +182,30 @@ def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference
     yield row("step_error_max", apart, 32, "pixels of [0,1], after two Langevin steps", of=bundle.manifest.files[step].sha256)
 
     calibration = bundle.calibration(precision)
-    flagged = Detector(np.asarray(calibration.energies), ALPHA)
-    rate = flagged.suspicious(flagged.p_value(e_low)).mean()
-    stale = Detector(np.asarray(bundle.calibration().energies), ALPHA)
-    bounds = flag_rate_interval(len(calibration.energies), len(e), ALPHA)
+    rate = flag_rate(calibration, f_low)
+    bounds = flag_rate_interval(len(calibration.scores), len(e), ALPHA)
     low_bound, high_bound = (float(bound) for bound in bounds)
     own = f"alpha {ALPHA}, its own calibration, Beta-binomial 99 % interval [{low_bound:.4f}, {high_bound:.4f}]"
     yield row("flag_rate_clean", rate, len(e), own)
     yield row("flag_rate_excess", max(low_bound - rate, rate - high_bound, 0.0), len(e), "distance from that interval")
-    yield row("flag_rate_clean_fp32_threshold", stale.suspicious(stale.p_value(e_low)).mean(), len(e), f"alpha {ALPHA}, fp32's calibration")
+    yield row("flag_rate_clean_fp32_threshold", flag_rate(bundle.calibration(), f_low), len(e), f"alpha {ALPHA}, fp32's calibration")
     if precision != "bf16":
         yield row("graph_bytes", bundle.graph("classify", precision).stat().st_size, 1, "classify graph; weights.safetensors is shared")
     for batch in (1, 32):
         protocol = f"images/s over fp32's, batch {batch}, one CPU thread, calls interleaved, 20th percentile of 40 CPU times"
         yield row(f"ratio_classify_batch{batch}", speed_ratio(fp32.engine, low, image[:batch]), 40, protocol)
+
+
+def through(engine: Engine, image: Floats) -> tuple[Floats, Floats]:
+    """Return logits and energies of images (N, 3, H, W) from an engine."""
+    logits, energy = (np.concatenate(part) for part in zip(*classify_in_chunks(engine, image), strict=True))
+    return logits, energy
+
+
+def flag_rate(calibration: Calibration, logits: Floats) -> float:
+    """Return the share of images that a calibration flags at ALPHA."""
+    flagged = Detector(np.asarray(calibration.scores), ALPHA)
+    return float(flagged.suspicious(flagged.p_value(suspicion(calibration.score, calibration.weight, logits))).mean())
 
 
 def costs(row: Any, metric: str, before: np.ndarray, after: np.ndarray, protocol: str) -> Iterator[Row]:

@@ -218,7 +218,13 @@ class Routes:
             "provenance": asdict(m.provenance),
             **self.fleet.about(),
             "alpha": s.alpha,
-            "calibration": {"n": len(calibration.energies), "of": calibration.of, "dataset": calibration.dataset},
+            "calibration": {
+                "n": len(calibration.scores),
+                "of": calibration.of,
+                "dataset": calibration.dataset,
+                "score": calibration.score,
+                "weight": calibration.weight,
+            },
             "limits": {
                 "body_bytes": s.max_body,
                 "image_bytes": pixels.MAX_BYTES,

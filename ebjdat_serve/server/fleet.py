@@ -62,7 +62,7 @@ def open_bundle(path: Path, settings: Settings) -> Served:
         raise BundleError(f"{folder} was changed while it was read; publish the change as a new version")
     bundle.check_precision(settings.precision)
     calibration = bundle.calibration(settings.precision)
-    Detector(np.asarray(calibration.energies), settings.alpha)
+    Detector(np.asarray(calibration.scores), settings.alpha)
     return Served(bundle.key, bundle, calibration, bundle.metrics())
 
 

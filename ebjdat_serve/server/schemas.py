@@ -15,10 +15,11 @@ class Candidate(BaseModel):
 
 
 class Flag(BaseModel):
-    """E(x), its conformal p-value, and whether that is below alpha."""
+    """E(x), the outlier score that the bundle was calibrated with, its conformal p-value, and whether that is below alpha."""
 
     energy: Annotated[float, Field(description="E(x) = -logsumexp of the logits, nats; lower = likelier")]
-    p_value: Annotated[float, Field(description="(1 + clean calibration energies >= this one) / (n + 1)")]
+    suspicion: Annotated[float, Field(description="the calibrated score, nats; high = unlike the data; /info says which score")]
+    p_value: Annotated[float, Field(description="(1 + clean calibration scores >= this one) / (n + 1)")]
     suspicious: Annotated[bool, Field(description="p_value < alpha")]
 
 

@@ -31,6 +31,7 @@ class Verdicts:
     probability: NDArray[np.float32]
     joint_energy: NDArray[np.float32]
     energy: NDArray[np.float32]
+    suspicion: NDArray[np.float32]
     p_value: NDArray[np.float64]
     suspicious: NDArray[np.bool_]
 

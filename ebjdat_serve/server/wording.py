@@ -42,8 +42,9 @@ class Words:
 
     def flags(self, verdicts: Verdicts) -> list[dict[str, Any]]:
         """Return each image's energy and what follows from it."""
-        rows = zip(verdicts.energy.tolist(), verdicts.p_value.tolist(), verdicts.suspicious.tolist(), strict=True)
-        return [{"energy": energy, "p_value": p_value, "suspicious": suspicious} for energy, p_value, suspicious in rows]
+        names = ("energy", "suspicion", "p_value", "suspicious")
+        columns = (getattr(verdicts, name).tolist() for name in names)
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def classified(self, verdicts: Verdicts) -> list[dict[str, Any]]:
         """Return what /classify says of each image."""

@@ -16,7 +16,7 @@ from litserve.loops import LitLoop
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.detection import Detector, probabilities
+from ebjdat_serve.detection import Detector, probabilities, suspicion
 from ebjdat_serve.engines import Engine, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.generation import classify_in_chunks
@@ -59,8 +59,8 @@ class Model:
         calibration = self.bundle.calibration(settings.precision)
         self.bundle.check_precision(settings.precision)
         self.engine: Engine = load_engine(self.bundle, settings.engine, settings.device, settings.threads, settings.precision)
-        self.detector = Detector(np.asarray(calibration.energies), settings.alpha)
-        self.temperature = calibration.temperature
+        self.detector = Detector(np.asarray(calibration.scores), settings.alpha)
+        self.calibration = calibration
         self.prior = Prior.load(self.bundle.path / "prior.safetensors")
 
     def about(self) -> dict[str, str]:
@@ -71,8 +71,10 @@ class Model:
         """Return what the model says of pixels (n, H, W, 3)."""
         parts = classify_in_chunks(self.engine, pixels.to_unit(image))
         logits, energy = (np.concatenate(part) for part in zip(*parts, strict=True))
-        p_value = self.detector.p_value(energy)
-        return Verdicts(probabilities(logits, self.temperature), -logits, energy, p_value, self.detector.suspicious(p_value))
+        suspicious = suspicion(self.calibration.score, self.calibration.weight, logits)
+        p_value = self.detector.p_value(suspicious)
+        p = probabilities(logits, self.calibration.temperature)
+        return Verdicts(p, -logits, energy, suspicious, p_value, self.detector.suspicious(p_value))
 
 
 class Worker(ls.LitAPI):

@@ -4,13 +4,13 @@ Its 64 pooled features are the space of ``frechet_resnet20``, which is not FID: 
 file is looked for as ``resnet20-12fca82f.th`` in the data folder, and read without unpickling code.
 """
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebjdat_serve.engines import Floats
 from training.images import data_root
 
 FILE = "resnet20-12fca82f.th"
@@ -53,6 +53,7 @@ class ResNet20(nn.Module):
         return features, self.linear(features)
 
 
+@lru_cache(maxsize=1)
 def load_extractor() -> ResNet20 | None:
     """Return the network in eval mode, or None when its file is not in the data folder."""
     file: Path = data_root() / FILE
@@ -62,10 +63,3 @@ def load_extractor() -> ResNet20 | None:
     model = ResNet20()
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     return model.eval().requires_grad_(False)
-
-
-def features(model: ResNet20, image: Floats) -> tuple[Floats, Floats]:
-    """Return features (N, 64) and logits (N, 10) of images (N, 3, 32, 32) in [0,1]."""
-    with torch.inference_mode():
-        parts = [model(chunk) for chunk in torch.split(torch.from_numpy(image), 256)]
-    return torch.cat([f for f, _ in parts]).numpy(), torch.cat([logits for _, logits in parts]).numpy()

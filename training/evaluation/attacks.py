@@ -1,0 +1,200 @@
+"""The attacks of the evaluation as work on chunks: PGD of our own, transfer, and what gradients look like.
+
+Every ``standing`` means: right to begin with, and right in what is served at the point the attack ends on:
+the first that fooled the network, or its last.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ebjdat_serve.energy import energy
+from ebjdat_serve.engines import Floats, Labels
+from training.adversary import Network, Objective, Threat, ascent, begin, cross_entropy, norm, project
+from training.evaluation.ledger import Arrays
+from training.evaluation.rows import SEED
+from training.evaluation.scores import margin
+from training.evaluation.subject import Subject, load_weights, open_module
+from training.ranks import Noise
+
+OBJECTIVES: dict[str, Objective] = {"ce": cross_entropy, "margin": margin}
+VOTES = 10
+"""Forward passes of which a stochastic model's class is the majority's."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The served logits, and the length of dE/dx, which JEM calls approximate mass (arXiv 1912.03263)."""
+
+    gradient: bool = False
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image."""
+        return 4.0 if self.gradient else 1.0
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return logits (N, K) and gradient (N,)."""
+        result: Arrays = {"logits": subject.logits(image)}
+        if self.gradient:
+            result["gradient"] = gradient_norm(subject, torch.from_numpy(image))
+        return result
+
+
+@dataclass(frozen=True)
+class Pgd:
+    """Projected gradient ascent with random restarts; ``leave``: an image that is fooled moves no more, else all go to the last iterate."""
+
+    threat: Threat
+    steps: int = 20
+    step_over_eps: float = 0.25
+    objective: str = "ce"
+    restarts: int = 1
+    leave: bool = True
+    eot: int = 1  # gradients averaged, for models that answer differently each time (arXiv 1802.00420)
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image."""
+        return 3.0 * self.steps * self.restarts * self.eot * (0.7 if self.leave else 1.0)
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return standing (N,), and without ``leave`` the last iterate's logits (N, K) and gradient (N,)."""
+        x, y = tensors(subject, image, label)
+        noise, x_adv = Noise.seeded(SEED), x.clone()
+        standing = votes(subject, x, self.eot) == y
+        for _ in range(self.restarts):
+            start = begin(x.cpu(), self.threat, "uniform", noise).to(x.device)
+            moved = self.search(subject, x, y, start)
+            x_adv = torch.where(standing[:, None, None, None], moved, x_adv) if self.leave else moved
+            standing = standing & (votes(subject, x_adv, self.eot) == y)
+        result: Arrays = {"standing": standing.cpu().numpy()}
+        if not self.leave:
+            result["logits"] = subject.logits(x_adv.cpu().numpy())
+            result["gradient"] = gradient_norm(subject, x_adv)
+        return result
+
+    def search(self, subject: Subject, image: Tensor, label: Tensor, x_adv: Tensor) -> Tensor:
+        """Return the first iterate that fools the network, or the last."""
+        found, going = x_adv.clone(), torch.arange(len(label), device=image.device)
+        for _ in range(self.steps):
+            gradient, logits = input_gradient(subject.network, x_adv, label[going], OBJECTIVES[self.objective], self.eot)
+            if self.leave and self.eot == 1:
+                right = logits.argmax(dim=1) == label[going]
+                found[going] = x_adv
+                going, x_adv, gradient = going[right], x_adv[right], gradient[right]
+                if not len(going):
+                    return found
+            x_adv = project(x_adv + self.step_over_eps * self.threat.eps * ascent(gradient, self.threat.norm), image[going], self.threat)
+        found[going] = x_adv
+        return found
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What an honest gradient looks like: the loss that PGD reaches with more steps, and images whose gradient is nothing."""
+
+    threat: Threat
+    steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image."""
+        return 3.0 * self.steps[-1] + 3.0
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return loss (N, steps), zero (N,): no gradient at the image, varied (N,): two answers differ, noisy (N,): right under noise."""
+        x, y = tensors(subject, image, label)
+        noise = Noise.seeded(SEED)
+        x_adv = begin(x.cpu(), self.threat, "uniform", noise).to(x.device)
+        noisy = votes(subject, x_adv) == y
+        at_image, logits = input_gradient(subject.network, x, y, cross_entropy)
+        with torch.no_grad():
+            varied = (subject.network(x).float() - logits).abs().amax(dim=1) > 1e-4 * logits.abs().amax(dim=1)
+        losses = []
+        for step in range(1, self.steps[-1] + 1):
+            gradient, _ = input_gradient(subject.network, x_adv, y, cross_entropy)
+            x_adv = project(x_adv + self.threat.eps / 4 * ascent(gradient, self.threat.norm), x, self.threat)
+            if step in self.steps:
+                with torch.no_grad():
+                    losses.append(cross_entropy(subject.network(x_adv).float(), y))
+        bad = ~torch.isfinite(at_image).flatten(1).all(dim=1) | (at_image.flatten(1).abs().amax(dim=1) < 1e-12)
+        arrays = {"loss": torch.stack(losses, dim=1), "zero": bad, "varied": varied, "noisy": noisy}
+        return {name: value.cpu().numpy() for name, value in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """PGD-20 on a surrogate network, its last iterate shown to the model."""
+
+    threat: Threat
+    surrogate: str  # a weights file of the trainer
+    sha256: str
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image."""
+        return 61.0
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return standing (N,), and the logits (N, K) and gradient (N,) of the transferred images."""
+        other = surrogate(self.surrogate)
+        x, y = torch.from_numpy(image), torch.from_numpy(label)
+        x_adv = begin(x, self.threat, "uniform", Noise.seeded(SEED))
+        for _ in range(20):
+            gradient, _ = input_gradient(other, x_adv, y, cross_entropy)
+            x_adv = project(x_adv + self.threat.eps / 4 * ascent(gradient, self.threat.norm), x, self.threat)
+        logits = subject.logits(x_adv.numpy())
+        standing = (subject.logits(image).argmax(axis=1) == label) & (logits.argmax(axis=1) == label)
+        return {"standing": standing, "logits": logits, "gradient": gradient_norm(subject, x_adv)}
+
+
+@lru_cache(maxsize=2)
+def surrogate(file: str) -> Network:
+    """Return the surrogate's network, read once a process."""
+    return load_weights(Path(file)).requires_grad_(False)
+
+
+def tensors(subject: Subject, image: Floats, label: Labels) -> tuple[Tensor, Tensor]:
+    """Return images and labels on the subject's device, contiguous: the attack package reshapes gradients in place."""
+    return torch.from_numpy(np.ascontiguousarray(image)).to(subject.device), torch.from_numpy(label).to(subject.device)
+
+
+def input_gradient(network: Network, x: Tensor, label: Tensor, objective: Objective, times: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the objective's gradient (N, 3, H, W), averaged over ``times`` passes, and the last logits (N, K)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        total = torch.zeros_like(x)
+        for _ in range(times):
+            logits = network(x).float()
+            total += torch.autograd.grad(objective(logits, label).sum(), x)[0]
+    return total / times, logits.detach()
+
+
+def gradient_norm(subject: Subject, x: Tensor) -> Floats:
+    """Return ||dE(x)/dx||_2, shape (N,)."""
+    x = x.to(subject.device)
+    gradient, _ = input_gradient(subject.network, x, torch.zeros(len(x), dtype=torch.int64), lambda logits, label: energy(logits))
+    length: Floats = norm(gradient).flatten().cpu().numpy()
+    return length
+
+
+def votes(subject: Subject, x: Tensor, eot: int = 1) -> Tensor:
+    """Return the served class of each image (N,); a stochastic model's is the majority of ten answers."""
+    asked = [subject.logits(x.cpu().numpy()) for _ in range(VOTES if eot > 1 else 1)]
+    if len(asked) == 1:
+        return torch.from_numpy(asked[0].argmax(axis=1)).to(x.device)
+    counts = torch.stack([F.one_hot(torch.from_numpy(f.argmax(axis=1)), f.shape[1]) for f in asked]).sum(dim=0)
+    return counts.argmax(dim=1).to(x.device)
+
+
+def survivors(model: nn.Module, image: Tensor, label: Tensor, threat: Threat, steps: int = 20) -> int:
+    """Return how many images no iterate of one PGD run on cross-entropy fools; the model is put in eval mode."""
+    subject = open_module("model", model, "")
+    parts = zip(torch.split(image, 500), torch.split(label, 500), strict=True)
+    return sum(int(Pgd(threat, steps).run(subject, x.cpu().numpy(), y.cpu().numpy())["standing"].sum()) for x, y in parts)

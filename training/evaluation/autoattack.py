@@ -1,0 +1,218 @@
+"""AutoAttack (arXiv 2003.01690) by its maintained package, its warnings kept; and what the released EB-JDAT code runs in its place."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ebjdat_serve.engines import Floats, Labels
+from training.adversary import Threat
+from training.errors import TrainingError
+from training.evaluation.attacks import tensors
+from training.evaluation.ledger import Arrays, notes
+from training.evaluation.rows import SEED
+from training.evaluation.subject import Subject
+
+NORMS = {"linf": "Linf", "l2": "L2"}
+APGD = ("apgd-ce", "apgd-t")
+
+
+@dataclass(frozen=True)
+class AutoAttack:
+    """The standard version with the official settings, or only ``attacks`` of it, each with the standard version's numbers."""
+
+    threat: Threat
+    attacks: tuple[str, ...] = ()
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image, half of which are spared the later attacks."""
+        return 1500.0 if self.attacks else 6000.0
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return standing (N,), logits (N, K) of the images it made, and notes: every warning of the package, and what each attack left."""
+        x, y = tensors(subject, image, label)
+        version = {"version": "custom", "attacks": list(self.attacks)} if self.attacks else {"version": "standard"}
+        attack = package().AutoAttack(
+            Logits(subject), norm=NORMS[self.threat.norm], eps=self.threat.eps, seed=SEED, device=x.device, **version
+        )
+        classes = subject.logits(image[:1]).shape[1]
+        attack.apgd.n_restarts = 1  # as in the standard version; the class begins with 5
+        for targeted in (attack.apgd_targeted, attack.fab):
+            targeted.n_target_classes = min(9, classes - 1)
+        with said() as lines:
+            x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
+        check_ball(x_adv, x, self.threat)
+        logits = subject.logits(x_adv.cpu().numpy())
+        right = (subject.logits(image).argmax(axis=1) == label) & (logits.argmax(axis=1) == label)
+        return {"standing": right, "logits": logits, "notes": notes(summary(lines, len(label)))}
+
+
+@dataclass(frozen=True)
+class Square:
+    """Square (arXiv 1912.00049) alone: the black-box check, on what is served."""
+
+    threat: Threat
+    queries: int = 5000
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image: the half that holds pays all queries."""
+        return self.queries / 2
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return standing (N,) and the logits (N, K) of the images it made."""
+        x, y = torch.from_numpy(image), torch.from_numpy(label)
+        logits = subject.logits(image)
+        right = logits.argmax(axis=1) == label
+        if right.any():
+            attack = square(lambda z: torch.from_numpy(subject.logits(z.numpy()).copy()), self.threat, self.queries)
+            logits = logits.copy()
+            logits[right] = subject.logits(attack.perturb(x[right], y[right]).numpy())
+        return {"standing": right & (logits.argmax(axis=1) == label), "logits": logits}
+
+
+@dataclass(frozen=True)
+class ReleasedAutoAttack:
+    """The list that the published EB-JDAT code calls AutoAttack, with its faults (reference: docs/evaluation.md).
+
+    Images in [-1,1] with eps 8/255, which is 4/255 here; APGD-CE and untargeted APGD-DLR of 20 iterations, FAB-T of 20 that
+    clamps to [0,1] what lives in [-1,1], Square of 5,000 queries; no targeted APGD.
+    """
+
+    eps: float = 4 / 255
+    iterations: int = 20
+    queries: int = 5000
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image."""
+        return 2500.0
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return standing (N,)."""
+        package()
+        from pyautoattack.autopgd_base import APGDAttack
+        from pyautoattack.fab_pt import FABAttack_PT
+
+        x, y = tensors(subject, image, label)
+        model, common = Logits(subject), {"norm": "Linf", "n_restarts": 1, "seed": SEED, "device": x.device}
+        threat = Threat("linf", self.eps)
+        log = logging.getLogger("auto-attack")
+        apgd = [APGDAttack(model, n_iter=self.iterations, eps=self.eps, loss=loss, logger=log, **common) for loss in ("ce", "dlr")]
+        fab = FABAttack_PT(lambda z: model((z + 1) / 2), n_iter=self.iterations, eps=2 * self.eps, targeted=True, **common)
+        makers = [attack.perturb for attack in apgd]
+        makers.append(lambda x, y: (fab.perturb(2 * x - 1, y) + 1) / 2)
+        makers.append(square(model, threat, self.queries).perturb)
+        standing = torch.from_numpy(subject.logits(image).argmax(axis=1) == label).to(x.device)
+        with said():
+            for perturb in makers:
+                left = standing.nonzero().flatten()
+                if not len(left):
+                    break
+                x_adv = perturb(x[left].clone(), y[left].clone())
+                inside = (x_adv - x[left]).abs().flatten(1).amax(dim=1) <= self.eps + 1e-5
+                fooled = torch.from_numpy(subject.logits(x_adv.cpu().numpy()).argmax(axis=1)).to(x.device) != y[left]
+                standing[left] = ~(fooled & inside)
+        return {"standing": standing.cpu().numpy()}
+
+
+class Logits(nn.Module):
+    """The network as the package takes it, with input gradients that are contiguous, which it reshapes."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.network = subject.network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, K)."""
+        logits: Tensor = self.network(Contiguous.apply(x)).float()  # type: ignore[no-untyped-call]
+        return logits
+
+
+class Contiguous(torch.autograd.Function):
+    """The identity, whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return x."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return the gradient, contiguous."""
+        return gradient.contiguous()
+
+
+def package() -> Any:
+    """Return pyautoattack; raise TrainingError that names the extra when it is not installed."""
+    try:
+        import pyautoattack
+    except ImportError as error:
+        raise TrainingError("AutoAttack and Square are the package pyautoattack's: pip install -e '.[evaluate]'") from error
+    return pyautoattack
+
+
+def square(model: Any, threat: Threat, queries: int) -> Any:
+    """Return the package's Square with AutoAttack's numbers."""
+    package()
+    from pyautoattack.square import SquareAttack
+
+    return SquareAttack(
+        model, NORMS[threat.norm], queries, threat.eps, p_init=0.8, n_restarts=1, seed=SEED, resc_schedule=False, device="cpu"
+    )
+
+
+def check_ball(x_adv: Tensor, x: Tensor, threat: Threat) -> None:
+    """Raise TrainingError when an attack left its ball or the box: its figure would be worth nothing."""
+    moved = (x_adv - x).flatten(1)
+    worst = float((moved.abs().amax(dim=1) if threat.norm == "linf" else moved.norm(dim=1)).max())
+    if worst > threat.eps + 1e-4 * max(1.0, threat.eps) or float(x_adv.min()) < -1e-6 or float(x_adv.max()) > 1 + 1e-6:
+        raise TrainingError(f"AutoAttack left its ball: {worst} > {threat.eps}")
+
+
+@contextmanager
+def said() -> Iterator[list[tuple[int, str]]]:
+    """Collect (level, text) of what the package logs meanwhile, and nothing on the terminal."""
+    lines: list[tuple[int, str]] = []
+    log = logging.getLogger("auto-attack")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
+
+
+def summary(lines: list[tuple[int, str]], n: int) -> list[str]:
+    """Return every warning once with how often it was said, and how many images each attack left standing."""
+    warned = Counter(re.sub(r"\s*See flags_doc.md for details.", "", text) for level, text in lines if level >= logging.WARNING)
+    left = [re.search(r"robust accuracy after (\S+): ([\d.]+)%", text) for _, text in lines]
+    stages = [f"{found[1].lower()} left {round(float(found[2]) / 100 * n)}" for found in left if found]
+    return [f"warning ({count} times): {text}" for text, count in warned.items()] + stages
+
+
+def tally(stages: np.ndarray) -> list[str]:
+    """Return the notes of all chunks added up: warnings by kind, and what each attack left of all images."""
+    warned: Counter[str] = Counter()
+    left: Counter[str] = Counter()  # a chunk of which none is left says nothing of the later attacks, which adds nothing
+    for line in stages.tolist():
+        if found := re.match(r"(\S+) left (\d+)$", line):
+            left[found[1]] += int(found[2])
+        elif found := re.match(r"warning \((\d+) times\): (.*)$", line):
+            warned[re.sub(r"\d+(\.\d+)?", "#", found[2])] += int(found[1])
+    told = [f"AutoAttack warned {count} times: {text}" for text, count in warned.items()]
+    return told + [f"{name} left {kept}" for name, kept in left.items()]

@@ -1,0 +1,102 @@
+"""How far the probabilities can be believed: likelihood and Brier first, ECE beside its floor, clean, corrupted and re-collected images."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ebjdat_serve.detection import probabilities
+from ebjdat_serve.engines import Labels
+from ebjdat_serve.pixels import Pixels, to_unit
+from training.calibrate import fit_temperature
+from training.errors import DataError
+from training.evaluation.attacks import Look
+from training.evaluation.context import Context, unit
+from training.evaluation.rows import Row, estimate, number
+from training.evaluation.shifts import CORRUPTIONS, corrupted
+from training.images import data_root
+from training.measures import brier, calibration_floor, expected_calibration_error, mean_interval, negative_log_likelihood, reliability
+
+SEVERITIES = (1, 3, 5)
+
+
+def clean_rows(c: Context) -> Iterator[Row]:
+    """Yield clean accuracy and the energies' mean and deviation."""
+    image, label = c.test(c.suite.test)
+    found = c.look("clean", Look(gradient=True), image, label)
+    logits = found["logits"].astype(np.float64)
+    energy = -np.logaddexp.reduce(logits, axis=1)
+    yield c.share("accuracy_clean", logits.argmax(axis=1) == label, c.where, "what is served", c.subject.weights)
+    yield estimate("energy_mean", energy.mean(), mean_interval(energy), len(label), c.where, "nats", c.subject.graph)
+    yield number("energy_sd", energy.std(), len(label), c.where, "nats", c.subject.graph)
+
+
+def calibration_rows(c: Context) -> Iterator[Row]:
+    """Yield the quality of p(y|x) before and after the temperature that the selection split fits, on clean and corrupted images."""
+    image, label = c.test(c.suite.test)
+    (held_out,) = c.ledger.run("temperature", [(Look(), *unit(c.data.selection))])
+    stored = c.bundle.calibration() if c.bundle is not None and "calibration.json" in c.bundle.manifest.files else None
+    temperature = stored.temperature if stored else fit_temperature(held_out["logits"], c.data.selection.label)
+    n, of = len(c.data.selection), c.subject.graph
+    yield number("temperature", temperature, n, f"{c.data.name} selection split", "fitted to p(y|x)", of)
+    (found,) = c.ledger.run("calibration", [(Look(), image, label)])
+    yield from quality(c, found["logits"], label, c.where, {"temperature 1": 1.0, "fitted temperature": temperature})
+    if temperature != 1.0:
+        c.drawings["reliability"] = {
+            name: np.asarray(reliability(probabilities(found["logits"], t), label)) for name, t in (("before", 1.0), ("after", temperature))
+        }
+    severities: dict[str, list[tuple[np.ndarray, Labels]]] = {}
+    for kind, name, pixels, labels in shifted_sets(c):
+        (found,) = c.ledger.run(name, [(Look(), to_unit(pixels), labels)])
+        yield c.share("accuracy_corrupted", found["logits"].argmax(axis=1) == labels, name, "what is served", of)
+        severities.setdefault(kind, []).append((found["logits"], labels))
+    for kind, parts in severities.items():
+        logits, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+        if len(parts) > 1:
+            yield c.share("accuracy_corrupted_mean", logits.argmax(axis=1) == labels, kind, f"all {len(parts)} kinds", of)
+        yield from quality(c, logits, labels, kind, {"fitted temperature": temperature})
+
+
+def quality(c: Context, logits: np.ndarray, label: Labels, where: str, temperatures: dict[str, float]) -> Iterator[Row]:
+    """Yield likelihood, Brier score, ECE and the ECE that a calibrated model would show at this n."""
+    for name, temperature in temperatures.items():
+        p, n, of = probabilities(logits.astype(np.float32), temperature), len(label), c.subject.graph
+        for metric, values in (("nll", negative_log_likelihood(p, label)), ("brier", brier(p, label))):
+            yield estimate(metric, values.mean(), mean_interval(values), n, where, f"{name}, normal 95 % interval", of)
+        metric = "ece_uncalibrated" if name == "temperature 1" else "ece"
+        yield number(metric, expected_calibration_error(p, label), n, where, f"15 bins, {name}", of)
+        yield number(
+            f"{metric}_floor", calibration_floor(p), n, where, f"15 bins, {name}: labels drawn from p itself, mean of 100 draws", of
+        )
+
+
+def shifted_sets(c: Context) -> Iterator[tuple[str, str, Pixels, Labels]]:
+    """Yield (kind, name, images, labels): test images corrupted by shifts.py, CIFAR-10-C and CIFAR-10.1 where present."""
+    some = c.data.test.first(c.suite.shifted)
+    for name in CORRUPTIONS:
+        for severity in SEVERITIES:
+            kind = f"{c.where} corrupted by our own recipe, severity {severity}"
+            yield kind, f"{c.where}, {name}, severity {severity}, own recipe", corrupted(some.image, name, severity), some.label
+    if c.data.name != "cifar10":
+        return
+    for version in ("v6", "v4"):
+        files = [data_root() / f"cifar10.1_{version}_{part}.npy" for part in ("data", "labels")]
+        if all(file.is_file() for file in files):
+            image, label = (np.load(file, allow_pickle=False) for file in files)
+            if image.dtype != np.uint8 or image.shape[1:] != (32, 32, 3) or len(label) != len(image):
+                raise DataError(f"{files[0]}: {image.dtype} {image.shape} is not CIFAR-10.1: uint8 (N, 32, 32, 3)")
+            yield f"CIFAR-10.1 {version}", f"CIFAR-10.1 {version}", image, label.astype(np.int64)
+    folder = data_root() / "CIFAR-10-C"
+    for file in sorted(folder.glob("*.npy")):
+        if file.stem == "labels":
+            continue
+        image, label = np.load(file, mmap_mode="r", allow_pickle=False), np.load(folder / "labels.npy", allow_pickle=False)
+        for severity in SEVERITIES:
+            rows = slice(10_000 * (severity - 1), 10_000 * (severity - 1) + c.suite.shifted)
+            yield (
+                f"CIFAR-10-C, severity {severity}",
+                f"CIFAR-10-C {file.stem}, severity {severity}",
+                np.asarray(image[rows]),
+                label[rows].astype(np.int64),
+            )
+    if not folder.is_dir():
+        c.say("CIFAR-10-C and CIFAR-10.1: not measured unless CIFAR-10-C/*.npy and cifar10.1_v6_data.npy are in the data folder")

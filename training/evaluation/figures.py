@@ -1,0 +1,179 @@
+"""The pictures of an evaluation, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito 2008)."""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ebjdat_serve.pixels import Pixels, grid
+from training.evaluation.landscape import energies, sets_shown
+from training.evaluation.ledger import Arrays
+from training.evaluation.rows import Row
+
+COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#000000")
+STYLES = ("-", "-", "--", "-", ":", "-.")
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ebjdat",  # the same picture has the same bytes
+}
+
+
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    """Return a figure as PNG, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def inline(figure: Figure, alt: str) -> str:
+    """Return a figure as an <img> that carries its own bytes, and close it."""
+    return picture(png(figure, 110), alt)
+
+
+def picture(content: bytes, alt: str) -> str:
+    """Return PNG bytes as an <img>."""
+    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+
+
+def landscape(arrays: dict[str, Arrays], eps: float, title: str = "") -> Figure:
+    """Return histograms of E(x) and of E(x, y), overlaid: clean, adversarial, drawn, strange."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
+        for axis, kind, name in zip(axes, ("energy", "joint_energy"), ("E(x)", "E(x, y)"), strict=True):
+            overlay(axis, [(short, energies(found)[kind]) for _, short, found in sets_shown(arrays, eps)])
+            axis.set_xlabel(f"{name}, nats (lower = likelier)")
+        axes[0].set_ylabel("density")
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+        if title:
+            figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def overlay(axis: Axes, sets: Sequence[tuple[str, np.ndarray]]) -> None:
+    """Draw densities of several samples on common bins, the first filled."""
+    joined = np.concatenate([values for _, values in sets])
+    edges = np.linspace(np.quantile(joined, 0.002), np.quantile(joined, 0.998), 56)
+    for i, (name, values) in enumerate(sets):
+        density, _ = np.histogram(values, edges)
+        heights = density / max(len(values), 1) / np.diff(edges)
+        axis.stairs(heights, edges, color=COLOURS[i], alpha=0.22 if i < 2 else 0.0, fill=True)
+        axis.stairs(heights, edges, color=COLOURS[i], lw=1.7, ls=STYLES[i % len(STYLES)], label=name)
+    axis.set_yticks([])
+
+
+def ground(found: Arrays, eps: float, names: Sequence[str]) -> Figure:
+    """Return the slice of the energy around one image, with the borders of its class."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(4.9, 3.9), layout="constrained")
+        step = found["step"]
+        filled = axis.contourf(step, step, found["energy"], levels=24, cmap="cividis")
+        if len(np.unique(found["class"])) > 1:
+            axis.contour(
+                step, step, found["class"] == int(found["image"][1]), levels=[0.5], colors="white", linewidths=1.4, linestyles="--"
+            )
+        axis.plot([0, 1], [0, 0], "o-", color="#D55E00", ms=5)
+        axis.annotate("image", (0, 0), (-0.1, 0.14), color="white")
+        axis.annotate("PGD-20", (1, 0), (0.8, 0.14), color="white")
+        axis.set_xlabel("the way PGD went (1: where it ended)")
+        axis.set_ylabel("a random way, as long")
+        name = names[int(found["image"][1])] if int(found["image"][1]) < len(names) else str(found["image"][1])
+        axis.set_title(f"E(x) around test image {int(found['image'][0])}, {name}; dashed: border of its class")
+        figure.colorbar(filled, ax=axis, label="E(x), nats")
+    return figure
+
+
+def differences(arrays: dict[str, Arrays]) -> Figure | None:
+    """Return per-image E(x_adv) - E(x) under PGD of several strengths."""
+    sets = [(name.split(" on ")[0], found) for name, found in arrays.items() if name.startswith("PGD-20 ")]
+    if not sets or "clean" not in arrays:
+        return None
+    clean = energies(arrays["clean"])["energy"]
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
+        moved = [(name, energies(found)["energy"] - clean[: len(found["logits"])]) for name, found in sets]
+        overlay(axis, moved)
+        axis.axvline(0, color="#999999", lw=1)
+        axis.set_xlabel("E(x_adv) - E(x) of each image, nats")
+        axis.legend(fontsize=9)
+    return figure
+
+
+def reliability(found: Arrays) -> Figure:
+    """Return the reliability diagram before and after the temperature."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(3.9, 3.4), layout="constrained")
+        axis.plot([0, 1], [0, 1], color="#999999", lw=1)
+        for i, (name, rows) in enumerate(found.items()):
+            axis.plot(rows[:, 0], rows[:, 1], "o-", color=COLOURS[i], ms=4, label=f"{name} the temperature")
+        axis.set_xlabel("confidence")
+        axis.set_ylabel("accuracy")
+        axis.legend(fontsize=9)
+    return figure
+
+
+def curves(rows: Sequence[Row]) -> Figure | None:
+    """Return accuracy against eps and loss against steps: both must fall and rise."""
+    eps = [(row["protocol"].split("l-inf ")[1].split(",")[0], row) for row in rows if row["metric"] == "accuracy_at_eps"]
+    loss = [(int(row["protocol"].split("after ")[1].split()[0]), row["value"]) for row in rows if row["metric"] == "loss_at_steps"]
+    if not eps or not loss:
+        return None
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.0), layout="constrained")
+        values = np.asarray([row["value"] for _, row in eps])
+        bars = np.asarray([row["interval"] for _, row in eps])
+        spread = np.abs(bars.T - values).clip(0)
+        left.errorbar([name for name, _ in eps], values, yerr=spread, fmt="o-", color=COLOURS[0], capsize=3)
+        left.set_ylim(-0.02, 1)
+        left.set_xlabel("l-inf eps")
+        left.set_ylabel("accuracy under PGD-20")
+        right.plot([s for s, _ in loss], [value for _, value in loss], "o-", color=COLOURS[1])
+        right.set_xscale("log")
+        right.set_xlabel("steps of PGD")
+        right.set_ylabel("mean cross-entropy")
+    return figure
+
+
+def separations(rows: Sequence[Row]) -> Figure | None:
+    """Return the AUROC of each score on each set."""
+    kinds = ("energy", "max_softmax", "energy_entropy", "gradient_norm")
+    table: dict[str, dict[str, float]] = {}
+    for row in rows:
+        kind = row["metric"].removeprefix("auroc_")
+        if row["metric"].startswith("auroc_") and kind in kinds and " vs " in row["dataset"]:
+            table.setdefault(row["dataset"].split(" vs ")[1].split(" on ")[0], {})[kind] = row["value"]
+    if not table:
+        return None
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8.2, 0.34 * len(table) + 1.2), layout="constrained")
+        for i, kind in enumerate(kinds):
+            at = [(y, values[kind]) for y, values in enumerate(table.values()) if kind in values]
+            axis.plot([v for _, v in at], [y for y, _ in at], "osD^"[i], color=COLOURS[i], ms=6, label=kind)
+        axis.axvline(0.5, color="#999999", lw=1)
+        axis.set_yticks(range(len(table)), list(table))
+        axis.set_xlabel("AUROC against clean test images (0.5: blind; below: worse than chance)")
+        axis.set_xlim(0, 1.02)
+        axis.invert_yaxis()
+        axis.grid(axis="y", color="#eeeeee")
+        axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def sheet(image: Pixels, columns: int, scale: int = 2) -> bytes:
+    """Return a sheet of uint8 images (N, H, W, 3) as PNG."""
+    from ebjdat_serve.pixels import encode_png
+
+    return encode_png(grid(image, scale, columns=columns))

@@ -1,0 +1,194 @@
+"""How good fresh samples are, in feature spaces that name themselves, beside a floor, the prior alone, a buffer and controls."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ebjdat_serve import pixels
+from ebjdat_serve.bundle import sha256
+from ebjdat_serve.detection import probabilities
+from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.pixels import Pixels, to_unit
+from ebjdat_serve.sgld import Chains, Prior, Sampler
+from training.distances import frechet_distance, frechet_infinity, inception_score, kernel_distance, nearest, precision_recall
+from training.errors import TrainingError
+from training.evaluation.attacks import Look
+from training.evaluation.context import Context
+from training.evaluation.extractors import Extractor, Features, available
+from training.evaluation.ledger import Arrays, Ledger
+from training.evaluation.rows import SEED, Row, number, proportion
+from training.evaluation.subject import Subject, open_weights, weights_spec
+from training.replay import fit_prior
+
+TOGETHER = 20
+"""Chains moved at once."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Fresh class-conditional chains from the prior; the images given are (N, 1), each the chain's number, which its seed follows."""
+
+    sampler: Sampler
+    prior: str
+    prior_sha256: str
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image."""
+        return 3.0 * max(self.sampler.steps, 0) + 1.0
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return image (N, H, W, 3) uint8: what would be delivered."""
+        start, parts = int(image[0, 0]), []
+        for i in range(0, len(label), TOGETHER):
+            chains = Chains.start(opened_prior(self.prior), self.sampler, label[i : i + TOGETHER], SEED + start + i)
+            parts.append((subject.advance(chains, self.sampler.steps) if self.sampler.steps else chains).image)
+        return {"image": pixels.to_bytes(np.concatenate(parts))}
+
+
+@lru_cache(maxsize=2)
+def opened_prior(file: str) -> Prior:
+    """Return the prior, read once a process."""
+    return Prior.load(Path(file))
+
+
+def generation_rows(c: Context) -> Iterator[Row]:
+    """Yield distances, precision and recall, class agreement and neighbours of fresh samples and of what they are compared with."""
+    sampler, prior = start_of(c)
+    n, classes = c.suite.samples, len(c.data.names)
+    label = np.arange(n, dtype=np.int64) % classes
+    index = np.arange(n, dtype=np.float32)[:, None]
+    work = Draw(sampler, str(prior), sha256(prior))
+    how = f"{sampler.steps} SGLD steps of {sampler.step_size}, gradient clip {sampler.grad_clip}, noise {sampler.noise_std}, from the prior"
+    (drawn,) = c.ledger.run("fresh samples", [(work, index, label)])
+    (start,) = c.ledger.run("the prior alone", [(Draw(Sampler(0, 0.0, 0.0, 0.0), work.prior, work.prior_sha256), index, label)])
+    fresh: Pixels = drawn["image"]
+    found = c.look("generated, fresh", Look(), to_unit(fresh), label)
+    of = c.subject.graph
+    yield c.share("class_agreement_own", found["logits"].argmax(axis=1) == label, f"{n} fresh samples", how, of)
+    energy = -np.logaddexp.reduce(found["logits"].astype(np.float64), axis=1)
+    yield number("energy_samples", energy.mean(), n, f"{n} fresh samples", how, of)
+    yield seconds_row(c, work, how)
+    sets = {"fresh samples": (fresh, how), "prior draws": (start["image"], "no step"), **beside(c, work, index, label, how)}
+    yield from distance_rows(c, sets, label)
+    yield from neighbour_rows(c, fresh, how)
+    c.drawings["samples"] = {"image": fresh[: 10 * classes], "label": label[: 10 * classes]}
+
+
+def start_of(c: Context) -> tuple[Sampler, Path]:
+    """Return the sampler and the prior's file: the bundle's, or the trainer's defaults and a prior fitted to the training split."""
+    if c.bundle is not None and "prior.safetensors" in c.bundle.manifest.files:
+        return c.bundle.manifest.sampler, c.bundle.path / "prior.safetensors"
+    file = c.folder / f"prior-{c.data.sha256[:12]}.safetensors"
+    if not file.is_file():
+        c.folder.mkdir(parents=True, exist_ok=True)
+        fit_prior(c.data.train, len(c.data.names), 48 if c.data.name != "digits" else 24).save(file)
+    return Sampler(steps=80, step_size=0.25, grad_clip=2.0, noise_std=0.005), file
+
+
+def beside(c: Context, work: Draw, index: Floats, label: Labels, how: str) -> dict[str, tuple[Pixels, str]]:
+    """Return the controls' samples, by the same prior, steps and seeds, and the replay buffer's chains where a run's state is given."""
+    sets: dict[str, tuple[Pixels, str]] = {}
+    for file in c.controls:
+        control = open_weights(file)
+        ledger = Ledger(c.ledger.folder, weights_spec(file), control, c.ledger.processes)
+        (drawn,) = ledger.run(f"control {file.parent.name}", [(work, index, label)])
+        sets[f"samples of the control {file.parent.name} ({control.weights[:8]})"] = (drawn["image"], f"{how}; same seeds")
+    if c.buffer is not None:
+        sets["chains of the replay buffer"] = (buffer_images(c.buffer, len(label)), "persistent chains of training, none fresh")
+    return sets
+
+
+def buffer_images(file: Path, n: int) -> Pixels:
+    """Return the first n chains of a run's replay buffer; raise TrainingError when the file holds none."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    stack, found = [state], None
+    while stack and found is None:
+        here = stack.pop()
+        found = here.get("chain")
+        stack += [value for value in here.values() if isinstance(value, dict)]
+    if found is None:
+        raise TrainingError(f"{file} holds no replay buffer: give the state.pt of a stage that keeps chains")
+    # parts are dealt out in turn, so that class blocks stay in order
+    chains = found.transpose(0, 1).flatten(0, 1)
+    chosen = chains[torch.linspace(0, len(chains) - 1, min(n, len(chains))).long()]
+    return pixels.to_bytes(chosen.float().numpy())
+
+
+def distance_rows(c: Context, sets: dict[str, tuple[Pixels, str]], label: Labels) -> Iterator[Row]:
+    """Yield, in every extractor at hand, distances to training images, and the floor: test images at the same n."""
+    found, lacking = available(c.data.name)
+    for text in lacking:
+        c.say(text)
+    n = len(label)
+    real = c.data.train.image[: min(10_000, max(2_000, 5 * n), len(c.data.train))]
+    reference = f"{len(real)} training images"
+    floor = {f"test images, the floor at n = {min(n, len(c.data.test))}": (c.data.test.image[:n], "real against real")}
+    for extractor in found:
+        known = features(c, extractor, real)["features"]
+        for name, (image, how) in {**sets, **floor}.items():
+            got = features(c, extractor, image)
+            yield from rows_of(c, extractor, f"{len(image)} {name} vs {reference}", got, known, how)
+            if extractor.classes and not name.startswith("test") and len(image) == n:
+                agree = got["logits"].argmax(axis=1) == label
+                yield c.share(f"class_agreement_{extractor.name}", agree, f"{n} {name}", how, c.subject.graph)
+
+
+def rows_of(c: Context, extractor: Extractor, where: str, got: Arrays, known: Floats, how: str) -> Iterator[Row]:
+    """Yield one set's rows in one extractor."""
+    fake, of = got["features"], c.subject.graph
+    n, protocol = len(fake), f"{extractor.said}; {how}"
+    name = extractor.name
+    if name == "inception":
+        yield number("fid", frechet_distance(fake, known), n, where, protocol, of)
+        mean, spread = inception_score(probabilities(got["logits"], 1.0))
+        yield {**number("inception_score", mean, n, where, f"{protocol}, 10 splits", of), "stderr": spread}
+    else:
+        yield number(f"frechet_{name}", frechet_distance(fake, known), n, where, protocol, of)
+    if n >= 200:
+        value, error = frechet_infinity(fake, known)
+        yield {**number(f"frechet_infinity_{name}", value, n, where, f"{protocol}; extrapolated to infinite n", of), "stderr": error}
+    value, spread = kernel_distance(fake, known)
+    kernel = f"{protocol}; cubic kernel, unbiased, 50 subsets of {min(1000, n)}"
+    yield {**number(f"kernel_distance_{name}", value, n, where, kernel, of), "stderr": spread / 50**0.5}
+    precision, recall = precision_recall(fake, known[: max(n, 1000)])
+    yield number(f"precision_{name}", precision, n, where, f"{protocol}; k = 3, {len(known[: max(n, 1000)])} reals", of)
+    yield number(f"recall_{name}", recall, n, where, f"{protocol}; k = 3, {len(known[: max(n, 1000)])} reals", of)
+
+
+def features(c: Context, extractor: Extractor, image: Pixels) -> Arrays:
+    """Return an extractor's view of uint8 images (N, H, W, 3)."""
+    (found,) = c.ledger.run(f"{extractor.name}", [(Features(extractor), to_unit(image), np.zeros(len(image), np.int64))])
+    return found
+
+
+def neighbour_rows(c: Context, fresh: Pixels, how: str) -> Iterator[Row]:
+    """Yield how near samples lie to training images against how near test images do: a memorised picture would lie much nearer."""
+    known = to_unit(c.data.train.image).reshape(len(c.data.train), -1)
+    some, real = fresh[:500], c.data.test.image[:500]
+    distance, index = nearest(to_unit(some).reshape(len(some), -1), known)
+    test, _ = nearest(to_unit(real).reshape(len(real), -1), known)
+    where, of = f"{len(some)} fresh samples vs {len(known)} training images", c.subject.graph
+    ratio = float(np.median(distance) / np.median(test))
+    yield number(
+        "neighbour_distance_ratio", ratio, len(some), where, f"median l2 distance to the nearest over test images' ({len(real)}); {how}", of
+    )
+    closest = float(test.min())
+    hits = int((distance < 0.5 * closest).sum())
+    protocol = f"share nearer than half of the nearest test image's distance, {closest:.2f} in pixels of [0,1]; {how}"
+    yield proportion("memorised", hits, len(some), where, protocol, of)
+    c.drawings["neighbours"] = {"image": some[:10], "nearest": c.data.train.image[index[:10]], "distance": distance[:10]}
+
+
+def seconds_row(c: Context, work: Draw, how: str) -> Row:
+    """Return the seconds that one sample takes, of ``TOGETHER`` drawn at once."""
+    label = np.arange(TOGETHER, dtype=np.int64) % len(c.data.names)
+    began = time.perf_counter()
+    work.run(c.subject, np.zeros((TOGETHER, 1), np.float32), label)
+    taken = (time.perf_counter() - began) / TOGETHER
+    return number("seconds_per_sample", taken, TOGETHER, f"{TOGETHER} at once, {c.subject.device.type}", how, c.subject.graph)

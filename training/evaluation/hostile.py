@@ -1,0 +1,173 @@
+"""Attacks on the flag itself: junk made to look normal, clean images made to look strange, and adversarial images that pass unflagged."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebjdat_serve.engines import Floats, Labels
+from training.adversary import Threat, ascent, norm, project
+from training.evaluation.attacks import input_gradient, tensors
+from training.evaluation.autoattack import square
+from training.evaluation.ledger import Arrays
+from training.evaluation.scores import SCORES, margin
+from training.evaluation.subject import Subject
+
+VARIANTS = ("joint", "selective", "orthogonal")
+
+
+@dataclass(frozen=True)
+class ScoreAttack:
+    """PGD on an outlier score: ``up`` makes images look strange, down makes them look normal; the best iterate is kept."""
+
+    threat: Threat
+    score: str
+    weight: float
+    up: bool
+    steps: int = 40
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image."""
+        return 3.0 * self.steps
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return the served logits (N, K) at the best iterate."""
+        x, y = tensors(subject, image, label)
+        of, sign = SCORES[self.score](self.weight), 1.0 if self.up else -1.0
+        x_adv, best, kept = x.clone(), torch.full((len(x),), -torch.inf, device=x.device), x.clone()
+        for step in range(self.steps + 1):
+            gradient, logits = input_gradient(subject.network, x_adv, y, lambda f, _: sign * of(f))
+            value = sign * of(logits)
+            better = value > best
+            best, kept[better] = torch.maximum(value, best), x_adv[better]
+            rate = 0.25 if step < self.steps // 2 else 0.05
+            x_adv = project(x_adv + rate * self.threat.eps * ascent(gradient, self.threat.norm), x, self.threat)
+        return {"logits": subject.logits(kept.cpu().numpy())}
+
+
+@dataclass(frozen=True)
+class Evade:
+    """Look for a point of the ball that is both wrong and unflagged (score at most ``threshold``), from the image and from a random start.
+
+    ``joint`` climbs the smaller of margin and room below the threshold; ``selective`` climbs the margin until the class is wrong, then
+    lowers the score; ``orthogonal`` does the same with each gradient freed of its part along the other (arXiv 2106.15023).
+    """
+
+    threat: Threat
+    score: str
+    weight: float
+    threshold: float
+    spread: float  # of the clean scores: what brings margin and score to one scale
+    variant: str
+    steps: int = 50
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image."""
+        return 2.0 * self.steps * (5.0 if self.variant == "orthogonal" else 3.0)
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return holds (N,): no point was found that is wrong and unflagged in what is served."""
+        x, y = tensors(subject, image, label)
+        broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+        for start in (x, project(x + self.threat.eps * (2 * noise - 1), x, self.threat)):
+            left = (~broken).nonzero().flatten()
+            found = self.search(subject, x[left], y[left], start[left])
+            broken[left] = torch.from_numpy(evades(subject, found.cpu().numpy(), label[left.cpu().numpy()], self)).to(x.device)
+        return {"holds": ~broken.cpu().numpy()}
+
+    def search(self, subject: Subject, x: Tensor, y: Tensor, x_adv: Tensor) -> Tensor:
+        """Return the first iterate that is wrong and unflagged, or the last."""
+        found, going = x_adv.clone(), torch.arange(len(y), device=x.device)
+        of = SCORES[self.score](self.weight)
+        for step in range(self.steps):
+            direction, wrong, room = self.direction(subject, x_adv, y[going], of)
+            done = wrong & (room > 0)
+            found[going] = x_adv
+            going, x_adv, direction = going[~done], x_adv[~done], direction[~done]
+            if not len(going):
+                return found
+            rate = 0.25 if step < self.steps // 2 else 0.08
+            x_adv = project(x_adv + rate * self.threat.eps * ascent(direction, self.threat.norm), x[going], self.threat)
+        found[going] = x_adv
+        return found
+
+    def direction(self, subject: Subject, x: Tensor, y: Tensor, of: object) -> tuple[Tensor, Tensor, Tensor]:
+        """Return where to climb (N, 3, H, W), which are wrong, and how far each score lies below the threshold."""
+        assert callable(of)
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = subject.network(x).float()
+            wrongness, room = margin(logits, y), (self.threshold - of(logits)) / self.spread
+            wrong = (wrongness > 0).detach()
+            if self.variant == "joint":
+                value = torch.minimum(wrongness / logits.detach().std(), room)
+                return torch.autograd.grad(value.sum(), x)[0], wrong, room.detach()
+            if self.variant == "selective":
+                value = torch.where(wrong, room, wrongness)
+                return torch.autograd.grad(value.sum(), x)[0], wrong, room.detach()
+            (to_wrong,) = torch.autograd.grad(wrongness.sum(), x, retain_graph=True)
+            (to_room,) = torch.autograd.grad(room.sum(), x)
+        chosen = torch.where(wrong[:, None, None, None], without(to_room, to_wrong), without(to_wrong, to_room))
+        return chosen, wrong, room.detach()
+
+
+@dataclass(frozen=True)
+class EvadeBySquare:
+    """Square (arXiv 1912.00049) on the smaller of margin and room: the same aim without gradients, on what is served."""
+
+    threat: Threat
+    score: str
+    weight: float
+    threshold: float
+    spread: float
+    queries: int
+
+    @property
+    def cost(self) -> float:
+        """Return the forward passes of one image."""
+        return self.queries / 2
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return holds (N,)."""
+        holds = ~evades(subject, image, label, self)
+        for y in np.unique(label):
+            here = np.flatnonzero(holds & (label == y))
+            if len(here):
+                x = torch.from_numpy(image[here])
+                made = square(self.objective(subject, int(y)), self.threat, self.queries).perturb(
+                    x, torch.zeros(len(here), dtype=torch.int64)
+                )
+                holds[here] = ~evades(subject, made.numpy(), label[here], self)
+        return {"holds": holds}
+
+    def objective(self, subject: Subject, y: int) -> object:
+        """Return images of class y -> two "logits" whose margin is below 0 where they are wrong and unflagged."""
+        of = SCORES[self.score](self.weight)
+
+        def ask(x: Tensor) -> Tensor:
+            logits = torch.from_numpy(subject.logits(x.numpy()).copy())
+            room = (self.threshold - of(logits)) / self.spread
+            value = torch.minimum(margin(logits, torch.full((len(x),), y)), room)
+            return torch.stack([-value, torch.zeros_like(value)], dim=1)
+
+        return ask
+
+
+def evades(subject: Subject, image: Floats, label: Labels, attack: Evade | EvadeBySquare) -> np.ndarray:
+    """Return which images the served model gets wrong and does not flag, (N,) bool."""
+    if not len(label):
+        return np.zeros(0, bool)
+    logits = torch.from_numpy(subject.logits(image))
+    unflagged = SCORES[attack.score](attack.weight)(logits) <= attack.threshold
+    result: np.ndarray = ((logits.argmax(dim=1) != torch.from_numpy(label)) & unflagged).numpy()
+    return result
+
+
+def without(gradient: Tensor, other: Tensor) -> Tensor:
+    """Return ``gradient`` less its part along ``other``, image by image."""
+    along = (gradient * other).flatten(1).sum(dim=1)[:, None, None, None] / norm(other).clamp_min(1e-12) ** 2
+    return gradient - along * other

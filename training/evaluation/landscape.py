@@ -1,0 +1,110 @@
+"""The energy landscape of a classifier: energies of clean, adversarial, generated and strange images, and the ground around one."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebjdat_serve.bundle import sha256
+from ebjdat_serve.engines import Floats
+from ebjdat_serve.pixels import to_unit
+from training.adversary import Threat, begin
+from training.evaluation.attacks import Look, Pgd, tensors
+from training.evaluation.context import Context
+from training.evaluation.generation import Draw, start_of
+from training.evaluation.ledger import Arrays
+from training.evaluation.rows import SEED, Row, eps_name, estimate, number
+from training.evaluation.suspicion import attacked, is_attack, strange
+from training.measures import mean_interval, overlap, wasserstein
+from training.ranks import Noise
+
+SIDE = 41
+REACH = 2.0
+"""The slice reaches so many times the length of the attack, either way."""
+
+
+def landscape_rows(c: Context) -> Iterator[Row]:
+    """Yield gaps, distances and overlaps of every set's energies with the clean ones', in deviations of the clean energies."""
+    image, label = c.test(max(c.suite.test, c.suite.looked))
+    clean = c.look("clean", Look(gradient=True), image, label)
+    sets = {**attacked(c), **({"generated, fresh": generated(c)} if c.suite.samples else {}), **strange(c)}
+    for name, found in sets.items():
+        yield from gap_rows(c, name, clean, found)
+    c.drawings["slice"] = around(c)
+
+
+def generated(c: Context) -> Arrays:
+    """Return what the model says of up to 200 fresh samples; their labels are the classes that were asked for."""
+    sampler, prior = start_of(c)
+    n = min(200, c.suite.samples)
+    label = np.arange(n, dtype=np.int64) % len(c.data.names)
+    work = Draw(sampler, str(prior), sha256(prior))
+    (drawn,) = c.ledger.run("generated", [(work, np.arange(n, dtype=np.float32)[:, None], label)])
+    return c.look("generated, fresh", Look(), to_unit(drawn["image"]), label)
+
+
+def gap_rows(c: Context, name: str, clean: Arrays, found: Arrays) -> Iterator[Row]:
+    """Yield one set's rows; an attack is compared with the clean energies of the very images it was made from."""
+    n, of = len(found["label"]), c.subject.graph
+    for kind in ("energy", "joint_energy"):
+        before, after = energies(clean)[kind], energies(found)[kind]
+        spread = float(before.std()) or 1.0
+        if is_attack(name):
+            moved = after - before[:n]
+            low, high = mean_interval(moved)
+            yield estimate(f"{kind}_gap", moved.mean(), (low, high), n, name, "mean of E(x_adv) - E(x) on the same images, nats", of)
+            before = before[:n]
+        else:
+            moved = np.asarray([after.mean() - before.mean()])
+            yield number(f"{kind}_gap", moved.mean(), n, name, "mean energy less that of clean test images, nats", of)
+        unit = f"in deviations of the clean energies, {len(before)} clean images"
+        yield number(f"{kind}_gap_over_sd", abs(float(moved.mean())) / spread, n, name, f"|gap| {unit}", of)
+        yield number(f"{kind}_w1_over_sd", wasserstein(before, after) / spread, n, name, f"Wasserstein-1 {unit}", of)
+        yield number(f"{kind}_overlap", overlap(before, after), n, name, f"overlap of histograms, 60 bins, {len(before)} clean images", of)
+
+
+def energies(found: Arrays) -> dict[str, NDArray[np.float64]]:
+    """Return E(x) and E(x, y) of each image; strange images have no class, and theirs is the one the model names."""
+    label = found["label"]
+    logits = found["logits"].astype(np.float64)
+    return {"energy": -np.logaddexp.reduce(logits, axis=1), "joint_energy": -logits[np.arange(len(logits)), label]}
+
+
+def around(c: Context) -> Arrays:
+    """Return E(x + a u + b v) on a grid: u the way that PGD went, v a random sign pattern at right angles to it and as long.
+
+    The image is the first clean test image that the model gets right.
+    """
+    image, label = c.test(min(200, c.suite.test))
+    right = c.subject.logits(image).argmax(axis=1) == label
+    chosen = int(right.argmax())
+    x, y = image[chosen : chosen + 1], label[chosen : chosen + 1]
+    threat = Threat("linf", c.ball.linf)
+    start, target = tensors(c.subject, x, y)
+    moved = Pgd(threat, leave=False).search(
+        c.subject, start, target, begin(start.cpu(), threat, "uniform", Noise.seeded(SEED)).to(start.device)
+    )
+    u: Floats = moved.cpu().numpy() - x
+    v = np.random.default_rng(SEED).choice(np.asarray([-1.0, 1.0], np.float32), x.shape)
+    v -= (v * u).sum() / max(float((u * u).sum()), 1e-12) * u
+    v *= np.linalg.norm(u) / np.linalg.norm(v)
+    step = np.linspace(-REACH, REACH, SIDE, dtype=np.float32)
+    b, a = np.meshgrid(step, step, indexing="ij")
+    grid = (x + a.reshape(-1, 1, 1, 1) * u + b.reshape(-1, 1, 1, 1) * v).clip(0, 1).astype(np.float32)
+    logits = c.subject.logits(grid).astype(np.float64)
+    energy = -np.logaddexp.reduce(logits, axis=1).reshape(SIDE, SIDE)
+    where = np.asarray([chosen, int(y[0])])
+    return {"energy": energy, "class": logits.argmax(axis=1).reshape(SIDE, SIDE), "step": step, "image": where}
+
+
+def sets_shown(arrays: dict[str, Arrays], eps: float) -> list[tuple[str, str, Arrays]]:
+    """Return (set, its short name, what the model says) of what the picture overlays, in order: at most six."""
+    names = [("clean", "clean"), *[(name, "PGD-20 " + eps_name(eps)) for name in arrays if name.startswith(f"PGD-20 {eps_name(eps)} ")]]
+    names += [(name, "transferred") for name in arrays if name.startswith("transferred ")]
+    names += [(name, "AutoAttack") for name in arrays if name.startswith("AutoAttack ")]
+    names += [("generated, fresh", "drawn by the model")]
+    names += [
+        (name, short) for name, short in (("svhn_train_first1080", "SVHN"), ("cifar100_test_3000", "CIFAR-100"), ("uniform noise", "noise"))
+    ]
+    shown = [(name, short, arrays[name]) for name, short in names if name in arrays]
+    return shown[:6]

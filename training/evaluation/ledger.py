@@ -1,0 +1,198 @@
+"""Work in chunks of 100 images that survive a kill: each result is a file, named after all that it depends on.
+
+A chunk's key holds the sha256 of the model, of the chunk's pixels and labels, and the work with its numbers; what is there is
+never done again, whichever suite, part or n asks for it.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ebjdat_serve.engines import Floats, Labels
+from training.errors import TrainingError
+from training.evaluation.subject import Spec, Subject
+
+CHUNK = 100
+FORMAT = 1
+"""Raised when a kind of work changes what it computes: older results are then not found."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Work(Protocol):
+    """Something done to labelled images, a frozen dataclass: its repr is part of the key."""
+
+    @property
+    def cost(self) -> float:
+        """Return what one image costs, in forward passes: what the time left is reckoned with."""
+
+    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+        """Return arrays whose first axis is the images, and ``notes`` (strings) where there is something to say."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some work on some images."""
+
+    work: Work
+    image: Floats
+    label: Labels
+
+    def key(self, weights: str) -> str:
+        """Return the name of the result's file; work that asks nothing of the model is ``shared`` by all models."""
+        weights = "shared" if getattr(self.work, "shared", False) else weights
+        digest = hashlib.sha256(np.ascontiguousarray(self.image).data)
+        digest.update(np.ascontiguousarray(self.label).data)
+        return hashlib.sha256(f"{FORMAT} {weights} {self.work!r} {digest.hexdigest()}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Results under ``folder``; done by ``processes`` workers of one thread each, or here when that is 1."""
+
+    folder: Path
+    spec: Spec
+    subject: Subject
+    processes: int = 1
+
+    def run(self, title: str, todo: Sequence[tuple[Work, Floats, Labels]], chunk: int = CHUNK) -> list[Arrays]:
+        """Return the result of each (work, images, labels), computing in chunks what is not there yet.
+
+        Raises TrainingError when a worker died; what was finished stays.
+        """
+        jobs = [
+            [Chunk(work, image[i : i + chunk], label[i : i + chunk]) for i in range(0, len(label), chunk)] for work, image, label in todo
+        ]
+        every = [piece for job in jobs for piece in job]
+        files = {id(piece): self.folder / f"{piece.key(self.subject.weights)}.npz" for piece in every}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [piece for piece in every if read(files[id(piece)]) is None]
+        if missing:
+            self._compute(title, missing, files)
+        return [join([read(files[id(piece)]) for piece in job]) for job in jobs]
+
+    def _compute(self, title: str, missing: list[Chunk], files: dict[int, Path]) -> None:
+        progress = Progress(title, missing)
+        if self.processes == 1 or len(missing) == 1:
+            for piece in missing:
+                write(files[id(piece)], piece.work.run(self.subject, piece.image, piece.label))
+                progress.done(piece)
+            return
+        # the dearest first, so that none is left alone at the end
+        missing = sorted(missing, key=lambda piece: -piece.work.cost * len(piece.label))
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        try:
+            with quiet_threads(), ProcessPoolExecutor(self.processes, context, open_here, (self.spec,)) as pool:
+                futures = {pool.submit(do, files[id(piece)], piece): piece for piece in missing}
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                        progress.done(futures[future])
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        except BrokenProcessPool as error:
+            raise TrainingError(
+                "a worker process died, perhaps for want of memory: the same command goes on where this stopped; --processes 1 needs less"
+            ) from error
+
+
+_SUBJECT: list[Subject] = []
+
+
+def open_here(spec: Spec) -> None:
+    """Open the subject in a worker process."""
+    torch.set_num_threads(1)
+    _SUBJECT.append(spec())
+
+
+def do(file: Path, piece: Chunk) -> None:
+    """Do one chunk in a worker process."""
+    write(file, piece.work.run(_SUBJECT[0], piece.image, piece.label))
+
+
+class quiet_threads:  # noqa: N801
+    """Child processes start with one OpenMP thread each: two beside two others run many times slower."""
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = self.before
+
+
+class Progress:
+    """Lines with what is done, how long it took and about how long the rest will take."""
+
+    def __init__(self, title: str, pieces: Sequence[Chunk]) -> None:
+        self.title, self.count, self.finished = title, len(pieces), 0
+        self.cost, self.spent = sum(piece.work.cost * len(piece.label) for piece in pieces), 0.0
+        self.started = self.said = time.monotonic()
+
+    def done(self, piece: Chunk) -> None:
+        """Count a chunk, and say so every ten seconds and at the end."""
+        self.finished += 1
+        self.spent += piece.work.cost * len(piece.label)
+        now = time.monotonic()
+        if now - self.said < 10 and self.finished < self.count:
+            return
+        self.said, taken = now, now - self.started
+        left = taken * (self.cost - self.spent) / self.spent
+        print(f"  {self.title}: {self.finished}/{self.count} chunks, {clock(taken)}, about {clock(left)} left", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as 1:02:03 or 2:03."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}" if minutes >= 60 else f"{minutes}:{second:02}"
+
+
+def write(file: Path, arrays: Arrays) -> None:
+    """Write a result aside and rename it, so that what is there is whole."""
+    aside = file.with_name(f".{file.stem}.{os.getpid()}.npz")
+    np.savez(aside, **arrays)  # type: ignore[arg-type]
+    os.replace(aside, file)
+
+
+def read(file: Path) -> Arrays | None:
+    """Return a result, or None when it is not there or cannot be read."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        print(f"{file} is damaged ({error}): done again", file=sys.stderr)
+        return None
+
+
+def join(parts: Sequence[Arrays | None]) -> Arrays:
+    """Return the arrays of all parts end to end."""
+    whole = [part for part in parts if part is not None]
+    assert len(whole) == len(parts), "a result vanished while it was in use"
+    return {name: np.concatenate([part[name] for part in whole]) for name in whole[0]}
+
+
+def notes(lines: Sequence[str]) -> NDArray[np.str_]:
+    """Return lines as an array that a result can hold."""
+    return np.asarray(list(lines), dtype=np.str_).reshape(-1)
+
+
+__all__ = ["CHUNK", "Arrays", "Chunk", "Ledger", "Work", "notes"]

@@ -1,0 +1,71 @@
+"""The rows of metrics.json: one measurement each, with n, protocol, seed and the sha256 of what was measured."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from training.adversary import Threat
+from training.measures import wilson
+
+SEED = 0
+ALPHAS = (0.05, 0.01)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ball:
+    """The threats of a data set that figures are quoted at: l-inf, its half, and l2; pixels of [0,1]."""
+
+    linf: float
+    l2: float
+
+    def threats(self) -> tuple[Threat, Threat, Threat]:
+        """Return l-inf eps, l-inf eps/2 and l2 eps."""
+        return Threat("linf", self.linf), Threat("linf", self.linf / 2), Threat("l2", self.l2)
+
+
+BALLS = {"digits": Ball(51 / 255, 1.0)}
+BALL = Ball(8 / 255, 0.5)
+
+
+def ball_of(dataset: str) -> Ball:
+    """Return the ball of a data set: 8/255 and l2 0.5, on eight-pixel digits 51/255 and 1."""
+    return BALLS.get(dataset, BALL)
+
+
+def number(metric: str, value: float, n: int, dataset: str, protocol: str, of: str) -> Row:
+    """Return one row of metrics.json."""
+    return {"metric": metric, "value": float(value), "n": int(n), "dataset": dataset, "protocol": protocol, "seed": SEED, "of": of}
+
+
+def proportion(metric: str, successes: int, n: int, dataset: str, protocol: str, of: str) -> Row:
+    """Return one row of metrics.json with Wilson's 95 % interval: a target is met by its lower bound."""
+    return {**number(metric, successes / n, n, dataset, protocol, of), "interval": list(wilson(int(successes), n))}
+
+
+def estimate(metric: str, value: float, interval: tuple[float, float], n: int, dataset: str, protocol: str, of: str) -> Row:
+    """Return one row of metrics.json with an interval of its own kind, which the protocol names."""
+    return {**number(metric, value, n, dataset, protocol, of), "interval": [float(bound) for bound in interval]}
+
+
+def eps_name(eps: float) -> str:
+    """Return eps as the field writes it: 8/255."""
+    units = eps * 255
+    return f"{units:.0f}/255" if abs(units - round(units)) < 1e-6 else f"{eps:g}"
+
+
+def threat_name(threat: Threat) -> str:
+    """Return a threat in words: l-inf 8/255, l2 0.5."""
+    return f"l-inf {eps_name(threat.eps)}" if threat.norm == "linf" else f"l2 {threat.eps:g}"
+
+
+def merge(before: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
+    """Return ``before`` with ``rows`` in place of the same measurements of the same thing, and the new ones after them."""
+    fresh = {identity(row): row for row in rows}
+    kept = [fresh.pop(identity(row), row) for row in before]
+    return [*kept, *fresh.values()]
+
+
+def identity(row: Row) -> tuple[str, str, str, str]:
+    """Return what makes a row the same measurement, whatever its n."""
+    return row["metric"], row["dataset"], row["protocol"], row["of"]

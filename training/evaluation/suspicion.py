@@ -1,0 +1,258 @@
+"""What the flag sees: outlier scores on strange, attacked, hostile and benignly shifted images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ebjdat_serve.detection import Detector, suspicion
+from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.pixels import to_unit
+from training.adversary import Threat
+from training.calibrate import DEFAULT_SCORE, entropy_weight
+from training.errors import DataError, TrainingError
+from training.evaluation.attacks import Look, Pgd, Transfer
+from training.evaluation.autoattack import APGD, AutoAttack, package
+from training.evaluation.context import Context, unit
+from training.evaluation.hostile import VARIANTS, Evade, EvadeBySquare, ScoreAttack
+from training.evaluation.ledger import Arrays, Work
+from training.evaluation.rows import ALPHAS, SEED, Row, eps_name, number, proportion, threat_name
+from training.evaluation.shifts import SHIFTS, shifted
+from training.images import data_root, read_atlas
+from training.measures import auroc, auroc_stderr, average_precision, flag_rate_interval, fpr_at_95
+from training.pictures import load_images
+
+OOD_ATLASES = ("svhn_train_first1080", "cifar100_test_3000")
+SCORES = ("energy", "max_softmax", "energy_entropy", "gradient_norm")
+FACTORS = (0.25, 0.5, 1.0, 2.0)  # of eps, PGD's strength: 2/255 to 16/255
+NEAR = "cifar100_test_3000"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A score with its clean calibration values: what is served, or another beside it."""
+
+    score: str
+    weight: float
+    clean: np.ndarray  # sorted
+
+    def value(self, found: Arrays) -> Floats:
+        """Return the score of each image, high is suspicious."""
+        return found["gradient"] if self.score == "gradient_norm" else suspicion(self.score, self.weight, found["logits"])
+
+    def flags(self, found: Arrays, alpha: float) -> np.ndarray:
+        """Return which images are suspicious."""
+        detector = Detector(self.clean, alpha)
+        return detector.suspicious(detector.p_value(self.value(found)))
+
+    def threshold(self, alpha: float) -> float:
+        """Return the largest score that is not flagged at ``alpha``."""
+        n = len(self.clean)
+        least = int(np.ceil(alpha * (n + 1) - 1 - 1e-9))  # clean scores that must reach it
+        return float(self.clean[n - least]) if least > 0 else float("inf")
+
+
+def flags_of(c: Context) -> tuple[Flag, list[Flag]]:
+    """Return the served flag and one for every score, all from the calibration split, the served one as the bundle holds it."""
+    splits: list[tuple[Work, Floats, Labels]] = [(Look(gradient=True), *unit(c.data.calibration)), (Look(), *unit(c.data.selection))]
+    calibration, selection = c.ledger.run("calibration split", splits)
+    served = c.bundle.calibration() if c.bundle is not None and "calibration.json" in c.bundle.manifest.files else None
+    weight = served.weight if served is not None and served.score == "energy_entropy" else entropy_weight(selection["logits"])
+    every = [Flag(score, weight, np.sort(Flag(score, weight, np.empty(0)).value(calibration)).astype(np.float64)) for score in SCORES]
+    if served is None:
+        return next(flag for flag in every if flag.score == DEFAULT_SCORE), every
+    return Flag(served.score, served.weight, np.asarray(served.scores)), every
+
+
+def suspicion_rows(c: Context) -> Iterator[Row]:
+    """Yield clean flag rates, how well each score tells strange and attacked images apart, and how often the served flag sees them."""
+    flag, every = flags_of(c)
+    of = c.subject.graph
+    clean = c.look("clean", Look(gradient=True), *c.test(c.suite.test))
+    for alpha in ALPHAS:
+        if alpha * (len(flag.clean) + 1) >= 1:
+            yield from clean_rows(c, flag, clean, alpha)
+    sets = {**strange(c), **attacked(c)}
+    for name, found in sets.items():
+        beside = like(name, clean, found)
+        for other in every:
+            if other.score == "gradient_norm" and "gradient" not in found:
+                continue
+            yield from separation_rows(c, other, name, beside, found)
+        for alpha in ALPHAS:
+            if alpha * (len(flag.clean) + 1) >= 1:
+                hits = flag.flags(found, alpha)
+                yield c.share("flag_power", hits, name, f"alpha {alpha}, score {flag.score}", of)
+    by = {other.score: other for other in every}
+    for score in SCORES[1:]:
+        yield versus_energy(c, by[score], by["energy"], clean, sets)
+
+
+def clean_rows(c: Context, flag: Flag, clean: Arrays, alpha: float) -> Iterator[Row]:
+    """Yield the clean flag rate at ``alpha`` and whether it lies in its Beta-binomial interval."""
+    n, of = len(clean["logits"]), c.subject.graph
+    hits = flag.flags(clean, alpha)
+    low, high = flag_rate_interval(len(flag.clean), n, alpha)
+    yield c.share("flag_rate_clean", hits, c.where, f"alpha {alpha}, score {flag.score}", of)
+    inside = f"alpha {alpha}, Beta-binomial 99 % interval [{low:.4f}, {high:.4f}]"
+    yield number("flag_rate_clean_in_interval", float(low <= hits.mean() <= high), n, c.where, inside, of)
+
+
+def separation_rows(c: Context, flag: Flag, name: str, clean: Arrays, found: Arrays) -> Iterator[Row]:
+    """Yield AUROC, AUPR and FPR@95 of one score on one set against clean test images; the set is the positive class."""
+    a, b = flag.value(clean), flag.value(found)
+    where, n, of = f"{c.where} vs {name}", len(a) + len(b), c.subject.graph
+    protocol = f"score {flag.score}, positives are the other set"
+    yield {**number(f"auroc_{flag.score}", auroc(a, b), n, where, protocol, of), "stderr": auroc_stderr(a, b)}
+    share = f"{protocol}, {len(b) / n:.3f} of all"
+    yield number(f"aupr_{flag.score}", average_precision(a, b), n, where, share, of)
+    passed = round(fpr_at_95(a, b) * len(b))
+    accepted = "share of the other set that passes as clean when 95 % of clean images do"
+    yield proportion(f"fpr95_{flag.score}", passed, len(b), where, accepted, of)
+
+
+def versus_energy(c: Context, flag: Flag, energy: Flag, clean: Arrays, sets: dict[str, Arrays]) -> Row:
+    """Return on how many sets a score separates better than the energy does: what decides the default."""
+    can = {name: found for name, found in sets.items() if flag.score != "gradient_norm" or "gradient" in found}
+    wins = 0
+    for name, found in can.items():
+        own, its = (auroc(other.value(like(name, clean, found)), other.value(found)) for other in (flag, energy))
+        wins += own > its
+    return proportion(
+        f"sets_better_than_energy_{flag.score}", wins, len(can), "all sets above", "share with the higher AUROC", c.subject.graph
+    )
+
+
+def like(name: str, clean: Arrays, found: Arrays) -> Arrays:
+    """Return the clean images that a set is compared with: an attack's own, else all."""
+    return {key: value[: len(found["logits"])] for key, value in clean.items()} if is_attack(name) else clean
+
+
+def is_attack(name: str) -> bool:
+    """Return whether a set is made of the first clean test images."""
+    return name.startswith(("PGD-20 ", "AutoAttack ", "transferred "))
+
+
+def strange(c: Context) -> dict[str, Arrays]:
+    """Return what the model says of the sets that are not like its data."""
+    return {name: c.look(name, Look(gradient=True), image[: c.suite.test]) for name, image in ood_sets(c)}
+
+
+def ood_sets(c: Context) -> Iterator[tuple[str, Floats]]:
+    """Yield (name, images in [0,1]) of what is not like the data; what is not at hand is said, once."""
+    height, width = c.data.test.image.shape[1:3]
+    draw = np.random.default_rng(SEED)
+    yield "uniform noise", to_unit(draw.integers(0, 256, (1000, height, width, 3), dtype=np.uint8))
+    some = c.data.test.image[: max(2, min(1000, c.suite.test))]
+    partner = np.roll(draw.permutation(len(some)), 1)
+    yield "interpolations", to_unit(((some.astype(np.uint16) + some[partner]) // 2).astype(np.uint8))
+    for name in OOD_ATLASES:
+        if name.startswith(f"{c.data.name}_"):
+            continue  # a data set is not out of its own distribution
+        file = data_root() / f"{name}.webp"
+        if (height, width) == (32, 32) and file.is_file():
+            yield name, to_unit(read_atlas(file, 32))
+        else:
+            c.say(f"{name}: not measured, {name}.webp is not in the data folder or the model's size is not 32 x 32")
+    for source in sorted((data_root() / "ood").glob("*")):
+        try:
+            yield source.stem, to_unit(load_images(str(source), height, width))
+        except DataError as error:
+            c.say(f"{source.name}: not measured, {error}")
+
+
+def attacked(c: Context) -> dict[str, Arrays]:
+    """Return what the model says of the first test images under PGD of four strengths, and of images made on the surrogate."""
+    n, eps = c.suite.looked, c.ball.linf
+    image, label = c.test(n)
+    sets = {}
+    for factor in FACTORS:
+        name = f"PGD-20 {eps_name(eps * factor)} on {c.where}"
+        sets[name] = c.look(name, Pgd(Threat("linf", eps * factor), leave=False), image, label)
+    if c.surrogate is not None:
+        name = f"transferred {eps_name(eps)} on {c.where}"
+        sets[name] = c.look(name, Transfer(Threat("linf", eps), str(c.surrogate), c.surrogate_sha256), image, label)
+    if c.suite.autoattack:
+        few = c.test(c.suite.autoattack)
+        name = f"AutoAttack {eps_name(eps)} on {c.where}"
+        sets[name] = c.look(name, AutoAttack(Threat("linf", eps)), *few)
+    return sets
+
+
+def hostile_rows(c: Context) -> Iterator[Row]:
+    """Yield the two figures that hostile users decide: robust OOD, and robust accuracy with rejection."""
+    flag, every = flags_of(c)
+    energy = next(other for other in every if other.score == "energy")
+    for other in [flag] if flag.score == "energy" else [flag, energy]:
+        if other.score != "gradient_norm":
+            yield from robust_ood_rows(c, other)
+            yield from rejection_rows(c, other)
+
+
+def robust_ood_rows(c: Context, flag: Flag) -> Iterator[Row]:
+    """Yield the AUROC when junk is perturbed to look normal, when clean images are perturbed to look strange, and when both are."""
+    threat, n, of = c.ball.threats()[0], c.suite.hostile, c.subject.graph
+    image, label = c.test(n)
+    found = dict(ood_sets(c))
+    name = NEAR if NEAR in found else "interpolations"
+    junk, none = found[name][:n], np.zeros(min(n, len(found[name])), np.int64)
+    down, up = (ScoreAttack(threat, flag.score, flag.weight, up) for up in (False, True))
+    todo: list[tuple[Work, Floats, Labels]] = [(Look(), image, label), (up, image, label), (Look(), junk, none), (down, junk, none)]
+    clean, raised, strange_, lowered = (flag.value(part) for part in c.ledger.run(f"robust OOD, {flag.score}", todo))
+    cases = {"nothing": (clean, strange_), "junk": (clean, lowered), "clean images": (raised, strange_), "both": (raised, lowered)}
+    for moved, (a, b) in cases.items():
+        protocol = f"score {flag.score}; PGD-40 on the score, {threat_name(threat)}, moves {moved}"
+        row = number("auroc_robust_ood", auroc(a, b), len(a) + len(b), f"{c.where} vs {name}", protocol, of)
+        yield {**row, "stderr": auroc_stderr(a, b)}
+
+
+def rejection_rows(c: Context, flag: Flag) -> Iterator[Row]:
+    """Yield the share of images for which no point of the ball was found that is both wrong and unflagged, and the limit to doubt it by.
+
+    A detector that is robust at eps implies a classifier that is robust at eps/2 (Tramer, arXiv 2107.11630): a share above what the
+    model itself keeps at eps/2 says that the attack was too weak.
+    """
+    threat, half, _ = c.ball.threats()
+    n, of = c.suite.hostile, c.subject.graph
+    image, label = c.test(n)
+    for alpha in ALPHAS:
+        if alpha * (len(flag.clean) + 1) < 1:
+            continue
+        common = (threat, flag.score, flag.weight, flag.threshold(alpha), float(flag.clean.std()) or 1.0)
+        works: list[Work] = [*(Evade(*common, variant) for variant in VARIANTS), EvadeBySquare(*common, c.suite.queries)]
+        todo = [(work, image, label) for work in works]
+        holds = np.logical_and.reduce([part["holds"] for part in c.ledger.run(f"rejection, {flag.score}, alpha {alpha}", todo)])
+        holds &= ~unseen(c, flag, alpha, n)
+        protocol = (
+            f"alpha {alpha}, score {flag.score}; {threat_name(threat)}, PGD-50 joint, selective and orthogonal, 2 starts each, "
+            f"and Square of {c.suite.queries} queries on both aims; points of APGD-CE and APGD-T that pass"
+        )
+        yield c.share("accuracy_with_rejection", holds, c.where, protocol, of)
+    (found,) = c.run("at half of eps", Pgd(half, objective="margin", restarts=2), n=n)
+    protocol = f"what a detector robust at eps implies (arXiv 2107.11630): PGD-20 on the margin, {threat_name(half)}, 2 random starts"
+    yield c.share("accuracy_at_half_eps", found["standing"], c.where, protocol, c.subject.weights)
+
+
+def unseen(c: Context, flag: Flag, alpha: float, n: int) -> np.ndarray:
+    """Return for which images the ordinary APGD ends on a point that is wrong and unflagged, though it never looked at the flag."""
+    try:
+        package()
+    except TrainingError as error:
+        c.say(f"not measured: {error}")
+        return np.zeros(n, bool)
+    (found,) = c.run("APGD", AutoAttack(c.ball.threats()[0], APGD), n=n)
+    _, label = c.test(n)
+    missed: np.ndarray = (found["logits"].argmax(axis=1) != label) & ~flag.flags(found, alpha)
+    return missed
+
+
+def shift_rows(c: Context) -> Iterator[Row]:
+    """Yield accuracy and flag rate under benign shifts, as the server's decoder hands them to the model."""
+    flag, _ = flags_of(c)
+    some, of, alpha = c.data.test.first(c.suite.shifted), c.subject.graph, ALPHAS[0]
+    for name, shift in {"none": None, **SHIFTS}.items():
+        image = to_unit(some.image if shift is None else shifted(some.image, shift))
+        (found,) = c.ledger.run(f"shift {name}", [(Look(), image, some.label)])
+        where = f"{c.where} after {name}" if shift else c.where
+        yield c.share("flag_rate_shifted", flag.flags(found, alpha), where, f"alpha {alpha}, score {flag.score}", of)
+        yield c.share("accuracy_shifted", found["logits"].argmax(axis=1) == some.label, where, "served", of)
