@@ -45,19 +45,15 @@ def figure(row: Row) -> str:
 
 
 def table(rows: list[Row], baseline: list[Row]) -> str:
-    """Return a Markdown table of ``rows``, with the same measurement of the warm start beside each."""
+    """Return a Markdown table of ``rows``, with the same measurement of the warm start beside each, if there is any."""
     known = {key(row): row for row in baseline}
-    lines = ["| figure | this model | warm start | n | data | protocol |", "|---|---|---|---|---|---|"]
+    paired = any(key(row) in known for row in rows)
+    names = ["figure", "this model", *(["warm start"] if paired else []), "n", "data", "protocol"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         beside = known.get(key(row))
-        cells = (
-            row["metric"],
-            figure(row),
-            figure(beside) if beside else "",
-            row["n"],
-            row["dataset"],
-            f"{row['protocol']}, seed {row['seed']}",
-        )
+        other = [figure(beside) if beside else ""] if paired else []
+        cells = (row["metric"], figure(row), *other, row["n"], row["dataset"], f"{row['protocol']}, seed {row['seed']}")
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

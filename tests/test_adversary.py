@@ -10,6 +10,8 @@ from ebjdat_serve.folding import folded
 from ebjdat_serve.wideresnet import WideResNet
 from training.adversary import INNER, Attack, Threat, ascent, begin, climb, cross_entropy, divergence, frozen, pgd, project
 from training.evaluation.attacks import survivors
+from training.evaluation.autoattack import AutoAttack
+from training.evaluation.subject import open_module
 from training.ranks import Noise
 
 
@@ -140,7 +142,12 @@ def test_autoattack_runs_stays_in_its_ball_and_leaves_less_than_clean():
     net = WideResNet(10, 1, 4).eval().requires_grad_(False)
     image = torch.rand(4, 3, 8, 8)
     label = net(image).argmax(dim=1)
-    assert autoattack(net, image, label, eps=0.3) < 4
+    found = AutoAttack(Threat("linf", 0.3)).run(open_module("net", net, ""), image.numpy(), label.numpy())
+    assert found["standing"].sum() < 4
+    with torch.no_grad():
+        right = found["logits"].argmax(axis=1) == label.numpy()
+    assert (right == found["standing"]).all()
+    assert any(note.startswith("apgd-ce left") for note in found["notes"])
 
 
 @pytest.mark.parametrize("depth", [10, 16])

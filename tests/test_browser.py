@@ -98,7 +98,7 @@ def test_logits_and_energy_are_the_servers(page, engine, test_images):
 def test_the_page_shows_what_the_server_would_say(page, shipped, engine, test_images):
     logits, energy = engine.classify(pixels.to_unit(test_images[0][[CAT]]))
     calibration = shipped.calibration()
-    detector = Detector(np.array(calibration.energies), 0.05)
+    detector = Detector(np.array(calibration.scores), 0.05)
     p_value = detector.p_value(energy)
     shown = page["shown"]
     assert shown["label"] == shipped.manifest.labels[logits.argmax()]

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.errors import EbjdatError
 from training.calibrate import fit_temperature
-from training.measures import auroc, expected_calibration_error, flag_rate_interval, frechet_distance, wilson
+from training.distances import frechet_distance
+from training.measures import auroc, expected_calibration_error, flag_rate_interval, wilson
 
 energies = st.lists(st.floats(-50, 50, width=32), min_size=20, max_size=60)
 

@@ -90,11 +90,11 @@ def test_the_server_flags_with_the_precisions_own_threshold(precise, tmp_path):
         info = httpx2.get(f"{server.url}/info").json()
         assert (info["precision"], info["provider"]) == ("int8", "CPUExecutionProvider")
         assert info["calibration"]["of"] == precise.measured("int8")
-        energies = sorted(precise.calibration("int8").energies)
+        scores = sorted(precise.calibration("int8").scores)
         for one, energy in zip(image, expected, strict=True):
             said = httpx2.post(f"{server.url}/classify", content=pixels.encode_png(one)).json()
             assert said["energy"] == pytest.approx(float(energy), abs=1e-5)
-            assert said["p_value"] == pytest.approx((1 + sum(e >= said["energy"] for e in energies)) / (len(energies) + 1), abs=2e-3)
+            assert said["p_value"] == pytest.approx((1 + sum(s >= said["suspicion"] for s in scores)) / (len(scores) + 1), abs=2e-3)
         assert httpx2.get(f"{server.url}/generate?class=3&steps=2").status_code == 200  # by the fp32 step
 
 

@@ -212,11 +212,13 @@ def test_no_bundle_however_strange_stops_the_server(tmp_path, shipped, picture):
     publish(shipped, store)
     rows = json.loads((SHIPPED / "calibration.json").read_text())
     nan = [{**row, "energies": [float("nan"), *row["energies"]]} for row in rows]
+    unknown = [{**row, "score": "luck"} for row in rows]
     cold = [{**row, "temperature": 10**400} for row in rows]
     strange = {
         "deep": {"bundle_json": b"[" * 200_000},
         "number": {"calibration_json": b"5"},
         "nan": {"calibration_json": json.dumps(nan).encode()},
+        "score": {"calibration_json": json.dumps(unknown).encode()},
         "hot": {"calibration_json": json.dumps(cold).encode()},
         "prior": {"prior_safetensors": b"junk"},
         "graph": {"classify_onnx": b"\xff" * 100},

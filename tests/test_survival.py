@@ -205,7 +205,7 @@ def test_the_card_says_what_was_trained_and_no_path(tmp_path):
     assert "secret" not in text
     for said in ("method Standard", "aaaaaaaaaaaa-dirty", "rolled back for divergence 2 times", "its licence is for you to state"):
         assert said in text
-    for unsaid in ("FGSM", "CIFAR-10", "aligns the energies"):
+    for unsaid in ("FGSM", "CIFAR-10"):
         assert unsaid not in card(bundle, [], [])
 
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, read_json, write_json
-from ebjdat_serve.card import table
+from ebjdat_serve.card import figure, table
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.sgld import Prior
-from training.evaluation.rows import ball_of
+from training.evaluation.rows import ball_of, eps_name
 
 Row = dict[str, Any]
 MARKERS = ("<!-- figures -->", "<!-- /figures -->")
@@ -29,18 +29,37 @@ LICENCES = {
     "svhn": "Weights of a model trained on SVHN (Netzer et al. 2011), which is for non-commercial use only.",
     "digits": "Weights: Apache-2.0. Digits: UCI, Alpaydin and Kaynak 1998, as scikit-learn ships them (CC BY 4.0).",
 }
-IN_README = (
-    "accuracy_clean",
-    "accuracy_pgd20",
-    "accuracy_autoattack",
-    "energy_gap_adv_over_sd",
-    "frechet_resnet20",
-    "class_agreement_resnet20",
-    "ece",
-    "flag_rate_clean",
-    "flag_rate_clean_in_interval",
-    "auroc_energy",
-    "flag_power",
+CHIEF: tuple[tuple[str, str, str], ...] = (  # metric, and what the data and the protocol must contain
+    ("accuracy_clean", "", ""),
+    ("accuracy_pgd20", "", ""),
+    ("accuracy_apgd", "", ""),
+    ("accuracy_autoattack", "", ""),
+    ("accuracy_autoattack_l2", "", ""),
+    ("accuracy_square", "", ""),
+    ("accuracy_transfer", "", ""),
+    ("accuracy_worst_case", "", ""),
+    ("masking_suspected", "", ""),
+    ("energy_gap_over_sd", "PGD-20 EPS", ""),
+    ("energy_w1_over_sd", "PGD-20 EPS", ""),
+    ("joint_energy_w1_over_sd", "PGD-20 EPS", ""),
+    ("frechet_infinity_resnet20", "", ""),
+    ("kernel_distance_efficientnet_lite0", "", ""),
+    ("class_agreement_resnet20", "", ""),
+    ("memorised", "", ""),
+    ("seconds_per_sample", "", ""),
+    ("nll", "DATA test", "fitted"),
+    ("brier", "DATA test", "fitted"),
+    ("ece", "DATA test", "fitted"),
+    ("ece_floor", "DATA test", "fitted"),
+    ("flag_rate_clean", "", ""),
+    ("flag_rate_clean_in_interval", "", ""),
+    ("auroc_energy", "", ""),
+    ("auroc_SCORE", "", ""),
+    ("flag_power", "", "alpha 0.05"),
+    ("flag_rate_shifted", "JPEG q75", ""),
+    ("auroc_robust_ood", "", "score SCORE"),
+    ("accuracy_with_rejection", "", "score SCORE"),
+    ("accuracy_at_half_eps", "", ""),
 )
 
 
@@ -97,9 +116,6 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     weak = f"\nThe energy is **worse than chance** (AUROC below 0.5) on: {'; '.join(poor)}.\n" if poor else ""
     warm = p.configuration.get("warm_start")
     beside = f"The warm start is `{warm}`, the network that this model was continued from, evaluated identically.\n" if warm else ""
-    aligned = (
-        "training aligns the energies of clean and\nadversarial images, so the energy" if method_kind(bundle) == "EbJdat" else "the energy"
-    )
     return f"""# {m.name}@{m.version}
 
 {m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
@@ -115,15 +131,19 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 {beside}Robust accuracies are in pixels of [0,1]; the published EB-JDAT code works in [-1,1], so its 8/255 is 4/255 here.
 
+{table(chief(bundle, rows), baseline)}
+
+![energies of clean, adversarial, drawn and strange images](landscape.png)
+{weak}
+<details><summary>All {len(rows)} figures</summary>
+
 {table(rows, baseline)}
 
-![energies of clean (blue) and PGD-20 (red) test images](landscape.png)
-{weak}
+</details>
+
 ## What the flag sees
 
-`suspicious` means p < alpha, with p = (1 + #(clean calibration energies >= E(x))) / (n + 1). It bounds false alarms on data like
-the calibration set, on average over calibration draws; given this one set the rate is Beta-distributed, and the clean flag rate
-above stands beside that interval. It is no defence against an adaptive attacker: {aligned} sees little of an attack inside its ball (see `flag_power` above).
+{flag_sentence(bundle, rows)}
 
 ## Data and licence
 
@@ -144,11 +164,60 @@ def short(git: str) -> str:
     return commit[:12] + dirty
 
 
+def chief(bundle: Bundle, rows: list[Row]) -> list[Row]:
+    """Return the rows that a new user asks for, in the order of ``CHIEF``."""
+    data = bundle.manifest.provenance.dataset
+    words = {"SCORE": served_score(bundle), "EPS": eps_name(ball_of(data).linf), "DATA": data}
+    found = []
+    for metric, where, how in CHIEF:
+        for mark, word in words.items():
+            metric, where, how = (text.replace(mark, word) for text in (metric, where, how))
+        exact = where.endswith(" test")  # not the corrupted ones
+        fits = [row for row in rows if row["metric"] == metric and how in row["protocol"]]
+        found += [row for row in fits if (row["dataset"] == where if exact else where in row["dataset"]) and row not in found]
+    return found
+
+
+def served_score(bundle: Bundle) -> str:
+    """Return the score that ``suspicious`` is decided by."""
+    return bundle.calibration().score if "calibration.json" in bundle.manifest.files else "energy"
+
+
+def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
+    """Return what the flag bounds and what it does not, with the figures of a hostile user."""
+    if "calibration.json" not in bundle.manifest.files:
+        return "The bundle is not calibrated yet, so nothing is flagged."
+    calibration = bundle.calibration()
+    score = {
+        "energy": "s(x) = E(x)",
+        "max_softmax": "s(x) = -max log p(y|x)",
+        "energy_entropy": f"s(x) = E(x) + {calibration.weight:.2f} H(p(.|x)), the energy and the entropy of the class at equal spread",
+    }[calibration.score]
+
+    def figure_of(metric: str, how: str) -> str:
+        return next((figure(row) for row in rows if row["metric"] == metric and how in row["protocol"]), "not measured")
+
+    junk = figure_of("auroc_robust_ood", f"score {calibration.score}; PGD-40 on the score, l-inf {eps_of(bundle)}, moves junk")
+    held = figure_of("accuracy_with_rejection", f"alpha 0.05, score {calibration.score}")
+    limit = figure_of("accuracy_at_half_eps", "")
+    shifted = next((figure(row) for row in rows if row["metric"] == "flag_rate_shifted" and "JPEG q75" in row["dataset"]), "not measured")
+    return f"""`suspicious` means p < alpha, with p = (1 + how many of {len(calibration.scores):,} clean calibration scores are at least this one) / {len(calibration.scores) + 1:,} and
+{score}. It bounds false alarms on data like the calibration set: at most alpha on average over calibration draws; given this one set the rate is
+Beta-distributed around it, and the clean rate above stands beside that interval. JPEG at quality 75 is flagged at {shifted}.
+**It is no defence against an adaptive attacker**, and these are the figures: junk that is perturbed within {eps_of(bundle)} to look normal leaves an AUROC of {junk}
+(0.5 is blind, 0 is fooled every time); the share of images for which no point of the ball was found that is both wrong and unflagged is {held} at alpha 0.05,
+and a flag that truly held at {eps_of(bundle)} would imply a classifier that holds at half of it, where this one keeps {limit}."""
+
+
+def eps_of(bundle: Bundle) -> str:
+    """Return the l-inf ball that figures are quoted at."""
+    return eps_name(ball_of(bundle.manifest.provenance.dataset).linf)
+
+
 def readme_table(bundle: Bundle) -> str:
-    """Return the README's figures: the rows of metrics.json that a new user asks for, the warm start's beside them."""
-    baseline = bundle.path / "baseline.json"
-    rows = [row for name in IN_README for row in bundle.metrics() if row["metric"] == name]
-    return table(rows, read_json(baseline) if baseline.is_file() else [])
+    """Return the README's figures: the chief rows of metrics.json, and what the flag sees."""
+    rows = bundle.metrics()
+    return f"{table(chief(bundle, rows), [])}\n\n{flag_sentence(bundle, rows)}"
 
 
 def main() -> None:

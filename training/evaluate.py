@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from training.evaluation.ledger import Arrays, Ledger
 from training.evaluation.report import write_evaluation_report
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
 from training.evaluation.rows import Row, ball_of, eps_name
-from training.evaluation.subject import Spec, bundle_spec, module_spec
+from training.evaluation.subject import Spec, bundle_spec, load_weights, module_spec
 from training.evaluation.suspicion import hostile_rows, shift_rows, suspicion_rows
 from training.images import Dataset, load
 
@@ -93,7 +94,7 @@ def evaluate_module(
     module: nn.Module,
     data: str | Dataset,
     *,
-    suite: str = "quick",
+    suite: str | Suite = "quick",
     n: int | None = None,
     parts: Sequence[str] = USUAL,
     name: str = "module",
@@ -106,9 +107,10 @@ def evaluate_module(
     metrics.json and report.html are written to ``folder``, by default one under EBJDAT_RUNS named after its sha256. More than one
     process needs a module that can be pickled, and a caller that is guarded by ``if __name__ == "__main__"``.
     """
-    amounts = SUITES[suite] if n is None else SUITES[suite].at_most(n)
+    chosen = SUITES[suite] if isinstance(suite, str) else suite
+    chosen = chosen if n is None else chosen.at_most(n)
     dataset = load(data) if isinstance(data, str) else data
-    c = context(module_spec(module, name), dataset, amounts, processes=processes, folder=folder, **more)
+    c = context(module_spec(module, name), dataset, chosen, processes=processes, folder=folder, **more)
     file = c.folder / "metrics.json"
     kept = [row for row in (json.loads(file.read_text()) if file.is_file() else []) if row["part"] not in parts]
     rows = [*(row for row in kept if row["of"] in (c.subject.weights, c.subject.graph)), *measure(c, parts)]
@@ -132,7 +134,7 @@ def context(
 ) -> Context:
     """Return what the parts are given; the surrogate is left out where it is another data set's, or the subject itself."""
     subject = spec()
-    home = folder or work_root() / f"{subject.name}-{subject.weights[:12]}"
+    home = folder or work_root() / folder_name(subject.name, subject.weights)
     home.mkdir(parents=True, exist_ok=True)
     (home / "subject.json").write_text(
         json.dumps({"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name})
@@ -146,10 +148,18 @@ def context(
     c = Context(subject, data, suite, ball_of(data.name), ledger, home, bundle, surrogate, digest, tuple(controls), buffer)
     c.images.update(load_flat(home / "images.npz"))
     for kept, file in ((c.arrays, "arrays.npz"), (c.drawings, "drawings.npz")):
-        for key, value in load_flat(home / file).items():
-            name, _, field = key.rpartition("|")
-            kept.setdefault(name, {})[field] = value
+        kept.update(unflattened(load_flat(home / file)))
     return c
+
+
+def folder_name(name: str, weights: str) -> str:
+    """Return the name of the folder that a subject's evaluation is kept in."""
+    return f"{name}-{weights[:12]}"
+
+
+def named(file: Path) -> str:
+    """Return what a weights file is called: its folder."""
+    return file.parent.name
 
 
 def work_root() -> Path:
@@ -189,13 +199,22 @@ def load_flat(file: Path) -> Arrays:
         return {name: stored[name] for name in stored.files}
 
 
+def unflattened(flat: Arrays) -> dict[str, Arrays]:
+    """Return arrays that are named "set|field" by set and field."""
+    found: dict[str, Arrays] = {}
+    for key, value in flat.items():
+        name, _, field = key.rpartition("|")
+        found.setdefault(name, {})[field] = value
+    return found
+
+
 def main() -> None:
     """Evaluate the bundle named on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None,
         epilog=f"parts: {', '.join(PARTS)}; --protocol released-code is the part of that name alone",
     )
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, help="a bundle, a store, or a weights.safetensors that the trainer wrote")
     parser.add_argument("--suite", choices=sorted(SUITES), default="quick")
     parser.add_argument("--part", nargs="+", choices=sorted(PARTS), default=None, help="only these; rows of the others stay")
     parser.add_argument(
@@ -209,13 +228,22 @@ def main() -> None:
     parser.add_argument("--control", type=Path, nargs="+", default=[], help="weights sampled with the same prior, steps and seeds")
     parser.add_argument("--buffer", type=Path, help="state.pt of a stage, whose replay buffer is measured beside fresh samples")
     parser.add_argument("--processes", type=int, default=cores(), help="worker processes, one thread each (%(default)s)")
-    parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
+    parser.add_argument(
+        "--data", help="of weights: the data set (cifar10); of a bundle of a user's own data: the folder, when it has moved"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        bundle = Bundle.draft(options.bundle)
         parts = ("released-code",) if options.protocol == "released-code" else options.part or USUAL
         more = {"surrogate": options.surrogate, "controls": options.control, "buffer": options.buffer, "processes": options.processes}
+        if options.bundle.suffix == ".safetensors":
+            file = options.bundle.resolve()
+            rows = evaluate_module(
+                load_weights(file), options.data or "cifar10", suite=amounts(options), parts=parts, name=named(file), **more
+            )
+            print(f"{len(rows)} figures and report.html in {work_root() / folder_name(named(file), rows[0]['of'])}")
+            return
+        bundle = Bundle.draft(options.bundle)
         done = evaluate(bundle, dataset_of(bundle, options.data), amounts(options), options.baseline, parts=parts, **more)
         print(f"{done.path / 'metrics.json'}, {done.path / 'report.html'}")
     except (EbjdatError, DataError, TrainingError) as error:
@@ -226,8 +254,6 @@ def main() -> None:
 
 def amounts(options: argparse.Namespace) -> Suite:
     """Return the suite with the command line's numbers."""
-    from dataclasses import replace
-
     asked = [value for value in (options.n, options.samples, options.autoattack, options.processes) if value is not None]
     if min(asked) < 1 and options.autoattack != 0:
         raise TrainingError("--n, --samples, --autoattack and --processes are 1 or more")

@@ -62,7 +62,9 @@ def refresh(
             return weights
         baseline, before = None, 0
         for stage in todo:
-            bundle = finish(stage, data, run / stage.name, suite=suite, baseline=baseline, origin=origin, before=before)
+            bundle = finish(
+                stage, data, run / stage.name, suite=suite, baseline=baseline, origin=origin, before=before, last=stage is todo[-1]
+            )
             baseline, before = bundle.path / "metrics.json", bundle.manifest.provenance.rollbacks
         say(f"publish into {run / 'store'}")
         return publish(bundle, run / "store")
@@ -102,15 +104,21 @@ def lock(run: Path) -> Iterator[None]:
         yield
 
 
-def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None, origin: Origin, before: int) -> Bundle:
-    """Return the evaluated bundle of one stage's weights: export, parity, calibration, evaluation; ``before``: roll-backs until then."""
+def finish(
+    stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None, origin: Origin, before: int, last: bool
+) -> Bundle:
+    """Return the evaluated bundle of one stage's weights: export, parity, calibration, evaluation; ``before``: roll-backs until then.
+
+    Of a stage that is not the ``last``, a warm start, only what stands beside the last one's figures is measured.
+    """
     # here and not above: a machine that only trains need not have ONNX and SciPy
     from export.parity import check
     from export.to_onnx import export
     from training.calibrate import calibrate
-    from training.evaluate import SUITES, evaluate
+    from training.evaluate import SUITES, USUAL, evaluate
 
     home, weights = folder / "bundle", folder / "weights.safetensors"
+    parts = USUAL if last else ("clean", "robustness", "landscape")
     if finished(home, weights, min(SUITES[suite].test, len(data.test))):
         return Bundle.load(home)
     say(f"export {home}")
@@ -121,7 +129,7 @@ def finish(stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: 
     say(f"parity: largest difference {worst[1]:.1e} ({worst[0]})")
     bundle = calibrate(bundle, data)
     say(f"calibrated on {len(data.calibration)} images; evaluate ({suite})")
-    return evaluate(bundle, data, SUITES[suite], baseline)
+    return evaluate(bundle, data, SUITES[suite], baseline, parts=parts)
 
 
 def finished(home: Path, weights: Path, n: int) -> bool:

@@ -26,10 +26,11 @@ APGD = ("apgd-ce", "apgd-t")
 
 @dataclass(frozen=True)
 class AutoAttack:
-    """The standard version with the official settings, or only ``attacks`` of it, each with the standard version's numbers."""
+    """The standard version with the official settings, or only some ``attacks``; ``rand``: the version for models that answer at random."""
 
     threat: Threat
     attacks: tuple[str, ...] = ()
+    rand: bool = False
 
     @property
     def cost(self) -> float:
@@ -39,12 +40,14 @@ class AutoAttack:
     def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
         """Return standing (N,), logits (N, K) of the images it made, and notes: every warning of the package, and what each attack left."""
         x, y = tensors(subject, image, label)
-        version = {"version": "custom", "attacks": list(self.attacks)} if self.attacks else {"version": "standard"}
+        version: dict[str, Any] = {"version": "rand" if self.rand else "standard"}
+        if self.attacks and not self.rand:
+            version = {"version": "custom", "attacks": list(self.attacks)}
         attack = package().AutoAttack(
             Logits(subject), norm=NORMS[self.threat.norm], eps=self.threat.eps, seed=SEED, device=x.device, **version
         )
         classes = subject.logits(image[:1]).shape[1]
-        attack.apgd.n_restarts = 1  # as in the standard version; the class begins with 5
+        attack.apgd.n_restarts = 1  # as in both versions; the class begins with 5
         for targeted in (attack.apgd_targeted, attack.fab):
             targeted.n_target_classes = min(9, classes - 1)
         with said() as lines:
@@ -117,7 +120,7 @@ class ReleasedAutoAttack:
                 left = standing.nonzero().flatten()
                 if not len(left):
                     break
-                x_adv = perturb(x[left].clone(), y[left].clone())
+                x_adv = perturb(x[left].clone(), y[left].clone()).detach()
                 inside = (x_adv - x[left]).abs().flatten(1).amax(dim=1) <= self.eps + 1e-5
                 fooled = torch.from_numpy(subject.logits(x_adv.cpu().numpy()).argmax(axis=1)).to(x.device) != y[left]
                 standing[left] = ~(fooled & inside)

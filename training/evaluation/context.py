@@ -31,16 +31,27 @@ class Suite:
     shifted: int  # benign shifts and corruptions
     samples: int
     queries: int = 5000  # of Square
+    thorough: bool = True  # the flag is attacked at every alpha, and the energy beside the served score
 
     def at_most(self, n: int) -> "Suite":
         """Return the suite with no measurement on more than n images."""
-        amounts = {name: min(value, n) for name, value in vars(self).items() if name not in ("queries", "samples")}
+        amounts = {name: min(value, n) for name, value in vars(self).items() if name not in ("queries", "samples", "thorough")}
         return replace(self, **amounts)
 
 
 SUITES = {
     "quick": Suite(
-        test=1_000, attacked=500, strong=100, autoattack=0, checked=100, looked=300, hostile=50, shifted=300, samples=300, queries=300
+        test=1_000,
+        attacked=500,
+        strong=100,
+        autoattack=0,
+        checked=100,
+        looked=300,
+        hostile=50,
+        shifted=300,
+        samples=300,
+        queries=300,
+        thorough=False,
     ),
     "full": Suite(
         test=10_000, attacked=10_000, strong=1_000, autoattack=1_000, checked=500, looked=1_000, hostile=500, shifted=1_000, samples=10_000

@@ -63,11 +63,34 @@ def landscape(arrays: dict[str, Arrays], eps: float, title: str = "") -> Figure:
     return figure
 
 
-def overlay(axis: Axes, sets: Sequence[tuple[str, np.ndarray]]) -> None:
-    """Draw densities of several samples on common bins, the first filled."""
+def landscapes(models: Sequence[tuple[str, dict[str, Arrays]]], eps: float) -> Figure:
+    """Return the landscapes of several models, one above the other, on one axis: deviations of each model's own clean energies."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            len(models), 2, figsize=(9.2, 1.9 * len(models) + 0.6), layout="constrained", sharex="col", squeeze=False
+        )
+        for row, (name, arrays) in zip(axes, models, strict=True):
+            for axis, kind in zip(row, ("energy", "joint_energy"), strict=True):
+                clean = energies(arrays["clean"])[kind]
+                sets = [(short, (energies(found)[kind] - clean.mean()) / clean.std()) for _, short, found in sets_shown(arrays, eps)]
+                overlay(axis, sets, (-5.0, 8.0))
+            row[0].set_ylabel(name)
+        axes[0, 0].set_title("E(x)")
+        axes[0, 1].set_title("E(x, y)")
+        for axis in axes[-1]:
+            axis.set_xlabel("deviations of the clean energies from their mean")
+        handles = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+        axes[0, 1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+    return figure
+
+
+def overlay(axis: Axes, sets: Sequence[tuple[str, np.ndarray]], limits: tuple[float, float] | None = None) -> None:
+    """Draw densities of several samples on common bins, the first two filled; what lies beyond ``limits`` is piled up at them."""
     joined = np.concatenate([values for _, values in sets])
-    edges = np.linspace(np.quantile(joined, 0.002), np.quantile(joined, 0.998), 56)
+    low, high = limits or (float(np.quantile(joined, 0.002)), float(np.quantile(joined, 0.998)))
+    edges = np.linspace(low, high, 56)
     for i, (name, values) in enumerate(sets):
+        values = values.clip(low, high) if limits else values
         density, _ = np.histogram(values, edges)
         heights = density / max(len(values), 1) / np.diff(edges)
         axis.stairs(heights, edges, color=COLOURS[i], alpha=0.22 if i < 2 else 0.0, fill=True)

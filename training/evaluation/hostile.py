@@ -75,6 +75,8 @@ class Evade:
         noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
         for start in (x, project(x + self.threat.eps * (2 * noise - 1), x, self.threat)):
             left = (~broken).nonzero().flatten()
+            if not len(left):
+                break
             found = self.search(subject, x[left], y[left], start[left])
             broken[left] = torch.from_numpy(evades(subject, found.cpu().numpy(), label[left.cpu().numpy()], self)).to(x.device)
         return {"holds": ~broken.cpu().numpy()}

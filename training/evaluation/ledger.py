@@ -174,7 +174,7 @@ def write(file: Path, arrays: Arrays) -> None:
 def read(file: Path) -> Arrays | None:
     """Return a result, or None when it is not there or cannot be read."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:  # closed also when it is no archive
             return {name: stored[name] for name in stored.files}
     except FileNotFoundError:
         return None

@@ -183,7 +183,7 @@ def hostile_rows(c: Context) -> Iterator[Row]:
     """Yield the two figures that hostile users decide: robust OOD, and robust accuracy with rejection."""
     flag, every = flags_of(c)
     energy = next(other for other in every if other.score == "energy")
-    for other in [flag] if flag.score == "energy" else [flag, energy]:
+    for other in [flag] if flag.score == "energy" or not c.suite.thorough else [flag, energy]:
         if other.score != "gradient_norm":
             yield from robust_ood_rows(c, other)
             yield from rejection_rows(c, other)
@@ -215,7 +215,7 @@ def rejection_rows(c: Context, flag: Flag) -> Iterator[Row]:
     threat, half, _ = c.ball.threats()
     n, of = c.suite.hostile, c.subject.graph
     image, label = c.test(n)
-    for alpha in ALPHAS:
+    for alpha in ALPHAS if c.suite.thorough else ALPHAS[:1]:
         if alpha * (len(flag.clean) + 1) < 1:
             continue
         common = (threat, flag.score, flag.weight, flag.threshold(alpha), float(flag.clean.std()) or 1.0)

@@ -1,0 +1,455 @@
+"""The evaluator on models with known answers: undefended, masked in two ways, random; killed and resumed; recomputed from its arrays."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from ebjdat_serve.bundle import Bundle, write_json
+from ebjdat_serve.detection import Detector, suspicion
+from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.pixels import to_unit
+from tests.conftest import ROOT
+from training import compare
+from training.adversary import Threat
+from training.card import write_card
+from training.errors import TrainingError
+from training.evaluate import evaluate_module, load_flat, unflattened
+from training.evaluation.attacks import Pgd, Trace
+from training.evaluation.autoattack import ReleasedAutoAttack, Square, summary, tally
+from training.evaluation.hostile import Evade, EvadeBySquare, ScoreAttack, without
+from training.evaluation.ledger import Ledger, read
+from training.evaluation.rows import merge, number
+from training.evaluation.scores import SCORES, margin
+from training.evaluation.shifts import CORRUPTIONS, SHIFTS, corrupted, shifted
+from training.evaluation.subject import module_sha256, module_spec
+from training.evaluation.suspicion import Flag
+from training.images import load
+
+LINF = Threat("linf", 51 / 255)
+
+
+class Net(nn.Module):
+    """A small network without any defence."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.head = nn.Linear(32 * 16, 10)
+
+    def plain(self, x):
+        return self.head(F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(2 * x - 1)))), 2).flatten(1))
+
+    def forward(self, x):
+        return self.plain(x)
+
+
+class Quantised(Net):
+    """Masked: rounding has no gradient."""
+
+    def forward(self, x):
+        return self.plain(torch.round(8 * x) / 8)
+
+
+class Scaled(Net):
+    """Masked: cross-entropy saturates, so that its gradient is zero in fp32."""
+
+    def forward(self, x):
+        return 1e3 * self.plain(x)
+
+
+class Noisy(Net):
+    """Answers at random, which hides nothing from averaged gradients."""
+
+    def forward(self, x):
+        return self.plain(x + 0.15 * torch.randn_like(x))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def weights(digits):
+    """One training run; the wrappers above only hide its gradient."""
+    torch.manual_seed(0)
+    net = Net()
+    optimiser = torch.optim.Adam(net.parameters(), 2e-3)
+    image, label = torch.from_numpy(to_unit(digits.train.image)), torch.from_numpy(digits.train.label)
+    for _ in range(12):
+        for i in torch.randperm(len(label)).split(64):
+            loss = F.cross_entropy(net.plain(image[i] + 0.05 * torch.randn_like(image[i])), label[i])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return net.state_dict()
+
+
+def made(kind, weights):
+    net = kind()
+    net.load_state_dict(weights)
+    return net
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("EBJDAT_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+def values(rows):
+    return {(row["metric"], row["protocol"]): row["value"] for row in rows}
+
+
+def value(rows, metric, protocol=""):
+    (found,) = [row["value"] for row in rows if row["metric"] == metric and protocol in row["protocol"]]
+    return found
+
+
+def measured(kind, weights, runs, **more):
+    return evaluate_module(made(kind, weights), "digits", n=40, name=kind.__name__, folder=runs / kind.__name__, **more)
+
+
+def test_an_undefended_net_is_broken_and_not_called_masked(weights, runs):
+    rows = measured(Net, weights, runs, parts=("clean", "robustness", "masking"))
+    assert value(rows, "accuracy_clean") > 0.9
+    for metric in ("accuracy_pgd20_margin", "accuracy_pgd20_restarts", "accuracy_apgd", "accuracy_worst_case"):
+        assert value(rows, metric) <= 0.05
+    assert value(rows, "masking_suspected") == 0.0
+    assert all(row["value"] == 1.0 for row in rows if row["metric"].startswith("check_"))
+    low, high = next(row["interval"] for row in rows if row["metric"] == "accuracy_apgd")
+    assert 0 <= low <= value(rows, "accuracy_apgd") <= high <= 1
+
+
+@pytest.mark.parametrize(("kind", "failed"), [(Quantised, "white_box_beats_square"), (Scaled, "falls_to_zero")])
+def test_a_masked_gradient_is_unmasked(kind, failed, weights, runs):
+    rows = measured(kind, weights, runs, parts=("robustness", "masking"))
+    assert value(rows, "accuracy_pgd20", "l-inf 51/255") > 0.8  # what would have been claimed
+    assert value(rows, "accuracy_worst_case") < 0.3
+    assert value(rows, "masking_suspected") == 1.0
+    assert value(rows, "check_gradients_exist") == value(rows, f"check_{failed}") == 0.0
+    report = (runs / kind.__name__ / "report.html").read_text()
+    assert "Masked gradients are suspected" in report
+    if kind is Quantised:
+        assert "points with zero gradient" in report  # AutoAttack's own warning
+
+
+def test_a_random_net_is_attacked_by_averaged_gradients(weights, runs):
+    rows = measured(Noisy, weights, runs, parts=("robustness", "masking"), suite="quick")
+    assert value(rows, "check_deterministic") == 0.0
+    assert value(rows, "masking_suspected") == 0.0
+    assert any("averaged over 16 passes" in row["protocol"] for row in rows)
+    assert value(rows, "accuracy_worst_case") <= 0.05
+    assert not [row for row in rows if row["metric"] == "accuracy_apgd"]  # the package has another version for such nets
+
+
+def test_three_lines_measure_any_module(weights, runs):
+    net = made(Net, weights).train()
+    rows = evaluate_module(net, "digits", n=20, parts=("clean",))
+    assert not net.training
+    assert {"metric", "value", "n", "dataset", "protocol", "seed", "of", "part"} <= set(rows[0])
+    assert rows[0]["of"] == module_sha256(net)
+    assert (runs / "evaluation" / f"module-{rows[0]['of'][:12]}" / "report.html").is_file()
+
+
+def test_every_figure_can_be_recomputed_from_the_arrays(weights, runs):
+    rows = measured(Net, weights, runs, parts=("clean", "suspicion", "landscape"))
+    arrays = unflattened(load_flat(runs / "Net" / "arrays.npz"))
+    clean, noise = arrays["clean"], arrays["uniform noise"]
+    assert value(rows, "accuracy_clean") == np.mean(clean["logits"].argmax(1) == clean["label"])
+    energy = {name: -np.log(np.exp(found["logits"].astype(float)).sum(axis=1)) for name, found in arrays.items()}
+    for score in ("energy", "gradient_norm"):
+        a, b = (energy[s] if score == "energy" else arrays[s]["gradient"] for s in ("clean", "uniform noise"))
+        truth = np.r_[np.zeros(len(a)), np.ones(len(b))]
+        (found,) = [row for row in rows if row["metric"] == f"auroc_{score}" and "uniform noise" in row["dataset"]]
+        assert found["value"] == pytest.approx(roc_auc_score(truth, np.r_[a, b]), abs=1e-6)
+    (name,) = [name for name in arrays if name.startswith("PGD-20 51/255")]
+    moved = energy[name] - energy["clean"][: len(energy[name])]
+    (gap,) = [row for row in rows if row["metric"] == "energy_gap" and row["dataset"] == name]
+    assert gap["value"] == pytest.approx(moved.mean(), abs=1e-5)
+    distance = np.abs(np.sort(energy[name]) - np.sort(energy["clean"][: len(moved)])).mean() / energy["clean"].std()
+    (w1,) = [row for row in rows if row["metric"] == "energy_w1_over_sd" and row["dataset"] == name]
+    assert w1["value"] == pytest.approx(distance, rel=1e-4)
+    assert noise["logits"].shape[1] == 10
+
+
+def test_the_gradient_norm_is_that_of_the_energy(weights, digits, runs):
+    net = made(Net, weights).eval()
+    measured(Net, weights, runs, parts=("clean",))
+    said = unflattened(load_flat(runs / "Net" / "arrays.npz"))["clean"]["gradient"]
+    image = torch.from_numpy(to_unit(digits.test.image[:3])).requires_grad_()
+    (gradient,) = torch.autograd.grad(-net(image).logsumexp(dim=1).sum(), image)
+    np.testing.assert_allclose(said[:3], gradient.flatten(1).norm(dim=1).numpy(), rtol=1e-4)
+
+
+# Killed, damaged, in two processes ------------------------------------------------------------------------------------
+
+
+def command(golden, runs, *options):
+    words = [sys.executable, str(ROOT / "training" / "evaluate.py"), str(golden), *options]
+    environment = {**os.environ, "EBJDAT_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
+    return words, environment
+
+
+def test_a_killed_run_goes_on_and_says_the_same(golden, tmp_path):
+    bundle = copied(golden, tmp_path / "bundle")
+    options = ("--part", "robustness", "--n", "300", "--processes", "2")
+    words, environment = command(bundle.path, tmp_path / "killed", *options)
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        chunks = tmp_path / "killed" / "evaluation" / "chunks"
+        end = time.monotonic() + 120
+        while time.monotonic() < end and len(list(chunks.glob("[!.]*.npz")) if chunks.is_dir() else []) < 4:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    before = {file.name: file.stat().st_mtime_ns for file in chunks.glob("[!.]*.npz")}
+    assert len(before) >= 4
+    assert "robustness" not in {row.get("part") for row in json.loads((bundle.path / "metrics.json").read_text()) if row["n"] == 0}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {name: (chunks / name).stat().st_mtime_ns for name in before} == before  # nothing was done twice
+    resumed = [row for row in Bundle.draft(bundle.path).metrics() if row.get("part") == "robustness"]
+    words, environment = command(bundle.path, tmp_path / "afresh", *options[:-1], "1")
+    assert subprocess.run(words, env=environment, capture_output=True, check=False).returncode == 0
+    afresh = [row for row in Bundle.draft(bundle.path).metrics() if row.get("part") == "robustness"]
+    assert resumed == afresh  # one process or two, at once or in pieces
+    assert (bundle.path / "report.html").is_file()
+    Bundle.load(bundle.path)  # every file is still what the manifest says
+
+
+def copied(store, folder):
+    import shutil
+
+    shutil.copytree(store / "current", folder)
+    return Bundle.draft(folder)
+
+
+@dataclass(frozen=True)
+class Fatal:
+    """Ends its process."""
+
+    cost: float = 1.0
+
+    def run(self, subject, image, label):
+        os._exit(9)
+
+
+def ledger(net, folder, processes=1):
+    spec = module_spec(net, "net")
+    return Ledger(folder, spec, spec(), processes)
+
+
+def test_a_dead_worker_is_told_with_what_to_do(tmp_path, digits):
+    image, label = to_unit(digits.test.image), digits.test.label
+    with pytest.raises(TrainingError, match="goes on where this stopped"):
+        ledger(nn.Flatten(), tmp_path, 2).run("fatal", [(Fatal(), image, label)])
+
+
+def test_a_damaged_chunk_is_done_again(tmp_path, digits, weights, capsys):
+    image, label = to_unit(digits.test.image[:50]), digits.test.label[:50]
+    book = ledger(made(Net, weights), tmp_path)
+    (first,) = book.run("pgd", [(Pgd(LINF, steps=3), image, label)])
+    (file,) = tmp_path.glob("*.npz")
+    file.write_bytes(file.read_bytes()[:100])
+    (again,) = book.run("pgd", [(Pgd(LINF, steps=3), image, label)])
+    assert "damaged" in capsys.readouterr().err
+    np.testing.assert_array_equal(first["standing"], again["standing"])
+    assert read(file) is not None
+
+
+def test_a_result_is_of_its_model_images_and_numbers(tmp_path, digits, weights):
+    image, label = to_unit(digits.test.image[:20]), digits.test.label[:20]
+    other = {name: tensor + 1e-3 for name, tensor in weights.items()}
+    for state, steps, pictures in ((weights, 2, image), (other, 2, image), (weights, 3, image), (weights, 2, image[::-1].copy())):
+        ledger(made(Net, state), tmp_path).run("pgd", [(Pgd(LINF, steps=steps), pictures, label)])
+    assert len(list(tmp_path.glob("*.npz"))) == 4
+
+
+# Attacks --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threat", [LINF, Threat("l2", 1.0)], ids=lambda t: t.norm)
+def test_pgd_and_the_score_attack_stay_in_their_ball(threat, digits, weights):
+    subject = module_spec(made(Net, weights), "net")()
+    image, label = to_unit(digits.test.image[:16]), digits.test.label[:16]
+    seen = []
+    spy = module_spec(made(Net, weights), "net")()
+    object.__setattr__(spy, "logits", lambda x: seen.append(x.copy()) or subject.logits(x))
+    Pgd(threat, leave=False).run(spy, image, label)
+    raised = ScoreAttack(threat, "energy", 0.0, up=True).run(spy, image, label)["logits"]
+    lowered = ScoreAttack(threat, "energy", 0.0, up=False).run(spy, image, label)["logits"]
+    for x in seen:
+        moved = torch.from_numpy(x - image).flatten(1)
+        assert float(moved.norm(dim=1, p=2 if threat.norm == "l2" else torch.inf).max()) <= threat.eps + 1e-5
+        assert x.min() >= 0
+        assert x.max() <= 1
+    clean = suspicion("energy", 0.0, subject.logits(image))
+    assert (suspicion("energy", 0.0, raised) >= clean - 1e-5).all()
+    assert (suspicion("energy", 0.0, lowered) <= clean + 1e-5).all()
+    assert suspicion("energy", 0.0, raised).mean() > clean.mean() + 1
+
+
+def test_evasion_is_the_plain_attack_without_a_flag_and_nothing_against_a_flag_on_all(digits, weights):
+    subject = module_spec(made(Net, weights), "net")()
+    image, label = to_unit(digits.test.image[:30]), digits.test.label[:30]
+    for variant in ("joint", "selective", "orthogonal"):
+        open_ = Evade(LINF, "energy", 0.0, 1e6, 1.0, variant).run(subject, image, label)["holds"]
+        shut = Evade(LINF, "energy", 0.0, -1e6, 1.0, variant).run(subject, image, label)["holds"]
+        # steps at right angles to the energy are the worse for it where there is no flag to hide from
+        assert open_.mean() <= (0.5 if variant == "orthogonal" else 0.1), variant
+        assert shut.all()
+    assert EvadeBySquare(LINF, "energy", 0.0, -1e6, 1.0, 20).run(subject, image, label)["holds"].all()
+    by_square = EvadeBySquare(LINF, "energy", 0.0, 1e6, 1.0, 300).run(subject, image, label)["holds"]
+    alone = Square(LINF, 300).run(subject, image, label)["standing"]
+    assert abs(by_square.mean() - alone.mean()) <= 0.25  # the same aim, other random numbers
+
+
+def test_orthogonal_gradients_have_no_part_along_each_other():
+    a, b = torch.randn(2, 4, 3, 8, 8)
+    left = without(a, b)
+    assert (left * b).flatten(1).sum(dim=1).abs().max() < 1e-3
+    torch.testing.assert_close(without(a, torch.zeros_like(a)), a)
+
+
+def test_the_released_protocol_is_weaker_than_the_official_one(digits, weights):
+    subject = module_spec(made(Net, weights), "net")()
+    image, label = to_unit(digits.test.image[:20]), digits.test.label[:20]
+    released = ReleasedAutoAttack(0.1, queries=50).run(subject, image, label)["standing"]
+    official = Pgd(LINF, objective="margin", restarts=2).run(subject, image, label)["standing"]
+    assert released.mean() >= official.mean()
+    assert 0 < released.mean() < 1
+
+
+def test_margin_is_positive_exactly_where_the_class_is_wrong():
+    logits, label = torch.randn(200, 5), torch.randint(0, 5, (200,))
+    assert ((margin(logits, label) > 0) == (logits.argmax(dim=1) != label)).all()
+
+
+def test_a_trace_of_zero_gradients_says_so(digits, weights):
+    image, label = to_unit(digits.test.image[:10]), digits.test.label[:10]
+    steps = (1, 4)
+    found = Trace(LINF, steps).run(module_spec(made(Quantised, weights), "net")(), image, label)
+    assert found["zero"].all()
+    assert found["loss"].shape == (10, 2)
+    assert not Trace(LINF, steps).run(module_spec(made(Net, weights), "net")(), image, label)["zero"].any()
+
+
+def test_autoattacks_words_are_kept_and_added_up():
+    lines = [(30, "there are 3 points with zero gradient! See flags_doc.md for details.")] * 2
+    lines += [(10, "robust accuracy after APGD-CE: 25.00% (total time 1.0 s)"), (10, "other")]
+    notes = summary(lines, 40)
+    assert notes == ["warning (2 times): there are 3 points with zero gradient!", "apgd-ce left 10"]
+    assert tally(np.asarray([*notes, *notes])) == ["AutoAttack warned 4 times: there are # points with zero gradient!", "apgd-ce left 20"]
+
+
+# Scores, flags, shifts ------------------------------------------------------------------------------------------------
+
+logit_rows = st.lists(st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=4), min_size=1, max_size=8)
+
+
+@given(logit_rows, st.floats(0, 5))
+def test_attacked_scores_are_the_served_ones(rows, weight):
+    logits = np.asarray(rows, np.float32)
+    for name in SCORES:
+        served = suspicion(name, weight, logits)
+        np.testing.assert_allclose(SCORES[name](weight)(torch.from_numpy(logits)).numpy(), served, atol=2e-4, rtol=1e-4)
+
+
+def test_weight_one_is_the_expected_joint_energy():
+    logits = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(suspicion("energy_entropy", 1.0, logits), -(p * logits).sum(axis=1), atol=1e-5)
+    with pytest.raises(EbjdatError, match="unknown"):
+        suspicion("luck", 0.0, logits)
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=30, max_size=80), st.sampled_from([0.05, 0.1, 0.34]))
+def test_an_image_is_unflagged_exactly_up_to_the_threshold(clean, alpha):
+    flag = Flag("energy", 0.0, np.sort(np.asarray(clean, np.float64)))
+    asked = np.concatenate([flag.clean, flag.clean + 1e-3, flag.clean - 1e-3]).astype(np.float32)
+    detector = Detector(flag.clean, alpha)
+    flagged = detector.suspicious(detector.p_value(asked))
+    assert (flagged == (asked.astype(np.float64) > flag.threshold(alpha))).all()
+
+
+def test_corruptions_grow_with_severity_and_repeat_themselves(digits, test_images):
+    image = test_images[0][:40]
+    for name in CORRUPTIONS:
+        away = [np.abs(corrupted(image, name, s).astype(int) - image).mean() for s in (1, 5)]
+        assert 0 < away[0] < away[1], name
+        np.testing.assert_array_equal(corrupted(image, name, 3), corrupted(image, name, 3))
+        assert corrupted(digits.test.image[:2], name, 5).shape == (2, 8, 8, 3)
+
+
+def test_shifts_go_through_the_servers_decoder(test_images):
+    image = test_images[0][:6]
+    for name, shift in SHIFTS.items():
+        moved = shifted(image, shift)
+        assert moved.shape == image.shape
+        assert np.abs(moved.astype(int) - image).mean() < 40, name
+    np.testing.assert_array_equal(shifted(image, SHIFTS["grey"]), shifted(image, SHIFTS["grey, 16 bit"]))
+    worse = [np.abs(shifted(image, SHIFTS[f"JPEG q{q}"]).astype(int) - image).mean() for q in (95, 75, 50)]
+    assert worse == sorted(worse)
+
+
+# Cards and comparisons ------------------------------------------------------------------------------------------------
+
+
+def test_a_card_of_stale_figures_is_refused(golden, tmp_path):
+    bundle = copied(golden, tmp_path / "bundle")
+    rows = bundle.metrics()
+    with pytest.raises(BundleError, match=r"stale: 1 figures, accuracy_clean first"):
+        write_card(bundle, [{**rows[0], "of": "0" * 64}, *rows[1:]], [], {})
+    write_json(bundle.path / "metrics.json", [{**rows[0], "of": "0" * 64}, *rows[1:]])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "training" / "card.py"), str(bundle.path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "stale" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_models_stand_side_by_side_with_a_paired_test(weights, runs):
+    parts = ("clean", "robustness")
+    for kind in (Net, Scaled):
+        measured(kind, weights, runs, parts=parts)
+    models = [compare.read(runs / name) for name in ("Net", "Scaled")]
+    key = next(known for known in compare.shared(models, True) if known[0] == "accuracy_pgd20" and "51/255" in known[2])
+    a, b = (model.images[" | ".join(key)] for model in models)
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    assert only_a == 0
+    assert compare.paired(*models, key) == pytest.approx(min(1.0, 2 * 0.5**only_b))
+    table = compare.markdown(models)
+    assert "| Net | Scaled | p, Scaled |" in table
+    page = compare.page(models)
+    assert "<img" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # self-contained
+
+
+def test_what_cannot_be_compared_says_why(tmp_path, weights, runs, capsys):
+    measured(Net, weights, runs, parts=("clean",))
+    for words, said in (
+        ([str(runs / "Net")], "two models"),
+        ([str(runs / "Net"), str(tmp_path)], "neither a bundle nor the folder"),
+    ):
+        done = subprocess.run([sys.executable, str(ROOT / "training" / "compare.py"), *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert said in done.stderr
+
+
+def test_new_rows_take_the_place_of_the_same_measurement():
+    old = [number("a", 1.0, 5, "d", "p", "x"), number("b", 1.0, 5, "d", "p", "x")]
+    new = [number("b", 2.0, 9, "d", "p", "x"), number("c", 3.0, 9, "d", "p", "x")]
+    assert [row["value"] for row in merge(old, new)] == [1.0, 2.0, 3.0]

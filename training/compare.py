@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Lay evaluated models side by side: `python training/compare.py A B … [--out comparison.html]`.
+
+Each is a bundle, or the folder that ``evaluate_module`` wrote. Figures stand beside each other where metric, data and protocol are the
+same; proportions on the same images are tested in pairs against the first model (exact McNemar); the landscapes share one axis, in
+deviations of each model's clean energies.
+"""
+
+import argparse
+import html
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebjdat_serve.bundle import MANIFEST, Bundle, read_rows
+from ebjdat_serve.card import figure
+from ebjdat_serve.errors import EbjdatError
+from training.card import refuse_stale
+from training.errors import TrainingError
+from training.evaluate import PARTS, folder_name, load_flat, unflattened, work_root
+from training.evaluation.ledger import Arrays
+from training.evaluation.report import HEADINGS, STYLE
+from training.evaluation.rows import Row, ball_of
+from training.measures import mcnemar
+
+IN_SHORT = (
+    "accuracy_clean",
+    "accuracy_pgd20",
+    "accuracy_autoattack",
+    "accuracy_apgd",
+    "accuracy_worst_case",
+    "masking_suspected",
+    "energy_gap_over_sd",
+    "energy_w1_over_sd",
+    "energy_overlap",
+    "joint_energy_w1_over_sd",
+    "auroc_energy",
+    "auroc_energy_entropy",
+    "accuracy_with_rejection",
+    "class_agreement_resnet20",
+    "frechet_resnet20",
+    "kernel_distance_efficientnet_lite0",
+    "nll",
+    "ece",
+)
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One model's rows and what was seen of each image."""
+
+    name: str
+    data: str
+    rows: dict[Key, Row]
+    images: dict[str, NDArray[np.bool_]]
+    arrays: dict[str, Arrays]
+
+
+def read(path: Path) -> Evaluated:
+    """Return an evaluated bundle or folder; raise TrainingError when it was not evaluated, BundleError when its figures are stale."""
+    if (path / MANIFEST).is_file() or (path / "current").exists():
+        bundle = Bundle.draft(path)
+        rows, name, data = bundle.metrics(), bundle.manifest.name, bundle.manifest.provenance.dataset
+        refuse_stale(bundle, rows)
+        folder = work_root() / folder_name(name, bundle.manifest.files["weights.safetensors"].sha256)
+    elif (path / "subject.json").is_file() and (path / "metrics.json").is_file():
+        said = json.loads((path / "subject.json").read_text())
+        rows, name, data, folder = read_rows(path / "metrics.json"), said["name"], said["data"], path
+    else:
+        raise TrainingError(f"{path} is neither a bundle nor the folder of an evaluation: run python training/evaluate.py on it first")
+    rows = [row for row in rows if row.get("part") in PARTS]
+    if not rows:
+        raise TrainingError(f"{path} has no figures of this version: run python training/evaluate.py {path}")
+    return Evaluated(
+        name, data, {key(row): row for row in rows}, load_flat(folder / "images.npz"), unflattened(load_flat(folder / "arrays.npz"))
+    )
+
+
+def key(row: Row) -> Key:
+    """Return what makes two models' rows the same measurement; what a protocol says of one model's own outcome is left out."""
+    protocol = "" if row["metric"].startswith("check_") else re.sub(r"\d+\.\d{3,}", "#", row["protocol"])
+    return row["metric"], row["dataset"], protocol
+
+
+def shared(models: Sequence[Evaluated], short: bool) -> list[Key]:
+    """Return the measurements that two or more models have, in the order of the parts."""
+    every = list(dict.fromkeys(known for model in models for known in model.rows))
+    common = [known for known in every if sum(known in model.rows for model in models) > 1]
+    order = {name: i for i, name in enumerate(PARTS)}
+    rows = {known: next(model.rows[known] for model in models if known in model.rows) for known in common}
+    chosen = [known for known in common if not short or known[0] in IN_SHORT]
+    return sorted(chosen, key=lambda known: (order[rows[known]["part"]], common.index(known)))
+
+
+def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:
+    """Return the p-value that both do equally well on the images that both saw, or None where there are none."""
+    if known not in first.rows or known not in other.rows:
+        return None
+    a, b = (model.images.get(" | ".join((known[0], known[1], model.rows[known]["protocol"]))) for model in (first, other))
+    if a is None or b is None:
+        return None
+    n = min(len(a), len(b))  # both begin with the same images
+    return mcnemar(a[:n].astype(bool), b[:n].astype(bool))
+
+
+def markdown(models: Sequence[Evaluated], short: bool = True) -> str:
+    """Return the comparison as a Markdown table."""
+    tested = [f"p, {model.name}" for model in models[1:]]
+    head = ["figure", *(model.name for model in models), *tested, "n", "data", "protocol"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for known in shared(models, short):
+        rows = [model.rows.get(known) for model in models]
+        values = [figure(row) if row else "" for row in rows]
+        p = [paired(models[0], model, known) for model in models[1:]]
+        amounts = sorted({row["n"] for row in rows if row})
+        some = next(row for row in rows if row)
+        cells = [known[0], *values, *("" if value is None else f"{value:.2g}" for value in p), ", ".join(map(str, amounts))]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, known[1], some["protocol"])) + " |")
+    return "\n".join(lines)
+
+
+def page(models: Sequence[Evaluated]) -> str:
+    """Return the comparison as a self-contained page."""
+    from training.evaluation import figures as draw
+
+    title = " | ".join(model.name for model in models)
+    seen = [(model.name, model.arrays) for model in models if "clean" in model.arrays]
+    picture = draw.inline(draw.landscapes(seen, ball_of(models[0].data).linf), "energy landscapes") if seen else ""
+    sections = []
+    for part in PARTS:
+        found = [known for known in shared(models, False) if next(m.rows[known] for m in models if known in m.rows)["part"] == part]
+        if found:
+            sections.append(f"<h2>{HEADINGS[part]}</h2>{html_table(models, found)}")
+    said = "p: exact McNemar test against the first model on the images that both saw; empty where the figure is no count of images."
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1><p>{said}</p><figure>{picture}</figure>{"".join(sections)}</body></html>
+"""
+
+
+def html_table(models: Sequence[Evaluated], found: Sequence[Key]) -> str:
+    """Return measurements as a table, a column a model."""
+    heads = [*(html.escape(model.name) for model in models), *(f"p, {html.escape(model.name)}" for model in models[1:])]
+    lines = [f"<tr><th>figure</th>{''.join(f'<th>{head}</th>' for head in heads)}<th>n</th><th>data, protocol</th></tr>"]
+    for known in found:
+        rows = [model.rows.get(known) for model in models]
+        p = [paired(models[0], model, known) for model in models[1:]]
+        cells = [figure(row) if row else "" for row in rows] + ["" if value is None else f"{value:.2g}" for value in p]
+        amounts = ", ".join(str(n) for n in sorted({row["n"] for row in rows if row}))
+        some = next(row for row in rows if row)
+        where = html.escape(f"{known[1]}: {some['protocol']}")
+        values = "".join(f"<td class=v>{cell}</td>" for cell in (*cells, amounts))
+        lines.append(f"<tr><td>{known[0]}</td>{values}<td class=p>{where}</td></tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def main() -> None:
+    """Compare what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("models", type=Path, nargs="+", help="bundles, or folders of evaluations")
+    parser.add_argument("--out", type=Path, default=Path("comparison.html"))
+    parser.add_argument("--picture", type=Path, help="also write the landscapes as PNG")
+    parser.add_argument("--all", action="store_true", help="print every shared figure, not the chief ones")
+    options = parser.parse_args()
+    try:
+        models = [read(path) for path in options.models]
+        if len(models) < 2:
+            raise TrainingError("name two models or more")
+        if len({model.data for model in models}) > 1:
+            raise TrainingError(f"the models are of different data: {', '.join(f'{model.name} of {model.data}' for model in models)}")
+        if not shared(models, False):
+            raise TrainingError("no figure of one is one of another: evaluate them by the same suite and n")
+    except (EbjdatError, TrainingError) as error:
+        sys.exit(str(error))
+    options.out.write_text(page(models))
+    if options.picture:
+        from training.evaluation.figures import landscapes, png
+
+        options.picture.write_bytes(
+            png(landscapes([(m.name, m.arrays) for m in models if "clean" in m.arrays], ball_of(models[0].data).linf))
+        )
+    print(markdown(models, not options.all))
+    print(f"\n{options.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
