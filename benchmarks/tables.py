@@ -1,28 +1,50 @@
 #!/usr/bin/env python3
-"""Write the tables of docs/serving.md from the JSON files they come from: `python benchmarks/tables.py`."""
+"""Write the tables of docs/serving.md and docs/evaluation.md from the JSON files they come from: `python benchmarks/tables.py`."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from training.compare import markdown, read
+
 HERE = Path(__file__).parent
-DOCUMENT = HERE.parent / "docs" / "serving.md"
+DOCS = HERE.parent / "docs"
+MODELS = ("standard", "pgd-at", "sada-jem", "ebjdat")
 Row = dict[str, Any]
 
 
 def main() -> None:
-    """Rewrite the document."""
-    DOCUMENT.write_text(document(DOCUMENT.read_text()))
+    """Rewrite the documents."""
+    for name, write in (("serving.md", serving), ("evaluation.md", evaluation)):
+        (DOCS / name).write_text(write((DOCS / name).read_text()))
 
 
-def document(text: str) -> str:
+def serving(text: str) -> str:
     """Return ``text`` with the tables of classify_load.json and generate_load.json in their places."""
     for name in ("classify", "generate"):
-        rows: list[Row] = json.loads((HERE / f"{name}_load.json").read_text())
-        before, _, rest = text.partition(f"<!-- {name} -->")
-        _, _, after = rest.partition(f"<!-- /{name} -->")
-        text = f"{before}<!-- {name} -->\n\n{table(rows)}\n\n<!-- /{name} -->{after}"
+        text = placed(text, name, table(json.loads((HERE / f"{name}_load.json").read_text())))
     return text
+
+
+def evaluation(text: str) -> str:
+    """Return ``text`` with the tables of public_nets.json and crosscheck.json, and the comparison of the kept models, in their places."""
+    public: list[Row] = json.loads((HERE / "public_nets.json").read_text())
+    rows = [
+        f"| {row['name']} | {row['value']:.4f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}] | {row['n']} | {row['protocol']} |"
+        for row in public
+    ]
+    text = placed(text, "public", "\n".join(["| | value | n | protocol |", "|---|---|---|---|", *rows]))
+    checked: list[Row] = json.loads((HERE / "crosscheck.json").read_text())
+    rows = [f"| {row['name']} | {row['ours']:.6f} | {row['value']:.6f} | {row['n']} |" for row in checked]
+    text = placed(text, "crosscheck", "\n".join(["| | ours | theirs | n |", "|---|---|---|---|", *rows]))
+    return placed(text, "comparison", markdown([read(HERE / "models" / name) for name in MODELS]))
+
+
+def placed(text: str, name: str, content: str) -> str:
+    """Return ``text`` with ``content`` between its markers."""
+    before, _, rest = text.partition(f"<!-- {name} -->")
+    _, _, after = rest.partition(f"<!-- /{name} -->")
+    return f"{before}<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->{after}"
 
 
 def table(rows: list[Row]) -> str:

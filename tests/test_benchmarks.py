@@ -12,6 +12,7 @@ import torch
 
 import benchmarks.engines as engines
 from benchmarks import gpu_check, load, tables
+from benchmarks.public_nets import KNOWN
 from ebjdat_serve.errors import EngineError
 from tests.conftest import ROOT
 
@@ -24,7 +25,27 @@ def test_the_documents_tables_are_those_of_the_json(shipped):
 
 def test_the_tables_of_serving_are_those_of_the_json():
     text = (ROOT / "docs" / "serving.md").read_text()
-    assert tables.document(text) == text
+    assert tables.serving(text) == text
+
+
+def test_the_tables_of_the_evaluation_are_those_of_the_json():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    assert tables.evaluation(text) == text, "run python benchmarks/tables.py"
+
+
+def test_our_attacks_land_on_the_known_figures_of_the_public_nets():
+    rows = {row["name"]: row["value"] for row in json.loads((ROOT / "benchmarks" / "public_nets.json").read_text())}
+    for name, (clean, apgd) in KNOWN.items():
+        assert rows[f"accuracy_clean {name}"] == clean
+        assert rows[f"accuracy_apgd {name}"] <= apgd
+        assert rows[f"accuracy_autoattack {name}"] == rows[f"accuracy_autoattack_torchattacks {name}"]
+
+
+def test_other_libraries_say_the_same():
+    rows = json.loads((ROOT / "benchmarks" / "crosscheck.json").read_text())
+    assert {row["library"].split(",")[0] for row in rows} == {"scikit-learn", "pytorch-ood", "torchmetrics", "counted by hand"}
+    for row in rows:
+        assert row["ours"] == pytest.approx(row["value"], abs=2e-5), row["name"]
 
 
 def test_the_readmes_figures_of_the_server_are_in_the_json():
