@@ -25,13 +25,12 @@ from tests.conftest import ROOT
 from training import compare
 from training.adversary import Threat
 from training.card import write_card
-from training.errors import TrainingError
+from training.errors import DataError, TrainingError
 from training.evaluate import evaluate_module, load_flat, unflattened
 from training.evaluation.attacks import Pgd, Trace
-from training.evaluation.autoattack import ReleasedAutoAttack, Square, summary, tally
+from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square, summary, tally
 from training.evaluation.hostile import Evade, EvadeBySquare, ScoreAttack, without
 from training.evaluation.ledger import Ledger, read
-from training.evaluation.rows import merge, number
 from training.evaluation.scores import SCORES, margin
 from training.evaluation.shifts import CORRUPTIONS, SHIFTS, corrupted, shifted
 from training.evaluation.subject import module_sha256, module_spec
@@ -141,10 +140,13 @@ def test_a_masked_gradient_is_unmasked(kind, failed, weights, runs):
     assert value(rows, "accuracy_worst_case") < 0.3
     assert value(rows, "masking_suspected") == 1.0
     assert value(rows, "check_gradients_exist") == value(rows, f"check_{failed}") == 0.0
+    assert value(rows, "accuracy_unmasked") < 0.3
     report = (runs / kind.__name__ / "report.html").read_text()
     assert "Masked gradients are suspected" in report
     if kind is Quantised:
-        assert "points with zero gradient" in report  # AutoAttack's own warning
+        assert value(rows, "autoattack_warnings", "APGD") > 0
+        measured(kind, weights, runs, parts=("clean",))  # the warnings of other parts stay
+        assert "points with zero gradient" in (runs / kind.__name__ / "report.html").read_text()
 
 
 def test_a_random_net_is_attacked_by_averaged_gradients(weights, runs):
@@ -152,6 +154,7 @@ def test_a_random_net_is_attacked_by_averaged_gradients(weights, runs):
     assert value(rows, "check_deterministic") == 0.0
     assert value(rows, "masking_suspected") == 0.0
     assert any("averaged over 16 passes" in row["protocol"] for row in rows)
+    assert all(row["value"] == 1.0 for row in rows if row["metric"].startswith("check_") and row["metric"] != "check_deterministic")
     assert value(rows, "accuracy_worst_case") <= 0.05
     assert not [row for row in rows if row["metric"] == "accuracy_apgd"]  # the package has another version for such nets
 
@@ -162,7 +165,7 @@ def test_three_lines_measure_any_module(weights, runs):
     assert not net.training
     assert {"metric", "value", "n", "dataset", "protocol", "seed", "of", "part"} <= set(rows[0])
     assert rows[0]["of"] == module_sha256(net)
-    assert (runs / "evaluation" / f"module-{rows[0]['of'][:12]}" / "report.html").is_file()
+    assert (runs / "evaluation" / f"module-{rows[0]['of'][:12]}-{load('digits').sha256[:8]}" / "report.html").is_file()
 
 
 def test_every_figure_can_be_recomputed_from_the_arrays(weights, runs):
@@ -193,6 +196,134 @@ def test_the_gradient_norm_is_that_of_the_energy(weights, digits, runs):
     image = torch.from_numpy(to_unit(digits.test.image[:3])).requires_grad_()
     (gradient,) = torch.autograd.grad(-net(image).logsumexp(dim=1).sum(), image)
     np.testing.assert_allclose(said[:3], gradient.flatten(1).norm(dim=1).numpy(), rtol=1e-4)
+
+
+class Detour(Net):
+    """Masked: nothing comes back through NumPy."""
+
+    def forward(self, x):
+        return self.plain(torch.from_numpy(x.detach().numpy()))
+
+
+class RandomInTraining(Net):
+    """Masked: answers at random, but only where gradients are taken."""
+
+    def forward(self, x):
+        return self.plain(x + 0.3 * torch.randn_like(x) if torch.is_grad_enabled() else x)
+
+
+def test_a_net_without_any_gradient_is_measured_and_unmasked(weights, runs):
+    rows = measured(Detour, weights, runs)
+    assert value(rows, "accuracy_clean") > 0.9
+    assert value(rows, "check_gradients_exist") == 0.0
+    assert value(rows, "masking_suspected") == 1.0
+    assert value(rows, "accuracy_unmasked") < 0.3
+    moved = {row["protocol"].split("moves ")[1]: row["value"] for row in rows if row["metric"] == "auroc_robust_ood"}
+    assert moved["both"] < moved["nothing"] - 0.2  # Square needs no gradient
+    assert "its gradient is probably masked" in (runs / "Detour" / "report.html").read_text()
+
+
+def test_chance_under_gradients_alone_does_not_help(weights, runs):
+    rows = measured(RandomInTraining, weights, runs, parts=("robustness",))
+    assert value(rows, "accuracy_worst_case") <= 0.05
+
+
+def test_the_key_and_the_sha_know_what_is_in_no_state_dict(weights, digits):
+    class Temperature(Net):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x):
+            return self.scale * self.plain(x)
+
+    class Closure(Net):
+        scale = [1.0]
+
+        def forward(self, x):
+            return self.scale[0] * self.plain(x)
+
+    probe = to_unit(digits.test.image[:8])
+    one, other = (Temperature(scale) for scale in (1.0, -1.0))
+    for net in (one, other):
+        net.load_state_dict(weights)
+    assert module_sha256(one) != module_sha256(other)
+    assert module_sha256(one) == module_sha256(made_like(one, weights))
+    net = made(Closure, weights)
+    before = module_spec(net, "net", probe)().key
+    Closure.scale[0] = 2.0
+    assert module_spec(net, "net", probe)().key != before
+
+
+def made_like(net, weights):
+    twin = type(net)(net.scale)
+    twin.load_state_dict(weights)
+    return twin
+
+
+def test_what_cannot_be_measured_says_why(weights, runs, digits):
+    class Pair(Net):
+        def forward(self, x):
+            return self.plain(x), x
+
+    net = made(Net, weights)
+    for words, said in (
+        ({"module": made(Pair, weights), "data": "digits"}, "it returns tuple: wrap it"),
+        ({"module": nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), "data": "digits"}, r"must return logits \(8, 10\)"),
+        ({"module": net, "data": "digits", "parts": "clean"}, "parts is a tuple"),
+        ({"module": net, "data": "digits", "parts": ("bogus",)}, "not 'bogus'"),
+        ({"module": net, "data": "digits", "suite": "ful"}, "quick, full"),
+        ({"module": net, "data": "digits", "n": -5}, "give 1 or more"),
+        ({"module": net, "data": "digits", "surrogate": ROOT / "nothing.safetensors"}, "is not there"),
+    ):
+        with pytest.raises((TrainingError, DataError), match=said):
+            evaluate_module(**words)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_log_probabilities_are_told_from_logits(weights, runs):
+    class LogSoftmax(Net):
+        def forward(self, x):
+            return F.log_softmax(self.plain(x), dim=1)
+
+    evaluate_module(made(LogSoftmax, weights), "digits", n=20, parts=("clean",), folder=runs / "log")
+    assert "returns log-probabilities" in (runs / "log" / "report.html").read_text()
+    with pytest.raises(TrainingError, match="another model or other data"):
+        evaluate_module(made(Net, weights), "digits", n=20, parts=("clean",), folder=runs / "log")
+
+
+def test_a_smaller_run_after_a_larger_one(weights, runs):
+    more = {"folder": runs / "both", "name": "net"}
+    evaluate_module(made(Net, weights), "digits", n=40, parts=("clean", "landscape"), **more)
+    rows = evaluate_module(made(Net, weights), "digits", n=20, parts=("clean",), **more)
+    assert {row["n"] for row in rows if row["part"] == "clean"} == {20}
+    assert (runs / "both" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_few_classes(classes):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+    subject = module_spec(net, "few")()
+    image = np.random.default_rng(0).random((12, 3, 8, 8), np.float32)
+    label = subject.logits(image).argmax(axis=1)
+    found = AutoAttack(Threat("linf", 0.2)).run(subject, image, label)
+    assert found["standing"].mean() < 0.5
+    assert any("four classes" in note for note in found["notes"]) == (classes < 4)
+    assert ReleasedAutoAttack(0.2, queries=20).run(subject, image, label)["standing"].mean() < 0.8
+
+
+def test_a_gradient_that_is_no_number_breaks_nothing(digits, weights):
+    class Root(Net):
+        def forward(self, x):
+            return self.plain(torch.sqrt(x) ** 2)
+
+    subject = module_spec(made(Root, weights), "net")()
+    image, label = to_unit(digits.test.image[:20]), digits.test.label[:20]
+    right = subject.logits(image).argmax(axis=1) == label
+    tiny = Threat("l2", 1e-6)
+    assert (Pgd(tiny).run(subject, image, label)["standing"] == right).all()
+    assert (AutoAttack(tiny, APGD).run(subject, image, label)["standing"] == right).all()
 
 
 # Killed, damaged, in two processes ------------------------------------------------------------------------------------
@@ -447,9 +578,3 @@ def test_what_cannot_be_compared_says_why(tmp_path, weights, runs, capsys):
         done = subprocess.run([sys.executable, str(ROOT / "training" / "compare.py"), *words], capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert said in done.stderr
-
-
-def test_new_rows_take_the_place_of_the_same_measurement():
-    old = [number("a", 1.0, 5, "d", "p", "x"), number("b", 1.0, 5, "d", "p", "x")]
-    new = [number("b", 2.0, 9, "d", "p", "x"), number("c", 3.0, 9, "d", "p", "x")]
-    assert [row["value"] for row in merge(old, new)] == [1.0, 2.0, 3.0]

@@ -148,7 +148,9 @@ def test_inception_takes_its_own_file_and_no_other(tmp_path):
     shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     assert shapes["Mixed_7c.branch3x3dbl_3b.conv.weight"] == (384, 384, 3, 1)
     assert shapes["fc.weight"] == (1008, 2048)
-    assert sum(value.numel() for value in net.parameters()) == 23_850_960  # torchvision's 27,161,264 less the auxiliary head, with 1,008 classes
+    assert (
+        sum(value.numel() for value in net.parameters()) == 23_850_960
+    )  # torchvision's 27,161,264 less the auxiliary head, with 1,008 classes
     file = tmp_path / "weights.pth"
     torch.save(net.state_dict(), file)
     with pytest.raises(DataError, match="no figure of another file may be called FID"):

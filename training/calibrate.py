@@ -25,10 +25,15 @@ DEFAULT_SCORE = "energy_entropy"
 """What ``suspicious`` is decided by: docs/decisions/0012 says why not by the energy alone."""
 
 
-def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", score: str = DEFAULT_SCORE) -> Bundle:
-    """Record the calibration split's energies and scores and the temperature, in ``precision``, beside the others'."""
+def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", score: str | None = None) -> Bundle:
+    """Record the calibration split's energies and scores and the temperature, in ``precision``, beside the others'.
+
+    Without a ``score`` fp32's own is kept, so that every precision flags by the same; others that were calibrated by another are dropped.
+    """
     check_data(bundle, data)
     engine = load_engine(bundle, "auto", "cpu", 1, precision)
+    known = {row.precision: row.score for row in bundle.calibrations() if bundle.holds(row.of)}
+    score = score or (known.get("fp32", DEFAULT_SCORE) if precision != "fp32" else DEFAULT_SCORE)
     clean, energies = served(engine, data.calibration.image)
     logits, _ = served(engine, data.selection.image)
     weight = entropy_weight(logits) if score == "energy_entropy" else 0.0
@@ -42,7 +47,7 @@ def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", scor
         weight=weight,
         scores=sorted(float(value) for value in suspicion(score, weight, clean)),
     )
-    others = [row for row in bundle.calibrations() if row.precision != precision and bundle.holds(row.of)]
+    others = [row for row in bundle.calibrations() if row.precision != precision and bundle.holds(row.of) and row.score == score]
     write_json(bundle.path / "calibration.json", [asdict(row) for row in sorted([calibration, *others], key=lambda row: row.precision)])
     return bundle.update("calibration.json")
 

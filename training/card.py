@@ -5,6 +5,7 @@
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ CHIEF: tuple[tuple[str, str, str], ...] = (  # metric, and what the data and the
     ("energy_gap_over_sd", "PGD-20 EPS", ""),
     ("energy_w1_over_sd", "PGD-20 EPS", ""),
     ("joint_energy_w1_over_sd", "PGD-20 EPS", ""),
-    ("frechet_infinity_resnet20", "", ""),
+    ("fid", "", ""),
+    ("frechet_resnet20", "", ""),
     ("kernel_distance_efficientnet_lite0", "", ""),
     ("class_agreement_resnet20", "", ""),
     ("memorised", "", ""),
@@ -51,12 +53,12 @@ CHIEF: tuple[tuple[str, str, str], ...] = (  # metric, and what the data and the
     ("brier", "DATA test", "fitted"),
     ("ece", "DATA test", "fitted"),
     ("ece_floor", "DATA test", "fitted"),
-    ("flag_rate_clean", "", ""),
+    ("flag_rate_clean", "", "score SCORE"),
     ("flag_rate_clean_in_interval", "", ""),
     ("auroc_energy", "", ""),
     ("auroc_SCORE", "", ""),
-    ("flag_power", "", "alpha 0.05"),
-    ("flag_rate_shifted", "JPEG q75", ""),
+    ("flag_power", "", "alpha 0.05, score SCORE"),
+    ("flag_rate_shifted", "JPEG q75", "score SCORE"),
     ("auroc_robust_ood", "", "score SCORE"),
     ("accuracy_with_rejection", "", "score SCORE"),
     ("accuracy_at_half_eps", "", ""),
@@ -71,7 +73,10 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
     refuse_stale(bundle, rows)
     write_samples(bundle)
     names = ["README.md", "samples.png"]
-    if write_landscape(bundle, arrays) or (bundle.path / "landscape.png").is_file():
+    # without arrays an earlier picture stays while the figures that it shows stand
+    if not write_landscape(bundle, arrays) and not any(row.get("part") == "landscape" for row in rows):
+        (bundle.path / "landscape.png").unlink(missing_ok=True)
+    if (bundle.path / "landscape.png").is_file():
         names.append("landscape.png")
     if baseline:
         write_json(bundle.path / "baseline.json", baseline)
@@ -114,6 +119,8 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     m, p = bundle.manifest, bundle.manifest.provenance
     poor = [f"{row['dataset']} ({row['value']:.3f})" for row in rows if row["metric"] == "auroc_energy" and row["value"] < 0.5]
     weak = f"\nThe energy is **worse than chance** (AUROC below 0.5) on: {'; '.join(poor)}.\n" if poor else ""
+    drawn = (bundle.path / "landscape.png").is_file()
+    picture = "![energies of clean, adversarial, drawn and strange images](landscape.png)" if drawn else ""
     warm = p.configuration.get("warm_start")
     beside = f"The warm start is `{warm}`, the network that this model was continued from, evaluated identically.\n" if warm else ""
     return f"""# {m.name}@{m.version}
@@ -133,7 +140,7 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 {table(chief(bundle, rows), baseline)}
 
-![energies of clean, adversarial, drawn and strange images](landscape.png)
+{picture}
 {weak}
 <details><summary>All {len(rows)} figures</summary>
 
@@ -147,9 +154,15 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 ## Data and licence
 
-{LICENCES.get(p.dataset, f"The weights are yours; {p.dataset} is a folder of your own, and its licence is for you to state.")} No figure here is FID: no Inception weights were
-at hand, and `frechet_resnet20`, where it is given, names its extractor.
+{LICENCES.get(p.dataset, f"The weights are yours; {p.dataset} is a folder of your own, and its licence is for you to state.")} {about_fid(rows)}
 """
+
+
+def about_fid(rows: list[Row]) -> str:
+    """Return what may be called FID here."""
+    if any(row["metric"] == "fid" for row in rows):
+        return "`fid` is of Inception-v3 with its standard weights; other distances name their extractor."
+    return "No figure here is FID: no Inception weights were at hand, and every distance names its extractor."
 
 
 def method_kind(bundle: Bundle) -> str:
@@ -173,9 +186,14 @@ def chief(bundle: Bundle, rows: list[Row]) -> list[Row]:
         for mark, word in words.items():
             metric, where, how = (text.replace(mark, word) for text in (metric, where, how))
         exact = where.endswith(" test")  # not the corrupted ones
-        fits = [row for row in rows if row["metric"] == metric and how in row["protocol"]]
+        fits = [row for row in rows if row["metric"] == metric and says(row, how)]
         found += [row for row in fits if (row["dataset"] == where if exact else where in row["dataset"]) and row not in found]
     return found
+
+
+def says(row: Row, how: str) -> bool:
+    """Return whether a row's protocol says ``how``, as whole words: energy is not energy_entropy."""
+    return re.search(rf"{re.escape(how)}(?!\w)", row["protocol"]) is not None if how else True
 
 
 def served_score(bundle: Bundle) -> str:
@@ -195,12 +213,20 @@ def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
     }[calibration.score]
 
     def figure_of(metric: str, how: str) -> str:
-        return next((figure(row) for row in rows if row["metric"] == metric and how in row["protocol"]), "not measured")
+        return next((figure(row) for row in rows if row["metric"] == metric and says(row, how)), "not measured")
 
-    junk = figure_of("auroc_robust_ood", f"score {calibration.score}; PGD-40 on the score, l-inf {eps_of(bundle)}, moves junk")
+    junk = next(
+        (
+            figure(row)
+            for row in rows
+            if row["metric"] == "auroc_robust_ood" and says(row, f"score {calibration.score}") and says(row, "moves junk")
+        ),
+        "not measured",
+    )
     held = figure_of("accuracy_with_rejection", f"alpha 0.05, score {calibration.score}")
     limit = figure_of("accuracy_at_half_eps", "")
-    shifted = next((figure(row) for row in rows if row["metric"] == "flag_rate_shifted" and "JPEG q75" in row["dataset"]), "not measured")
+    jpeg = [row for row in rows if row["dataset"].endswith("JPEG q75")]
+    shifted = next((figure(row) for row in jpeg if says(row, f"score {calibration.score}")), "not measured")
     return f"""`suspicious` means p < alpha, with p = (1 + how many of {len(calibration.scores):,} clean calibration scores are at least this one) / {len(calibration.scores) + 1:,} and
 {score}. It bounds false alarms on data like the calibration set: at most alpha on average over calibration draws; given this one set the rate is
 Beta-distributed around it, and the clean rate above stands beside that interval. JPEG at quality 75 is flagged at {shifted}.

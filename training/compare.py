@@ -58,6 +58,7 @@ class Evaluated:
 
     name: str
     data: str
+    data_sha256: str
     rows: dict[Key, Row]
     images: dict[str, NDArray[np.bool_]]
     arrays: dict[str, Arrays]
@@ -67,25 +68,28 @@ def read(path: Path) -> Evaluated:
     """Return an evaluated bundle or folder; raise TrainingError when it was not evaluated, BundleError when its figures are stale."""
     if (path / MANIFEST).is_file() or (path / "current").exists():
         bundle = Bundle.draft(path)
-        rows, name, data = bundle.metrics(), bundle.manifest.name, bundle.manifest.provenance.dataset
+        m = bundle.manifest
+        rows, name, data, digest = bundle.metrics(), m.name, m.provenance.dataset, m.provenance.data_sha256
         refuse_stale(bundle, rows)
-        folder = work_root() / folder_name(name, bundle.manifest.files["weights.safetensors"].sha256)
+        folder = work_root() / folder_name(name, m.files["weights.safetensors"].sha256, digest)
+        name = f"{name}@{m.version}"
     elif (path / "subject.json").is_file() and (path / "metrics.json").is_file():
         said = json.loads((path / "subject.json").read_text())
-        rows, name, data, folder = read_rows(path / "metrics.json"), said["name"], said["data"], path
+        rows, name, data, digest, folder = read_rows(path / "metrics.json"), said["name"], said["data"], said["data_sha256"], path
     else:
         raise TrainingError(f"{path} is neither a bundle nor the folder of an evaluation: run python training/evaluate.py on it first")
     rows = [row for row in rows if row.get("part") in PARTS]
     if not rows:
         raise TrainingError(f"{path} has no figures of this version: run python training/evaluate.py {path}")
-    return Evaluated(
-        name, data, {key(row): row for row in rows}, load_flat(folder / "images.npz"), unflattened(load_flat(folder / "arrays.npz"))
-    )
+    images, arrays = load_flat(folder / "images.npz"), unflattened(load_flat(folder / "arrays.npz"))
+    if not images:
+        print(f"{name}: evaluated elsewhere, so there are no paired tests and no landscape of it", file=sys.stderr)
+    return Evaluated(name, data, digest, {key(row): row for row in rows}, images, arrays)
 
 
 def key(row: Row) -> Key:
     """Return what makes two models' rows the same measurement; what a protocol says of one model's own outcome is left out."""
-    protocol = "" if row["metric"].startswith("check_") else re.sub(r"\d+\.\d{3,}", "#", row["protocol"])
+    protocol = "" if row["metric"].startswith("check_") else re.sub(r"interval \[[^]]*\]|, 0\.\d{3} of all", "", row["protocol"])
     return row["metric"], row["dataset"], protocol
 
 
@@ -100,13 +104,16 @@ def shared(models: Sequence[Evaluated], short: bool) -> list[Key]:
 
 
 def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:
-    """Return the p-value that both do equally well on the images that both saw, or None where there are none."""
-    if known not in first.rows or known not in other.rows:
+    """Return the p-value that both do equally well on the images that both saw, or None where there are none.
+
+    A test set's first n are the same images for both, whatever n; what a model drew is its own.
+    """
+    if known not in first.rows or known not in other.rows or "samples" in known[1] or "draws" in known[1]:
         return None
     a, b = (model.images.get(" | ".join((known[0], known[1], model.rows[known]["protocol"]))) for model in (first, other))
     if a is None or b is None:
         return None
-    n = min(len(a), len(b))  # both begin with the same images
+    n = min(len(a), len(b))
     return mcnemar(a[:n].astype(bool), b[:n].astype(bool))
 
 
@@ -138,7 +145,10 @@ def page(models: Sequence[Evaluated]) -> str:
         found = [known for known in shared(models, False) if next(m.rows[known] for m in models if known in m.rows)["part"] == part]
         if found:
             sections.append(f"<h2>{HEADINGS[part]}</h2>{html_table(models, found)}")
-    said = "p: exact McNemar test against the first model on the images that both saw; empty where the figure is no count of images."
+    said = (
+        "p: exact McNemar test against the first model on the images that both saw; empty where the figure is no count of images, "
+        "or was counted on another machine."
+    )
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1><p>{said}</p><figure>{picture}</figure>{"".join(sections)}</body></html>
@@ -173,7 +183,7 @@ def main() -> None:
         models = [read(path) for path in options.models]
         if len(models) < 2:
             raise TrainingError("name two models or more")
-        if len({model.data for model in models}) > 1:
+        if len({model.data_sha256 for model in models}) > 1:
             raise TrainingError(f"the models are of different data: {', '.join(f'{model.name} of {model.data}' for model in models)}")
         if not shared(models, False):
             raise TrainingError("no figure of one is one of another: evaluate them by the same suite and n")
@@ -183,6 +193,8 @@ def main() -> None:
     if options.picture:
         from training.evaluation.figures import landscapes, png
 
+        if not any("clean" in model.arrays for model in models):
+            sys.exit("no landscape: none of the models was evaluated on this machine")
         options.picture.write_bytes(
             png(landscapes([(m.name, m.arrays) for m in models if "clean" in m.arrays], ball_of(models[0].data).linf))
         )

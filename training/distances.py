@@ -33,11 +33,16 @@ def frechet_infinity(fake: Array, real: Array, points: int = 8, seed: int = 0) -
     return float(coefficients[1]), float(np.sqrt(covariance[1, 1]))
 
 
-def kernel_distance(a: Array, b: Array, subsets: int = 50, size: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Return the unbiased squared MMD with k(x, y) = (x.y / D + 1)^3, mean over subsets, and its deviation (KID, arXiv 1801.01401)."""
-    noise, size = np.random.default_rng(seed), min(size, len(a), len(b))
-    found = [mmd(a[noise.choice(len(a), size, replace=False)], b[noise.choice(len(b), size, replace=False)]) for _ in range(subsets)]
-    return float(np.mean(found)), float(np.std(found))
+def kernel_distance(a: Array, b: Array, size: int = 1000) -> tuple[float, float, int]:
+    """Return the unbiased squared MMD with k(x, y) = (x.y / D + 1)^3 (KID, arXiv 1801.01401), its standard error, and over how many blocks.
+
+    The mean over disjoint blocks, so that their deviation is an error: at least five of them where there are 250 images.
+    """
+    n = min(len(a), len(b))
+    size = min(size, max(n // 5, 50), n)
+    found = [mmd(a[i : i + size], b[i : i + size]) for i in range(0, n - size + 1, size)]
+    error = float(np.std(found, ddof=1) / len(found) ** 0.5) if len(found) > 1 else float("nan")
+    return float(np.mean(found)), error, len(found)
 
 
 def mmd(a: Array, b: Array) -> float:
@@ -81,8 +86,9 @@ def distances(a: Array, b: Array) -> Array:
     return result
 
 
-def inception_score(probability: Array, splits: int = 10) -> tuple[float, float]:
-    """Return exp E KL(p(y|x) || p(y)), mean and deviation over splits (arXiv 1606.03498): of whatever classifier p is."""
+def inception_score(probability: Array, splits: int = 10) -> tuple[float, float, int]:
+    """Return exp E KL(p(y|x) || p(y)), its standard error and the number of splits (arXiv 1606.03498): of whatever classifier p is."""
     parts = np.array_split(probability.astype(np.float64), min(splits, max(1, len(probability) // 50)))
     scores = [np.exp((p * (np.log(p + 1e-16) - np.log(p.mean(axis=0) + 1e-16))).sum(axis=1).mean()) for p in parts]
-    return float(np.mean(scores)), float(np.std(scores))
+    error = float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else float("nan")
+    return float(np.mean(scores)), error, len(parts)

@@ -13,6 +13,7 @@ runs some parts alone. What needs a file or a package that is not here is said, 
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -26,20 +27,21 @@ import torch
 from torch import nn
 
 from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
+from ebjdat_serve.engines import Floats
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.precision import LOWER, rows_of
 from training.calibrate import check_data, dataset_of
 from training.card import write_card
 from training.errors import DataError, TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
-from training.evaluation.context import SUITES, Context, Suite
+from training.evaluation.context import SUITES, Context, Suite, unit
 from training.evaluation.generation import generation_rows
 from training.evaluation.landscape import landscape_rows
-from training.evaluation.ledger import Arrays, Ledger
+from training.evaluation.ledger import Arrays, Ledger, read, write
 from training.evaluation.report import write_evaluation_report
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
 from training.evaluation.rows import Row, ball_of, eps_name
-from training.evaluation.subject import Spec, bundle_spec, load_weights, module_spec
+from training.evaluation.subject import Spec, bundle_spec, load_weights, module_sha256, module_spec
 from training.evaluation.suspicion import hostile_rows, shift_rows, suspicion_rows
 from training.images import Dataset, load
 
@@ -80,13 +82,16 @@ def evaluate(
     c = context(bundle_spec(bundle.path), data, suite, processes=processes, bundle=bundle, **more)
     before = [row for row in bundle.metrics() if bundle.holds(row["of"])]
     lower = [row for p in LOWER for row in rows_of(before, p)]  # what training/precision.py measured
-    kept = [row for row in before if "part" in row and row["part"] not in parts and row not in lower]
-    rows = [*kept, *measure(c, parts)]
-    rows = [row for name in PARTS for row in rows if row["part"] == name] + lower
-    write_json(bundle.path / "metrics.json", rows)
+    rows = [row for row in before if row.get("part") in PARTS]
+    for name in known_parts(parts):
+        rows = placed(rows, name, measure(c, name))
+        write_json(bundle.path / "metrics.json", rows + lower)  # what a later part's failure must not take along
+        bundle = bundle.update("metrics.json")
+    rows += lower
     report = write_evaluation_report(c, rows)
-    (bundle.path / "report.html").write_bytes(report.read_bytes())
     written = write_card(bundle, rows, beside, c.arrays)
+    (bundle.path / "report.html").write_bytes(report.read_bytes())
+    write_json(bundle.path / "metrics.json", rows)
     return bundle.update("metrics.json", *written)
 
 
@@ -107,16 +112,23 @@ def evaluate_module(
     metrics.json and report.html are written to ``folder``, by default one under EBJDAT_RUNS named after its sha256. More than one
     process needs a module that can be pickled, and a caller that is guarded by ``if __name__ == "__main__"``.
     """
+    if isinstance(suite, str) and suite not in SUITES:
+        raise TrainingError(f"suite is one of {', '.join(SUITES)}, not {suite!r}")
     chosen = SUITES[suite] if isinstance(suite, str) else suite
     chosen = chosen if n is None else chosen.at_most(n)
     dataset = load(data) if isinstance(data, str) else data
-    c = context(module_spec(module, name), dataset, chosen, processes=processes, folder=folder, **more)
-    file = c.folder / "metrics.json"
-    kept = [row for row in (json.loads(file.read_text()) if file.is_file() else []) if row["part"] not in parts]
-    rows = [*(row for row in kept if row["of"] in (c.subject.weights, c.subject.graph)), *measure(c, parts)]
-    rows = [row for part in PARTS for row in rows if row["part"] == part]
-    write_json(file, rows)
-    write_evaluation_report(c, rows)
+    wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    try:
+        c = context(module_spec(module, name, checked(module, dataset)), dataset, chosen, processes=processes, folder=folder, **more)
+        file = c.folder / "metrics.json"
+        rows: list[Row] = json.loads(file.read_text()) if file.is_file() else []
+        for part in known_parts(parts):
+            rows = placed(rows, part, measure(c, part))
+            write_json(file, rows)
+        write_evaluation_report(c, rows)
+    finally:
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
     return rows
 
 
@@ -134,32 +146,36 @@ def context(
 ) -> Context:
     """Return what the parts are given; the surrogate is left out where it is another data set's, or the subject itself."""
     subject = spec()
-    home = folder or work_root() / folder_name(subject.name, subject.weights)
+    home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
     home.mkdir(parents=True, exist_ok=True)
-    (home / "subject.json").write_text(
-        json.dumps({"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name})
-    )
-    if surrogate is not None and (not surrogate.is_file() or (surrogate == SURROGATE and data.name != "cifar10")):
+    said = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
+    if (home / "subject.json").is_file() and json.loads((home / "subject.json").read_text()) != said:
+        raise TrainingError(f"{home} holds the evaluation of another model or other data: name another folder")
+    write_json(home / "subject.json", said)
+    if surrogate == SURROGATE and (data.name != "cifar10" or not SURROGATE.is_file()):
         surrogate = None
-    digest = sha256(surrogate) if surrogate is not None else ""
-    if digest == subject.weights:
-        surrogate = None  # an attack on itself is no transfer
+    digest = ""
+    if surrogate is not None:
+        network = load_weights(surrogate)
+        if network.head.out_features != len(data.names):
+            raise TrainingError(
+                f"{surrogate} has {network.head.out_features} classes, {data.name} {len(data.names)}: name another --surrogate"
+            )
+        digest = sha256(surrogate)
+        if subject.weights in (digest, module_sha256(network)):
+            surrogate = None  # an attack on itself is no transfer
     ledger = Ledger(work_root() / "chunks", spec, subject, 1 if subject.device.type == "cuda" else processes)
     c = Context(subject, data, suite, ball_of(data.name), ledger, home, bundle, surrogate, digest, tuple(controls), buffer)
+    c.warnings.update(json.loads((home / "warnings.json").read_text()) if (home / "warnings.json").is_file() else {})
     c.images.update(load_flat(home / "images.npz"))
     for kept, file in ((c.arrays, "arrays.npz"), (c.drawings, "drawings.npz")):
         kept.update(unflattened(load_flat(home / file)))
     return c
 
 
-def folder_name(name: str, weights: str) -> str:
-    """Return the name of the folder that a subject's evaluation is kept in."""
-    return f"{name}-{weights[:12]}"
-
-
-def named(file: Path) -> str:
-    """Return what a weights file is called: its folder."""
-    return file.parent.name
+def folder_name(name: str, weights: str, data_sha256: str) -> str:
+    """Return the name of the folder that a subject's evaluation on some data is kept in."""
+    return f"{name}-{weights[:12]}-{data_sha256[:8]}"
 
 
 def work_root() -> Path:
@@ -167,36 +183,62 @@ def work_root() -> Path:
     return Path(os.environ.get("EBJDAT_RUNS", "~/.cache/ebjdat_serve/runs")).expanduser() / "evaluation"
 
 
-def measure(c: Context, parts: Sequence[str]) -> list[Row]:
-    """Return the rows of ``parts``, printed as they come, and keep what was seen of each image beside them."""
-    rows: list[Row] = []
-    for name in parts:
-        began = time.monotonic()
-        print(f"{name}: {c.subject.name} on {c.data.name}", flush=True)
-        for row in PARTS[name](c):
-            interval = " [{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else ""
-            print(f"  {row['metric']:34}{row['value']:>10.4f}{interval}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}", flush=True)
-            rows.append({**row, "part": name})
-        print(f"  {name} took {time.monotonic() - began:.0f} s", flush=True)
-        save_flat(c.folder / "images.npz", dict(c.images))
-        for kept, file in ((c.arrays, "arrays.npz"), (c.drawings, "drawings.npz")):
-            save_flat(c.folder / file, {f"{key}|{field}": value for key, found in kept.items() for field, value in found.items()})
+def known_parts(parts: Sequence[str]) -> Sequence[str]:
+    """Return the parts' names; raise TrainingError for what is none."""
+    strange = [parts] if isinstance(parts, str) else [name for name in parts if name not in PARTS]
+    if strange:
+        raise TrainingError(f"parts is a tuple of some of {', '.join(PARTS)}; not {strange[0]!r}")
+    return parts
+
+
+def checked(module: nn.Module, data: Dataset) -> Floats:
+    """Return eight test images; raise TrainingError unless the module answers them with finite logits, one a class."""
+    probe, _ = unit(data.test.first(8))
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    module.eval()
+    with torch.no_grad():
+        said = module(torch.from_numpy(probe).to(device))
+    wanted = (len(probe), len(data.names))
+    if not isinstance(said, torch.Tensor) or tuple(said.shape) != wanted or not said.is_floating_point():
+        shown = tuple(said.shape) if isinstance(said, torch.Tensor) else type(said).__name__
+        raise TrainingError(
+            f"the module must return logits {wanted}, floating, of images (N, 3, H, W) in [0,1]; it returns {shown}: wrap it"
+        )
+    if not bool(torch.isfinite(said).all()):
+        raise TrainingError("the module returns logits that are not finite: its figures would mean nothing")
+    return probe
+
+
+def placed(rows: list[Row], part: str, new: list[Row]) -> list[Row]:
+    """Return ``rows`` with those of ``part`` replaced, in the order of the parts."""
+    every = [row for row in rows if row["part"] != part] + new
+    return [row for name in PARTS for row in every if row["part"] == name]
+
+
+def measure(c: Context, part: str) -> list[Row]:
+    """Return the rows of ``part``, printed as they come, and keep what was seen of each image beside them."""
+    began, c.part, rows = time.monotonic(), part, []
+    c.warnings.pop(part, None)
+    print(f"{part}: {c.subject.name} on {c.data.name}", flush=True)
+    for row in PARTS[part](c):
+        if not math.isfinite(row["value"]):
+            c.say(f"{row['metric']} on {row['dataset']} is no number and is left out: {row['protocol']}")
+            continue
+        row = {key: value for key, value in row.items() if key not in ("interval", "stderr") or np.isfinite(value).all()}
+        interval = " [{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else ""
+        print(f"  {row['metric']:34}{row['value']:>10.4f}{interval}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}", flush=True)
+        rows.append({**row, "part": part})
+    print(f"  {part} took {time.monotonic() - began:.0f} s", flush=True)
+    write(c.folder / "images.npz", dict(c.images))
+    for kept, file in ((c.arrays, "arrays.npz"), (c.drawings, "drawings.npz")):
+        write(c.folder / file, {f"{key}|{field}": value for key, found in kept.items() for field, value in found.items()})
+    write_json(c.folder / "warnings.json", c.warnings)
     return rows
-
-
-def save_flat(file: Path, arrays: Arrays) -> None:
-    """Write arrays aside and rename, so that what is there is whole."""
-    aside = file.with_name(f".{file.name}")
-    np.savez_compressed(aside, **arrays)  # type: ignore[arg-type]
-    os.replace(aside, file)
 
 
 def load_flat(file: Path) -> Arrays:
     """Return stored arrays, none when there are none."""
-    if not file.is_file():
-        return {}
-    with np.load(file, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+    return read(file) or {}
 
 
 def unflattened(flat: Arrays) -> dict[str, Arrays]:
@@ -238,10 +280,9 @@ def main() -> None:
         more = {"surrogate": options.surrogate, "controls": options.control, "buffer": options.buffer, "processes": options.processes}
         if options.bundle.suffix == ".safetensors":
             file = options.bundle.resolve()
-            rows = evaluate_module(
-                load_weights(file), options.data or "cifar10", suite=amounts(options), parts=parts, name=named(file), **more
-            )
-            print(f"{len(rows)} figures and report.html in {work_root() / folder_name(named(file), rows[0]['of'])}")
+            data = load(options.data or "cifar10")
+            rows = evaluate_module(load_weights(file), data, suite=amounts(options), parts=parts, name=file.parent.name, **more)
+            print(f"{len(rows)} figures and report.html in {work_root() / folder_name(file.parent.name, rows[0]['of'], data.sha256)}")
             return
         bundle = Bundle.draft(options.bundle)
         done = evaluate(bundle, dataset_of(bundle, options.data), amounts(options), options.baseline, parts=parts, **more)
@@ -254,13 +295,13 @@ def main() -> None:
 
 def amounts(options: argparse.Namespace) -> Suite:
     """Return the suite with the command line's numbers."""
-    asked = [value for value in (options.n, options.samples, options.autoattack, options.processes) if value is not None]
-    if min(asked) < 1 and options.autoattack != 0:
-        raise TrainingError("--n, --samples, --autoattack and --processes are 1 or more")
+    for name, least in (("n", 20), ("samples", 50), ("autoattack", 0), ("processes", 1)):
+        if (asked := getattr(options, name)) is not None and asked < least:
+            raise TrainingError(f"--{name} {asked}: give {least} or more")
     suite = SUITES[options.suite]
-    suite = suite.at_most(options.n) if options.n else suite
+    suite = suite.at_most(options.n) if options.n is not None else suite
     suite = replace(suite, samples=options.samples) if options.samples else suite
-    return suite if options.autoattack is None else replace(suite, autoattack=options.autoattack)
+    return suite if options.autoattack is None else replace(suite, autoattack=min(options.autoattack, options.n or options.autoattack))
 
 
 def cores() -> int:

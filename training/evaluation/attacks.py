@@ -4,13 +4,12 @@ Every ``standing`` means: right to begin with, and right in what is served at th
 the first that fooled the network, or its last.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
@@ -23,8 +22,6 @@ from training.evaluation.subject import Subject, load_weights, open_module
 from training.ranks import Noise
 
 OBJECTIVES: dict[str, Objective] = {"ce": cross_entropy, "margin": margin}
-VOTES = 10
-"""Forward passes of which a stochastic model's class is the majority's."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +64,12 @@ class Pgd:
         """Return standing (N,), and without ``leave`` the last iterate's logits (N, K) and gradient (N,)."""
         x, y = tensors(subject, image, label)
         noise, x_adv = Noise.seeded(SEED), x.clone()
-        standing = votes(subject, x, self.eot) == y
+        standing = classes(subject, x) == y
         for _ in range(self.restarts):
             start = begin(x.cpu(), self.threat, "uniform", noise).to(x.device)
             moved = self.search(subject, x, y, start)
             x_adv = torch.where(standing[:, None, None, None], moved, x_adv) if self.leave else moved
-            standing = standing & (votes(subject, x_adv, self.eot) == y)
+            standing = standing & (classes(subject, x_adv) == y)
         result: Arrays = {"standing": standing.cpu().numpy()}
         if not self.leave:
             result["logits"] = subject.logits(x_adv.cpu().numpy())
@@ -112,7 +109,7 @@ class Trace:
         x, y = tensors(subject, image, label)
         noise = Noise.seeded(SEED)
         x_adv = begin(x.cpu(), self.threat, "uniform", noise).to(x.device)
-        noisy = votes(subject, x_adv) == y
+        noisy = classes(subject, x_adv) == y
         at_image, logits = input_gradient(subject.network, x, y, cross_entropy)
         with torch.no_grad():
             varied = (subject.network(x).float() - logits).abs().amax(dim=1) > 1e-4 * logits.abs().amax(dim=1)
@@ -133,7 +130,7 @@ class Transfer:
     """PGD-20 on a surrogate network, its last iterate shown to the model."""
 
     threat: Threat
-    surrogate: str  # a weights file of the trainer
+    surrogate: str = field(repr=False)  # a weights file of the trainer; where it lies is no part of the key
     sha256: str
 
     @property
@@ -166,13 +163,19 @@ def tensors(subject: Subject, image: Floats, label: Labels) -> tuple[Tensor, Ten
 
 
 def input_gradient(network: Network, x: Tensor, label: Tensor, objective: Objective, times: int = 1) -> tuple[Tensor, Tensor]:
-    """Return the objective's gradient (N, 3, H, W), averaged over ``times`` passes, and the last logits (N, K)."""
+    """Return the objective's gradient (N, 3, H, W), averaged over ``times`` passes, and the last logits (N, K).
+
+    Where the model gives none, through no_grad or a detour by NumPy, or one that is not a number, it is 0: a masked gradient is a
+    finding, not a crash.
+    """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         total = torch.zeros_like(x)
         for _ in range(times):
             logits = network(x).float()
-            total += torch.autograd.grad(objective(logits, label).sum(), x)[0]
+            if logits.requires_grad:
+                (gradient,) = torch.autograd.grad(objective(logits, label).sum(), x, allow_unused=True)
+                total = total if gradient is None else total + torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
     return total / times, logits.detach()
 
 
@@ -184,13 +187,9 @@ def gradient_norm(subject: Subject, x: Tensor) -> Floats:
     return length
 
 
-def votes(subject: Subject, x: Tensor, eot: int = 1) -> Tensor:
-    """Return the served class of each image (N,); a stochastic model's is the majority of ten answers."""
-    asked = [subject.logits(x.cpu().numpy()) for _ in range(VOTES if eot > 1 else 1)]
-    if len(asked) == 1:
-        return torch.from_numpy(asked[0].argmax(axis=1)).to(x.device)
-    counts = torch.stack([F.one_hot(torch.from_numpy(f.argmax(axis=1)), f.shape[1]) for f in asked]).sum(dim=0)
-    return counts.argmax(dim=1).to(x.device)
+def classes(subject: Subject, x: Tensor) -> Tensor:
+    """Return the served class of each image (N,)."""
+    return torch.from_numpy(subject.logits(x.cpu().numpy()).argmax(axis=1)).to(x.device)
 
 
 def survivors(model: nn.Module, image: Tensor, label: Tensor, threat: Threat, steps: int = 20) -> int:

@@ -25,6 +25,12 @@ def clean_rows(c: Context) -> Iterator[Row]:
     found = c.look("clean", Look(gradient=True), image, label)
     logits = found["logits"].astype(np.float64)
     energy = -np.logaddexp.reduce(logits, axis=1)
+    if energy.std() < 1e-4 * max(1.0, float(np.abs(logits).max())):
+        c.say(
+            "E(x) is the same for every image: the model returns log-probabilities, not logits, and no figure of its energy means anything"
+        )
+    if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1.0, atol=1e-4):
+        c.say("the model returns probabilities, not logits: cross-entropy and energies are of their softmax, and its gradients are small")
     yield c.share("accuracy_clean", logits.argmax(axis=1) == label, c.where, "what is served", c.subject.weights)
     yield estimate("energy_mean", energy.mean(), mean_interval(energy), len(label), c.where, "nats", c.subject.graph)
     yield number("energy_sd", energy.std(), len(label), c.where, "nats", c.subject.graph)
@@ -39,7 +45,7 @@ def calibration_rows(c: Context) -> Iterator[Row]:
     n, of = len(c.data.selection), c.subject.graph
     yield number("temperature", temperature, n, f"{c.data.name} selection split", "fitted to p(y|x)", of)
     (found,) = c.ledger.run("calibration", [(Look(), image, label)])
-    yield from quality(c, found["logits"], label, c.where, {"temperature 1": 1.0, "fitted temperature": temperature})
+    yield from quality(c, [(found["logits"], label)], c.where, {"temperature 1": 1.0, "fitted temperature": temperature})
     if temperature != 1.0:
         c.drawings["reliability"] = {
             name: np.asarray(reliability(probabilities(found["logits"], t), label)) for name, t in (("before", 1.0), ("after", temperature))
@@ -50,18 +56,24 @@ def calibration_rows(c: Context) -> Iterator[Row]:
         yield c.share("accuracy_corrupted", found["logits"].argmax(axis=1) == labels, name, "what is served", of)
         severities.setdefault(kind, []).append((found["logits"], labels))
     for kind, parts in severities.items():
-        logits, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
-        if len(parts) > 1:
-            yield c.share("accuracy_corrupted_mean", logits.argmax(axis=1) == labels, kind, f"all {len(parts)} kinds", of)
-        yield from quality(c, logits, labels, kind, {"fitted temperature": temperature})
+        if len(parts) > 1:  # the kinds are of the same images, so an interval is over images
+            right = np.mean([logits.argmax(axis=1) == labels for logits, labels in parts], axis=0)
+            row = estimate(
+                "accuracy_corrupted_mean", right.mean(), mean_interval(right), len(right), kind, f"{len(parts)} kinds of each image", of
+            )
+            yield row
+        yield from quality(c, parts, kind, {"fitted temperature": temperature})
 
 
-def quality(c: Context, logits: np.ndarray, label: Labels, where: str, temperatures: dict[str, float]) -> Iterator[Row]:
-    """Yield likelihood, Brier score, ECE and the ECE that a calibrated model would show at this n."""
+def quality(c: Context, parts: list[tuple[np.ndarray, Labels]], where: str, temperatures: dict[str, float]) -> Iterator[Row]:
+    """Yield likelihood, Brier score, ECE and the ECE that a calibrated model would show at this n; ``parts`` are of the same images."""
     for name, temperature in temperatures.items():
-        p, n, of = probabilities(logits.astype(np.float32), temperature), len(label), c.subject.graph
-        for metric, values in (("nll", negative_log_likelihood(p, label)), ("brier", brier(p, label))):
+        of, n = c.subject.graph, len(parts[0][1])
+        each = [(probabilities(logits.astype(np.float32), temperature), label) for logits, label in parts]
+        for metric, score in (("nll", negative_log_likelihood), ("brier", brier)):
+            values = np.mean([score(p, label) for p, label in each], axis=0)
             yield estimate(metric, values.mean(), mean_interval(values), n, where, f"{name}, normal 95 % interval", of)
+        p, label = np.concatenate([p for p, _ in each]), np.concatenate([label for _, label in each])
         metric = "ece_uncalibrated" if name == "temperature 1" else "ece"
         yield number(metric, expected_calibration_error(p, label), n, where, f"15 bins, {name}", of)
         yield number(
@@ -85,7 +97,12 @@ def shifted_sets(c: Context) -> Iterator[tuple[str, str, Pixels, Labels]]:
             if image.dtype != np.uint8 or image.shape[1:] != (32, 32, 3) or len(label) != len(image):
                 raise DataError(f"{files[0]}: {image.dtype} {image.shape} is not CIFAR-10.1: uint8 (N, 32, 32, 3)")
             yield f"CIFAR-10.1 {version}", f"CIFAR-10.1 {version}", image, label.astype(np.int64)
+    if not any((data_root() / f"cifar10.1_{version}_data.npy").is_file() for version in ("v6", "v4")):
+        c.say("CIFAR-10.1: not measured, cifar10.1_v6_data.npy and cifar10.1_v6_labels.npy are not in the data folder")
     folder = data_root() / "CIFAR-10-C"
+    if not (folder / "labels.npy").is_file():
+        c.say("CIFAR-10-C: not measured, CIFAR-10-C/labels.npy and its corruptions are not in the data folder")
+        return
     for file in sorted(folder.glob("*.npy")):
         if file.stem == "labels":
             continue
@@ -98,5 +115,3 @@ def shifted_sets(c: Context) -> Iterator[tuple[str, str, Pixels, Labels]]:
                 np.asarray(image[rows]),
                 label[rows].astype(np.int64),
             )
-    if not folder.is_dir():
-        c.say("CIFAR-10-C and CIFAR-10.1: not measured unless CIFAR-10-C/*.npy and cifar10.1_v6_data.npy are in the data folder")

@@ -1,15 +1,18 @@
 """What every part of the evaluation is given, and the amounts of a suite."""
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import to_unit
 from training.errors import TrainingError
+from training.evaluation.autoattack import tally
 from training.evaluation.ledger import Arrays, Ledger, Work
 from training.evaluation.rows import Ball, Row, proportion
 from training.evaluation.subject import Subject
@@ -34,7 +37,9 @@ class Suite:
     thorough: bool = True  # the flag is attacked at every alpha, and the energy beside the served score
 
     def at_most(self, n: int) -> "Suite":
-        """Return the suite with no measurement on more than n images."""
+        """Return the suite with no measurement on more than n images; raise TrainingError for none."""
+        if n < 1:
+            raise TrainingError(f"n = {n}: give 1 or more")
         amounts = {name: min(value, n) for name, value in vars(self).items() if name not in ("queries", "samples", "thorough")}
         return replace(self, **amounts)
 
@@ -77,7 +82,8 @@ class Context:
     images: dict[str, NDArray[np.bool_]] = field(default_factory=dict)  # per image: what each proportion was counted from
     arrays: dict[str, Arrays] = field(default_factory=dict)  # per set of images: logits, label, perhaps gradient
     drawings: dict[str, Arrays] = field(default_factory=dict)  # what pictures are made of beside those
-    warnings: list[str] = field(default_factory=list)
+    part: str = ""  # that is being measured
+    warnings: dict[str, list[str]] = field(default_factory=dict)  # of each part
 
     @property
     def where(self) -> str:
@@ -107,9 +113,39 @@ class Context:
         return proportion(metric, int(good.sum()), len(good), where, protocol, of)
 
     def say(self, text: str) -> None:
-        """Keep a warning for the report, and print it."""
-        self.warnings.append(text)
-        print(f"  note: {text}", flush=True)
+        """Keep a warning of this part for the report, and print it; the same one is kept once."""
+        kept = self.warnings.setdefault(self.part, [])
+        if text not in kept:
+            kept.append(text)
+            print(f"  note: {text}", flush=True)
+
+    @property
+    def eot(self) -> int:
+        """Return how many passes a gradient is averaged over: more than one for a model that answers at random."""
+        return 16 if self.subject.random else 1
+
+    def samplable(self) -> bool:
+        """Return whether the model gives the gradient that chains follow; say so when it does not."""
+        with torch.enable_grad():
+            x = torch.from_numpy(self.test(1)[0]).to(self.subject.device).requires_grad_()
+            if self.subject.network(x).requires_grad:
+                return True
+        self.say("samples: not drawn, the model gives no gradient")
+        return False
+
+    def attackers(self) -> bool:
+        """Return whether the attack package is here; say so when it is not."""
+        if find_spec("pyautoattack") is None:
+            self.say("AutoAttack and Square: not measured, pip install -e '.[evaluate]' brings pyautoattack")
+            return False
+        return True
+
+    def tell(self, found: Arrays, what: str) -> int:
+        """Keep what the attack package warned of, and return how often it did."""
+        lines = tally(found.get("notes", np.empty(0, np.str_)))
+        for line in lines:
+            self.say(f"{what}: {line}")
+        return sum(int(line.split()[2]) for line in lines if line.startswith("AutoAttack warned "))
 
 
 def unit(split: Split) -> tuple[Floats, Labels]:

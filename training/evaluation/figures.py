@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,15 +20,23 @@ from training.evaluation.ledger import Arrays
 from training.evaluation.rows import Row
 
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#000000")
-STYLES = ("-", "-", "--", "-", ":", "-.")
+LOOKS = {  # one colour and line a set, whichever others are there
+    "clean": (COLOURS[0], "-"),
+    "PGD-20": (COLOURS[1], "-"),
+    "transferred": (COLOURS[2], "--"),
+    "AutoAttack": (COLOURS[7], ":"),
+    "drawn by the model": (COLOURS[3], "-"),
+    "SVHN": (COLOURS[4], ":"),
+    "CIFAR-100": (COLOURS[5], "-."),
+    "noise": (COLOURS[6], "-"),
+}
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
     "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ebjdat",  # the same picture has the same bytes
+    "text.parse_math": False,  # a class may be called $x$
 }
 
 
@@ -78,23 +87,26 @@ def landscapes(models: Sequence[tuple[str, dict[str, Arrays]]], eps: float) -> F
         axes[0, 0].set_title("E(x)")
         axes[0, 1].set_title("E(x, y)")
         for axis in axes[-1]:
-            axis.set_xlabel("deviations of the clean energies from their mean")
+            axis.set_xlabel("deviations of the clean energies from their mean (edges: all beyond)")
         handles = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
         axes[0, 1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
     return figure
 
 
 def overlay(axis: Axes, sets: Sequence[tuple[str, np.ndarray]], limits: tuple[float, float] | None = None) -> None:
-    """Draw densities of several samples on common bins, the first two filled; what lies beyond ``limits`` is piled up at them."""
+    """Draw densities of several samples on common bins, clean and PGD filled; the bins at ``limits`` hold all beyond."""
     joined = np.concatenate([values for _, values in sets])
     low, high = limits or (float(np.quantile(joined, 0.002)), float(np.quantile(joined, 0.998)))
     edges = np.linspace(low, high, 56)
+    top = 0.0
     for i, (name, values) in enumerate(sets):
-        values = values.clip(low, high) if limits else values
-        density, _ = np.histogram(values, edges)
+        colour, line = LOOKS.get(name, (COLOURS[i], "-"))
+        density, _ = np.histogram(values.clip(low, high) if limits else values, edges)
         heights = density / max(len(values), 1) / np.diff(edges)
-        axis.stairs(heights, edges, color=COLOURS[i], alpha=0.22 if i < 2 else 0.0, fill=True)
-        axis.stairs(heights, edges, color=COLOURS[i], lw=1.7, ls=STYLES[i % len(STYLES)], label=name)
+        top = max(top, float(heights[1:-1].max()))
+        axis.stairs(heights, edges, color=colour, alpha=0.22 if name.startswith(("clean", "PGD-20")) else 0.0, fill=True)
+        axis.stairs(heights, edges, color=colour, lw=1.7, ls=line, label=name)
+    axis.set_ylim(0, 1.1 * top)  # a pile at an edge must not flatten the rest
     axis.set_yticks([])
 
 
@@ -109,8 +121,9 @@ def ground(found: Arrays, eps: float, names: Sequence[str]) -> Figure:
                 step, step, found["class"] == int(found["image"][1]), levels=[0.5], colors="white", linewidths=1.4, linestyles="--"
             )
         axis.plot([0, 1], [0, 0], "o-", color="#D55E00", ms=5)
-        axis.annotate("image", (0, 0), (-0.1, 0.14), color="white")
-        axis.annotate("PGD-20", (1, 0), (0.8, 0.14), color="white")
+        for text, at in (("image", -0.1), ("PGD-20", 0.8)):
+            outline = [patheffects.withStroke(linewidth=2.5, foreground="black")]
+            axis.annotate(text, (at, 0.14), color="white", path_effects=outline)
         axis.set_xlabel("the way PGD went (1: where it ended)")
         axis.set_ylabel("a random way, as long")
         name = names[int(found["image"][1])] if int(found["image"][1]) < len(names) else str(found["image"][1])
@@ -127,8 +140,8 @@ def differences(arrays: dict[str, Arrays]) -> Figure | None:
     clean = energies(arrays["clean"])["energy"]
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
-        moved = [(name, energies(found)["energy"] - clean[: len(found["logits"])]) for name, found in sets]
-        overlay(axis, moved)
+        both = [(name, energies(found)["energy"], min(len(clean), len(found["logits"]))) for name, found in sets]
+        overlay(axis, [(name, values[:n] - clean[:n]) for name, values, n in both])
         axis.axvline(0, color="#999999", lw=1)
         axis.set_xlabel("E(x_adv) - E(x) of each image, nats")
         axis.legend(fontsize=9)
@@ -141,10 +154,11 @@ def reliability(found: Arrays) -> Figure:
         figure, axis = plt.subplots(figsize=(3.9, 3.4), layout="constrained")
         axis.plot([0, 1], [0, 1], color="#999999", lw=1)
         for i, (name, rows) in enumerate(found.items()):
-            axis.plot(rows[:, 0], rows[:, 1], "o-", color=COLOURS[i], ms=4, label=f"{name} the temperature")
+            size = 12 + 200 * rows[:, 2] / rows[:, 2].sum()
+            axis.scatter(rows[:, 0], rows[:, 1], size, color=COLOURS[i], alpha=0.8, label=f"{name} the temperature (area: images)")
         axis.set_xlabel("confidence")
         axis.set_ylabel("accuracy")
-        axis.legend(fontsize=9)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 1.16))
     return figure
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from training.replay import fit_prior
 
 TOGETHER = 20
 """Chains moved at once."""
+Shown = tuple[Pixels, Labels, str]
+"""Images, their classes, and how they came to be."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Draw:
     """Fresh class-conditional chains from the prior; the images given are (N, 1), each the chain's number, which its seed follows."""
 
     sampler: Sampler
-    prior: str
+    prior: str = field(repr=False)  # where it lies is no part of the key
     prior_sha256: str
 
     @property
@@ -59,6 +61,8 @@ def opened_prior(file: str) -> Prior:
 
 def generation_rows(c: Context) -> Iterator[Row]:
     """Yield distances, precision and recall, class agreement and neighbours of fresh samples and of what they are compared with."""
+    if not c.samplable():
+        return
     sampler, prior = start_of(c)
     n, classes = c.suite.samples, len(c.data.names)
     label = np.arange(n, dtype=np.int64) % classes
@@ -74,8 +78,8 @@ def generation_rows(c: Context) -> Iterator[Row]:
     energy = -np.logaddexp.reduce(found["logits"].astype(np.float64), axis=1)
     yield number("energy_samples", energy.mean(), n, f"{n} fresh samples", how, of)
     yield seconds_row(c, work, how)
-    sets = {"fresh samples": (fresh, how), "prior draws": (start["image"], "no step"), **beside(c, work, index, label, how)}
-    yield from distance_rows(c, sets, label)
+    sets = {"fresh samples": (fresh, label, how), "prior draws": (start["image"], label, "no step"), **beside(c, work, index, label, how)}
+    yield from distance_rows(c, sets, n)
     yield from neighbour_rows(c, fresh, how)
     c.drawings["samples"] = {"image": fresh[: 10 * classes], "label": label[: 10 * classes]}
 
@@ -91,21 +95,25 @@ def start_of(c: Context) -> tuple[Sampler, Path]:
     return Sampler(steps=80, step_size=0.25, grad_clip=2.0, noise_std=0.005), file
 
 
-def beside(c: Context, work: Draw, index: Floats, label: Labels, how: str) -> dict[str, tuple[Pixels, str]]:
+def beside(c: Context, work: Draw, index: Floats, label: Labels, how: str) -> dict[str, Shown]:
     """Return the controls' samples, by the same prior, steps and seeds, and the replay buffer's chains where a run's state is given."""
-    sets: dict[str, tuple[Pixels, str]] = {}
+    sets: dict[str, Shown] = {}
     for file in c.controls:
         control = open_weights(file)
         ledger = Ledger(c.ledger.folder, weights_spec(file), control, c.ledger.processes)
         (drawn,) = ledger.run(f"control {file.parent.name}", [(work, index, label)])
-        sets[f"samples of the control {file.parent.name} ({control.weights[:8]})"] = (drawn["image"], f"{how}; same seeds")
+        sets[f"samples of the control {file.parent.name} ({control.weights[:8]})"] = (drawn["image"], label, f"{how}; same seeds")
     if c.buffer is not None:
-        sets["chains of the replay buffer"] = (buffer_images(c.buffer, len(label)), "persistent chains of training, none fresh")
+        kept, of = buffer_images(c.buffer, len(label), len(c.data.names))
+        sets["chains of the replay buffer"] = (kept, of, "persistent chains of training, none fresh")
     return sets
 
 
-def buffer_images(file: Path, n: int) -> Pixels:
-    """Return the first n chains of a run's replay buffer; raise TrainingError when the file holds none."""
+def buffer_images(file: Path, n: int, classes: int) -> tuple[Pixels, Labels]:
+    """Return n chains evenly over a run's replay buffer, which lies in class blocks, and their classes.
+
+    Raises TrainingError when the file holds none.
+    """
     state = torch.load(file, map_location="cpu", weights_only=True)
     stack, found = [state], None
     while stack and found is None:
@@ -116,27 +124,29 @@ def buffer_images(file: Path, n: int) -> Pixels:
         raise TrainingError(f"{file} holds no replay buffer: give the state.pt of a stage that keeps chains")
     # parts are dealt out in turn, so that class blocks stay in order
     chains = found.transpose(0, 1).flatten(0, 1)
-    chosen = chains[torch.linspace(0, len(chains) - 1, min(n, len(chains))).long()]
-    return pixels.to_bytes(chosen.float().numpy())
+    chosen = torch.linspace(0, len(chains) - 1, min(n, len(chains))).long()
+    return pixels.to_bytes(chains[chosen].float().numpy()), (chosen * classes // len(chains)).numpy()
 
 
-def distance_rows(c: Context, sets: dict[str, tuple[Pixels, str]], label: Labels) -> Iterator[Row]:
+def distance_rows(c: Context, sets: dict[str, Shown], n: int) -> Iterator[Row]:
     """Yield, in every extractor at hand, distances to training images, and the floor: test images at the same n."""
     found, lacking = available(c.data.name)
     for text in lacking:
         c.say(text)
-    n = len(label)
+    if not found:
+        c.say("no distance, precision or class agreement of samples: there is no extractor for this data")
     real = c.data.train.image[: min(10_000, max(2_000, 5 * n), len(c.data.train))]
     reference = f"{len(real)} training images"
-    floor = {f"test images, the floor at n = {min(n, len(c.data.test))}": (c.data.test.image[:n], "real against real")}
+    test = c.data.test.first(n)
+    floor: dict[str, Shown] = {f"test images, the floor at n = {len(test)}": (test.image, test.label, "real against real")}
     for extractor in found:
         known = features(c, extractor, real)["features"]
-        for name, (image, how) in {**sets, **floor}.items():
+        for name, (image, label, how) in {**sets, **floor}.items():
             got = features(c, extractor, image)
             yield from rows_of(c, extractor, f"{len(image)} {name} vs {reference}", got, known, how)
-            if extractor.classes and not name.startswith("test") and len(image) == n:
+            if extractor.classes:
                 agree = got["logits"].argmax(axis=1) == label
-                yield c.share(f"class_agreement_{extractor.name}", agree, f"{n} {name}", how, c.subject.graph)
+                yield c.share(f"class_agreement_{extractor.name}", agree, f"{len(image)} {name}", how, c.subject.graph)
 
 
 def rows_of(c: Context, extractor: Extractor, where: str, got: Arrays, known: Floats, how: str) -> Iterator[Row]:
@@ -146,16 +156,17 @@ def rows_of(c: Context, extractor: Extractor, where: str, got: Arrays, known: Fl
     name = extractor.name
     if name == "inception":
         yield number("fid", frechet_distance(fake, known), n, where, protocol, of)
-        mean, spread = inception_score(probabilities(got["logits"], 1.0))
-        yield {**number("inception_score", mean, n, where, f"{protocol}, 10 splits", of), "stderr": spread}
+        mean, error, splits = inception_score(probabilities(got["logits"], 1.0))
+        yield {**number("inception_score", mean, n, where, f"{protocol}, {splits} splits", of), "stderr": error}
     else:
         yield number(f"frechet_{name}", frechet_distance(fake, known), n, where, protocol, of)
-    if n >= 200:
+    if n // 4 > fake.shape[1]:  # below, the covariance is singular and the line no line
         value, error = frechet_infinity(fake, known)
-        yield {**number(f"frechet_infinity_{name}", value, n, where, f"{protocol}; extrapolated to infinite n", of), "stderr": error}
-    value, spread = kernel_distance(fake, known)
-    kernel = f"{protocol}; cubic kernel, unbiased, 50 subsets of {min(1000, n)}"
-    yield {**number(f"kernel_distance_{name}", value, n, where, kernel, of), "stderr": spread / 50**0.5}
+        beyond = f"{protocol}; extrapolated to infinitely many of these, not of the {len(known)} reals: read it beside the floor"
+        yield {**number(f"frechet_infinity_{name}", value, n, where, beyond, of), "stderr": error}
+    value, error, blocks = kernel_distance(fake, known)
+    kernel = f"{protocol}; cubic kernel, unbiased, mean of {blocks} disjoint blocks"
+    yield {**number(f"kernel_distance_{name}", value, n, where, kernel, of), "stderr": error}
     precision, recall = precision_recall(fake, known[: max(n, 1000)])
     yield number(f"precision_{name}", precision, n, where, f"{protocol}; k = 3, {len(known[: max(n, 1000)])} reals", of)
     yield number(f"recall_{name}", recall, n, where, f"{protocol}; k = 3, {len(known[: max(n, 1000)])} reals", of)

@@ -19,32 +19,70 @@ VARIANTS = ("joint", "selective", "orthogonal")
 
 @dataclass(frozen=True)
 class ScoreAttack:
-    """PGD on an outlier score: ``up`` makes images look strange, down makes them look normal; the best iterate is kept."""
+    """PGD on an outlier score, from the image and from a random start, then Square on the served score: the best point of all is kept.
+
+    ``up`` makes images look strange, down makes them look normal. Square needs no gradient, so that a masked one hides nothing.
+    """
 
     threat: Threat
     score: str
     weight: float
     up: bool
+    queries: int = 0
     steps: int = 40
 
     @property
     def cost(self) -> float:
         """Return the forward passes of one image."""
-        return 3.0 * self.steps
+        return 6.0 * self.steps + self.queries
 
     def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
-        """Return the served logits (N, K) at the best iterate."""
-        x, y = tensors(subject, image, label)
+        """Return the served logits (N, K) at the best point, and square (N,): whether Square found a better one than PGD."""
+        x, _ = tensors(subject, image, label)
+        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+        starts = [x, project(x + self.threat.eps * (2 * noise - 1), x, self.threat)]
+        best, value = image.copy(), self.value(subject, image)
+        by_square = np.zeros(len(image), bool)
+        made = [self.climb(subject, x, start).cpu().numpy() for start in starts]
+        if self.queries:
+            made.append(self.ask(subject, image))
+        for i, points in enumerate(made):
+            reached = self.value(subject, points)
+            better = reached > value
+            best[better], value[better] = points[better], reached[better]
+            by_square = by_square | better if i == len(starts) else by_square & ~better
+        return {"logits": subject.logits(best), "square": by_square}
+
+    def value(self, subject: Subject, image: Floats) -> np.ndarray:
+        """Return what is climbed, of what is served, (N,)."""
+        score = SCORES[self.score](self.weight)(torch.from_numpy(subject.logits(image).copy())).numpy()
+        result: np.ndarray = score if self.up else -score
+        return result
+
+    def climb(self, subject: Subject, x: Tensor, x_adv: Tensor) -> Tensor:
+        """Return the best iterate of PGD in the network's own score."""
         of, sign = SCORES[self.score](self.weight), 1.0 if self.up else -1.0
-        x_adv, best, kept = x.clone(), torch.full((len(x),), -torch.inf, device=x.device), x.clone()
+        best, kept = torch.full((len(x),), -torch.inf, device=x.device), x.clone()
+        label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for step in range(self.steps + 1):
-            gradient, logits = input_gradient(subject.network, x_adv, y, lambda f, _: sign * of(f))
+            gradient, logits = input_gradient(subject.network, x_adv, label, lambda f, _: sign * of(f))
             value = sign * of(logits)
             better = value > best
             best, kept[better] = torch.maximum(value, best), x_adv[better]
             rate = 0.25 if step < self.steps // 2 else 0.05
             x_adv = project(x_adv + rate * self.threat.eps * ascent(gradient, self.threat.norm), x, self.threat)
-        return {"logits": subject.logits(kept.cpu().numpy())}
+        return kept
+
+    def ask(self, subject: Subject, image: Floats) -> Floats:
+        """Return where Square ends that lowers 1000 - value, which it never takes for a success."""
+
+        def margins(z: Tensor) -> Tensor:
+            value = torch.from_numpy(self.value(subject, z.numpy()))
+            return torch.stack([1000.0 - value, torch.zeros_like(value)], dim=1)
+
+        x = torch.from_numpy(image)
+        points: Floats = square(margins, self.threat, self.queries).perturb(x, torch.zeros(len(x), dtype=torch.int64)).numpy()
+        return points
 
 
 @dataclass(frozen=True)
@@ -107,12 +145,12 @@ class Evade:
             wrong = (wrongness > 0).detach()
             if self.variant == "joint":
                 value = torch.minimum(wrongness / logits.detach().std(), room)
-                return torch.autograd.grad(value.sum(), x)[0], wrong, room.detach()
+                return gradient_of(value, x), wrong, room.detach()
             if self.variant == "selective":
                 value = torch.where(wrong, room, wrongness)
-                return torch.autograd.grad(value.sum(), x)[0], wrong, room.detach()
-            (to_wrong,) = torch.autograd.grad(wrongness.sum(), x, retain_graph=True)
-            (to_room,) = torch.autograd.grad(room.sum(), x)
+                return gradient_of(value, x), wrong, room.detach()
+            to_wrong = gradient_of(wrongness, x, retain_graph=True)
+            to_room = gradient_of(room, x)
         chosen = torch.where(wrong[:, None, None, None], without(to_room, to_wrong), without(to_wrong, to_room))
         return chosen, wrong, room.detach()
 
@@ -167,6 +205,14 @@ def evades(subject: Subject, image: Floats, label: Labels, attack: Evade | Evade
     unflagged = SCORES[attack.score](attack.weight)(logits) <= attack.threshold
     result: np.ndarray = ((logits.argmax(dim=1) != torch.from_numpy(label)) & unflagged).numpy()
     return result
+
+
+def gradient_of(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
+    """Return the gradient of a sum, 0 where the model gives none or no number."""
+    if not value.requires_grad:
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=retain_graph, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
 
 
 def without(gradient: Tensor, other: Tensor) -> Tensor:

@@ -152,13 +152,18 @@ class Inception(nn.Module):
         return features, F.linear(features, self.fc.weight)
 
 
-def load_inception(file: Path, sha256: str = SHA256) -> Inception:
-    """Return the network with the weights of ``file``; raise DataError when it is not the standard file."""
+def check_inception(file: Path, sha256: str = SHA256) -> None:
+    """Raise DataError when ``file`` is not the standard one."""
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if not found.startswith(sha256):
         raise DataError(
-            f"{file} has sha256 {found[:16]}…, the standard Inception weights begin {sha256}: no figure of another file may be called FID"
+            f"{file} has sha256 {found[:16]}…, the standard weights begin {sha256}: no figure of another file may be called FID"
         )
+
+
+def load_inception(file: Path, sha256: str = SHA256) -> Inception:
+    """Return the network with the weights of ``file``; raise DataError when it is not the standard file."""
+    check_inception(file, sha256)
     model = Inception()
     state = torch.load(file, weights_only=True, map_location="cpu")
     missing = model.load_state_dict({name: value for name, value in state.items() if not name.startswith("AuxLogits")}, strict=False)

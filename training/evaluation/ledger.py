@@ -1,7 +1,7 @@
 """Work in chunks of 100 images that survive a kill: each result is a file, named after all that it depends on.
 
-A chunk's key holds the sha256 of the model, of the chunk's pixels and labels, and the work with its numbers; what is there is
-never done again, whichever suite, part or n asks for it.
+A chunk's key holds the sha256 of the model and its graphs, of the chunk's pixels and labels, and the work with its numbers; what is
+there is never done again, whichever suite, part or n asks for it.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -51,12 +52,12 @@ class Chunk:
     image: Floats
     label: Labels
 
-    def key(self, weights: str) -> str:
+    def key(self, subject: str) -> str:
         """Return the name of the result's file; work that asks nothing of the model is ``shared`` by all models."""
-        weights = "shared" if getattr(self.work, "shared", False) else weights
+        subject = "shared" if getattr(self.work, "shared", False) else subject
         digest = hashlib.sha256(np.ascontiguousarray(self.image).data)
         digest.update(np.ascontiguousarray(self.label).data)
-        return hashlib.sha256(f"{FORMAT} {weights} {self.work!r} {digest.hexdigest()}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{FORMAT} {subject} {self.work!r} {digest.hexdigest()}".encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Ledger:
             [Chunk(work, image[i : i + chunk], label[i : i + chunk]) for i in range(0, len(label), chunk)] for work, image, label in todo
         ]
         every = [piece for job in jobs for piece in job]
-        files = {id(piece): self.folder / f"{piece.key(self.subject.weights)}.npz" for piece in every}
+        files = {id(piece): self.folder / f"{piece.key(self.subject.key)}.npz" for piece in every}
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = [piece for piece in every if read(files[id(piece)]) is None]
         if missing:
@@ -167,7 +168,7 @@ def clock(seconds: float) -> str:
 def write(file: Path, arrays: Arrays) -> None:
     """Write a result aside and rename it, so that what is there is whole."""
     aside = file.with_name(f".{file.stem}.{os.getpid()}.npz")
-    np.savez(aside, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(aside, **arrays)  # type: ignore[arg-type]
     os.replace(aside, file)
 
 
@@ -178,7 +179,7 @@ def read(file: Path) -> Arrays | None:
             return {name: stored[name] for name in stored.files}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         print(f"{file} is damaged ({error}): done again", file=sys.stderr)
         return None
 

@@ -9,7 +9,7 @@ from training.evaluation.rows import Row
 
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1c1c1c}
 table{border-collapse:collapse;width:100%;margin:.6rem 0 1.4rem}td,th{padding:.2rem .7rem .2rem 0;border-bottom:1px solid #e4e4e4;text-align:left;vertical-align:top}
-th{font-weight:600}td.v{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}td.p{color:#555;font-size:.88em}
+th{font-weight:600}td.v,th.v{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}td.p{color:#555;font-size:.88em}
 img{max-width:100%;image-rendering:auto}img.px{image-rendering:pixelated}figure{margin:1rem 0}figcaption{color:#555;font-size:.9em}
 .bad{background:#fdecea;border-left:4px solid #D55E00;padding:.5rem .8rem;margin:.6rem 0}.note{border-left:4px solid #E69F00;padding:.2rem .8rem;margin:.3rem 0;color:#444}
 summary{cursor:pointer;font-weight:600}@media print{details{display:block}}"""
@@ -33,6 +33,10 @@ SAID = {
     "released-code": "Half of the stated eps, and a weakened list of attacks: for comparison with published tables only.",
 }
 OPEN = 14
+SHORT = (
+    "accuracy_clean", "accuracy_autoattack", "accuracy_worst_case", "masking_suspected", "nll", "flag_rate_clean", "auroc_robust_ood",
+    "accuracy_with_rejection", "energy_w1_over_sd", "class_agreement_resnet20", "kernel_distance_efficientnet_lite0",
+)  # fmt: skip
 """Rows a section shows before the rest is folded."""
 
 
@@ -41,16 +45,16 @@ def write_evaluation_report(c: Context, rows: Sequence[Row]) -> Path:
     parts = [name for name in HEADINGS if any(row.get("part") == name for row in rows)]
     pictures = figures(c, rows)
     body = "".join(
-        f"<h2>{HEADINGS[name]}</h2><p>{SAID.get(name, '')}</p>{''.join(pictures.get(name, []))}{table([row for row in rows if row.get('part') == name])}"
+        f"<h2>{HEADINGS[name]}</h2><p>{SAID.get(name, '')}</p>{''.join(pictures.get(name, []))}{table(ordered(name, [row for row in rows if row.get('part') == name]))}"
         for name in parts
     )
-    notes = "".join(f'<p class="note">{html.escape(text)}</p>' for text in dict.fromkeys(c.warnings))
+    notes = "".join(f'<p class="note">{html.escape(part)}: {html.escape(text)}</p>' for part, lines in c.warnings.items() for text in lines)
     said = f"<h2>Notes and warnings</h2>{notes}" if notes else ""
     text = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(c.subject.name)}: evaluation</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(c.subject.name)} on {html.escape(c.data.name)}</h1>
 <p>Weights sha256 {c.subject.weights[:16]}…, served graph {c.subject.graph[:16]}…. Robust figures are in pixels of [0,1]. Every row says how it was made.</p>
-{verdict(rows)}{body}{said}</body></html>
+{verdict(rows)}{in_short(rows)}{body}{said}</body></html>
 """
     target = c.folder / "report.html"
     target.write_text(text)
@@ -66,9 +70,23 @@ def verdict(rows: Sequence[Row]) -> str:
     return f'<p class="bad"><b>Masked gradients are suspected.</b> Failed: {html.escape(failed)}. The robust accuracies below cannot be believed.</p>'
 
 
+def in_short(rows: Sequence[Row]) -> str:
+    """Return the first row of each chief metric: what a reader asks for before anything else."""
+    firsts = [next((row for row in rows if row["metric"] == metric), None) for metric in SHORT]
+    found = [row for row in firsts if row is not None]
+    return f"<h2>In short</h2>{table(found)}" if found else ""
+
+
+def ordered(part: str, rows: Sequence[Row]) -> list[Row]:
+    """Return a part's rows as they came; of masking the verdict and its checks first, for the rest is drawn."""
+    return sorted(rows, key=lambda row: not row["metric"].startswith(("masking", "check_"))) if part == "masking" else list(rows)
+
+
 def table(rows: Sequence[Row]) -> str:
     """Return rows as a table, most of a long one folded."""
-    head = "<tr><th>figure</th><th>value</th><th>95 % interval</th><th>n</th><th>data</th><th>protocol</th></tr>"
+    head = (
+        '<tr><th>figure</th><th class="v">value</th><th class="v">95 % interval</th><th class="v">n</th><th>data</th><th>protocol</th></tr>'
+    )
     lines = [line(row) for row in rows]
     first = f"<table>{head}{''.join(lines[:OPEN])}</table>"
     if len(lines) <= OPEN:

@@ -4,6 +4,7 @@ Its 64 pooled features are the space of ``frechet_resnet20``, which is not FID: 
 file is looked for as ``resnet20-12fca82f.th`` in the data folder, and read without unpickling code.
 """
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.errors import DataError
 from training.images import data_root
 
 FILE = "resnet20-12fca82f.th"
@@ -59,6 +61,9 @@ def load_extractor() -> ResNet20 | None:
     file: Path = data_root() / FILE
     if not file.is_file():
         return None
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if not found.startswith(FILE[9:17]):
+        raise DataError(f"{file} has sha256 {found[:16]}…, the file of that name begins {FILE[9:17]}: fetch it again")
     state = torch.load(file, weights_only=True, map_location="cpu")["state_dict"]
     model = ResNet20()
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})

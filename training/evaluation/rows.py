@@ -1,6 +1,5 @@
 """The rows of metrics.json: one measurement each, with n, protocol, seed and the sha256 of what was measured."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +56,3 @@ def eps_name(eps: float) -> str:
 def threat_name(threat: Threat) -> str:
     """Return a threat in words: l-inf 8/255, l2 0.5."""
     return f"l-inf {eps_name(threat.eps)}" if threat.norm == "linf" else f"l2 {threat.eps:g}"
-
-
-def merge(before: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
-    """Return ``before`` with ``rows`` in place of the same measurements of the same thing, and the new ones after them."""
-    fresh = {identity(row): row for row in rows}
-    kept = [fresh.pop(identity(row), row) for row in before]
-    return [*kept, *fresh.values()]
-
-
-def identity(row: Row) -> tuple[str, str, str, str]:
-    """Return what makes a row the same measurement, whatever its n."""
-    return row["metric"], row["dataset"], row["protocol"], row["of"]

@@ -1,7 +1,7 @@
 """What is evaluated: a bundle or any torch module, its network for attacks, and what it serves for everything else."""
 
 import hashlib
-import io
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -34,8 +35,11 @@ class Subject:
     graph: str  # sha256 of what ``logits`` runs
     device: torch.device
     advance: Callable[[Chains, int], Chains]  # Langevin steps
+    key: str  # sha256 of all that its answers depend on: what results are kept under
+    random: bool = False  # answers differ from call to call; ``logits`` are then the mean of ten
 
 
+ANSWERS = 10
 Spec = Callable[[], Subject]
 """Opens a subject; it is sent to worker processes, so it must be picklable to have any."""
 
@@ -53,9 +57,8 @@ def open_bundle(path: Path) -> Subject:
 
     with torch.no_grad():
         network = folded(model)  # the same function to rounding, in four fifths of the time
-    return Subject(
-        bundle.manifest.name, network, logits, files["weights.safetensors"].sha256, files["classify.onnx"].sha256, device, engine.advance
-    )
+    of = [files[name].sha256 for name in ("weights.safetensors", "classify.onnx", "step.onnx")]
+    return Subject(bundle.manifest.name, network, logits, of[0], of[1], device, engine.advance, digest_of(*of))
 
 
 def bundle_spec(path: Path) -> Spec:
@@ -63,15 +66,19 @@ def bundle_spec(path: Path) -> Spec:
     return partial(open_bundle, path)
 
 
-def open_module(name: str, module: nn.Module, digest: str) -> Subject:
+def open_module(name: str, module: nn.Module, digest: str, key: str = "", random: bool = False) -> Subject:
     """Return the subject of a module: it is put in eval mode, and its parameters take no gradient."""
     module.eval().requires_grad_(False)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
 
-    def logits(image: Floats) -> Floats:
+    def once(image: Floats) -> Floats:
         with torch.no_grad():
             parts = [module(part.to(device)).float().cpu() for part in torch.split(torch.from_numpy(np.ascontiguousarray(image)), 250)]
         return torch.cat(parts).numpy()
+
+    def often(image: Floats) -> Floats:
+        mean: Floats = np.mean([once(image) for _ in range(ANSWERS)], axis=0, dtype=np.float32)
+        return mean
 
     def advance(chains: Chains, steps: int) -> Chains:
         walk = Walk(module, chains, device)
@@ -79,27 +86,65 @@ def open_module(name: str, module: nn.Module, digest: str) -> Subject:
             walk.step()
         return chains.moved(walk.image.cpu().numpy(), steps)
 
-    return Subject(name, module, logits, digest, digest, device, advance)
+    return Subject(name, module, often if random else once, digest, digest, device, advance, key or digest, random)
 
 
-def module_spec(module: nn.Module, name: str) -> Spec:
-    """Return how to open a module; its sha256 is of its class, parameters and buffers."""
-    return partial(open_module, name, module, module_sha256(module))
+def module_spec(module: nn.Module, name: str, probe: Floats | None = None) -> Spec:
+    """Return how to open a module; its sha256 is of its class, its attributes, parameters and buffers.
+
+    What it answers to ``probe`` joins the key of its results, so that whatever else it computes with finds none of another's. A model
+    that answers differently each time, or whose gradient does, is taken for random: its answer is then the mean of ten.
+    """
+    digest = module_sha256(module)
+    if probe is None:
+        return partial(open_module, name, module, digest)
+    subject = open_module(name, module, digest)
+    first, second = (subject.logits(probe) for _ in range(2))
+    random = bool(np.abs(first - second).max() > 1e-4 * np.abs(first).max()) or gradient_varies(subject, probe)
+    said = "at random" if random else hashlib.sha256(np.round(first, 3).tobytes()).hexdigest()
+    return partial(open_module, name, module, digest, digest_of(digest, said), random)
+
+
+def gradient_varies(subject: Subject, probe: Floats) -> bool:
+    """Return whether two passes with autograd on differ: a model may be random only then."""
+    answers = []
+    for _ in range(2):
+        x = torch.from_numpy(probe).to(subject.device).requires_grad_()
+        with torch.enable_grad():
+            answers.append(subject.network(x).detach().float())
+    return bool((answers[0] - answers[1]).abs().max() > 1e-4 * answers[0].abs().max())
+
+
+def digest_of(*parts: str) -> str:
+    """Return the sha256 of several texts."""
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def module_sha256(module: nn.Module) -> str:
-    """Return the sha256 of a module: what it is made of, in its own words, and its state."""
-    buffer = io.BytesIO()
-    for name, value in sorted(module.state_dict().items()):
-        buffer.write(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        buffer.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return hashlib.sha256(f"{type(module).__qualname__} {module}".encode() + buffer.getvalue()).hexdigest()
+    """Return the sha256 of a module: its classes' sources, plain attributes, parameters and buffers."""
+    told = hashlib.sha256()
+    for path, part in module.named_modules():
+        simple = bool | int | float | str
+        plain = {name: value for name, value in vars(part).items() if isinstance(value, simple) and name != "training"}
+        told.update(f"{path} {type(part).__module__}.{type(part).__qualname__} {source(type(part))} {plain}".encode())
+    for name, value in sorted([*module.named_parameters(), *module.named_buffers()]):
+        told.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        told.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return told.hexdigest()
+
+
+def source(kind: type) -> str:
+    """Return the source of a class, nothing where there is none to read."""
+    if kind.__module__.startswith("torch."):
+        return ""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def weights_spec(file: Path) -> Spec:
     """Return how to open weights that the trainer wrote, a WideResNet whose shape its tensors tell."""
-    if not file.is_file():
-        raise DataError(f"{file} is not there: name a safetensors file that the trainer wrote, or a bundle")
     return partial(open_weights, file)
 
 
@@ -110,10 +155,12 @@ def open_weights(file: Path) -> Subject:
 
 def load_weights(file: Path) -> WideResNet:
     """Return the WideResNet of a weights file in eval mode; raise DataError when it is not one."""
-    state = {name: value.float() if value.is_floating_point() else value for name, value in load_file(file).items()}
+    if not file.is_file():
+        raise DataError(f"{file} is not there: name a safetensors file that the trainer wrote, or a bundle")
     try:
+        state = {name: value.float() if value.is_floating_point() else value for name, value in load_file(file).items()}
         blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         width = state["blocks.0.conv1.weight"].shape[0] // 16
         return build(2 * blocks + 4, width, state["head.weight"].shape[0], state)
-    except (KeyError, RuntimeError, IndexError) as error:
+    except (KeyError, RuntimeError, IndexError, OSError, SafetensorError) as error:
         raise DataError(f"{file} holds no WideResNet of this project: {error}") from error
