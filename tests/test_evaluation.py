@@ -237,11 +237,11 @@ def test_the_key_and_the_sha_know_what_is_in_no_state_dict(weights, digits):
         def forward(self, x):
             return self.scale * self.plain(x)
 
-    class Closure(Net):
-        scale = [1.0]
+    factor = [1.0]
 
+    class Closure(Net):
         def forward(self, x):
-            return self.scale[0] * self.plain(x)
+            return factor[0] * self.plain(x)
 
     probe = to_unit(digits.test.image[:8])
     one, other = (Temperature(scale) for scale in (1.0, -1.0))
@@ -251,7 +251,7 @@ def test_the_key_and_the_sha_know_what_is_in_no_state_dict(weights, digits):
     assert module_sha256(one) == module_sha256(made_like(one, weights))
     net = made(Closure, weights)
     before = module_spec(net, "net", probe)().key
-    Closure.scale[0] = 2.0
+    factor[0] = 2.0
     assert module_spec(net, "net", probe)().key != before
 
 

@@ -58,6 +58,9 @@ PARTS: dict[str, Part] = {
     "landscape": landscape_rows,
     "released-code": released_rows,
 }
+LEAST = {
+    "test": 20, "attacked": 1, "strong": 0, "autoattack": 0, "checked": 1, "looked": 2, "hostile": 1, "shifted": 2, "samples": 50, "queries": 1,
+}  # fmt: skip
 USUAL = tuple(name for name in PARTS if name != "released-code")
 SURROGATE = Path(__file__).parent.parent / "benchmarks" / "models" / "pgd-at" / "weights.safetensors"
 
@@ -262,9 +265,10 @@ def main() -> None:
     parser.add_argument(
         "--protocol", choices=("official", "released-code"), default="official", help="released-code: what the published code computes"
     )
-    parser.add_argument("--n", type=int, help="no measurement on more test images than this")
-    parser.add_argument("--samples", type=int, help="how many images are drawn (the suite's number)")
-    parser.add_argument("--autoattack", type=int, help="how many images full AutoAttack is run on (the suite's number)")
+    parser.add_argument("--n", type=int, help="no measurement on more test images than this; --amount raises single ones again")
+    parser.add_argument(
+        "--amount", nargs="+", default=[], metavar="NAME=N", help=f"single amounts of the suite: {', '.join(vars(SUITES['full']))}"
+    )
     parser.add_argument("--baseline", type=Path, help="metrics.json of the warm start, to stand beside every figure")
     parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights that transferred attacks are made on")
     parser.add_argument("--control", type=Path, nargs="+", default=[], help="weights sampled with the same prior, steps and seeds")
@@ -295,13 +299,18 @@ def main() -> None:
 
 def amounts(options: argparse.Namespace) -> Suite:
     """Return the suite with the command line's numbers."""
-    for name, least in (("n", 20), ("samples", 50), ("autoattack", 0), ("processes", 1)):
-        if (asked := getattr(options, name)) is not None and asked < least:
-            raise TrainingError(f"--{name} {asked}: give {least} or more")
+    if options.processes < 1:
+        raise TrainingError(f"--processes {options.processes}: give 1 or more")
     suite = SUITES[options.suite]
     suite = suite.at_most(options.n) if options.n is not None else suite
-    suite = replace(suite, samples=options.samples) if options.samples else suite
-    return suite if options.autoattack is None else replace(suite, autoattack=min(options.autoattack, options.n or options.autoattack))
+    for setting in options.amount:
+        name, _, value = setting.partition("=")
+        if name not in LEAST or not value.isdigit() or int(value) < LEAST[name]:
+            known = ", ".join(f"{known} from {least} up" for known, least in LEAST.items())
+            raise TrainingError(f"--amount {setting}: give NAME=N of {known}")
+        changes: dict[str, Any] = {name: int(value)}
+        suite = replace(suite, **changes)
+    return suite
 
 
 def cores() -> int:

@@ -80,9 +80,13 @@ class ScoreAttack:
             value = torch.from_numpy(self.value(subject, z.numpy()))
             return torch.stack([1000.0 - value, torch.zeros_like(value)], dim=1)
 
-        x = torch.from_numpy(image)
-        points: Floats = square(margins, self.threat, self.queries).perturb(x, torch.zeros(len(x), dtype=torch.int64)).numpy()
-        return points
+        x, attack = torch.from_numpy(image), square(margins, self.threat, self.queries)
+        attack.init_hyperparam(x)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(attack.seed)
+            _, points = attack.attack_single_run(x, torch.zeros(len(x), dtype=torch.int64))  # perturb returns successes alone
+        result: Floats = points.numpy()
+        return result
 
 
 @dataclass(frozen=True)

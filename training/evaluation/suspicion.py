@@ -26,6 +26,7 @@ OOD_ATLASES = ("svhn_train_first1080", "cifar100_test_3000")
 SCORES = ("energy", "max_softmax", "energy_entropy", "gradient_norm")
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of eps, PGD's strength: 2/255 to 16/255
 NEAR = "cifar100_test_3000"
+QUERIES = 1000  # of Square on the flag, at most
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def robust_ood_rows(c: Context, flag: Flag) -> Iterator[Row]:
     found = dict(ood_sets(c))
     name = NEAR if NEAR in found else "interpolations"
     junk, none = found[name][:n], np.zeros(min(n, len(found[name])), np.int64)
-    queries = min(c.suite.queries, 1000)
+    queries = min(c.suite.queries, QUERIES)
     down, up = (ScoreAttack(threat, flag.score, flag.weight, up, queries) for up in (False, True))
     todo: list[tuple[Work, Floats, Labels]] = [(Look(), image, label), (up, image, label), (Look(), junk, none), (down, junk, none)]
     parts = c.ledger.run(f"robust OOD, {flag.score}", todo)
@@ -234,13 +235,14 @@ def rejection_rows(c: Context, flag: Flag) -> Iterator[Row]:
         if alpha * (len(flag.clean) + 1) < 1:
             continue
         common = (threat, flag.score, flag.weight, flag.threshold(alpha), float(flag.clean.std()) or 1.0)
-        works: list[Work] = [*(Evade(*common, variant) for variant in VARIANTS), EvadeBySquare(*common, c.suite.queries)]
+        queries = min(c.suite.queries, QUERIES)
+        works: list[Work] = [*(Evade(*common, variant) for variant in VARIANTS), EvadeBySquare(*common, queries)]
         todo = [(work, image, label) for work in works]
         holds = np.logical_and.reduce([part["holds"] for part in c.ledger.run(f"rejection, {flag.score}, alpha {alpha}", todo)])
         holds &= ~unseen(c, flag, alpha, n)
         protocol = (
             f"alpha {alpha}, score {flag.score}; {threat_name(threat)}, PGD-50 joint, selective and orthogonal, 2 starts each, "
-            f"and Square of {c.suite.queries} queries on both aims; points of APGD-CE and APGD-T that pass"
+            f"and Square of {queries} queries on both aims; points of APGD-CE and APGD-T that pass"
         )
         yield c.share("accuracy_with_rejection", holds, c.where, protocol, of)
 
