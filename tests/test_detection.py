@@ -1,14 +1,19 @@
 """Conformal p-values and the figures about them."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.detection import Detector, probabilities
-from ebjdat_serve.errors import EbjdatError
-from training.calibrate import fit_temperature
+from ebjdat_serve.errors import BundleError, EbjdatError
+from training.calibrate import calibrate, fit_temperature
 from training.distances import frechet_distance
+from training.images import load
 from training.measures import auroc, expected_calibration_error, flag_rate_interval, wilson
 
 energies = st.lists(st.floats(-50, 50, width=32), min_size=20, max_size=60)
@@ -86,3 +91,24 @@ def test_wilson_holds_the_proportion():
     low, high = wilson(60, 200)
     assert low < 0.3 < high
     assert (low, high) == pytest.approx((0.2407, 0.3668), abs=1e-3)
+
+
+def test_a_bundle_that_names_no_score_goes_on_by_the_energy(golden, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(golden / "current", folder)
+    rows = json.loads((folder / "calibration.json").read_text())
+    old = [{key: value for key, value in row.items() if key not in ("score", "weight", "scores")} for row in rows]
+    write_json(folder / "calibration.json", old)
+    calibration = Bundle.draft(folder).update("calibration.json").calibration()
+    assert (calibration.score, calibration.weight, calibration.scores) == ("energy", 0.0, calibration.energies)
+
+
+def test_every_precision_flags_by_the_score_of_fp32(golden, tmp_path):
+    folder, data = tmp_path / "bundle", load("digits")
+    shutil.copytree(golden / "current", folder)
+    bundle = calibrate(Bundle.draft(folder), data, score="max_softmax")
+    bundle = calibrate(bundle, data, "bf16")
+    assert {row.precision: row.score for row in bundle.calibrations()} == {"fp32": "max_softmax", "bf16": "max_softmax"}
+    assert [row.precision for row in calibrate(bundle, data).calibrations()] == ["fp32"]  # another score: bf16's is gone, and says so
+    with pytest.raises(BundleError, match="holds no bf16 calibration"):
+        Bundle.draft(folder).calibration("bf16")

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from ebjdat_serve import pixels
+from ebjdat_serve.detection import suspicion
 from ebjdat_serve.server.settings import SHIPPED, Settings
 from tests.conftest import ROOT, serving
 from tests.test_pixels import bomb
@@ -35,7 +36,7 @@ def raw(live, path, data, kind="application/octet-stream"):
 
 def test_classify_says_everything_it_promises(live, shipped, picture):
     said = raw(live, "/classify", picture).json()
-    assert set(said) == {"class", "label", "probability", "energy", "p_value", "suspicious", "top", "alpha", "model"}
+    assert set(said) == {"class", "label", "probability", "energy", "suspicion", "p_value", "suspicious", "top", "alpha", "model"}
     assert said["label"] == shipped.manifest.labels[said["class"]]
     assert len(said["top"]) == 5
     assert said["top"][0] == {name: said[name] for name in ("class", "label", "probability")}
@@ -51,7 +52,13 @@ def test_energy_is_the_logsumexp_of_the_joint_energies(live, shipped, picture):
     assert said["energy"] == pytest.approx(-np.logaddexp.reduce(-joint), abs=1e-4)
     classified = raw(live, "/classify", picture).json()
     assert said["energy"] == pytest.approx(classified["energy"], abs=1e-5)
-    assert said["p_value"] == classified["p_value"]
+    assert (said["suspicion"], said["p_value"]) == (classified["suspicion"], classified["p_value"])
+    calibration = shipped.calibration()
+    expected = suspicion(calibration.score, calibration.weight, -joint[None].astype(np.float32))
+    assert said["suspicion"] == pytest.approx(float(expected[0]), abs=1e-4)
+    assert said["p_value"] == (1 + sum(score >= said["suspicion"] for score in calibration.scores)) / (len(calibration.scores) + 1)
+    info = httpx2.get(f"{live.url}/info").json()["calibration"]
+    assert (info["score"], info["weight"]) == (calibration.score, calibration.weight)
 
 
 @pytest.mark.parametrize("path", ["/classify", "/energy"])

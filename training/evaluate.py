@@ -59,7 +59,8 @@ PARTS: dict[str, Part] = {
     "released-code": released_rows,
 }
 LEAST = {
-    "test": 20, "attacked": 1, "strong": 0, "autoattack": 0, "checked": 1, "looked": 2, "hostile": 1, "shifted": 2, "samples": 50, "queries": 1,
+    "test": 20, "attacked": 1, "strong": 0, "autoattack": 0, "autoattack_other": 0, "checked": 1, "looked": 2, "hostile": 1, "shifted": 2,
+    "samples": 50, "queries": 1,
 }  # fmt: skip
 USUAL = tuple(name for name in PARTS if name != "released-code")
 SURROGATE = Path(__file__).parent.parent / "benchmarks" / "models" / "pgd-at" / "weights.safetensors"
@@ -266,9 +267,8 @@ def main() -> None:
         "--protocol", choices=("official", "released-code"), default="official", help="released-code: what the published code computes"
     )
     parser.add_argument("--n", type=int, help="no measurement on more test images than this; --amount raises single ones again")
-    parser.add_argument(
-        "--amount", nargs="+", default=[], metavar="NAME=N", help=f"single amounts of the suite: {', '.join(vars(SUITES['full']))}"
-    )
+    said = f"single amounts of the suite: {', '.join(LEAST)}"
+    parser.add_argument("--amount", nargs="+", default=[], metavar="NAME=N", help=said)
     parser.add_argument("--baseline", type=Path, help="metrics.json of the warm start, to stand beside every figure")
     parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights that transferred attacks are made on")
     parser.add_argument("--control", type=Path, nargs="+", default=[], help="weights sampled with the same prior, steps and seeds")

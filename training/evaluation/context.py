@@ -27,7 +27,8 @@ class Suite:
     test: int  # clean
     attacked: int  # PGD
     strong: int  # APGD, restarts, Square, transfer
-    autoattack: int
+    autoattack: int  # full, at eps
+    autoattack_other: int  # full, at eps/2 and in l2
     checked: int  # masking: loss against steps, accuracy against eps
     looked: int  # energies under attack
     hostile: int  # robust OOD, rejection
@@ -50,6 +51,7 @@ SUITES = {
         attacked=500,
         strong=100,
         autoattack=0,
+        autoattack_other=0,
         checked=100,
         looked=300,
         hostile=50,
@@ -59,7 +61,16 @@ SUITES = {
         thorough=False,
     ),
     "full": Suite(
-        test=10_000, attacked=10_000, strong=1_000, autoattack=1_000, checked=500, looked=1_000, hostile=500, shifted=1_000, samples=10_000
+        test=10_000,
+        attacked=10_000,
+        strong=1_000,
+        autoattack=1_000,
+        autoattack_other=1_000,
+        checked=500,
+        looked=1_000,
+        hostile=500,
+        shifted=1_000,
+        samples=10_000,
     ),
 }
 

@@ -48,11 +48,11 @@ def robust_rows(c: Context) -> Iterator[Row]:
             yield attacked("accuracy_apgd", AutoAttack(linf, APGD), s.strong, apgd, True)
         alone = f"Square alone on what is served, {s.queries} queries, {threat_name(linf)}"
         yield attacked("accuracy_square", Square(linf, s.queries), s.strong, alone, True)
-    if s.autoattack and c.attackers():
-        for threat in (linf, half, l2):
+    for threat, n in ((linf, s.autoattack), (half, s.autoattack_other), (l2, s.autoattack_other)):
+        if n and c.attackers():
             metric = "accuracy_autoattack" + ("_l2" if threat.norm == "l2" else "")
             protocol = f"official {'rand' if rand else 'standard'} AutoAttack, {threat_name(threat)}"
-            yield attacked(metric, AutoAttack(threat, rand=rand), s.autoattack, protocol, threat == linf)
+            yield attacked(metric, AutoAttack(threat, rand=rand), n, protocol, threat == linf)
     yield worst_case(c, standing)
     for protocol, times, n in warned:
         yield number("autoattack_warnings", times, n, c.where, f"times that the package warned: {protocol}", c.subject.weights)
