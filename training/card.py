@@ -15,7 +15,7 @@ import numpy as np
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, read_json, write_json
 from ebjdat_serve.card import figure, table
-from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.sgld import Prior
@@ -99,7 +99,9 @@ def write_samples(bundle: Bundle) -> None:
     """Write samples.png: one column a class, seeds 0 upwards, none chosen."""
     classes = len(bundle.manifest.labels)
     label = np.tile(np.arange(classes, dtype=np.int64), 6)
-    samples = generate(OnnxEngine(bundle, "cpu"), Prior.load(bundle.path / "prior.safetensors"), bundle.manifest.sampler, label, seed=0)
+    samples = generate(
+        load_engine(bundle, "auto", "cpu"), Prior.load(bundle.path / "prior.safetensors"), bundle.manifest.sampler, label, seed=0
+    )
     (bundle.path / "samples.png").write_bytes(pixels.encode_png(pixels.grid(samples.image, 3, columns=classes), generated=True))
 
 

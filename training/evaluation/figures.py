@@ -82,31 +82,31 @@ def landscapes(models: Sequence[tuple[str, dict[str, Arrays]]], eps: float) -> F
             for axis, kind in zip(row, ("energy", "joint_energy"), strict=True):
                 clean = energies(arrays["clean"])[kind]
                 sets = [(short, (energies(found)[kind] - clean.mean()) / clean.std()) for _, short, found in sets_shown(arrays, eps)]
-                overlay(axis, sets, (-5.0, 8.0))
+                overlay(axis, sets, (-6.0, 5.0))
             row[0].set_ylabel(name)
         axes[0, 0].set_title("E(x)")
         axes[0, 1].set_title("E(x, y)")
-        for axis in axes[-1]:
-            axis.set_xlabel("deviations of the clean energies from their mean (edges: all beyond)")
+        figure.supxlabel("deviations of the clean energies from their mean; the bins at the edges hold all beyond", fontsize=10)
         handles = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
         axes[0, 1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
     return figure
 
 
 def overlay(axis: Axes, sets: Sequence[tuple[str, np.ndarray]], limits: tuple[float, float] | None = None) -> None:
-    """Draw densities of several samples on common bins, clean and PGD filled; the bins at ``limits`` hold all beyond."""
+    """Draw histograms of several samples as densities, clean and PGD filled; the bins at ``limits`` hold all beyond."""
     joined = np.concatenate([values for _, values in sets])
     low, high = limits or (float(np.quantile(joined, 0.002)), float(np.quantile(joined, 0.998)))
-    edges = np.linspace(low, high, 56)
     top = 0.0
     for i, (name, values) in enumerate(sets):
         colour, line = LOOKS.get(name, (COLOURS[i], "-"))
+        edges = np.linspace(low, high, int(np.clip(3 * len(values) ** (1 / 3), 10, 50)))  # few images, wide bins
         density, _ = np.histogram(values.clip(low, high) if limits else values, edges)
         heights = density / max(len(values), 1) / np.diff(edges)
-        top = max(top, float(heights[1:-1].max()))
+        inner = float(heights[1:-1].max())
+        top = inner if i == 0 else max(top, min(inner, 2.2 * top))  # a narrow peak must not flatten the rest
         axis.stairs(heights, edges, color=colour, alpha=0.22 if name.startswith(("clean", "PGD-20")) else 0.0, fill=True)
         axis.stairs(heights, edges, color=colour, lw=1.7, ls=line, label=name)
-    axis.set_ylim(0, 1.1 * top)  # a pile at an edge must not flatten the rest
+    axis.set_ylim(0, 1.1 * top)
     axis.set_yticks([])
 
 

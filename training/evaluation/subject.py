@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ebjdat_serve.bundle import Bundle, sha256
-from ebjdat_serve.engines import Floats
+from ebjdat_serve.engines import Floats, load_engine
 from ebjdat_serve.engines.eager import Walk, load_model
-from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.folding import folded
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.sgld import Chains
@@ -45,10 +45,11 @@ Spec = Callable[[], Subject]
 
 
 def open_bundle(path: Path) -> Subject:
-    """Return the subject of a bundle: torch for gradients, the fp32 graph through ONNX Runtime for all else."""
+    """Return the subject of a bundle: torch for gradients, the fp32 graph through ONNX Runtime for all else, where it is installed."""
     bundle = Bundle.draft(path)
-    engine = OnnxEngine(bundle, "cpu", 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.is_available()
+    engine = load_engine(bundle, "onnx" if find_spec("onnxruntime") else "torch", "auto" if gpu else "cpu", 1)
+    device = torch.device("cuda" if gpu else "cpu")
     model = load_model(bundle).to(device)
     files = bundle.manifest.files
 
