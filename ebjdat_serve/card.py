@@ -37,7 +37,7 @@ def figure(row: Row) -> str:
     """Return a value with its interval or standard error, as text."""
     text = f"{row['value']:.4g}"
     if "interval" in row:
-        low, high = (0.0 if bound < 1e-9 else bound for bound in row["interval"])
+        low, high = (0.0 if abs(bound) < 1e-9 else bound for bound in row["interval"])
         text += f" [{low:.3g}, {high:.3g}]"
     elif "stderr" in row:
         text += f" ± {row['stderr']:.2g}"

@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from ebjdat_serve.bundle import Bundle, write_json
+from ebjdat_serve.card import figure
 from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.pixels import to_unit
@@ -567,6 +568,11 @@ def test_models_stand_side_by_side_with_a_paired_test(weights, runs):
     page = compare.page(models)
     assert "<img" in page
     assert "http" not in page.replace("http://www.w3.org", "")  # self-contained
+
+
+def test_bounds_below_zero_are_shown():
+    assert figure({"value": -9.1, "interval": [-10.0, -8.2]}) == "-9.1 [-10, -8.2]"
+    assert figure({"value": 0.0, "interval": [1e-17, 0.06]}) == "0 [0, 0.06]"
 
 
 def test_what_cannot_be_compared_says_why(tmp_path, weights, runs, capsys):

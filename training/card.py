@@ -57,6 +57,7 @@ CHIEF: tuple[tuple[str, str, str], ...] = (  # metric, and what the data and the
     ("flag_rate_clean_in_interval", "", ""),
     ("auroc_energy", "", ""),
     ("auroc_SCORE", "", ""),
+    ("sets_better_than_energy_SCORE", "", ""),
     ("flag_power", "", "alpha 0.05, score SCORE"),
     ("flag_rate_shifted", "JPEG q75", "score SCORE"),
     ("auroc_robust_ood", "", "score SCORE"),

@@ -158,7 +158,7 @@ def page(models: Sequence[Evaluated]) -> str:
 def html_table(models: Sequence[Evaluated], found: Sequence[Key]) -> str:
     """Return measurements as a table, a column a model."""
     heads = [*(html.escape(model.name) for model in models), *(f"p, {html.escape(model.name)}" for model in models[1:])]
-    lines = [f"<tr><th>figure</th>{''.join(f'<th>{head}</th>' for head in heads)}<th>n</th><th>data, protocol</th></tr>"]
+    lines = [f"<tr><th>figure</th>{''.join(f'<th class=v>{head}</th>' for head in (*heads, 'n'))}<th>data, protocol</th></tr>"]
     for known in found:
         rows = [model.rows.get(known) for model in models]
         p = [paired(models[0], model, known) for model in models[1:]]
