@@ -140,7 +140,8 @@ def finished(home: Path, weights: Path, n: int) -> bool:
     entry = bundle.manifest.files.get("weights.safetensors")
     clean = [row["n"] for row in bundle.metrics() if row["metric"] == "accuracy_clean"]
     whole = {"README.md", *SERVED} <= set(bundle.manifest.files)  # an earlier version had fewer graphs
-    return whole and entry is not None and entry.sha256 == sha256(weights) and clean == [n]
+    evaluated = {"clean", "robustness", "landscape"} <= {row.get("part") for row in bundle.metrics()}  # and earlier figures
+    return whole and evaluated and entry is not None and entry.sha256 == sha256(weights) and clean == [n]
 
 
 def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) -> Origin:
