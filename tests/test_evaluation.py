@@ -22,6 +22,7 @@ from ebjdat_serve.card import figure
 from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.wideresnet import WideResNet
 from tests.conftest import ROOT
 from training import compare
 from training.adversary import Threat
@@ -383,7 +384,21 @@ def ledger(net, folder, processes=1):
     return Ledger(folder, spec, spec(), processes)
 
 
-def test_a_dead_worker_is_told_with_what_to_do(tmp_path, digits):
+def test_two_processes_say_what_one_says(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr("training.evaluation.ledger.WORTH_PROCESSES", 0.0)
+    torch.manual_seed(0)
+    net = WideResNet(10, 1, 10)
+    todo = [(Pgd(LINF, steps=2, leave=False), to_unit(digits.test.image), digits.test.label)]
+    two = ledger(net, tmp_path / "two", 2)
+    found = two.run("two", todo)[0], two.run("again", todo)[0], ledger(net, tmp_path / "one").run("one", todo)[0]
+    two.close()
+    for name in found[0]:
+        np.testing.assert_allclose(found[0][name], found[2][name], atol=1e-5)
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+
+
+def test_a_dead_worker_is_told_with_what_to_do(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr("training.evaluation.ledger.WORTH_PROCESSES", 0.0)
     image, label = to_unit(digits.test.image), digits.test.label
     with pytest.raises(TrainingError, match="goes on where this stopped"):
         ledger(nn.Flatten(), tmp_path, 2).run("fatal", [(Fatal(), image, label)])

@@ -91,6 +91,7 @@ def evaluate(
         rows = placed(rows, name, measure(c, name))
         write_json(bundle.path / "metrics.json", rows + lower)  # what a later part's failure must not take along
         bundle = bundle.update("metrics.json")
+    c.ledger.close()
     rows += lower
     report = write_evaluation_report(c, rows)
     written = write_card(bundle, rows, beside, c.arrays)
@@ -129,6 +130,7 @@ def evaluate_module(
         for part in known_parts(parts):
             rows = placed(rows, part, measure(c, part))
             write_json(file, rows)
+        c.ledger.close()
         write_evaluation_report(c, rows)
     finally:
         for parameter, flag in wanted.items():

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ from training.errors import TrainingError
 from training.evaluation.subject import Spec, Subject
 
 CHUNK = 100
+WORTH_PROCESSES = 20.0
+"""Seconds of work for which worker processes are started: they take some themselves."""
 FORMAT = 1
 """Raised when a kind of work changes what it computes: older results are then not found."""
 
@@ -68,6 +70,7 @@ class Ledger:
     spec: Spec
     subject: Subject
     processes: int = 1
+    workers: list[ProcessPoolExecutor] = field(default_factory=list, repr=False, compare=False)
 
     def run(self, title: str, todo: Sequence[tuple[Work, Floats, Labels]], chunk: int = CHUNK) -> list[Arrays]:
         """Return the result of each (work, images, labels), computing in chunks what is not there yet.
@@ -87,28 +90,41 @@ class Ledger:
 
     def _compute(self, title: str, missing: list[Chunk], files: dict[int, Path]) -> None:
         progress = Progress(title, missing)
-        if self.processes == 1 or len(missing) == 1:
-            for piece in missing:
-                write(files[id(piece)], piece.work.run(self.subject, piece.image, piece.label))
-                progress.done(piece)
-            return
         # the dearest first, so that none is left alone at the end
         missing = sorted(missing, key=lambda piece: -piece.work.cost * len(piece.label))
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        while missing and (self.processes == 1 or progress.left < WORTH_PROCESSES or len(missing) == 1):
+            piece = missing.pop()  # the cheapest, which tells how long the others will take
+            write(files[id(piece)], piece.work.run(self.subject, piece.image, piece.label))
+            progress.done(piece)
+        if not missing:
+            return
         try:
-            with quiet_threads(), ProcessPoolExecutor(self.processes, context, open_here, (self.spec,)) as pool:
-                futures = {pool.submit(do, files[id(piece)], piece): piece for piece in missing}
-                try:
-                    for future in as_completed(futures):
-                        future.result()
-                        progress.done(futures[future])
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+            futures = {self._pool().submit(do, files[id(piece)], piece): piece for piece in missing}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    progress.done(futures[future])
+            except BaseException:
+                self.close()
+                raise
         except BrokenProcessPool as error:
             raise TrainingError(
                 "a worker process died, perhaps for want of memory: the same command goes on where this stopped; --processes 1 needs less"
             ) from error
+
+    def _pool(self) -> ProcessPoolExecutor:
+        """Return the workers, started once: importing torch and opening the subject takes each some seconds."""
+        if not self.workers:
+            context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the children: two threads beside two others run many times slower
+            self.workers.append(ProcessPoolExecutor(self.processes, context, open_here, (self.spec,)))
+        return self.workers[0]
+
+    def close(self) -> None:
+        """End the workers, what they have not begun left undone."""
+        for pool in self.workers:
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.workers.clear()
 
 
 _SUBJECT: list[Subject] = []
@@ -125,20 +141,6 @@ def do(file: Path, piece: Chunk) -> None:
     write(file, piece.work.run(_SUBJECT[0], piece.image, piece.label))
 
 
-class quiet_threads:  # noqa: N801
-    """Child processes start with one OpenMP thread each: two beside two others run many times slower."""
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-
-    def __exit__(self, *error: object) -> None:
-        if self.before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = self.before
-
-
 class Progress:
     """Lines with what is done, how long it took and about how long the rest will take."""
 
@@ -146,6 +148,11 @@ class Progress:
         self.title, self.count, self.finished = title, len(pieces), 0
         self.cost, self.spent = sum(piece.work.cost * len(piece.label) for piece in pieces), 0.0
         self.started = self.said = time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """Return the seconds that are left, in one process; 0 while nothing is known."""
+        return (time.monotonic() - self.started) * (self.cost - self.spent) / self.spent if self.spent else 0.0
 
     def done(self, piece: Chunk) -> None:
         """Count a chunk, and say so every ten seconds and at the end."""
