@@ -120,7 +120,12 @@ def test_the_kernel_distance_is_unbiased_and_its_formula():
 
     inside = sum(kernel(s[i], s[j]) for s in (a, b) for i in range(5) for j in range(5) if i != j) / 20
     assert distances.mmd(a, b) == pytest.approx(inside - 2 * np.mean([[kernel(x, y) for y in b] for x in a]))
-    assert distances.kernel_distance(a, b, subsets=3, size=5)[1] == pytest.approx(0.0, abs=1e-12)  # every subset is the whole
+    value, error, blocks = distances.kernel_distance(a, b)
+    assert (value, blocks) == (pytest.approx(distances.mmd(a, b)), 1)
+    assert np.isnan(error)  # of one block there is none
+    draws = [distances.kernel_distance(rng.normal(size=(300, 3)), rng.normal(0.5, 1, (300, 3))) for _ in range(120)]
+    assert np.mean([error for _, error, _ in draws]) == pytest.approx(np.std([value for value, _, _ in draws]), rel=0.35)
+    assert {blocks for _, _, blocks in draws} == {5}
 
 
 def test_precision_and_recall_of_known_sets():

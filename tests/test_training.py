@@ -126,7 +126,7 @@ def test_a_preset_describes_itself_as_json():
 def test_the_listing_names_every_method_and_what_it_reached():
     said = listing()
     assert "ebjdat-paper-jem++" in said
-    assert "clean 0.711, PGD-20 8/255 0.403" in said
+    assert "clean 0.711, PGD-20 8/255 0.399" in said
 
 
 def test_the_warm_start_is_of_the_same_network_and_ball():
