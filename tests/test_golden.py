@@ -19,8 +19,9 @@ from tests.conftest import ROOT, serving
 from training.adversary import cross_entropy
 from training.calibrate import calibrate
 from training.clock import Clock
-from training.evaluate import SUITES, evaluate
+from training.evaluate import evaluate
 from training.evaluation.attacks import survivors
+from training.evaluation.context import SUITES
 from training.images import load
 from training.methods.at import Standard
 from training.presets import DIGITS, stages

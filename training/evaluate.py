@@ -40,7 +40,7 @@ from training.evaluation.landscape import landscape_rows
 from training.evaluation.ledger import Arrays, Ledger, read, write
 from training.evaluation.report import write_evaluation_report
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
-from training.evaluation.rows import Row, ball_of, eps_name
+from training.evaluation.rows import Row, ball_of
 from training.evaluation.subject import Spec, bundle_spec, load_weights, module_sha256, module_spec
 from training.evaluation.suspicion import hostile_rows, shift_rows, suspicion_rows
 from training.images import Dataset, load
@@ -322,6 +322,3 @@ def cores() -> int:
 
 if __name__ == "__main__":
     main()
-
-
-__all__ = ["PARTS", "SUITES", "eps_name", "evaluate", "evaluate_module"]

@@ -115,7 +115,8 @@ def finish(
     from export.parity import check
     from export.to_onnx import export
     from training.calibrate import calibrate
-    from training.evaluate import SUITES, USUAL, evaluate
+    from training.evaluate import USUAL, evaluate
+    from training.evaluation.context import SUITES
 
     home, weights = folder / "bundle", folder / "weights.safetensors"
     parts = USUAL if last else ("clean", "robustness", "landscape")

@@ -72,13 +72,13 @@ class Ledger:
     processes: int = 1
     workers: list[ProcessPoolExecutor] = field(default_factory=list, repr=False, compare=False)
 
-    def run(self, title: str, todo: Sequence[tuple[Work, Floats, Labels]], chunk: int = CHUNK) -> list[Arrays]:
+    def run(self, title: str, todo: Sequence[tuple[Work, Floats, Labels]]) -> list[Arrays]:
         """Return the result of each (work, images, labels), computing in chunks what is not there yet.
 
         Raises TrainingError when a worker died; what was finished stays.
         """
         jobs = [
-            [Chunk(work, image[i : i + chunk], label[i : i + chunk]) for i in range(0, len(label), chunk)] for work, image, label in todo
+            [Chunk(work, image[i : i + CHUNK], label[i : i + CHUNK]) for i in range(0, len(label), CHUNK)] for work, image, label in todo
         ]
         every = [piece for job in jobs for piece in job]
         files = {id(piece): self.folder / f"{piece.key(self.subject.key)}.npz" for piece in every}

@@ -108,7 +108,7 @@ def masking_rows(c: Context) -> Iterator[Row]:
         yield number(
             "loss_at_steps", float(trace["loss"][:, column].mean()), n, c.where, f"mean cross-entropy after {steps} steps of PGD", of
         )
-    checks = {name: (passed, said, n) for name, (passed, said) in white_box_checks(c, trace, shares, eps_name(eps[-1]))}
+    checks = {name: (passed, said, n) for name, (passed, said) in white_box_checks(trace, shares, eps_name(eps[-1]))}
     checks.update(black_box_checks(c))
     for name, (passed, protocol, count) in checks.items():
         yield number(f"check_{name}", float(passed), count, c.where, protocol, of)
@@ -123,7 +123,7 @@ def masking_rows(c: Context) -> Iterator[Row]:
             yield c.share("accuracy_unmasked", asked["standing"], c.where, protocol, of)
 
 
-def white_box_checks(c: Context, trace: Arrays, shares: Sequence[NDArray[np.bool_]], widest: str) -> Iterator[tuple[str, tuple[bool, str]]]:
+def white_box_checks(trace: Arrays, shares: Sequence[NDArray[np.bool_]], widest: str) -> Iterator[tuple[str, tuple[bool, str]]]:
     """Yield (name, (passed, protocol)) of what gradients alone tell."""
     loss, zero, varied = trace["loss"].astype(np.float64), trace["zero"], trace["varied"]
     standing, left, noisy = float(shares[0].mean()), float(shares[-1].mean()), float(trace["noisy"].mean())
