@@ -59,7 +59,8 @@ def open_bundle(path: Path) -> Subject:
     with torch.no_grad():
         network = folded(model)  # the same function to rounding, in four fifths of the time
     of = [files[name].sha256 for name in ("weights.safetensors", "classify.onnx", "step.onnx")]
-    return Subject(bundle.manifest.name, network, logits, of[0], of[1], device, engine.advance, digest_of(*of))
+    served = of[1] if engine.name == "onnx" else of[0]  # without ONNX Runtime no graph was measured
+    return Subject(bundle.manifest.name, network, logits, of[0], served, device, engine.advance, digest_of(*of, engine.name))
 
 
 def bundle_spec(path: Path) -> Spec:
