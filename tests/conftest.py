@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 import numpy as np
 import pytest
 import torch
@@ -83,6 +82,8 @@ def serving(
 
 
 def wait_ready(live: Live, seconds: float = 60) -> None:
+    import httpx2  # here and not above: the tests marked gpu run where it is not installed
+
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if live.process.poll() is not None:

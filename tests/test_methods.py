@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.special import logsumexp, softmax
+from scipy.special import log_softmax, logsumexp, softmax
 from torch import nn
 
 from ebjdat_serve.energy import energy
-from training.adversary import Threat, cross_entropy
+from training.adversary import Attack, Threat, cross_entropy
 from training.curriculum import AucGate
 from training.methods import Batch, Moment, Nothing
 from training.methods.at import AdversarialTraining, Mart, Standard, Trades, Weat, divergence, mart, weat
@@ -110,6 +110,7 @@ def test_ebjdat_and_jem_losses_equal_an_independent_float64_computation(batch):
         "mean": abs((e_adv - e).mean()),
         "absolute": abs(e_adv - e).mean(),
         "relative": abs((e_adv - e).mean()) / e.std(ddof=1),
+        "kl": (softmax(f, axis=1) * (log_softmax(f, axis=1) - log_softmax(g, axis=1))).sum(axis=1).mean(),
     }
     for kind, h2 in gaps.items():
         loss = EbJdat(alignment=kind, **common).loss(net, batch, Still(), NOW).loss
@@ -119,6 +120,20 @@ def test_ebjdat_and_jem_losses_equal_an_independent_float64_computation(batch):
     assert loss.item() == pytest.approx(ce_adv.mean() + 0.7 * (e_adv.mean() - e_neg.mean()) + 0.01 * squares_adv, rel=1e-9)
     loss = Jem(w1=0.7, w1_ramp=0.0, energy_penalty=0.01).loss(net, batch, Still(), NOW).loss
     assert loss.item() == pytest.approx(ce.mean() + 0.7 * h1 + 0.01 * squares, rel=1e-9)
+
+
+def test_ebjdat_that_climbs_kl_finds_the_x_adv_of_trades(batch):
+    """Recipe 3, TRADES with a likelihood: w1 = 0, w2 = beta, the clean cross-entropy alone."""
+    net, attack, generator = Toy(), Attack(start="gaussian"), torch.Generator()
+    found = []
+    for method in (EbJdat(inner="kl", attack=attack), Trades(attack=attack)):
+        now = Moment(Threat("linf", 0.1), Noise(generator.manual_seed(1)), 0.5)
+        adversary = method.adversary(net, batch, now) if isinstance(method, EbJdat) else method.solve(net, batch, Nothing(), now).x_adv
+        found.append(adversary)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    joint = EbJdat(w1=0.0, w2=6.0, alignment="kl", inner="kl", clean_weight=1.0, energy_penalty=0.0)
+    expected = Trades(beta=6.0).loss(net, batch, Nothing(), NOW).loss
+    torch.testing.assert_close(joint.loss(net, batch, Still(), NOW).loss, expected)
 
 
 def test_dat_loss_equals_an_independent_float64_computation(batch):

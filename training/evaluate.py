@@ -41,7 +41,7 @@ from training.evaluation.ledger import Arrays, Ledger, read, write
 from training.evaluation.report import write_evaluation_report
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
 from training.evaluation.rows import Row, ball_of
-from training.evaluation.subject import Spec, bundle_spec, load_weights, module_sha256, module_spec
+from training.evaluation.subject import Spec, bundle_spec, default_device, load_weights, module_sha256, module_spec
 from training.evaluation.suspicion import hostile_rows, shift_rows, suspicion_rows
 from training.images import Dataset, load
 
@@ -287,7 +287,9 @@ def main() -> None:
         if options.bundle.suffix == ".safetensors":
             file = options.bundle.resolve()
             data = load(options.data or "cifar10")
-            rows = evaluate_module(load_weights(file), data, suite=amounts(options), parts=parts, name=file.parent.name, **more)
+            rows = evaluate_module(
+                load_weights(file).to(default_device()), data, suite=amounts(options), parts=parts, name=file.parent.name, **more
+            )
             print(f"{len(rows)} figures and report.html in {work_root() / folder_name(file.parent.name, rows[0]['of'], data.sha256)}")
             return
         bundle = Bundle.draft(options.bundle)

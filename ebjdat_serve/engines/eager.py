@@ -1,7 +1,7 @@
 """Torch from weights.safetensors alone: in fp32 the reference that the graphs are compared with; on a GPU, captured as CUDA graphs."""
 
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from safetensors.torch import load_file
@@ -19,6 +19,9 @@ from ebjdat_serve.wideresnet import WideResNet, build
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LARGEST = 256
 """The most chains that one CUDA graph moves."""
+DEVICE_LOCK = threading.RLock()
+"""Held while the GPU is used: a refresh loads, verifies and captures in a thread beside the one that answers, and a process may
+capture one graph at a time."""
 
 
 def load_model(bundle: Bundle) -> WideResNet:
@@ -41,6 +44,7 @@ class TorchEngine:
         if precision not in DTYPES:
             raise EngineError(f"--precision {precision} is ONNX Runtime's: use --engine onnx, or --precision bf16")
         torch.set_num_threads(threads)
+        exact()
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         self.precision: Precision = precision
         self.provider = f"torch {torch.__version__} {self._device.type}"
@@ -52,13 +56,13 @@ class TorchEngine:
 
     def classify(self, image: Floats) -> tuple[Floats, Floats]:
         """Return logits (N, K) and energy E(x) (N,), nats."""
-        with torch.inference_mode(), exact():
+        with DEVICE_LOCK, torch.inference_mode():
             logits = self._model(torch.from_numpy(image).to(self._device))
             return logits.cpu().numpy(), energy(logits).cpu().numpy()
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""
-        with exact():
+        with DEVICE_LOCK:
             gradient, energies = score(self._model, torch.from_numpy(image).to(self._device), torch.from_numpy(label).to(self._device))
         return gradient.cpu().numpy(), energies.cpu().numpy()
 
@@ -67,7 +71,8 @@ class TorchEngine:
         if self._device.type == "cpu":
             return self._moved(Walk(self._fast, chains, self._device), chains, steps)
         parts = [chains.rows(slice(i, i + LARGEST)) for i in range(0, len(chains.label), LARGEST)]
-        return Chains.join([self._captured(part, steps) for part in parts])
+        with DEVICE_LOCK:
+            return Chains.join([self._captured(part, steps) for part in parts])
 
     def _captured(self, chains: Chains, steps: int) -> Chains:
         n = len(chains.label)
@@ -81,9 +86,8 @@ class TorchEngine:
 
     def _moved(self, walk: "Walk", chains: Chains, steps: int, padded: Chains | None = None) -> Chains:
         walk.load(padded or chains)
-        with exact():
-            for _ in range(steps):
-                walk.step()
+        for _ in range(steps):
+            walk.step()
         return chains.moved(walk.image[: len(chains.label)].cpu().numpy(), steps)
 
 
@@ -113,16 +117,22 @@ class Walk:
         """Make a step one launch: warm up on a side stream, as CUDA graphs ask for, then record."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), exact():
+        with torch.cuda.stream(stream):
             for _ in range(3):
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), exact():
+        # by default a capture forbids every thread of the process to allocate meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         self.step = graph.replay
 
 
-def exact() -> AbstractContextManager[None]:
-    """Return a context in which cuDNN multiplies in fp32, not TF32, and repeats itself: a threshold taken on a CPU holds on the GPU."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+def exact() -> None:
+    """Make cuDNN multiply in fp32, not TF32, and repeat itself: a threshold taken on a CPU holds on the GPU.
+
+    For the whole process and for good: two threads that each restore what they found can leave TF32 on.
+    """
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False

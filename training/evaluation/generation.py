@@ -25,8 +25,8 @@ from training.evaluation.rows import SEED, Row, number, proportion
 from training.evaluation.subject import Subject, open_weights, weights_spec
 from training.replay import fit_prior
 
-TOGETHER = 20
-"""Chains moved at once."""
+TOGETHER, TOGETHER_GPU = 20, 256
+"""Chains moved at once; each chain's noise depends on its own seed, so their number changes nothing."""
 Shown = tuple[Pixels, Labels, str]
 """Images, their classes, and how they came to be."""
 
@@ -47,8 +47,9 @@ class Draw:
     def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
         """Return image (N, H, W, 3) uint8: what would be delivered."""
         start, parts = int(image[0, 0]), []
-        for i in range(0, len(label), TOGETHER):
-            chains = Chains.start(opened_prior(self.prior), self.sampler, label[i : i + TOGETHER], SEED + start + i)
+        together = TOGETHER_GPU if subject.device.type == "cuda" else TOGETHER
+        for i in range(0, len(label), together):
+            chains = Chains.start(opened_prior(self.prior), self.sampler, label[i : i + together], SEED + start + i)
             parts.append((subject.advance(chains, self.sampler.steps) if self.sampler.steps else chains).image)
         return {"image": pixels.to_bytes(np.concatenate(parts))}
 

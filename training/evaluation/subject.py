@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ebjdat_serve.bundle import Bundle, sha256
 from ebjdat_serve.engines import Floats, load_engine
-from ebjdat_serve.engines.eager import Walk, load_model
+from ebjdat_serve.engines.eager import Walk, exact, load_model
 from ebjdat_serve.folding import folded
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.sgld import Chains
@@ -45,11 +45,13 @@ Spec = Callable[[], Subject]
 
 
 def open_bundle(path: Path) -> Subject:
-    """Return the subject of a bundle: torch for gradients, the fp32 graph through ONNX Runtime for all else, where it is installed."""
+    """Return the subject of a bundle: torch for gradients, the fp32 graph through ONNX Runtime for all else, where it is installed.
+
+    Where torch has a GPU that ONNX Runtime has not, torch does both: on one thread of the CPU the graph would take hours.
+    """
     bundle = Bundle.draft(path)
-    gpu = torch.cuda.is_available()
-    engine = load_engine(bundle, "onnx" if find_spec("onnxruntime") else "torch", "auto" if gpu else "cpu", 1)
-    device = torch.device("cuda" if gpu else "cpu")
+    device = default_device()
+    engine = load_engine(bundle, "onnx" if runtime_has(device) else "torch", device.type, 1)  # type: ignore[arg-type]
     model = load_model(bundle).to(device)
     files = bundle.manifest.files
 
@@ -63,6 +65,22 @@ def open_bundle(path: Path) -> Subject:
     return Subject(bundle.manifest.name, network, logits, of[0], served, device, engine.advance, digest_of(*of, engine.name))
 
 
+def default_device() -> torch.device:
+    """Return the GPU where torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def runtime_has(device: torch.device) -> bool:
+    """Return whether ONNX Runtime is installed and computes on ``device``."""
+    if not find_spec("onnxruntime"):
+        return False
+    if device.type == "cpu":
+        return True
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
 def bundle_spec(path: Path) -> Spec:
     """Return how to open a bundle."""
     return partial(open_bundle, path)
@@ -71,6 +89,7 @@ def bundle_spec(path: Path) -> Spec:
 def open_module(name: str, module: nn.Module, digest: str, key: str = "", random: bool = False) -> Subject:
     """Return the subject of a module: it is put in eval mode, and its parameters take no gradient."""
     module.eval().requires_grad_(False)
+    exact()
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
 
     def once(image: Floats) -> Floats:
@@ -152,7 +171,7 @@ def weights_spec(file: Path) -> Spec:
 
 def open_weights(file: Path) -> Subject:
     """Return the subject of a weights file; fp16 weights are computed with in fp32."""
-    return open_module(file.parent.name, load_weights(file), sha256(file))
+    return open_module(file.parent.name, load_weights(file).to(default_device()), sha256(file))
 
 
 def load_weights(file: Path) -> WideResNet:

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
-from training.adversary import INNER, Attack, cross_entropy, pgd
+from training.adversary import INNER, Attack, cross_entropy, divergence, pgd
 from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached, forward
+from training.methods.at import divergence_adversary
 from training.methods.jem import blurred, energy_log, generative, penalty, ramp, start_chains
 from training.replay import Chains, ReplayBuffer
 
-ALIGNMENTS = ("relative", "mean", "absolute", "paper")
+ALIGNMENTS = ("relative", "mean", "absolute", "paper", "kl")
 
 
 def alignment(energy_x: Tensor, energy_adv: Tensor, kind: str) -> Tensor:
@@ -53,14 +54,15 @@ class EbJdat(Method[ReplayBuffer]):
     clean_weight: float = 0.3  # share of the clean image in h3
     energy_penalty: float = 0.002
     data_noise: float = 0.015  # on the images whose likelihood is raised
-    inner: str = "ce"  # what the inner maximum climbs
+    inner: str = "ce"  # what the inner maximum climbs; kl: KL(p || q), as TRADES does
     attack: Attack = Attack(steps=5)
     chains: Chains = Chains(conditional=True, noise_std=0.005)
 
     def __post_init__(self) -> None:
-        if self.alignment not in ALIGNMENTS or self.inner not in INNER:
+        inners = (*INNER, "kl")
+        if self.alignment not in ALIGNMENTS or self.inner not in inners:
             raise ValueError(
-                f"alignment is one of {', '.join(ALIGNMENTS)}, inner of {', '.join(INNER)}: not {self.alignment}, {self.inner}"
+                f"alignment is one of {', '.join(ALIGNMENTS)}, inner of {', '.join(inners)}: not {self.alignment}, {self.inner}"
             )
 
     def begin(self, setting: Setting) -> ReplayBuffer:
@@ -69,9 +71,15 @@ class EbJdat(Method[ReplayBuffer]):
 
     def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
         """Find x_adv in the ball and x_neg from the chains, and blur the p(x) stream a little."""
-        x_adv = pgd(model, batch.image, batch.label, objective=INNER[self.inner], threat=now.threat, attack=self.attack, noise=now.noise)
+        x_adv = self.adversary(model, batch, now)
         x_neg = memory.advance(model, now.noise)
         return replace(batch, x_adv=x_adv, x_neg=x_neg, plain=blurred(batch.plain, self.data_noise, now))
+
+    def adversary(self, model: nn.Module, batch: Batch, now: Moment) -> Tensor:
+        """Return x_adv in the ball."""
+        if self.inner == "kl":
+            return divergence_adversary(model, batch, self.attack, now)
+        return pgd(model, batch.image, batch.label, objective=INNER[self.inner], threat=now.threat, attack=self.attack, noise=now.noise)
 
     def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Terms:
         """Return w1 (-h1) + w2 (-h2) + w3 (-h3) + energy_penalty (...) from one concatenated forward."""
@@ -81,8 +89,10 @@ class EbJdat(Method[ReplayBuffer]):
         energy_plain, energy_neg = energy(logits_plain), energy(logits_neg)
 
         h1 = generative(energy_plain, energy_neg)
-        # of the whole batch: a quotient of its statistics is no mean over ranks
-        h2 = alignment(now.ranks.everywhere(energy_x), now.ranks.everywhere(energy_adv), self.alignment)
+        if self.alignment == "kl":  # TRADES aligns E(x) and E(x_adv) by itself (arXiv 2407.06315)
+            h2 = divergence(logits, logits_adv).mean()
+        else:  # of the whole batch: a quotient of its statistics is no mean over ranks
+            h2 = alignment(now.ranks.everywhere(energy_x), now.ranks.everywhere(energy_adv), self.alignment)
         h3 = classification(logits, logits_adv, label, self.clean_weight)
         loss = ramp(self.w1, self.w1_ramp, now) * h1 + self.w2 * h2 + self.w3 * h3
         loss = loss + self.energy_penalty * penalty(energy_plain, energy_neg)

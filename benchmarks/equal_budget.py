@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""What the energy buys: rows that continue one warm start at equal budget, and their evaluation: `python benchmarks/equal_budget.py OUT`.
+
+One warm start W, WRN-28-2: FGSM-RS, then PGD-7. Each row continues W with another objective for about the same number of passes (a
+forward and a backward of one labelled image): PGD-7 alone is the control. Rows run side by side, so many at a time as --together says:
+a small network leaves a GPU idle between launches. What is finished is not done again. OUT gets config, log, fp16 weights, metrics.json
+and the arrays of every row. Needs CIFAR-10 under EBJDAT_DATA, and what `training/train.py --only-train` needs.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHOWN = ("accuracy_clean", "accuracy_pgd20", "accuracy_apgd")
+EVALUATED = ("clean", "calibration", "robustness", "generation")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training run: a method or preset of training/train.py, what it starts from, and its settings."""
+
+    method: str
+    init: str  # another entry's name, "" for none; centred: its head's bias shifted so that mean E(x) = 0
+    passes: float  # of one labelled image and step
+    settings: tuple[str, ...] = ()
+    centred: bool = False
+    epochs: float = 0.0  # 0: the budget over the passes
+
+
+CONTINUED = ("lr=0.02", "lr_peak=0.1", "ema=0.999", "gradient_clip=5")
+JOINT = (*CONTINUED, "frozen_norm=true")
+PAPER = ("w1=1", "w2=1", "alignment=paper", "clean_weight=0.5", "energy_penalty=0", "inner=joint_energy", "threat.eps=0.01568627450980392")
+PGD = ("attack.steps=7",)
+STARTS = ("warm-fgsm", "warm")
+ENTRIES: dict[str, Entry] = {
+    "pgd7-scratch": Entry("pgd-at", "", 8, ("ema=0.999", *PGD), epochs=40),
+    "warm-fgsm": Entry("fgsm-rs", "", 2, ("ema=0.999",), epochs=30),
+    "warm": Entry("pgd-at", "warm-fgsm", 8, ("lr=0.05", "lr_peak=0.1", "ema=0.999", *PGD), epochs=8),
+    # the control, its second seed, and EB-JDAT by recipe 2
+    "pgd7": Entry("pgd-at", "warm", 8, (*CONTINUED, *PGD)),
+    "pgd7-seed1": Entry("pgd-at", "warm", 8, (*CONTINUED, *PGD, "seed=1")),
+    "ebjdat-light": Entry("cifar10-small", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0.2", "clean_weight=0")),
+    "ebjdat-light-seed1": Entry("cifar10-small", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0.2", "clean_weight=0", "seed=1")),
+    # recipe 3, TRADES with a likelihood, and TRADES alone; recipe 4, DAT's second stage
+    "trades-w1": Entry(
+        "cifar10-small",
+        "warm",
+        12.5,
+        (*JOINT, "w1=0.03", "alignment=kl", "inner=kl", "w2=6", "clean_weight=1", "attack.steps=7", "attack.start=gaussian"),
+    ),
+    "trades": Entry("trades", "warm", 9.3, (*CONTINUED, *PGD)),
+    "dat": Entry("dat", "warm", 21, ("ema=0.999", "cap=15", "eta=0.25", *PGD), centred=True),
+    # what shipped until now, the likelihood alone, and recipe 5
+    "ebjdat-full": Entry("cifar10-small", "warm", 10.5, JOINT),
+    "ebjdat-w1": Entry("cifar10-small", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0", "clean_weight=0")),
+    # half of eps, as the released code attacks: plain adversarial training, and the paper's own signs and weights
+    "pgd7-half": Entry("pgd-at", "warm", 8, (*CONTINUED, *PGD, "threat.eps=0.01568627450980392")),
+    "ebjdat-paper-half": Entry("cifar10-small", "warm", 10.5, (*JOINT, *PAPER)),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where runs are kept, how long they are, and what is measured of them."""
+
+    out: Path
+    passes: float
+    network: tuple[int, int]
+    amounts: tuple[str, ...]
+    shorter: float  # every stage's epochs are multiplied by it
+    end: float  # time.monotonic() after which nothing new begins
+
+    def train(self, name: str) -> Path:
+        """Train one entry and return its weights; what is there is kept."""
+        entry = ENTRIES[name]
+        if found := weights_of(self.out / "runs" / name):
+            return found
+        epochs = self.shorter * (entry.epochs or self.passes / entry.passes)
+        settings = [f"depth={self.network[0]}", f"width={self.network[1]}", f"epochs={epochs:.2f}", *entry.settings]
+        words = ["training/train.py", entry.method, "--run", name, "--only-train", "--threads", "1", "--set", *settings]
+        if entry.method != "cifar10-small":
+            words[2:2] = ["--data", "cifar10", "--budget", "small"]
+        if entry.init:
+            init = self.train(entry.init)
+            words += ["--init", str(centred(init) if entry.centred else init)]
+        if (self.out / "runs" / name).is_dir():
+            words.append("--resume")
+        self.call(words, name, "train")
+        found = weights_of(self.out / "runs" / name)
+        assert found is not None
+        return found
+
+    def evaluate(self, name: str) -> None:
+        """Measure one entry's weights in the parts that are dear, and keep what later work needs."""
+        weights = self.train(name)
+        kept = self.out / "kept" / name
+        if (kept / "metrics.json").is_file():
+            return
+        kept.mkdir(parents=True, exist_ok=True)
+        halve(weights, kept / "weights.safetensors")
+        for file in (weights.parent / "log.jsonl", weights.parent.parent / "config.json"):
+            shutil.copy(file, kept)
+        # of the fp16 weights: those are what is kept
+        words = ["training/evaluate.py", str(kept / "weights.safetensors"), "--processes", "1", "--part", *EVALUATED]
+        self.call([*words, "--amount", *self.amounts], name, "evaluate")
+        for folder in (self.out / "runs" / "evaluation").glob(f"{name}-*"):
+            for kind in ("metrics.json", "arrays.npz", "images.npz", "drawings.npz", "subject.json"):
+                if (folder / kind).is_file():
+                    shutil.copy(folder / kind, kept)
+
+    def call(self, words: list[str], name: str, what: str) -> None:
+        """Run a command of the project, its output in a log; raise RuntimeError with its last line when it fails."""
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise RuntimeError(f"no time was left to {what} {name}")
+        log = self.out / "logs" / f"{name}.{what}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        environment = {**os.environ, "EBJDAT_RUNS": str(self.out / "runs"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with log.open("a", encoding="utf-8") as sink:
+            done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            lines = log.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
+            raise RuntimeError(f"{name}: {what} ended with {done.returncode}: {lines[-1]}")
+        print(f"[{time.strftime('%H:%M:%S')}] {name}: {what} took {time.monotonic() - began:.0f} s", flush=True)
+
+
+def weights_of(run: Path) -> Path | None:
+    """Return a run's finished weights, or None."""
+    return next(iter(run.glob("*/weights.safetensors")), None)
+
+
+def centred(weights: Path) -> Path:
+    """Return ``weights`` with the mean of E(x) on held-out training images taken out of the head's bias: DAT asks for E about 0."""
+    import torch
+
+    from ebjdat_serve.energy import energy
+    from ebjdat_serve.pixels import to_unit
+    from training.evaluation.subject import load_weights
+    from training.images import load
+    from training.state import save_weights
+
+    model = load_weights(weights)
+    with torch.no_grad():
+        mean = energy(model(torch.from_numpy(to_unit(load("cifar10").selection.first(500).image)))).mean()
+        model.head.bias.add_(mean)
+    file = weights.with_name("centred.safetensors")
+    save_weights(model.state_dict(), file)
+    return file
+
+
+def halve(weights: Path, file: Path) -> None:
+    """Write ``weights`` in fp16."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: value.half() for name, value in load_file(weights).items()}, file)
+
+
+def main() -> int:
+    """Train and measure the rows asked for, as many at once as may be; return 1 when one failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None, epilog=f"entries: {', '.join(ENTRIES)}")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
+    parser.add_argument("--passes", type=float, default=128.0, help="budget of a row (%(default)s: 16 epochs of PGD-7)")
+    parser.add_argument("--network", type=int, nargs=2, default=(28, 2), metavar=("DEPTH", "WIDTH"))
+    parser.add_argument("--together", type=int, default=12, help="processes at a time (%(default)s)")
+    parser.add_argument("--shorter", type=float, default=1.0, help="multiplies all epochs: for a rehearsal")
+    parser.add_argument("--max-minutes", type=float, default=1e9, help="nothing new begins after so long")
+    amounts = ["test=10000", "attacked=10000", "strong=500", "samples=500", "queries=300"]
+    parser.add_argument("--amount", nargs="+", default=amounts, help="what evaluate.py measures on how many images (%(default)s)")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.max_minutes
+    plan = Plan(options.out.resolve(), options.passes, tuple(options.network), tuple(options.amount), options.shorter, end)
+    failed: list[str] = []
+
+    def attempt(name: str) -> None:
+        try:
+            plan.evaluate(name)
+        except Exception as error:  # noqa: BLE001 (the others go on)
+            failed.append(f"{name}: {error}")
+            print(failed[-1], file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(options.together) as pool:
+        for name in options.only:
+            if not ENTRIES[name].init and name not in STARTS:
+                pool.submit(attempt, name)
+        if any(ENTRIES[name].init for name in options.only):
+            plan.train("warm")
+        list(pool.map(attempt, (name for name in options.only if name in STARTS or ENTRIES[name].init)))
+    summary = {name: json.loads((plan.out / "kept" / name / "metrics.json").read_text(encoding="utf-8")) for name in sorted(done(plan))}
+    for name, rows in summary.items():
+        found = {row["metric"]: row["value"] for row in reversed(rows) if row["metric"] in SHOWN}
+        print(f"{name:22}" + "  ".join(f"{metric} {found[metric]:.4f}" for metric in SHOWN if metric in found))
+    return 1 if failed else 0
+
+
+def done(plan: Plan) -> list[str]:
+    """Return the entries that were measured."""
+    return [file.parent.name for file in (plan.out / "kept").glob("*/metrics.json")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
