@@ -49,7 +49,11 @@ def test_chains_walk_as_on_the_cpu_and_as_alone(shipped, chains, kind, device):
     end = engine.advance(chains, 10)
     np.testing.assert_allclose(end.image, cpu.advance(chains, 10).image, atol=1e-3)
     np.testing.assert_allclose(engine.advance(chains.rows([4]), 10).image[0], end.image[4], atol=1e-3)
-    np.testing.assert_array_equal(engine.advance(chains, 10).image, end.image)
+    again = engine.advance(chains, 10).image
+    if kind == "torch":
+        np.testing.assert_array_equal(again, end.image)
+    else:  # ONNX Runtime's convolution gradients add in any order: 5e-7 on an H200
+        np.testing.assert_allclose(again, end.image, atol=1e-5)
 
 
 def test_more_chains_than_one_graph_moves(shipped, chains):

@@ -59,8 +59,8 @@ PARTS: dict[str, Part] = {
     "released-code": released_rows,
 }
 LEAST = {
-    "test": 20, "attacked": 1, "strong": 0, "autoattack": 0, "autoattack_other": 0, "checked": 1, "looked": 2, "hostile": 1, "shifted": 2,
-    "samples": 50, "queries": 1,
+    "test": 20, "attacked": 1, "attacked_other": 1, "strong": 0, "autoattack": 0, "autoattack_other": 0, "checked": 1, "looked": 2,
+    "hostile": 1, "shifted": 2, "samples": 50, "queries": 1,
 }  # fmt: skip
 USUAL = tuple(name for name in PARTS if name != "released-code")
 SURROGATE = Path(__file__).parent.parent / "benchmarks" / "models" / "pgd-at" / "weights.safetensors"

@@ -25,7 +25,8 @@ class Suite:
     """How many images each measurement is made on."""
 
     test: int  # clean
-    attacked: int  # PGD
+    attacked: int  # PGD at eps
+    attacked_other: int  # PGD at eps/2, in l2 and on the margin
     strong: int  # APGD, restarts, Square, transfer
     autoattack: int  # full, at eps
     autoattack_other: int  # full, at eps/2 and in l2
@@ -49,6 +50,7 @@ SUITES = {
     "quick": Suite(
         test=1_000,
         attacked=500,
+        attacked_other=500,
         strong=100,
         autoattack=0,
         autoattack_other=0,
@@ -63,6 +65,7 @@ SUITES = {
     "full": Suite(
         test=10_000,
         attacked=10_000,
+        attacked_other=10_000,
         strong=1_000,
         autoattack=1_000,
         autoattack_other=1_000,

@@ -82,6 +82,7 @@ def generation_rows(c: Context) -> Iterator[Row]:
     sets = {"fresh samples": (fresh, label, how), "prior draws": (start["image"], label, "no step"), **beside(c, work, index, label, how)}
     yield from distance_rows(c, sets, n)
     yield from neighbour_rows(c, fresh, how)
+    c.drawings["fresh"] = {"image": fresh, "label": label}
     c.drawings["samples"] = {"image": fresh[: 10 * classes], "label": label[: 10 * classes]}
 
 

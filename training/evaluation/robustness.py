@@ -34,9 +34,13 @@ def robust_rows(c: Context) -> Iterator[Row]:
             warned.append((protocol, c.tell(found, protocol), len(found["standing"])))
         return c.share(metric, found["standing"], c.where, protocol, c.subject.weights)
 
-    for threat, metric in ((linf, "accuracy_pgd20"), (half, "accuracy_pgd20"), (l2, "accuracy_pgd20_l2")):
-        yield attacked(metric, Pgd(threat, eot=eot), s.attacked, pgd_name(c, "ce", threat), threat == linf)
-    yield attacked("accuracy_pgd20_margin", Pgd(linf, objective="margin", eot=eot), s.attacked, pgd_name(c, "margin", linf), True)
+    for threat, metric, n in (
+        (linf, "accuracy_pgd20", s.attacked),
+        (half, "accuracy_pgd20", s.attacked_other),
+        (l2, "accuracy_pgd20_l2", s.attacked_other),
+    ):
+        yield attacked(metric, Pgd(threat, eot=eot), n, pgd_name(c, "ce", threat), threat == linf)
+    yield attacked("accuracy_pgd20_margin", Pgd(linf, objective="margin", eot=eot), s.attacked_other, pgd_name(c, "margin", linf), True)
     if s.strong:
         restarts = Pgd(linf, objective="margin", restarts=5, eot=eot)
         yield attacked("accuracy_pgd20_restarts", restarts, s.strong, pgd_name(c, "margin", linf, 5), True)
