@@ -17,10 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SHOWN = ("accuracy_clean", "accuracy_pgd20", "accuracy_apgd")
 EVALUATED = ("clean", "robustness", "generation")
 
 
@@ -68,6 +68,19 @@ ENTRIES: dict[str, Entry] = {
 }
 
 
+CONTROL, PREFIX = "pgd7", "wrn28-"
+"""What differences are taken from, and how rows are called in benchmarks/models/."""
+COLUMNS = {
+    "accuracy_clean": "clean",
+    "accuracy_pgd20@l-inf 8/255": "PGD-20 8/255",
+    "paired accuracy_pgd20@l-inf 8/255": "minus control, paired",
+    "accuracy_apgd": "APGD-CE + APGD-T 8/255",
+    "kernel_distance_resnet20@fresh samples": "KID, ResNet-20",
+    "class_agreement_resnet20@fresh samples": "agreement, ResNet-20",
+    "energy_sd": "sd of E(x), nats",
+}
+
+
 @dataclass(frozen=True)
 class Plan:
     """Where runs are kept, how long they are, and what is measured of them."""
@@ -102,7 +115,7 @@ class Plan:
     def evaluate(self, name: str) -> None:
         """Measure one entry's weights in the parts that are dear, and keep what later work needs."""
         weights = self.train(name)
-        kept = self.out / "kept" / name
+        kept = self.out / "kept" / f"{PREFIX}{name}"
         if (kept / "metrics.json").is_file():
             return
         kept.mkdir(parents=True, exist_ok=True)
@@ -112,7 +125,7 @@ class Plan:
         # of the fp16 weights: those are what is kept
         words = ["training/evaluate.py", str(kept / "weights.safetensors"), "--processes", "1", "--part", *EVALUATED]
         self.call([*words, "--amount", *self.amounts], name, "evaluate")
-        for folder in (self.out / "runs" / "evaluation").glob(f"{name}-{'?' * 12}-{'?' * 8}"):
+        for folder in (self.out / "runs" / "evaluation").glob(f"{kept.name}-{'?' * 12}-{'?' * 8}"):
             for kind in ("metrics.json", "arrays.npz", "images.npz", "drawings.npz", "subject.json"):
                 if (folder / kind).is_file():
                     shutil.copy(folder / kind, kept)
@@ -166,10 +179,51 @@ def halve(weights: Path, file: Path) -> None:
     save_file({name: value.half() for name, value in load_file(weights).items()}, file)
 
 
+def table(kept: Path) -> list[str]:
+    """Return what was kept of the rows as Markdown, each beside its paired difference from the control, with a 95 % interval."""
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name in ENTRIES:
+        folder = kept / f"{PREFIX}{name}"
+        if (folder / "metrics.json").is_file():
+            rows = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            lines.append(f"| {name} | {' | '.join(cell(rows, column, folder, kept) for column in COLUMNS)} |")
+    return lines
+
+
+def cell(rows: list[dict[str, Any]], column: str, folder: Path, kept: Path) -> str:
+    """Return one figure of a row, of the most images there are; empty where it was not measured."""
+    metric, _, where = column.partition("@")
+    paired = metric.startswith("paired ")
+    metric = metric.removeprefix("paired ")
+    found = [row for row in rows if row["metric"] == metric and where in f"{row['dataset']}, {row['protocol']}"]
+    if not found:
+        return ""
+    row = max(found, key=lambda row: int(row["n"]))
+    if paired:
+        return difference(folder, kept / f"{PREFIX}{CONTROL}", f"{metric} | {row['dataset']} | {row['protocol']}")
+    spread = " ± {:.2g}".format(row["stderr"]) if "stderr" in row else ""
+    return f"{row['value']:.4g}{spread}" + ("" if row["n"] == 10_000 else f" (n = {row['n']})")
+
+
+def difference(folder: Path, control: Path, key: str) -> str:
+    """Return the mean difference of two proportions on the same images, with its normal 95 % interval; empty where it cannot be had."""
+    import numpy as np
+
+    if folder == control or not all((place / "images.npz").is_file() for place in (folder, control)):
+        return ""
+    with np.load(folder / "images.npz") as one, np.load(control / "images.npz") as other:
+        if key not in one or key not in other or len(one[key]) != len(other[key]):
+            return ""
+        change = one[key].astype(np.float64) - other[key]
+    half = 1.96 * change.std() / len(change) ** 0.5
+    return f"{change.mean():+.4f} [{change.mean() - half:+.4f}, {change.mean() + half:+.4f}]"
+
+
 def main() -> int:
     """Train and measure the rows asked for, as many at once as may be; return 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None, epilog=f"entries: {', '.join(ENTRIES)}")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--table", action="store_true", help="train nothing: OUT holds kept rows; print their table")
     parser.add_argument("--only", nargs="+", choices=list(ENTRIES), default=[name for name in ENTRIES if name != "warm-fgsm"])
     parser.add_argument("--passes", type=float, default=56.0, help="budget of a row (%(default)s: 7 epochs of PGD-7)")
     parser.add_argument("--network", type=int, nargs=2, default=(28, 2), metavar=("DEPTH", "WIDTH"))
@@ -179,6 +233,9 @@ def main() -> int:
     amounts = ["test=10000", "attacked=10000", "attacked_other=100", "strong=500", "samples=500", "queries=300"]
     parser.add_argument("--amount", nargs="+", default=amounts, help="what evaluate.py measures on how many images (%(default)s)")
     options = parser.parse_args()
+    if options.table:
+        print("\n".join(table(options.out)))
+        return 0
     end = time.monotonic() + 60 * options.max_minutes
     plan = Plan(options.out.resolve(), options.passes, tuple(options.network), tuple(options.amount), options.shorter, end)
     failed: list[str] = []
@@ -197,16 +254,8 @@ def main() -> int:
         if any(ENTRIES[name].init for name in options.only):
             plan.train("warm")
         list(pool.map(attempt, (name for name in options.only if name in STARTS or ENTRIES[name].init)))
-    summary = {name: json.loads((plan.out / "kept" / name / "metrics.json").read_text(encoding="utf-8")) for name in sorted(done(plan))}
-    for name, rows in summary.items():
-        found = {row["metric"]: row["value"] for row in reversed(rows) if row["metric"] in SHOWN}
-        print(f"{name:22}" + "  ".join(f"{metric} {found[metric]:.4f}" for metric in SHOWN if metric in found))
+    print("\n".join(table(plan.out / "kept")))
     return 1 if failed else 0
-
-
-def done(plan: Plan) -> list[str]:
-    """Return the entries that were measured."""
-    return [file.parent.name for file in (plan.out / "kept").glob("*/metrics.json")]
 
 
 if __name__ == "__main__":
