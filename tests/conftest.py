@@ -42,9 +42,10 @@ def pytest_addoption(parser):
 
 def pytest_xdist_auto_num_workers():
     """One worker a core, at most four: each starts servers of its own, which have processes of their own."""
-    return min(4, len(os.sched_getaffinity(0)))
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+@pytest.hookimpl(trylast=True)  # after pytest has made its terminal reporter
 def pytest_configure(config):
     if not hasattr(config, "workerinput") and (terminal := config.pluginmanager.get_plugin("terminalreporter")):
         config.pluginmanager.register(Progress(terminal.write_line), "progress")
@@ -77,8 +78,17 @@ class Progress:
                     self.write(f"\n{nodeid} has run for {seconds:.0f} s")
 
 
+SLOW_FIXTURES = ("trained", "precise")
+"""Fixtures that take a minute or more: who asks for one is slow, and runs in the one pytest-xdist worker that makes it."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(items):
     for item in items:
+        for name in SLOW_FIXTURES:
+            if name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.xdist_group(name))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: run it on one with make gpu-check"))
         if item.get_closest_marker("data") and not (data_root() / "cifar-10-batches-py").is_dir():
@@ -165,7 +175,7 @@ def golden(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The store that `python training/train.py digits` publishes now, run as a user runs it: minutes, for slow tests."""
+    """The store that `python training/train.py digits` publishes now, run as a user runs it: a test that asks for it is slow."""
     folder = tmp_path_factory.mktemp("trained")
     done = subprocess.run(
         [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--run", "golden", "--threads", "1"],

@@ -55,8 +55,6 @@ def test_the_kept_digits_bundle_reaches_its_floors_and_is_what_its_figures_say(g
     assert float((logits.argmax(axis=1) == test.label).mean()) == pytest.approx(metric(bundle, "accuracy_clean"))
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("trained")
 def test_training_still_makes_a_bundle_as_good_as_the_kept_one(golden, trained):
     """Each share may be lower by two standard errors of a difference of two models, each on so many images."""
     kept, made = Bundle.load(golden), Bundle.load(trained)
@@ -106,8 +104,6 @@ def test_it_is_served_and_answers_curl(golden, tmp_path):
         assert httpx2.get(f"{server.url}/info").json()["model"].startswith("digits@")
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("trained")
 def test_each_step_also_runs_alone(trained, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(trained / "current", folder)
@@ -145,8 +141,6 @@ def test_a_step_that_cannot_run_says_why(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("trained")
 def test_a_finished_run_is_not_started_again_by_mistake(trained):
     environment = {**os.environ, "EBJDAT_RUNS": str(trained.parent.parent)}
     command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--run", "golden"]
