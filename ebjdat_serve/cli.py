@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True)
 
-    from ebjdat_serve.server.settings import SHIPPED, Settings
+    from ebjdat_serve.server.settings import SHIPPED, TIMES, Settings
 
     default = Settings()
     serve_parser = commands.add_parser("serve", help="serve a bundle, or a store of them, over HTTP")
@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="KEY.pub.pem",
         help="serve only bundles signed by this key; may be repeated",
     )
+    for name, said in TIMES.items():
+        option = f"--{name.replace('_', '-')}"
+        serve_parser.add_argument(option, default=getattr(default, name), type=float, metavar="SECONDS", help=f"{said} (%(default)g)")
     serve_parser.add_argument("--stock", action="store_true", help="by LitServe's own routes, queues and loops; see docs/decisions/0004")
     serve_parser.set_defaults(command=serve)
 
@@ -97,7 +100,7 @@ def serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
     from ebjdat_serve.server import seam
     from ebjdat_serve.server.app import build_server
-    from ebjdat_serve.server.settings import Settings
+    from ebjdat_serve.server.settings import TIMES, Settings
 
     settings = Settings(
         model=options.model,
@@ -112,6 +115,7 @@ def serve(options: argparse.Namespace) -> None:
         max_steps=options.max_steps,
         classify_workers=options.classify_workers,
         generate_workers=options.generate_workers,
+        **{name: getattr(options, name) for name in TIMES},
     )
     seam.check_address(settings.host, settings.port)
     print(f"starting {settings.model}", flush=True)

@@ -1,14 +1,16 @@
-"""Fixtures: the digits golden path, the shipped bundle, and live servers in processes of their own."""
+"""Tiers, progress, and fixtures: the digits bundle, the shipped bundle, and live servers in processes of their own."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,21 +21,80 @@ from benchmarks.load import descendants, free_port
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.store import publish
 from ebjdat_serve.wideresnet import WideResNet
 from training.images import data_root
 
+try:
+    import httpx2
+except ImportError:  # the tests marked gpu run on machines that have no server's packages
+    httpx2 = None
+
 ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "tests" / "data" / "digits"
+"""What `python training/train.py digits` made, once: tests/data/README.md."""
+HTTP: Any = httpx2 and httpx2.Client(verify=False, timeout=30, headers={"Connection": "close"})
+"""For what is asked again and again: `httpx2.get` reads all certificates each time."""
 torch.set_num_threads(1)
 settings.register_profile("noisy-machine", deadline=None)
 settings.load_profile("noisy-machine")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak", type=float, default=120.0, metavar="SECONDS", help="length of the long soak (%(default)s; make soak: 600)")
+
+
+def pytest_xdist_auto_num_workers():
+    """One worker a core, at most four: each starts servers of its own, which have processes of their own."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has made its terminal reporter
+def pytest_configure(config):
+    if not hasattr(config, "workerinput") and (terminal := config.pluginmanager.get_plugin("terminalreporter")):
+        config.pluginmanager.register(Progress(terminal.write_line), "progress")
+
+
+class Progress:
+    """Names, every half minute, the tests that have run that long: a soak or a training run says nothing for minutes."""
+
+    def __init__(self, write: Callable[[str], None], every: float = 30.0):
+        self.write, self.every = write, every
+        self.since: dict[str, float] = {}
+        self.over = threading.Event()
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.since[nodeid] = time.monotonic()
+
+    def pytest_runtest_logfinish(self, nodeid):
+        self.since.pop(nodeid, None)
+
+    def pytest_sessionstart(self):
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def pytest_sessionfinish(self):
+        self.over.set()
+
+    def watch(self):
+        while not self.over.wait(self.every):
+            for nodeid, since in list(self.since.items()):
+                if (seconds := time.monotonic() - since) > self.every:
+                    self.write(f"\n{nodeid} has run for {seconds:.0f} s")
+
+
+SLOW_FIXTURES = ("trained", "precise")
+"""Fixtures that take a minute or more: who asks for one is slow, and runs in the one pytest-xdist worker that makes it."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(items):
     for item in items:
+        for name in SLOW_FIXTURES:
+            if name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.xdist_group(name))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: run it on one with make gpu-check"))
-        if item.get_closest_marker("slow") and "EBJDAT_SOAK" not in os.environ:
-            item.add_marker(pytest.mark.skip(reason="takes ten minutes: make soak"))
         if item.get_closest_marker("data") and not (data_root() / "cifar-10-batches-py").is_dir():
             item.add_marker(
                 pytest.mark.skip(reason=f"needs CIFAR-10 in {data_root()}: python -c 'from training.images import load; load(\"cifar10\")'")
@@ -50,6 +111,9 @@ class Live:
 
     def children(self) -> list[int]:
         return descendants(self.process.pid)
+
+    def info(self) -> dict[str, Any]:
+        return HTTP.get(f"{self.url}/info").json()
 
 
 @contextmanager
@@ -82,19 +146,22 @@ def serving(
 
 
 def wait_ready(live: Live, seconds: float = 60) -> None:
-    import httpx2  # here and not above: the tests marked gpu run where it is not installed
-
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if live.process.poll() is not None:
-            raise AssertionError(f"the server ended with {live.process.returncode}:\n{live.log.read_text()}")
+    def ready():
+        assert live.process.poll() is None, f"the server ended with {live.process.returncode}:\n{live.log.read_text()}"
         try:
-            if httpx2.get(f"{live.url}/health", timeout=2).status_code == 200:
-                return
+            return HTTP.get(f"{live.url}/health", timeout=2).status_code == 200
         except httpx2.TransportError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"the server was not ready within {seconds} s:\n{live.log.read_text()}")
+            return False
+
+    until(ready, seconds)
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait until ``condition`` holds, and fail when it does not within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")
@@ -104,9 +171,16 @@ def shipped() -> Bundle:
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory) -> Path:
-    """The store that `python training/train.py digits` publishes, run as a user runs it."""
-    folder = tmp_path_factory.mktemp("golden")
-    print("\ntraining digits (about a minute)", flush=True)
+    """A store with the digits bundle that is kept in tests/data."""
+    store = tmp_path_factory.mktemp("golden") / "store"
+    publish(Bundle.load(DIGITS), store)
+    return store
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The store that `python training/train.py digits` publishes now, run as a user runs it: a test that asks for it is slow."""
+    folder = tmp_path_factory.mktemp("trained")
     done = subprocess.run(
         [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--run", "golden", "--threads", "1"],
         env={**os.environ, "EBJDAT_RUNS": str(folder), "OMP_NUM_THREADS": "1"},
@@ -124,6 +198,24 @@ def live(tmp_path_factory) -> Iterator[Live]:
     """The shipped model, served."""
     with serving(SHIPPED, tmp_path_factory.mktemp("live") / "server.log") as server:
         yield server
+
+
+LONG = ("--device", "cpu", "--max-steps", "1000")
+
+
+@pytest.fixture(scope="session")
+def _long_live(tmp_path_factory) -> Iterator[Live]:
+    with serving(SHIPPED, tmp_path_factory.mktemp("long_live") / "server.log", *LONG) as server:
+        yield server
+
+
+@pytest.fixture
+def long_live(_long_live) -> Iterator[Live]:
+    """The shipped model, served with chains of up to 1000 steps; a test leaves it idle, and with the processes it had."""
+    before = _long_live.children()
+    yield _long_live
+    until(lambda: _long_live.info()["load"]["generate"]["chains"] == 0)
+    assert _long_live.children() == before, _long_live.log.read_text()
 
 
 @pytest.fixture(scope="session")

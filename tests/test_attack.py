@@ -12,6 +12,7 @@ from training.images import data_root, load
 FILE = "abcrown_resnet2b.pth"
 pytestmark = [
     pytest.mark.data,
+    pytest.mark.slow,
     pytest.mark.skipif(not (data_root() / FILE).is_file(), reason=f"needs {FILE} in the data folder (EBJDAT_DATA)"),
 ]
 

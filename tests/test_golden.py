@@ -13,6 +13,7 @@ import torch
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.pixels import to_unit
 from tests.conftest import ROOT, serving
@@ -29,18 +30,49 @@ from training.state import load_weights
 from training.train import train
 
 
+def row(bundle, name, protocol=""):
+    (found,) = [r for r in bundle.metrics() if r["metric"] == name and protocol in r["protocol"]]
+    return found
+
+
 def metric(bundle, name, protocol=""):
-    (row,) = [r for r in bundle.metrics() if r["metric"] == name and protocol in r["protocol"]]
-    return row["value"]
+    return row(bundle, name, protocol)["value"]
 
 
-def test_the_digits_model_reaches_its_floors(golden):
-    bundle = Bundle.load(golden)
+def reaches_its_floors(bundle):
     assert bundle.manifest.provenance.preset == "digits"
     assert metric(bundle, "accuracy_clean") >= 0.95
     assert metric(bundle, "accuracy_pgd20", "l-inf 51/255") >= 0.40
     assert metric(bundle, "flag_rate_clean_in_interval", "alpha 0.05") == 1.0
     assert metric(bundle, "class_agreement_own") >= 0.8
+
+
+def test_the_kept_digits_bundle_reaches_its_floors_and_is_what_its_figures_say(golden):
+    bundle = Bundle.load(golden)
+    reaches_its_floors(bundle)
+    test = load("digits").test
+    logits, _ = OnnxEngine(bundle, "cpu").classify(to_unit(test.image))
+    assert float((logits.argmax(axis=1) == test.label).mean()) == pytest.approx(metric(bundle, "accuracy_clean"))
+
+
+def test_training_still_makes_a_bundle_as_good_as_the_kept_one(golden, trained):
+    """Each share may be lower by two standard errors of a difference of two models, each on so many images."""
+    kept, made = Bundle.load(golden), Bundle.load(trained)
+    reaches_its_floors(made)
+    assert made.manifest.architecture == kept.manifest.architecture
+    for name, protocol in (
+        ("accuracy_clean", ""),
+        ("accuracy_pgd20", "l-inf 51/255"),
+        ("accuracy_pgd20_margin", ""),
+        ("accuracy_apgd", ""),
+        ("accuracy_worst_case", ""),
+        ("class_agreement_own", ""),
+    ):
+        before, after = row(kept, name, protocol), row(made, name, protocol)
+        p = (before["value"] + after["value"]) / 2
+        tolerance = 2 * (p * (1 - p) * (1 / before["n"] + 1 / after["n"])) ** 0.5
+        print(f"{name}: {after['value']:.4f} of {after['n']}, kept {before['value']:.4f}, tolerance {tolerance:.4f}")
+        assert after["value"] >= before["value"] - tolerance, name
 
 
 def test_plain_training_fails_the_pgd_floor(tmp_path):
@@ -72,9 +104,9 @@ def test_it_is_served_and_answers_curl(golden, tmp_path):
         assert httpx2.get(f"{server.url}/info").json()["model"].startswith("digits@")
 
 
-def test_each_step_also_runs_alone(golden, tmp_path):
+def test_each_step_also_runs_alone(trained, tmp_path):
     folder = tmp_path / "again"
-    shutil.copytree(golden / "current", folder)
+    shutil.copytree(trained / "current", folder)
     before = Bundle.load(folder)
     for script, said in (
         ("export/to_onnx.py", "score.onnx"),
@@ -109,8 +141,8 @@ def test_a_step_that_cannot_run_says_why(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_a_finished_run_is_not_started_again_by_mistake(golden):
-    environment = {**os.environ, "EBJDAT_RUNS": str(golden.parent.parent)}
+def test_a_finished_run_is_not_started_again_by_mistake(trained):
+    environment = {**os.environ, "EBJDAT_RUNS": str(trained.parent.parent)}
     command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--run", "golden"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1

@@ -9,7 +9,7 @@ import pytest
 from ebjdat_serve.server.settings import SHIPPED
 from tests.conftest import ROOT, serving
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.slow]
 OFFLINE = ("Failed to establish a new connection", "Temporary failure in name resolution", "Connection refused", "Network is unreachable")
 
 

@@ -34,10 +34,10 @@ from training.precision import Amounts
 
 @pytest.fixture(scope="module")
 def precise(golden, tmp_path_factory):
-    """The digits bundle with every precision, added as a user adds them."""
+    """The digits bundle with every precision, added as a user adds them: a test that asks for it is slow (conftest.py)."""
     folder = tmp_path_factory.mktemp("precise") / "digits"
     shutil.copytree(golden / "current", folder)
-    script, few = ROOT / "training" / "precision.py", ["--n", "200", "--attacked", "100", "--square", "50", "--queries", "20"]
+    script, few = ROOT / "training" / "precision.py", ["--n", "300", "--attacked", "100", "--square", "300", "--queries", "20"]
     done = subprocess.run(
         [sys.executable, str(script), str(folder), "--precision", *LOWER, *few],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -41,6 +41,7 @@ def warm(tmp_path_factory):
     return train(stage, load("digits"), tmp_path_factory.mktemp("warm"), init=None, clock=Clock(), device=torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,8 +28,8 @@ from ebjdat_serve.graphs import References, references
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.signing import check_signature, sign
 from ebjdat_serve.store import publish, rollback, versions
-from tests.conftest import serving
-from tests.test_faults import workers
+from tests.conftest import LONG, serving, until
+from tests.test_faults import connect, drawing, workers
 
 
 def named(bundle):
@@ -43,16 +42,25 @@ def copied(source, folder, **changes):
 
 
 def info(server):
-    return httpx2.get(f"{server.url}/info", timeout=30).json()
+    return server.info()
 
 
-def until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s")
+@pytest.fixture(scope="module")
+def _followed(tmp_path_factory, shipped):
+    folder = tmp_path_factory.mktemp("followed")
+    publish(shipped, folder / "store")
+    with serving(folder / "store", folder / "log", *LONG) as server:
+        yield folder / "store", server
+
+
+@pytest.fixture
+def followed(_followed, shipped):
+    """A store and a server that follows it; a test begins and ends with the shipped model."""
+    store, server = _followed
+    yield _followed
+    rollback(store, shipped.manifest.version)
+    until(lambda: info(server)["model"] == named(shipped) and not info(server)["refresh"]["refused"], 60)
+    until(lambda: info(server)["load"]["generate"]["chains"] == 0)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +74,10 @@ def keys(tmp_path_factory):
     return folder
 
 
-def test_a_refresh_under_load_fails_no_request_and_every_answer_is_one_models(tmp_path, golden, shipped, picture):
-    """From digits to CIFAR-10 and back, with other labels and another size of image."""
-    digits = Bundle.load(golden)
-    store = tmp_path / "store"
-    publish(digits, store)
+def test_a_refresh_under_load_fails_no_request_and_every_answer_is_one_models(followed, golden, shipped, picture):
+    """From CIFAR-10 to digits and back, with other labels and another size of image."""
+    store, server = followed
+    digits, kinds = Bundle.load(golden), ("classify", "generate")
     labels = {named(bundle): bundle.manifest.labels for bundle in (digits, shipped)}
     seen, wrong, stop = Counter(), [], threading.Event()
 
@@ -90,44 +97,44 @@ def test_a_refresh_under_load_fails_no_request_and_every_answer_is_one_models(tm
                 if one["label"] != labels[said["model"]][one["class"]]:
                     wrong.append(said)
 
-    with serving(store, tmp_path / "log") as server:
-        assert info(server)["model"] == named(digits)
-        threads = [threading.Thread(target=ask, args=(kind,)) for kind in ("classify", "classify", "classify", "generate")]
+    def both_answer_by(bundle):
+        """Wait until both kinds have been answered by a bundle some more times than until now."""
+        before = dict(seen)
+        until(lambda: all(seen[kind, named(bundle)] > before.get((kind, named(bundle)), 0) + 2 for kind in kinds))
+
+    threads = [threading.Thread(target=ask, args=(kind,)) for kind in ("classify", "classify", "classify", "generate")]
+    try:
         for thread in threads:
             thread.start()
-        time.sleep(1)
-        publish(shipped, store)
-        until(lambda: info(server)["model"] == named(shipped))
-        time.sleep(1)
-        rollback(store)
-        until(lambda: info(server)["model"] == named(digits))
-        time.sleep(0.5)
+        both_answer_by(shipped)
+        publish(digits, store)
+        both_answer_by(digits)
+        rollback(store, shipped.manifest.version)
+        both_answer_by(shipped)
+    finally:
         stop.set()
         for thread in threads:
             thread.join()
-        assert not wrong
-        assert set(seen) == {(kind, name) for kind in ("classify", "generate") for name in labels}
-        until(lambda: info(server)["refresh"] == {"opening": None, "refused": None, "retiring": []})
-        assert httpx2.get(f"{server.url}/health").status_code == 200
+    assert not wrong
+    until(lambda: info(server)["refresh"] == {"opening": None, "refused": None, "retiring": []})
+    assert httpx2.get(f"{server.url}/health").status_code == 200
 
 
-def test_a_long_drawing_ends_on_the_model_it_began_with(tmp_path, golden, shipped):
-    store = tmp_path / "store"
-    publish(shipped, store)
-    with serving(store, tmp_path / "log", "--device", "cpu", "--max-steps", "400") as server:
-        answers = []
-        query = {"class": 3, "n": 8, "steps": 400, "seed": 5, "format": "json"}
-        thread = threading.Thread(target=lambda: answers.append(httpx2.get(f"{server.url}/generate", params=query, timeout=60).json()))
-        thread.start()
-        time.sleep(0.3)
-        publish(Bundle.load(golden), store)
-        until(lambda: info(server)["model"] == named(Bundle.load(golden)))
-        assert not answers
-        assert info(server)["refresh"]["retiring"] == [named(shipped)]
-        thread.join(60)
-        assert answers[0]["model"] == named(shipped)
-        assert answers[0]["images"][0]["label"] == "cat"
-        until(lambda: not info(server)["refresh"]["retiring"])
+def test_a_long_drawing_ends_on_the_model_it_began_with(followed, golden, shipped):
+    store, server = followed
+    answers = []
+    query = {"class": 3, "n": 8, "steps": 400, "seed": 5, "format": "json"}
+    thread = threading.Thread(target=lambda: answers.append(httpx2.get(f"{server.url}/generate", params=query, timeout=110).json()))
+    thread.start()
+    drawing(server, 8)
+    publish(Bundle.load(golden), store)
+    until(lambda: info(server)["model"] == named(Bundle.load(golden)))
+    assert not answers
+    assert info(server)["refresh"]["retiring"] == [named(shipped)]
+    thread.join(120)
+    assert answers[0]["model"] == named(shipped)
+    assert answers[0]["images"][0]["label"] == "cat"
+    until(lambda: not info(server)["refresh"]["retiring"])
 
 
 def test_what_is_not_right_is_refused_and_the_old_model_goes_on(tmp_path, shipped, picture):
@@ -158,7 +165,7 @@ def test_what_is_not_right_is_refused_and_the_old_model_goes_on(tmp_path, shippe
         refused("self-test failed")
 
         (store / "current").unlink()  # nothing to point at is no reason to stop either
-        time.sleep(2)
+        time.sleep(2.5)  # the server looks every second
         assert httpx2.post(f"{server.url}/classify", content=picture).json() == before
 
         good = publish(copied(SHIPPED, tmp_path / "good", version="good"), store)
@@ -207,9 +214,8 @@ def broken(store, name, **files):
     return bundle
 
 
-def test_no_bundle_however_strange_stops_the_server(tmp_path, shipped, picture):
-    store = tmp_path / "store"
-    publish(shipped, store)
+def test_no_bundle_however_strange_stops_the_server(followed, shipped, picture):
+    store, server = followed
     rows = json.loads((SHIPPED / "calibration.json").read_text())
     nan = [{**row, "energies": [float("nan"), *row["energies"]]} for row in rows]
     unknown = [{**row, "score": "luck"} for row in rows]
@@ -223,80 +229,67 @@ def test_no_bundle_however_strange_stops_the_server(tmp_path, shipped, picture):
         "prior": {"prior_safetensors": b"junk"},
         "graph": {"classify_onnx": b"\xff" * 100},
     }
-    with serving(store, tmp_path / "log") as server:
-        before = httpx2.post(f"{server.url}/classify", content=picture).json()
+    before = httpx2.post(f"{server.url}/classify", content=picture).json()
 
-        def point(name):
-            (store / "hand").symlink_to(name)
-            os.replace(store / "hand", store / "current")
+    def point(name):
+        (store / "hand").symlink_to(name)
+        os.replace(store / "hand", store / "current")
 
-        for name, files in strange.items():
-            broken(store, name, **files)
-            point(name)
-            until(lambda name=name: name in ((info(server)["refresh"]["refused"] or {}).get("bundle") or ""))
-        labels = copied(SHIPPED, store / "labels", version="labels")
-        labels.update(labels=["a", "b"])
-        point("labels")
-        until(lambda: "not of one model" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
-        rollback(store, shipped.manifest.version)
-        until(lambda: info(server)["refresh"]["refused"] is None)
-        assert httpx2.post(f"{server.url}/classify", content=picture).json() == before
-
-
-def test_a_slow_upload_across_a_refresh_is_answered_by_the_new_model(tmp_path, golden, shipped, picture):
-    store = tmp_path / "store"
-    publish(shipped, store)
-    with serving(store, tmp_path / "log") as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        body = b'{"class": 3, "steps": 2, "format": "json"}'
-        halves = [
-            (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(picture), picture),
-            (b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body), body),
-        ]
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in halves]
-            for client, (head, content) in zip(clients, halves, strict=True):
-                client.sendall(head + content[:10])
-            publish(Bundle.load(golden), store)
-            until(lambda: info(server)["model"] == named(Bundle.load(golden)) and not info(server)["refresh"]["retiring"])
-            for client, (_, content) in zip(clients, halves, strict=True):
-                client.sendall(content[10:])
-                answer = http.client.HTTPResponse(client)
-                answer.begin()
-                assert answer.status == 200
-                assert json.loads(answer.read())["model"] == named(Bundle.load(golden))
-                answer.close()
+    for name, files in strange.items():
+        broken(store, name, **files)
+        point(name)
+        until(lambda name=name: name in ((info(server)["refresh"]["refused"] or {}).get("bundle") or ""))
+    labels = copied(SHIPPED, store / "labels", version="labels")
+    labels.update(labels=["a", "b"])
+    point("labels")
+    until(lambda: "not of one model" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
+    rollback(store, shipped.manifest.version)
+    until(lambda: info(server)["refresh"]["refused"] is None)
+    assert httpx2.post(f"{server.url}/classify", content=picture).json() == before
 
 
-def test_a_worker_killed_during_a_refresh_delays_it_only(tmp_path, shipped):
-    store = tmp_path / "store"
-    publish(shipped, store)
-    with serving(store, tmp_path / "log") as server:
-        publish(copied(SHIPPED, tmp_path / "next", version="next"), store)
-        until(lambda: info(server)["refresh"]["opening"] or info(server)["model"].endswith("@next"))
-        os.kill(workers(server)[1], signal.SIGKILL)
-        until(lambda: info(server)["model"].endswith("@next"))
+def test_a_slow_upload_across_a_refresh_is_answered_by_the_new_model(followed, golden, picture):
+    store, server = followed
+    body = b'{"class": 3, "steps": 2, "format": "json"}'
+    halves = [
+        (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(picture), picture),
+        (b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body), body),
+    ]
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(server)) for _ in halves]
+        for client, (head, content) in zip(clients, halves, strict=True):
+            client.sendall(head + content[:10])
+        publish(Bundle.load(golden), store)
+        until(lambda: info(server)["model"] == named(Bundle.load(golden)) and not info(server)["refresh"]["retiring"])
+        for client, (_, content) in zip(clients, halves, strict=True):
+            client.sendall(content[10:])
+            answer = http.client.HTTPResponse(client)
+            answer.begin()
+            assert answer.status == 200
+            assert json.loads(answer.read())["model"] == named(Bundle.load(golden))
+            answer.close()
 
 
-def test_back_and_forth_while_a_drawing_runs_keeps_each_model_once(tmp_path, shipped):
-    store = tmp_path / "store"
-    publish(shipped, store)
+def test_a_worker_killed_during_a_refresh_delays_it_only(followed, tmp_path):
+    store, server = followed
     publish(copied(SHIPPED, tmp_path / "next", version="next"), store)
-    with serving(store, tmp_path / "log", "--device", "cpu", "--max-steps", "1000") as server:
-        query = {"class": 3, "n": 8, "steps": 1000}
-        thread = threading.Thread(
-            target=httpx2.get, args=(f"{server.url}/generate",), kwargs={"params": query, "timeout": 120}, daemon=True
-        )
-        thread.start()
-        time.sleep(0.5)
-        for version in (shipped.manifest.version, "next", shipped.manifest.version):
+    until(lambda: info(server)["refresh"]["opening"] or info(server)["model"].endswith("@next"))
+    os.kill(workers(server)[1], signal.SIGKILL)
+    until(lambda: info(server)["model"].endswith("@next"))
+
+
+def test_back_and_forth_while_a_drawing_runs_keeps_each_model_once(followed, tmp_path, shipped):
+    store, server = followed
+    publish(copied(SHIPPED, tmp_path / "other", version="other"), store)
+    until(lambda: info(server)["model"].endswith("@other"))
+    with connect(server) as client:
+        client.sendall(b"GET /generate?class=3&n=8&steps=1000 HTTP/1.1\r\nHost: x\r\n\r\n")
+        drawing(server, 8)
+        for version in (shipped.manifest.version, "other", shipped.manifest.version):
             rollback(store, version)
             until(lambda version=version: info(server)["model"].endswith(f"@{version}"))
             assert len(info(server)["refresh"]["retiring"]) <= 1
         assert httpx2.get(f"{server.url}/generate", params={"class": 1, "steps": 2}, timeout=60).status_code == 200
-        for pid in workers(server):  # the drawing need not be waited for
-            os.kill(pid, signal.SIGKILL)
-        thread.join(60)
 
 
 def test_signing_what_was_refused_unsigned_is_noticed(tmp_path, keys):

@@ -13,7 +13,6 @@ from ebjdat_serve.card import figure
 from tests.conftest import ROOT
 from training.presets import METHODS, describe, preset, stages
 from training.settings import MEASURED, override
-from training.train import main
 
 
 def tracked():
@@ -86,7 +85,6 @@ def test_warm_starts_exist_and_share_the_network():
         for start in warm:
             assert (start.depth, start.width, start.dataset) == (joint.depth, joint.width, "cifar100")
             assert start.warm_start is None
-    assert callable(main)
 
 
 def test_the_comparison_of_methods_is_what_was_measured_of_the_presets_as_they_are():

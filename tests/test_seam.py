@@ -1,59 +1,86 @@
 """Contracts with LitServe's private names: if an upgrade moves one, this says which."""
 
-import inspect
+import os
+import signal
 import subprocess
 import sys
 import time
 
+import httpx2
 import litserve as ls
-from litserve import server as litserver
-from litserve.loops import LitLoop
-from litserve.loops.loops import inference_worker
+from litserve.test_examples import SimpleLitAPI
+
+from ebjdat_serve.server.settings import SHIPPED
+from tests.conftest import serving, until
+from tests.test_faults import workers
+
+RECORDING = """
+import os, sys
+from ebjdat_serve.cli import main
+from ebjdat_serve.server.seam import Server
+
+def recorded(name):
+    usual = getattr(Server, name)
+    def call(self, *arguments, **options):
+        with open(RECORD, "a") as file:
+            file.write(f"{name} {os.getpid()}\\n")
+        return usual(self, *arguments, **options)
+    return call
+
+OURS = [name for name in vars(Server) if hasattr(Server.__mro__[1], name) and callable(getattr(Server, name)) and not name.startswith("__")]
+for name in OURS:
+    setattr(Server, name, recorded(name))
+if __name__ == "__main__":
+    print("overridden", *OURS, flush=True)
+    sys.exit(main(sys.argv[1:]))
+"""
 
 
-def test_the_loop_is_called_with_the_api_first_and_ends_the_worker():
-    source = inspect.getsource(inference_worker)
-    assert "lit_api.setup(device)" in source
-    assert "loop: LitLoop = lit_api.loop" in source
-    assert source.rstrip().endswith("callback_runner,\n    )")  # what the loop returns to is the end of the process
-    assert list(inspect.signature(LitLoop.__call__).parameters)[1] == "lit_api"
+def test_litserve_calls_each_method_that_we_override_where_we_expect_it(tmp_path):
+    """A method that an upgrade renames would stand in our class, and nobody would call it."""
+    script, record = tmp_path / "recording.py", tmp_path / "record"
+    script.write_text(f"RECORD = {str(record)!r}\n{RECORDING}")
+
+    def said():
+        return [line.split() for line in record.read_text().splitlines()]
+
+    with serving(SHIPPED, tmp_path / "log", executable=(sys.executable, str(script))) as server:
+        started = [name for name, _ in said()]
+        killed = workers(server)[0]
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: len(said()) > len(started))
+        until(lambda: len(workers(server)) == 2 and killed not in workers(server))
+        assert [name for name, _ in said()[len(started) :]] == ["launch_single_inference_worker"]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+    (overridden,) = [line.split()[1:] for line in (tmp_path / "log").read_text().splitlines() if line.startswith("overridden")]
+    where = {name: int(pid) for name, pid in said()}
+    assert set(where) == set(overridden)
+    assert started[0] == "register_endpoints"
+    assert [name for name in started if name in ("_init_manager", "verify_worker_status", "_start_server")] == [
+        "_init_manager", "verify_worker_status", "_start_server",
+    ]  # fmt: skip
+    assert said()[-1][0] == "_perform_graceful_shutdown"
+    assert {name for name, pid in where.items() if pid != server.process.pid} == {"lifespan"}  # in the HTTP process
 
 
-def test_the_server_calls_what_we_override_and_keeps_what_we_read():
-    made = inspect.getsource(ls.LitServer.__init__)
-    assert "self.register_endpoints()" in made
-    assert made.index("self.register_endpoints()") < made.index("register middleware")  # so ours may empty self.middlewares
-    assert "self.middlewares = middlewares" in made
-    assert "lifespan=self.lifespan" in made
-    assert "self.monitor_internal = " in made
-    assert "self.uvicorn_graceful_timeout = " in made
-    run = inspect.getsource(ls.LitServer.run)
-    assert "manager = self._init_manager(num_api_servers)" in run
-    assert "self.verify_worker_status()" in run
-    assert "self._start_server(" in run
-    assert "self._perform_graceful_shutdown(manager, uvicorn_workers, shutdown_reason)" in run
-    assert "self._shutdown_event.wait()" in run
-    assert "except KeyboardInterrupt" in run
-    assert "return dict(enumerate(workers))" in inspect.getsource(ls.LitServer._start_server)
+def test_each_attribute_that_we_set_is_one_that_litserve_keeps():
+    plain = ls.LitServer(SimpleLitAPI(), accelerator="cpu")
+    for name in ("middlewares", "monitor_internal", "uvicorn_graceful_timeout", "litapi_connector", "app"):
+        assert name in vars(plain), name
+    manager = plain._init_manager(1)
+    try:
+        for name in ("workers_setup_status", "_shutdown_event", "litapi_request_queues", "_transport"):
+            assert name in vars(plain), name
+    finally:
+        manager.shutdown()
 
 
-def test_the_monitor_starts_a_dead_worker_again_by_the_name_we_override():
-    source = inspect.getsource(ls.LitServer._start_worker_monitoring)
-    assert "self.launch_single_inference_worker(lit_api, worker_id)" in source
-    assert "while not self._shutdown_event.is_set()" in source
-    assert "time.sleep(self.monitor_internal)" in source
-
-
-def test_what_our_flags_stand_in_for_is_all_there_is():
-    """What LitServe keeps in its manager, and what it asks of it."""
-    kept = inspect.getsource(ls.LitServer._init_manager)
-    for name in ("self.workers_setup_status", "self._shutdown_event", "self.litapi_request_queues", "self._transport"):
-        assert name in kept
-    stop = inspect.getsource(ls.LitServer._perform_graceful_shutdown)
-    assert "manager.shutdown()" in stop
-    assert "self._transport.close(send_sentinel=" in stop
-    assert "await transport.areceive(consumer_id)" in inspect.getsource(litserver.response_queue_to_buffer)
-    assert "if workers_setup_status:" in inspect.getsource(inference_worker)
+def test_answers_are_not_compressed(live):
+    """LitServe's middleware for it would be in the way of every picture."""
+    answer = httpx2.get(f"{live.url}/info", headers={"Accept-Encoding": "gzip"})
+    assert len(answer.content) > 10_000
+    assert "content-encoding" not in answer.headers
 
 
 def test_a_stop_that_python_drops_is_given_again(tmp_path):

@@ -167,6 +167,7 @@ def test_without_h1_and_h2_ebjdat_is_adversarial_training_plus_clean_cross_entro
     torch.testing.assert_close((1 - clean_weight) * losses[0] + clean_weight * clean, losses[1])
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_bit_identical_losses(tmp_path):
     """kill -9 in the middle, then --resume through the command line, against a run that nobody disturbed."""
     command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--only-train", "--threads", "1"]
@@ -211,6 +212,7 @@ def test_training_and_the_torch_engine_need_no_more_than_torch_numpy_pillow_and_
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_a_short_time_is_shared_by_the_stages_and_ends_with_a_bundle(tmp_path):
     environment = {**os.environ, "EBJDAT_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--threads", "1", "--run", "short", "--max-minutes", "0.12"]

@@ -79,12 +79,18 @@ def build_server(settings: Settings) -> tuple[seam.Server, str]:
     """
     served = open_bundle(settings.model, settings)
     wire, s = seam.Wire.open(), settings
-    classify = ClassifyLane(workers=s.classify_workers, deadline=s.classify_deadline, max_batch=s.max_batch)
+    classify = ClassifyLane(
+        workers=s.classify_workers, deadline=s.classify_deadline, worker_timeout=s.worker_timeout, max_batch=s.max_batch
+    )
     workers: list[tuple[Any, int]] = [(ClassifyWorker(wire.address, settings), s.classify_workers)]
     generate = None
     if s.generate_workers:
         generate = GenerateLane(
-            workers=s.generate_workers, deadline=s.generate_deadline, chains=s.generate_chains, backlog=s.generate_backlog
+            workers=s.generate_workers,
+            deadline=s.generate_deadline,
+            worker_timeout=s.worker_timeout,
+            chains=s.generate_chains,
+            backlog=s.generate_backlog,
         )
         workers.append((GenerateWorker(wire.address, settings), s.generate_workers))
     fleet = Fleet(served, settings, [classify, generate] if generate else [classify], wire.listener)
@@ -93,7 +99,7 @@ def build_server(settings: Settings) -> tuple[seam.Server, str]:
     async def serve(server: seam.Server) -> None:
         await fleet.run(server.announce, server.give_up)
 
-    return seam.Server(workers, routes.install, serve, routes.drain, wire), served.name
+    return seam.Server(workers, routes.install, serve, routes.drain, wire, settings), served.name
 
 
 class Routes:
@@ -136,7 +142,7 @@ class Routes:
         while any(lane.in_flight for lane in lanes) or connections():  # uvicorn has ended the connections that nothing came on
             await asyncio.sleep(0.1)
             drawing = self.generate_lane and self.generate_lane.chains
-            if loop.time() - began > (seam.LONG_GRACE if drawing else seam.GRACE):
+            if loop.time() - began > (self.settings.generate_graceful_timeout if drawing else self.settings.graceful_timeout):
                 break
         for lane in lanes:
             lane.close("the server is stopping; try again when it is back")

@@ -14,8 +14,8 @@ from ebjdat_serve.server.wire import Answer, Ask, Cancel, Job, Pace, Preview, Sh
 class GenerateLane(Lane):
     """Jobs go to their worker at once, where their chains join the others; what may go is bounded by chains and by estimated seconds."""
 
-    def __init__(self, *, workers: int, deadline: float, chains: int, backlog: float) -> None:
-        super().__init__("generate", workers=workers, deadline=deadline)
+    def __init__(self, *, workers: int, deadline: float, worker_timeout: float, chains: int, backlog: float) -> None:
+        super().__init__("generate", workers=workers, deadline=deadline, worker_timeout=worker_timeout)
         self._chains, self._backlog = chains, backlog
         self._left: dict[int, int] = {}
         self._longest: deque[tuple[float, float]] = deque()

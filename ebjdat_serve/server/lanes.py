@@ -22,8 +22,6 @@ from ebjdat_serve.server.wire import Answer, Ask, Loaded, Preview, Verdicts, pac
 log = logging.getLogger("ebjdat_serve")
 POLL = 0.1
 """Seconds between looks at whether clients are still there."""
-HANGS = 30.0
-"""Seconds without a word, owing an answer, after which a worker is taken for hung and killed."""
 DEPTH = 2
 """Batches under way in one worker: it finds the next when it has finished one."""
 
@@ -73,8 +71,8 @@ class Peer:
 class Lane(ABC):
     """What both lanes share: places, deadlines, clients that leave, workers that die or hang."""
 
-    def __init__(self, name: str, *, workers: int, deadline: float) -> None:
-        self.name, self.workers, self.deadline = name, workers, deadline
+    def __init__(self, name: str, *, workers: int, deadline: float, worker_timeout: float) -> None:
+        self.name, self.workers, self.deadline, self.worker_timeout = name, workers, deadline, worker_timeout
         self.peers: list[Peer] = []
         self.items: set[Item] = set()
         self.in_flight = 0
@@ -184,8 +182,8 @@ class Lane(ABC):
             for peer in self.peers:
                 if not peer.owes:
                     peer.heard = now
-                elif now - peer.heard > HANGS:
-                    log.error("the %s worker %d has not said a word for %g s: killed, another will start", self.name, peer.pid, HANGS)
+                elif (silent := now - peer.heard) > self.worker_timeout:
+                    log.error("the %s worker %d has not said a word for %.0f s: killed, another will start", self.name, peer.pid, silent)
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(peer.pid, signal.SIGKILL)
                     peer.heard = now
@@ -194,8 +192,8 @@ class Lane(ABC):
 class ClassifyLane(Lane):
     """Whoever waits when a worker has time shares one forward."""
 
-    def __init__(self, *, workers: int, deadline: float, max_batch: int) -> None:
-        super().__init__("classify", workers=workers, deadline=deadline)
+    def __init__(self, *, workers: int, deadline: float, worker_timeout: float, max_batch: int) -> None:
+        super().__init__("classify", workers=workers, deadline=deadline, worker_timeout=worker_timeout)
         self._waiting: deque[Item] = deque()
         self._max_batch = max_batch
         self._pumping = False

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import multiprocessing as mp
 import os
 import resource
@@ -27,12 +28,9 @@ from fastapi import FastAPI
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.server.memory import give_back_large_blocks
 from ebjdat_serve.server.protocol import BoundedProtocol, connections, hang_up
+from ebjdat_serve.server.settings import Settings
 
 log = logging.getLogger("ebjdat_serve")
-GRACE = 6.0
-"""Seconds that requests under way get to end after a stop signal, but for drawings."""
-LONG_GRACE = 50.0
-"""Seconds that drawings get."""
 
 
 class Nowhere:
@@ -67,9 +65,10 @@ class Server(ls.LitServer):
         serve: Callable[["Server"], Coroutine[Any, Any, None]],
         drain: Callable[[], Coroutine[Any, Any, None]],
         wire: "Wire",
+        settings: Settings,
     ) -> None:
         self._register, self._serve, self._drain = register, serve, drain
-        self._wire, self.folder = wire, wire.folder
+        self._wire, self.folder, self._settings = wire, wire.folder, settings
         self.greeting = ""
         self.failed = ""
         self.stopping = False
@@ -77,7 +76,7 @@ class Server(ls.LitServer):
         # an engine finds its own device: LitServe's accelerator would only ask for torch
         super().__init__([api for api, _ in workers], accelerator="cpu", devices=1, workers_per_device=counts, restart_workers=True)
         self.monitor_internal = 0.2
-        self.uvicorn_graceful_timeout = int(LONG_GRACE) + 8
+        self.uvicorn_graceful_timeout = math.ceil(max(settings.graceful_timeout, settings.generate_graceful_timeout)) + 8
 
     def register_endpoints(self) -> None:
         """Put our routes on the app instead of LitServe's, and leave out its compression: pictures are compressed already."""
@@ -168,7 +167,7 @@ class Server(ls.LitServer):
         loop = asyncio.get_running_loop()
         began = loop.time()
         await self._drain()
-        end = max(began + GRACE, loop.time() + 1.0)  # who was told only now has a second to read it
+        end = max(began + self._settings.graceful_timeout, loop.time() + 1.0)  # who was told only now has a second to read it
         while connections() and loop.time() < end:
             await asyncio.sleep(0.05)
         hang_up()

@@ -7,6 +7,14 @@ from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
 
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
+TIMES = {
+    "classify_deadline": "seconds until a classify or energy request is answered 504",
+    "generate_deadline": "seconds until a generate request is answered 504",
+    "worker_timeout": "seconds without a word after which a worker that owes an answer is killed and replaced",
+    "graceful_timeout": "seconds that requests, but for drawings, get to end after a stop signal",
+    "generate_graceful_timeout": "seconds that drawings get",
+}
+"""The times that an operator may set, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,14 @@ class Settings:
     classify_deadline: float = 10.0
     generate_deadline: float = 120.0
     max_batch: int = 32
+    worker_timeout: float = 30.0  # without a word, owing an answer, after which a worker is taken for hung and killed
+    graceful_timeout: float = 6.0  # that requests get to end after a stop signal, but for drawings
+    generate_graceful_timeout: float = 50.0  # that drawings get
 
     def __post_init__(self) -> None:
         for name, least in (("threads", 1), ("classify_workers", 1), ("generate_workers", 0), ("max_steps", 0)):
             if getattr(self, name) < least:
                 raise EbjdatError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        for name in TIMES:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise EbjdatError(f"--{name.replace('_', '-')} must be seconds above 0, not {getattr(self, name)}")
