@@ -2,7 +2,14 @@
 
 
 class EbjdatError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    ``options`` are what may be given on a command line to mend it: a command names those that it has (console.py), code none.
+    """
+
+    def __init__(self, message: str = "", *, options: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.options = options
 
 
 class BundleError(EbjdatError):

@@ -8,13 +8,12 @@ that was made under others, or whose files changed, is built anew.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.console import command
 from ebjdat_serve.engines import Precision, check_onnxruntime
-from ebjdat_serve.errors import EbjdatError
 
 FUNCTIONS = ("classify", "score", "step")
 
@@ -45,10 +44,8 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16"))
     options = parser.parse_args()
-    try:
+    with command(parser):
         build(Bundle.load(options.bundle), options.precision)
-    except EbjdatError as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

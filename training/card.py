@@ -6,7 +6,6 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import numpy as np
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, read_json, write_json
 from ebjdat_serve.card import figure, table
+from ebjdat_serve.console import command
 from ebjdat_serve.engines import load_engine
-from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.sgld import Prior
 from training.evaluation.rows import ball_of, eps_name
@@ -255,13 +255,11 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--readme", type=Path)
     options = parser.parse_args()
-    bundle = Bundle.draft(options.bundle)
-    baseline = bundle.path / "baseline.json"
-    try:
+    with command(parser):
+        bundle = Bundle.draft(options.bundle)
+        baseline = bundle.path / "baseline.json"
         names = write_card(bundle, bundle.metrics(), read_json(baseline) if baseline.is_file() else [], {})
-    except EbjdatError as error:
-        sys.exit(str(error))
-    bundle.update(*names)
+        bundle.update(*names)
     if options.readme:
         text = options.readme.read_text()
         before, rest = text.split(MARKERS[0])

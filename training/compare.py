@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ebjdat_serve.bundle import MANIFEST, Bundle, read_rows
 from ebjdat_serve.card import figure
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.console import command
 from training.card import refuse_stale
 from training.errors import TrainingError
 from training.evaluate import PARTS, folder_name, load_flat, unflattened, work_root
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="also write the landscapes as PNG")
     parser.add_argument("--all", action="store_true", help="print every shared figure, not the chief ones")
     options = parser.parse_args()
-    try:
+    with command(parser):
         models = [read(path) for path in options.models]
         if len(models) < 2:
             raise TrainingError("name two models or more")
@@ -187,8 +187,6 @@ def main() -> None:
             raise TrainingError(f"the models are of different data: {', '.join(f'{model.name} of {model.data}' for model in models)}")
         if not shared(models, False):
             raise TrainingError("no figure of one is one of another: evaluate them by the same suite and n")
-    except (EbjdatError, TrainingError) as error:
-        sys.exit(str(error))
     options.out.write_text(page(models))
     if options.picture:
         from training.evaluation.figures import landscapes, png

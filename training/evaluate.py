@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,12 +26,12 @@ import torch
 from torch import nn
 
 from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
+from ebjdat_serve.console import command
 from ebjdat_serve.engines import Floats
-from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.precision import LOWER, rows_of
 from training.calibrate import check_data, dataset_of
 from training.card import write_card
-from training.errors import DataError, TrainingError
+from training.errors import TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
 from training.evaluation.context import SUITES, Context, Suite, unit
 from training.evaluation.generation import generation_rows
@@ -281,7 +280,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    try:
+    with command(parser, "interrupted; the same command goes on where this stopped"):
         parts = ("released-code",) if options.protocol == "released-code" else options.part or USUAL
         more = {"surrogate": options.surrogate, "controls": options.control, "buffer": options.buffer, "processes": options.processes}
         if options.bundle.suffix == ".safetensors":
@@ -293,10 +292,6 @@ def main() -> None:
         bundle = Bundle.draft(options.bundle)
         done = evaluate(bundle, dataset_of(bundle, options.data), amounts(options), options.baseline, parts=parts, **more)
         print(f"{done.path / 'metrics.json'}, {done.path / 'report.html'}")
-    except (EbjdatError, DataError, TrainingError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on where this stopped")
 
 
 def amounts(options: argparse.Namespace) -> Suite:

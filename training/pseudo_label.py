@@ -6,15 +6,14 @@ what `train.py --set extra=extra.npz extra_fraction=0.7` mixes into every labell
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.console import command
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines.eager import TorchEngine
-from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
 from training.errors import DataError
@@ -41,13 +40,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("extra.npz"))
     parser.add_argument("--least", type=float, default=0.0, help="smallest probability that is kept (%(default)s)")
     options = parser.parse_args()
-    try:
+    with command(parser):
         bundle = Bundle.load(options.bundle)
         image, label = pseudo_label(options.images, bundle, options.least)
-    except (EbjdatError, DataError) as error:
-        sys.exit(str(error))
-    np.savez_compressed(options.output, image=image, label=label, names=np.asarray(bundle.manifest.labels))
-    print(f"{len(label)} images, {np.bincount(label).tolist()} a class, in {options.output}")
+        np.savez_compressed(options.output, image=image, label=label, names=np.asarray(bundle.manifest.labels))
+        print(f"{len(label)} images, {np.bincount(label).tolist()} a class, in {options.output}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def refresh(
         if not first:
             ranks.wait()  # the first rank may have to download
         data = load(preset.dataset, (preset.size, preset.size) if preset.size else None)
-        todo = [preset] if init is not None else stages(preset)
+        todo = [fitted(stage, len(data.train), tells=first) for stage in ([preset] if init is not None else stages(preset))]
         origin = remember(run, todo, init, data) if first else None
         if first:
             ranks.wait()
@@ -68,6 +68,17 @@ def refresh(
             baseline, before = bundle.path / "metrics.json", bundle.manifest.provenance.rollbacks
         say(f"publish into {run / 'store'}")
         return publish(bundle, run / "store")
+
+
+def fitted(stage: Preset, images: int, *, tells: bool) -> Preset:
+    """Return ``stage`` with a batch that so few images fill: half of them, in eights where that is possible."""
+    if images >= stage.batch_size:
+        return stage
+    half = max(1, images // 2)
+    size = half - half % 8 or half
+    if tells:
+        say(f"{stage.name}: {images} training images do not fill a batch of {stage.batch_size}: batch_size={size}")
+    return replace(stage, batch_size=size)
 
 
 def train_stages(

@@ -1,0 +1,38 @@
+"""What every command does with its text and its errors."""
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ebjdat_serve.errors import EbjdatError
+
+
+@contextmanager
+def command(parser: argparse.ArgumentParser, interrupted: str = "interrupted") -> Iterator[None]:
+    """Run a command's body: an EbjdatError ends the process with status 1, its text, and the options of ``parser`` that mend it.
+
+    Ctrl-C ends it with the text ``interrupted``.
+    """
+    print_anything()
+    try:
+        yield
+    except EbjdatError as error:
+        sys.exit(advice(error, parser))
+    except KeyboardInterrupt:
+        sys.exit(interrupted)
+
+
+def print_anything() -> None:
+    """Let standard output escape what its encoding lacks, as standard error does: no print may end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def advice(error: EbjdatError, parser: argparse.ArgumentParser) -> str:
+    """Return an error's text and, of the options that it names, those that ``parser`` has."""
+    known = {name for action in parser._actions for name in action.option_strings}
+    fit = [option for option in error.options if option.split()[0] in known]
+    return f"{error}; or give {' or '.join(fit)}" if fit else str(error)
