@@ -211,26 +211,6 @@ def test_a_graph_that_cannot_be_opened_is_an_engine_error(shipped, tmp_path):
         OnnxEngine(Bundle(tmp_path / "bundle", shipped.manifest), "cpu")
 
 
-def test_one_process_builds_an_engine_while_another_waits(tmp_path):
-    import threading
-    import time
-
-    order = []
-
-    def build(name):
-        with providers.locked(tmp_path / "tensorrt" / "abc"):
-            order.append(name)
-            time.sleep(0.2)
-            order.append(name)
-
-    threads = [threading.Thread(target=build, args=(name,)) for name in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert order in (["a", "a", "b", "b"], ["b", "b", "a", "a"])
-
-
 @pytest.mark.parametrize(
     ("kind", "device", "precision", "fix"),
     [

@@ -1,11 +1,10 @@
 """The refresh: train (with its warm start) -> export -> parity -> calibrate -> evaluate -> publish, one step after the other."""
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
+from ebjdat_serve.locking import Held, alone
 from ebjdat_serve.store import publish
 from training.clock import Clock
 from training.drafts import Origin, draft_bundle, git_commit
@@ -105,13 +105,15 @@ def train_stages(
 
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Hold the run's folder; raise TrainingError when another process trains there."""
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as held:
+    """Hold the run's folder; raise TrainingError when another process trains there, or it cannot be written."""
+    with ExitStack() as held:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            run.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(run / ".lock", wait=False))
+        except Held as error:
+            raise TrainingError(f"{error}; or name another --run") from error
         except OSError as error:
-            raise TrainingError(f"another process trains in {run}: wait for it, or name another --run") from error
+            raise TrainingError(f"{run} cannot be written ({error.strerror}): set EBJDAT_RUNS to a folder that can") from error
         yield
 
 

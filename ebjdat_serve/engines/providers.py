@@ -1,7 +1,6 @@
 """Which ONNX Runtime provider runs a graph, with what options, and where TensorRT's engines are kept."""
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import onnxruntime as ort
 from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
 from ebjdat_serve.engines import Device, Precision
 from ebjdat_serve.errors import BundleError, EngineError
+from ebjdat_serve.locking import alone
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GPU = (CUDA, TENSORRT)
@@ -72,19 +72,11 @@ def options_for(provider: str, bundle: Bundle, graph: Path) -> Iterator[list[tup
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # TensorRT's provider has no option for it
     facts = engine_facts(graph)
     folder = engine_folder(facts)
-    with locked(folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone(folder.with_suffix(".lock")):
         clear_unless_ready(folder, facts)
         yield [(TENSORRT, tensorrt_options(folder, bundle, graph)), cuda, (CPU, {})]
         seal(folder, facts)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder``'s lock, waiting for the process that has it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
 
 
 def load_tensorrt() -> None:
