@@ -1,7 +1,6 @@
 """`ebjdat-serve serve | inspect | verify | publish | rollback | sign`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import get_args
 
 from ebjdat_serve import __version__
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
 
@@ -34,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--precision", default=default.precision, choices=get_args(Precision), help="%(default)s by default; bf16 is the torch engine's"
     )
     serve_parser.add_argument("--alpha", default=default.alpha, type=float, help="p-values below it are suspicious (%(default)s)")
-    serve_parser.add_argument(
-        "--threads", default=max(1, (os.cpu_count() or 1) // 2), type=int, help="threads of each worker (%(default)s)"
-    )
+    serve_parser.add_argument("--threads", default=max(1, cpus() // 2), type=int, help="threads of each worker (%(default)s)")
     serve_parser.add_argument(
         "--max-steps",
         default=0,

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.console import command
+from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.engines.ort import OnnxEngine
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--images", type=Path, help="a folder of pictures to compare on, beside the self-test's")
     options = parser.parse_args()
+    torch.set_num_threads(threads())
     with command(parser):
         bundle = Bundle.draft(options.bundle)
         for name, value in check(bundle, read_images(bundle, options.images) if options.images else None).items():

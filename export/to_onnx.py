@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
 from ebjdat_serve.console import command
+from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.wideresnet import build
@@ -164,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("bundle", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(threads())
     with command(parser):
         bundle = export(Bundle.draft(options.bundle))
         for name in GRAPHS:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,10 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ebjdat_serve.locking import Held, alone
 from training.errors import TrainingError
+from training.images import load
+from training.presets import DIGITS
 from training.refresh import lock
+from training.start import new_state
+from training.state import load_position, previous
 
 RIVAL = """
 import sys
@@ -94,6 +100,16 @@ def test_what_is_no_rival_is_said_as_it_is(tmp_path, monkeypatch):
 def test_there_is_one_way_to_lock():
     root = Path(__file__).parent.parent
     files = [file for folder in ("ebjdat_serve", "training", "export", "benchmarks") for file in (root / folder).rglob("*.py")]
-    assert [
-        file.name for file in files if "flock(" in file.read_text(encoding="utf-8") or "lockf(" in file.read_text(encoding="utf-8")
-    ] == []
+    assert [file.name for file in files if re.search(r"\b(flock|lockf)\(", file.read_text(encoding="utf-8"))] == []
+
+
+def test_a_state_is_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    state = new_state(DIGITS.warm_start, load("digits"), None, torch.device("cpu"))
+    for step in (1, 2):
+        state.step = step
+        state.save(tmp_path / "state.pt")
+    assert [load_position(file).step for file in (tmp_path / "state.pt", previous(tmp_path / "state.pt"))] == [2, 1]

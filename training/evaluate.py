@@ -27,6 +27,7 @@ from torch import nn
 
 from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
 from ebjdat_serve.console import command
+from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.precision import LOWER, rows_of
 from training.calibrate import check_data, dataset_of
@@ -274,7 +275,7 @@ def main() -> None:
     parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights that transferred attacks are made on")
     parser.add_argument("--control", type=Path, nargs="+", default=[], help="weights sampled with the same prior, steps and seeds")
     parser.add_argument("--buffer", type=Path, help="state.pt of a stage, whose replay buffer is measured beside fresh samples")
-    parser.add_argument("--processes", type=int, default=cores(), help="worker processes, one thread each (%(default)s)")
+    parser.add_argument("--processes", type=int, default=cpus(), help="worker processes, one thread each (%(default)s)")
     parser.add_argument(
         "--data", help="of weights: the data set (cifar10); of a bundle of a user's own data: the folder, when it has moved"
     )
@@ -308,11 +309,6 @@ def amounts(options: argparse.Namespace) -> Suite:
         changes: dict[str, Any] = {name: int(value)}
         suite = replace(suite, **changes)
     return suite
-
-
-def cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

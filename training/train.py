@@ -8,7 +8,6 @@ Any method trains on any data: `train.py trades --data digits`. Several GPUs: `t
 
 import argparse
 import math
-import os
 import shlex
 import sys
 import time
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ebjdat_serve.bundle import read_json
 from ebjdat_serve.console import advice, print_anything
+from ebjdat_serve.cpus import threads
 from ebjdat_serve.errors import EbjdatError
 from training.clock import Clock
 from training.errors import OutOfTime, TrainingError
@@ -214,7 +214,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help="override fields of the preset: lr=0.1 threat.norm=l2"
     )
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    parser.add_argument("--threads", type=int, default=threads(), help="(%(default)s)")
     return parser
 
 

@@ -95,7 +95,9 @@ def tensorrt_options(folder: Path, bundle: Bundle, graph: Path) -> dict[str, str
     folder.mkdir(parents=True, exist_ok=True)
     size = bundle.manifest.input
     each = {"image": f"x3x{size.height}x{size.width}", "key": "x4x4"}
-    inputs = [entry.name for entry in ort.InferenceSession(graph, providers=[CPU]).get_inputs()]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # it computes nothing, and by itself takes a thread for each core of the host
+    inputs = [entry.name for entry in ort.InferenceSession(graph, options, providers=[CPU]).get_inputs()]
     shapes = [",".join(f"{name}:{batch}{each.get(name, '')}" for name in inputs) for batch in BATCHES]
     return {
         "device_id": "0",
