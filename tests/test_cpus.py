@@ -78,7 +78,7 @@ def test_a_command_on_one_cpu_of_many_takes_one_thread(words):
     """As ``taskset -c 0`` starts it, on a host that says it has 64."""
     code = "import os, runpy, sys; os.cpu_count = lambda: 64; sys.argv = sys.argv[1:]; "
     if words[0] == "-m":
-        code += "runpy.run_module(sys.argv.pop(0), run_name='__main__', alter_sys=True)"
+        code += "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
     else:
         code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
