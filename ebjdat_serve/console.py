@@ -5,6 +5,7 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ebjdat_serve.errors import EbjdatError
 
@@ -15,13 +16,18 @@ def command(parser: argparse.ArgumentParser, interrupted: str = "interrupted") -
 
     Ctrl-C ends it with the text ``interrupted``.
     """
-    print_anything()
     try:
         yield
     except EbjdatError as error:
         sys.exit(advice(error, parser))
     except KeyboardInterrupt:
         sys.exit(interrupted)
+
+
+def parser_of(doc: str | None, **options: Any) -> argparse.ArgumentParser:
+    """Return a command's parser, described by the first line of its module's docstring; from here on any text can be printed."""
+    print_anything()
+    return argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None, **options)
 
 
 def print_anything() -> None:

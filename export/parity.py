@@ -5,7 +5,6 @@ Logits, energies and the score must agree to 1e-4 of the largest value at batche
 images, on chain samples drawn from them, and on images given with --images (a folder).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.console import command
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.engines.eager import TorchEngine
@@ -66,7 +65,7 @@ def read_images(bundle: Bundle, folder: Path) -> Floats:
 
 def main() -> None:
     """Check the bundle named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--images", type=Path, help="a folder of pictures to compare on, beside the self-test's")
     options = parser.parse_args()

@@ -9,7 +9,6 @@
 The graphs hold no weights: their initialisers point into weights.safetensors by byte offset.
 """
 
-import argparse
 import json
 import struct
 import warnings
@@ -24,7 +23,7 @@ from onnxscript import optimizer
 from safetensors.torch import load_file
 
 from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
-from ebjdat_serve.console import command
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Precision
 from ebjdat_serve.errors import EbjdatError
@@ -162,7 +161,7 @@ def safetensors_places(file: Path) -> dict[bytes, tuple[int, int]]:
 
 def main() -> None:
     """Export the bundle named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(threads())

@@ -5,14 +5,13 @@ Clean energies and scores are taken through the served engine, from images that 
 temperature of p(y|x), and the weight of a score that has one, are fitted on the selection split.
 """
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
-from ebjdat_serve.console import command
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import SCORES, probabilities, suspicion
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.errors import BundleError
@@ -102,7 +101,7 @@ def fit_temperature(logits: Floats, label: Labels) -> float:
 
 def main() -> None:
     """Calibrate the bundle named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
     parser.add_argument("--score", choices=SCORES, default=DEFAULT_SCORE, help="what suspicious is decided by (%(default)s)")

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
-from ebjdat_serve.console import command
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.precision import LOWER, rows_of
@@ -126,7 +126,7 @@ def evaluate_module(
     try:
         c = context(module_spec(module, name, checked(module, dataset)), dataset, chosen, processes=processes, folder=folder, **more)
         file = c.folder / "metrics.json"
-        rows: list[Row] = json.loads(file.read_text()) if file.is_file() else []
+        rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         for part in known_parts(parts):
             rows = placed(rows, part, measure(c, part))
             write_json(file, rows)
@@ -155,7 +155,7 @@ def context(
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
     home.mkdir(parents=True, exist_ok=True)
     said = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
-    if (home / "subject.json").is_file() and json.loads((home / "subject.json").read_text()) != said:
+    if (home / "subject.json").is_file() and json.loads((home / "subject.json").read_text(encoding="utf-8")) != said:
         raise TrainingError(f"{home} holds the evaluation of another model or other data: name another folder")
     write_json(home / "subject.json", said)
     if surrogate == SURROGATE and (data.name != "cifar10" or not SURROGATE.is_file()):
@@ -172,7 +172,7 @@ def context(
             surrogate = None  # an attack on itself is no transfer
     ledger = Ledger(work_root() / "chunks", spec, subject, 1 if subject.device.type == "cuda" else processes)
     c = Context(subject, data, suite, ball_of(data.name), ledger, home, bundle, surrogate, digest, tuple(controls), buffer)
-    c.warnings.update(json.loads((home / "warnings.json").read_text()) if (home / "warnings.json").is_file() else {})
+    c.warnings.update(json.loads((home / "warnings.json").read_text(encoding="utf-8")) if (home / "warnings.json").is_file() else {})
     c.images.update(load_flat(home / "images.npz"))
     for kept, file in ((c.arrays, "arrays.npz"), (c.drawings, "drawings.npz")):
         kept.update(unflattened(load_flat(home / file)))
@@ -258,8 +258,8 @@ def unflattened(flat: Arrays) -> dict[str, Arrays]:
 
 def main() -> None:
     """Evaluate the bundle named on the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None,
+    parser = parser_of(
+        __doc__,
         epilog=f"parts: {', '.join(PARTS)}; --protocol released-code is the part of that name alone",
     )
     parser.add_argument("bundle", type=Path, help="a bundle, a store, or a weights.safetensors that the trainer wrote")

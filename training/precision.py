@@ -6,7 +6,6 @@ needs none), calibrates it on its own energies, and measures what it costs again
 limits of ebjdat_serve/precision.py is refused. The bundle gets a new version; where BUNDLE is a store, it is published into it.
 """
 
-import argparse
 import shutil
 import tempfile
 import time
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
-from ebjdat_serve.console import command
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
@@ -272,7 +271,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     """Add the precisions named on the command line, one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", nargs="+", required=True, choices=LOWER)
     default = Amounts()

@@ -5,13 +5,12 @@ IMAGES is an .npz with ``image`` or a folder of pictures. Images whose largest p
 what `train.py --set extra=extra.npz extra_fraction=0.7` mixes into every labelled batch, with any method.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.console import command
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.generation import classify_in_chunks
@@ -34,7 +33,7 @@ def pseudo_label(source: str, bundle: Bundle, least: float) -> tuple[np.ndarray,
 
 def main() -> None:
     """Write the labelled images."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("images")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("extra.npz"))

@@ -94,7 +94,7 @@ def _python_batch(path: Path, key: bytes = b"labels") -> Split:
 
 
 def _atlases(folder: Path) -> dict[str, Split]:
-    labels = json.loads((folder / "labels.json").read_text())
+    labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     return {name: Split(read_atlas(folder / f"{name}.webp", 32), np.asarray(labels[name], dtype=np.int64)) for name in CIFAR10_BATCHES}
 
 

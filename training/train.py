@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ebjdat_serve.bundle import read_json
-from ebjdat_serve.console import advice, print_anything
+from ebjdat_serve.console import advice, parser_of
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.errors import EbjdatError
 from training.clock import Clock
@@ -155,7 +155,6 @@ def main() -> None:
 
     parser = arguments()
     options = parser.parse_args()
-    print_anything()
     torch.set_num_threads(options.threads)
     clock = Clock(options.max_minutes)
     run = runs_root()
@@ -194,9 +193,7 @@ def resumption(options: argparse.Namespace, run: Path) -> str:
 
 def arguments() -> argparse.ArgumentParser:
     """Return what reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[1] if __doc__ else None, epilog=listing(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, epilog=listing(), formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = sorted({*PRESETS, *METHODS})
     parser.add_argument("preset", nargs="?", choices=choices, metavar="PRESET", help="a preset or a method; the best preset by default")
     parser.add_argument("--data", help=f"for a method: {', '.join(NAMED)}, or a folder of class sub-folders (cifar10)")

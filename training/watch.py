@@ -37,7 +37,7 @@ class Watch:
         self.folder, self.total, self.writes = folder, total, writes
         self.log = folder / "log.jsonl"
         if writes and self.log.is_file() and not self.log.read_bytes().endswith(b"\n"):
-            with self.log.open("a") as file:
+            with self.log.open("a", encoding="utf-8") as file:
                 file.write("\n")  # a kill cut the last line short
         self.bar = progress_bar(preset.name, total, step) if writes else None
         self.board = summary_writer(folder) if tensorboard and writes else None
@@ -47,7 +47,7 @@ class Watch:
         if not self.writes:
             return
         line = json.dumps({name: rounded(value) for name, value in row.items()}, allow_nan=False)
-        with self.log.open("a") as file:
+        with self.log.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         if self.bar is None:
             print(line.partition(', "histograms"')[0].removesuffix("}") + "}", flush=True)

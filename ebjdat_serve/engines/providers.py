@@ -170,6 +170,6 @@ def gpu_name() -> str:
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     try:
         query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader", "-i", first]
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        return subprocess.run(query, capture_output=True, encoding="utf-8", check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         raise EngineError(f"no NVIDIA GPU answers nvidia-smi here ({error}): use --device cpu") from error
