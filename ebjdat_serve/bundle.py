@@ -175,7 +175,8 @@ class Bundle:
             return self.path / own
         if function == "classify":
             raise BundleError(
-                f"{self.path} has no {own}; python training/precision.py BUNDLE --precision {precision} makes and measures one"
+                f"{self.path} has no {own}; python training/precision.py BUNDLE --precision {precision} makes and measures one",
+                options=("--precision fp32",),
             )
         return self.path / graph_name(function, "fp32")
 

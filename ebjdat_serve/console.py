@@ -39,6 +39,4 @@ def print_anything() -> None:
 
 def advice(error: EbjdatError, parser: argparse.ArgumentParser) -> str:
     """Return an error's text and, of the options that it names, those that ``parser`` has."""
-    known = {name for action in parser._actions for name in action.option_strings}
-    fit = [option for option in error.options if option.split()[0] in known]
-    return f"{error}; or give {' or '.join(fit)}" if fit else str(error)
+    return error.advised({name for action in parser._actions for name in action.option_strings})

@@ -165,7 +165,7 @@ def context(
         network = load_weights(surrogate)
         if network.head.out_features != len(data.names):
             raise TrainingError(
-                f"{surrogate} has {network.head.out_features} classes, {data.name} {len(data.names)}: name another --surrogate"
+                f"{surrogate} has {network.head.out_features} classes, {data.name} {len(data.names)}", options=("--surrogate WEIGHTS",)
             )
         digest = sha256(surrogate)
         if subject.weights in (digest, module_sha256(network)):
@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument(
         "--data", help="of weights: the data set (cifar10); of a bundle of a user's own data: the folder, when it has moved"
     )
+    parser.add_argument("--size", type=int, help="of weights and a folder: squash its pictures to SIZE x SIZE")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with command(parser, "interrupted; the same command goes on where this stopped"):
@@ -286,7 +287,7 @@ def main() -> None:
         more = {"surrogate": options.surrogate, "controls": options.control, "buffer": options.buffer, "processes": options.processes}
         if options.bundle.suffix == ".safetensors":
             file = options.bundle.resolve()
-            data = load(options.data or "cifar10")
+            data = load(options.data or "cifar10", (options.size, options.size) if options.size else None)
             rows = evaluate_module(load_weights(file), data, suite=amounts(options), parts=parts, name=file.parent.name, **more)
             print(f"{len(rows)} figures and report.html in {work_root() / folder_name(file.parent.name, rows[0]['of'], data.sha256)}")
             return

@@ -75,7 +75,7 @@ def load(name: str, size: tuple[int, int] | None = None) -> Dataset:
         return _split(name, tuple("0123456789"), examples.take(slice(0, 1497)), examples.take(slice(1497, None)), held_out=200, flip=False)
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{name!r} is neither a data set ({', '.join(NAMED)}) nor a folder of class sub-folders: give its path with --data")
+        raise DataError(f"{name!r} is neither a data set ({', '.join(NAMED)}) nor a folder of class sub-folders that is there")
     return _folder(folder, size)
 
 

@@ -47,7 +47,7 @@ def refresh(
     EbjdatError with the step's own message.
     """
     if init is not None and not init.is_file():
-        raise TrainingError(f"--init {init} is not there")
+        raise TrainingError(f"{init}, to start from, is not there")
     first = ranks.rank == 0
     with lock(run) if first else nullcontext():
         if not first:
@@ -111,7 +111,7 @@ def lock(run: Path) -> Iterator[None]:
             run.mkdir(parents=True, exist_ok=True)
             held.enter_context(alone(run / ".lock", wait=False))
         except Held as error:
-            raise TrainingError(f"{error}; or name another --run") from error
+            raise TrainingError(str(error), options=("--run NAME",)) from error
         except OSError as error:
             raise TrainingError(f"{run} cannot be written ({error.strerror}): set EBJDAT_RUNS to a folder that can") from error
         yield
@@ -173,8 +173,8 @@ def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) ->
         write_json(file, {"git": git_commit(), "started": now, **begun})
     known = read_json(file)
     if {name: known.get(name) for name in begun} != begun:
-        fix = "continue it with the same preset, settings and images, or name a new --run"
-        raise TrainingError(f"{file} holds another configuration or data: {fix}")
+        said = f"{file} holds another configuration or data: continue it with the same preset, settings and images"
+        raise TrainingError(said, options=("--run NAME",))
     return Origin(known["git"], known["started"], known["init_sha256"])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ebjdat_serve.install import install
 from training.errors import DataError
 from training.pictures import SPLIT_SEED, Split, read_atlas, read_folder
 
@@ -148,7 +149,7 @@ def svhn(root: Path) -> tuple[Split, Split]:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise DataError("SVHN comes in MATLAB files, and reading them needs SciPy: pip install scikit-learn") from error
+        raise DataError(f"SVHN comes in MATLAB files, and reading them needs SciPy: {install('train')}") from error
 
     parts = []
     for name, expected in SVHN_FILES.items():
@@ -167,7 +168,7 @@ def digits() -> Split:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("digits are scikit-learn's: pip install scikit-learn") from error
+        raise DataError(f"digits are scikit-learn's: {install('train')}") from error
 
     arrays = load_digits()
     grey = np.rint(arrays.images * (255 / 16)).astype(np.uint8)

@@ -92,7 +92,7 @@ def read_state(path: Path) -> dict[str, Any]:
         payload: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise TrainingError(
-            f"{path} is damaged ({type(error).__name__}): put {previous(path).name} in its place, or start a new --run"
+            f"{path} is damaged ({type(error).__name__}): put {previous(path).name} in its place", options=("--run NAME",)
         ) from error
     return payload
 

@@ -163,9 +163,11 @@ def main() -> None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         stage = override(chosen(options, device), options.set)
         run = runs_root() / ranks.agree(options.run or default_run(stage, runs_root(), options.resume))
-        there = ranks.agree(run.exists())
+        there = ranks.agree((run / "config.json").is_file())  # one whose data was refused has not begun
         if options.resume and not there:
-            raise TrainingError(f"{run} does not exist: leave --resume out to start it")
+            raise TrainingError(f"{run} has not begun: leave --resume out to start it")
+        if there and trained(run) not in ("", stage.name):
+            raise TrainingError(f"{run} is a run of {trained(run)}, not of {stage.name}: another --run starts afresh")
         if there and not options.resume:
             raise TrainingError(f"{run} exists: --resume continues it, another --run starts afresh")
         suite = None if options.only_train else options.suite
@@ -183,6 +185,12 @@ def main() -> None:
         print(f"trained {home}; export, calibrate, evaluate and publish with: {resumption(options, run)}")
         return
     print(f"published {home}\nserve it: make serve MODEL={home.parent}")
+
+
+def trained(run: Path) -> str:
+    """Return the preset that a run is of, nothing before it has begun."""
+    file = run / "config.json"
+    return str(read_json(file)["stages"][-1]["name"]) if file.is_file() else ""
 
 
 def resumption(options: argparse.Namespace, run: Path) -> str:
@@ -231,7 +239,7 @@ def default_run(stage: Preset, root: Path, resume: bool) -> str:
     """Return the newest run of the preset to resume, or a new name."""
     if not resume:
         return f"{stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    known = [path.parent for path in root.glob("*/config.json") if read_json(path)["stages"][-1]["name"] == stage.name]
+    known = [path.parent for path in root.glob("*/config.json") if trained(path.parent) == stage.name]
     if not known:
         raise TrainingError(f"no run of {stage.name} in {root} to resume; leave --resume out, or name it with --run")
     return max(known, key=lambda path: path.stat().st_mtime).name

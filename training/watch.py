@@ -13,6 +13,7 @@ from torch import Tensor
 from ebjdat_serve import pixels
 from ebjdat_serve.energy import energy, score
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.install import install
 from ebjdat_serve.sgld import sgld
 from ebjdat_serve.wideresnet import WideResNet
 from training.adversary import Attack, cross_entropy, pgd
@@ -99,7 +100,7 @@ def summary_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise EbjdatError("--tensorboard needs the extra [watch]: pip install -e '.[watch]'") from error
+        raise EbjdatError(f"TensorBoard is not installed: {install('watch')}") from error
     return SummaryWriter(str(folder / "tensorboard"))
 
 

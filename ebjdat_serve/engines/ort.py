@@ -78,7 +78,8 @@ class OnnxEngine:
         if self._strict and (session.get_providers()[0] != self._wish or not placed[self._wish]):
             raise EngineError(
                 f"{self._wish} was asked for but ONNX Runtime runs on {session.get_providers()[0]} ({dict(placed)} operators): check the "
-                "driver and the provider's libraries (ebjdat-serve[gpu], [tensorrt]), or use --device cpu"
+                "driver and the provider's libraries (extras [gpu] and [tensorrt])",
+                options=("--device cpu",),
             )
 
     def placement(self) -> dict[str, dict[str, int]]:

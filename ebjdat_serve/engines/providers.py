@@ -18,6 +18,7 @@ import onnxruntime as ort
 from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
 from ebjdat_serve.engines import Device, Precision
 from ebjdat_serve.errors import BundleError, EngineError
+from ebjdat_serve.install import install
 from ebjdat_serve.locking import alone
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -35,20 +36,21 @@ def chosen(device: Device, precision: Precision) -> str:
     Raises EngineError when a provider asked for by name is not to be had here, or does not compute in ``precision``.
     """
     if precision == "bf16":
-        raise EngineError("--precision bf16 is the torch engine's: use --engine torch with --device cpu or cuda, or --precision fp16")
+        raise EngineError("bf16 is the torch engine's, on a CPU or CUDA", options=("--engine torch --device cpu", "--precision fp16"))
     if device == "tensorrt" and precision == "int8":
-        raise EngineError("--precision int8 is for CPUs, and TensorRT takes no ranges that are not symmetric: use --precision fp16")
+        raise EngineError("int8 is for CPUs: TensorRT takes no ranges that are not symmetric", options=("--precision fp16",))
     available = ort.get_available_providers()
     if device == "auto":
         return CUDA if CUDA in available else CPU
     wanted = BY_DEVICE[device]
     if wanted == TENSORRT and (tensorrt_version() is None or wanted not in available):
         raise EngineError(
-            "--device tensorrt: ONNX Runtime's GPU build and TensorRT 10 are needed: pip install 'ebjdat-serve[gpu,tensorrt]' (its "
-            "libraries come from NVIDIA's own package index, not from PyPI), or use --device cuda"
+            f"TensorRT needs ONNX Runtime's GPU build and TensorRT 10: {install('gpu,tensorrt')} (its libraries come from NVIDIA's own "
+            "package index, not from PyPI)",
+            options=("--device cuda",),
         )
     if wanted not in available:
-        raise EngineError(f"--device {device}: this ONNX Runtime has no {wanted}: pip install 'ebjdat-serve[gpu]', or use --device cpu")
+        raise EngineError(f"this ONNX Runtime has no {wanted}: {install('gpu')}", options=("--device cpu",))
     return wanted
 
 
@@ -87,7 +89,7 @@ def load_tensorrt() -> None:
         try:
             ctypes.CDLL(str(folder / name) if folder else name, mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
-            raise EngineError(f"--device tensorrt: {name} does not load ({error}): pip install 'ebjdat-serve[gpu,tensorrt]'") from error
+            raise EngineError(f"{name} does not load ({error}): {install('gpu,tensorrt')}", options=("--device cuda",)) from error
 
 
 def tensorrt_options(folder: Path, bundle: Bundle, graph: Path) -> dict[str, str]:
@@ -172,4 +174,4 @@ def gpu_name() -> str:
         query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader", "-i", first]
         return subprocess.run(query, capture_output=True, encoding="utf-8", check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        raise EngineError(f"no NVIDIA GPU answers nvidia-smi here ({error}): use --device cpu") from error
+        raise EngineError(f"no NVIDIA GPU answers nvidia-smi here ({error})", options=("--device cpu",)) from error

@@ -165,7 +165,7 @@ class Routes:
         """Draw images of one class by conditional short-run SGLD, marked as AI-made, as a PNG (grid), as JSON, or as a stream of events."""
         lane = self.generate_lane
         if lane is None:
-            raise Problem(404, "this server draws nothing: it was started with --generate-workers 0")
+            raise Problem(404, "this server draws nothing: it was started by serve --generate-workers 0")
         values = await read_values(request)
         with contextlib.ExitStack() as stack:
             words = self._words()

@@ -269,5 +269,5 @@ def check_address(host: str, port: int) -> None:
             probe.bind((host, port))
     except OSError as error:
         raise EngineError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port, or make serve PORT=..."
+            f"cannot listen on {host}:{port} ({error.strerror})", options=(f"--port {port + 1 if port < 65535 else 8000}",)
         ) from error
