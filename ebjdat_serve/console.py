@@ -20,6 +20,8 @@ def command(parser: argparse.ArgumentParser, interrupted: str = "interrupted") -
         yield
     except EbjdatError as error:
         sys.exit(advice(error, parser))
+    except OSError as error:  # a full disk, a file that may not be read: its text names the file
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(interrupted)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.locking import Held, alone
 from training.errors import TrainingError
 from training.images import load
@@ -70,8 +71,9 @@ def test_a_rival_is_one_only_while_it_lives(lacking, tmp_path):
         assert rival.stdout.readline() == "held\n"
         with pytest.raises(Held, match="another process holds"), alone(file, wait=False):
             pass
-        with pytest.raises(TrainingError, match="name another --run"), lock(tmp_path):
+        with pytest.raises(TrainingError, match="another process holds") as error, lock(tmp_path):
             pass
+        assert error.value.options == ("--run NAME",)
     finally:
         rival.kill()  # it leaves behind what it made
         rival.communicate(timeout=30)
@@ -90,10 +92,10 @@ def test_what_is_no_rival_is_said_as_it_is(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, "flock", broken)
-    with pytest.raises(TrainingError, match=r"cannot be written \(Input/output error\): set EBJDAT_RUNS"), lock(tmp_path):
+    with pytest.raises(EbjdatError, match=r"cannot be written \(Input/output error\): set EBJDAT_RUNS"), lock(tmp_path):
         pass
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(TrainingError, match="Not a directory"), lock(tmp_path / "file" / "run"):
+    with pytest.raises(EbjdatError, match="Not a directory"), lock(tmp_path / "file" / "run"):
         pass
 
 

@@ -20,6 +20,9 @@ from starlette.requests import Request
 
 from ebjdat_serve import pixels
 from ebjdat_serve.detection import suspicion
+from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.server.app import build_server
+from ebjdat_serve.server.guard import api_key
 from ebjdat_serve.server.orders import find_label, read_values
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import SHIPPED, Settings
@@ -439,7 +442,31 @@ def test_pictures_in_company_are_those_alone(live):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(one["png"])))), picture)
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/info", "/docs", "/openapi.json"])
+def test_head_is_get_without_the_body(live, path):
+    """What balancers probe with."""
+    answer, whole = httpx2.head(f"{live.url}{path}"), httpx2.get(f"{live.url}{path}")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"] == whole.headers["content-type"]
+    assert httpx2.head(f"{live.url}/generate", params={"class": 3}).status_code == 405
+
+
 # LitServe's key ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("said", "key"), [("secret\n", "secret"), (" secret\r\n", "secret"), ("secret", "secret")])
+def test_the_line_end_of_a_file_of_secrets_is_no_part_of_the_key(monkeypatch, said, key):
+    monkeypatch.setenv("LIT_SERVER_API_KEY", said)
+    assert api_key() == key
+
+
+@pytest.mark.parametrize("said", ["", "\n", "  "])
+def test_a_key_that_is_set_to_nothing_opens_no_server(monkeypatch, said, capsys):
+    monkeypatch.setenv("LIT_SERVER_API_KEY", said)
+    with pytest.raises(EbjdatError, match="LIT_SERVER_API_KEY is set and holds no key: give one, or unset it"):
+        build_server(Settings())
+    monkeypatch.delenv("LIT_SERVER_API_KEY")
+    assert api_key() is None
 
 
 def test_litserves_key_guards_our_routes_but_no_probe(tmp_path, monkeypatch, picture):

@@ -14,7 +14,6 @@ runs some parts alone. What needs a file or a package that is not here is said, 
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +28,8 @@ from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Floats
+from ebjdat_serve.folders import folder as place
+from ebjdat_serve.folders import made
 from ebjdat_serve.precision import LOWER, rows_of
 from training.calibrate import check_data, dataset_of
 from training.card import write_card
@@ -153,7 +154,7 @@ def context(
     """Return what the parts are given; the surrogate is left out where it is another data set's, or the subject itself."""
     subject = spec()
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
-    home.mkdir(parents=True, exist_ok=True)
+    made(home, "EBJDAT_RUNS")
     said = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
     if (home / "subject.json").is_file() and json.loads((home / "subject.json").read_text(encoding="utf-8")) != said:
         raise TrainingError(f"{home} holds the evaluation of another model or other data: name another folder")
@@ -186,7 +187,7 @@ def folder_name(name: str, weights: str, data_sha256: str) -> str:
 
 def work_root() -> Path:
     """Return the folder that evaluations are kept in, under EBJDAT_RUNS."""
-    return Path(os.environ.get("EBJDAT_RUNS", "~/.cache/ebjdat_serve/runs")).expanduser() / "evaluation"
+    return place("EBJDAT_RUNS", "runs") / "evaluation"
 
 
 def known_parts(parts: Sequence[str]) -> Sequence[str]:

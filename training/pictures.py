@@ -1,7 +1,6 @@
 """Pictures and labels as arrays, read from folders, atlases and .npz files, whatever they are of."""
 
 import hashlib
-import os
 import sys
 import unicodedata
 import zipfile
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ebjdat_serve.errors import InvalidImage
+from ebjdat_serve.folders import folder
 from ebjdat_serve.listing import Listing, class_name, format_of, list_pictures, order, shown
 from ebjdat_serve.pixels import FORMATS, decode, upright_size
 from training.errors import DataError
@@ -50,7 +50,7 @@ class Split:
 
 def data_root() -> Path:
     """Return the folder that data is read from."""
-    return Path(os.environ.get("EBJDAT_DATA", "~/.cache/ebjdat_serve/data")).expanduser()
+    return folder("EBJDAT_DATA", "data")
 
 
 def read_atlas(path: Path, tile: int) -> Pixels:

@@ -1,7 +1,6 @@
 """The refresh: train (with its warm start) -> export -> parity -> calibrate -> evaluate -> publish, one step after the other."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
+from ebjdat_serve.folders import folder, made, unwritable
 from ebjdat_serve.locking import Held, alone
 from ebjdat_serve.store import publish
 from training.clock import Clock
@@ -26,7 +26,7 @@ from training.train import total_steps, train
 
 def runs_root() -> Path:
     """Return the folder that runs are written to."""
-    return Path(os.environ.get("EBJDAT_RUNS", "~/.cache/ebjdat_serve/runs")).expanduser()
+    return folder("EBJDAT_RUNS", "runs")
 
 
 def refresh(
@@ -108,12 +108,12 @@ def lock(run: Path) -> Iterator[None]:
     """Hold the run's folder; raise TrainingError when another process trains there, or it cannot be written."""
     with ExitStack() as held:
         try:
-            run.mkdir(parents=True, exist_ok=True)
+            made(run, "EBJDAT_RUNS")
             held.enter_context(alone(run / ".lock", wait=False))
         except Held as error:
             raise TrainingError(str(error), options=("--run NAME",)) from error
         except OSError as error:
-            raise TrainingError(f"{run} cannot be written ({error.strerror}): set EBJDAT_RUNS to a folder that can") from error
+            raise unwritable(run, "EBJDAT_RUNS", error) from error
         yield
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ebjdat_serve.folders import made
 from ebjdat_serve.install import install
 from training.errors import DataError
 from training.pictures import SPLIT_SEED, Split, read_atlas, read_folder
@@ -101,7 +102,7 @@ def _atlases(folder: Path) -> dict[str, Split]:
 
 def download(url: str, archive: Path, digest: str, expected: str) -> None:
     """Fetch ``url`` to ``archive`` unless it is there, and check its digest; raise DataError naming the file to put there."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
+    made(archive.parent, "EBJDAT_DATA")
     if not archive.is_file():
         print(f"{archive.name} is not under {archive.parent}: downloading {url}", flush=True)
         try:

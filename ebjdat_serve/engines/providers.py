@@ -18,6 +18,7 @@ import onnxruntime as ort
 from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
 from ebjdat_serve.engines import Device, Precision
 from ebjdat_serve.errors import BundleError, EngineError
+from ebjdat_serve.folders import folder, made
 from ebjdat_serve.install import install
 from ebjdat_serve.locking import alone
 
@@ -73,12 +74,12 @@ def options_for(provider: str, bundle: Bundle, graph: Path) -> Iterator[list[tup
     load_tensorrt()
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # TensorRT's provider has no option for it
     facts = engine_facts(graph)
-    folder = engine_folder(facts)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone(folder.with_suffix(".lock")):
-        clear_unless_ready(folder, facts)
-        yield [(TENSORRT, tensorrt_options(folder, bundle, graph)), cuda, (CPU, {})]
-        seal(folder, facts)
+    home = engine_folder(facts)
+    made(home.parent, "EBJDAT_CACHE")
+    with alone(home.with_suffix(".lock")):
+        clear_unless_ready(home, facts)
+        yield [(TENSORRT, tensorrt_options(home, bundle, graph)), cuda, (CPU, {})]
+        seal(home, facts)
 
 
 def load_tensorrt() -> None:
@@ -127,8 +128,7 @@ def engine_facts(graph: Path) -> Facts:
 
 def engine_folder(facts: Facts) -> Path:
     """Return where the engine of these facts is kept: EBJDAT_CACHE (~/.cache/ebjdat_serve)/tensorrt/HASH, never in a bundle."""
-    root = Path(os.environ.get("EBJDAT_CACHE", "~/.cache/ebjdat_serve")).expanduser()
-    return root / "tensorrt" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return folder("EBJDAT_CACHE") / "tensorrt" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def seal(folder: Path, facts: Facts) -> None:
