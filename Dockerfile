@@ -20,5 +20,5 @@ WORKDIR /home/serve
 EXPOSE 8000
 # TensorRT builds its engines at the first start: keep /home/serve/.cache on a volume
 HEALTHCHECK --interval=10s --timeout=3s --start-period=15m \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
+    CMD ["python", "-c", "import urllib.request; urllib.request.build_opener(urllib.request.ProxyHandler({})).open('http://127.0.0.1:8000/health', timeout=2)"]
 ENTRYPOINT ["ebjdat-serve", "serve", "--host", "0.0.0.0"]

@@ -60,7 +60,7 @@ def main() -> None:
         print(f"{row['name']:72}{row['value']:>10.2f} {row['unit']}")
     print(f"on {about['provider']}, {about['precision']}")
     if options.json:
-        options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
+        options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 def measure(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
@@ -102,7 +102,8 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
         with tempfile.TemporaryDirectory() as folder:
             for name, (batch, wait) in STOCK.items():
                 script = Path(folder) / f"stock_{batch}_{wait}.py"  # LitServe spawns its workers from a file
-                script.write_text(STOCK_SERVER.format(model=str(options.model), device=options.device, batch=batch, wait=wait))
+                stock = STOCK_SERVER.format(model=str(options.model), device=options.device, batch=batch, wait=wait)
+                script.write_text(stock, encoding="utf-8")
                 with serving(lambda port, script=script: [sys.executable, str(script), str(port)]) as server:  # type: ignore[misc]
                     rows += compared(f"stock LitServe, {name}", server, closed(stock_single, MANY, 1), MANY, 1, options)
         rows += ratios(rows)
@@ -159,7 +160,7 @@ def bare(options: argparse.Namespace, server: Served) -> float:
     command = [sys.executable, __file__, "--bare", "2", "--model", str(options.model), "--device", options.device]
     command += ["--precision", options.precision]
     with server.asleep():
-        done = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=lambda: pin(0))
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, preexec_fn=lambda: pin(0))
     return float(done.stdout)
 
 

@@ -227,7 +227,7 @@ def random_bundle(folder: Path, depth: int, width: int) -> Bundle:
 
     from ebjdat_serve.wideresnet import build
 
-    shipped = json.loads((SHIPPED / "bundle.json").read_text())
+    shipped = json.loads((SHIPPED / "bundle.json").read_text(encoding="utf-8"))
     architecture = {"family": "wideresnet", "depth": depth, "width": width}
     write_json(folder / "bundle.json", {**shipped, "name": f"random-{depth}-{width}", "architecture": architecture, "files": {}})
     torch.manual_seed(0)
@@ -267,9 +267,9 @@ def main() -> None:
     a = bundle.manifest.architecture
     about = {"device": name, "threads": options.threads, "torch": torch.__version__, "network": f"WRN-{a.depth}-{a.width}"}
     if options.json:
-        options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
+        options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n", encoding="utf-8")
     if options.docs:
-        options.docs.write_text(document(options.docs.read_text(), rows, bundle))
+        options.docs.write_text(document(options.docs.read_text(encoding="utf-8"), rows, bundle), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['name']:84}{row['value']:>9.2f} {row['unit']}")
     if options.json:
-        options.json.write_text(json.dumps([{**row, "device": options.device} for row in rows], indent=1) + "\n")
+        options.json.write_text(json.dumps([{**row, "device": options.device} for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 def measure(server: Served, options: argparse.Namespace) -> Iterator[Row]:
@@ -121,7 +121,7 @@ def alone(server: Served, options: argparse.Namespace) -> dict[int, float]:
     """Return the engine's chain-steps/s by batch size, in a process of its own on core 0, while the server sleeps."""
     command = [sys.executable, __file__, "--engine", "--model", str(options.model), "--device", options.device]
     with server.asleep():
-        done = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=lambda: pin(0))
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, preexec_fn=lambda: pin(0))
     return {int(size): rate for size, rate in json.loads(done.stdout).items()}
 
 

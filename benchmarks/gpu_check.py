@@ -50,9 +50,10 @@ def main() -> int:
         rows += block
         report = document(device, rows, said)
         if options.json:
-            options.json.write_text(json.dumps([{**row, "device": device, "torch": torch.__version__} for row in rows], indent=1) + "\n")
+            rowed = json.dumps([{**row, "device": device, "torch": torch.__version__} for row in rows], indent=1)
+            options.json.write_text(rowed + "\n", encoding="utf-8")
         if options.write:  # as they come: a machine that is taken away leaves what was measured
-            options.write.write_text(report)
+            options.write.write_text(report, encoding="utf-8")
     print(report)
     return 0 if passed else 1
 
@@ -129,7 +130,7 @@ def tests(end: float) -> tuple[bool, list[str]]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "tests/test_gpu.py"]
     try:
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(30.0, (end - time.monotonic()) / 2)
+            command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, timeout=max(30.0, (end - time.monotonic()) / 2)
         )
     except subprocess.TimeoutExpired:
         return False, ["Tests marked gpu: not finished within half of the time."]

@@ -133,7 +133,7 @@ class Served:
         total = 0
         for pid in self.tree():
             with contextlib.suppress(OSError):
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
                 total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
         return total / 1024
 
@@ -154,14 +154,14 @@ class Served:
         total = 0.0
         for pid in self.tree():
             with contextlib.suppress(OSError):
-                user, system = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+                user, system = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[11:13]
                 total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
         return total
 
 
 def descendants(pid: int) -> list[int]:
     """Return the process ids below ``pid``."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split("\n")[1:]
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, encoding="utf-8", check=True).stdout.split("\n")[1:]
     pairs = [tuple(map(int, line.split())) for line in listing if line.strip()]
     found, frontier = [], [pid]
     while frontier:

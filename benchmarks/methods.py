@@ -126,7 +126,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = load("digits")
-    measured: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    measured: dict[str, Any] = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {}
     for seed in SEEDS:
         for method in options.only:
             rows = [row for row in measured.get(method, {}).get("rows", []) if not (options.again and row["seed"] == seed)]
@@ -136,8 +136,8 @@ def main() -> None:
                 measured[method] = summarise(sorted(rows, key=lambda row: row["seed"]))
                 write_json(options.json, measured)
                 print(f"{method} seed {seed}: {measured[method]['summary']}", flush=True)
-    before, rest = PAGE.read_text().split(MARKERS[0])
-    PAGE.write_text(f"{before}{MARKERS[0]}\n\n{table(measured)}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKERS[0])
+    PAGE.write_text(f"{before}{MARKERS[0]}\n\n{table(measured)}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

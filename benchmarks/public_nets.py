@@ -7,7 +7,6 @@ AutoAttack must leave as many of the same 100 images as its independent implemen
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebjdat_serve.bundle import sha256, write_json
+from ebjdat_serve.cpus import cpus
 from ebjdat_serve.pixels import to_unit
 from training.adversary import Threat
-from training.evaluate import cores, work_root
+from training.evaluate import work_root
 from training.evaluation.autoattack import APGD, AutoAttack
 from training.evaluation.ledger import Ledger
 from training.evaluation.subject import module_spec
@@ -118,9 +118,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--autoattack", type=int, default=100)
-    parser.add_argument("--processes", type=int, default=cores())
+    parser.add_argument("--processes", type=int, default=cpus())
     options = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(1)
     missing = [file for file in FILES.values() if not (data_root() / file).is_file()]
     if missing:
         sys.exit(f"{', '.join(missing)} not in {data_root()}: they are Verified-Intelligence/alpha-beta-CROWN's, copy them there")

@@ -16,25 +16,25 @@ Row = dict[str, Any]
 def main() -> None:
     """Rewrite the documents."""
     for name, write in (("serving.md", serving), ("evaluation.md", evaluation)):
-        (DOCS / name).write_text(write((DOCS / name).read_text()))
+        (DOCS / name).write_text(write((DOCS / name).read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def serving(text: str) -> str:
     """Return ``text`` with the tables of classify_load.json and generate_load.json in their places."""
     for name in ("classify", "generate"):
-        text = placed(text, name, table(json.loads((HERE / f"{name}_load.json").read_text())))
+        text = placed(text, name, table(json.loads((HERE / f"{name}_load.json").read_text(encoding="utf-8"))))
     return text
 
 
 def evaluation(text: str) -> str:
     """Return ``text`` with the tables of public_nets.json and crosscheck.json, and the comparison of the kept models, in their places."""
-    public: list[Row] = json.loads((HERE / "public_nets.json").read_text())
+    public: list[Row] = json.loads((HERE / "public_nets.json").read_text(encoding="utf-8"))
     rows = [
         f"| {row['name']} | {row['value']:.4f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}] | {row['n']} | {row['protocol']} |"
         for row in public
     ]
     text = placed(text, "public", "\n".join(["| | value | n | protocol |", "|---|---|---|---|", *rows]))
-    checked: list[Row] = json.loads((HERE / "crosscheck.json").read_text())
+    checked: list[Row] = json.loads((HERE / "crosscheck.json").read_text(encoding="utf-8"))
     rows = [f"| {row['name']} | {row['ours']:.6f} | {row['value']:.6f} | {row['n']} |" for row in checked]
     text = placed(text, "crosscheck", "\n".join(["| | ours | theirs | n |", "|---|---|---|---|", *rows]))
     return placed(text, "comparison", markdown([read(HERE / "models" / name) for name in MODELS]))

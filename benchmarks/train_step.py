@@ -258,7 +258,7 @@ def main() -> None:
         "network": f"WRN-{options.network[0]}-{options.network[1]}",
     }
     if options.json:
-        options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
+        options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

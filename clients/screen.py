@@ -75,7 +75,7 @@ def main() -> int:
     with (
         httpx2.Client(base_url=options.url, timeout=60, headers=KEY) as client,
         ThreadPoolExecutor(options.jobs) as pool,
-        options.output.open("w", newline="") if options.output else sys.stdout as sink,
+        options.output.open("w", newline="", encoding="utf-8") if options.output else sys.stdout as sink,
     ):
         report = csv.DictWriter(sink, COLUMNS)
         report.writeheader()

@@ -175,7 +175,8 @@ class Bundle:
             return self.path / own
         if function == "classify":
             raise BundleError(
-                f"{self.path} has no {own}; python training/precision.py BUNDLE --precision {precision} makes and measures one"
+                f"{self.path} has no {own}; python training/precision.py BUNDLE --precision {precision} makes and measures one",
+                options=("--precision fp32",),
             )
         return self.path / graph_name(function, "fp32")
 
@@ -317,5 +318,5 @@ def parse_json(content: bytes, file: Path) -> Any:
 def write_json(file: Path, data: Mapping[str, Any] | list[Any]) -> None:
     """Write ``data`` indented, aside and renamed, so that a reader never sees half a file."""
     aside = file.with_name(f".{file.name}.part")
-    aside.write_text(json.dumps(data, indent=1) + "\n")
+    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, file)

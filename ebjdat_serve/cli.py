@@ -1,7 +1,6 @@
 """`ebjdat-serve serve | inspect | verify | publish | rollback | sign`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,15 @@ from typing import get_args
 
 from ebjdat_serve import __version__
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.console import advice, parser_of
+from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 2 with the error on stderr."""
-    parser = argparse.ArgumentParser(prog="ebjdat-serve", description="Serve, inspect, verify, publish and sign EB-JDAT model bundles.")
+    parser = parser_of("Serve, inspect, verify, publish and sign EB-JDAT model bundles.", prog="ebjdat-serve")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True)
 
@@ -34,9 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--precision", default=default.precision, choices=get_args(Precision), help="%(default)s by default; bf16 is the torch engine's"
     )
     serve_parser.add_argument("--alpha", default=default.alpha, type=float, help="p-values below it are suspicious (%(default)s)")
-    serve_parser.add_argument(
-        "--threads", default=max(1, (os.cpu_count() or 1) // 2), type=int, help="threads of each worker (%(default)s)"
-    )
+    serve_parser.add_argument("--threads", default=max(1, cpus() // 2), type=int, help="threads of each worker (%(default)s)")
     serve_parser.add_argument(
         "--max-steps",
         default=0,
@@ -87,10 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sign_parser.add_argument("--key", type=Path, required=True)
     sign_parser.set_defaults(command=sign)
 
+    for sub in commands.choices.values():
+        sub.set_defaults(parser=sub)
     options = parser.parse_args(arguments)
     try:
         options.command(options)
-    except (EbjdatError, OSError) as error:
+    except EbjdatError as error:
+        print(f"ebjdat-serve: {advice(error, options.parser)}", file=sys.stderr)
+        return 2
+    except OSError as error:
         print(f"ebjdat-serve: {error}", file=sys.stderr)
         return 2
     return 0

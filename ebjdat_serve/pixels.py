@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from ebjdat_serve.errors import InvalidImage
 
@@ -46,6 +46,16 @@ def peek(data: bytes | bytearray) -> Image.Image:
     if columns * rows > MAX_PIXELS:
         raise InvalidImage(f"the image has {columns} x {rows} pixels; the limit is {MAX_PIXELS} in all")
     return picture
+
+
+def upright_size(data: bytes | bytearray) -> tuple[int, int]:
+    """Return the (height, width) of the picture in ``data``, EXIF rotation applied, from its header alone. Raises InvalidImage."""
+    picture = peek(data)
+    try:
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # a picture with broken EXIF is still a picture
+        turned = False
+    return picture.size if turned else (picture.height, picture.width)
 
 
 def pieces(data: bytes | bytearray) -> int:

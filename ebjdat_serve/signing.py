@@ -57,7 +57,7 @@ def check_signature(folder: Path, trust: Sequence[Path]) -> str:
     keys = [public_key(file) for file in trust]
     file = folder / SIGNATURE
     if not file.is_file():
-        raise BundleError(f"{folder} is not signed ({SIGNATURE} is missing) but --trust is set: ebjdat-serve sign BUNDLE --key KEY")
+        raise BundleError(f"{folder} is not signed ({SIGNATURE} is missing) but serve --trust is set: ebjdat-serve sign BUNDLE --key KEY")
     if file.stat().st_size != SIGNATURE_BYTES:
         raise BundleError(f"{file} is no ed25519 signature: it must have {SIGNATURE_BYTES} bytes")
     content, signature = read_bytes(folder / MANIFEST), read_bytes(file)
@@ -67,4 +67,4 @@ def check_signature(folder: Path, trust: Sequence[Path]) -> str:
         except InvalidSignature:
             continue
         return hashlib.sha256(content).hexdigest()
-    raise BundleError(f"{file} is not a signature of {MANIFEST} by a key that --trust names")
+    raise BundleError(f"{file} is not a signature of {MANIFEST} by a key that serve --trust names")

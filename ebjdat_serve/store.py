@@ -3,7 +3,6 @@
 store/cifar10-2026.11.21-a3e1/     store/current -> cifar10-2026.11.21-a3e1     store/previous -> the one before
 """
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.locking import alone
 
 CURRENT, PREVIOUS = "current", "previous"
 
@@ -115,8 +115,7 @@ def _alone(store: Path, *, create: bool = False) -> Iterator[None]:
     try:
         if create:
             store.mkdir(parents=True, exist_ok=True)
-        with (store / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(store / ".lock"):
             yield
     except OSError as error:
         raise BundleError(f"{store} cannot be changed: {error.strerror or error}; what it pointed at, it points at still") from error

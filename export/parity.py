@@ -5,7 +5,6 @@ Logits, energies and the score must agree to 1e-4 of the largest value at batche
 images, on chain samples drawn from them, and on images given with --images (a folder).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,11 +13,14 @@ import torch
 from safetensors.numpy import load_file
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.console import command, parser_of
+from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.pixels import decode, to_unit
+from ebjdat_serve.listing import list_pictures, shown
+from ebjdat_serve.pixels import FORMATS, decode, to_unit
 from ebjdat_serve.selftest import TOLERANCE, answers, compare
 from ebjdat_serve.sgld import Chains, Prior
 
@@ -53,25 +55,25 @@ def chains(bundle: Bundle, engine: Engine, n: int) -> Floats:
 def read_images(bundle: Bundle, folder: Path) -> Floats:
     """Return every picture in ``folder``, decoded as the server decodes it."""
     size = bundle.manifest.input
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not files:
-        raise EbjdatError(f"{folder} holds no PNG, JPEG or WebP file")
-    return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in files]))
+    listing = list_pictures(folder)
+    if not listing.pictures:
+        raise EbjdatError(f"{shown(folder)} holds no pictures ({', '.join(FORMATS)})")
+    if said := listing.note():
+        print(f"note: {shown(folder)}: {said}", file=sys.stderr)
+    return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in listing.pictures]))
 
 
 def main() -> None:
     """Check the bundle named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--images", type=Path, help="a folder of pictures to compare on, beside the self-test's")
     options = parser.parse_args()
-    try:
+    torch.set_num_threads(threads())
+    with command(parser):
         bundle = Bundle.draft(options.bundle)
-        found = check(bundle, read_images(bundle, options.images) if options.images else None)
-    except EbjdatError as error:
-        sys.exit(str(error))
-    for name, value in found.items():
-        print(f"{name:32} {value:.1e}")
+        for name, value in check(bundle, read_images(bundle, options.images) if options.images else None).items():
+            print(f"{name:32} {value:.1e}")
 
 
 if __name__ == "__main__":

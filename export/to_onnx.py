@@ -9,10 +9,8 @@
 The graphs hold no weights: their initialisers point into weights.safetensors by byte offset.
 """
 
-import argparse
 import json
 import struct
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +23,8 @@ from onnxscript import optimizer
 from safetensors.torch import load_file
 
 from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
+from ebjdat_serve.console import command, parser_of
+from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.wideresnet import build
@@ -161,14 +161,14 @@ def safetensors_places(file: Path) -> dict[bytes, tuple[int, int]]:
 
 def main() -> None:
     """Export the bundle named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
-    try:
-        bundle = export(Bundle.draft(parser.parse_args().bundle))
-    except EbjdatError as error:
-        sys.exit(str(error))
-    for name in GRAPHS:
-        print(f"{bundle.path / name}  {bundle.manifest.files[name].bytes / 1024:.0f} KiB")
+    options = parser.parse_args()
+    torch.set_num_threads(threads())
+    with command(parser):
+        bundle = export(Bundle.draft(options.bundle))
+        for name in GRAPHS:
+            print(f"{bundle.path / name}  {bundle.manifest.files[name].bytes / 1024:.0f} KiB")
 
 
 if __name__ == "__main__":

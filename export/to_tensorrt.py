@@ -7,14 +7,12 @@ to be ready then. An engine is kept under the hash of GPU, driver, TensorRT, ONN
 that was made under others, or whose files changed, is built anew.
 """
 
-import argparse
-import sys
 import time
 from pathlib import Path
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.engines import Precision, check_onnxruntime
-from ebjdat_serve.errors import EbjdatError
 
 FUNCTIONS = ("classify", "score", "step")
 
@@ -41,14 +39,12 @@ def build(bundle: Bundle, precision: Precision) -> None:
 
 def main() -> None:
     """Build the engines of the bundle named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16"))
     options = parser.parse_args()
-    try:
+    with command(parser):
         build(Bundle.load(options.bundle), options.precision)
-    except EbjdatError as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def serving(
 ) -> Iterator[Live]:
     port = free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("w") as sink:
+    with log.open("w", encoding="utf-8") as sink:
         process = subprocess.Popen(
             [*executable, "serve", str(model), "--port", str(port), "--threads", "1", *(options or ("--device", "cpu"))],
             stdout=sink,
@@ -142,7 +142,7 @@ def serving(
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            raise AssertionError(f"the server did not stop on SIGTERM within 20 s:\n{log.read_text()}") from None
+            raise AssertionError(f"the server did not stop on SIGTERM within 20 s:\n{log.read_text(encoding='utf-8')}") from None
 
 
 def wait_ready(live: Live, seconds: float = 60) -> None:

@@ -25,7 +25,7 @@ from tests.conftest import HTTP, LONG, free_port, serving, until, wait_ready
 
 def alive(pid):
     try:
-        with open(f"/proc/{pid}/stat") as file:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
@@ -33,7 +33,7 @@ def alive(pid):
 
 def workers(server):
     """Process ids of the workers: classify's first."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in sorted(server.children())}
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8") for pid in sorted(server.children())}
     return [pid for pid, command in commands.items() if "spawn_main" in command]
 
 
@@ -296,7 +296,14 @@ def connections(pid):
 
 
 def memory(pid):
-    return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")) / 1024
+    return (
+        next(
+            int(line.split()[1])
+            for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+            if line.startswith("VmRSS")
+        )
+        / 1024
+    )
 
 
 def http_process(server):
@@ -488,7 +495,7 @@ def test_the_death_of_the_http_process_ends_the_server(tmp_path):
 
 def listens(pid, port):
     """Whether a process runs uvicorn: it is forked, so its command line is its parent's, and it serves, so it has an epoll."""
-    command = Path(f"/proc/{pid}/cmdline").read_text()
+    command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
     descriptors = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
     return "spawn_main" not in command and "resource_tracker" not in command and any("eventpoll" in target for target in descriptors)
 

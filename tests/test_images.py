@@ -4,11 +4,14 @@ import hashlib
 import io
 import os
 import pickle
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
@@ -18,6 +21,7 @@ from training.augment import augment, crop, cutout, recolour
 from training.errors import DataError, TrainingError
 from training.presets import DIGITS
 from training.ranks import Noise
+from training.refresh import fitted
 from training.stream import Stream
 
 
@@ -168,19 +172,140 @@ def test_pictures_of_any_kind_are_squashed_as_the_server_squashes_them(tmp_path)
     ("build", "said"),
     [
         (lambda root: pictures(root, ("ash",), 300), "two or more classes"),
-        (lambda root: pictures(root, ("ash", "birch"), 20), "200 are the least"),
+        (lambda root: pictures(root, ("ash", "birch"), 29), "holds 58 pictures .* 60 are the least"),
+        (
+            lambda root: (pictures(root / "train", ("ash", "birch"), 24), pictures(root / "test", ("ash", "birch"), 20)),
+            "48 pictures .* 50 in train/ are the least",
+        ),
         (lambda root: pictures(root, ("ash", "birch"), 130, size=(9, 9)), "multiple of 4"),
         (lambda root: (pictures(root, ("ash", "birch"), 130), pictures(root / "train", ("ash", "birch"), 2)), "no test"),
-        (lambda root: (pictures(root, ("ash",), 250), pictures(root, ("birch",), 3)), "fewer than 8 training images of birch"),
-        (lambda root: (pictures(root, ("ash",), 150), pictures(root, ("birch",), 150, size=(8, 8))), "set size="),
+        (lambda root: (pictures(root, ("ash",), 250), pictures(root, ("birch",), 3)), r"fewer than 8 training images of birch \(3\)"),
+        (lambda root: (pictures(root, ("ash",), 150), pictures(root, ("birch",), 150, size=(8, 8))), "they must be of one size"),
         (lambda root: (pictures(root, ("ash", "birch"), 130), (root / "ash" / "x.png").write_bytes(b"no")), "x.png"),
-        (lambda root: (root / "ash").mkdir(parents=True) or (root / "birch").mkdir(), "of pictures"),
+        (lambda root: (root / "ash").mkdir(parents=True) or (root / "birch").mkdir(), r"no pictures \(PNG, JPEG, WEBP\) of ash, birch"),
+        (lambda root: (pictures(root, ("ash", "birch"), 40), (root / "oak").mkdir()), "of oak"),
+        (
+            lambda root: (pictures(root / "train", ("ash", "birch"), 40), pictures(root / "test", ("ash", "birch", "oak"), 4)),
+            "test/ alone has oak: both must hold the same classes",
+        ),
+        (
+            lambda root: (pictures(root / "train", ("ash", "birch", "oak"), 40), pictures(root / "test", ("ash", "birch"), 4)),
+            "train/ alone has oak: both must hold the same classes",
+        ),
+        (
+            lambda root: (pictures(root, ("ash", "birch"), 40), os.mkdir(os.fsencode(root) + b"/caf\xe9")),
+            r"caf\\xe9: a class needs a name in UTF-8",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_trained_on_says_why(tmp_path, build, said):
     build(tmp_path / "own")
     with pytest.raises(DataError, match=said):
         images.load(str(tmp_path / "own"))
+
+
+def test_what_is_a_picture_is_told_by_its_content_and_what_is_none_is_named(tmp_path, capsys):
+    own = tmp_path / "own"
+    pictures(own, ("ash", "birch"), 30)
+    renamed = (("0.png", "0"), ("1.png", "1.txt"), ("2.png", "2.GIF"), ("3.png", "3.jfif"), ("4.png", "4.jpe"), ("5.png", "5.bmp"))
+    for old, new in renamed:  # every one holds a PNG
+        (own / "ash" / old).rename(own / "ash" / new)
+    Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(own / "ash" / "x.jfif", "JPEG")
+    Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(own / "ash" / "x.bmp")
+    (own / "birch" / "album.jpg" / "deeper").mkdir(parents=True)
+    (own / "birch" / "6.png").rename(own / "birch" / "album.jpg" / "deeper" / "6.png")
+    (own / "birch" / "album.jpg" / "7.png").symlink_to(own / "birch" / "7.png")
+    (own / "birch" / "album.jpg" / "round").symlink_to(own / "birch")  # a circle
+    (own / "birch" / "._8.png").write_bytes(b"\x00\x05\x16\x07" * 8)
+    (own / "birch" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0" * 8)
+    (own / "labels.csv").write_text("no picture", encoding="utf-8")
+    with open(os.fsencode(own / "birch") + b"/caf\xe9.png", "wb") as odd:
+        odd.write((own / "birch" / "9.png").read_bytes())
+    data = images.load(str(own))
+    counts = np.bincount(np.concatenate([part.label for part in (data.train, data.selection, data.calibration, data.test)]))
+    assert counts.tolist() == [30 + 1, 30 + 2]  # the JPEG; the link and the odd name
+    said = capsys.readouterr().err
+    assert "left out 4 of 67 files: 1 BMP, which is not read (x.bmp); 1 hidden (._8.png); 1 in no class folder (labels.csv)" in said
+    assert "1 not of a picture (Thumbs.db)" in said
+    said.encode("ascii")  # nothing here is printed that a terminal may lack
+
+
+def test_all_damaged_pictures_are_named_at_once(tmp_path):
+    own = tmp_path / "own"
+    pictures(own / "train", ("ash", "birch"), 30)
+    pictures(own / "test", ("ash", "birch"), 5)
+    bad = [own / "train" / "ash" / "3.png", own / "train" / "birch" / "4.png", own / "test" / "ash" / "0.png"]
+    bad[0].write_bytes(b"no picture at all, whatever it is called")
+    bad[1].write_bytes(bad[1].read_bytes()[:60])
+    bad[2].write_bytes(b"")
+    for size in (None, (8, 8)):
+        with pytest.raises(DataError, match="3 of 70 pictures cannot be read") as error:
+            images.load(str(own), size)
+        for file in bad:
+            assert str(file) in str(error.value)
+
+
+def test_pictures_that_lie_on_their_side_have_the_size_that_they_are_shown_at(tmp_path):
+    own = tmp_path / "own"
+    pictures(own, ("ash", "birch"), 40, suffix=".jpg")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.zeros((16, 12, 3), np.uint8)).save(own / "ash" / "turned.jpg", exif=turned)  # shown 12 high and 16 wide
+    assert images.load(str(own)).train.image.shape[1:3] == (12, 16)
+    Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(own / "ash" / "other.jpg", exif=turned)
+    with pytest.raises(DataError, match="12 x 16"):
+        images.load(str(own))
+
+
+def test_a_class_spelt_in_two_normal_forms_is_one_class(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
+    pictures(tmp_path / "own" / "train", (decomposed, "birch"), 40)
+    pictures(tmp_path / "own" / "test", (composed, "birch"), 5)
+    data = images.load(str(tmp_path / "own"))
+    assert data.names == (composed, "birch")
+    assert np.bincount(data.test.label).tolist() == [5, 5]
+    image = np.full((5, 12, 16, 3), 7, np.uint8)
+    np.savez(tmp_path / "extra.npz", image=image, label=np.zeros(5, np.int64), names=np.asarray([decomposed, "birch"]))
+    assert len(images.load_extra(str(tmp_path / "extra.npz"), data)) == 5
+    pictures(tmp_path / "more", (decomposed, "birch"), 3)
+    assert np.bincount(images.load_extra(str(tmp_path / "more"), data).label).tolist() == [3, 3]
+
+
+def test_few_of_a_class_are_in_every_split_and_are_named(tmp_path, capsys):
+    pictures(tmp_path / "own", ("ash",), 400)
+    pictures(tmp_path / "own", ("birch",), 12)
+    data = images.load(str(tmp_path / "own"))
+    parts = [np.bincount(part.label, minlength=2).tolist() for part in (data.train, data.selection, data.calibration, data.test)]
+    assert parts == [[268, 8], [33, 1], [33, 1], [66, 2]]
+    said = capsys.readouterr().err
+    assert "few pictures of birch (train 8, selection 1, calibration 1, test 2): what is measured of it is uncertain" in said
+    assert "34 pictures calibrate the flag: p-values are multiples of 1/35" in said
+
+
+def test_sixty_pictures_are_enough_to_train_and_to_flag(tmp_path):
+    pictures(tmp_path / "own", ("ash", "birch", "cedar"), 20)
+    data = images.load(str(tmp_path / "own"))
+    assert [len(part) for part in (data.train, data.selection, data.calibration, data.test)] == [22, 8, 20, 10]
+    keys = [image.tobytes() for part in (data.train, data.selection, data.calibration, data.test) for image in part.image]
+    assert len(set(keys)) == 60
+    assert 1 / (len(data.calibration) + 1) < 0.05  # a p-value below the usual alpha can be had
+    assert fitted(DIGITS, len(data.train), tells=False).batch_size == 8
+    assert fitted(DIGITS, 64, tells=False) == DIGITS
+
+
+@given(st.lists(st.integers(8, 300), min_size=2, max_size=12), st.integers(8, 60))
+def test_parts_are_in_proportion_whatever_the_classes(counts, size):
+    label = np.repeat(np.arange(len(counts)), counts)
+    first, second, rest = images.parts_of(label, [size, size])
+    assert sorted(np.concatenate([first, second, rest]).tolist()) == list(range(len(label)))
+    for part in (first, second):
+        share = np.bincount(label[part], minlength=len(counts))
+        assert len(part) == max(size, len(counts))
+        assert share.min() >= 1
+    exact = np.asarray(counts) * size / sum(counts)
+    share = np.bincount(label[first], minlength=len(counts))
+    assert (share - exact)[exact >= 1].max(initial=0) <= 1
+    assert (exact - share).max() <= len(counts)  # what the rare classes were given
 
 
 def test_cifar100_and_svhn_are_read_as_they_are_published(tmp_path, monkeypatch):

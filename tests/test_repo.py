@@ -6,6 +6,8 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import packages_distributions
 
 from benchmarks.methods import SEEDS, table
@@ -107,3 +109,25 @@ def test_no_clock_that_can_jump_is_read_while_serving():
                 assert (node.value.id, node.attr) not in {("time", "time"), ("datetime", "now"), ("datetime", "utcnow")}, file
             if isinstance(node, ast.ImportFrom):
                 assert node.module != "datetime" and not (node.module == "time" and node.names[0].name == "time"), file
+
+
+def test_the_images_health_check_goes_through_no_proxy(monkeypatch):
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    command = re.search(r"^    CMD (\[.*\])$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.M)
+    _, *words = json.loads(command[1])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for proxy in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+        monkeypatch.delenv("no_proxy", raising=False)
+        words = [word.replace("8000", str(server.server_port)) for word in words]
+        done = subprocess.run([sys.executable, *words], capture_output=True, encoding="utf-8", check=False)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """The live server through real HTTP: what it answers, and that bad input harms nobody."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -8,14 +9,22 @@ import socket
 import subprocess
 import sys
 import threading
+import unicodedata
+import urllib.parse
 
 import httpx2
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.requests import Request
 
 from ebjdat_serve import pixels
 from ebjdat_serve.detection import suspicion
+from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.server.app import build_server
+from ebjdat_serve.server.guard import api_key
+from ebjdat_serve.server.orders import find_label, read_values
+from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import SHIPPED, Settings
 from tests.conftest import ROOT, serving
 from tests.test_pixels import bomb
@@ -119,6 +128,21 @@ def test_generate_by_name_index_get_and_post_is_one_thing(live, shipped):
     ]
     assert [answer.status_code for answer in answers] == [200] * 7, [answer.text for answer in answers if answer.status_code != 200]
     assert len({answer.content for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+def test_a_class_is_found_by_its_name_in_either_normal_form(form, asked):
+    names = [unicodedata.normalize(form, name) for name in ("Ångström", "Käfer", "käse", "Käse")]
+    for index, name in enumerate(names):
+        query = urllib.parse.urlencode({"class": unicodedata.normalize(asked, name)})
+        values = asyncio.run(read_values(Request({"type": "http", "method": "GET", "query_string": query.encode(), "headers": []})))
+        assert find_label(values["class"], names) == index
+    assert find_label(unicodedata.normalize(asked, "KÄFER"), names) == 1
+    assert find_label("2", names) == find_label(2, names) == 2
+    for wrong in ("kafer", "4", 4):
+        with pytest.raises(Problem, match="unknown"):
+            find_label(wrong, names)
 
 
 def test_generate_as_json_and_as_a_grid_hold_the_same_images(live, shipped):
@@ -418,7 +442,31 @@ def test_pictures_in_company_are_those_alone(live):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(one["png"])))), picture)
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/info", "/docs", "/openapi.json"])
+def test_head_is_get_without_the_body(live, path):
+    """What balancers probe with."""
+    answer, whole = httpx2.head(f"{live.url}{path}"), httpx2.get(f"{live.url}{path}")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"] == whole.headers["content-type"]
+    assert httpx2.head(f"{live.url}/generate", params={"class": 3}).status_code == 405
+
+
 # LitServe's key ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("said", "key"), [("secret\n", "secret"), (" secret\r\n", "secret"), ("secret", "secret")])
+def test_the_line_end_of_a_file_of_secrets_is_no_part_of_the_key(monkeypatch, said, key):
+    monkeypatch.setenv("LIT_SERVER_API_KEY", said)
+    assert api_key() == key
+
+
+@pytest.mark.parametrize("said", ["", "\n", "  "])
+def test_a_key_that_is_set_to_nothing_opens_no_server(monkeypatch, said, capsys):
+    monkeypatch.setenv("LIT_SERVER_API_KEY", said)
+    with pytest.raises(EbjdatError, match="LIT_SERVER_API_KEY is set and holds no key: give one, or unset it"):
+        build_server(Settings())
+    monkeypatch.delenv("LIT_SERVER_API_KEY")
+    assert api_key() is None
 
 
 def test_litserves_key_guards_our_routes_but_no_probe(tmp_path, monkeypatch, picture):

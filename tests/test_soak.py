@@ -155,7 +155,7 @@ class Soak:
 def resident(pid):
     """MB of memory, and open files, of a process; None when it is gone."""
     try:
-        line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+        line = next(line for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS"))
         return int(line.split()[1]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
     except (OSError, StopIteration):
         return None

@@ -140,7 +140,7 @@ def test_a_run_is_not_continued_on_other_data_nor_by_two_at_once(tmp_path, monke
     monkeypatch.setattr("training.refresh.load", lambda *_: changed)
     with pytest.raises(TrainingError, match="another configuration or data"):
         refresh(stage, tmp_path / "run", init=None, clock=Clock(), suite=None, device=CPU)
-    with lock(tmp_path / "held"), pytest.raises(TrainingError, match="another process trains"), lock(tmp_path / "held"):
+    with lock(tmp_path / "held"), pytest.raises(TrainingError, match="another process holds"), lock(tmp_path / "held"):
         pass
     with lock(tmp_path / "held"):
         pass

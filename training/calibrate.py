@@ -5,20 +5,18 @@ Clean energies and scores are taken through the served engine, from images that 
 temperature of p(y|x), and the weight of a score that has one, are fitted on the selection split.
 """
 
-import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import SCORES, probabilities, suspicion
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
-from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
-from training.errors import DataError
 from training.images import Dataset, load
 
 DEFAULT_SCORE = "energy_entropy"
@@ -103,19 +101,17 @@ def fit_temperature(logits: Floats, label: Labels) -> float:
 
 def main() -> None:
     """Calibrate the bundle named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
     parser.add_argument("--score", choices=SCORES, default=DEFAULT_SCORE, help="what suspicious is decided by (%(default)s)")
     options = parser.parse_args()
-    try:
+    with command(parser):
         bundle = Bundle.draft(options.bundle)
         calibration = calibrate(bundle, dataset_of(bundle, options.data), score=options.score).calibration()
-    except (EbjdatError, DataError) as error:
-        sys.exit(str(error))
-    energies = calibration.energies
-    said = f"score {calibration.score}, weight {calibration.weight:.3f}"
-    print(f"{len(energies)} energies, median {np.median(energies):.3f} nats; temperature {calibration.temperature:.3f}; {said}")
+        energies = calibration.energies
+        said = f"score {calibration.score}, weight {calibration.weight:.3f}"
+        print(f"{len(energies)} energies, median {np.median(energies):.3f} nats; temperature {calibration.temperature:.3f}; {said}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@
 `python training/card.py BUNDLE` writes the card again; `--readme README.md` also writes the figures between its markers.
 """
 
-import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ import numpy as np
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, read_json, write_json
 from ebjdat_serve.card import figure, table
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.engines import load_engine
-from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.sgld import Prior
 from training.evaluation.rows import ball_of, eps_name
@@ -82,7 +81,7 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
     if baseline:
         write_json(bundle.path / "baseline.json", baseline)
         names.append("baseline.json")
-    (bundle.path / "README.md").write_text(card(bundle, rows, baseline))
+    (bundle.path / "README.md").write_text(card(bundle, rows, baseline), encoding="utf-8")
     return names
 
 
@@ -251,22 +250,20 @@ def readme_table(bundle: Bundle) -> str:
 
 def main() -> None:
     """Write the card of the bundle named on the command line, and the README's figures when asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--readme", type=Path)
     options = parser.parse_args()
-    bundle = Bundle.draft(options.bundle)
-    baseline = bundle.path / "baseline.json"
-    try:
+    with command(parser):
+        bundle = Bundle.draft(options.bundle)
+        baseline = bundle.path / "baseline.json"
         names = write_card(bundle, bundle.metrics(), read_json(baseline) if baseline.is_file() else [], {})
-    except EbjdatError as error:
-        sys.exit(str(error))
-    bundle.update(*names)
+        bundle.update(*names)
     if options.readme:
-        text = options.readme.read_text()
+        text = options.readme.read_text(encoding="utf-8")
         before, rest = text.split(MARKERS[0])
         _, after = rest.split(MARKERS[1])
-        options.readme.write_text(f"{before}{MARKERS[0]}\n\n{readme_table(bundle)}\n\n{MARKERS[1]}{after}")
+        options.readme.write_text(f"{before}{MARKERS[0]}\n\n{readme_table(bundle)}\n\n{MARKERS[1]}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

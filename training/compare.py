@@ -6,7 +6,6 @@ same; proportions on the same images are tested in pairs against the first model
 deviations of each model's clean energies.
 """
 
-import argparse
 import html
 import json
 import re
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from ebjdat_serve.bundle import MANIFEST, Bundle, read_rows
 from ebjdat_serve.card import figure
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.console import command, parser_of
 from training.card import refuse_stale
 from training.errors import TrainingError
 from training.evaluate import PARTS, folder_name, load_flat, unflattened, work_root
@@ -74,7 +73,7 @@ def read(path: Path) -> Evaluated:
         folder = work_root() / folder_name(name, m.files["weights.safetensors"].sha256, digest)
         name = f"{name}@{m.version}"
     elif (path / "subject.json").is_file() and (path / "metrics.json").is_file():
-        said = json.loads((path / "subject.json").read_text())
+        said = json.loads((path / "subject.json").read_text(encoding="utf-8"))
         rows, name, data, digest, folder = read_rows(path / "metrics.json"), said["name"], said["data"], said["data_sha256"], path
     else:
         raise TrainingError(f"{path} is neither a bundle nor the folder of an evaluation: run python training/evaluate.py on it first")
@@ -173,13 +172,13 @@ def html_table(models: Sequence[Evaluated], found: Sequence[Key]) -> str:
 
 def main() -> None:
     """Compare what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("models", type=Path, nargs="+", help="bundles, or folders of evaluations")
     parser.add_argument("--out", type=Path, default=Path("comparison.html"))
     parser.add_argument("--picture", type=Path, help="also write the landscapes as PNG")
     parser.add_argument("--all", action="store_true", help="print every shared figure, not the chief ones")
     options = parser.parse_args()
-    try:
+    with command(parser):
         models = [read(path) for path in options.models]
         if len(models) < 2:
             raise TrainingError("name two models or more")
@@ -187,9 +186,7 @@ def main() -> None:
             raise TrainingError(f"the models are of different data: {', '.join(f'{model.name} of {model.data}' for model in models)}")
         if not shared(models, False):
             raise TrainingError("no figure of one is one of another: evaluate them by the same suite and n")
-    except (EbjdatError, TrainingError) as error:
-        sys.exit(str(error))
-    options.out.write_text(page(models))
+    options.out.write_text(page(models), encoding="utf-8")
     if options.picture:
         from training.evaluation.figures import landscapes, png
 

@@ -1,12 +1,18 @@
 """The laboratory's exceptions; every message says what is wrong, where, and what to do."""
 
+from ebjdat_serve.errors import EbjdatError
 
-class TrainingError(Exception):
+
+class TrainingError(EbjdatError):
     """A run cannot be started or continued as asked."""
 
 
 class TrainingDiverged(TrainingError):
     """The energies left their limits more often than a run allows."""
+
+
+class OutOfTime(TrainingError):
+    """The deadline came before a stage's first step."""
 
 
 class DataError(TrainingError):

@@ -14,8 +14,6 @@ runs some parts alone. What needs a file or a package that is not here is said, 
 import argparse
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,12 +25,15 @@ import torch
 from torch import nn
 
 from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
+from ebjdat_serve.console import command, parser_of
+from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Floats
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.folders import folder as place
+from ebjdat_serve.folders import made
 from ebjdat_serve.precision import LOWER, rows_of
 from training.calibrate import check_data, dataset_of
 from training.card import write_card
-from training.errors import DataError, TrainingError
+from training.errors import TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
 from training.evaluation.context import SUITES, Context, Suite, unit
 from training.evaluation.generation import generation_rows
@@ -126,7 +127,7 @@ def evaluate_module(
     try:
         c = context(module_spec(module, name, checked(module, dataset)), dataset, chosen, processes=processes, folder=folder, **more)
         file = c.folder / "metrics.json"
-        rows: list[Row] = json.loads(file.read_text()) if file.is_file() else []
+        rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         for part in known_parts(parts):
             rows = placed(rows, part, measure(c, part))
             write_json(file, rows)
@@ -153,9 +154,9 @@ def context(
     """Return what the parts are given; the surrogate is left out where it is another data set's, or the subject itself."""
     subject = spec()
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
-    home.mkdir(parents=True, exist_ok=True)
+    made(home, "EBJDAT_RUNS")
     said = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
-    if (home / "subject.json").is_file() and json.loads((home / "subject.json").read_text()) != said:
+    if (home / "subject.json").is_file() and json.loads((home / "subject.json").read_text(encoding="utf-8")) != said:
         raise TrainingError(f"{home} holds the evaluation of another model or other data: name another folder")
     write_json(home / "subject.json", said)
     if surrogate == SURROGATE and (data.name != "cifar10" or not SURROGATE.is_file()):
@@ -165,14 +166,14 @@ def context(
         network = load_weights(surrogate)
         if network.head.out_features != len(data.names):
             raise TrainingError(
-                f"{surrogate} has {network.head.out_features} classes, {data.name} {len(data.names)}: name another --surrogate"
+                f"{surrogate} has {network.head.out_features} classes, {data.name} {len(data.names)}", options=("--surrogate WEIGHTS",)
             )
         digest = sha256(surrogate)
         if subject.weights in (digest, module_sha256(network)):
             surrogate = None  # an attack on itself is no transfer
     ledger = Ledger(work_root() / "chunks", spec, subject, 1 if subject.device.type == "cuda" else processes)
     c = Context(subject, data, suite, ball_of(data.name), ledger, home, bundle, surrogate, digest, tuple(controls), buffer)
-    c.warnings.update(json.loads((home / "warnings.json").read_text()) if (home / "warnings.json").is_file() else {})
+    c.warnings.update(json.loads((home / "warnings.json").read_text(encoding="utf-8")) if (home / "warnings.json").is_file() else {})
     c.images.update(load_flat(home / "images.npz"))
     for kept, file in ((c.arrays, "arrays.npz"), (c.drawings, "drawings.npz")):
         kept.update(unflattened(load_flat(home / file)))
@@ -186,7 +187,7 @@ def folder_name(name: str, weights: str, data_sha256: str) -> str:
 
 def work_root() -> Path:
     """Return the folder that evaluations are kept in, under EBJDAT_RUNS."""
-    return Path(os.environ.get("EBJDAT_RUNS", "~/.cache/ebjdat_serve/runs")).expanduser() / "evaluation"
+    return place("EBJDAT_RUNS", "runs") / "evaluation"
 
 
 def known_parts(parts: Sequence[str]) -> Sequence[str]:
@@ -258,8 +259,8 @@ def unflattened(flat: Arrays) -> dict[str, Arrays]:
 
 def main() -> None:
     """Evaluate the bundle named on the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None,
+    parser = parser_of(
+        __doc__,
         epilog=f"parts: {', '.join(PARTS)}; --protocol released-code is the part of that name alone",
     )
     parser.add_argument("bundle", type=Path, help="a bundle, a store, or a weights.safetensors that the trainer wrote")
@@ -275,30 +276,26 @@ def main() -> None:
     parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights that transferred attacks are made on")
     parser.add_argument("--control", type=Path, nargs="+", default=[], help="weights sampled with the same prior, steps and seeds")
     parser.add_argument("--buffer", type=Path, help="state.pt of a stage, whose replay buffer is measured beside fresh samples")
-    parser.add_argument("--processes", type=int, default=cores(), help="worker processes, one thread each (%(default)s)")
+    parser.add_argument("--processes", type=int, default=cpus(), help="worker processes, one thread each (%(default)s)")
     parser.add_argument(
         "--data", help="of weights: the data set (cifar10); of a bundle of a user's own data: the folder, when it has moved"
     )
+    parser.add_argument("--size", type=int, help="of weights and a folder: squash its pictures to SIZE x SIZE")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    try:
+    with command(parser, "interrupted; the same command goes on where this stopped"):
         parts = ("released-code",) if options.protocol == "released-code" else options.part or USUAL
         more = {"surrogate": options.surrogate, "controls": options.control, "buffer": options.buffer, "processes": options.processes}
         if options.bundle.suffix == ".safetensors":
             file = options.bundle.resolve()
-            data = load(options.data or "cifar10")
-            rows = evaluate_module(
-                load_weights(file).to(default_device()), data, suite=amounts(options), parts=parts, name=file.parent.name, **more
-            )
+            data = load(options.data or "cifar10", (options.size, options.size) if options.size else None)
+            model, suite = load_weights(file).to(default_device()), amounts(options)
+            rows = evaluate_module(model, data, suite=suite, parts=parts, name=file.parent.name, **more)
             print(f"{len(rows)} figures and report.html in {work_root() / folder_name(file.parent.name, rows[0]['of'], data.sha256)}")
             return
         bundle = Bundle.draft(options.bundle)
         done = evaluate(bundle, dataset_of(bundle, options.data), amounts(options), options.baseline, parts=parts, **more)
         print(f"{done.path / 'metrics.json'}, {done.path / 'report.html'}")
-    except (EbjdatError, DataError, TrainingError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on where this stopped")
 
 
 def amounts(options: argparse.Namespace) -> Suite:
@@ -315,11 +312,6 @@ def amounts(options: argparse.Namespace) -> Suite:
         changes: dict[str, Any] = {name: int(value)}
         suite = replace(suite, **changes)
     return suite
-
-
-def cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -4,17 +4,42 @@ Data is found under ``EBJDAT_DATA`` (default ``~/.cache/ebjdat_serve/data``).
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ebjdat_serve.listing import shown
 from training import sources
 from training.errors import DataError
-from training.pictures import SPLIT_SEED, Labels, Pixels, Split, class_names, data_root, load_images, read_atlas, read_folder, read_npz
+from training.pictures import (
+    SPLIT_SEED,
+    Labels,
+    Pixels,
+    Split,
+    beside,
+    class_names,
+    data_root,
+    load_images,
+    note,
+    read_atlas,
+    read_folder,
+    read_folders,
+    read_npz,
+    tell,
+)
 
 NAMED = ("cifar10", "cifar100", "svhn", "digits")
-SMALLEST = 200  # images to train and hold out from: fewer leave no calibration worth the name
+SMALLEST = 60
+"""Pictures of a folder, of which a sixth tests: fewer leave nothing to train on beside what must be held out."""
+RAREST = 8
+"""Pictures of a class: one each to choose on, to calibrate on and to test on, and some to train on."""
+FEW = 30
+"""Pictures of a class below which its name is printed."""
+LEAST_CALIBRATION = 20
+"""Pictures to calibrate on: of fewer, no p-value is below the usual alpha of 0.05."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +59,8 @@ class Dataset:
 def load(name: str, size: tuple[int, int] | None = None) -> Dataset:
     """Return a data set by name, or a folder's by its path, split; ``size`` (height, width) is for folders alone.
 
-    A folder holds ``train/<class>/`` and ``test/<class>/``, or ``<class>/`` alone, of which a fixed sixth becomes the test split.
+    A folder holds ``train/<class>/`` and ``test/<class>/``, or ``<class>/`` alone, of which a fixed sixth becomes the test split;
+    60 pictures are the least. Splits are stratified; what is left out, and classes of few pictures, are printed.
     Raises DataError when it is not there or does not match its checksum.
     """
     root = data_root()
@@ -49,32 +75,109 @@ def load(name: str, size: tuple[int, int] | None = None) -> Dataset:
         return _split(name, tuple("0123456789"), examples.take(slice(0, 1497)), examples.take(slice(1497, None)), held_out=200, flip=False)
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{name!r} is neither a data set ({', '.join(NAMED)}) nor a folder of class sub-folders: give its path with --data")
+        raise DataError(f"{name!r} is neither a data set ({', '.join(NAMED)}) nor a folder of class sub-folders that is there")
     return _folder(folder, size)
 
 
 def _folder(folder: Path, size: tuple[int, int] | None) -> Dataset:
-    if (folder / "train").is_dir():
-        names = class_names(folder / "train")
-        train = read_folder(folder / "train", names, size)
-        if not (folder / "test").is_dir():
-            raise DataError(f"{folder} holds train/ but no test/: put both there, or the class sub-folders alone")
-        test = read_folder(folder / "test", names, train.image.shape[1:3] if size is None else size)
+    apart = (folder / "train").is_dir()
+    if apart:
+        names, train, test = _train_and_test(folder, size)
     else:
         names = class_names(folder)
-        everything = read_folder(folder, names, size)
-        sixth = len(everything) // 6
-        train, test = everything.take(slice(sixth, None)), everything.take(slice(0, sixth))
+        train = read_folder(folder, names, size)
+        test = train.take(slice(0, 0))
     height, width = train.image.shape[1:3]
     if height % 4 or width % 4 or min(height, width) < 8:
-        raise DataError(f"{folder}: {width} x {height} pixels; the network halves twice, so give a multiple of 4 from 8 up: --set size=32")
-    if len(train) < SMALLEST:
-        raise DataError(f"{folder} holds {len(train)} images to train on; {SMALLEST} are the least to hold any out of")
-    missing = [name for index, name in enumerate(names) if (train.label == index).sum() < 8]
-    if missing:
-        raise DataError(f"{folder}: fewer than 8 training images of {', '.join(missing)}")
-    name = folder.resolve().name
-    return _split(f"{name} (a folder)" if name in NAMED else name, names, train, test, held_out=min(2500, len(train) // 10), flip=True)
+        said = f"{folder}: {width} x {height} pixels; the network halves twice, so give a multiple of 4 from 8 up"
+        raise DataError(said, options=("--set size=32", "--size 32"))
+    least = SMALLEST - SMALLEST // 6 if apart else SMALLEST
+    if len(train) < least:
+        what = f"{least} in train/" if apart else f"{least}"
+        raise DataError(f"{folder} holds {len(train)} pictures to train on and hold out from; {what} are the least: add some")
+    rare = [f"{name} ({n})" for name, n in zip(names, np.bincount(train.label), strict=True) if n < RAREST]
+    if rare:
+        raise DataError(f"{folder}: fewer than {RAREST} training images of {', '.join(rare)}: add some, or leave the class out")
+    name = shown(folder.resolve().name)
+    return _stratified(f"{name} (a folder)" if name in NAMED else name, names, train, test)
+
+
+def _train_and_test(folder: Path, size: tuple[int, int] | None) -> tuple[tuple[str, ...], Split, Split]:
+    names = class_names(folder / "train")
+    if not (folder / "test").is_dir():
+        raise DataError(f"{folder} holds train/ but no test/: put both there, or the class sub-folders alone")
+    tell(folder, beside(folder, ("train", "test")))
+    there = class_names(folder / "test")
+    alone = {"train/": [name for name in names if name not in there], "test/": [name for name in there if name not in names]}
+    said = [f"{where} alone has {', '.join(some)}" for where, some in alone.items() if some]
+    if said:
+        raise DataError(f"{folder}: {'; '.join(said)}: both must hold the same classes")
+    train, test = read_folders([folder / "train", folder / "test"], names, size)
+    return names, train, test
+
+
+def _stratified(name: str, names: tuple[str, ...], train: Split, test: Split) -> Dataset:
+    """Split a folder such that every part holds the classes in proportion, at least one picture of each."""
+    n = len(train)
+    tested = 0 if len(test) else n // 6
+    held = min(2500, (n - tested) // 10)
+    sizes = [max(held, 8), max(held, LEAST_CALIBRATION)]
+    digest = hashlib.sha256(b"stratified")  # bundles of earlier splits are told apart
+    for part in (train.image, train.label, test.image, test.label):
+        digest.update(np.ascontiguousarray(part).data)
+    if tested:
+        own, *indices = parts_of(train.label, [tested, *sizes])
+        test = train.take(own)
+    else:
+        indices = parts_of(train.label, sizes)
+    selection, calibration, rest = (train.take(index) for index in indices)
+    _warn_of_few(name, names, {"train": rest, "selection": selection, "calibration": calibration, "test": test})
+    return Dataset(name, names, rest, selection, calibration, test, True, digest.hexdigest())
+
+
+def _warn_of_few(name: str, names: tuple[str, ...], parts: dict[str, Split]) -> None:
+    counts = {part: np.bincount(split.label, minlength=len(names)) for part, split in parts.items()}
+    few = [
+        f"{label} ({', '.join(f'{part} {count[index]}' for part, count in counts.items())})"
+        for index, label in enumerate(names)
+        if sum(count[index] for count in counts.values()) < FEW
+    ]
+    if few:
+        note(name, f"few pictures of {', '.join(few)}: what is measured of {'it' if len(few) == 1 else 'them'} is uncertain")
+    n = len(parts["calibration"])
+    if n < 99:
+        least = f"p-values are multiples of 1/{n + 1}, and an alpha of {1 / (n + 1):.2g} or less flags nothing"
+        note(name, f"{n} pictures calibrate the flag: {least}")
+
+
+def parts_of(label: Labels, sizes: Sequence[int]) -> list[NDArray[np.intp]]:
+    """Return the indices of disjoint parts of these sizes, and of the rest, in a fixed shuffled order.
+
+    Every part but the rest holds the classes in proportion to what is left, and at least one image of each.
+    """
+    left = np.random.default_rng(SPLIT_SEED).permutation(len(label))
+    found = []
+    for size in sizes:
+        y = label[left]
+        count = np.bincount(y)
+        by_class = np.argsort(y, kind="stable")
+        place = np.empty_like(left)  # of an image among those of its class
+        place[by_class] = np.arange(len(y)) - (np.cumsum(count) - count)[y[by_class]]
+        taken = place < shares(count, size)[y]
+        found.append(left[taken])
+        left = left[~taken]
+    return [*found, left]
+
+
+def shares(count: Labels, size: int) -> Labels:
+    """Return how many of each class make ``size`` in proportion to ``count``: by largest remainder, at least one of each."""
+    exact = count * size / count.sum()
+    share: Labels = np.maximum(np.floor(exact), 1).astype(np.int64)
+    while share.sum() < size:
+        share[np.argmax(exact - share)] += 1
+    while share.sum() > max(size, len(count)):
+        share[np.argmax(np.where(share > 1, share - exact, -np.inf))] -= 1
+    return share
 
 
 def _split(name: str, names: tuple[str, ...], train: Split, test: Split, held_out: int, flip: bool) -> Dataset:

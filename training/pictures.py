@@ -1,7 +1,8 @@
 """Pictures and labels as arrays, read from folders, atlases and .npz files, whatever they are of."""
 
 import hashlib
-import os
+import sys
+import unicodedata
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ebjdat_serve.errors import InvalidImage
-from ebjdat_serve.pixels import decode
+from ebjdat_serve.folders import folder
+from ebjdat_serve.listing import Listing, class_name, format_of, list_pictures, order, shown
+from ebjdat_serve.pixels import FORMATS, decode, upright_size
 from training.errors import DataError
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})  # what the server reads
 SPLIT_SEED = 20250519
 
 
@@ -48,7 +50,7 @@ class Split:
 
 def data_root() -> Path:
     """Return the folder that data is read from."""
-    return Path(os.environ.get("EBJDAT_DATA", "~/.cache/ebjdat_serve/data")).expanduser()
+    return folder("EBJDAT_DATA", "data")
 
 
 def read_atlas(path: Path, tile: int) -> Pixels:
@@ -63,63 +65,136 @@ def read_atlas(path: Path, tile: int) -> Pixels:
     return np.ascontiguousarray(tiles.reshape(-1, tile, tile, 3))
 
 
+def class_folders(folder: Path, listing: Listing) -> dict[str, list[Path]]:
+    """Return the sub-folders by class name, sorted: label i is the i-th; two spellings of one name are one class."""
+    found: dict[str, list[Path]] = {}
+    for entry in sorted(folder.iterdir(), key=order):
+        if not entry.is_dir():
+            listing.skip("in no class folder", entry)
+        elif not entry.name.startswith("."):
+            try:
+                found.setdefault(class_name(entry), []).append(entry)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{shown(entry)}: a class needs a name in UTF-8; rename the folder") from error
+    return dict(sorted(found.items()))
+
+
 def class_names(folder: Path) -> tuple[str, ...]:
-    """Return the names of the sub-folders, sorted: label i is the i-th."""
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    """Return the names of the classes that ``folder`` holds; raise DataError for fewer than two."""
+    names = tuple(class_folders(folder, Listing()))
     if len(names) < 2:
         raise DataError(f"{folder} must hold a sub-folder of pictures for each of two or more classes; it holds {list(names)}")
     return names
 
 
+def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
+    """Return the pictures of every class with its label, those in sub-folders of a class too; label i is ``names[i]``.
+
+    What is left out is printed. Raises DataError unless the classes are just ``names``, each with a picture.
+    """
+    names = [unicodedata.normalize("NFC", name) for name in names]
+    listing = Listing()
+    folders, files = class_folders(folder, listing), []
+    for index, name in enumerate(names):
+        before = len(listing.pictures)
+        for home in folders.get(name, []):
+            list_pictures(home, listing)
+        files += [(file, index) for file in listing.pictures[before:]]
+    tell(folder, listing)
+    strange = [name for name in folders if name not in names]
+    if strange:
+        raise DataError(f"{folder} has folders of {', '.join(strange)}, which are not among the classes {', '.join(names)}: move them away")
+    held = {index for _, index in files}
+    empty = [name for index, name in enumerate(names) if index not in held]
+    if empty:
+        raise DataError(
+            f"{folder} holds no pictures ({', '.join(FORMATS)}) of {', '.join(empty)}: every class needs its own sub-folder of them"
+        )
+    return files
+
+
+def beside(folder: Path, known: Sequence[str]) -> Listing:
+    """Return what lies in a folder beside what is read of it."""
+    listing = Listing()
+    for entry in sorted(folder.iterdir(), key=order):
+        if entry.name not in known:
+            listing.skip("beside " + " and ".join(f"{name}/" for name in known), entry)
+    return listing
+
+
+def tell(folder: Path, listing: Listing) -> None:
+    """Print what is left out of a folder."""
+    if said := listing.note():
+        note(shown(folder), said)
+
+
+def note(where: str, said: str) -> None:
+    """Print something about the data that is no error."""
+    print(f"note: {where}: {said}", file=sys.stderr, flush=True)
+
+
 def read_folder(folder: Path, names: Sequence[str], size: tuple[int, int] | None = None) -> Split:
-    """Return ``folder/<class>/*`` as a split in a fixed shuffled order; label i is ``names[i]``.
+    """Return ``folder/<class>/**`` as a split in a fixed shuffled order; label i is ``names[i]``.
 
     With a ``size`` (height, width) every picture is squashed to it as the server does; without one they must all have the same.
     """
-    files = [(path, index) for index, name in enumerate(names) for path in pictures(folder / name)]
-    if not files:
-        raise DataError(f"{folder} must hold sub-folders {', '.join(names)} of pictures ({', '.join(sorted(SUFFIXES))})")
+    (split,) = read_folders([folder], names, size)
+    return split
+
+
+def read_folders(folders: Sequence[Path], names: Sequence[str], size: tuple[int, int] | None = None) -> list[Split]:
+    """Return a split of each folder; raise DataError that names all damaged pictures of all folders."""
+    listed = [class_files(folder, names) for folder in folders]
+    image = read_pictures([file for files in listed for file, _ in files], size)
+    splits, at = [], 0
+    for files in listed:
+        # in an order of its own, so that the first n of a split are not all of one class
+        shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(files))
+        splits.append(Split(image[at + shuffled], np.asarray([files[i][1] for i in shuffled], dtype=np.int64)))
+        at += len(files)
+    return splits
+
+
+def read_pictures(files: Sequence[Path], size: tuple[int, int] | None = None) -> Pixels:
+    """Return the pictures (N, height, width, 3), decoded as the server decodes them, at ``size`` or the one that all have.
+
+    Raises DataError that names every damaged one.
+    """
+    damaged: dict[Path, str] = {}
     if size is None:
-        size = common_size([path for path, _ in files])
-    # in an order of its own, so that the first n of a split are not all of one class
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(files))
-    image = np.stack([read_picture(files[i][0], *size) for i in order])
-    return Split(image, np.asarray([files[i][1] for i in order], dtype=np.int64))
-
-
-def pictures(folder: Path) -> list[Path]:
-    """Return the picture files of a folder, sorted."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not there: every class needs its own sub-folder")
-    return sorted(path for path in folder.iterdir() if wanted(path))
-
-
-def wanted(path: Path) -> bool:
-    """Return whether a file is a picture by its name; hidden files, such as a Mac's ._a.png, are not."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
-def read_picture(path: Path, height: int, width: int) -> Pixels:
-    """Return one picture (height, width, 3), decoded as the server decodes it; raise DataError naming the file."""
-    try:
-        return decode(path.read_bytes(), height, width)
-    except (OSError, InvalidImage) as error:
-        raise DataError(f"{path}: {error}; remove it or replace it") from error
-
-
-def common_size(files: Sequence[Path]) -> tuple[int, int]:
-    """Return the (height, width) that all files have; raise DataError when they differ."""
-    sizes: dict[tuple[int, int], Path] = {}
-    for path in files:
+        size = common_size(files, damaged)
+    image = np.empty((len(files), *size, 3), np.uint8)
+    for i, file in enumerate(files):
+        if file in damaged:
+            continue
         try:
-            with Image.open(path) as picture:
-                sizes.setdefault((picture.height, picture.width), path)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise DataError(f"{path} cannot be read ({error}); remove it or replace it") from error
+            image[i] = decode(file.read_bytes(), *size)
+        except (OSError, InvalidImage) as error:
+            damaged[file] = reason(error)
+    if damaged:
+        listed = "".join(f"\n  {shown(file)}: {said}" for file, said in damaged.items())
+        raise DataError(f"{len(damaged)} of {len(files)} pictures cannot be read; remove or replace them:{listed}")
+    return image
+
+
+def common_size(files: Sequence[Path], damaged: dict[Path, str]) -> tuple[int, int]:
+    """Return the (height, width) that all files have, upright; raise DataError when they differ. Those without one become ``damaged``."""
+    sizes: dict[tuple[int, int], Path] = {}
+    for file in files:
+        try:
+            sizes.setdefault(upright_size(file.read_bytes()), file)
+        except (OSError, InvalidImage) as error:
+            damaged[file] = reason(error)
         if len(sizes) > 1:
             (a, first), (b, second) = sizes.items()
-            raise DataError(f"{first} is {a[1]} x {a[0]} and {second} {b[1]} x {b[0]} pixels: give the size to squash to, --set size=32")
-    return next(iter(sizes))
+            sides = f"{shown(first)} is {a[1]} x {a[0]} and {shown(second)} {b[1]} x {b[0]} pixels"
+            raise DataError(f"{sides}: they must be of one size, or squashed to one", options=("--set size=32", "--size 32"))
+    return next(iter(sizes), (1, 1))
+
+
+def reason(error: OSError | InvalidImage) -> str:
+    """Return in a few words why a file could not be read."""
+    return str((isinstance(error, OSError) and error.strerror) or error)
 
 
 def load_images(source: str, height: int, width: int) -> Pixels:
@@ -127,13 +202,14 @@ def load_images(source: str, height: int, width: int) -> Pixels:
     path = Path(source).expanduser()
     path = path if path.is_absolute() or path.exists() else data_root() / path
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if wanted(file))
-        if not files:
-            raise DataError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-        return np.stack([read_picture(file, height, width) for file in files])
+        listing = list_pictures(path)
+        tell(path, listing)
+        if not listing.pictures:
+            raise DataError(f"{shown(path)} holds no pictures ({', '.join(FORMATS)})")
+        return read_pictures(listing.pictures, (height, width))
     if path.suffix == ".npz":
         return read_npz(path, height, width)[0]
-    if path.is_file() and path.suffix.lower() in SUFFIXES and height == width:
+    if path.is_file() and format_of(path) in FORMATS and height == width:
         return read_atlas(path, height)
     raise DataError(f"{path} is no folder of pictures, no .npz and no picture of {height} x {width} tiles")
 
@@ -149,6 +225,6 @@ def read_npz(path: Path, height: int, width: int, names: Sequence[str] = ()) -> 
         raise DataError(f"{path} must be an .npz with image (N, {height}, {width}, 3) uint8 and label (N,): {error}") from error
     if image.dtype != np.uint8 or image.shape[1:] != (height, width, 3) or (label is not None and label.shape != image.shape[:1]):
         raise DataError(f"{path}: image is {image.dtype} {image.shape}; it must be uint8 (N, {height}, {width}, 3), label (N,)")
-    if names and said != list(names):
+    if names and [unicodedata.normalize("NFC", name) for name in said] != [unicodedata.normalize("NFC", name) for name in names]:
         raise DataError(f"{path} is labelled for the classes {said[:5]} …, not for {list(names)[:5]} …: label it again")
     return image, label

@@ -6,9 +6,7 @@ needs none), calibrates it on its own energies, and measures what it costs again
 limits of ebjdat_serve/precision.py is refused. The bundle gets a new version; where BUNDLE is a store, it is published into it.
 """
 
-import argparse
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,10 +18,11 @@ import numpy as np
 import torch
 
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
-from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
@@ -34,7 +33,6 @@ from export.to_int8 import write_int8
 from export.to_onnx import write
 from training.adversary import Attack, Threat, cross_entropy, pgd
 from training.calibrate import calibrate, check_data, dataset_of
-from training.errors import DataError
 from training.evaluation.rows import ALPHAS, SEED, ball_of, eps_name, number
 from training.images import Dataset
 from training.measures import flag_rate_interval
@@ -273,7 +271,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     """Add the precisions named on the command line, one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", nargs="+", required=True, choices=LOWER)
     default = Amounts()
@@ -284,14 +282,12 @@ def main() -> None:
     parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    try:
+    with command(parser):
         bundle = Bundle.draft(options.bundle.resolve())  # a copy is made beside it, also when it is the folder that one stands in
         data = dataset_of(bundle, options.data)
         amounts = Amounts(options.n, options.attacked, options.square, options.queries)
         done = admit(bundle, data, options.precision, amounts)
         print(f"{', '.join(options.precision)} admitted to {done.path}, now {done.manifest.version}", flush=True)
-    except (EbjdatError, DataError) as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

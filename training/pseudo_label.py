@@ -5,16 +5,14 @@ IMAGES is an .npz with ``image`` or a folder of pictures. Images whose largest p
 what `train.py --set extra=extra.npz extra_fraction=0.7` mixes into every labelled batch, with any method.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines.eager import TorchEngine
-from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
 from training.errors import DataError
@@ -35,19 +33,17 @@ def pseudo_label(source: str, bundle: Bundle, least: float) -> tuple[np.ndarray,
 
 def main() -> None:
     """Write the labelled images."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("images")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("extra.npz"))
     parser.add_argument("--least", type=float, default=0.0, help="smallest probability that is kept (%(default)s)")
     options = parser.parse_args()
-    try:
+    with command(parser):
         bundle = Bundle.load(options.bundle)
         image, label = pseudo_label(options.images, bundle, options.least)
-    except (EbjdatError, DataError) as error:
-        sys.exit(str(error))
-    np.savez_compressed(options.output, image=image, label=label, names=np.asarray(bundle.manifest.labels))
-    print(f"{len(label)} images, {np.bincount(label).tolist()} a class, in {options.output}")
+        np.savez_compressed(options.output, image=image, label=label, names=np.asarray(bundle.manifest.labels))
+        print(f"{len(label)} images, {np.bincount(label).tolist()} a class, in {options.output}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """The refresh: train (with its warm start) -> export -> parity -> calibrate -> evaluate -> publish, one step after the other."""
 
-import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +11,8 @@ from pathlib import Path
 import torch
 
 from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
+from ebjdat_serve.folders import folder, made, unwritable
+from ebjdat_serve.locking import Held, alone
 from ebjdat_serve.store import publish
 from training.clock import Clock
 from training.drafts import Origin, draft_bundle, git_commit
@@ -26,7 +26,7 @@ from training.train import total_steps, train
 
 def runs_root() -> Path:
     """Return the folder that runs are written to."""
-    return Path(os.environ.get("EBJDAT_RUNS", "~/.cache/ebjdat_serve/runs")).expanduser()
+    return folder("EBJDAT_RUNS", "runs")
 
 
 def refresh(
@@ -47,13 +47,13 @@ def refresh(
     EbjdatError with the step's own message.
     """
     if init is not None and not init.is_file():
-        raise TrainingError(f"--init {init} is not there")
+        raise TrainingError(f"{init}, to start from, is not there")
     first = ranks.rank == 0
     with lock(run) if first else nullcontext():
         if not first:
             ranks.wait()  # the first rank may have to download
         data = load(preset.dataset, (preset.size, preset.size) if preset.size else None)
-        todo = [preset] if init is not None else stages(preset)
+        todo = [fitted(stage, len(data.train), tells=first) for stage in ([preset] if init is not None else stages(preset))]
         origin = remember(run, todo, init, data) if first else None
         if first:
             ranks.wait()
@@ -68,6 +68,17 @@ def refresh(
             baseline, before = bundle.path / "metrics.json", bundle.manifest.provenance.rollbacks
         say(f"publish into {run / 'store'}")
         return publish(bundle, run / "store")
+
+
+def fitted(stage: Preset, images: int, *, tells: bool) -> Preset:
+    """Return ``stage`` with a batch that so few images fill: half of them, in eights where that is possible."""
+    if images >= stage.batch_size:
+        return stage
+    half = max(1, images // 2)
+    size = half - half % 8 or half
+    if tells:
+        say(f"{stage.name}: {images} training images do not fill a batch of {stage.batch_size}: batch_size={size}")
+    return replace(stage, batch_size=size)
 
 
 def train_stages(
@@ -94,13 +105,15 @@ def train_stages(
 
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Hold the run's folder; raise TrainingError when another process trains there."""
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as held:
+    """Hold the run's folder; raise TrainingError when another process trains there, or it cannot be written."""
+    with ExitStack() as held:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            made(run, "EBJDAT_RUNS")
+            held.enter_context(alone(run / ".lock", wait=False))
+        except Held as error:
+            raise TrainingError(str(error), options=("--run NAME",)) from error
         except OSError as error:
-            raise TrainingError(f"another process trains in {run}: wait for it, or name another --run") from error
+            raise unwritable(run, "EBJDAT_RUNS", error) from error
         yield
 
 
@@ -160,8 +173,8 @@ def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) ->
         write_json(file, {"git": git_commit(), "started": now, **begun})
     known = read_json(file)
     if {name: known.get(name) for name in begun} != begun:
-        fix = "continue it with the same preset, settings and images, or name a new --run"
-        raise TrainingError(f"{file} holds another configuration or data: {fix}")
+        said = f"{file} holds another configuration or data: continue it with the same preset, settings and images"
+        raise TrainingError(said, options=("--run NAME",))
     return Origin(known["git"], known["started"], known["init_sha256"])
 
 

@@ -4,14 +4,14 @@
 Loss and energy curves, clean and PGD accuracy on held-out training images, energy histograms as they evolve, sample sheets.
 """
 
-import argparse
 import base64
 import html
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from ebjdat_serve.console import command, parser_of
+from training.errors import TrainingError
 from training.presets import Preset, describe
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ svg text{{font:10px system-ui,sans-serif}}img{{image-rendering:pixelated;max-wid
 <h2>Samples of the averaged weights, one column a class, seeds fixed, none chosen</h2>{sheets(folder / "samples")}</body></html>
 """
     target = folder / "report.html"
-    target.write_text(text)
+    target.write_text(text, encoding="utf-8")
     return target
 
 
@@ -53,7 +53,7 @@ def read_log(log: Path) -> list[Row]:
     """Return the rows of a log; of steps that were taken twice, ``series`` keeps the last."""
     kept: list[Row] = []
     if log.is_file():
-        for line in log.read_text().splitlines():
+        for line in log.read_text(encoding="utf-8").splitlines():
             try:
                 row: Row = json.loads(line)
             except ValueError:
@@ -143,12 +143,13 @@ def sheets(folder: Path, most: int = 8) -> str:
 
 def main() -> None:
     """Write the report of the stage folder named on the command line, of a run that goes on or one that has ended."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    if not (options.folder / "log.jsonl").is_file():
-        sys.exit(f"{options.folder} holds no log.jsonl: name the folder of a stage, RUN/PRESET")
-    print(write_report(options.folder))
+    with command(parser):
+        if not (options.folder / "log.jsonl").is_file():
+            raise TrainingError(f"{options.folder} holds no log.jsonl: name the folder of a stage, RUN/PRESET")
+        print(write_report(options.folder))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ebjdat_serve.folders import made
+from ebjdat_serve.install import install
 from training.errors import DataError
 from training.pictures import SPLIT_SEED, Split, read_atlas, read_folder
 
@@ -94,13 +96,13 @@ def _python_batch(path: Path, key: bytes = b"labels") -> Split:
 
 
 def _atlases(folder: Path) -> dict[str, Split]:
-    labels = json.loads((folder / "labels.json").read_text())
+    labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     return {name: Split(read_atlas(folder / f"{name}.webp", 32), np.asarray(labels[name], dtype=np.int64)) for name in CIFAR10_BATCHES}
 
 
 def download(url: str, archive: Path, digest: str, expected: str) -> None:
     """Fetch ``url`` to ``archive`` unless it is there, and check its digest; raise DataError naming the file to put there."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
+    made(archive.parent, "EBJDAT_DATA")
     if not archive.is_file():
         print(f"{archive.name} is not under {archive.parent}: downloading {url}", flush=True)
         try:
@@ -148,7 +150,7 @@ def svhn(root: Path) -> tuple[Split, Split]:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise DataError("SVHN comes in MATLAB files, and reading them needs SciPy: pip install scikit-learn") from error
+        raise DataError(f"SVHN comes in MATLAB files, and reading them needs SciPy: {install('train')}") from error
 
     parts = []
     for name, expected in SVHN_FILES.items():
@@ -167,7 +169,7 @@ def digits() -> Split:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("digits are scikit-learn's: pip install scikit-learn") from error
+        raise DataError(f"digits are scikit-learn's: {install('train')}") from error
 
     arrays = load_digits()
     grey = np.rint(arrays.images * (255 / 16)).astype(np.uint8)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ class State:
             if keep and path.is_file():
                 spare = path.with_suffix(".link")
                 spare.unlink(missing_ok=True)
-                os.link(path, spare)
+                try:
+                    os.link(path, spare)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(path, spare)
                 os.replace(spare, previous(path))
             os.replace(aside, path)
 
@@ -88,7 +92,7 @@ def read_state(path: Path) -> dict[str, Any]:
         payload: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise TrainingError(
-            f"{path} is damaged ({type(error).__name__}): put {previous(path).name} in its place, or start a new --run"
+            f"{path} is damaged ({type(error).__name__}): put {previous(path).name} in its place", options=("--run NAME",)
         ) from error
     return payload
 

@@ -64,5 +64,5 @@ class Stream:
 def steps_per_epoch(preset: Preset, images: int) -> int:
     """Return how many steps an epoch over so many images is."""
     if images < preset.batch_size:
-        raise TrainingError(f"batch_size={preset.batch_size} is more than the {images} training images: --set batch_size={images // 2}")
+        raise TrainingError(f"batch_size={preset.batch_size} is more than the {images} training images")
     return images // preset.batch_size

@@ -8,7 +8,6 @@ Any method trains on any data: `train.py trades --data digits`. Several GPUs: `t
 
 import argparse
 import math
-import os
 import shlex
 import sys
 import time
@@ -19,8 +18,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ebjdat_serve.bundle import read_json
+from ebjdat_serve.console import advice, parser_of
+from ebjdat_serve.cpus import threads
+from ebjdat_serve.errors import EbjdatError
 from training.clock import Clock
-from training.errors import TrainingError
+from training.errors import OutOfTime, TrainingError
 from training.images import NAMED, Dataset
 from training.methods import Moment, Terms
 from training.presets import BUDGETS, METHODS, PRESETS, Preset, preset
@@ -104,7 +107,7 @@ def train(
     if interrupted:
         raise KeyboardInterrupt
     if state.step == 0:
-        raise TrainingError(f"the time ran out before {preset.name} began; give more --max-minutes, with --resume")
+        raise OutOfTime(f"the time ran out before {preset.name} began")
     if ranks.rank == 0:
         save_weights(state.ema, weights)
         write_report(folder, preset)
@@ -148,10 +151,10 @@ def learning_rate(progress: float, peak: float, schedule: str) -> float:
 
 def main() -> None:
     """Run the refresh."""
-    from ebjdat_serve.errors import EbjdatError
     from training.refresh import refresh, runs_root
 
-    options = arguments()
+    parser = arguments()
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = Clock(options.max_minutes)
     run = runs_root()
@@ -160,32 +163,45 @@ def main() -> None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         stage = override(chosen(options, device), options.set)
         run = runs_root() / ranks.agree(options.run or default_run(stage, runs_root(), options.resume))
-        there = ranks.agree(run.exists())
+        there = ranks.agree((run / "config.json").is_file())  # one whose data was refused has not begun
         if options.resume and not there:
-            raise TrainingError(f"{run} does not exist: leave --resume out to start it")
+            raise TrainingError(f"{run} has not begun: leave --resume out to start it")
+        if there and trained(run) not in ("", stage.name):
+            raise TrainingError(f"{run} is a run of {trained(run)}, not of {stage.name}: another --run starts afresh")
         if there and not options.resume:
             raise TrainingError(f"{run} exists: --resume continues it, another --run starts afresh")
         suite = None if options.only_train else options.suite
         home = refresh(stage, run, init=options.init, clock=clock, suite=suite, device=device, ranks=ranks, tensorboard=options.tensorboard)
-    except (TrainingError, EbjdatError) as error:
-        sys.exit(f"train.py: {error}")
+    except OutOfTime as error:
+        sys.exit(f"train.py: {error}; give more --max-minutes and go on with: {resumption(options, run)}")
+    except EbjdatError as error:
+        sys.exit(f"train.py: {advice(error, parser)}")
     except KeyboardInterrupt:
-        again = [word for word in sys.argv[1:] if word != "--resume"] + ([] if options.run else ["--run", run.name])
-        print(f"interrupted; go on with: {shlex.join([sys.executable, sys.argv[0], *again, '--resume'])}", file=sys.stderr)
+        print(f"interrupted; go on with: {resumption(options, run)}", file=sys.stderr)
         sys.exit(130)
     if ranks.rank:
         return
     if options.only_train:
-        print(f"trained {home}; export, calibrate, evaluate and publish with --resume --run {run.name}")
+        print(f"trained {home}; export, calibrate, evaluate and publish with: {resumption(options, run)}")
         return
     print(f"published {home}\nserve it: make serve MODEL={home.parent}")
 
 
-def arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[1] if __doc__ else None, epilog=listing(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def trained(run: Path) -> str:
+    """Return the preset that a run is of, nothing before it has begun."""
+    file = run / "config.json"
+    return str(read_json(file)["stages"][-1]["name"]) if file.is_file() else ""
+
+
+def resumption(options: argparse.Namespace, run: Path) -> str:
+    """Return the command that goes on with ``run``, training and what comes after it."""
+    again = [word for word in sys.argv[1:] if word not in ("--resume", "--only-train")] + ([] if options.run else ["--run", run.name])
+    return shlex.join([sys.executable, sys.argv[0], *again, "--resume"])
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = parser_of(__doc__, epilog=listing(), formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = sorted({*PRESETS, *METHODS})
     parser.add_argument("preset", nargs="?", choices=choices, metavar="PRESET", help="a preset or a method; the best preset by default")
     parser.add_argument("--data", help=f"for a method: {', '.join(NAMED)}, or a folder of class sub-folders (cifar10)")
@@ -203,8 +219,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help="override fields of the preset: lr=0.1 threat.norm=l2"
     )
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    return parser.parse_args()
+    parser.add_argument("--threads", type=int, default=threads(), help="(%(default)s)")
+    return parser
 
 
 def chosen(options: argparse.Namespace, device: torch.device) -> Preset:
@@ -223,7 +239,7 @@ def default_run(stage: Preset, root: Path, resume: bool) -> str:
     """Return the newest run of the preset to resume, or a new name."""
     if not resume:
         return f"{stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    known = [path.parent for path in root.glob("*/config.json") if (path.parent / stage.name).is_dir()]
+    known = [path.parent for path in root.glob("*/config.json") if trained(path.parent) == stage.name]
     if not known:
         raise TrainingError(f"no run of {stage.name} in {root} to resume; leave --resume out, or name it with --run")
     return max(known, key=lambda path: path.stat().st_mtime).name

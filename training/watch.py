@@ -13,6 +13,7 @@ from torch import Tensor
 from ebjdat_serve import pixels
 from ebjdat_serve.energy import energy, score
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.install import install
 from ebjdat_serve.sgld import sgld
 from ebjdat_serve.wideresnet import WideResNet
 from training.adversary import Attack, cross_entropy, pgd
@@ -37,7 +38,7 @@ class Watch:
         self.folder, self.total, self.writes = folder, total, writes
         self.log = folder / "log.jsonl"
         if writes and self.log.is_file() and not self.log.read_bytes().endswith(b"\n"):
-            with self.log.open("a") as file:
+            with self.log.open("a", encoding="utf-8") as file:
                 file.write("\n")  # a kill cut the last line short
         self.bar = progress_bar(preset.name, total, step) if writes else None
         self.board = summary_writer(folder) if tensorboard and writes else None
@@ -47,7 +48,7 @@ class Watch:
         if not self.writes:
             return
         line = json.dumps({name: rounded(value) for name, value in row.items()}, allow_nan=False)
-        with self.log.open("a") as file:
+        with self.log.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         if self.bar is None:
             print(line.partition(', "histograms"')[0].removesuffix("}") + "}", flush=True)
@@ -99,7 +100,7 @@ def summary_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise EbjdatError("--tensorboard needs the extra [watch]: pip install -e '.[watch]'") from error
+        raise EbjdatError(f"TensorBoard is not installed: {install('watch')}") from error
     return SummaryWriter(str(folder / "tensorboard"))
 
 

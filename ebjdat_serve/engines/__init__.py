@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.errors import EngineError
+from ebjdat_serve.install import install, pip
 from ebjdat_serve.sgld import Chains
 
 Floats = NDArray[np.float32]
@@ -45,7 +46,8 @@ def load_engine(
     if kind == "torch" or (kind == "auto" and precision == "bf16"):
         if find_spec("torch") is None:
             raise EngineError(
-                "the torch engine (--engine torch, --precision bf16) needs PyTorch: pip install torch==2.13.0, or use --engine onnx"
+                f"the torch engine, which bf16 needs too, needs PyTorch: {pip('install', 'torch==2.13.0')}",
+                options=("--engine onnx --precision fp32",),
             )
         from ebjdat_serve.engines.eager import TorchEngine
 
@@ -60,13 +62,11 @@ def check_onnxruntime() -> None:
     """Raise EngineError unless exactly one of onnxruntime and onnxruntime-gpu is installed."""
     found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
     if not found or find_spec("onnxruntime") is None:
-        raise EngineError(
-            "ONNX Runtime is not installed: pip install 'ebjdat-serve[cpu]', or 'ebjdat-serve[gpu]' on a machine with an NVIDIA GPU"
-        )
+        raise EngineError(f"ONNX Runtime is not installed: {install('cpu')}, or [gpu] on a machine with an NVIDIA GPU")
     if len(found) == 2:
         raise EngineError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, then install "
-            "'ebjdat-serve[cpu]' or 'ebjdat-serve[gpu]'"
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            f"{pip('uninstall', 'onnxruntime', 'onnxruntime-gpu')}, then {install('cpu')}, or [gpu]"
         )
 
 

@@ -38,11 +38,12 @@ class TorchEngine:
 
     def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1, precision: Precision = "fp32") -> None:
         if device == "tensorrt":
-            raise EngineError("TensorRT runs through ONNX Runtime: use --engine onnx --device tensorrt, with --precision fp32 or fp16")
+            fit = ("--engine onnx --device tensorrt --precision fp32", "--engine onnx --device tensorrt --precision fp16")
+            raise EngineError("TensorRT runs through ONNX Runtime", options=fit)
         if device == "cuda" and not torch.cuda.is_available():
-            raise EngineError("CUDA was asked for but torch sees no GPU: check the driver, or use --device cpu")
+            raise EngineError("CUDA was asked for but torch sees no GPU: check the driver", options=("--device cpu",))
         if precision not in DTYPES:
-            raise EngineError(f"--precision {precision} is ONNX Runtime's: use --engine onnx, or --precision bf16")
+            raise EngineError(f"{precision} is ONNX Runtime's", options=("--engine onnx", "--precision bf16"))
         torch.set_num_threads(threads)
         exact()
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,7 +1,9 @@
 """ONNX Runtime on the bundle's graphs: TensorRT, CUDA or the CPU; no torch."""
 
+import os
 from collections import Counter
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.engines import Device, Floats, Labels, Precision
 from ebjdat_serve.engines.providers import BATCHES, CPU, GPU, TENSORRT, chosen, options_for
 from ebjdat_serve.errors import BundleError, EngineError
+from ebjdat_serve.listing import shown
 from ebjdat_serve.sgld import Chains
 
 FAILURES = (errors.Fail, errors.EPFail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented, errors.RuntimeException)
@@ -61,7 +64,7 @@ class OnnxEngine:
         with options_for(self._wish, self._bundle, graph) as wanted:
             try:
                 # without its own fallback, which would go on with other providers and other options
-                session = ort.InferenceSession(graph, options, providers=wanted, enable_fallback=0)
+                session = ort.InferenceSession(utf8(graph), options, providers=wanted, enable_fallback=0)
             except FAILURES as error:
                 raise EngineError(f"ONNX Runtime cannot open {graph} on {self._wish}: {error}") from error
             self._check(session)
@@ -75,7 +78,8 @@ class OnnxEngine:
         if self._strict and (session.get_providers()[0] != self._wish or not placed[self._wish]):
             raise EngineError(
                 f"{self._wish} was asked for but ONNX Runtime runs on {session.get_providers()[0]} ({dict(placed)} operators): check the "
-                "driver and the provider's libraries (ebjdat-serve[gpu], [tensorrt]), or use --device cpu"
+                "driver and the provider's libraries (extras [gpu] and [tensorrt])",
+                options=("--device cpu",),
             )
 
     def placement(self) -> dict[str, dict[str, int]]:
@@ -125,6 +129,14 @@ class OnnxEngine:
             binding.bind_ortvalue_output(f"next_{name}", target[name])
         binding.bind_ortvalue_output("energy", energy)
         return binding
+
+
+def utf8(path: Path) -> str:
+    """Return a path as ONNX Runtime takes it, in UTF-8 whatever the locale; raise EngineError for one that is not."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise EngineError(f"{shown(path)}: ONNX Runtime opens only what has a path in UTF-8; rename the folder") from error
 
 
 def _operators(session: ort.InferenceSession) -> Counter[str]:

@@ -1,7 +1,6 @@
 """Which ONNX Runtime provider runs a graph, with what options, and where TensorRT's engines are kept."""
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,9 @@ import onnxruntime as ort
 from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
 from ebjdat_serve.engines import Device, Precision
 from ebjdat_serve.errors import BundleError, EngineError
+from ebjdat_serve.folders import folder, made
+from ebjdat_serve.install import install
+from ebjdat_serve.locking import alone
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GPU = (CUDA, TENSORRT)
@@ -35,20 +37,21 @@ def chosen(device: Device, precision: Precision) -> str:
     Raises EngineError when a provider asked for by name is not to be had here, or does not compute in ``precision``.
     """
     if precision == "bf16":
-        raise EngineError("--precision bf16 is the torch engine's: use --engine torch with --device cpu or cuda, or --precision fp16")
+        raise EngineError("bf16 is the torch engine's, on a CPU or CUDA", options=("--engine torch --device cpu", "--precision fp16"))
     if device == "tensorrt" and precision == "int8":
-        raise EngineError("--precision int8 is for CPUs, and TensorRT takes no ranges that are not symmetric: use --precision fp16")
+        raise EngineError("int8 is for CPUs: TensorRT takes no ranges that are not symmetric", options=("--precision fp16",))
     available = ort.get_available_providers()
     if device == "auto":
         return CUDA if CUDA in available else CPU
     wanted = BY_DEVICE[device]
     if wanted == TENSORRT and (tensorrt_version() is None or wanted not in available):
         raise EngineError(
-            "--device tensorrt: ONNX Runtime's GPU build and TensorRT 10 are needed: pip install 'ebjdat-serve[gpu,tensorrt]' (its "
-            "libraries come from NVIDIA's own package index, not from PyPI), or use --device cuda"
+            f"TensorRT needs ONNX Runtime's GPU build and TensorRT 10: {install('gpu,tensorrt')} (its libraries come from NVIDIA's own "
+            "package index, not from PyPI)",
+            options=("--device cuda",),
         )
     if wanted not in available:
-        raise EngineError(f"--device {device}: this ONNX Runtime has no {wanted}: pip install 'ebjdat-serve[gpu]', or use --device cpu")
+        raise EngineError(f"this ONNX Runtime has no {wanted}: {install('gpu')}", options=("--device cpu",))
     return wanted
 
 
@@ -71,20 +74,12 @@ def options_for(provider: str, bundle: Bundle, graph: Path) -> Iterator[list[tup
     load_tensorrt()
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # TensorRT's provider has no option for it
     facts = engine_facts(graph)
-    folder = engine_folder(facts)
-    with locked(folder):
-        clear_unless_ready(folder, facts)
-        yield [(TENSORRT, tensorrt_options(folder, bundle, graph)), cuda, (CPU, {})]
-        seal(folder, facts)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder``'s lock, waiting for the process that has it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
+    home = engine_folder(facts)
+    made(home.parent, "EBJDAT_CACHE")
+    with alone(home.with_suffix(".lock")):
+        clear_unless_ready(home, facts)
+        yield [(TENSORRT, tensorrt_options(home, bundle, graph)), cuda, (CPU, {})]
+        seal(home, facts)
 
 
 def load_tensorrt() -> None:
@@ -95,7 +90,7 @@ def load_tensorrt() -> None:
         try:
             ctypes.CDLL(str(folder / name) if folder else name, mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
-            raise EngineError(f"--device tensorrt: {name} does not load ({error}): pip install 'ebjdat-serve[gpu,tensorrt]'") from error
+            raise EngineError(f"{name} does not load ({error}): {install('gpu,tensorrt')}", options=("--device cuda",)) from error
 
 
 def tensorrt_options(folder: Path, bundle: Bundle, graph: Path) -> dict[str, str]:
@@ -103,7 +98,9 @@ def tensorrt_options(folder: Path, bundle: Bundle, graph: Path) -> dict[str, str
     folder.mkdir(parents=True, exist_ok=True)
     size = bundle.manifest.input
     each = {"image": f"x3x{size.height}x{size.width}", "key": "x4x4"}
-    inputs = [entry.name for entry in ort.InferenceSession(graph, providers=[CPU]).get_inputs()]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # it computes nothing, and by itself takes a thread for each core of the host
+    inputs = [entry.name for entry in ort.InferenceSession(graph, options, providers=[CPU]).get_inputs()]
     shapes = [",".join(f"{name}:{batch}{each.get(name, '')}" for name in inputs) for batch in BATCHES]
     return {
         "device_id": "0",
@@ -131,8 +128,7 @@ def engine_facts(graph: Path) -> Facts:
 
 def engine_folder(facts: Facts) -> Path:
     """Return where the engine of these facts is kept: EBJDAT_CACHE (~/.cache/ebjdat_serve)/tensorrt/HASH, never in a bundle."""
-    root = Path(os.environ.get("EBJDAT_CACHE", "~/.cache/ebjdat_serve")).expanduser()
-    return root / "tensorrt" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return folder("EBJDAT_CACHE") / "tensorrt" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def seal(folder: Path, facts: Facts) -> None:
@@ -176,6 +172,6 @@ def gpu_name() -> str:
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     try:
         query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader", "-i", first]
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        return subprocess.run(query, capture_output=True, encoding="utf-8", check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        raise EngineError(f"no NVIDIA GPU answers nvidia-smi here ({error}): use --device cpu") from error
+        raise EngineError(f"no NVIDIA GPU answers nvidia-smi here ({error})", options=("--device cpu",)) from error

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from ebjdat_serve.server import problems, seam
 from ebjdat_serve.server.bodies import decode_upload, read_upload
 from ebjdat_serve.server.fleet import Fleet, open_bundle
 from ebjdat_serve.server.generate_lane import GenerateLane
-from ebjdat_serve.server.guard import Guard
+from ebjdat_serve.server.guard import Guard, Heads, api_key
 from ebjdat_serve.server.lanes import ClassifyLane, Item, Lane
 from ebjdat_serve.server.orders import horizon_of, make_order, read_values
 from ebjdat_serve.server.problems import Problem
@@ -77,6 +76,7 @@ def build_server(settings: Settings) -> tuple[seam.Server, str]:
 
     Raises BundleError when the bundle cannot be served; an engine that cannot run is found by the workers, and ends the server.
     """
+    api_key()  # said here, and not by the HTTP process
     served = open_bundle(settings.model, settings)
     wire, s = seam.Wire.open(), settings
     classify = ClassifyLane(
@@ -115,7 +115,8 @@ class Routes:
         """Add the routes and the error pages to ``app``."""
         app.title, app.version = "ebjdat_serve", __version__
         problems.install(app)
-        if key := os.environ.get("LIT_SERVER_API_KEY"):
+        app.add_middleware(Heads)
+        if key := api_key():
             app.add_middleware(Guard, key=key)
         images: dict[str, Any] = {"openapi_extra": IMAGE_BODY, "responses": ERRORS}
         for path, endpoint in (("/classify", self.classify), ("/energy", self.energy)):
@@ -171,7 +172,7 @@ class Routes:
         """Draw images of one class by conditional short-run SGLD, marked as AI-made, as a PNG (grid), as JSON, or as a stream of events."""
         lane = self.generate_lane
         if lane is None:
-            raise Problem(404, "this server draws nothing: it was started with --generate-workers 0")
+            raise Problem(404, "this server draws nothing: it was started by serve --generate-workers 0")
         values = await read_values(request)
         with contextlib.ExitStack() as stack:
             words = self._words()

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import secrets
+import unicodedata
 from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qsl
@@ -75,10 +76,14 @@ def document(request: Request, body: bytes | bytearray) -> dict[str, Any]:
 
 
 def find_label(wanted: str | int, names: list[str]) -> int:
-    """Return the class index that an index or a name means."""
-    text = str(wanted).strip()
-    if text.lower() in (lowered := [name.lower() for name in names]) and not isinstance(wanted, int):
-        return lowered.index(text.lower())
+    """Return the class index that an index or a name means; a name in any case and either of Unicode's normal forms."""
+    text = unicodedata.normalize("NFC", str(wanted).strip())
+    if not isinstance(wanted, int):
+        known = [unicodedata.normalize("NFC", name) for name in names]
+        folded = [name.casefold() for name in known]
+        for name, among in ((text, known), (text.casefold(), folded)):
+            if name in among:
+                return among.index(name)
     with contextlib.suppress(ValueError):
         if text.isascii() and 0 <= int(text) < len(names):
             return int(text)

@@ -119,7 +119,7 @@ class Server(ls.LitServer):
         wait([process.sentinel for process in processes])
         if not self._shutdown_event.is_set():
             reason = self.folder / "failed"
-            self.fail(reason.read_text() if reason.exists() else "the HTTP process died; the log above may say why")
+            self.fail(reason.read_text(encoding="utf-8") if reason.exists() else "the HTTP process died; the log above may say why")
 
     def _perform_graceful_shutdown(self, *arguments: Any) -> None:
         """Say first that this is the end, or the monitor would start terminated workers again."""
@@ -179,7 +179,7 @@ class Server(ls.LitServer):
 
     def give_up(self, why: str) -> None:
         """End the server from the HTTP process."""
-        (self.folder / "failed").write_text(why)
+        (self.folder / "failed").write_text(why, encoding="utf-8")
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -268,5 +268,5 @@ def check_address(host: str, port: int) -> None:
             probe.bind((host, port))
     except OSError as error:
         raise EngineError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port, or make serve PORT=..."
+            f"cannot listen on {host}:{port} ({error.strerror})", options=(f"--port {port + 1 if port < 65535 else 8000}",)
         ) from error

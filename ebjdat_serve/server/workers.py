@@ -126,7 +126,7 @@ class Worker(ls.LitAPI):
             verify(model.bundle, model.engine, self.functions)
             self.prepare(model)
         except EbjdatError as error:
-            answer: object = Refused(wanted.key, str(error))
+            answer: object = Refused(wanted.key, error.advised())
         except Exception as error:
             log.exception("cannot open %s", wanted.folder)
             answer = Refused(wanted.key, f"{wanted.folder} cannot be opened: {type(error).__name__}: {error}")

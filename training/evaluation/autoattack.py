@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.install import install
 from training.adversary import Threat
 from training.errors import TrainingError
 from training.evaluation.attacks import tensors
@@ -172,7 +173,7 @@ def package() -> Any:
     try:
         import pyautoattack
     except ImportError as error:
-        raise TrainingError("AutoAttack and Square are the package pyautoattack's: pip install -e '.[evaluate]'") from error
+        raise TrainingError(f"AutoAttack and Square are the package pyautoattack's: {install('evaluate')}") from error
     return pyautoattack
 
 

@@ -150,7 +150,7 @@ class Context:
     def attackers(self) -> bool:
         """Return whether the attack package is here; say so when it is not."""
         if find_spec("pyautoattack") is None:
-            self.say("AutoAttack and Square: not measured, pip install -e '.[evaluate]' brings pyautoattack")
+            self.say("AutoAttack and Square: not measured, the extra [evaluate] brings pyautoattack")
             return False
         return True
 
@@ -165,5 +165,5 @@ class Context:
 def unit(split: Split) -> tuple[Floats, Labels]:
     """Return a split's images (N, 3, H, W) in [0,1] and labels."""
     if len(split) == 0:
-        raise TrainingError("a measurement on no images: give --n 1 or more, and a data set with a test split")
+        raise TrainingError("a measurement on no images: it needs a data set with a test split", options=("--n 1",))
     return to_unit(split.image), split.label

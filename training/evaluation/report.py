@@ -57,7 +57,7 @@ def write_evaluation_report(c: Context, rows: Sequence[Row]) -> Path:
 {verdict(rows)}{in_short(rows)}{body}{said}</body></html>
 """
     target = c.folder / "report.html"
-    target.write_text(text)
+    target.write_text(text, encoding="utf-8")
     return target
 
 

@@ -74,7 +74,8 @@ def pgd_name(c: Context, objective: str, threat: Threat, starts: int = 1) -> str
 def surrogate_of(c: Context) -> Transfer | None:
     """Return the transferred attack, or None, said, where there is no surrogate for the data."""
     if c.surrogate is None:
-        c.say(f"transfer: not measured, there is no surrogate for {c.data.name}: name weights of the trainer with --surrogate")
+        takes = "python training/evaluate.py BUNDLE --surrogate WEIGHTS takes the trainer's"
+        c.say(f"transfer: not measured, there is no surrogate for {c.data.name}: {takes}")
         return None
     return Transfer(c.ball.threats()[0], str(c.surrogate), c.surrogate_sha256)
 

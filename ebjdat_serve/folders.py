@@ -1,0 +1,31 @@
+"""Where files are kept beside bundles: under ~/.cache/ebjdat_serve, or where an environment variable says."""
+
+import os
+from pathlib import Path
+
+from ebjdat_serve.errors import EbjdatError
+
+
+def folder(variable: str, name: str = "") -> Path:
+    """Return the folder that ``variable`` names, or ``name`` in the cache; raise EbjdatError where there is neither it nor a home."""
+    try:
+        return Path(os.environ.get(variable) or Path("~/.cache/ebjdat_serve") / name).expanduser()
+    except RuntimeError as error:
+        raise EbjdatError(f"there is no home folder to keep files in: set {variable} to a folder") from error
+
+
+def made(path: Path, variable: str) -> Path:
+    """Return ``path``, made where it was not there; raise EbjdatError naming ``variable`` where it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, variable, error) from error
+    if not os.access(path, os.W_OK):
+        raise unwritable(path, variable)
+    return path
+
+
+def unwritable(path: Path, variable: str, error: OSError | None = None) -> EbjdatError:
+    """Return the error for a folder that cannot be written."""
+    why = f" ({error.strerror})" if error else ""
+    return EbjdatError(f"{path} cannot be written{why}: set {variable} to a folder that can")

@@ -1,0 +1,104 @@
+"""The pictures of a folder, told by their content whatever they are called; what is no picture is named, never dropped in silence."""
+
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from ebjdat_serve.pixels import FORMATS
+
+SHOWN = 20
+
+
+@dataclass
+class Listing:
+    """Pictures in the order of their names, and what else lies there: files by the reason for which they are left out."""
+
+    pictures: list[Path] = field(default_factory=list)
+    skipped: dict[str, list[Path]] = field(default_factory=dict)
+
+    def skip(self, reason: str, file: Path) -> None:
+        """Leave a file out."""
+        self.skipped.setdefault(reason, []).append(file)
+
+    def note(self) -> str:
+        """Return a line that counts and names what is left out; nothing when that is nothing."""
+        count = sum(map(len, self.skipped.values()))
+        parts = [f"{len(files)} {reason} ({some(files)})" for reason, files in sorted(self.skipped.items())]
+        among = f" of {count + len(self.pictures)} files" if self.pictures else ""
+        return f"left out {count}{among}: {'; '.join(parts)}" if count else ""
+
+
+def list_pictures(folder: Path, listing: Listing | None = None) -> Listing:
+    """Return the pictures in ``folder`` and its sub-folders, added to ``listing`` if there is one; links are followed, each folder once.
+
+    A file that is called a picture but does not begin as one counts as one: whoever reads it will find it damaged. Raises OSError.
+    """
+    found = listing or Listing()
+    for file in walk(folder):
+        kind = format_of(file)
+        if file.name.startswith("."):
+            found.skip("hidden", file)  # such as a Mac's ._a.png
+        elif kind in FORMATS or (not kind and Image.registered_extensions().get(file.suffix.lower()) in FORMATS):
+            found.pictures.append(file)
+        else:
+            found.skip(f"{kind}, which is not read" if kind else "not of a picture", file)
+    return found
+
+
+def walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
+    """Yield every file below ``folder`` in the order of names, which is the same on every machine."""
+    seen = set() if seen is None else seen
+    about = folder.stat()
+    if (about.st_dev, about.st_ino) in seen:
+        return
+    seen.add((about.st_dev, about.st_ino))
+    for entry in sorted(folder.iterdir(), key=order):
+        if entry.is_dir():
+            yield from walk(entry, seen)
+        elif entry.is_file():
+            yield entry
+
+
+def format_of(file: Path) -> str:
+    """Return what Pillow takes a file for by its first bytes, as PNG or BMP; nothing for what is no picture."""
+    Image.init()
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(16)
+    except OSError:
+        return ""  # whoever reads it says why
+    if len(head) < 16:
+        return ""
+    for name in (*FORMATS, *Image.OPEN):
+        accept = Image.OPEN[name][1]
+        if accept and accept(head) is True:
+            return name
+    return ""
+
+
+def order(path: Path) -> tuple[str, str]:
+    """Return the key by which files are sorted: the name in its normal form."""
+    return unicodedata.normalize("NFC", shown(path.name)), shown(path.name)
+
+
+def shown(path: Path | str) -> str:
+    """Return a path as text that can be printed and stored: bytes that are not UTF-8 as escapes."""
+    try:
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # text that this locale has no file name for
+        return str(path)
+
+
+def some(files: Sequence[Path]) -> str:
+    """Return the names of files, of many the first ones."""
+    more = f", and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
+    return ", ".join(shown(file.name) for file in files[:SHOWN]) + more
+
+
+def class_name(folder: Path) -> str:
+    """Return the name of a class: its folder's, in Unicode's composed form (NFC). Raises ValueError for a name that is not UTF-8."""
+    return unicodedata.normalize("NFC", os.fsencode(folder.name).decode("utf-8"))
