@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from ebjdat_serve import __version__, pixels
-from ebjdat_serve.server import problems, seam
+from ebjdat_serve.server import api_docs, problems, seam
 from ebjdat_serve.server.bodies import decode_upload, read_upload
 from ebjdat_serve.server.fleet import Fleet, open_bundle
 from ebjdat_serve.server.generate_lane import GenerateLane
@@ -109,6 +109,7 @@ class Routes:
         """Add the routes and the error pages to ``app``."""
         app.title, app.version = "ebjdat_serve", __version__
         problems.install(app)
+        api_docs.install(app)
         if key := os.environ.get("LIT_SERVER_API_KEY"):
             app.add_middleware(Guard, key=key)
         images: dict[str, Any] = {"openapi_extra": IMAGE_BODY, "responses": ERRORS}
