@@ -2,8 +2,8 @@
 
 import fcntl
 import json
+import logging
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -22,6 +22,8 @@ from training.presets import Preset, describe, stages
 from training.ranks import Ranks
 from training.state import load_position
 from training.train import total_steps, train
+
+log = logging.getLogger("training")
 
 
 def runs_root() -> Path:
@@ -166,5 +168,5 @@ def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) ->
 
 
 def say(text: str) -> None:
-    """Print one line of progress, with the time."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+    """Tell people what a run does now."""
+    log.info("%s", text)

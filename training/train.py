@@ -7,6 +7,7 @@ Any method trains on any data: `train.py trades --data digits`. Several GPUs: `t
 """
 
 import argparse
+import logging
 import math
 import os
 import shlex
@@ -14,11 +15,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ebjdat_serve import logs
 from training.clock import Clock
 from training.errors import TrainingError
 from training.images import NAMED, Dataset
@@ -31,7 +34,7 @@ from training.sharpness import perturbed
 from training.start import new_state
 from training.state import load_position, save_weights
 from training.stream import Stream, steps_per_epoch
-from training.watch import Judge, Watch, diverged, read, roll_back
+from training.watch import Judge, Watch, diverged, log, read, roll_back
 
 
 def train(
@@ -152,6 +155,8 @@ def main() -> None:
     from training.refresh import refresh, runs_root
 
     options = arguments()
+    logs.configure(options.log, "[%(asctime)s] %(message)s", sys.stdout)
+    log.setLevel(logging.DEBUG if options.log == "json" else logging.INFO)
     torch.set_num_threads(options.threads)
     clock = Clock(options.max_minutes)
     run = runs_root()
@@ -168,17 +173,24 @@ def main() -> None:
         suite = None if options.only_train else options.suite
         home = refresh(stage, run, init=options.init, clock=clock, suite=suite, device=device, ranks=ranks, tensorboard=options.tensorboard)
     except (TrainingError, EbjdatError) as error:
+        if options.log == "json":
+            log.error("%s", error)
+            sys.exit(1)
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         again = [word for word in sys.argv[1:] if word != "--resume"] + ([] if options.run else ["--run", run.name])
-        print(f"interrupted; go on with: {shlex.join([sys.executable, sys.argv[0], *again, '--resume'])}", file=sys.stderr)
+        text = f"interrupted; go on with: {shlex.join([sys.executable, sys.argv[0], *again, '--resume'])}"
+        if options.log == "json":
+            log.error("%s", text)
+        else:
+            print(text, file=sys.stderr)
         sys.exit(130)
     if ranks.rank:
         return
     if options.only_train:
-        print(f"trained {home}; export, calibrate, evaluate and publish with --resume --run {run.name}")
+        logs.announce(options.log, f"trained {home}; export, calibrate, evaluate and publish with --resume --run {run.name}")
         return
-    print(f"published {home}\nserve it: make serve MODEL={home.parent}")
+    logs.announce(options.log, f"published {home}\nserve it: make serve MODEL={home.parent}", bundle=str(home))
 
 
 def arguments() -> argparse.Namespace:
@@ -203,6 +215,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help="override fields of the preset: lr=0.1 threat.norm=l2"
     )
+    parser.add_argument("--log", choices=get_args(logs.Style), default="text", help=logs.STYLE)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     return parser.parse_args()
 
