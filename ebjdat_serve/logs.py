@@ -27,7 +27,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             row["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(row)
+        return json.dumps(row, default=str)
 
 
 def configure(style: Style, text: str = "%(levelname)s: %(message)s", stream: TextIO | None = None) -> None:

@@ -42,8 +42,15 @@ def test_an_export_says_nothing_of_its_own(tmp_path):
     """In a process of its own: torch's log goes to what standard error was when torch was imported."""
     bundle = tmp_path / "bundle"
     shutil.copytree(SHIPPED, bundle)
-    script = "import sys; from ebjdat_serve.bundle import Bundle; from export.to_onnx import write; "
-    script += "write(Bundle.draft(__import__('pathlib').Path(sys.argv[1])), 'classify', 'fp32')"
+    script = (
+        "import numpy as np, pathlib, sys\n"
+        "from ebjdat_serve.bundle import Bundle\n"
+        "from export.to_int8 import write_int8\n"
+        "from export.to_onnx import write\n"
+        "bundle = Bundle.draft(pathlib.Path(sys.argv[1]))\n"
+        "write(bundle, 'classify', 'fp32')\n"
+        "write_int8(bundle, np.random.default_rng(0).random((32, 3, 32, 32), dtype=np.float32))\n"
+    )
     done = python("-c", script, bundle, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

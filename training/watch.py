@@ -55,10 +55,11 @@ class Watch:
         """Append one line to the log; show it, or move the progress line where there is one."""
         if not self.writes:
             return
-        line = json.dumps({name: rounded(value) for name, value in row.items()}, allow_nan=False)
+        shown = {name: rounded(value) for name, value in row.items()}
+        line = json.dumps(shown, allow_nan=False)
         with self.log.open("a") as file:
             file.write(line + "\n")
-        log.debug("%s", self.name, extra={"fields": {name: value for name, value in row.items() if name != "histograms"}})
+        log.debug("%s", self.name, extra={"fields": {name: value for name, value in shown.items() if name != "histograms"}})
         self.last |= row
         if self.bar is None:
             self.tell()
