@@ -15,6 +15,8 @@ COPY constraints.txt /tmp/constraints.txt
 RUN --mount=type=bind,from=build,source=/wheel,target=/wheel \
     pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheel/*.whl)[${EXTRA}]" \
     && useradd --create-home --uid 10001 serve
+# ONNX Runtime's telemetry; the package turns it off too, this is for whatever else runs in the image
+ENV ORT_DISABLE_TELEMETRY=1
 USER 10001
 WORKDIR /home/serve
 EXPOSE 8000

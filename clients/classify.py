@@ -4,38 +4,144 @@
 import argparse
 import os
 import sys
+import time
+from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
-KEY = {"X-API-Key": os.environ["LIT_SERVER_API_KEY"]} if "LIT_SERVER_API_KEY" in os.environ else {}
+# How an answer is read: the same lines in every client, each of which is one file to copy.
+TRIES = 5
+LONGEST = 30.0
+"""Seconds between two tries at most, whatever Retry-After says."""
+BUSY = (429, 502, 503, 504)
+KEY = {"X-API-Key": key} if (key := os.environ.get("LIT_SERVER_API_KEY", "").strip()) else {}
+
+
+class Refused(Exception):
+    """There is no answer to use: why, in one line, with the status where one came."""
+
+
+class Unreachable(Refused):
+    """No answer came at all."""
+
+
+def address(text: str) -> str:
+    """Return a server's address from the command line."""
+    try:
+        url = httpx2.URL(text)
+    except httpx2.InvalidURL as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address: give one such as http://localhost:8000")
+    return text
+
+
+def absent(client: httpx2.Client) -> str:
+    """Return why no server can be reached, or nothing when something answers, well or not."""
+    try:
+        client.get("/health", timeout=10)
+    except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
+        return f"no server at {client.base_url} ({error}); start one with: make serve"
+    except httpx2.RequestError:
+        return ""  # it is there; what else it does is said where it matters
+    return ""
+
+
+def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **request: Any) -> httpx2.Response:
+    """Return an answer of status 200; a busy server, or one that drops the connection, is asked again, ``tries`` times in all.
+
+    Raises Refused for every other answer, redirects too: the key would go where they point. Raises Unreachable when none came.
+    """
+    for attempt in range(1, tries + 1):
+        wait = 2.0 ** (attempt - 2)
+        try:
+            answer = client.request(method, path, **request)
+        except httpx2.TimeoutException as error:
+            raise Unreachable(f"no answer in time ({type(error).__name__})") from error
+        except httpx2.TransportError as error:
+            if attempt == tries:
+                raise Unreachable(one_line(f"no answer after {tries} tries ({type(error).__name__}: {error})")) from error
+        except httpx2.RequestError as error:
+            raise Refused(one_line(f"an answer that cannot be read ({type(error).__name__}: {error})")) from error
+        else:
+            if answer.status_code == 200:
+                return answer
+            if answer.status_code not in BUSY or attempt == tries:
+                raise Refused(reason(answer))
+            wait = pause(answer.headers.get("retry-after", ""), wait)
+        time.sleep(wait)
+    raise AssertionError("tries must be at least 1")
+
+
+def pause(after: str, otherwise: float) -> float:
+    """Return the seconds that Retry-After asks for, a number or a date, from 0 to LONGEST; ``otherwise`` when it says neither."""
+    try:
+        seconds = float(after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(after).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return otherwise
+    return min(max(seconds, 0.0), LONGEST) if seconds == seconds else otherwise
+
+
+def reason(answer: httpx2.Response) -> str:
+    """Return why an answer is of no use, in one line: its status, and the server's own words where it has any."""
+    status = f"HTTP {answer.status_code}"
+    if answer.has_redirect_location:
+        return one_line(f"{status}: moved to {answer.headers['location']}; give the new address as --url")
+    try:
+        said = answer.json()
+    except (ValueError, RecursionError):
+        said = None
+    if isinstance(said, dict) and isinstance(said.get("detail"), str):
+        return one_line(f"{status}: {said['detail']}")
+    kind = answer.headers.get("content-type", "no content type").partition(";")[0]
+    return one_line(f"{status} {answer.reason_phrase} ({kind}), not an ebjdat_serve answer: another server or a proxy may be in the way")
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` as one line of at most 300 characters that can be printed anywhere."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
+
+
+def named(file: Path) -> str:
+    """Return a file's name; bytes that are not UTF-8 as escapes."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
+
+
+def classify(client: httpx2.Client, picture: Path) -> str:
+    """Return what the server says of one picture, in words; raise Refused or OSError."""
+    answer = ask(client, "POST", "/classify", content=picture.read_bytes(), headers={"Content-Type": "application/octet-stream"})
+    try:
+        said = answer.json()
+        mark = "  SUSPICIOUS" if said["suspicious"] else ""
+        return one_line(said["label"]) + f" {said['probability']:.3f}  energy {said['energy']:.3f}  p {said['p_value']:.3f}{mark}"
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Refused(reason(answer)) from error
 
 
 def main() -> int:
     """Print one line a picture; return 1 when one was refused, 2 when there is no server."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("pictures", nargs="+", type=Path)
-    parser.add_argument("--url", default="http://localhost:8000")
+    parser.add_argument("--url", type=address, default="http://localhost:8000")
     options = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     refused = 0
     with httpx2.Client(base_url=options.url, timeout=60, headers=KEY) as client:
+        if missing := absent(client):
+            print(missing, file=sys.stderr)
+            return 2
         for picture in options.pictures:
+            name = one_line(named(picture))
             try:
-                answer = client.post("/classify", content=picture.read_bytes(), headers={"Content-Type": "application/octet-stream"})
-            except OSError as error:
-                print(f"{picture}: {error.strerror}", file=sys.stderr)
+                print(f"{name}: {classify(client, picture)}", flush=True)
+            except (Refused, OSError) as error:
+                print(f"{name}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
                 refused += 1
-                continue
-            except httpx2.TransportError as error:
-                print(f"no server at {options.url} ({error}); start one with: make serve", file=sys.stderr)
-                return 2
-            said = answer.json()
-            if answer.is_error:
-                print(f"{picture}: {said['detail']}", file=sys.stderr)
-                refused += 1
-                continue
-            mark = "  SUSPICIOUS" if said["suspicious"] else ""
-            print(f"{picture}: {said['label']} {said['probability']:.3f}  energy {said['energy']:.3f}  p {said['p_value']:.3f}{mark}")
     return 1 if refused else 0
 
 

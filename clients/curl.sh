@@ -1,19 +1,48 @@
 #!/usr/bin/env bash
 # Everything the server does, with curl: clients/curl.sh cat.png [http://localhost:8000]
+# The first answer that is not what was asked for ends it, in one line with the status, and is not saved.
 set -euo pipefail
 picture=${1:?usage: clients/curl.sh PICTURE [URL]}
 url=${2:-http://localhost:8000}
+aside=$(mktemp -d)
+trap 'rm -rf "$aside"' EXIT
+# a busy server, and a connection that drops, are tried again; pictures come from standard input, where a name may hold what it likes
+curl=(curl -sS --retry 2 --retry-all-errors --retry-max-time 60 --max-time 180 -D "$aside/head")
+if [ -n "${LIT_SERVER_API_KEY:-}" ]; then curl+=(-H "X-API-Key: $LIT_SERVER_API_KEY"); fi
+
+# check KIND: the last answer has status 200 and is of that kind
+check() {
+    local status kind
+    status=$(awk '/^HTTP\//{status=$2} END{print status}' "$aside/head")
+    kind=$(tr -d '\r' < "$aside/head" | awk 'tolower($1)=="content-type:"{kind=$2} END{print kind}')
+    case "$status ${kind%%;*}" in "200 $1") return ;; esac
+    echo "HTTP ${status:-nothing} (${kind:-no content type}) instead of $1: $(tr -cd '[:print:]' < "$aside/body" | cut -c1-200)" >&2
+    exit 1
+}
+# ask KIND PATH [OPTION...]: print the answer
+ask() {
+    local kind=$1 path=$2
+    shift 2
+    : > "$aside/body"
+    "${curl[@]}" -o "$aside/body" "$@" "$url$path"
+    check "$kind"
+}
+json=application/json
 
 echo "# the picture as the body"
-curl --fail-with-body -sS --data-binary @"$picture" "$url/classify"; echo
+ask $json /classify --data-binary @- < "$picture"; cat "$aside/body"; echo
 echo "# as a form field"
-curl --fail-with-body -sS -F image=@"$picture" "$url/classify"; echo
+ask $json /classify -F 'image=@-;filename=picture' < "$picture"; cat "$aside/body"; echo
 echo "# as base64 in JSON, one or several"
-base64 < "$picture" | tr -d '\n' | sed 's/.*/{"image": "&"}/' | curl --fail-with-body -sS -H 'Content-Type: application/json' --data-binary @- "$url/energy"; echo
-base64 < "$picture" | tr -d '\n' | sed 's/.*/{"images": ["&", "&"]}/' | curl --fail-with-body -sS -H 'Content-Type: application/json' --data-binary @- "$url/classify"; echo
+base64 < "$picture" | tr -d '\n' | sed 's/.*/{"image": "&"}/' > "$aside/one"
+ask $json /energy -H 'Content-Type: application/json' --data-binary @- < "$aside/one"; cat "$aside/body"; echo
+base64 < "$picture" | tr -d '\n' | sed 's/.*/{"images": ["&", "&"]}/' > "$aside/two"
+ask $json /classify -H 'Content-Type: application/json' --data-binary @- < "$aside/two"; cat "$aside/body"; echo
 echo "# a picture of class 3, and sixteen of them, large enough to look at"
-curl --fail-with-body -sS "$url/generate?class=3" -o generated.png
-curl --fail-with-body -sS "$url/generate?class=3&n=16&scale=4&seed=7" -o generated-grid.png
+ask image/png "/generate?class=3"; cp "$aside/body" generated.png
+ask image/png "/generate?class=3&n=16&scale=4&seed=7"; cp "$aside/body" generated-grid.png
 file generated.png generated-grid.png 2>/dev/null || ls -l generated.png generated-grid.png
 echo "# the same, watched while it is drawn"
-curl --fail-with-body -sSN "$url/generate?class=3&steps=20&stream=true" | cut -c1-120
+: > "$aside/body"
+"${curl[@]}" -N "$url/generate?class=3&steps=20&stream=true" | awk '/^(event|data|:)/ {print substr($0, 1, 120); fflush()}'
+check text/event-stream

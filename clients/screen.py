@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Screen a folder or a glob for suspicious pictures: `python clients/screen.py 'incoming/*.jpg' -o report.csv`.
 
-Sends pictures concurrently, writes file, class, label, probability, energy, p_value, suspicious, error to CSV, in the
-order of the files' names. Exit code: 0 nothing suspicious, 3 something is, 1 a picture was refused, 2 no server. Needs httpx2, tqdm.
+Sends pictures concurrently, writes file, class, label, probability, energy, p_value, suspicious, error to CSV, in the order of the
+files' names, one row a file: what is a picture by its first bytes or by its suffix is sent, everything else is a row that says
+"skipped". Exit code: 0 nothing suspicious, 3 something is, 1 a picture was refused or there was none, 2 no server. Needs httpx2, tqdm.
 """
 
 import argparse
@@ -11,52 +12,185 @@ import glob
 import os
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from email.utils import parsedate_to_datetime
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx2
 from tqdm import tqdm
 
 COLUMNS = ("file", "class", "label", "probability", "energy", "p_value", "suspicious", "error")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
+SKIPPED = "skipped: "
+Row = dict[str, Any]
+
+# How an answer is read: the same lines in every client, each of which is one file to copy.
 TRIES = 5
-KEY = {"X-API-Key": os.environ["LIT_SERVER_API_KEY"]} if "LIT_SERVER_API_KEY" in os.environ else {}
+LONGEST = 30.0
+"""Seconds between two tries at most, whatever Retry-After says."""
+BUSY = (429, 502, 503, 504)
+KEY = {"X-API-Key": key} if (key := os.environ.get("LIT_SERVER_API_KEY", "").strip()) else {}
 
 
-def find(patterns: list[str]) -> Iterator[Path]:
-    """Yield the pictures that folders (searched through) and globs name, in name order, once each."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            found.update(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        elif path.is_file():
-            found.add(path)
-        else:
-            found.update(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-    yield from sorted(found)
+class Refused(Exception):
+    """There is no answer to use: why, in one line, with the status where one came."""
 
 
-def screen(client: httpx2.Client, file: Path) -> dict[str, Any]:
-    """Return one CSV row; a busy server (503) is asked again after the time it names."""
+class Unreachable(Refused):
+    """No answer came at all."""
+
+
+def address(text: str) -> str:
+    """Return a server's address from the command line."""
     try:
-        body = file.read_bytes()
-    except OSError as error:
-        return {"file": file, "error": error.strerror}
-    for _ in range(TRIES):
+        url = httpx2.URL(text)
+    except httpx2.InvalidURL as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address: give one such as http://localhost:8000")
+    return text
+
+
+def absent(client: httpx2.Client) -> str:
+    """Return why no server can be reached, or nothing when something answers, well or not."""
+    try:
+        client.get("/health", timeout=10)
+    except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
+        return f"no server at {client.base_url} ({error}); start one with: make serve"
+    except httpx2.RequestError:
+        return ""  # it is there; what else it does is said where it matters
+    return ""
+
+
+def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **request: Any) -> httpx2.Response:
+    """Return an answer of status 200; a busy server, or one that drops the connection, is asked again, ``tries`` times in all.
+
+    Raises Refused for every other answer, redirects too: the key would go where they point. Raises Unreachable when none came.
+    """
+    for attempt in range(1, tries + 1):
+        wait = 2.0 ** (attempt - 2)
         try:
-            answer = client.post("/classify", content=body, headers={"Content-Type": "application/octet-stream"})
+            answer = client.request(method, path, **request)
         except httpx2.TimeoutException as error:
-            return {"file": file, "error": f"no answer in time ({type(error).__name__})"}
-        if answer.status_code != 503:
-            break
-        time.sleep(float(answer.headers.get("retry-after", 1)))
-    said = answer.json()
-    if answer.is_error:
-        return {"file": file, "error": said["detail"]}
-    return {"file": file, **{name: said[name] for name in COLUMNS if name in said}}
+            raise Unreachable(f"no answer in time ({type(error).__name__})") from error
+        except httpx2.TransportError as error:
+            if attempt == tries:
+                raise Unreachable(one_line(f"no answer after {tries} tries ({type(error).__name__}: {error})")) from error
+        except httpx2.RequestError as error:
+            raise Refused(one_line(f"an answer that cannot be read ({type(error).__name__}: {error})")) from error
+        else:
+            if answer.status_code == 200:
+                return answer
+            if answer.status_code not in BUSY or attempt == tries:
+                raise Refused(reason(answer))
+            wait = pause(answer.headers.get("retry-after", ""), wait)
+        time.sleep(wait)
+    raise AssertionError("tries must be at least 1")
+
+
+def pause(after: str, otherwise: float) -> float:
+    """Return the seconds that Retry-After asks for, a number or a date, from 0 to LONGEST; ``otherwise`` when it says neither."""
+    try:
+        seconds = float(after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(after).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return otherwise
+    return min(max(seconds, 0.0), LONGEST) if seconds == seconds else otherwise
+
+
+def reason(answer: httpx2.Response) -> str:
+    """Return why an answer is of no use, in one line: its status, and the server's own words where it has any."""
+    status = f"HTTP {answer.status_code}"
+    if answer.has_redirect_location:
+        return one_line(f"{status}: moved to {answer.headers['location']}; give the new address as --url")
+    try:
+        said = answer.json()
+    except (ValueError, RecursionError):
+        said = None
+    if isinstance(said, dict) and isinstance(said.get("detail"), str):
+        return one_line(f"{status}: {said['detail']}")
+    kind = answer.headers.get("content-type", "no content type").partition(";")[0]
+    return one_line(f"{status} {answer.reason_phrase} ({kind}), not an ebjdat_serve answer: another server or a proxy may be in the way")
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` as one line of at most 300 characters that can be printed anywhere."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
+
+
+def named(file: Path) -> str:
+    """Return a file's name; bytes that are not UTF-8 as escapes."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
+
+
+def find(patterns: list[str]) -> dict[Path, str]:
+    """Return the files that names, folders (searched through) and globs name, in name order, each with why it is not sent, or ""."""
+    found: dict[Path, str] = {}
+
+    def unreadable(error: OSError) -> None:
+        found[Path(error.filename)] = error.strerror or str(error)
+
+    for pattern in patterns:
+        names = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+        if not names:
+            found[Path(pattern)] = "no such file, and none matches"
+        for path in map(Path, names):
+            if not path.is_dir():
+                found[path] = "" if names == [pattern] else skipped(path)  # what is named is sent
+            for folder, inner, files in os.walk(path, onerror=unreadable) if path.is_dir() else ():
+                links = [name for name in inner if Path(folder, name).is_symlink()]
+                found.update({Path(folder, name): f"{SKIPPED}a link to a folder; name it to search it" for name in links})
+                found.update({Path(folder, name): skipped(Path(folder, name)) for name in files})
+    return dict(sorted(found.items()))
+
+
+def skipped(file: Path) -> str:
+    """Return why a file that was found, and not named, is not sent, or ""."""
+    if file.exists() and not file.is_file():
+        return f"{SKIPPED}neither a file nor a folder"
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(16)
+    except OSError:
+        return ""  # its row will say what is wrong
+    if head.startswith(b"\x00\x05\x16\x07"):
+        return f"{SKIPPED}what macOS keeps beside a file"  # ._a.png
+    picture = is_picture(head) or file.suffix.lower() in SUFFIXES  # damaged ones too: the server says what is wrong with them
+    return "" if picture else f"{SKIPPED}no picture, by its first bytes and by its suffix"
+
+
+def is_picture(head: bytes) -> bool:
+    """Return whether a file that begins so is a PNG, JPEG, GIF, TIFF, WebP, BMP, HEIC or AVIF."""
+    return (
+        head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\x00", b"MM\x00*"))
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[:2] == b"BM" and head[6:10] == bytes(4))
+        or (head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis"))
+    )
+
+
+def screen(client: httpx2.Client, file: Path, gone: Event) -> Row:
+    """Return one CSV row; while the server is ``gone``, each picture is one try, so that a long list comes to its end."""
+    row = {"file": named(file)}
+    request: dict[str, Any] = {"headers": {"Content-Type": "application/octet-stream"}}
+    try:
+        answer = ask(client, "POST", "/classify", tries=1 if gone.is_set() else TRIES, content=file.read_bytes(), **request)
+        gone.clear()
+        try:
+            said = answer.json()
+            return {**row, **{name: said[name] for name in COLUMNS[1:-1]}}
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise Refused(reason(answer)) from error
+    except Unreachable as error:
+        gone.set()
+        return {**row, "error": str(error)}
+    except (Refused, OSError) as error:
+        return {**row, "error": getattr(error, "strerror", None) or str(error)}
 
 
 def main() -> int:
@@ -65,33 +199,49 @@ def main() -> int:
     parser.add_argument("pictures", nargs="+", help="folders, files or quoted globs")
     parser.add_argument("-o", "--output", type=Path, help="CSV file; standard output by default")
     parser.add_argument("-j", "--jobs", type=int, default=8, help="requests at a time (%(default)s)")
-    parser.add_argument("--url", default="http://localhost:8000")
+    parser.add_argument("--url", type=address, default="http://localhost:8000")
     options = parser.parse_args()
-    files = list(find(options.pictures))
-    if not files:
-        print("no PNG, JPEG or WebP file found", file=sys.stderr)
-        return 1
-    suspicious = refused = 0
-    with (
-        httpx2.Client(base_url=options.url, timeout=60, headers=KEY) as client,
-        ThreadPoolExecutor(options.jobs) as pool,
-        options.output.open("w", newline="", encoding="utf-8") if options.output else sys.stdout as sink,
-    ):
-        report = csv.DictWriter(sink, COLUMNS)
-        report.writeheader()
-        try:
-            for row in tqdm(
-                pool.map(lambda file: screen(client, file), files), total=len(files), unit="picture", disable=not sys.stderr.isatty()
-            ):
-                report.writerow(row)
-                suspicious += bool(row.get("suspicious"))
-                refused += "error" in row
-        except httpx2.TransportError as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            print(f"no server at {options.url} ({error}); start one with: make serve", file=sys.stderr)
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    sys.stdout.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
+    files = find(options.pictures)
+    with httpx2.Client(base_url=options.url, timeout=60, headers=KEY) as client:
+        if not all(files.values()) and (missing := absent(client)):
+            print(missing, file=sys.stderr)
             return 2
-    print(f"{len(files)} pictures, {suspicious} suspicious, {refused} refused", file=sys.stderr)
-    return 1 if refused else 3 if suspicious else 0
+        try:
+            opened = options.output.open("w", encoding="utf-8", newline="") if options.output else nullcontext(sys.stdout)
+        except OSError as error:
+            print(f"cannot write {named(options.output)}: {error.strerror}", file=sys.stderr)
+            return 1
+        with opened as sink:
+            return report(client, files, options.jobs, csv.DictWriter(sink, COLUMNS))
+
+
+def report(client: httpx2.Client, files: dict[Path, str], jobs: int, writer: "csv.DictWriter[str]") -> int:
+    """Write the rows, say on stderr how many there were of what, and return the exit code."""
+    gone = Event()
+    sent = sum(not why for why in files.values())
+    suspicious = refused = left_out = 0
+    writer.writeheader()
+
+    def row_of(file: Path) -> Row:
+        return {"file": named(file), "error": files[file]} if files[file] else screen(client, file, gone)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for row in tqdm(pool.map(row_of, files), total=len(files), unit="file", disable=not sys.stderr.isatty()):
+                writer.writerow(row)
+                suspicious += bool(row.get("suspicious"))
+                skip = row.get("error", "").startswith(SKIPPED)
+                left_out += skip
+                refused += "error" in row and not skip
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            print("interrupted; the report ends here", file=sys.stderr)
+            return 130
+    print(f"{sent} pictures, {suspicious} suspicious, {refused} refused, {left_out} skipped", file=sys.stderr)
+    return 1 if refused or not sent else 3 if suspicious else 0
 
 
 if __name__ == "__main__":

@@ -5,4 +5,9 @@ likelier; joint_energy -f(x)[y]; score -dE/dx; eps and step_size in pixel units 
 engine; preset; run.
 """
 
+import os
+
+# From its import on, ONNX Runtime writes a device id into HOME and reports to its maker, unless this is set before. 0 turns it on again.
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or "1"
+
 __version__ = "0.1.0"

@@ -1,12 +1,14 @@
 """`ebjdat-serve serve | inspect | verify | publish | rollback | sign`."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from ebjdat_serve import __version__
+from ebjdat_serve import __version__, logs
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.console import advice, parser_of
 from ebjdat_serve.cpus import cpus
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, said in TIMES.items():
         option = f"--{name.replace('_', '-')}"
         serve_parser.add_argument(option, default=getattr(default, name), type=float, metavar="SECONDS", help=f"{said} (%(default)g)")
+    serve_parser.add_argument("--log", default=default.log, choices=get_args(logs.Style), help=logs.STYLE)
     serve_parser.add_argument("--stock", action="store_true", help="by LitServe's own routes, queues and loops; see docs/decisions/0004")
     serve_parser.set_defaults(command=serve)
 
@@ -91,17 +94,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.command(options)
-    except EbjdatError as error:
-        print(f"ebjdat-serve: {advice(error, options.parser)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"ebjdat-serve: {error}", file=sys.stderr)
+    except (EbjdatError, OSError) as error:
+        text = advice(error, options.parser) if isinstance(error, EbjdatError) else str(error)
+        if getattr(options, "log", "text") == "json":
+            logging.getLogger("ebjdat_serve").error("%s", text)
+        else:
+            print(f"ebjdat-serve: {text}", file=sys.stderr)
         return 2
     return 0
 
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
+    logs.configure(options.log)
     from ebjdat_serve.server import seam
     from ebjdat_serve.server.app import build_server
     from ebjdat_serve.server.settings import TIMES, Settings
@@ -120,17 +125,21 @@ def serve(options: argparse.Namespace) -> None:
         classify_workers=options.classify_workers,
         generate_workers=options.generate_workers,
         **{name: getattr(options, name) for name in TIMES},
+        log=options.log,
     )
     seam.check_address(settings.host, settings.port)
-    print(f"starting {settings.model}", flush=True)
+    logs.announce(options.log, f"starting {settings.model}")
     if options.stock:
+        if options.log == "json":
+            raise EbjdatError("--stock logs as LitServe does: leave out --log json, or --stock")
         from ebjdat_serve.server import stock
 
         stock.run(settings)
         return
     server, model = build_server(settings)
     url = f"http://{'localhost' if settings.host == '::' else settings.host}:{settings.port}"
-    seam.run(server, settings.host, settings.port, f"{model} on {url} (docs: {url}/docs); Ctrl-C ends")
+    greeting = partial(logs.announce, options.log, f"{model} on {url} (docs: {url}/docs); Ctrl-C ends", model=model, url=url)
+    seam.run(server, settings.host, settings.port, greeting)
 
 
 def publish(options: argparse.Namespace) -> None:

@@ -4,8 +4,10 @@ Weights stay the fp32 ones of weights.safetensors; the graph says how they are r
 them once, at load. The head, the pooling and both energies stay in fp32: with them in int8 energies moved by 0.7 of their deviation.
 """
 
+import logging
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -34,7 +36,8 @@ class Batches(CalibrationDataReader):  # type: ignore[misc]
 def write_int8(bundle: Bundle, image: Floats) -> str:
     """Write classify.int8.onnx, its activations' ranges the smallest and largest seen on ``image``, and return its name."""
     file = graph_name("classify", "int8")
-    with tempfile.NamedTemporaryFile(dir=bundle.path, suffix=".onnx") as aside:  # beside the weights that the graph points into
+    # beside the weights that the graph points into
+    with tempfile.NamedTemporaryFile(dir=bundle.path, suffix=".onnx") as aside, quiet_quantiser():
         quantize_static(
             bundle.path / "classify.onnx",
             aside.name,
@@ -50,3 +53,18 @@ def write_int8(bundle: Bundle, image: Floats) -> str:
         model = onnx.load(aside.name)
     finish(model, bundle.path / file, title(bundle, "int8"), inline=SCALES_BYTES)
     return file
+
+
+@contextmanager
+def quiet_quantiser() -> Iterator[None]:
+    """Keep back its advice to pre-process the graph, given twice on the root logger: that would write the weights a second time."""
+    root = logging.getLogger()
+
+    def errors(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    root.addFilter(errors)  # of what is logged on the root itself alone
+    try:
+        yield
+    finally:
+        root.removeFilter(errors)

@@ -10,8 +10,11 @@ The graphs hold no weights: their initialisers point into weights.safetensors by
 """
 
 import json
+import logging
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from ebjdat_serve.wideresnet import build
 from export.reference import renew_selftest
 from export.tracing import Classify, Function, Score, Step, program
 
+log = logging.getLogger("export")
 INLINE_BYTES = 1024
 """Constants up to this size (shapes, scalars) stay in the graph; a larger one must be found in the weights file."""
 OPSET = 20
@@ -59,7 +63,7 @@ def without_strangers(bundle: Bundle) -> Bundle:
             model = onnx.load(bundle.path / name, load_external_data=False)
             if weights not in (entry.value for entry in model.metadata_props):
                 strangers.append(name)
-                print(f"{name} was made from other weights and is dropped: training/precision.py makes it anew")
+                log.warning("%s was made from other weights and is dropped: training/precision.py makes it anew", name)
     files = {name: entry for name, entry in bundle.manifest.files.items() if name not in strangers}
     return Bundle(bundle.path, replace(bundle.manifest, files=files))
 
@@ -91,8 +95,7 @@ def title(bundle: Bundle, precision: str) -> dict[str, str]:
 
 def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[str], outputs: list[str], about: dict[str, str]) -> None:
     """Convert ``program`` and write it with its weights left in weights.safetensors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of its own internals
+    with quiet_exporter():
         converted = torch.onnx.export(
             program, (), dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, optimize=False, verbose=False
         )
@@ -106,6 +109,20 @@ def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[
     )
     Sequential(*passes)(converted.model)
     finish(converted.model_proto, file, about)
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Keep back what the exporter warns of: its own internals, and operators of a torchvision that nothing here needs."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def finish(model: onnx.ModelProto, file: Path, about: dict[str, str], inline: int = INLINE_BYTES) -> None:

@@ -1,6 +1,8 @@
 """The clients, as a user runs them, against a live server."""
 
 import csv
+import json
+import re
 import subprocess
 import sys
 
@@ -25,6 +27,18 @@ def folder(tmp_path, test_images):
 def client(name, *arguments, cwd=None):
     command = [str(ROOT / "clients" / name)] if name.endswith(".sh") else [sys.executable, str(ROOT / "clients" / name)]
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, cwd=cwd)
+
+
+def test_the_readmes_first_curl_finds_its_cat_and_gets_the_answer_that_stands_there(live):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"^curl --data-binary @cat.png .*$", readme, re.M).group().replace("http://localhost:8000", live.url)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    said, shown = json.loads(done.stdout), json.loads(re.search(r"^{.class.:3.*}$", readme, re.M).group().replace(", …", ""))
+    assert (said["label"], said["suspicious"], said["model"]) == ("cat", False, shown["model"])
+    for name in ("class", "label", "probability", "energy", "suspicion", "p_value", "suspicious", "alpha"):
+        assert said[name] == (pytest.approx(shown[name], abs=1e-3) if isinstance(shown[name], float) else shown[name]), name
+    with Image.open(ROOT / "cat.png") as cat:
+        assert "AI-generated" in cat.text["Source"]
 
 
 def test_classify(live, folder):

@@ -126,7 +126,11 @@ def test_a_stop_while_starting_leaves_no_process_behind(tmp_path):
             start_new_session=True,
             cwd=tmp_path,
         )
-    until(lambda: any("spawn_main" in Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(process.pid) if alive(pid)))
+    until(
+        lambda: any(
+            "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8") for pid in descendants(process.pid) if alive(pid)
+        )
+    )
     process.send_signal(signal.SIGTERM)  # the workers are being spawned
     process.wait(20)
     listing = subprocess.run(["ps", "-eo", "pid,sid"], capture_output=True, text=True, check=True).stdout

@@ -65,3 +65,4 @@ def test_without_an_extra_the_error_names_both_then_the_cpu_extra_serves_without
     with serving(shipped, tmp_path / "log", executable=(str(serve),)) as server:
         assert httpx2.post(f"{server.url}/classify", content=picture).status_code == 200
         assert httpx2.get(f"{server.url}/generate", params={"class": 3, "steps": 2}).status_code == 200
+        assert httpx2.get(f"{server.url}/docs-assets/swagger-ui-bundle.js").status_code == 200

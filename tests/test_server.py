@@ -492,6 +492,7 @@ def test_litserves_key_guards_our_routes_but_no_probe(tmp_path, monkeypatch, pic
 def test_the_stock_mode_answers_the_same_by_litserves_own_hooks(tmp_path, live, picture):
     with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--stock") as server:
         image = {"image": base64.b64encode(picture).decode()}
+        assert "https://" not in httpx2.get(f"{server.url}/docs").text  # its own pages would load from a CDN
         stock = httpx2.post(f"{server.url}/classify", json=image, timeout=30).json()
         assert stock == {**raw(live, "/energy", picture).json(), **raw(live, "/classify", picture).json()}
         drawn = {"class": "cat", "seed": 3, "steps": 4, "n": 2}

@@ -1,4 +1,4 @@
-"""When training must end."""
+"""When training must end, and durations in words."""
 
 import math
 import signal
@@ -38,3 +38,9 @@ class Clock:
     def over(self) -> bool:
         """Return whether to stop now."""
         return self.interrupted or time.monotonic() >= self.stage_end
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as 1:02:03 or 2:03."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}" if minutes >= 60 else f"{minutes}:{second:02}"

@@ -8,12 +8,15 @@ Any torch module is measured in three lines:
     print(rows[0]["metric"], rows[0]["value"], rows[0]["interval"])
 
 Work is done in chunks of 100 images, one process a core, each kept on disk: a run that was killed goes on where it stopped. ``--part``
-runs some parts alone. What needs a file or a package that is not here is said, and left out.
+runs some parts alone. What needs a file or a package that is not here is said, and left out. As a module it logs under the name
+``training``: a line a part at INFO, every figure at DEBUG.
 """
 
 import argparse
 import json
+import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +33,7 @@ from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.folders import folder as place
 from ebjdat_serve.folders import made
+from ebjdat_serve.logs import configure
 from ebjdat_serve.precision import LOWER, rows_of
 from training.calibrate import check_data, dataset_of
 from training.card import write_card
@@ -46,6 +50,7 @@ from training.evaluation.subject import Spec, bundle_spec, default_device, load_
 from training.evaluation.suspicion import hostile_rows, shift_rows, suspicion_rows
 from training.images import Dataset, load
 
+log = logging.getLogger("training")
 Part = Callable[[Context], Iterator[Row]]
 PARTS: dict[str, Part] = {
     "clean": clean_rows,
@@ -223,19 +228,21 @@ def placed(rows: list[Row], part: str, new: list[Row]) -> list[Row]:
 
 
 def measure(c: Context, part: str) -> list[Row]:
-    """Return the rows of ``part``, printed as they come, and keep what was seen of each image beside them."""
+    """Return the rows of ``part``, logged as they come, and keep what was seen of each image beside them."""
     began, c.part, rows = time.monotonic(), part, []
     c.warnings.pop(part, None)
-    print(f"{part}: {c.subject.name} on {c.data.name}", flush=True)
+    log.debug("%s: %s on %s", part, c.subject.name, c.data.name)
     for row in PARTS[part](c):
         if not math.isfinite(row["value"]):
             c.say(f"{row['metric']} on {row['dataset']} is no number and is left out: {row['protocol']}")
             continue
         row = {key: value for key, value in row.items() if key not in ("interval", "stderr") or np.isfinite(value).all()}
         interval = " [{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else ""
-        print(f"  {row['metric']:34}{row['value']:>10.4f}{interval}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}", flush=True)
+        said = f"  {row['metric']:34}{row['value']:>10.4f}{interval}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}"
+        log.debug("%s", said, extra={"fields": row})
         rows.append({**row, "part": part})
-    print(f"  {part} took {time.monotonic() - began:.0f} s", flush=True)
+    counts = f"{len(rows)} figures, {len(c.warnings.get(part, []))} notes"
+    log.info("measured %s of %s on %s: %s, %.0f s", part, c.subject.name, c.data.name, counts, time.monotonic() - began)
     write(c.folder / "images.npz", dict(c.images))
     for kept, file in ((c.arrays, "arrays.npz"), (c.drawings, "drawings.npz")):
         write(c.folder / file, {f"{key}|{field}": value for key, found in kept.items() for field, value in found.items()})
@@ -282,6 +289,8 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, help="of weights and a folder: squash its pictures to SIZE x SIZE")
     options = parser.parse_args()
+    configure("text", "%(message)s", sys.stdout)
+    log.setLevel(logging.DEBUG)  # its figures are what this command is for
     torch.set_num_threads(1)
     with command(parser, "interrupted; the same command goes on where this stopped"):
         parts = ("released-code",) if options.protocol == "released-code" else options.part or USUAL

@@ -1,7 +1,7 @@
 """The refresh: train (with its warm start) -> export -> parity -> calibrate -> evaluate -> publish, one step after the other."""
 
 import json
-import time
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -22,6 +22,8 @@ from training.presets import Preset, describe, stages
 from training.ranks import Ranks
 from training.state import load_position
 from training.train import total_steps, train
+
+log = logging.getLogger("training")
 
 
 def runs_root() -> Path:
@@ -179,5 +181,5 @@ def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) ->
 
 
 def say(text: str) -> None:
-    """Print one line of progress, with the time."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+    """Tell people what a run does now."""
+    log.info("%s", text)

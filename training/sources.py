@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import pickle
 import tarfile
 import urllib.request
@@ -32,6 +33,7 @@ CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers"
 SVHN_FILES = {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373", "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"}
+log = logging.getLogger("training")
 
 # CIFAR-10 ----------------------------------------------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ def download(url: str, archive: Path, digest: str, expected: str) -> None:
     """Fetch ``url`` to ``archive`` unless it is there, and check its digest; raise DataError naming the file to put there."""
     made(archive.parent, "EBJDAT_DATA")
     if not archive.is_file():
-        print(f"{archive.name} is not under {archive.parent}: downloading {url}", flush=True)
+        log.warning("%s is not under %s: downloading %s", archive.name, archive.parent, url)
         try:
             partial = archive.with_suffix(".part")
             urllib.request.urlretrieve(url, partial)

@@ -7,17 +7,20 @@ Any method trains on any data: `train.py trades --data digits`. Several GPUs: `t
 """
 
 import argparse
+import logging
 import math
 import shlex
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ebjdat_serve import logs
 from ebjdat_serve.bundle import read_json
 from ebjdat_serve.console import advice, parser_of
 from ebjdat_serve.cpus import threads
@@ -34,7 +37,7 @@ from training.sharpness import perturbed
 from training.start import new_state
 from training.state import load_position, save_weights
 from training.stream import Stream, steps_per_epoch
-from training.watch import Judge, Watch, diverged, read, roll_back
+from training.watch import Judge, Watch, diverged, log, read, roll_back
 
 
 def train(
@@ -155,6 +158,8 @@ def main() -> None:
 
     parser = arguments()
     options = parser.parse_args()
+    logs.configure(options.log, "[%(asctime)s] %(message)s", sys.stdout)
+    log.setLevel(logging.DEBUG if options.log == "json" else logging.INFO)
     torch.set_num_threads(options.threads)
     clock = Clock(options.max_minutes)
     run = runs_root()
@@ -173,18 +178,28 @@ def main() -> None:
         suite = None if options.only_train else options.suite
         home = refresh(stage, run, init=options.init, clock=clock, suite=suite, device=device, ranks=ranks, tensorboard=options.tensorboard)
     except OutOfTime as error:
-        sys.exit(f"train.py: {error}; give more --max-minutes and go on with: {resumption(options, run)}")
+        failed(options, f"{error}; give more --max-minutes and go on with: {resumption(options, run)}")
+        sys.exit(1)
     except EbjdatError as error:
-        sys.exit(f"train.py: {advice(error, parser)}")
+        failed(options, advice(error, parser))
+        sys.exit(1)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: {resumption(options, run)}", file=sys.stderr)
+        failed(options, f"interrupted; go on with: {resumption(options, run)}")
         sys.exit(130)
     if ranks.rank:
         return
     if options.only_train:
-        print(f"trained {home}; export, calibrate, evaluate and publish with: {resumption(options, run)}")
+        logs.announce(options.log, f"trained {home}; export, calibrate, evaluate and publish with: {resumption(options, run)}")
         return
-    print(f"published {home}\nserve it: make serve MODEL={home.parent}")
+    logs.announce(options.log, f"published {home}\nserve it: make serve MODEL={home.parent}", bundle=str(home))
+
+
+def failed(options: argparse.Namespace, text: str) -> None:
+    """Say why there is no bundle: a line for people, a record for machines."""
+    if options.log == "json":
+        log.error("%s", text)
+    else:
+        print(f"train.py: {text}", file=sys.stderr)
 
 
 def trained(run: Path) -> str:
@@ -219,6 +234,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help="override fields of the preset: lr=0.1 threat.norm=l2"
     )
+    parser.add_argument("--log", choices=get_args(logs.Style), default="text", help=logs.STYLE)
     parser.add_argument("--threads", type=int, default=threads(), help="(%(default)s)")
     return parser
 

@@ -1,8 +1,10 @@
 """What people see of a run: log.jsonl, one progress line, TensorBoard on request, and figures on held-out training images."""
 
 import json
+import logging
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ebjdat_serve.sgld import sgld
 from ebjdat_serve.wideresnet import WideResNet
 from training.adversary import Attack, cross_entropy, pgd
 from training.augment import to_device, to_float
+from training.clock import duration
 from training.errors import TrainingDiverged
 from training.images import Dataset
 from training.methods import Terms
@@ -29,6 +32,9 @@ from training.state import State, previous
 
 Row = dict[str, float]
 BINS = 48
+EVERY = 60.0
+"""Seconds between two lines of progress, where there is no terminal."""
+log = logging.getLogger("training")
 
 
 class Watch:
@@ -40,6 +46,9 @@ class Watch:
         if writes and self.log.is_file() and not self.log.read_bytes().endswith(b"\n"):
             with self.log.open("a", encoding="utf-8") as file:
                 file.write("\n")  # a kill cut the last line short
+        self.name, self.last = preset.name, {"step": step}  # the newest of each figure
+        self.began, self.first = time.monotonic(), step
+        self.told = self.began
         self.bar = progress_bar(preset.name, total, step) if writes else None
         self.board = summary_writer(folder) if tensorboard and writes else None
 
@@ -47,11 +56,14 @@ class Watch:
         """Append one line to the log; show it, or move the progress line where there is one."""
         if not self.writes:
             return
-        line = json.dumps({name: rounded(value) for name, value in row.items()}, allow_nan=False)
+        shown = {name: rounded(value) for name, value in row.items()}
+        line = json.dumps(shown, allow_nan=False)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+        log.debug("%s", self.name, extra={"fields": {name: value for name, value in shown.items() if name != "histograms"}})
+        self.last |= row
         if self.bar is None:
-            print(line.partition(', "histograms"')[0].removesuffix("}") + "}", flush=True)
+            self.tell()
         else:
             self.bar.n = row["step"]
             self.bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "accuracy_adv", "selection_pgd10") if name in row})
@@ -59,6 +71,21 @@ class Watch:
             for name, value in row.items():
                 if name not in ("step", "of") and isinstance(value, int | float):
                     self.board.add_scalar(name, value, row["step"])
+
+    def tell(self) -> None:
+        """Say once a minute, where no progress line moves, how far it is."""
+        now = time.monotonic()
+        if now - self.told < EVERY or self.last["step"] <= self.first:
+            return
+        self.told, done = now, self.last["step"] - self.first
+        left = (now - self.began) * (self.total - self.last["step"]) / done
+        log.info("%s: step %d of %d, about %s left%s", self.name, self.last["step"], self.total, duration(left), self.figures())
+
+    def figures(self) -> str:
+        """Return the last look's accuracies in words."""
+        shown = {"clean": "selection_clean", "PGD-10": "selection_pgd10"}
+        found = [f"{name} {self.last[key]:.3f}" for name, key in shown.items() if key in self.last]
+        return f"; {', '.join(found)} of held-out training images" if found else ""
 
     def picture(self, step: int, grid: pixels.Pixels) -> None:
         """Keep a sheet of samples."""
@@ -70,7 +97,10 @@ class Watch:
             self.board.add_image("samples", grid, step, dataformats="HWC")
 
     def close(self) -> None:
-        """End the progress line and flush TensorBoard's file."""
+        """End the progress line, say what was reached, and flush TensorBoard's file."""
+        if self.writes:
+            took = duration(time.monotonic() - self.began)
+            log.info("%s: %d of %d steps in %s%s", self.name, self.last["step"], self.total, took, self.figures())
         if self.bar is not None:
             self.bar.close()
         if self.board is not None:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from ebjdat_serve import __version__, pixels
-from ebjdat_serve.server import problems, seam
+from ebjdat_serve.server import api_docs, problems, seam
 from ebjdat_serve.server.bodies import decode_upload, read_upload
 from ebjdat_serve.server.fleet import Fleet, open_bundle
 from ebjdat_serve.server.generate_lane import GenerateLane
@@ -115,6 +115,7 @@ class Routes:
         """Add the routes and the error pages to ``app``."""
         app.title, app.version = "ebjdat_serve", __version__
         problems.install(app)
+        api_docs.install(app)
         app.add_middleware(Heads)
         if key := api_key():
             app.add_middleware(Guard, key=key)

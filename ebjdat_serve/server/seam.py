@@ -26,6 +26,7 @@ import litserve as ls
 from fastapi import FastAPI
 
 from ebjdat_serve.errors import EngineError
+from ebjdat_serve.logs import adopt
 from ebjdat_serve.server.memory import give_back_large_blocks
 from ebjdat_serve.server.protocol import BoundedProtocol, connections, hang_up
 from ebjdat_serve.server.settings import Settings
@@ -69,7 +70,7 @@ class Server(ls.LitServer):
     ) -> None:
         self._register, self._serve, self._drain = register, serve, drain
         self._wire, self.folder, self._settings = wire, wire.folder, settings
-        self.greeting = ""
+        self.greeting: Callable[[], None] = lambda: None
         self.failed = ""
         self.stopping = False
         counts = {api.api_path: n for api, n in workers}
@@ -88,6 +89,7 @@ class Server(ls.LitServer):
 
     def _init_manager(self, num_api_servers: int) -> NoManager:
         """Make LitServe's flags plain ones: workers say over the wire that they are ready."""
+        adopt()  # LitServe has just given its loggers handlers of their own
         self.workers_setup_status: dict[str, Any] = {}
         self._shutdown_event = threading.Event()
         self.litapi_request_queues = {api.api_path: None for api in self.litapi_connector}
@@ -121,12 +123,16 @@ class Server(ls.LitServer):
             reason = self.folder / "failed"
             self.fail(reason.read_text(encoding="utf-8") if reason.exists() else "the HTTP process died; the log above may say why")
 
-    def _perform_graceful_shutdown(self, *arguments: Any) -> None:
-        """Say first that this is the end, or the monitor would start terminated workers again."""
+    def _perform_graceful_shutdown(self, manager: Any, uvicorn_workers: dict[int, Any], *arguments: Any) -> None:
+        """Say first that this is the end, or the monitor would start terminated workers again.
+
+        A HTTP process that has ended is left out: LitServe would warn of it, before the error that says why.
+        """
         self.stopping = True
         self._shutdown_event.set()
         self._wire.listener.close()
-        super()._perform_graceful_shutdown(*arguments)
+        alive = {i: process for i, process in uvicorn_workers.items() if process.is_alive()}
+        super()._perform_graceful_shutdown(manager, alive, *arguments)
 
     # the HTTP process --------------------------------------------------------------------------------------------------
 
@@ -175,7 +181,7 @@ class Server(ls.LitServer):
     def announce(self) -> None:
         """Say that the server is ready, once."""
         (self.folder / "ready").touch()
-        print(self.greeting, flush=True)
+        self.greeting()
 
     def give_up(self, why: str) -> None:
         """End the server from the HTTP process."""
@@ -205,8 +211,8 @@ class Wire:
         return wire
 
 
-def run(server: Server, host: str, port: int, greeting: str) -> None:
-    """Serve until SIGINT or SIGTERM, then leave no process behind; print ``greeting`` when every worker is ready.
+def run(server: Server, host: str, port: int, greeting: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then leave no process behind; call ``greeting`` when every worker is ready.
 
     LitServe orphans its workers on SIGTERM and, as PID 1, ignores it; here both signals end it the same way.
     """
@@ -235,6 +241,7 @@ def run(server: Server, host: str, port: int, greeting: str) -> None:
             port=port,
             num_api_servers=1,
             log_level="warning",
+            log_config=None,  # uvicorn's loggers write where ours do
             pretty_logs=False,
             generate_client_file=False,
             access_log=False,

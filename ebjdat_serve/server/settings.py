@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.logs import Style
 
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
 TIMES = {
@@ -29,6 +30,7 @@ class Settings:
     precision: Precision = "fp32"
     alpha: float = 0.05
     threads: int = 1  # per worker process
+    log: Style = "text"
 
     trust: tuple[Path, ...] = ()  # public keys; with any, a bundle must be signed by one of them
 

@@ -22,6 +22,7 @@ from ebjdat_serve.errors import EngineError, InvalidImage
 from ebjdat_serve.generation import generate
 from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.selftest import verify
+from ebjdat_serve.server import api_docs
 from ebjdat_serve.server.fleet import Served, open_bundle
 from ebjdat_serve.server.orders import make_order
 from ebjdat_serve.server.problems import Problem
@@ -129,6 +130,7 @@ def run(settings: Settings) -> None:
         apis.append(StockGenerate(settings, api_path="/generate"))
     served = open_bundle(settings.model, settings)
     server = ls.LitServer(apis, accelerator="cpu", devices=1, timeout=settings.generate_deadline, model_metadata={"model": served.name})
+    api_docs.install(server.app)
 
     owner = os.getpid()
 

@@ -14,7 +14,7 @@ import litserve as ls
 import numpy as np
 from litserve.loops import LitLoop
 
-from ebjdat_serve import pixels
+from ebjdat_serve import logs, pixels
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.detection import Detector, probabilities, suspicion
 from ebjdat_serve.engines import Engine, load_engine
@@ -92,11 +92,12 @@ class Worker(ls.LitAPI):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         give_back_large_blocks()
-        logging.basicConfig(format="%(levelname)s: %(message)s")
+        logs.configure(self._settings.log)
 
     def work(self) -> None:
         """Serve until the HTTP process hangs up."""
         self.models: dict[str, Model] = {}
+        self._opening: list[threading.Thread] = []
         self.line = Line(self._address)
         self.line.send(Hello(self.lane, os.getpid()))
         try:
@@ -104,6 +105,8 @@ class Worker(ls.LitAPI):
                 self.turn()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             log.debug("the HTTP process has gone, and so does its worker")
+            if any(thread.is_alive() for thread in self._opening):
+                os._exit(0)  # an engine that is cut off in the middle of opening a graph would abort, with words of its own
 
     @abstractmethod
     def turn(self) -> None:
@@ -114,7 +117,9 @@ class Worker(ls.LitAPI):
         match message:
             case Load():
                 # beside the work, which goes on with the models that are open
-                threading.Thread(target=self._load, args=(message,), daemon=True).start()
+                opening = threading.Thread(target=self._load, args=(message,), daemon=True)
+                self._opening = [thread for thread in self._opening if thread.is_alive()] + [opening]
+                opening.start()
             case Drop(key):
                 self.models.pop(key, None)
 

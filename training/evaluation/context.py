@@ -1,5 +1,6 @@
 """What every part of the evaluation is given, and the amounts of a suite."""
 
+import logging
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ from training.evaluation.rows import Ball, Row, proportion
 from training.evaluation.subject import Subject
 from training.images import Dataset
 from training.pictures import Split
+
+log = logging.getLogger("training")
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,11 @@ class Context:
         return proportion(metric, int(good.sum()), len(good), where, protocol, of)
 
     def say(self, text: str) -> None:
-        """Keep a warning of this part for the report, and print it; the same one is kept once."""
+        """Keep a warning of this part for the report, and log it; the same one is kept once."""
         kept = self.warnings.setdefault(self.part, [])
         if text not in kept:
             kept.append(text)
-            print(f"  note: {text}", flush=True)
+            log.debug("  note: %s", text)
 
     @property
     def eot(self) -> int:

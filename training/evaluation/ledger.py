@@ -5,6 +5,7 @@ there is never done again, whichever suite, part or n asks for it.
 """
 
 import hashlib
+import logging
 import multiprocessing
 import os
 import sys
@@ -23,17 +24,21 @@ import torch
 from numpy.typing import NDArray
 
 from ebjdat_serve.engines import Floats, Labels
+from training.clock import duration
 from training.errors import TrainingError
 from training.evaluation.subject import Spec, Subject
 
 CHUNK = 100
 CHUNK_GPU = 500
 """Small batches leave a GPU idle between launches, larger ones make a killed run lose more."""
+EVERY = 60.0
+"""Seconds between two lines of progress for people who want a line a stage."""
 WORTH_PROCESSES = 20.0
 """Seconds of work for which worker processes are started: they take some themselves."""
 FORMAT = 1
 """Raised when a kind of work changes what it computes: older results are then not found."""
 
+log = logging.getLogger("training")
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -149,7 +154,7 @@ class Progress:
     def __init__(self, title: str, pieces: Sequence[Chunk]) -> None:
         self.title, self.count, self.finished = title, len(pieces), 0
         self.cost, self.spent = sum(piece.work.cost * len(piece.label) for piece in pieces), 0.0
-        self.started = self.said = time.monotonic()
+        self.started = self.said = self.told = time.monotonic()
 
     @property
     def left(self) -> float:
@@ -157,21 +162,17 @@ class Progress:
         return (time.monotonic() - self.started) * (self.cost - self.spent) / self.spent if self.spent else 0.0
 
     def done(self, piece: Chunk) -> None:
-        """Count a chunk, and say so every ten seconds and at the end."""
+        """Count a chunk, and say so every ten seconds and at the end; every minute also to those who want a line a stage."""
         self.finished += 1
         self.spent += piece.work.cost * len(piece.label)
         now = time.monotonic()
         if now - self.said < 10 and self.finished < self.count:
             return
-        self.said, taken = now, now - self.started
+        level = logging.INFO if now - self.told >= EVERY else logging.DEBUG
+        self.said, self.told, taken = now, now if level == logging.INFO else self.told, now - self.started
         left = taken * (self.cost - self.spent) / self.spent
-        print(f"  {self.title}: {self.finished}/{self.count} chunks, {clock(taken)}, about {clock(left)} left", file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as 1:02:03 or 2:03."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{second:02}" if minutes >= 60 else f"{minutes}:{second:02}"
+        spent, rest = duration(taken), duration(left)
+        log.log(level, "  %s: %d/%d chunks, %s, about %s left", self.title, self.finished, self.count, spent, rest)
 
 
 def write(file: Path, arrays: Arrays) -> None:

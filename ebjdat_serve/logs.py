@@ -1,0 +1,56 @@
+"""How logs are written: lines for people, or one JSON object a line for machines (`--log json`)."""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+Style = Literal["text", "json"]
+STYLE = "text: for people; json: one object a line on standard output, every line of it (%(default)s)"
+"""The help of --log."""
+LIBRARIES = ("litserve", "uvicorn", "uvicorn.error", "uvicorn.access", "py.warnings")
+"""Loggers that bring handlers of their own."""
+
+
+class JsonLines(logging.Formatter):
+    """A record as a JSON object: time (UTC), level, logger, message, the fields it was given, and the traceback of an exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one line."""
+        row: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage().strip(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            row["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(row, default=str)
+
+
+def configure(style: Style, text: str = "%(levelname)s: %(message)s", stream: TextIO | None = None) -> None:
+    """Send the log of this process where ``style`` says: as JSON to standard output, or as ``text`` to ``stream`` (standard error)."""
+    handler = logging.StreamHandler(sys.stdout if style == "json" else stream or sys.stderr)
+    handler.setFormatter(JsonLines() if style == "json" else logging.Formatter(text, "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], force=True)
+    logging.captureWarnings(style == "json")
+    logging.getLogger("ebjdat_serve").setLevel(logging.INFO if style == "json" else logging.WARNING)
+    adopt()
+
+
+def adopt() -> None:
+    """Let libraries that configured their own logs write where ours go."""
+    for name in LIBRARIES:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+def announce(style: Style, text: str, **fields: object) -> None:
+    """Tell people on standard output, or machines in the log."""
+    if style == "text":
+        print(text, flush=True)
+    else:
+        logging.getLogger("ebjdat_serve").info("%s", text, extra={"fields": fields})
