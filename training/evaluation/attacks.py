@@ -140,21 +140,22 @@ class Transfer:
 
     def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
         """Return standing (N,), and the logits (N, K) and gradient (N,) of the transferred images."""
-        other = surrogate(self.surrogate)
-        x, y = torch.from_numpy(image), torch.from_numpy(label)
-        x_adv = begin(x, self.threat, "uniform", Noise.seeded(SEED))
+        other = surrogate(self.surrogate, subject.device)
+        x, y = tensors(subject, image, label)
+        x_adv = begin(x.cpu(), self.threat, "uniform", Noise.seeded(SEED)).to(x.device)
         for _ in range(20):
             gradient, _ = input_gradient(other, x_adv, y, cross_entropy)
             x_adv = project(x_adv + self.threat.eps / 4 * ascent(gradient, self.threat.norm), x, self.threat)
-        logits = subject.logits(x_adv.numpy())
+        logits = subject.logits(x_adv.cpu().numpy())
         standing = (subject.logits(image).argmax(axis=1) == label) & (logits.argmax(axis=1) == label)
         return {"standing": standing, "logits": logits, "gradient": gradient_norm(subject, x_adv)}
 
 
 @lru_cache(maxsize=2)
-def surrogate(file: str) -> Network:
-    """Return the surrogate's network, read once a process."""
-    return load_weights(Path(file)).requires_grad_(False)
+def surrogate(file: str, device: torch.device) -> Network:
+    """Return the surrogate's network on a device, read once a process."""
+    network: Network = load_weights(Path(file)).requires_grad_(False).to(device)
+    return network
 
 
 def tensors(subject: Subject, image: Floats, label: Labels) -> tuple[Tensor, Tensor]:

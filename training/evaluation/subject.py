@@ -47,9 +47,8 @@ Spec = Callable[[], Subject]
 def open_bundle(path: Path) -> Subject:
     """Return the subject of a bundle: torch for gradients, the fp32 graph through ONNX Runtime for all else, where it is installed."""
     bundle = Bundle.draft(path)
-    gpu = torch.cuda.is_available()
-    engine = load_engine(bundle, "onnx" if find_spec("onnxruntime") else "torch", "auto" if gpu else "cpu", 1)
-    device = torch.device("cuda" if gpu else "cpu")
+    device = best_device()
+    engine = load_engine(bundle, "onnx" if find_spec("onnxruntime") else "torch", "auto" if device.type == "cuda" else "cpu", 1)
     model = load_model(bundle).to(device)
     files = bundle.manifest.files
 
@@ -61,6 +60,11 @@ def open_bundle(path: Path) -> Subject:
     of = [files[name].sha256 for name in ("weights.safetensors", "classify.onnx", "step.onnx")]
     served = of[1] if engine.name == "onnx" else of[0]  # without ONNX Runtime no graph was measured
     return Subject(bundle.manifest.name, network, logits, of[0], served, device, engine.advance, digest_of(*of, engine.name))
+
+
+def best_device() -> torch.device:
+    """Return the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def bundle_spec(path: Path) -> Spec:
@@ -145,14 +149,14 @@ def source(kind: type) -> str:
         return ""
 
 
-def weights_spec(file: Path) -> Spec:
+def weights_spec(file: Path, device: torch.device) -> Spec:
     """Return how to open weights that the trainer wrote, a WideResNet whose shape its tensors tell."""
-    return partial(open_weights, file)
+    return partial(open_weights, file, device)
 
 
-def open_weights(file: Path) -> Subject:
-    """Return the subject of a weights file; fp16 weights are computed with in fp32."""
-    return open_module(file.parent.name, load_weights(file), sha256(file))
+def open_weights(file: Path, device: torch.device) -> Subject:
+    """Return the subject of a weights file on a device; fp16 weights are computed with in fp32."""
+    return open_module(file.parent.name, load_weights(file).to(device), sha256(file))
 
 
 def load_weights(file: Path) -> WideResNet:
