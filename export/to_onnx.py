@@ -25,6 +25,7 @@ from onnxscript import optimizer
 from safetensors.torch import load_file
 
 from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
+from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.wideresnet import build
@@ -163,8 +164,10 @@ def main() -> None:
     """Export the bundle named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--force", action="store_true", help=FORCED)
+    options = parser.parse_args()
     try:
-        bundle = export(Bundle.draft(parser.parse_args().bundle))
+        bundle = edit(options.bundle, export, force=options.force)
     except EbjdatError as error:
         sys.exit(str(error))
     for name in GRAPHS:

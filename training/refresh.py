@@ -117,6 +117,7 @@ def finish(
     from training.calibrate import calibrate
     from training.evaluate import USUAL, evaluate
     from training.evaluation.context import SUITES
+    from training.evidence import take
 
     home, weights = folder / "bundle", folder / "weights.safetensors"
     parts = USUAL if last else ("clean", "robustness", "landscape")
@@ -130,7 +131,7 @@ def finish(
     say(f"parity: largest difference {worst[1]:.1e} ({worst[0]})")
     bundle = calibrate(bundle, data)
     say(f"calibrated on {len(data.calibration)} images; evaluate ({suite})")
-    return evaluate(bundle, data, SUITES[suite], baseline, parts=parts)
+    return take(bundle, evaluate(bundle, data, SUITES[suite], parts=parts), baseline)[0]
 
 
 def finished(home: Path, weights: Path, n: int) -> bool:
