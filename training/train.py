@@ -2,7 +2,7 @@
 """Train a model and publish a bundle: `python training/train.py [PRESET | METHOD]`.
 
 With no argument this is the refresh: it picks the best preset for the device and runs
-train -> export -> parity -> calibrate -> evaluate -> publish. Each step also runs alone, on a bundle.
+train -> export -> parity -> calibrate -> evaluate -> gate -> publish. Each step also runs alone, on a bundle.
 Any method trains on any data: `train.py trades --data digits`. Several GPUs: `torchrun --nproc-per-node 4 training/train.py …`.
 """
 
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.clock import Clock
-from training.errors import TrainingError
+from training.errors import HeldBack, TrainingError
 from training.images import NAMED, Dataset
 from training.methods import Moment, Terms
 from training.presets import BUDGETS, METHODS, PRESETS, Preset, preset
@@ -32,6 +32,9 @@ from training.start import new_state
 from training.state import load_position, save_weights
 from training.stream import Stream, steps_per_epoch
 from training.watch import Judge, Watch, diverged, read, roll_back
+
+HELD_BACK = 3
+"""Exit status of a refresh whose model stays a candidate."""
 
 
 def train(
@@ -166,12 +169,25 @@ def main() -> None:
         if there and not options.resume:
             raise TrainingError(f"{run} exists: --resume continues it, another --run starts afresh")
         suite = None if options.only_train else options.suite
-        home = refresh(stage, run, init=options.init, clock=clock, suite=suite, device=device, ranks=ranks, tensorboard=options.tensorboard)
+        home = refresh(
+            stage,
+            run,
+            init=options.init,
+            clock=clock,
+            suite=suite,
+            device=device,
+            ranks=ranks,
+            tensorboard=options.tensorboard,
+            store=options.store,
+            force=options.force,
+        )
+    except HeldBack as error:
+        print(f"train.py: {error}\npublish it nevertheless: {again('--force', run)}", file=sys.stderr)
+        sys.exit(HELD_BACK)
     except (TrainingError, EbjdatError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        again = [word for word in sys.argv[1:] if word != "--resume"] + ([] if options.run else ["--run", run.name])
-        print(f"interrupted; go on with: {shlex.join([sys.executable, sys.argv[0], *again, '--resume'])}", file=sys.stderr)
+        print(f"interrupted; go on with: {again('--resume', run)}", file=sys.stderr)
         sys.exit(130)
     if ranks.rank:
         return
@@ -179,6 +195,13 @@ def main() -> None:
         print(f"trained {home}; export, calibrate, evaluate and publish with --resume --run {run.name}")
         return
     print(f"published {home}\nserve it: make serve MODEL={home.parent}")
+
+
+def again(option: str, run: Path) -> str:
+    """Return this command as one that goes on with ``run``, with ``option``."""
+    words = [word for word in sys.argv[1:] if word not in ("--resume", option)]
+    named = [] if any(word.split("=")[0] in ("--run", "--name") for word in words) else ["--run", run.name]
+    return shlex.join([sys.executable, sys.argv[0], *words, *named, *dict.fromkeys(["--resume", option])])
 
 
 def arguments() -> argparse.Namespace:
@@ -198,6 +221,8 @@ def arguments() -> argparse.Namespace:
         "--max-minutes", type=float, default=math.inf, help="end training cleanly after so long, and go on with what there is"
     )
     parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="how much to measure (%(default)s)")
+    parser.add_argument("--store", type=Path, help="publish into this store (RUN/store), if the model is not worse than its current one")
+    parser.add_argument("--force", action="store_true", help="publish also a model that is worse, or cannot be compared")
     parser.add_argument("--only-train", action="store_true", help="stop when the weights are there; --resume without it does the rest")
     parser.add_argument("--tensorboard", action="store_true", help="also write scalars and samples for TensorBoard (extra [watch])")
     parser.add_argument(
