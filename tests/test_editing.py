@@ -112,7 +112,7 @@ def test_the_next_revision_is_one_that_the_store_does_not_have(bundle, tmp_path)
 
 
 def row(metric="accuracy_clean", n=100, part="clean", dataset="digits test", protocol="what is served", of="x", **more):
-    return {"metric": metric, "value": 0.5, "n": n, "part": part, "dataset": dataset, "protocol": protocol, "of": of, **more}
+    return {"metric": metric, "value": 0.5, "n": n, "part": part, "dataset": dataset, "protocol": protocol, "of": of, "seed": 0, **more}
 
 
 def test_a_row_of_fewer_images_never_takes_the_place_of_one_of_more():
@@ -163,8 +163,9 @@ def test_rows_of_other_files_are_dropped_and_never_taken(bundle):
     of = bundle.manifest.files["weights.safetensors"].sha256
     write_json(bundle.path / "metrics.json", [row(of="0" * 64, n=10_000), row("nll", part="calibration", of=of)])
     bundle = bundle.update("metrics.json")
-    done, merged = take(bundle, Evaluation(bundle.path, [row(of=of, seed=0)], {}))
+    done, merged = take(bundle, Evaluation(bundle.path, [row(of=of)], {}))
     assert [r["metric"] for r in done.metrics()] == ["nll", "accuracy_clean"]
+    assert "landscape.png" not in Bundle.load(bundle.path).manifest.files  # its rows are gone
     assert len(merged.stale) == 1
     with pytest.raises(BundleError, match="takes no rows of 111111111111"):
         take(bundle, Evaluation(bundle.path, [row(of="1" * 64)], {}))

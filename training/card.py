@@ -7,6 +7,7 @@
 import argparse
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
         names.append("baseline.json")
     (bundle.path / "README.md").write_text(card(bundle, rows, baseline))
     return names
+
+
+def renew_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any], *, samples: bool = True) -> Bundle:
+    """Write the card as ``write_card`` does and record its files; a picture that it took away is no longer the bundle's."""
+    names = write_card(bundle, rows, baseline, arrays, samples=samples)
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name != "landscape.png"}
+    return Bundle(bundle.path, replace(bundle.manifest, files=files)).update(*names)
 
 
 def refuse_stale(bundle: Bundle, rows: list[Row]) -> None:
@@ -255,7 +263,7 @@ def readme_table(bundle: Bundle) -> str:
 def rewrite(bundle: Bundle) -> Bundle:
     """Write the card of a bundle again from what it holds."""
     baseline = bundle.path / "baseline.json"
-    return bundle.update(*write_card(bundle, bundle.metrics(), read_json(baseline) if baseline.is_file() else [], {}))
+    return renew_card(bundle, bundle.metrics(), read_json(baseline) if baseline.is_file() else [], {})
 
 
 def main() -> None:

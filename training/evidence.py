@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ebjdat_serve.bundle import Bundle, read_json, write_json
 from ebjdat_serve.errors import BundleError
-from training.card import write_card
+from training.card import renew_card
 from training.evaluation.ledger import Arrays
 from training.evaluation.rows import COMPARING, Row, outcome_free
 
@@ -56,7 +56,7 @@ def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None) -> 
     write_json(bundle.path / "metrics.json", merged.rows)
     bundle = bundle.update("metrics.json")
     drawn = "samples.png" in bundle.manifest.files  # by this network: an evaluation changes nothing of that
-    return bundle.update(*write_card(bundle, merged.rows, beside, shown, samples=not drawn)), merged
+    return renew_card(bundle, merged.rows, beside, shown, samples=not drawn), merged
 
 
 def merge(before: list[Row], new: list[Row], bundle: Bundle | None = None) -> Merged:
