@@ -31,6 +31,7 @@ from training.errors import DataError, TrainingError
 from training.evaluate import evaluate_module, load_flat, unflattened
 from training.evaluation.attacks import Pgd, Trace
 from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square, summary, tally
+from training.evaluation.context import claim
 from training.evaluation.hostile import Evade, EvadeBySquare, ScoreAttack, without
 from training.evaluation.ledger import Ledger, read
 from training.evaluation.scores import SCORES, margin
@@ -587,6 +588,43 @@ def test_models_stand_side_by_side_with_a_paired_test(weights, runs):
     page = compare.page(models)
     assert "<img" in page
     assert "http" not in page.replace("http://www.w3.org", "")  # self-contained
+
+
+def test_no_paired_test_is_of_other_images_than_the_row_shows(weights, runs):
+    for kind in (Net, Scaled):
+        measured(kind, weights, runs, parts=("clean",))
+    first, other = (compare.read(runs / name) for name in ("Net", "Scaled"))
+    (key,) = [known for known in first.rows if known[0] == "accuracy_clean"]
+    assert compare.paired(first, other, key) is not None
+    other.rows[key]["n"] = 10_000  # a row of more images, as a bundle holds one, beside images of a run of fewer
+    assert compare.paired(first, other, key) is None
+
+
+def test_a_bundle_is_compared_by_what_was_measured_of_it_here(golden, runs, digits):
+    from ebjdat_serve.editing import copied as writable
+    from training.evaluate import evaluate
+    from training.evaluation.context import SUITES
+
+    bare = writable(Bundle.load(golden), runs.parent / "bare")
+    write_json(bare.path / "metrics.json", [])
+    bare = bare.update("metrics.json")
+    evaluate(bare, digits, SUITES["quick"].at_most(20), parts=("clean",))
+    model = compare.read(bare.path)
+    assert {row["n"] for row in model.rows.values()} == {20}
+    assert model.images
+
+
+def test_a_folder_holds_one_models_evaluation(tmp_path):
+    subject = {"name": "a", "weights": "1", "graph": "2", "data": "digits", "data_sha256": "3"}
+    for file in ("metrics.json", "images.npz"):
+        claim(tmp_path, subject)
+        (tmp_path / file).write_text("[]")
+    claim(tmp_path, subject)
+    assert (tmp_path / "metrics.json").is_file()
+    claim(tmp_path, {**subject, "graph": "exported again"})
+    assert [file.name for file in tmp_path.iterdir()] == ["subject.json"]
+    with pytest.raises(TrainingError, match="another --folder"):
+        claim(tmp_path, {**subject, "weights": "4"})
 
 
 def test_bounds_below_zero_are_shown():

@@ -35,7 +35,7 @@ from ebjdat_serve.errors import EbjdatError
 from training.calibrate import check_data, dataset_of
 from training.errors import DataError, TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
-from training.evaluation.context import SUITES, Context, Suite, unit
+from training.evaluation.context import SUITES, Context, Suite, claim, unit
 from training.evaluation.generation import generation_rows
 from training.evaluation.landscape import landscape_rows
 from training.evaluation.ledger import Arrays, Ledger, read, write
@@ -138,10 +138,7 @@ def context(
     subject = spec()
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
     home.mkdir(parents=True, exist_ok=True)
-    said = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
-    if (home / "subject.json").is_file() and json.loads((home / "subject.json").read_text()) != said:
-        raise TrainingError(f"{home} holds the evaluation of another model or other data: name another --folder")
-    write_json(home / "subject.json", said)
+    claim(home, {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256})
     if surrogate == SURROGATE and (data.name != "cifar10" or not SURROGATE.is_file()):
         surrogate = None
     digest = ""
