@@ -1,6 +1,7 @@
 """A refresh has a gate: what is worse than the store's `current` stays a candidate, named with the reason, until --force."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import training.train
 from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
 from ebjdat_serve.editing import check_editable, copied
 from ebjdat_serve.errors import BundleError
@@ -207,3 +209,30 @@ def test_a_refresh_with_a_barely_trained_model(good, tmp_path, monkeypatch, digi
     assert done.name == home.name
     assert not candidates(store)
     assert refresh(stage, run, **common) == done  # the same again passes
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["digits"], ["digits", "--run", "r1", "--resume", "--force"]),
+        (["digits", "--run", "mine", "--resume"], ["digits", "--run", "mine", "--resume", "--force"]),
+        (["digits", "--run=mine", "--store", "s"], ["digits", "--run=mine", "--store", "s", "--resume", "--force"]),
+    ],
+)
+def test_a_model_that_is_held_back_ends_with_a_status_and_the_command_that_publishes_it(words, expected, monkeypatch, tmp_path, capsys):
+    def held(*arguments, **options):
+        raise HeldBack("it is worse")
+
+    monkeypatch.setenv("EBJDAT_RUNS", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets this process's threads
+    for name in ("r1", "mine"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("training.refresh.refresh", held)
+    monkeypatch.setattr(training.train, "default_run", lambda *told: "r1")
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, *([] if "--resume" in words else ["--resume"])])
+    with pytest.raises(SystemExit) as ended:
+        training.train.main()
+    assert ended.value.code == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("publish it nevertheless: ")
+    assert shlex.split(last.removeprefix("publish it nevertheless: "))[2:] == expected
