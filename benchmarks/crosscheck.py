@@ -141,7 +141,7 @@ def features() -> list[Row]:
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    data, network = load("cifar10"), opened(RESNET20.name)
+    data, network = load("cifar10"), opened(RESNET20.name, torch.device("cpu"))
     with torch.inference_mode():
         sets = [
             torch.cat([network(x)[0] for x in torch.split(torch.from_numpy(to_unit(part.image[:IMAGES])), 250)])

@@ -29,6 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 LARGEST_JSON = 64 * 2**20
 GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
 SERVED = ("weights.safetensors", "prior.safetensors", *GRAPHS, "calibration.json", "selftest.safetensors")
+EVIDENCE = ("metrics.json", "README.md", "samples.png", "landscape.png", "baseline.json")
 T = TypeVar("T")
 
 
@@ -146,6 +147,12 @@ class Bundle:
             if not NAME.fullmatch(what):
                 raise BundleError(f"{path / MANIFEST}: {what[:40]!r} is no name or version: letters, digits and . _ + - after the first")
         return Bundle(path, manifest, hashlib.sha256(content).hexdigest())
+
+    @property
+    def served(self) -> str:
+        """Return the sha256 of what decides answers: the manifest without its evidence, which may grow without any answer changing."""
+        files = {name: entry for name, entry in self.manifest.files.items() if name not in EVIDENCE}
+        return hashlib.sha256(json.dumps(asdict(replace(self.manifest, files=files)), sort_keys=True).encode()).hexdigest()
 
     def check_files(self) -> None:
         """Raise BundleError naming the first file that is not the manifest's, lies elsewhere, or is a graph that takes from elsewhere."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.store import reason_held_back
 
 Row = dict[str, Any]
 
@@ -19,6 +20,8 @@ def summary(bundle: Bundle) -> str:
         f"  trained       preset {p.preset}, seed {p.seed}, {p.dataset}, git {p.git[:12]}, {p.started}",
         f"  steps         {p.steps} of {p.planned_steps} planned, rolled back {p.rollbacks} times",
     ]
+    if reason := reason_held_back(bundle.path):
+        lines.append(f"  candidate     held back, not served: {reason}")
     if "calibration.json" in m.files:
         c = bundle.calibration()
         lines.append(

@@ -1,4 +1,4 @@
-"""`ebjdat-serve serve | inspect | verify | publish | rollback | sign`."""
+"""`ebjdat-serve serve | inspect | verify | list | publish | rollback | sign`."""
 
 import argparse
 import logging
@@ -75,10 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify_parser.add_argument("--device", default="cpu", choices=get_args(Device))
     verify_parser.add_argument("--precision", default="fp32", choices=get_args(Precision))
 
+    list_parser = commands.add_parser("list", help="print a store's versions, and its candidates with why each was held back")
+    list_parser.add_argument("store", type=Path)
+    list_parser.set_defaults(command=list_store)
     publish_parser = commands.add_parser("publish", help="copy a bundle into a store and point the store at it")
     publish_parser.add_argument("bundle", type=Path)
     publish_parser.add_argument("store", type=Path)
     publish_parser.add_argument("--key", type=Path, help="sign it with this private key")
+    publish_parser.add_argument("--force", action="store_true", help="even a candidate that a refresh held back")
     publish_parser.set_defaults(command=publish)
     rollback_parser = commands.add_parser("rollback", help="point a store at the version before, or at another")
     rollback_parser.add_argument("store", type=Path)
@@ -146,7 +150,15 @@ def publish(options: argparse.Namespace) -> None:
     """Publish a bundle; servers of the store change over by themselves."""
     from ebjdat_serve import store
 
-    print(f"{store.publish(Bundle.load(options.bundle), options.store, options.key)} is current")
+    home = store.publish(Bundle.load(options.bundle), options.store, options.key, force=options.force)
+    print(f"{home} is current")
+
+
+def list_store(options: argparse.Namespace) -> None:
+    """Print what a store holds."""
+    from ebjdat_serve import store
+
+    print(store.listing(options.store))
 
 
 def rollback(options: argparse.Namespace) -> None:

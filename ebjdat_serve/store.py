@@ -1,33 +1,43 @@
 """A store of bundles: a folder for each version, never changed, and `current`, a link that is moved in one step.
 
 store/cifar10-2026.11.21-a3e1/     store/current -> cifar10-2026.11.21-a3e1     store/previous -> the one before
+store/candidates/cifar10-2026.11.28-77f0/     held back by a refresh's gate, with the reason in candidate.json; never served
 """
 
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
+from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, read_json, write_json
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import alone
 
 CURRENT, PREVIOUS = "current", "previous"
+CANDIDATES = "candidates"
+CANDIDATE = "candidate.json"  # beside a held-back bundle's manifest and no part of it: {"reason", "comparison"}
+REVISION = re.compile(r"(.*)\.r(\d+)")
 
 
-def publish(bundle: Bundle, store: Path, key: Path | None = None) -> Path:
+def publish(bundle: Bundle, store: Path, key: Path | None = None, *, force: bool = False) -> Path:
     """Copy a verified bundle into ``store``, signed with ``key`` if there is one, and point ``current`` at it.
 
     A reader sees the old one or the new one, whole. Raises BundleError for a damaged bundle, a version that is there with other content,
-    a precision beyond its limits, and a full disk; ``current`` is then what it was.
+    a candidate without ``force``, a precision beyond its limits, and a full disk; ``current`` is then what it was.
     """
     bundle = Bundle.load(bundle.path)
     for calibration in bundle.calibrations():
         bundle.check_precision(calibration.precision)
     with _alone(store, create=True):
         home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
+        candidate = store / CANDIDATES / home.name
+        if (reason := reason_held_back(candidate)) and not force:
+            raise BundleError(f"{home.name} is a candidate of {store}, held back: {reason}; --force publishes it")
         if home.exists():
             if Bundle.draft(home).manifest != bundle.manifest:
                 raise BundleError(f"{home} exists with other content: a version is published once")
@@ -40,6 +50,22 @@ def publish(bundle: Bundle, store: Path, key: Path | None = None) -> Path:
 
             sign(home, key)
         _point(store, home.name)
+        shutil.rmtree(candidate, ignore_errors=True)
+    return home
+
+
+def withhold(bundle: Bundle, store: Path, reason: str, comparison: list[dict[str, Any]]) -> Path:
+    """Copy a verified bundle among the candidates of ``store``, with the reason and the figures behind it; ``current`` stays.
+
+    Raises BundleError for a damaged bundle and a full disk.
+    """
+    bundle = Bundle.load(bundle.path)
+    with _alone(store, create=True):
+        home = store / CANDIDATES / f"{bundle.manifest.name}-{bundle.manifest.version}"
+        home.parent.mkdir(exist_ok=True)
+        if home.resolve() != bundle.path.resolve():
+            shutil.rmtree(home, ignore_errors=True)
+            _copy(bundle, home, {CANDIDATE: {"reason": reason, "comparison": comparison}})
     return home
 
 
@@ -68,7 +94,70 @@ def versions(store: Path) -> list[Path]:
     )
 
 
-def _copy(bundle: Bundle, home: Path) -> None:
+def candidates(store: Path) -> list[Path]:
+    """Return the folders of what a refresh held back, by name."""
+    return sorted(file.parent for file in store.glob(f"{CANDIDATES}/*/{CANDIDATE}") if not file.parent.name.startswith("."))
+
+
+def reason_held_back(folder: Path) -> str:
+    """Return why the bundle in ``folder`` is a candidate, or nothing when it is none."""
+    return str(read_json(folder / CANDIDATE)["reason"]) if (folder / CANDIDATE).is_file() else ""
+
+
+def listing(store: Path) -> str:
+    """Return what a store holds, a line each: `current` and `previous` marked, candidates with the reason; BundleError for no store."""
+    if not (store / CURRENT).is_symlink() and not candidates(store):
+        raise BundleError(f"{store} is no store: it has neither {CURRENT} nor {CANDIDATES}")
+    marks = {os.readlink(store / mark): mark for mark in (PREVIOUS, CURRENT) if (store / mark).is_symlink()}
+    lines = [f"{marks.get(folder.name, ''):10}{folder.name}" for folder in versions(store)]
+    return "\n".join(lines + [f"candidate {folder.name}: {reason_held_back(folder)}" for folder in candidates(store)])
+
+
+def store_of(folder: Path) -> Path | None:
+    """Return the store that the bundle in ``folder`` is a version of, if it is one."""
+    return folder.parent if (folder.parent / CURRENT).is_symlink() and folder in versions(folder.parent) else None
+
+
+def next_revision(bundle: Bundle, store: Path | None = None) -> str:
+    """Return the bundle's version with the next number behind ``.r`` that ``store`` does not have yet."""
+    name, version = bundle.manifest.name, bundle.manifest.version
+    base, number = found.groups() if (found := REVISION.fullmatch(version)) else (version, "0")
+    taken = {folder.name for folder in (*versions(store), *candidates(store))} if store else set()
+    revision = int(number) + 1
+    while f"{name}-{base}.r{revision}" in taken:
+        revision += 1
+    return f"{base}.r{revision}"
+
+
+def hold(folder: Path) -> int | None:
+    """Return a descriptor that marks ``folder`` as served until it is closed, if only by the process's death; None without locks."""
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        return None
+    return held
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a running server serves the bundle in ``folder``, as far as its file system can tell."""
+    probe = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no locks here, so nobody can hold one
+    finally:
+        os.close(probe)
+    return False
+
+
+def _copy(bundle: Bundle, home: Path, beside: dict[str, Any] | None = None) -> None:
     for left in home.parent.glob(".incoming-*"):
         shutil.rmtree(left)  # of a publisher that was killed: the lock is ours
     aside = Path(tempfile.mkdtemp(prefix=".incoming-", dir=home.parent))
@@ -78,6 +167,8 @@ def _copy(bundle: Bundle, home: Path) -> None:
             with (aside / name).open("rb") as copy:
                 os.fsync(copy.fileno())
             (aside / name).chmod(0o444)  # a server has it mapped: who writes into it changes or kills what is served
+        for name, content in (beside or {}).items():
+            write_json(aside / name, content)
         _copy_signature(bundle.path, aside)
         aside.chmod(0o755)
         Bundle.load(aside)  # what was copied is what was verified

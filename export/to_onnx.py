@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import threads
+from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.wideresnet import build
@@ -180,10 +181,11 @@ def main() -> None:
     """Export the bundle named on the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     torch.set_num_threads(threads())
     with command(parser):
-        bundle = export(Bundle.draft(options.bundle))
+        bundle = edit(options.bundle, export, force=options.force)
         for name in GRAPHS:
             print(f"{bundle.path / name}  {bundle.manifest.files[name].bytes / 1024:.0f} KiB")
 

@@ -1,5 +1,6 @@
 """The evaluator on models with known answers: undefended, masked in two ways, random; killed and resumed; recomputed from its arrays."""
 
+import json
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from training.errors import DataError, TrainingError
 from training.evaluate import evaluate_module, load_flat, unflattened
 from training.evaluation.attacks import Pgd, Trace
 from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square, summary, tally
+from training.evaluation.context import claim
 from training.evaluation.hostile import Evade, EvadeBySquare, ScoreAttack, without
 from training.evaluation.ledger import Ledger, read
 from training.evaluation.scores import SCORES, margin
@@ -344,6 +346,7 @@ def command(golden, runs, *options):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_says_the_same(golden, tmp_path):
     bundle = copied(golden, tmp_path / "bundle")
+    before_it = {file.name: file.read_bytes() for file in bundle.path.iterdir()}
     options = ("--part", "robustness", "--n", "300", "--processes", "2")
     words, environment = command(bundle.path, tmp_path / "killed", *options)
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
@@ -354,17 +357,20 @@ def test_a_killed_run_goes_on_and_says_the_same(golden, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
     before = {file.name: file.stat().st_mtime_ns for file in chunks.glob("[!.]*.npz")}
     assert len(before) >= 4
-    assert (bundle.path / "metrics.json").read_bytes() == (golden / "current" / "metrics.json").read_bytes()  # nothing half-measured
+    assert not list(chunks.parent.glob("*/metrics.json"))
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {name: (chunks / name).stat().st_mtime_ns for name in before} == before  # nothing was done twice
-    resumed = [row for row in Bundle.draft(bundle.path).metrics() if row.get("part") == "robustness"]
+    (file,) = chunks.parent.glob("*/metrics.json")
+    resumed = json.loads(file.read_text())
+    assert {row["part"] for row in resumed} == {"robustness"}
+    assert f"{len(resumed)} rows in {file}" in done.stdout
+    assert file.with_name("report.html").is_file()
     words, environment = command(bundle.path, tmp_path / "afresh", *options[:-1], "1")
     assert subprocess.run(words, env=environment, capture_output=True, check=False).returncode == 0
-    afresh = [row for row in Bundle.draft(bundle.path).metrics() if row.get("part") == "robustness"]
-    assert resumed == afresh  # one process or two, at once or in pieces
-    assert (bundle.path / "report.html").is_file()
-    Bundle.load(bundle.path)  # every file is still what the manifest says
+    (file,) = (tmp_path / "afresh" / "evaluation").glob("*/metrics.json")
+    assert resumed == json.loads(file.read_text())  # one process or two, at once or in pieces
+    assert {file.name: file.read_bytes() for file in bundle.path.iterdir()} == before_it  # measuring writes nothing where it reads
 
 
 def copied(store, folder):
@@ -588,6 +594,43 @@ def test_models_stand_side_by_side_with_a_paired_test(weights, runs):
     page = compare.page(models)
     assert "<img" in page
     assert "http" not in page.replace("http://www.w3.org", "")  # self-contained
+
+
+def test_no_paired_test_is_of_other_images_than_the_row_shows(weights, runs):
+    for kind in (Net, Scaled):
+        measured(kind, weights, runs, parts=("clean",))
+    first, other = (compare.read(runs / name) for name in ("Net", "Scaled"))
+    (key,) = [known for known in first.rows if known[0] == "accuracy_clean"]
+    assert compare.paired(first, other, key) is not None
+    other.rows[key]["n"] = 10_000  # a row of more images, as a bundle holds one, beside images of a run of fewer
+    assert compare.paired(first, other, key) is None
+
+
+def test_a_bundle_is_compared_by_what_was_measured_of_it_here(golden, runs, digits):
+    from ebjdat_serve.editing import copied as writable
+    from training.evaluate import evaluate
+    from training.evaluation.context import SUITES
+
+    bare = writable(Bundle.load(golden), runs.parent / "bare")
+    write_json(bare.path / "metrics.json", [])
+    bare = bare.update("metrics.json")
+    evaluate(bare, digits, SUITES["quick"].at_most(20), parts=("clean",))
+    model = compare.read(bare.path)
+    assert {row["n"] for row in model.rows.values()} == {20}
+    assert model.images
+
+
+def test_a_folder_holds_one_models_evaluation(tmp_path):
+    subject = {"name": "a", "weights": "1", "graph": "2", "data": "digits", "data_sha256": "3"}
+    for file in ("metrics.json", "images.npz"):
+        claim(tmp_path, subject)
+        (tmp_path / file).write_text("[]")
+    claim(tmp_path, subject)
+    assert (tmp_path / "metrics.json").is_file()
+    claim(tmp_path, {**subject, "graph": "exported again"})
+    assert [file.name for file in tmp_path.iterdir()] == ["subject.json"]
+    with pytest.raises(TrainingError, match="another --folder"):
+        claim(tmp_path, {**subject, "weights": "4"})
 
 
 def test_bounds_below_zero_are_shown():

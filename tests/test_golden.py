@@ -108,16 +108,15 @@ def test_each_step_also_runs_alone(trained, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(trained / "current", folder)
     before = Bundle.load(folder)
-    for script, said in (
+    for script, said, *more in (
         ("export/to_onnx.py", "score.onnx"),
         ("export/parity.py", "batch 32 chain"),
         ("training/calibrate.py", "200 energies"),
-        ("training/evaluate.py", "accuracy_pgd20"),
+        ("training/evaluate.py", "accuracy_pgd20", "--into", str(folder)),
     ):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), str(folder)], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "EBJDAT_RUNS": str(tmp_path / "runs")}
+        command = [sys.executable, str(ROOT / script), str(folder), *more]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
     again = Bundle.load(folder)

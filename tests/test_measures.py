@@ -37,6 +37,37 @@ def test_delongs_error_is_the_spread_of_repeated_draws():
     assert np.mean([measures.auroc_stderr(a, b) for a, b in draws]) == pytest.approx(spread, rel=0.12)
 
 
+def test_the_error_of_a_difference_of_aurocs_is_the_spread_of_repeated_draws():
+    rng = np.random.default_rng(0)
+
+    def draw():
+        clean, other = rng.normal(size=60), rng.normal(1, 1, 90)
+        return clean, other, clean + 0.5 * rng.normal(size=60), other + 0.5 * rng.normal(size=90)  # two scores of the same images
+
+    draws = [draw() for _ in range(400)]
+    spread = np.std([measures.auroc(a, b) - measures.auroc(c, d) for a, b, c, d in draws])
+    assert np.mean([measures.auroc_difference_stderr(*each) for each in draws]) == pytest.approx(spread, rel=0.12)
+    a, b, _, _ = draws[0]
+    assert measures.auroc_difference_stderr(a, b, a, b) == 0.0
+    assert measures.auroc_difference_stderr(a, b, np.ones(60), np.ones(90)) == pytest.approx(measures.auroc_stderr(a, b))  # chance has none
+
+
+def test_the_paired_interval_covers_and_is_agrestis_and_mins():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        easy = rng.random(200)
+        a, b = (easy < 0.7) ^ (rng.random(200) < 0.1), (easy < 0.75) ^ (rng.random(200) < 0.1)
+        low, high = measures.paired_interval(a, b)
+        hits += low <= -0.05 * 0.8 <= high  # P(a) - P(b): flips shrink it by 1 - 2 x 0.1
+    assert 0.93 < hits / 400 < 0.985
+    a, b = np.asarray([True] * 9 + [False] * 3 + [True] * 8), np.asarray([False] * 9 + [True] * 3 + [True] * 8)
+    centre, half = (9.5 - 3.5) / 22, 1.959964 * ((13 / 22 - (6 / 22) ** 2) / 22) ** 0.5
+    assert measures.paired_interval(a, b) == pytest.approx((centre - half, centre + half), abs=1e-6)
+    same = measures.paired_interval(a, a)
+    assert same[0] == -same[1] < 0  # never a point: nothing is known for certain of the images that were not seen
+
+
 def test_likelihood_and_brier_are_scikit_learns():
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(4), 200)

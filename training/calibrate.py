@@ -13,6 +13,7 @@ import numpy as np
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import SCORES, probabilities, suspicion
+from ebjdat_serve.editing import FORCED, check_editable, edit
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
@@ -105,13 +106,16 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
     parser.add_argument("--score", choices=SCORES, default=DEFAULT_SCORE, help="what suspicious is decided by (%(default)s)")
+    parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):
-        bundle = Bundle.draft(options.bundle)
-        calibration = calibrate(bundle, dataset_of(bundle, options.data), score=options.score).calibration()
+        data = dataset_of(check_editable(options.bundle, force=options.force), options.data)
+        done = edit(options.bundle, lambda draft: calibrate(draft, data, score=options.score), force=options.force)
+        calibration = done.calibration()
         energies = calibration.energies
         said = f"score {calibration.score}, weight {calibration.weight:.3f}"
         print(f"{len(energies)} energies, median {np.median(energies):.3f} nats; temperature {calibration.temperature:.3f}; {said}")
+        print(f"into {done.path / 'calibration.json'}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """The model card and its pictures, generated from the bundle's JSON: nothing in it is typed by hand.
 
-`python training/card.py BUNDLE` writes the card again; `--readme README.md` also writes the figures between its markers.
+`python training/card.py BUNDLE` writes the card again, of the shipped bundle with `--force`; `--readme README.md` also writes the figures between its markers.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, read_json, write_json
 from ebjdat_serve.card import figure, table
 from ebjdat_serve.console import command, parser_of
+from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
@@ -65,14 +67,16 @@ CHIEF: tuple[tuple[str, str, str], ...] = (  # metric, and what the data and the
 )
 
 
-def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any]) -> list[str]:
-    """Write README.md, samples.png, landscape.png and, when given, baseline.json; return their names.
+def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any], *, samples: bool = True) -> list[str]:
+    """Write README.md, samples.png unless it is not to be drawn again, landscape.png and, when given, baseline.json; return their names.
 
     Raises BundleError for figures that were measured on other files than the bundle's.
     """
     refuse_stale(bundle, rows)
-    write_samples(bundle)
-    names = ["README.md", "samples.png"]
+    names = ["README.md"]
+    if samples:
+        write_samples(bundle)
+        names.append("samples.png")
     # without arrays an earlier picture stays while the figures that it shows stand
     if not write_landscape(bundle, arrays) and not any(row.get("part") == "landscape" for row in rows):
         (bundle.path / "landscape.png").unlink(missing_ok=True)
@@ -85,13 +89,20 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
     return names
 
 
+def renew_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any], *, samples: bool = True) -> Bundle:
+    """Write the card as ``write_card`` does and record its files; a picture that it took away is no longer the bundle's."""
+    names = write_card(bundle, rows, baseline, arrays, samples=samples)
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name != "landscape.png"}
+    return Bundle(bundle.path, replace(bundle.manifest, files=files)).update(*names)
+
+
 def refuse_stale(bundle: Bundle, rows: list[Row]) -> None:
     """Raise BundleError that names the first figure that is not of the bundle's files."""
     stale = [row for row in rows if not bundle.holds(row["of"])]
     if stale:
         raise BundleError(
             f"{bundle.path / 'metrics.json'} is stale: {len(stale)} figures, {stale[0]['metric']} first, were measured on {stale[0]['of'][:12]}, "
-            f"which the bundle does not hold; run python training/evaluate.py {bundle.path}"
+            f"which the bundle does not hold; run python training/evaluate.py {bundle.path} --into {bundle.path}"
         )
 
 
@@ -248,17 +259,21 @@ def readme_table(bundle: Bundle) -> str:
     return f"{table(chief(bundle, rows), [])}\n\n{flag_sentence(bundle, rows)}"
 
 
+def rewrite(bundle: Bundle) -> Bundle:
+    """Write the card of a bundle again from what it holds."""
+    baseline = bundle.path / "baseline.json"
+    return renew_card(bundle, bundle.metrics(), read_json(baseline) if baseline.is_file() else [], {})
+
+
 def main() -> None:
     """Write the card of the bundle named on the command line, and the README's figures when asked."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--readme", type=Path, help="also write the figures between this file's markers")
+    parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):
-        bundle = Bundle.draft(options.bundle)
-        baseline = bundle.path / "baseline.json"
-        names = write_card(bundle, bundle.metrics(), read_json(baseline) if baseline.is_file() else [], {})
-        bundle.update(*names)
+        bundle = edit(options.bundle, rewrite, force=options.force)
     if options.readme:
         text = options.readme.read_text(encoding="utf-8")
         before, rest = text.split(MARKERS[0])

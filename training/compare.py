@@ -8,7 +8,6 @@ deviations of each model's clean energies.
 
 import html
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from training.errors import TrainingError
 from training.evaluate import PARTS, folder_name, load_flat, unflattened, work_root
 from training.evaluation.ledger import Arrays
 from training.evaluation.report import HEADINGS, STYLE
-from training.evaluation.rows import Row, ball_of
+from training.evaluation.rows import Row, ball_of, outcome_free
+from training.evidence import merge
 from training.measures import mcnemar
 
 IN_SHORT = (
@@ -71,6 +71,8 @@ def read(path: Path) -> Evaluated:
         rows, name, data, digest = bundle.metrics(), m.name, m.provenance.dataset, m.provenance.data_sha256
         refuse_stale(bundle, rows)
         folder = work_root() / folder_name(name, m.files["weights.safetensors"].sha256, digest)
+        if (folder / "metrics.json").is_file():  # measured here and perhaps never taken into the bundle
+            rows = merge(rows, [row for row in read_rows(folder / "metrics.json") if bundle.holds(row["of"])]).rows
         name = f"{name}@{m.version}"
     elif (path / "subject.json").is_file() and (path / "metrics.json").is_file():
         said = json.loads((path / "subject.json").read_text(encoding="utf-8"))
@@ -88,8 +90,7 @@ def read(path: Path) -> Evaluated:
 
 def key(row: Row) -> Key:
     """Return what makes two models' rows the same measurement; what a protocol says of one model's own outcome is left out."""
-    protocol = "" if row["metric"].startswith("check_") else re.sub(r"interval \[[^]]*\]|, 0\.\d{3} of all", "", row["protocol"])
-    return row["metric"], row["dataset"], protocol
+    return row["metric"], row["dataset"], outcome_free(row)
 
 
 def shared(models: Sequence[Evaluated], short: bool) -> list[Key]:
@@ -110,7 +111,7 @@ def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:
     if known not in first.rows or known not in other.rows or "samples" in known[1] or "draws" in known[1]:
         return None
     a, b = (model.images.get(" | ".join((known[0], known[1], model.rows[known]["protocol"]))) for model in (first, other))
-    if a is None or b is None:
+    if a is None or b is None or len(a) != first.rows[known]["n"] or len(b) != other.rows[known]["n"]:  # of another run than the row
         return None
     n = min(len(a), len(b))
     return mcnemar(a[:n].astype(bool), b[:n].astype(bool))

@@ -7,6 +7,10 @@ class TrainingError(EbjdatError):
     """A run cannot be started or continued as asked."""
 
 
+class HeldBack(TrainingError):
+    """A refresh ended on a model that its gate does not let pass: it is a candidate in the store, and `current` is what it was."""
+
+
 class TrainingDiverged(TrainingError):
     """The energies left their limits more often than a run allows."""
 

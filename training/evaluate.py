@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Measure a bundle and write its metrics.json, report.html and model card: `python training/evaluate.py BUNDLE [--suite full]`.
+"""Measure a bundle: `python training/evaluate.py BUNDLE [--suite full]`, figures to a folder under EBJDAT_RUNS, the bundle untouched.
+
+`--into BUNDLE` also takes them into a bundle's metrics.json and card, but none of fewer images than the one that is there.
 
 Any torch module is measured in three lines:
 
@@ -27,27 +29,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
+from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_json
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import cpus
+from ebjdat_serve.editing import FORCED, check_editable, edit
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.folders import folder as place
 from ebjdat_serve.folders import made
 from ebjdat_serve.logs import configure
-from ebjdat_serve.precision import LOWER, rows_of
 from training.calibrate import check_data, dataset_of
-from training.card import write_card
 from training.errors import TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
-from training.evaluation.context import SUITES, Context, Suite, unit
+from training.evaluation.context import SUITES, Context, Suite, claim, unit
 from training.evaluation.generation import generation_rows
 from training.evaluation.landscape import landscape_rows
 from training.evaluation.ledger import Arrays, Ledger, read, write
 from training.evaluation.report import write_evaluation_report
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
-from training.evaluation.rows import Row, ball_of
-from training.evaluation.subject import Spec, bundle_spec, default_device, load_weights, module_sha256, module_spec
+from training.evaluation.rows import COMPARING, Row, ball_of
+from training.evaluation.subject import Spec, best_device, bundle_spec, load_weights, module_sha256, module_spec
 from training.evaluation.suspicion import hostile_rows, shift_rows, suspicion_rows
+from training.evidence import Evaluation, take
 from training.images import Dataset, load
 
 log = logging.getLogger("training")
@@ -72,38 +74,15 @@ USUAL = tuple(name for name in PARTS if name != "released-code")
 SURROGATE = Path(__file__).parent.parent / "benchmarks" / "models" / "pgd-at" / "weights.safetensors"
 
 
-def evaluate(
-    bundle: Bundle,
-    data: Dataset,
-    suite: Suite,
-    baseline: Path | None = None,
-    *,
-    parts: Sequence[str] = USUAL,
-    processes: int = 1,
-    **more: Any,
-) -> Bundle:
-    """Measure ``parts`` of a bundle, write metrics.json, report.html, pictures and card, and record them in the bundle.
+def evaluate(bundle: Bundle, data: Dataset, suite: Suite, *, parts: Sequence[str] = USUAL, processes: int = 1, **more: Any) -> Evaluation:
+    """Measure ``parts`` of a bundle; metrics.json and report.html go to ``folder``, by default one under EBJDAT_RUNS named after it.
 
-    Rows of other parts stay while they are of this bundle's files; stale ones are dropped. Raises BundleError for data that the
-    bundle was not trained on.
+    The bundle is read and not written: ``evidence.take`` does that. Rows of other parts that the folder holds stay while they are of
+    the bundle's files. Raises BundleError for data that the bundle was not trained on.
     """
     check_data(bundle, data)
-    beside: list[Row] = read_json(baseline or bundle.path / "baseline.json") if baseline or "baseline.json" in bundle.manifest.files else []
     c = context(bundle_spec(bundle.path), data, suite, processes=processes, bundle=bundle, **more)
-    before = [row for row in bundle.metrics() if bundle.holds(row["of"])]
-    lower = [row for p in LOWER for row in rows_of(before, p)]  # what training/precision.py measured
-    rows = [row for row in before if row.get("part") in PARTS]
-    for name in known_parts(parts):
-        rows = placed(rows, name, measure(c, name))
-        write_json(bundle.path / "metrics.json", rows + lower)  # what a later part's failure must not take along
-        bundle = bundle.update("metrics.json")
-    c.ledger.close()
-    rows += lower
-    report = write_evaluation_report(c, rows)
-    written = write_card(bundle, rows, beside, c.arrays)
-    (bundle.path / "report.html").write_bytes(report.read_bytes())
-    write_json(bundle.path / "metrics.json", rows)
-    return bundle.update("metrics.json", *written)
+    return Evaluation(c.folder, measured(c, parts, bundle.holds), c.arrays)
 
 
 def evaluate_module(
@@ -131,16 +110,21 @@ def evaluate_module(
     wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}
     try:
         c = context(module_spec(module, name, checked(module, dataset)), dataset, chosen, processes=processes, folder=folder, **more)
-        file = c.folder / "metrics.json"
-        rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        for part in known_parts(parts):
-            rows = placed(rows, part, measure(c, part))
-            write_json(file, rows)
-        c.ledger.close()
-        write_evaluation_report(c, rows)
+        return measured(c, parts)
     finally:
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
+
+
+def measured(c: Context, parts: Sequence[str], holds: Callable[[str], bool] = lambda of: True) -> list[Row]:
+    """Return the rows of ``parts`` and those of others that the folder has of files that ``holds`` knows; write them and the report."""
+    file = c.folder / "metrics.json"
+    rows: list[Row] = [row for row in read_rows(file) if holds(row["of"])] if file.is_file() else []
+    for part in known_parts(parts):
+        rows = placed(rows, part, measure(c, part))
+        write_json(file, rows)  # what a later part's failure must not take along
+    c.ledger.close()
+    write_evaluation_report(c, rows)
     return rows
 
 
@@ -160,10 +144,7 @@ def context(
     subject = spec()
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
     made(home, "EBJDAT_RUNS")
-    said = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
-    if (home / "subject.json").is_file() and json.loads((home / "subject.json").read_text(encoding="utf-8")) != said:
-        raise TrainingError(f"{home} holds the evaluation of another model or other data: name another folder")
-    write_json(home / "subject.json", said)
+    claim(home, {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256})
     if surrogate == SURROGATE and (data.name != "cifar10" or not SURROGATE.is_file()):
         surrogate = None
     digest = ""
@@ -240,7 +221,7 @@ def measure(c: Context, part: str) -> list[Row]:
         interval = " [{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else ""
         said = f"  {row['metric']:34}{row['value']:>10.4f}{interval}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}"
         log.debug("%s", said, extra={"fields": row})
-        rows.append({**row, "part": part})
+        rows.append({**row, "part": part, **({"clean": len(c.arrays["clean"]["label"])} if part in COMPARING else {})})
     counts = f"{len(rows)} figures, {len(c.warnings.get(part, []))} notes"
     log.info("measured %s of %s on %s: %s, %.0f s", part, c.subject.name, c.data.name, counts, time.monotonic() - began)
     write(c.folder / "images.npz", dict(c.images))
@@ -279,7 +260,10 @@ def main() -> None:
     parser.add_argument("--n", type=int, help="no measurement on more test images than this; --amount raises single ones again")
     said = f"single amounts of the suite: {', '.join(LEAST)}"
     parser.add_argument("--amount", nargs="+", default=[], metavar="NAME=N", help=said)
-    parser.add_argument("--baseline", type=Path, help="metrics.json of the warm start, to stand beside every figure")
+    parser.add_argument("--into", type=Path, metavar="BUNDLE", help="take the rows into this bundle, where none of more images stands")
+    parser.add_argument("--force", action="store_true", help=f"with --into: {FORCED}")
+    parser.add_argument("--folder", type=Path, help="where figures and report go (a folder under EBJDAT_RUNS named after the model)")
+    parser.add_argument("--baseline", type=Path, help="with --into: metrics.json of the warm start, to stand beside every figure")
     parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights that transferred attacks are made on")
     parser.add_argument("--control", type=Path, nargs="+", default=[], help="weights sampled with the same prior, steps and seeds")
     parser.add_argument("--buffer", type=Path, help="state.pt of a stage, whose replay buffer is measured beside fresh samples")
@@ -294,17 +278,49 @@ def main() -> None:
     torch.set_num_threads(1)
     with command(parser, "interrupted; the same command goes on where this stopped"):
         parts = ("released-code",) if options.protocol == "released-code" else options.part or USUAL
-        more = {"surrogate": options.surrogate, "controls": options.control, "buffer": options.buffer, "processes": options.processes}
+        more = {
+            "surrogate": options.surrogate,
+            "controls": options.control,
+            "buffer": options.buffer,
+            "processes": options.processes,
+            "folder": options.folder,
+        }
+        if options.baseline and not options.into:
+            raise TrainingError("--baseline stands in a bundle's card, which only --into writes: give both or neither")
         if options.bundle.suffix == ".safetensors":
+            if options.into:
+                raise TrainingError(f"--into takes what was measured of a bundle, and {options.bundle} is weights: give the bundle")
             file = options.bundle.resolve()
             data = load(options.data or "cifar10", (options.size, options.size) if options.size else None)
-            model, suite = load_weights(file).to(default_device()), amounts(options)
+            model, suite = load_weights(file).to(best_device()), amounts(options)
             rows = evaluate_module(model, data, suite=suite, parts=parts, name=file.parent.name, **more)
-            print(f"{len(rows)} figures and report.html in {work_root() / folder_name(file.parent.name, rows[0]['of'], data.sha256)}")
+            kept = options.folder or work_root() / folder_name(file.parent.name, rows[0]["of"], data.sha256)
+            print(f"{len(rows)} rows in {kept / 'metrics.json'}, {kept / 'report.html'}")
             return
-        bundle = Bundle.draft(options.bundle)
-        done = evaluate(bundle, dataset_of(bundle, options.data), amounts(options), options.baseline, parts=parts, **more)
-        print(f"{done.path / 'metrics.json'}, {done.path / 'report.html'}")
+        evaluate_bundle(options, parts, more)
+
+
+def evaluate_bundle(options: argparse.Namespace, parts: Sequence[str], more: dict[str, Any]) -> None:
+    """Evaluate the bundle that the command line names, say where the figures are, and take them into one where --into says so."""
+    bundle = Bundle.draft(options.bundle)
+    if options.into:
+        target = check_editable(options.into, force=options.force)  # not after hours of measuring
+        if target.manifest.files.get("weights.safetensors") != bundle.manifest.files["weights.safetensors"]:
+            raise TrainingError(f"--into {options.into} is of other weights than {options.bundle}: its figures would be another model's")
+    done = evaluate(bundle, dataset_of(bundle, options.data), amounts(options), parts=parts, **more)
+    print(f"{len(done.rows)} rows in {done.folder / 'metrics.json'}, {done.folder / 'report.html'}")
+    if not options.into:
+        print(f"{bundle.path} is as it was; --into {options.bundle} takes them into it")
+        return
+    said: list[str] = []
+
+    def change(draft: Bundle) -> Bundle:
+        taken, merged = take(draft, done, options.baseline)
+        said.append(merged.said())
+        return taken
+
+    home = edit(options.into, change, force=options.force)
+    print(f"{said[0]}\ninto {home.path / 'metrics.json'}")
 
 
 def amounts(options: argparse.Namespace) -> Suite:

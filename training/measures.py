@@ -20,10 +20,15 @@ def auroc_stderr(negative: Array, positive: Array) -> float:
     var = var_i P(neg_i < pos) / n + var_j P(pos_j > neg) / m, over the shares of the other set that each value beats.
     """
     n, m = len(negative), len(positive)
-    ranks = rankdata(np.concatenate([negative, positive]))
-    above = (ranks[n:] - rankdata(positive)) / n
-    below = 1 - (ranks[:n] - rankdata(negative)) / m
+    above, below = placements(negative, positive)
     return float(np.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n)) if min(n, m) > 1 else float("nan")
+
+
+def placements(negative: Array, positive: Array) -> tuple[Array, Array]:
+    """Return the share of negatives below each positive (m,), and of positives above each negative (n,), ties counted half."""
+    n, m = len(negative), len(positive)
+    ranks = rankdata(np.concatenate([negative, positive]))
+    return (ranks[n:] - rankdata(positive)) / n, 1 - (ranks[:n] - rankdata(negative)) / m
 
 
 def average_precision(negative: Array, positive: Array) -> float:
@@ -104,6 +109,21 @@ def mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     """Return the exact two-sided p-value that two models are right equally often on the same images (McNemar 1947)."""
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def paired_interval(a: NDArray[np.bool_], b: NDArray[np.bool_], level: float = 0.95) -> tuple[float, float]:
+    """Return the interval of mean(a) - mean(b) on the same images (Agresti and Min 2005: half an image added to each of the four cells)."""
+    n, only_a, only_b = len(a) + 2, int((a & ~b).sum()) + 0.5, int((b & ~a).sum()) + 0.5
+    difference = (only_a - only_b) / n
+    half = float(norm.ppf(0.5 + level / 2)) * np.sqrt((only_a + only_b) / n - difference**2) / np.sqrt(n)
+    return float(difference - half), float(difference + half)
+
+
+def auroc_difference_stderr(negative_a: Array, positive_a: Array, negative_b: Array, positive_b: Array) -> float:
+    """Return the standard error of AUROC_a - AUROC_b, two scores of the same images (DeLong, DeLong and Clarke-Pearson 1988)."""
+    (above_a, below_a), (above_b, below_b) = placements(negative_a, positive_a), placements(negative_b, positive_b)
+    n, m = len(negative_a), len(positive_a)
+    return float(np.sqrt((above_a - above_b).var(ddof=1) / m + (below_a - below_b).var(ddof=1) / n)) if min(n, m) > 1 else float("nan")
 
 
 def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:

@@ -3,7 +3,8 @@
 
 Writes the precision's graphs (fp16: classify and step; int8: classify, ranges from training images; bf16 is the torch engine's and
 needs none), calibrates it on its own energies, and measures what it costs against fp32 on the same images. A precision outside the
-limits of ebjdat_serve/precision.py is refused. The bundle gets a new version; where BUNDLE is a store, it is published into it.
+limits of ebjdat_serve/precision.py is refused. The bundle gets a new version; where BUNDLE is a store, it is published into it,
+with `--force`.
 """
 
 import shutil
@@ -20,6 +21,7 @@ import torch
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import Detector, suspicion
+from ebjdat_serve.editing import FORCED, check_editable
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import BundleError
@@ -28,7 +30,7 @@ from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
 from ebjdat_serve.selftest import PROBE
 from ebjdat_serve.sgld import Chains
-from ebjdat_serve.store import publish
+from ebjdat_serve.store import next_revision, publish, store_of
 from export.to_int8 import write_int8
 from export.to_onnx import write
 from training.adversary import Attack, Threat, cross_entropy, pgd
@@ -85,8 +87,7 @@ def admit(bundle: Bundle, data: Dataset, precisions: Sequence[Precision], amount
             except BundleError as error:
                 refused.append(str(error))
         if done is not bundle:
-            base, _, revision = bundle.manifest.version.partition(".r")
-            done = done.update(version=f"{base}.r{int(revision or 0) + 1}")
+            done = done.update(version=next_revision(bundle, store_of(bundle.path)))
             bundle = put(done, bundle.path)
     if refused:
         raise BundleError("; ".join(refused))
@@ -111,8 +112,8 @@ def attempt(bundle: Bundle, folder: Path, data: Dataset, precision: Precision, f
 
 def put(done: Bundle, home: Path) -> Bundle:
     """Return ``done`` in its place: published where ``home`` is a store's, else put where the old bundle was, whole."""
-    if (home.parent / "current").is_symlink():
-        return Bundle.draft(publish(done, home.parent))
+    if store := store_of(home):
+        return Bundle.draft(publish(done, store))
     old = done.path.with_name("old")
     home.rename(old)
     try:
@@ -280,10 +281,12 @@ def main() -> None:
     parser.add_argument("--square", type=int, default=default.square, help="test images attacked by Square (%(default)s)")
     parser.add_argument("--queries", type=int, default=default.queries, help="questions that Square may ask of each (%(default)s)")
     parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
+    parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with command(parser):
-        bundle = Bundle.draft(options.bundle.resolve())  # a copy is made beside it, also when it is the folder that one stands in
+        # a copy is made beside it, also when it is the folder that one stands in
+        bundle = check_editable(options.bundle.resolve(), force=options.force)
         data = dataset_of(bundle, options.data)
         amounts = Amounts(options.n, options.attacked, options.square, options.queries)
         done = admit(bundle, data, options.precision, amounts)

@@ -1,4 +1,4 @@
-"""The refresh: train (with its warm start) -> export -> parity -> calibrate -> evaluate -> publish, one step after the other."""
+"""The refresh: train (with its warm start) -> export -> parity -> calibrate -> evaluate -> gate -> publish, one step after the other."""
 
 import json
 import logging
@@ -13,10 +13,10 @@ import torch
 from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
 from ebjdat_serve.folders import folder, made, unwritable
 from ebjdat_serve.locking import Held, alone
-from ebjdat_serve.store import publish
+from ebjdat_serve.store import next_revision, publish, withhold
 from training.clock import Clock
 from training.drafts import Origin, draft_bundle, git_commit
-from training.errors import TrainingError
+from training.errors import HeldBack, TrainingError
 from training.images import Dataset, load, load_extra
 from training.presets import Preset, describe, stages
 from training.ranks import Ranks
@@ -41,8 +41,12 @@ def refresh(
     device: torch.device,
     ranks: Ranks = Ranks(),
     tensorboard: bool = False,
+    store: Path | None = None,
+    force: bool = False,
 ) -> Path:
-    """Run every step of ``preset`` in ``run`` and return the published bundle; what a run already finished is not done again.
+    """Run every step of ``preset`` in ``run`` and return the bundle published in ``store``; what a run already finished is not done again.
+
+    Without a ``store`` it is the run's own. A model that the gate holds back is a candidate there, unless ``force``: HeldBack says why.
 
     Without a ``suite`` only the training is done, which needs torch, NumPy, Pillow and safetensors alone, and the weights
     are returned; so they are on every rank but the first, which does the rest alone. Raises TrainingError, DataError or
@@ -68,8 +72,26 @@ def refresh(
                 stage, data, run / stage.name, suite=suite, baseline=baseline, origin=origin, before=before, last=stage is todo[-1]
             )
             baseline, before = bundle.path / "metrics.json", bundle.manifest.provenance.rollbacks
-        say(f"publish into {run / 'store'}")
-        return publish(bundle, run / "store")
+        return deliver(bundle, data, run, store or run / "store", force)
+
+
+def deliver(bundle: Bundle, data: Dataset, run: Path, store: Path, force: bool) -> Path:
+    """Publish a finished bundle unless it is worse than what the store points at; raise HeldBack, it being a candidate, when it is."""
+    from training.gate import judge
+
+    say(f"compare with what {store} points at")
+    verdict = judge(bundle, store, data)
+    for row in verdict.rows:
+        say(f"  {row}")
+    write_json(run / "gate.json", {"reason": verdict.reason, "against": verdict.against, "comparison": verdict.comparison()})
+    if verdict.reason and not force:
+        home = withhold(bundle, store, verdict.reason, verdict.comparison())
+        raise HeldBack(f"{bundle.manifest.name}@{bundle.manifest.version} is not published: {verdict.reason}\nit is a candidate, {home}")
+    say(f"publish into {store}")
+    there = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
+    if there.is_dir() and Bundle.draft(there).manifest != bundle.manifest:  # the same model, measured further
+        bundle = bundle.update(version=next_revision(bundle, store))
+    return publish(bundle, store, force=force)
 
 
 def fitted(stage: Preset, images: int, *, tells: bool) -> Preset:
@@ -132,6 +154,7 @@ def finish(
     from training.calibrate import calibrate
     from training.evaluate import USUAL, evaluate
     from training.evaluation.context import SUITES
+    from training.evidence import take
 
     home, weights = folder / "bundle", folder / "weights.safetensors"
     parts = USUAL if last else ("clean", "robustness", "landscape")
@@ -145,7 +168,7 @@ def finish(
     say(f"parity: largest difference {worst[1]:.1e} ({worst[0]})")
     bundle = calibrate(bundle, data)
     say(f"calibrated on {len(data.calibration)} images; evaluate ({suite})")
-    return evaluate(bundle, data, SUITES[suite], baseline, parts=parts)
+    return take(bundle, evaluate(bundle, data, SUITES[suite], parts=parts), baseline)[0]
 
 
 def finished(home: Path, weights: Path, n: int) -> bool:

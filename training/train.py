@@ -2,7 +2,7 @@
 """Train a model and publish a bundle: `python training/train.py [PRESET | METHOD]`.
 
 With no argument this is the refresh: it picks the best preset for the device and runs
-train -> export -> parity -> calibrate -> evaluate -> publish. Each step also runs alone, on a bundle.
+train -> export -> parity -> calibrate -> evaluate -> gate -> publish. Each step also runs alone, on a bundle.
 Any method trains on any data: `train.py trades --data digits`. Several GPUs: `torchrun --nproc-per-node 4 training/train.py …`.
 """
 
@@ -26,7 +26,7 @@ from ebjdat_serve.console import advice, parser_of
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.errors import EbjdatError
 from training.clock import Clock
-from training.errors import OutOfTime, TrainingError
+from training.errors import HeldBack, OutOfTime, TrainingError
 from training.images import NAMED, Dataset
 from training.methods import Moment, Terms
 from training.presets import BUDGETS, METHODS, PRESETS, Preset, preset
@@ -38,6 +38,9 @@ from training.start import new_state
 from training.state import load_position, save_weights
 from training.stream import Stream, steps_per_epoch
 from training.watch import Judge, Watch, diverged, log, read, roll_back
+
+HELD_BACK = 3
+"""Exit status of a refresh whose model stays a candidate."""
 
 
 def train(
@@ -176,20 +179,34 @@ def main() -> None:
         if there and not options.resume:
             raise TrainingError(f"{run} exists: --resume continues it, another --run starts afresh")
         suite = None if options.only_train else options.suite
-        home = refresh(stage, run, init=options.init, clock=clock, suite=suite, device=device, ranks=ranks, tensorboard=options.tensorboard)
+        home = refresh(
+            stage,
+            run,
+            init=options.init,
+            clock=clock,
+            suite=suite,
+            device=device,
+            ranks=ranks,
+            tensorboard=options.tensorboard,
+            store=options.store,
+            force=options.force,
+        )
+    except HeldBack as error:
+        failed(options, f"{error}\npublish it nevertheless: {again('--force', run)}")
+        sys.exit(HELD_BACK)
     except OutOfTime as error:
-        failed(options, f"{error}; give more --max-minutes and go on with: {resumption(options, run)}")
+        failed(options, f"{error}; give more --max-minutes and go on with: {again('--resume', run)}")
         sys.exit(1)
     except EbjdatError as error:
         failed(options, advice(error, parser))
         sys.exit(1)
     except KeyboardInterrupt:
-        failed(options, f"interrupted; go on with: {resumption(options, run)}")
+        failed(options, f"interrupted; go on with: {again('--resume', run)}")
         sys.exit(130)
     if ranks.rank:
         return
     if options.only_train:
-        logs.announce(options.log, f"trained {home}; export, calibrate, evaluate and publish with: {resumption(options, run)}")
+        logs.announce(options.log, f"trained {home}; export, calibrate, evaluate and publish with: {again('--resume', run)}")
         return
     logs.announce(options.log, f"published {home}\nserve it: make serve MODEL={home.parent}", bundle=str(home))
 
@@ -208,10 +225,11 @@ def trained(run: Path) -> str:
     return str(read_json(file)["stages"][-1]["name"]) if file.is_file() else ""
 
 
-def resumption(options: argparse.Namespace, run: Path) -> str:
-    """Return the command that goes on with ``run``, training and what comes after it."""
-    again = [word for word in sys.argv[1:] if word not in ("--resume", "--only-train")] + ([] if options.run else ["--run", run.name])
-    return shlex.join([sys.executable, sys.argv[0], *again, "--resume"])
+def again(option: str, run: Path) -> str:
+    """Return this command as one that goes on with ``run``, training and what comes after it, with ``option``."""
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--only-train", option)]
+    named = [] if any(word.split("=")[0] in ("--run", "--name") for word in words) else ["--run", run.name]
+    return shlex.join([sys.executable, sys.argv[0], *words, *named, *dict.fromkeys(["--resume", option])])
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -229,6 +247,8 @@ def arguments() -> argparse.ArgumentParser:
         "--max-minutes", type=float, default=math.inf, help="end training cleanly after so long, and go on with what there is"
     )
     parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="how much to measure (%(default)s)")
+    parser.add_argument("--store", type=Path, help="publish into this store (RUN/store), if the model is not worse than its current one")
+    parser.add_argument("--force", action="store_true", help="publish also a model that is worse, or cannot be compared")
     parser.add_argument("--only-train", action="store_true", help="stop when the weights are there; --resume without it does the rest")
     parser.add_argument("--tensorboard", action="store_true", help="also write scalars and samples for TensorBoard (extra [watch])")
     parser.add_argument(

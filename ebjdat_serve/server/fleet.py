@@ -19,6 +19,7 @@ from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.server.lanes import Lane, Peer
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.wire import Drop, Hello, Load, Loaded, Refused, receive
+from ebjdat_serve.store import hold, reason_held_back
 
 log = logging.getLogger("ebjdat_serve")
 LOOK = 1.0
@@ -33,7 +34,7 @@ AGAIN = 5.0
 
 @dataclass(frozen=True)
 class Served:
-    """A verified bundle, as the HTTP process needs it; ``key`` is the sha256 of its manifest."""
+    """A verified bundle, as the HTTP process needs it; ``key`` is the sha256 of what decides its answers, ``Bundle.served``."""
 
     key: str
     bundle: Bundle
@@ -57,13 +58,15 @@ def open_bundle(path: Path, settings: Settings) -> Served:
         from ebjdat_serve.signing import check_signature  # cryptography costs 100 ms and memory
 
         signed = check_signature(folder, settings.trust)
+    if reason := reason_held_back(folder):
+        raise BundleError(f"{folder} is a candidate and is not served: {reason}; ebjdat-serve publish {folder} STORE --force publishes it")
     bundle = Bundle.load(folder)
     if signed and bundle.key != signed:
         raise BundleError(f"{folder} was changed while it was read; publish the change as a new version")
     bundle.check_precision(settings.precision)
     calibration = bundle.calibration(settings.precision)
     Detector(np.asarray(calibration.scores), settings.alpha)
-    return Served(bundle.key, bundle, calibration, bundle.metrics())
+    return Served(bundle.served, bundle, calibration, bundle.metrics())
 
 
 def fingerprint(folder: Path) -> tuple[Any, ...]:
@@ -87,6 +90,7 @@ class Fleet:
         self._retiring: dict[str, Served] = {}
         self._seen = fingerprint(served.bundle.path)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._held: dict[tuple[Path, int], int] = {}  # descriptors that mark bundles as served
 
     def ready(self) -> bool:
         """Return whether every worker of every lane has the served bundle open."""
@@ -121,6 +125,7 @@ class Fleet:
             for lane in self._lanes.values():
                 self._keep(lane.watch())
             while True:
+                self._mark()
                 await asyncio.sleep(LOOK)
                 if os.getppid() != parent:
                     return give_up("the main process has gone")
@@ -215,7 +220,7 @@ class Fleet:
             self._note_refusal(folder.name, f"{type(error).__name__}: {error}")
             return
         if served.key == self.active.key:
-            self.refused = {}
+            self.active, self.refused = served, {}  # the same model, perhaps with more evidence: /info shows it, and nothing is opened
             return
         self._candidate, self._since, self._deaths = served, time.monotonic(), 0
         self._tell_all(Load(served.key, served.bundle.path), unless=served.key)
@@ -247,6 +252,18 @@ class Fleet:
         for key in [key for key in self._retiring if not any(lane.uses[key] for lane in self._lanes.values())]:
             del self._retiring[key]
             self._close(key)
+
+    def _mark(self) -> None:
+        """Mark the folders of open bundles as served, so that nobody changes one in passing, and no longer those that are closed."""
+        folders: dict[tuple[Path, int], Path] = {}
+        for path in [served.bundle.path for served in self._open()]:
+            with contextlib.suppress(OSError):  # it was taken away: what is open goes on
+                folders[path, path.stat().st_ino] = path  # a folder that took the place of another is another
+        for mark in [mark for mark in self._held if mark not in folders]:
+            os.close(self._held.pop(mark))
+        for mark in [mark for mark in folders if mark not in self._held]:
+            if (held := hold(folders[mark])) is not None:
+                self._held[mark] = held
 
     def _close(self, key: str) -> None:
         """Have the workers forget a bundle, unless it is still needed in another part."""

@@ -30,6 +30,7 @@ from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.wire import Drawn, Verdicts
 from ebjdat_serve.server.wording import Order, Words
 from ebjdat_serve.server.workers import Model
+from ebjdat_serve.store import hold
 
 BATCH_SECONDS = 0.002
 """How long LitServe waits for company; with 0 it spins on an idle core."""
@@ -48,6 +49,7 @@ class Stock(ls.LitAPI):
         """Open the model."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.served: Served = open_bundle(self._settings.model, self._settings)
+        self.held = hold(self.served.bundle.path)
         self.model = Model(self.served.bundle.path, self._settings)
         verify(self.model.bundle, self.model.engine, self.functions)
         self.words = Words(self.served, self._settings.alpha)

@@ -126,7 +126,7 @@ class Worker(ls.LitAPI):
     def _load(self, wanted: Load) -> None:
         try:
             model = Model(wanted.folder, self._settings)
-            if model.bundle.key != wanted.key:
+            if model.bundle.served != wanted.key:
                 raise BundleError(f"{wanted.folder} is not the bundle that was verified; publish a change as a new version")
             verify(model.bundle, model.engine, self.functions)
             self.prepare(model)

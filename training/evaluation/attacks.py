@@ -153,8 +153,9 @@ class Transfer:
 
 @lru_cache(maxsize=2)
 def surrogate(file: str, device: torch.device) -> Network:
-    """Return the surrogate's network, read once a process."""
-    return load_weights(Path(file)).requires_grad_(False).to(device)
+    """Return the surrogate's network on a device, read once a process."""
+    network: Network = load_weights(Path(file)).requires_grad_(False).to(device)
+    return network
 
 
 def tensors(subject: Subject, image: Floats, label: Labels) -> tuple[Tensor, Tensor]:

@@ -178,12 +178,12 @@ def package() -> Any:
 
 
 def square(model: Any, threat: Threat, queries: int, device: torch.device | str = "cpu") -> Any:
-    """Return the package's Square with AutoAttack's numbers."""
+    """Return the package's Square with AutoAttack's numbers; ``device`` is where its images lie."""
     package()
     from pyautoattack.square import SquareAttack
 
     return SquareAttack(
-        model, NORMS[threat.norm], queries, threat.eps, p_init=0.8, n_restarts=1, seed=SEED, resc_schedule=False, device="cpu"
+        model, NORMS[threat.norm], queries, threat.eps, p_init=0.8, n_restarts=1, seed=SEED, resc_schedule=False, device=device
     )
 
 

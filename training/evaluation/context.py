@@ -1,5 +1,6 @@
 """What every part of the evaluation is given, and the amounts of a suite."""
 
+import json
 import logging
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import to_unit
 from training.errors import TrainingError
@@ -163,6 +164,21 @@ class Context:
         for line in lines:
             self.say(f"{what}: {line}")
         return sum(int(line.split()[2]) for line in lines if line.startswith("AutoAttack warned "))
+
+
+def claim(folder: Path, subject: dict[str, str]) -> None:
+    """Write into a folder whose evaluation it holds; what is there of the same weights through another graph is removed.
+
+    Raises TrainingError for a folder of another model or other data.
+    """
+    file = folder / "subject.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else subject
+    if {**known, "graph": subject["graph"]} != subject:
+        raise TrainingError(f"{folder} holds the evaluation of another model or other data: name another --folder")
+    if known != subject:
+        for stale in ("metrics.json", "images.npz", "arrays.npz", "drawings.npz", "warnings.json"):
+            (folder / stale).unlink(missing_ok=True)
+    write_json(file, subject)
 
 
 def unit(split: Split) -> tuple[Floats, Labels]:

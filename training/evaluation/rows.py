@@ -1,5 +1,6 @@
 """The rows of metrics.json: one measurement each, with n, protocol, seed and the sha256 of what was measured."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,8 @@ from training.adversary import Threat
 from training.measures import wilson
 
 SEED = 0
+COMPARING = ("suspicion", "landscape")
+"""Parts whose rows compare a set of images, n, with clean test images, which each row counts under ``clean``."""
 ALPHAS = (0.05, 0.01)
 Row = dict[str, Any]
 
@@ -56,3 +59,8 @@ def eps_name(eps: float) -> str:
 def threat_name(threat: Threat) -> str:
     """Return a threat in words: l-inf 8/255, l2 0.5."""
     return f"l-inf {eps_name(threat.eps)}" if threat.norm == "linf" else f"l2 {threat.eps:g}"
+
+
+def outcome_free(row: Row) -> str:
+    """Return a row's protocol without what it says of one model's own outcome."""
+    return "" if row["metric"].startswith("check_") else re.sub(r"interval \[[^]]*\]|, 0\.\d{3} of all", "", row["protocol"])

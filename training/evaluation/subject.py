@@ -50,7 +50,7 @@ def open_bundle(path: Path) -> Subject:
     Where torch has a GPU that ONNX Runtime has not, torch does both: on one thread of the CPU the graph would take hours.
     """
     bundle = Bundle.draft(path)
-    device = default_device()
+    device = best_device()
     engine = load_engine(bundle, "onnx" if runtime_has(device) else "torch", device.type, 1)  # type: ignore[arg-type]
     model = load_model(bundle).to(device)
     files = bundle.manifest.files
@@ -65,7 +65,7 @@ def open_bundle(path: Path) -> Subject:
     return Subject(bundle.manifest.name, network, logits, of[0], served, device, engine.advance, digest_of(*of, engine.name))
 
 
-def default_device() -> torch.device:
+def best_device() -> torch.device:
     """Return the GPU where torch sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -164,14 +164,14 @@ def source(kind: type) -> str:
         return ""
 
 
-def weights_spec(file: Path) -> Spec:
+def weights_spec(file: Path, device: torch.device) -> Spec:
     """Return how to open weights that the trainer wrote, a WideResNet whose shape its tensors tell."""
-    return partial(open_weights, file)
+    return partial(open_weights, file, device)
 
 
-def open_weights(file: Path) -> Subject:
-    """Return the subject of a weights file; fp16 weights are computed with in fp32."""
-    return open_module(file.parent.name, load_weights(file).to(default_device()), sha256(file))
+def open_weights(file: Path, device: torch.device) -> Subject:
+    """Return the subject of a weights file on a device; fp16 weights are computed with in fp32."""
+    return open_module(file.parent.name, load_weights(file).to(device), sha256(file))
 
 
 def load_weights(file: Path) -> WideResNet:

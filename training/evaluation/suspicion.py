@@ -1,13 +1,13 @@
 """What the flag sees: outlier scores on strange, attacked, hostile and benignly shifted images."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.engines import Floats, Labels
-from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.pixels import Pixels, to_unit
 from training.adversary import Threat
 from training.calibrate import DEFAULT_SCORE, entropy_weight
 from training.errors import DataError
@@ -141,27 +141,31 @@ def strange(c: Context) -> dict[str, Arrays]:
 
 def ood_sets(c: Context) -> Iterator[tuple[str, Floats]]:
     """Yield (name, images in [0,1]) of what is not like the data; what is not at hand is said, once."""
-    height, width = c.data.test.image.shape[1:3]
+    return strange_images(c.data.name, c.data.test.image[: max(2, min(1000, c.suite.test))], c.say)
+
+
+def strange_images(dataset: str, some: Pixels, say: Callable[[str], None]) -> Iterator[tuple[str, Floats]]:
+    """Yield (name, images in [0,1]) of what is not like a data set, of which ``some`` are interpolated; ``say`` is told what is missing."""
+    height, width = some.shape[1:3]
     draw = np.random.default_rng(SEED)
     yield "uniform noise", to_unit(draw.integers(0, 256, (1000, height, width, 3), dtype=np.uint8))
-    some = c.data.test.image[: max(2, min(1000, c.suite.test))]
     order = draw.permutation(len(some))
     partner = np.empty_like(order)
     partner[order] = np.roll(order, 1)  # one cycle: no image with itself
     yield "interpolations", to_unit(((some.astype(np.uint16) + some[partner]) // 2).astype(np.uint8))
     for name in OOD_ATLASES:
-        if name.startswith(f"{c.data.name}_"):
+        if name.startswith(f"{dataset}_"):
             continue  # a data set is not out of its own distribution
         file = data_root() / f"{name}.webp"
         if (height, width) == (32, 32) and file.is_file():
             yield name, to_unit(read_atlas(file, 32))
         else:
-            c.say(f"{name}: not measured, {name}.webp is not in the data folder or the model's size is not 32 x 32")
+            say(f"{name}: not measured, {name}.webp is not in the data folder or the model's size is not 32 x 32")
     for source in sorted((data_root() / "ood").glob("*")):
         try:
             yield source.stem, to_unit(load_images(str(source), height, width))
         except DataError as error:
-            c.say(f"{source.name}: not measured, {error}")
+            say(f"{source.name}: not measured, {error}")
 
 
 def attacked(c: Context) -> dict[str, Arrays]:

@@ -1,0 +1,81 @@
+"""Who may write into a bundle: a draft is open to every step, what others read or rely on only to who says so."""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ebjdat_serve.bundle import MANIFEST, Bundle
+from ebjdat_serve.errors import BundleError
+from ebjdat_serve.store import is_held, next_revision, publish, reason_held_back, store_of
+
+FORCED = "also one that is tracked by git, installed or being served; in a store it becomes a new version"
+"""What --force of whoever edits means."""
+PACKAGE = Path(__file__).resolve().parent
+
+
+def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False) -> Bundle:
+    """Return the bundle at ``path``, a bundle or a store, after ``change`` has written into it.
+
+    A version of a store never changes: ``change`` gets a copy, which is published as the next revision. Raises BundleError as
+    ``check_editable`` does, and for a disk that refuses.
+    """
+    bundle = check_editable(path, force=force)
+    store = store_of(bundle.path)
+    try:
+        if store is None:
+            return change(bundle)
+        with tempfile.TemporaryDirectory(prefix=".edit-", dir=store) as folder:
+            done = change(copied(bundle, Path(folder) / bundle.path.name))
+            if done.manifest == bundle.manifest:
+                return bundle
+            return Bundle.draft(publish(done.update(version=next_revision(bundle, store)), store))
+    except OSError as error:
+        raise BundleError(f"{bundle.path} cannot be written: {error.strerror or error}") from error
+
+
+def check_editable(path: Path, *, force: bool = False) -> Bundle:
+    """Return the bundle at ``path``; raise BundleError for one that is tracked, installed, published or being served, without ``force``.
+
+    A candidate and an earlier version of a store are refused either way.
+    """
+    bundle = Bundle.draft(path)
+    home, store = bundle.path, store_of(bundle.path)
+    if reason_held_back(home):
+        raise BundleError(f"{home} is a candidate, which is published or deleted as it is; change the bundle that it was made of")
+    if store and home != (store / "current").resolve():
+        raise BundleError(f"{home} is a version of {store} and not the current one: versions never change; roll back to it, or copy it")
+    reason = "" if force else guarded(home)
+    if reason:
+        raise BundleError(f"{home} {reason}: copy the folder and change the copy, or say --force")
+    return bundle
+
+
+def guarded(folder: Path) -> str:
+    """Return why the bundle in ``folder`` is not to be changed in passing, or nothing."""
+    if store := store_of(folder):
+        return f"is the current version of the store {store}, where a change becomes a new version"
+    if tracked(folder / MANIFEST):
+        return "is tracked by git"
+    if folder.is_relative_to(PACKAGE):
+        return "is part of the installed package"
+    return "is being served" if is_held(folder) else ""
+
+
+def tracked(file: Path) -> bool:
+    """Return whether git tracks ``file``; without git, or outside a repository, it does not."""
+    # who owns the checkout is no question of ours
+    command = ["git", "-c", "safe.directory=*", "-C", str(file.parent), "ls-files", "--error-unmatch", "--", file.name]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def copied(bundle: Bundle, folder: Path) -> Bundle:
+    """Return a copy of the bundle in ``folder``, its files writable, unsigned."""
+    folder.mkdir()
+    for name in (MANIFEST, *bundle.manifest.files):
+        shutil.copyfile(bundle.path / name, folder / name)
+    return Bundle.draft(folder)

@@ -1,0 +1,253 @@
+"""Measuring never publishes: what others rely on is written into only by who says so, and a row gets no poorer."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from importlib import import_module
+
+import httpx2
+import numpy as np
+import pytest
+
+from ebjdat_serve import editing
+from ebjdat_serve.bundle import EVIDENCE, Bundle, sha256, write_json
+from ebjdat_serve.editing import check_editable, copied, edit, guarded
+from ebjdat_serve.errors import BundleError
+from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.store import hold, is_held, next_revision, publish
+from tests.conftest import serving
+from tests.test_faults import workers
+from tests.test_refresh import info, until
+from training.errors import TrainingError
+from training.evaluate import evaluate, evaluate_bundle
+from training.evaluation.context import Suite
+from training.evidence import Evaluation, measurement, merge, take
+from training.images import load
+
+FEW = Suite(*[20] * 10, queries=10, thorough=False)
+
+
+def digest(folder):
+    return {file.name: (sha256(file), file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
+def noted(bundle, text="noted"):
+    """A change of the evidence alone."""
+    (bundle.path / "README.md").write_text(text)
+    return bundle.update("README.md")
+
+
+@pytest.fixture
+def bundle(golden, tmp_path):
+    return copied(Bundle.load(golden), tmp_path / "digits")
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("EBJDAT_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+# who may write ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_is_open_and_what_others_rely_on_is_not(bundle, tmp_path, monkeypatch):
+    assert guarded(bundle.path) == ""
+    held = hold(bundle.path)
+    assert is_held(bundle.path)
+    assert guarded(bundle.path) == "is being served"
+    os.close(held)
+    assert not is_held(bundle.path)
+    home = publish(bundle, tmp_path / "store")
+    assert "current version of the store" in guarded(home)
+    git = ["git", "-C", str(bundle.path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    assert guarded(bundle.path) == ""  # there, and not tracked
+    subprocess.run([*git, "add", "bundle.json"], check=True)
+    assert guarded(bundle.path) == "is tracked by git"
+    monkeypatch.setattr(editing, "tracked", lambda file: False)
+    assert guarded(SHIPPED) == "is part of the installed package"
+
+
+@pytest.mark.parametrize("command", ["training.calibrate", "training.precision", "training.card", "training.evaluate", "export.to_onnx"])
+def test_no_command_writes_into_the_shipped_bundle_unasked(command, monkeypatch):
+    options = {"training.precision": ["--precision", "int8"], "training.evaluate": ["--into", str(SHIPPED)]}.get(command, [])
+    before = digest(SHIPPED)
+    monkeypatch.setattr(sys, "argv", [command, str(SHIPPED), *options])
+    with pytest.raises(SystemExit, match=r"(is tracked by git|is part of the installed package).*--force"):
+        import_module(command).main()
+    assert digest(SHIPPED) == before
+
+
+def test_a_version_of_a_store_never_changes_a_new_one_is_published(bundle, tmp_path):
+    store = tmp_path / "store"
+    first = publish(bundle, store)
+    before = digest(first)
+    with pytest.raises(BundleError, match="a change becomes a new version"):
+        edit(store, noted)
+    done = edit(store, noted, force=True)
+    assert done.path == (store / "current").resolve() != first
+    assert done.manifest.version == f"{bundle.manifest.version}.r1"
+    assert (done.path / "README.md").read_text() == "noted"
+    assert digest(first) == before
+    assert edit(store, lambda draft: draft, force=True).path == done.path  # nothing changed, nothing is published
+    with pytest.raises(BundleError, match="not the current one"):
+        edit(first, noted, force=True)
+    assert not [file for file in store.iterdir() if file.name.startswith(".edit-")]
+
+
+def test_the_next_revision_is_one_that_the_store_does_not_have(bundle, tmp_path):
+    store = tmp_path / "store"
+    for version, following in (("1.rc2", "1.rc2.r1"), ("a.r9", "a.r10")):
+        assert next_revision(bundle.update(version=version), store) == following
+    for version in ("b", "b.r1"):
+        publish(bundle.update(version=version), store)
+    assert next_revision(bundle.update(version="b"), store) == "b.r2"
+
+
+# rows ------------------------------------------------------------------------------------------------------------------
+
+
+def row(metric="accuracy_clean", n=100, part="clean", dataset="digits test", protocol="what is served", of="x", **more):
+    return {"metric": metric, "value": 0.5, "n": n, "part": part, "dataset": dataset, "protocol": protocol, "of": of, "seed": 0, **more}
+
+
+def test_a_row_of_fewer_images_never_takes_the_place_of_one_of_more():
+    old = [row(n=100), row("accuracy_pgd20", 50, "robustness"), row("accuracy_clean_int8", 10, None)]
+    old[2].pop("part")
+    merged = merge(old, [row(n=99, value=0.1), row("accuracy_pgd20", 50, "robustness", value=0.2), row("nll", 5, "calibration")])
+    assert [(r["metric"], r["value"], r["n"]) for r in merged.rows] == [
+        ("accuracy_clean", 0.5, 100),
+        ("accuracy_pgd20", 0.2, 50),
+        ("nll", 0.5, 5),
+        ("accuracy_clean_int8", 0.5, 10),
+    ]
+    assert [(a["n"], b["n"]) for a, b in merged.kept] == [(100, 99)]
+    assert "kept accuracy_clean of n = 100 (measured now: n = 99)" in merged.said()
+
+
+def test_counts_of_images_in_words_do_not_make_another_measurement():
+    few, many = (
+        row("frechet", n, "generation", f"{n} fresh samples vs {5 * n} training images", f"64 features; mean of {n} disjoint blocks")
+        for n in (100, 500)
+    )
+    assert merge([many], [few]).rows == [many]
+    assert merge([few], [many]).rows == [many]
+    strong, weak = (row("accuracy_square", 100, "robustness", protocol=f"Square, {q} queries") for q in (5000, 300))
+    assert merge([strong], [weak]).rows == [strong, weak]  # another attack is another measurement
+
+
+def test_a_comparison_with_fewer_clean_images_is_the_poorer_one():
+    """Of as many samples, but against 20 clean images in the place of 500."""
+    drawn = {"metric": "energy_gap", "n": 200, "part": "landscape", "dataset": "generated, fresh"}
+    old, new = row(**drawn, clean=500), row(**drawn, clean=20)
+    assert merge([old], [new]).rows == [old]
+    before = [row(n=10_000), row(**drawn)]  # as rows were before they counted them
+    assert merge(before, [new]).rows == before
+    assert merge([old], [row(**drawn, clean=501)]).rows[0]["clean"] == 501
+
+
+def test_every_shipped_row_is_a_measurement_of_its_own_and_none_gets_poorer(shipped):
+    rows = shipped.metrics()
+    assert len({measurement(r) for r in rows}) == len(rows)
+    poorer = [{**r, "n": r["n"] - 1, "value": -1.0} for r in rows if "part" in r]
+    merged = merge(rows, poorer, shipped)
+    assert sorted(map(json.dumps, merged.rows)) == sorted(map(json.dumps, rows))
+    assert len(merged.kept) == len(poorer)
+
+
+def test_rows_of_other_files_are_dropped_and_never_taken(bundle):
+    of = bundle.manifest.files["weights.safetensors"].sha256
+    write_json(bundle.path / "metrics.json", [row(of="0" * 64, n=10_000), row("nll", part="calibration", of=of)])
+    bundle = bundle.update("metrics.json")
+    done, merged = take(bundle, Evaluation(bundle.path, [row(of=of)], {}))
+    assert [r["metric"] for r in done.metrics()] == ["nll", "accuracy_clean"]
+    assert "landscape.png" not in Bundle.load(bundle.path).manifest.files  # its rows are gone
+    assert len(merged.stale) == 1
+    with pytest.raises(BundleError, match="takes no rows of 111111111111"):
+        take(bundle, Evaluation(bundle.path, [row(of="1" * 64)], {}))
+
+
+def test_an_evaluation_leaves_the_bundle_as_it_was_until_its_rows_are_taken(bundle, runs):
+    before, rows = digest(bundle.path), bundle.metrics()
+    done = evaluate(bundle, load("digits"), FEW, parts=("clean",))
+    assert digest(bundle.path) == before
+    assert done.folder.is_relative_to(runs)
+    assert json.loads((done.folder / "metrics.json").read_text()) == done.rows
+    assert {r["n"] for r in done.rows} == {20}
+    drawn = (bundle.path / "samples.png").stat().st_mtime_ns
+    bundle, merged = take(bundle, done)
+    assert bundle.metrics() == rows  # all of theirs were of more images
+    assert len(merged.kept) == len(done.rows)
+    assert (bundle.path / "samples.png").stat().st_mtime_ns == drawn
+    Bundle.load(bundle.path)
+
+
+def test_into_takes_what_was_measured_of_the_same_weights(bundle, golden, runs, tmp_path, capsys):
+    bare = copied(Bundle.load(golden), tmp_path / "bare")
+    write_json(bare.path / "metrics.json", [])
+    bare.update("metrics.json")
+
+    class Options:
+        into, force, baseline, data, processes, suite, n, amount = bare.path, False, None, None, 1, "quick", 20, []
+
+    Options.bundle = bundle.path
+    evaluate_bundle(Options, ("clean",), {"processes": 1})
+    said = capsys.readouterr().out
+    assert f"into {bare.path / 'metrics.json'}" in said
+    assert "3 rows taken, 0 kept" in said
+    assert {r["n"] for r in Bundle.load(bare.path).metrics()} == {20}
+    Options.into = SHIPPED
+    Options.force = True
+    with pytest.raises(TrainingError, match="of other weights"):
+        evaluate_bundle(Options, ("clean",), {"processes": 1})
+
+
+# a running server ------------------------------------------------------------------------------------------------------
+
+
+def test_evidence_is_no_part_of_what_is_served(bundle):
+    before = bundle.served
+    for name in EVIDENCE:
+        (bundle.path / name).write_bytes(b"[]")
+    assert bundle.update(*EVIDENCE).served == before
+    rows = json.loads((bundle.path / "calibration.json").read_text())
+    write_json(bundle.path / "calibration.json", [{**r, "temperature": 2.0} for r in rows])
+    assert bundle.update("calibration.json").served != before
+
+
+def test_a_running_server_does_not_swap_because_somebody_measured(bundle, tmp_path, picture):
+    log = tmp_path / "log"
+    with serving(bundle.path, log) as server:
+        until(lambda: is_held(bundle.path))
+        with pytest.raises(BundleError, match="is being served"):
+            check_editable(bundle.path)
+        before = httpx2.post(f"{server.url}/classify", content=picture).json()
+        rows = bundle.metrics()
+        rows[0]["value"] = 0.125
+
+        def change(draft):
+            write_json(draft.path / "metrics.json", rows)
+            return draft.update("metrics.json")
+
+        edit(bundle.path, change, force=True)
+        until(lambda: info(server)["metrics"][0]["value"] == 0.125)  # it is shown
+        assert info(server)["refresh"] == {"opening": None, "refused": None, "retiring": []}
+        os.kill(workers(server)[0], signal.SIGKILL)  # and a worker that starts again opens what is there
+        until(lambda: httpx2.post(f"{server.url}/classify", content=picture, timeout=30).json() == before)
+        assert "now serving" not in log.read_text()
+        assert "cannot open" not in log.read_text()
+    assert not is_held(bundle.path)
+
+
+def test_copies_of_read_only_files_can_be_written(bundle, tmp_path):
+    store = tmp_path / "store"
+    publish(bundle, store)
+    modes = []
+    edit(store, lambda draft: (modes.extend(file.stat().st_mode & 0o200 for file in draft.path.iterdir()), noted(draft))[1], force=True)
+    assert all(modes)
+    assert np.all([file.stat().st_mode & 0o222 == 0 for file in (store / "current").resolve().iterdir()])
+    shutil.rmtree(store)

@@ -1,0 +1,159 @@
+"""The gate of a refresh: a new model is published only if it is not worse than the store's `current` on held-out images of its data.
+
+Both see the same selection images, which neither was trained on; the test set is never looked at. docs/decisions/0015 has the rule.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.detection import Detector, suspicion
+from ebjdat_serve.engines import Floats
+from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.store import CURRENT
+from training.adversary import Threat
+from training.evaluate import work_root
+from training.evaluation.attacks import Look, Pgd
+from training.evaluation.context import unit
+from training.evaluation.ledger import Arrays, Ledger
+from training.evaluation.rows import ALPHAS, ball_of, eps_name
+from training.evaluation.subject import bundle_spec
+from training.evaluation.suspicion import strange_images
+from training.images import Dataset
+from training.measures import auroc, auroc_difference_stderr, paired_interval
+
+MARGIN = 0.02
+"""How much worse a figure may be: a model is held back when the whole 95 % interval of its gain lies below -MARGIN."""
+ATTACKED = 1000  # selection images under PGD-20, at most
+ALPHA = ALPHAS[0]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One figure of both models on the same images; ``gain`` is above 0 where the new one is better."""
+
+    metric: str
+    dataset: str
+    n: int
+    new: float
+    current: float
+    gain: float
+    interval: tuple[float, float]
+
+    @property
+    def worse(self) -> bool:
+        """Return whether the new model is worse by more than the margin, with confidence."""
+        return self.interval[1] < -MARGIN
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        said = f"{self.metric} {self.new:.3f} against {self.current:.3f} (gain {self.gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return f"{said}, n = {self.n}, {self.dataset})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says; ``reason``: why the new model is held back, empty when it passes; ``against``: the current one, if any."""
+
+    reason: str
+    against: str
+    rows: list[Compared]
+
+    def comparison(self) -> list[dict[str, Any]]:
+        """Return the figures as JSON."""
+        return [{**asdict(row), "interval": list(row.interval), "margin": MARGIN, "worse": row.worse} for row in self.rows]
+
+
+def judge(new: Bundle, store: Path, data: Dataset) -> Verdict:
+    """Return whether ``new`` may take the place of what ``store`` points at; an empty store takes anything.
+
+    A current bundle of other data, labels or size, or one that cannot be read, cannot be compared with: that holds ``new`` back.
+    """
+    if not (store / CURRENT).is_symlink():
+        return Verdict("", "", [])
+    try:
+        current = Bundle.load(store)
+    except EbjdatError as error:
+        return Verdict(f"it cannot be compared with the current model: {error}", "", [])
+    name = f"{current.manifest.name}@{current.manifest.version}"
+    if current.served == new.served:
+        return Verdict("", name, [])
+    if other := difference(new, current):
+        return Verdict(f"it cannot be compared with {name}: {other}", name, [])
+    rows = list(compare(new, current, data))
+    worse = "; ".join(str(row) for row in rows if row.worse)
+    return Verdict(f"worse than {name} by more than {MARGIN}: {worse}" if worse else "", name, rows)
+
+
+def difference(new: Bundle, current: Bundle) -> str:
+    """Return what keeps two bundles from being compared on the same held-out images, or nothing."""
+    a, b = new.manifest, current.manifest
+    if a.labels != b.labels:
+        return f"its labels are {', '.join(a.labels)}; the current ones {', '.join(b.labels)}"
+    if a.input != b.input:
+        return f"it takes {a.input.height} x {a.input.width} pixels, the current one {b.input.height} x {b.input.width}"
+    if a.provenance.data_sha256 != b.provenance.data_sha256:
+        sums = f"sha256 {a.provenance.data_sha256[:12]} and {b.provenance.data_sha256[:12]}"
+        return f"they were trained on other images ({sums}), so that what one held out the other may have learned"
+    return ""
+
+
+def compare(new: Bundle, current: Bundle, data: Dataset) -> Iterator[Compared]:
+    """Yield every figure of the gate: clean and PGD-20 accuracy, clean flag rate, AUROC on each strange set at hand."""
+    where = f"{data.name} selection split"
+    strange = dict(strange_images(data.name, data.selection.image, lambda text: None))
+    mine, its = (seen(bundle, data, strange) for bundle in (new, current))
+    yield proportions("accuracy_clean", where, mine.right, its.right)
+    yield proportions(f"accuracy_pgd20, l-inf {eps_name(ball_of(data.name).linf)}", where, mine.standing, its.standing)
+    if mine.flagged is not None and its.flagged is not None:
+        passed = proportions("flag_rate_clean", where, ~mine.flagged, ~its.flagged)
+        yield Compared(passed.metric, where, passed.n, 1 - passed.new, 1 - passed.current, passed.gain, passed.interval)
+    for name in strange:
+        (a, a_strange), (b, b_strange) = (side.scores[name] for side in (mine, its))
+        value, known = auroc(a, a_strange), auroc(b, b_strange)
+        half = 1.96 * auroc_difference_stderr(a, a_strange, b, b_strange)
+        gain, n = value - known, len(a) + len(a_strange)
+        yield Compared("auroc of the flag", f"{where} vs {name}", n, value, known, gain, (gain - half, gain + half))
+
+
+def proportions(metric: str, dataset: str, new: NDArray[np.bool_], current: NDArray[np.bool_]) -> Compared:
+    """Return two proportions of the same images, their difference with its paired interval."""
+    a, b = float(new.mean()), float(current.mean())
+    return Compared(metric, dataset, len(new), a, b, a - b, paired_interval(new, current))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one model does with the held-out images, (N,) each, and (its clean scores, its scores) of each strange set."""
+
+    right: NDArray[np.bool_]
+    standing: NDArray[np.bool_]
+    flagged: NDArray[np.bool_] | None  # None where the calibration set is too small for ALPHA
+    scores: dict[str, tuple[Floats, Floats]]
+
+
+def seen(bundle: Bundle, data: Dataset, strange: dict[str, Floats]) -> Seen:
+    """Return what a bundle's graph says of the selection split, clean and attacked, and of strange images; results are kept on disk."""
+    spec = bundle_spec(bundle.path)
+    ledger = Ledger(work_root() / "chunks", spec, spec())
+    image, label = unit(data.selection)
+    attack = Pgd(Threat("linf", ball_of(data.name).linf))
+    clean, attacked = ledger.run("gate", [(Look(), image, label), (attack, image[:ATTACKED], label[:ATTACKED])])
+    calibration = bundle.calibration()
+
+    def score(found: Arrays) -> Floats:
+        return suspicion(calibration.score, calibration.weight, found["logits"])
+
+    mine, flagged = score(clean), None
+    if ALPHA * (len(calibration.scores) + 1) >= 1:
+        detector = Detector(np.asarray(calibration.scores), ALPHA)
+        flagged = detector.suspicious(detector.p_value(mine))
+    none = [np.zeros(len(images), np.int64) for images in strange.values()]
+    looked = ledger.run("gate", [(Look(), images, zero) for images, zero in zip(strange.values(), none, strict=True)])
+    scores = {name: (mine, score(found)) for name, found in zip(strange, looked, strict=True)}
+    return Seen(clean["logits"].argmax(axis=1) == label, attacked["standing"], flagged, scores)
