@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.wideresnet import WideResNet
+from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
 from training import compare
 from training.adversary import Threat
@@ -31,12 +33,13 @@ from training.errors import DataError, TrainingError
 from training.evaluate import evaluate_module, load_flat, unflattened
 from training.evaluation.attacks import Pgd, Trace
 from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square, summary, tally
+from training.evaluation.context import SUITES
 from training.evaluation.hostile import Evade, EvadeBySquare, ScoreAttack, without
 from training.evaluation.ledger import Ledger, read
 from training.evaluation.scores import SCORES, margin
 from training.evaluation.shifts import CORRUPTIONS, SHIFTS, corrupted, shifted
 from training.evaluation.subject import module_sha256, module_spec
-from training.evaluation.suspicion import Flag
+from training.evaluation.suspicion import Flag, fooled, fooled_rows
 from training.images import load
 
 LINF = Threat("linf", 51 / 255)
@@ -189,6 +192,39 @@ def test_every_figure_can_be_recomputed_from_the_arrays(weights, runs):
     (w1,) = [row for row in rows if row["metric"] == "energy_w1_over_sd" and row["dataset"] == name]
     assert w1["value"] == pytest.approx(distance, rel=1e-4)
     assert noise["logits"].shape[1] == 10
+    hit = (clean["logits"].argmax(1) == clean["label"])[: len(arrays[name]["label"])] & ~arrays[name]["standing"]
+    (success,) = [row for row in rows if row["metric"] == "attack_success" and row["dataset"] == name]
+    assert success["value"] * success["n"] == pytest.approx(hit.sum())
+    confidence = {s: -np.log(np.exp(found["logits"] - found["logits"].max(1, keepdims=True)).sum(1)) for s, found in arrays.items()}
+    for which, chosen in (("fooled", hit), ("not fooled", ~hit)):
+        (found,) = [row for row in rows if row["metric"] == "auroc_max_softmax" and row["dataset"].endswith(f"{name}, {which}")]
+        a, b = -confidence["clean"][: len(hit)], -confidence[name][chosen]
+        assert found["n"] == len(a) + len(b)
+        assert found["value"] == pytest.approx(roc_auc_score(np.r_[np.zeros(len(a)), np.ones(len(b))], np.r_[a, b]), abs=1e-6)
+
+
+def test_the_images_that_an_attack_fooled_are_counted_apart(weights, runs):
+    """Right images that stand dilute a rate: half of the images flagged may be all of the fooled ones, or none."""
+    logits = np.asarray([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0], [0.0, 9.0]], np.float32)
+    clean = {"logits": logits, "label": np.zeros(4, np.int64)}  # the last is wrong to begin with
+    unsure = np.asarray([[0.0, 0.1], [0.0, 9.0], [9.0, 0.0], [0.0, 9.0]], np.float32)
+    found = {"logits": unsure, "label": np.zeros(4, np.int64), "notes": np.asarray(["a", "b"])}
+    np.testing.assert_array_equal(fooled(clean, found), [True, True, False, False])
+    c = SimpleNamespace(where="d test", subject=SimpleNamespace(graph="g"), say=lambda text: None)
+    flag = Flag("max_softmax", 0.0, np.linspace(0.0, 0.5, 99))
+    rows = list(fooled_rows(c, [flag], [flag], "PGD-20 1/255 on d test", clean, found))
+    by = {(row["metric"], row["dataset"].split(", ")[-1]): row for row in rows if "alpha 0.01" not in row["protocol"]}
+    assert (by["attack_success", "PGD-20 1/255 on d test"]["value"], by["attack_success", "PGD-20 1/255 on d test"]["n"]) == (2 / 3, 3)
+    assert (by["flag_power", "fooled"]["value"], by["flag_power", "fooled"]["n"]) == (0.5, 2)
+    assert (by["flag_power", "not fooled"]["value"], by["flag_power", "not fooled"]["n"]) == (0.0, 2)
+    assert by["auroc_max_softmax", "fooled"]["n"] == 4 + 2
+
+
+def test_max_softmax_stands_beside_every_figure_of_the_served_score(weights, runs):
+    few = replace(SUITES["quick"].at_most(8), hostile=2, queries=3)
+    rows = evaluate_module(made(Net, weights), "digits", suite=few, parts=("suspicion", "shifts", "hostile"), folder=runs / "few")
+    assert_max_softmax_beside(rows, "energy_entropy")
+    assert {row["dataset"] for row in rows if row["metric"] == "flag_power"} >= {"blank pictures", "uniform noise"}
 
 
 def test_the_gradient_norm_is_that_of_the_energy(weights, digits, runs):

@@ -8,6 +8,8 @@ from training.measures import wilson
 
 SEED = 0
 ALPHAS = (0.05, 0.01)
+BASELINE = "max_softmax"
+"""The score that needs no energy (Hendrycks and Gimpel, arXiv 1610.02136): it stands beside every figure of the served one."""
 Row = dict[str, Any]
 
 
