@@ -31,16 +31,21 @@ from training.adversary import Threat
 from training.card import write_card
 from training.errors import DataError, TrainingError
 from training.evaluate import evaluate_module, load_flat, unflattened
+from training.evaluation import generation
 from training.evaluation.attacks import Pgd, Trace
 from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square, summary, tally
 from training.evaluation.context import SUITES
+from training.evaluation.crown import load_crown
+from training.evaluation.extractors import RESNET4B, available
 from training.evaluation.hostile import Evade, EvadeBySquare, ScoreAttack, without
 from training.evaluation.ledger import Ledger, read
+from training.evaluation.rows import proportion
 from training.evaluation.scores import SCORES, margin
 from training.evaluation.shifts import CORRUPTIONS, SHIFTS, corrupted, shifted
 from training.evaluation.subject import module_sha256, module_spec
 from training.evaluation.suspicion import Flag, fooled, fooled_rows
 from training.images import load
+from training.pictures import Split
 
 LINF = Threat("linf", 51 / 255)
 
@@ -317,6 +322,38 @@ def test_what_cannot_be_measured_says_why(weights, runs, digits):
         with pytest.raises((TrainingError, DataError), match=said):
             evaluate_module(**words)
     assert all(p.requires_grad for p in net.parameters())
+
+
+def test_another_file_of_the_judges_name_is_refused_and_a_missing_one_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("EBJDAT_DATA", str(tmp_path))
+    load_crown.cache_clear()
+    found, lacking = available("cifar10")
+    assert "resnet4b" not in [extractor.name for extractor in found]
+    assert any("robust judge" in text and "abcrown_resnet4b.pth" in text for text in lacking)
+    (tmp_path / "abcrown_resnet4b.pth").write_bytes(b"another")
+    load_crown.cache_clear()
+    with pytest.raises(DataError, match=r"abcrown_resnet4b\.pth has sha256"):
+        available("cifar10")
+    load_crown.cache_clear()
+
+
+def test_a_judge_without_distances_yields_agreement_alone(monkeypatch):
+    logits = np.eye(10, dtype=np.float32)
+    monkeypatch.setattr(generation, "available", lambda name: ([RESNET4B], []))
+    monkeypatch.setattr(generation, "features", lambda c, extractor, image: {"features": logits, "logits": logits})
+    image, label = np.zeros((10, 8, 8, 3), np.uint8), np.asarray([0, 1, 2, 3, 4, 5, 6, 7, 0, 0])
+    c = SimpleNamespace(
+        data=SimpleNamespace(name="cifar10", train=Split(image, label), test=Split(image, label)),
+        subject=SimpleNamespace(graph="g"),
+        share=lambda metric, good, where, protocol, of: proportion(metric, int(good.sum()), len(good), where, protocol, of),
+        say=lambda text: None,
+    )
+    rows = list(generation.distance_rows(c, {"fresh samples": (image, label, "80 steps")}, 10))
+    assert [(row["metric"], row["dataset"], row["value"]) for row in rows] == [
+        ("class_agreement_resnet4b", "10 fresh samples", 0.8),
+        ("class_agreement_resnet4b", "10 test images, the floor at n = 10", 0.8),
+    ]
+    assert all("adversarially trained at l-inf 2/255" in row["protocol"] for row in rows)
 
 
 def test_log_probabilities_are_told_from_logits(weights, runs):
