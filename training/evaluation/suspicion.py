@@ -142,7 +142,7 @@ def fooled_rows(c: Context, flags: list[Flag], every: list[Flag], name: str, cle
             continue
         for other in able(every, found):
             a, b = other.value(clean), other.value(part)
-            protocol = f"score {other.score}, positives are the {which}, negatives all {len(a)} clean images of the attack"
+            protocol = f"score {other.score}, positives are the {which}, negatives all clean images of the attack"
             row = number(f"auroc_{other.score}", auroc(a, b), len(a) + len(b), f"{c.where} vs {name}, {which}", protocol, of)
             yield {**row, "stderr": auroc_stderr(a, b)}
         for flag in flags:
