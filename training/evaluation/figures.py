@@ -191,7 +191,9 @@ def separations(rows: Sequence[Row]) -> Figure | None:
     for row in rows:
         kind = row["metric"].removeprefix("auroc_")
         if row["metric"].startswith("auroc_") and kind in kinds and " vs " in row["dataset"]:
-            table.setdefault(row["dataset"].split(" vs ")[1].split(" on ")[0], {})[kind] = row["value"]
+            where, name = row["dataset"].split(" vs ", 1)
+            table.setdefault(name.replace(f" on {where}", ""), {})[kind] = row["value"]
+    table = {name: values for name, values in table.items() if f"{name}, fooled" not in table}  # counted apart, not pooled
     if not table:
         return None
     with plt.rc_context(STYLE):
@@ -201,7 +203,7 @@ def separations(rows: Sequence[Row]) -> Figure | None:
             axis.plot([v for _, v in at], [y for y, _ in at], "osD^"[i], color=COLOURS[i], ms=6, label=kind)
         axis.axvline(0.5, color="#999999", lw=1)
         axis.set_yticks(range(len(table)), list(table))
-        axis.set_xlabel("AUROC against clean test images (0.5: blind; below: worse than chance)")
+        axis.set_xlabel("AUROC against clean test images (0.5: blind; below: likelier than clean)")
         axis.set_xlim(0, 1.02)
         axis.invert_yaxis()
         axis.grid(axis="y", color="#eeeeee")

@@ -142,13 +142,15 @@ def distance_rows(c: Context, sets: dict[str, Shown], n: int) -> Iterator[Row]:
     test = c.data.test.first(n)
     floor: dict[str, Shown] = {f"test images, the floor at n = {len(test)}": (test.image, test.label, "real against real")}
     for extractor in found:
-        known = features(c, extractor, real)["features"]
+        known = features(c, extractor, real)["features"] if extractor.distances else None
         for name, (image, label, how) in {**sets, **floor}.items():
             got = features(c, extractor, image)
-            yield from rows_of(c, extractor, f"{len(image)} {name} vs {reference}", got, known, how)
+            if known is not None:
+                yield from rows_of(c, extractor, f"{len(image)} {name} vs {reference}", got, known, how)
             if extractor.classes:
                 agree = got["logits"].argmax(axis=1) == label
-                yield c.share(f"class_agreement_{extractor.name}", agree, f"{len(image)} {name}", how, c.subject.graph)
+                judge = "" if extractor.distances else f"{extractor.said}; "
+                yield c.share(f"class_agreement_{extractor.name}", agree, f"{len(image)} {name}", f"{judge}{how}", c.subject.graph)
 
 
 def rows_of(c: Context, extractor: Extractor, where: str, got: Arrays, known: Floats, how: str) -> Iterator[Row]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.evaluation.context import Context
-from training.evaluation.rows import Row
+from training.evaluation.rows import BASELINE, Row
 
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1c1c1c}
 table{border-collapse:collapse;width:100%;margin:.6rem 0 1.4rem}td,th{padding:.2rem .7rem .2rem 0;border-bottom:1px solid #e4e4e4;text-align:left;vertical-align:top}
@@ -28,6 +28,7 @@ HEADINGS = {
 SAID = {
     "masking": "1 is passed. A failed check does not say that the model is weak; it says that its robust accuracies cannot be believed.",
     "robustness": "Accuracies carry Wilson 95 % intervals; a target is met by the lower bound. The worst case counts an image only if every attack left it.",
+    "suspicion": "Every rate of the served score stands beside that of max softmax, which needs no energy. Of an attack the images that it fooled are counted apart from the rest.",
     "hostile": "The attacker knows model, score and threshold. No flag here is a defence against such a user; these are the figures that say how far it goes.",
     "generation": "No figure is FID unless Inception-v3 with its standard weights was at hand. Distances at small n are biased upwards: read them beside the floor.",
     "released-code": "Half of the stated eps, and a weakened list of attacks: for comparison with published tables only.",
@@ -35,7 +36,7 @@ SAID = {
 OPEN = 14
 SHORT = (
     "accuracy_clean", "accuracy_autoattack", "accuracy_worst_case", "masking_suspected", "nll", "flag_rate_clean", "auroc_robust_ood",
-    "accuracy_with_rejection", "energy_w1_over_sd", "class_agreement_resnet20", "kernel_distance_efficientnet_lite0",
+    "accuracy_with_rejection", "energy_w1_over_sd", "class_agreement_resnet20", "class_agreement_resnet4b", "kernel_distance_efficientnet_lite0",
 )  # fmt: skip
 """Rows a section shows before the rest is folded."""
 
@@ -71,9 +72,12 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def in_short(rows: Sequence[Row]) -> str:
-    """Return the first row of each chief metric: what a reader asks for before anything else."""
-    firsts = [next((row for row in rows if row["metric"] == metric), None) for metric in SHORT]
-    found = [row for row in firsts if row is not None]
+    """Return the first row of each chief metric, and max softmax's beside a score's: what a reader asks for before anything else."""
+    found: list[Row] = []
+    for metric in SHORT:
+        rows_of = [row for row in rows if row["metric"] == metric]
+        baseline = [row for row in rows_of[1:] if f"score {BASELINE}" in row["protocol"]]
+        found += rows_of[:1] + baseline[:1]
     return f"<h2>In short</h2>{table(found)}" if found else ""
 
 

@@ -16,7 +16,7 @@ from training.evaluation.autoattack import APGD, AutoAttack
 from training.evaluation.context import Context, unit
 from training.evaluation.hostile import VARIANTS, Evade, EvadeBySquare, ScoreAttack
 from training.evaluation.ledger import Arrays, Work
-from training.evaluation.rows import ALPHAS, SEED, Row, eps_name, number, proportion, threat_name
+from training.evaluation.rows import ALPHAS, BASELINE, SEED, Row, eps_name, number, proportion, threat_name
 from training.evaluation.shifts import SHIFTS, shifted
 from training.images import data_root, read_atlas
 from training.measures import auroc, auroc_stderr, average_precision, flag_rate_interval, fpr_at_95
@@ -25,6 +25,7 @@ from training.pictures import load_images
 OOD_ATLASES = ("svhn_train_first1080", "cifar100_test_3000")
 SCORES = ("energy", "max_softmax", "energy_entropy", "gradient_norm")
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of eps, PGD's strength: 2/255 to 16/255
+BLANK = "blank pictures"  # every pixel of one colour, drawn uniformly
 NEAR = "cifar100_test_3000"
 QUERIES = 1000  # of Square on the flag, at most
 
@@ -65,28 +66,97 @@ def flags_of(c: Context) -> tuple[Flag, list[Flag]]:
     return Flag(served.score, served.weight, np.asarray(served.scores)), every
 
 
+def with_baseline(flag: Flag, every: list[Flag]) -> list[Flag]:
+    """Return the served flag and, where it is another, the one of max softmax."""
+    return [flag, *(other for other in every if other.score == BASELINE and flag.score != BASELINE)]
+
+
+def alphas(flag: Flag) -> list[float]:
+    """Return the levels that so many calibration scores can flag at."""
+    return [alpha for alpha in ALPHAS if alpha * (len(flag.clean) + 1) >= 1]
+
+
 def suspicion_rows(c: Context) -> Iterator[Row]:
-    """Yield clean flag rates, how well each score tells strange and attacked images apart, and how often the served flag sees them."""
+    """Yield clean flag rates, how well each score tells strange and attacked images apart, and how often the flag sees them.
+
+    Of an attack the images that it fooled are counted apart from the rest, which look like clean ones to any score.
+    """
     flag, every = flags_of(c)
-    of = c.subject.graph
     clean = c.look("clean", Look(gradient=True), *c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack)))
-    for alpha in ALPHAS:
-        if alpha * (len(flag.clean) + 1) >= 1:
-            yield from clean_rows(c, flag, clean, alpha)
+    flags = with_baseline(flag, every)
+    for shown in flags:
+        for alpha in alphas(shown):
+            yield from clean_rows(c, shown, clean, alpha)
     sets = {**strange(c), **attacked(c)}
     for name, found in sets.items():
-        beside = like(name, clean, found)
+        for other in able(every, found):
+            yield from separation_rows(c, other, name, like(name, clean, found), found)
+        for shown in flags:
+            yield from power_rows(c, shown, name, found)
+        if is_attack(name):
+            yield from fooled_rows(c, flags, every, name, like(name, clean, found), found)
+    pairs = list(compared(clean, sets))
+    for reference in ("energy", BASELINE):
         for other in every:
-            if other.score == "gradient_norm" and "gradient" not in found:
-                continue
-            yield from separation_rows(c, other, name, beside, found)
-        for alpha in ALPHAS:
-            if alpha * (len(flag.clean) + 1) >= 1:
-                hits = flag.flags(found, alpha)
-                yield c.share("flag_power", hits, name, f"alpha {alpha}, score {flag.score}", of)
-    by = {other.score: other for other in every}
-    for score in SCORES[1:]:
-        yield versus_energy(c, by[score], by["energy"], clean, sets)
+            if other.score != reference:
+                yield versus(c, other, next(flag for flag in every if flag.score == reference), pairs)
+
+
+def able(every: list[Flag], found: Arrays) -> list[Flag]:
+    """Return the flags that the set's arrays suffice for: AutoAttack leaves no gradient."""
+    return [flag for flag in every if flag.score != "gradient_norm" or "gradient" in found]
+
+
+def fooled(clean: Arrays, found: Arrays) -> np.ndarray:
+    """Return which images the attack fooled, (N,) bool: right before it, wrong after it, in what is served."""
+    label = found["label"]
+    hit: np.ndarray = (clean["logits"].argmax(axis=1) == label) & (found["logits"].argmax(axis=1) != label)
+    return hit
+
+
+def part_of(found: Arrays, chosen: np.ndarray) -> Arrays:
+    """Return the logits and gradients of the chosen images."""
+    return {key: found[key][chosen] for key in ("logits", "gradient") if key in found}
+
+
+def compared(clean: Arrays, sets: dict[str, Arrays]) -> Iterator[tuple[Arrays, Arrays]]:
+    """Yield (clean images, others) of each set; of an attack the images that it fooled, where it fooled any."""
+    for name, found in sets.items():
+        own = like(name, clean, found)
+        if not is_attack(name):
+            yield own, found
+        elif (hit := fooled(own, found)).any():
+            yield own, part_of(found, hit)
+
+
+def fooled_rows(c: Context, flags: list[Flag], every: list[Flag], name: str, clean: Arrays, found: Arrays) -> Iterator[Row]:
+    """Yield how many images an attack fooled, and AUROC and flag rate of those and of the rest, against all of their clean images."""
+    hit, of = fooled(clean, found), c.subject.graph
+    right = int((clean["logits"].argmax(axis=1) == found["label"]).sum())
+    if right:
+        yield proportion("attack_success", int(hit.sum()), right, name, "wrong after the attack, of the images right before it", of)
+    for which, chosen in (("fooled", hit), ("not fooled", ~hit)):
+        part = part_of(found, chosen)
+        if not chosen.any():
+            c.say(f"{name}: no image is {which}, so no rate is of those")
+            continue
+        for other in able(every, found):
+            a, b = other.value(clean), other.value(part)
+            protocol = f"score {other.score}, positives are the {which}, negatives all clean images of the attack"
+            row = number(f"auroc_{other.score}", auroc(a, b), len(a) + len(b), f"{c.where} vs {name}, {which}", protocol, of)
+            yield {**row, "stderr": auroc_stderr(a, b)}
+        for flag in flags:
+            # not kept for paired tests: another model's fooled images are other images
+            for alpha in alphas(flag):
+                hits = flag.flags(part, alpha)
+                protocol = f"alpha {alpha}, score {flag.score}"
+                yield proportion("flag_power", int(hits.sum()), len(hits), f"{name}, {which}", protocol, of)
+
+
+def power_rows(c: Context, flag: Flag, name: str, found: Arrays) -> Iterator[Row]:
+    """Yield the share of a set that is flagged, at each alpha."""
+    for alpha in alphas(flag):
+        yield c.share("flag_power", flag.flags(found, alpha), name, f"alpha {alpha}, score {flag.score}", c.subject.graph)
 
 
 def clean_rows(c: Context, flag: Flag, clean: Arrays, alpha: float) -> Iterator[Row]:
@@ -95,7 +165,7 @@ def clean_rows(c: Context, flag: Flag, clean: Arrays, alpha: float) -> Iterator[
     hits = flag.flags(clean, alpha)
     low, high = flag_rate_interval(len(flag.clean), n, alpha)
     yield c.share("flag_rate_clean", hits, c.where, f"alpha {alpha}, score {flag.score}", of)
-    inside = f"alpha {alpha}, Beta-binomial 99 % interval [{low:.4f}, {high:.4f}]"
+    inside = f"alpha {alpha}, score {flag.score}, Beta-binomial 99 % interval [{low:.4f}, {high:.4f}]"
     yield number("flag_rate_clean_in_interval", float(low <= hits.mean() <= high), n, c.where, inside, of)
 
 
@@ -112,16 +182,13 @@ def separation_rows(c: Context, flag: Flag, name: str, clean: Arrays, found: Arr
     yield proportion(f"fpr95_{flag.score}", passed, len(b), where, accepted, of)
 
 
-def versus_energy(c: Context, flag: Flag, energy: Flag, clean: Arrays, sets: dict[str, Arrays]) -> Row:
-    """Return on how many sets a score separates better than the energy does: what decides the default."""
-    can = {name: found for name, found in sets.items() if flag.score != "gradient_norm" or "gradient" in found}
-    wins = 0
-    for name, found in can.items():
-        own, its = (auroc(other.value(like(name, clean, found)), other.value(found)) for other in (flag, energy))
-        wins += own > its
-    return proportion(
-        f"sets_better_than_energy_{flag.score}", wins, len(can), "all sets above", "share with the higher AUROC", c.subject.graph
-    )
+def versus(c: Context, flag: Flag, reference: Flag, pairs: list[tuple[Arrays, Arrays]]) -> Row:
+    """Return on how many sets a score separates better than another does: what decides the default. Of attacks: the fooled images."""
+    can = [pair for pair in pairs if len(able([flag, reference], pair[1])) == 2]
+    wins = sum(auroc(flag.value(a), flag.value(b)) > auroc(reference.value(a), reference.value(b)) for a, b in can)
+    metric = f"sets_better_than_{reference.score}_{flag.score}"
+    where = "all sets above, of attacks the fooled images"
+    return proportion(metric, wins, len(can), where, "share with the higher AUROC", c.subject.graph)
 
 
 def like(name: str, clean: Arrays, found: Arrays) -> Arrays:
@@ -153,6 +220,8 @@ def strange_images(dataset: str, some: Pixels, say: Callable[[str], None]) -> It
     partner = np.empty_like(order)
     partner[order] = np.roll(order, 1)  # one cycle: no image with itself
     yield "interpolations", to_unit(((some.astype(np.uint16) + some[partner]) // 2).astype(np.uint8))
+    colour = np.random.default_rng(SEED).integers(0, 256, (1000, 1, 1, 3), dtype=np.uint8)
+    yield BLANK, to_unit(np.broadcast_to(colour, (1000, height, width, 3)))
     for name in OOD_ATLASES:
         if name.startswith(f"{dataset}_"):
             continue  # a data set is not out of its own distribution
@@ -192,8 +261,8 @@ def hostile_rows(c: Context) -> Iterator[Row]:
     if not c.attackers():
         return
     flag, every = flags_of(c)
-    energy = next(other for other in every if other.score == "energy")
-    for other in [flag] if flag.score == "energy" or not c.suite.thorough else [flag, energy]:
+    energy = [other for other in every if other.score == "energy" and flag.score != "energy" and c.suite.thorough]
+    for other in with_baseline(flag, every) + energy:
         yield from robust_ood_rows(c, other)
         yield from rejection_rows(c, other)
     (found,) = c.run("at half of eps", Pgd(c.ball.threats()[1], objective="margin", restarts=2, eot=c.eot), n=c.suite.hostile)
@@ -235,9 +304,7 @@ def rejection_rows(c: Context, flag: Flag) -> Iterator[Row]:
     threat, _, _ = c.ball.threats()
     n, of = c.suite.hostile, c.subject.graph
     image, label = c.test(n)
-    for alpha in ALPHAS if c.suite.thorough else ALPHAS[:1]:
-        if alpha * (len(flag.clean) + 1) < 1:
-            continue
+    for alpha in alphas(flag) if c.suite.thorough else alphas(flag)[:1]:
         common = (threat, flag.score, flag.weight, flag.threshold(alpha), float(flag.clean.std()) or 1.0)
         queries = min(c.suite.queries, QUERIES)
         works: list[Work] = [*(Evade(*common, variant) for variant in VARIANTS), EvadeBySquare(*common, queries)]
@@ -262,11 +329,12 @@ def unseen(c: Context, flag: Flag, alpha: float, n: int) -> np.ndarray:
 
 def shift_rows(c: Context) -> Iterator[Row]:
     """Yield accuracy and flag rate under benign shifts, as the server's decoder hands them to the model."""
-    flag, _ = flags_of(c)
+    flags = with_baseline(*flags_of(c))
     some, of, alpha = c.data.test.first(c.suite.shifted), c.subject.graph, ALPHAS[0]
     for name, shift in {"none": None, **SHIFTS}.items():
         image = to_unit(some.image if shift is None else shifted(some.image, shift))
         (found,) = c.ledger.run(f"shift {name}", [(Look(), image, some.label)])
         where = f"{c.where} after {name}" if shift else c.where
-        yield c.share("flag_rate_shifted", flag.flags(found, alpha), where, f"alpha {alpha}, score {flag.score}", of)
+        for flag in flags:
+            yield c.share("flag_rate_shifted", flag.flags(found, alpha), where, f"alpha {alpha}, score {flag.score}", of)
         yield c.share("accuracy_shifted", found["logits"].argmax(axis=1) == some.label, where, "served", of)
