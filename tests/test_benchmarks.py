@@ -7,14 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import benchmarks.engines as engines
-from benchmarks import gpu_check, load, tables
+from benchmarks import equal_budget, gpu_check, load, tables
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.errors import EngineError
 from tests.conftest import ROOT
+from training.presets import PRESETS, preset
+from training.settings import override
 
 
 def test_the_documents_tables_are_those_of_the_json(shipped):
@@ -124,3 +128,49 @@ def test_gpu_check_without_a_gpu_says_so(monkeypatch, capsys):
     assert gpu_check.main() == 2
     assert "there is none here" in capsys.readouterr().err
     assert not Path("never.md").exists()
+
+
+def test_every_entry_at_equal_budget_is_a_run_that_the_trainer_takes():
+    for name, entry in equal_budget.ENTRIES.items():
+        stage = PRESETS[entry.method] if entry.method in PRESETS else preset(entry.method, "small", "cifar10")
+        taken = override(stage, ["depth=28", "width=2", "epochs=1.5", *entry.settings])  # raises for a field that is none
+        assert taken.ema == 0.999, name
+        assert entry.init in ("", *equal_budget.ENTRIES)
+
+
+def test_rows_at_equal_budget_stand_beside_their_paired_difference(tmp_path):
+    def keep(name, good, n):
+        folder = tmp_path / f"{equal_budget.PREFIX}{name}"
+        folder.mkdir()
+        protocol = "PGD-20, l-inf 8/255"
+        row = {"metric": "accuracy_pgd20", "value": float(np.mean(good)), "n": n, "dataset": "cifar10 test", "protocol": protocol}
+        (folder / "metrics.json").write_text(json.dumps([row]))
+        np.savez(folder / "images.npz", **{f"accuracy_pgd20 | cifar10 test | {protocol}": np.array(good, bool)})
+
+    control = [1] * 60 + [0] * 40
+    keep("pgd7", control, 100)
+    keep("trades", [1] * 70 + [0] * 30, 100)
+    keep("dat", control[:50], 50)  # of other images: no pair
+    head, _, *lines = equal_budget.table(tmp_path)
+    cells = {line.split(" | ")[0].strip("| "): [cell.strip() for cell in line.strip("|").split(" | ")] for line in lines}
+    at = [name.strip() for name in head.strip("|").split(" | ")].index("minus control, paired")
+    half = 1.96 * (0.1 * 0.9) ** 0.5 / 10
+    assert cells["trades"][at] == f"+0.1000 [{0.1 - half:+.4f}, {0.1 + half:+.4f}]"
+    assert cells["pgd7"][at] == cells["dat"][at] == ""
+
+
+def test_an_entry_keeps_what_was_measured_of_itself_and_not_of_one_whose_name_begins_alike(tmp_path, monkeypatch):
+    plan = equal_budget.Plan(tmp_path, 56, (10, 1), (), 1.0, time.monotonic() + 60)
+    weights = tmp_path / "runs" / "pgd7" / "small-pgd-at" / "weights.safetensors"
+    weights.parent.mkdir(parents=True)
+    for file in (weights.parent / "log.jsonl", weights.parent.parent / "config.json"):
+        file.write_text("{}")
+    save_file({"w": torch.ones(2)}, weights)
+    for name, digest in (("pgd7", "a" * 12), ("pgd7-seed1", "b" * 12)):
+        folder = tmp_path / "runs" / "evaluation" / f"{equal_budget.PREFIX}{name}-{digest}-{'c' * 8}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(name))
+    monkeypatch.setattr(equal_budget.Plan, "call", lambda *words: None)
+    plan.evaluate("pgd7")
+    assert json.loads((tmp_path / "kept" / "wrn28-pgd7" / "metrics.json").read_text()) == "pgd7"
+    assert load_file(tmp_path / "kept" / "wrn28-pgd7" / "weights.safetensors")["w"].dtype == torch.float16

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from queue import Queue
+from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -150,6 +154,41 @@ def test_a_captured_walk_pads_to_a_power_of_two_and_serves_again(shipped, chains
     assert made == [4, 1]
 
 
+def test_a_capture_leaves_other_threads_alone_and_the_device_to_itself(shipped, chains, monkeypatch):
+    """A refresh captures in a thread while the main thread answers: gpu.md, what a fake of torch.cuda can show."""
+    seen = []
+
+    class Stream:
+        def wait_stream(self, other):
+            """Nothing to wait for."""
+
+    @contextmanager
+    def graph(made, **how):
+        free = Queue()
+        Thread(target=lambda: free.put(eager.DEVICE_LOCK.acquire(blocking=False))).start()  # re-entrant, so another thread asks
+        seen.append((how, free.get(timeout=10)))
+        yield
+
+    fakes = {"Stream": Stream, "current_stream": Stream, "stream": nullcontext, "graph": graph}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    engine = TorchEngine(shipped, "cpu")
+    engine._device = torch.device("meta")  # not the CPU's road; memory stays where Walk is told
+    monkeypatch.setattr(eager, "Walk", lambda model, rows, device, walk=eager.Walk: walk(model, rows, torch.device("cpu")))
+    engine.advance(chains, 1)
+    assert seen == [({"capture_error_mode": "thread_local"}, False)]
+
+
+def test_an_engine_turns_tf32_off_for_good(shipped):
+    """Two threads that each restore what they found could leave it on: nothing is restored."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+        engine = TorchEngine(shipped, "cpu")
+        engine.classify(np.zeros((1, 3, 32, 32), np.float32))
+        flags = torch.backends.cudnn
+        assert (flags.allow_tf32, flags.benchmark, flags.deterministic) == (False, False, True)
+
+
 # providers ---------------------------------------------------------------------------------------------------------------
 
 
@@ -188,8 +227,6 @@ def test_fp32_on_a_gpu_is_not_tf32(shipped, monkeypatch):
     with providers.options_for(providers.CUDA, shipped, shipped.path / "classify.onnx") as wanted:
         assert [name for name, _ in wanted] == [providers.CUDA, providers.CPU]
         assert wanted[0][1]["use_tf32"] == "0"
-    with eager.exact():
-        assert not torch.backends.cudnn.allow_tf32
 
 
 def test_no_session_goes_on_with_other_providers_on_its_own(roads):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import nn
 from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.card import figure
 from ebjdat_serve.detection import Detector, suspicion
-from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.errors import BundleError, EbjdatError, EngineError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.wideresnet import WideResNet
 from tests.baseline import assert_max_softmax_beside
@@ -31,7 +32,7 @@ from training.adversary import Threat
 from training.card import write_card
 from training.errors import DataError, TrainingError
 from training.evaluate import evaluate_module, load_flat, unflattened
-from training.evaluation import generation
+from training.evaluation import generation, subject
 from training.evaluation.attacks import Pgd, Trace
 from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square, summary, tally
 from training.evaluation.context import SUITES, claim
@@ -719,3 +720,42 @@ def test_what_cannot_be_compared_says_why(tmp_path, weights, runs, capsys):
         done = subprocess.run([sys.executable, str(ROOT / "training" / "compare.py"), *words], capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert said in done.stderr
+
+
+# on a GPU -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("providers", "kind"), [(["CPUExecutionProvider"], "torch"), (["CUDAExecutionProvider"], "onnx")])
+def test_a_bundle_is_measured_on_the_gpu_by_whatever_computes_there(shipped, monkeypatch, providers, kind):
+    """torch with CUDA beside an ONNX Runtime without it: the graph on one thread of the CPU would take hours."""
+    asked = []
+
+    def engine(bundle, kind, device, threads):
+        asked.append((kind, device))
+        raise EngineError("enough seen")
+
+    monkeypatch.setattr(subject, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(subject, "load_engine", engine)
+    with pytest.raises(EngineError, match="enough seen"):
+        subject.open_bundle(shipped.path)
+    assert asked == [(kind, "cuda")]
+
+
+def test_a_gpu_takes_more_images_at_once(tmp_path):
+    sizes = []
+
+    @dataclass(frozen=True)
+    class Count:
+        cost = 1.0
+
+        def run(self, subject, image, label):
+            sizes.append(len(label))
+            return {"label": label}
+
+    image, label = np.zeros((700, 1), np.float32), np.arange(700)
+    for device in ("cpu", "cuda"):
+        model = SimpleNamespace(device=torch.device(device), key=device)
+        (found,) = Ledger(tmp_path, lambda it=model: it, model).run("count", [(Count(), image, label)])
+        np.testing.assert_array_equal(found["label"], label)
+    assert sizes == [100] * 7 + [200, 500] or sizes == [100] * 7 + [500, 200]
