@@ -1,6 +1,7 @@
 """One process at a time: flock, and a marker file where the file system has no flock, as some network file systems have none."""
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ def alone(file: Path, *, wait: bool = True) -> Iterator[None]:
     Without flock a file beside it, named after it, stands for the lock; one that a process of this machine left behind when it died is
     taken over. Raises Held, OSError.
     """
+    if not file.parent.is_dir():  # filelock would make it
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file.parent))
     marker = file.with_name(f"{file.name}.held")
     lock: BaseFileLock = FileLock(file, blocking=wait, fallback_to_soft=False)
     try:

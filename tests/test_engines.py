@@ -252,7 +252,7 @@ def test_a_graph_that_cannot_be_opened_is_an_engine_error(shipped, tmp_path):
     ("kind", "device", "precision", "fix"),
     [
         ("torch", "tensorrt", "fp32", "--engine onnx --device tensorrt"),
-        ("auto", "tensorrt", "bf16", "--precision fp32 or give --engine onnx --device tensorrt --precision fp16"),
+        ("auto", "tensorrt", "bf16", "--precision fp32 or --engine onnx --device tensorrt --precision fp16"),
         ("onnx", "tensorrt", "int8", "--precision fp16"),
         ("torch", "cpu", "int8", "--engine onnx"),
         ("onnx", "cpu", "bf16", "--engine torch"),

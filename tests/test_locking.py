@@ -99,6 +99,12 @@ def test_what_is_no_rival_is_said_as_it_is(tmp_path, monkeypatch):
         pass
 
 
+def test_a_lock_makes_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError), alone(tmp_path / "absent" / ".lock"):
+        pass
+    assert not (tmp_path / "absent").exists()
+
+
 def test_there_is_one_way_to_lock():
     root = Path(__file__).parent.parent
     files = [file for folder in ("ebjdat_serve", "training", "export", "benchmarks") for file in (root / folder).rglob("*.py")]

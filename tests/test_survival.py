@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from training.card import card
 from training.clock import Clock
 from training.drafts import Origin, draft_bundle
-from training.errors import DataError, TrainingDiverged, TrainingError
+from training.errors import DataError, OutOfTime, TrainingDiverged, TrainingError
 from training.images import load, load_extra
 from training.presets import DIGITS, preset, stages
 from training.pseudo_label import pseudo_label
@@ -100,7 +100,7 @@ def test_too_many_divergences_exit_with_an_error_and_a_code(tmp_path):
 
 def test_stage_two_begins_with_the_warm_start_that_was_finished_after_all(tmp_path):
     stage = replace(DIGITS, epochs=0.2, lr=0.0, warm_start=replace(WARM, epochs=1.0))
-    with pytest.raises(TrainingError, match="max-minutes"):
+    with pytest.raises(OutOfTime, match="the time ran out before digits began"):
         refresh(stage, tmp_path / "run", init=None, clock=Ticks(5), suite=None, device=CPU)  # time for half of the warm start
     half = load_weights(tmp_path / "run" / "digits-fgsm" / "weights.safetensors")
     refresh(stage, tmp_path / "run", init=None, clock=Clock(), suite=None, device=CPU)
