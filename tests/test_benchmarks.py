@@ -52,20 +52,6 @@ def test_other_libraries_say_the_same():
         assert row["ours"] == pytest.approx(row["value"], abs=2e-5), row["name"]
 
 
-def test_the_readmes_figures_of_the_server_are_in_the_json():
-    classify, generate = (
-        {row["name"]: row["value"] for row in json.loads((ROOT / "benchmarks" / f"{name}_load.json").read_text())}
-        for name in ("classify", "generate")
-    )
-    text = (ROOT / "README.md").read_text()
-    single = classify["ratio to bare session: server, 32 connections, 1 image each"]
-    many = classify["ratio to bare session: server, 4 connections, 32 images each"]
-    short = generate["ratio p99 / alone: 20-step drawing, half a second apart"]
-    assert f"the server on one: {single:.0%} of the bare ONNX Runtime session's" in text
-    assert f"{many:.0%} with 32 images a request" in text
-    assert f"takes at p99 {short:.1f}" in text
-
-
 def test_each_process_has_a_core_of_its_own():
     """A child inherits its parent's one core: it must be put on another all the same."""
     if len(load.CORES) < 2:

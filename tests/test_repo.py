@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import packages_distributions
 
 from benchmarks.methods import SEEDS, table
-from ebjdat_serve.card import figure
 from tests.conftest import ROOT
 from training.presets import METHODS, describe, preset, stages
 from training.settings import MEASURED, override
@@ -34,24 +33,6 @@ def test_functions_and_files_stay_readable():
     for file in tracked():
         if file.suffix == ".py" and "tests" not in file.parts:
             assert len(file.read_text().splitlines()) <= 350, file
-
-
-def test_readme_figures_are_the_shipped_metrics():
-    readme = (ROOT / "README.md").read_text()
-    table = readme.split("<!-- figures -->")[1].split("<!-- /figures -->")[0].strip()
-    from ebjdat_serve.bundle import Bundle
-    from ebjdat_serve.server.settings import SHIPPED
-    from training.card import readme_table
-
-    assert table == readme_table(Bundle.load(SHIPPED)).strip(), "run python training/card.py --readme README.md"
-
-
-def test_readme_names_every_auroc_below_one_half():
-    readme = (ROOT / "README.md").read_text()
-    rows = json.loads((ROOT / "ebjdat_serve" / "models" / "cifar10" / "metrics.json").read_text())
-    for row in rows:
-        if row["metric"] == "auroc_energy" and row["value"] < 0.5:
-            assert f"| {figure(row)} |" in readme, row["dataset"]
 
 
 def test_readme_commands_exist():

@@ -187,15 +187,15 @@ def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
 
     data, eps = bundle.manifest.provenance.dataset, eps_of(bundle)
 
-    def said(metric: str, where: str, how: str = "") -> str:
-        row = one(rows, metric, where, f"{how}score {calibration.score}")
-        plain = one(rows, metric, where, f"{how}score {BASELINE}") if calibration.score != BASELINE else None
-        return (figure(row) if row else "not measured") + (f" (max softmax: {figure(plain)})" if plain else "")
+    def said(metric: str, where: str, how: str = "", among: list[Row] = rows) -> str:
+        row, plain = (one(among, metric, where, f"{how}score {name}") for name in (calibration.score, BASELINE))
+        text = figure(row) if row else "not measured"
+        return text if calibration.score == BASELINE else f"{text} (max softmax: {figure(plain) if plain else 'not measured'})"
 
     def flagged(where: str) -> str:
         return said("flag_power", where, "alpha 0.05, ")
 
-    junk = one([row for row in rows if "moves junk" in row["protocol"]], "auroc_robust_ood", "", f"score {calibration.score}")
+    junk = said("auroc_robust_ood", "", among=[row for row in rows if "moves junk" in row["protocol"]])
     limit = one(rows, "accuracy_at_half_eps", "", "")
     return f"""`suspicious` means p < alpha, with p = (1 + how many of {len(calibration.scores):,} clean calibration scores are at least this one) / {len(calibration.scores) + 1:,} and
 {score}. It bounds false alarms on data like the calibration set: at most alpha on average over calibration draws; given this one set the rate is
@@ -205,7 +205,7 @@ Beta-distributed around it. At alpha 0.05 it flags these shares; max softmax, wh
 - SVHN {flagged("svhn_train_first1080")}; CIFAR-100 {flagged(NEAR)}; uniform noise {flagged("uniform noise")}; blank pictures {flagged(BLANK)};
 - images that PGD-20 fooled at {eps} {flagged(f"PGD-20 {eps} on {data} test, fooled")}; the other attacked images {flagged(f"PGD-20 {eps} on {data} test, not fooled")}.
 
-**It is no defence against an adaptive attacker**: junk that is perturbed within {eps} to look normal leaves an AUROC of {figure(junk) if junk else "not measured"}
+**It is no defence against an adaptive attacker**: junk that is perturbed within {eps} to look normal leaves an AUROC of {junk}
 (0.5 is blind, 0 is fooled every time); the share of images for which no point of the ball was found that is both wrong and unflagged is
 {said("accuracy_with_rejection", "", "alpha 0.05, ")} at alpha 0.05, and a flag that truly held at {eps} would imply a classifier that holds at half of it, where this
 one keeps {figure(limit) if limit else "not measured"}."""
