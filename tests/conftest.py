@@ -145,7 +145,7 @@ def serving(
             raise AssertionError(f"the server did not stop on SIGTERM within 20 s:\n{log.read_text(encoding='utf-8')}") from None
 
 
-def wait_ready(live: Live, seconds: float = 60) -> None:
+def wait_ready(live: Live, seconds: float = 120) -> None:
     def ready():
         assert live.process.poll() is None, f"the server ended with {live.process.returncode}:\n{live.log.read_text()}"
         try:

@@ -41,7 +41,7 @@ def item(payload, key="k"):
 
 def test_a_long_job_is_refused_where_a_short_one_that_overtakes_is_not():
     async def run():
-        lane = GenerateLane(workers=1, deadline=120.0, chains=128, backlog=60.0)
+        lane = GenerateLane(workers=1, deadline=120.0, worker_timeout=30.0, chains=128, backlog=60.0)
         worker = peer("k")
         lane.peers.append(worker)
         lane.heard(worker, Pace(100.0, {}))  # chain-steps a second
@@ -64,7 +64,7 @@ def test_a_long_job_is_refused_where_a_short_one_that_overtakes_is_not():
 
 def test_a_bundle_that_no_worker_has_open_keeps_nobody_waiting():
     async def run():
-        lane = ClassifyLane(workers=1, deadline=10.0, max_batch=4)
+        lane = ClassifyLane(workers=1, deadline=10.0, worker_timeout=30.0, max_batch=4)
         worker = peer("new")
         lane.peers.append(worker)
         pixels = np.zeros((1, 2, 2, 3), np.uint8)

@@ -89,7 +89,7 @@ def test_attacks_succeed_more_as_the_ball_grows(shipped, test_images):
     from training.evaluation.attacks import survivors
 
     model = load_model(shipped)
-    image, label = torch.from_numpy(to_unit(test_images[0][::5])), torch.from_numpy(test_images[1][::5].astype(np.int64))
+    image, label = torch.from_numpy(to_unit(test_images[0][::10])), torch.from_numpy(test_images[1][::10].astype(np.int64))
     standing = [survivors(model, image, label, Threat("linf", eps / 255)) / len(label) for eps in (0.01, 4, 8, 64)]
     assert standing == sorted(standing, reverse=True)
     assert standing[2] > 0.2  # plain training: 0
