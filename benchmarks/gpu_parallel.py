@@ -63,7 +63,7 @@ def main() -> None:
         begin = time.time() + options.start
         words = [sys.executable, __file__, *sys.argv[1:], "--work", str(begin)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(count)]
+        running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment) for _ in range(count)]
         said = [process.communicate()[0] for process in running]
         together = sum(float(text) for text in said if text.strip())
         alone = alone or together / count

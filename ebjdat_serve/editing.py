@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ebjdat_serve.bundle import MANIFEST, Bundle
 from ebjdat_serve.errors import BundleError
-from ebjdat_serve.store import is_held, next_revision, publish, reason_held_back, store_of
+from ebjdat_serve.locking import is_held
+from ebjdat_serve.store import next_revision, publish, reason_held_back, store_of
 
 FORCED = "also one that is tracked by git, installed or being served; in a store it becomes a new version"
 """What --force of whoever edits means."""
@@ -48,7 +49,7 @@ def check_editable(path: Path, *, force: bool = False) -> Bundle:
         raise BundleError(f"{home} is a version of {store} and not the current one: versions never change; roll back to it, or copy it")
     reason = "" if force else guarded(home)
     if reason:
-        raise BundleError(f"{home} {reason}: copy the folder and change the copy, or say --force")
+        raise BundleError(f"{home} {reason}: copy the folder and change the copy", options=("--force",))
     return bundle
 
 

@@ -1,6 +1,10 @@
-"""One process at a time: flock, and a marker file where the file system has no flock, as some network file systems have none."""
+"""One process at a time: flock, and a marker file where the file system has no flock, as some network file systems have none.
+
+And a mark on a folder that is in use, shared by all that use it: a shared flock, for which no file is written.
+"""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,3 +47,31 @@ def alone(file: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def hold(folder: Path) -> int | None:
+    """Return a descriptor that marks ``folder`` as served until it is closed, if only by the process's death; None without locks."""
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        return None
+    return held
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a running server serves the bundle in ``folder``, as far as its file system can tell."""
+    probe = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no locks here, so nobody can hold one
+    finally:
+        os.close(probe)
+    return False

@@ -4,7 +4,6 @@ store/cifar10-2026.11.21-a3e1/     store/current -> cifar10-2026.11.21-a3e1     
 store/candidates/cifar10-2026.11.28-77f0/     held back by a refresh's gate, with the reason in candidate.json; never served
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -37,7 +36,7 @@ def publish(bundle: Bundle, store: Path, key: Path | None = None, *, force: bool
         home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
         candidate = store / CANDIDATES / home.name
         if (reason := reason_held_back(candidate)) and not force:
-            raise BundleError(f"{home.name} is a candidate of {store}, held back: {reason}; --force publishes it")
+            raise BundleError(f"{home.name} is a candidate of {store}, held back: {reason}", options=("--force",))
         if home.exists():
             if Bundle.draft(home).manifest != bundle.manifest:
                 raise BundleError(f"{home} exists with other content: a version is published once")
@@ -127,34 +126,6 @@ def next_revision(bundle: Bundle, store: Path | None = None) -> str:
     while f"{name}-{base}.r{revision}" in taken:
         revision += 1
     return f"{base}.r{revision}"
-
-
-def hold(folder: Path) -> int | None:
-    """Return a descriptor that marks ``folder`` as served until it is closed, if only by the process's death; None without locks."""
-    try:
-        held = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        os.close(held)
-        return None
-    return held
-
-
-def is_held(folder: Path) -> bool:
-    """Return whether a running server serves the bundle in ``folder``, as far as its file system can tell."""
-    probe = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # no locks here, so nobody can hold one
-    finally:
-        os.close(probe)
-    return False
 
 
 def _copy(bundle: Bundle, home: Path, beside: dict[str, Any] | None = None) -> None:

@@ -164,6 +164,12 @@ def until(condition: Callable[[], object], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """A command's main() sets the threads of the process that calls it."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def shipped() -> Bundle:
     return Bundle.load(SHIPPED)

@@ -16,8 +16,9 @@ from ebjdat_serve import editing
 from ebjdat_serve.bundle import EVIDENCE, Bundle, sha256, write_json
 from ebjdat_serve.editing import check_editable, copied, edit, guarded
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.locking import hold, is_held
 from ebjdat_serve.server.settings import SHIPPED
-from ebjdat_serve.store import hold, is_held, next_revision, publish
+from ebjdat_serve.store import next_revision, publish
 from tests.conftest import serving
 from tests.test_faults import workers
 from tests.test_refresh import info, until
@@ -27,7 +28,7 @@ from training.evaluation.context import Suite
 from training.evidence import Evaluation, measurement, merge, take
 from training.images import load
 
-FEW = Suite(*[20] * 10, queries=10, thorough=False)
+FEW = Suite(*[20] * 11, queries=10, thorough=False)
 
 
 def digest(folder):

@@ -702,7 +702,7 @@ def test_a_folder_holds_one_models_evaluation(tmp_path):
     assert (tmp_path / "metrics.json").is_file()
     claim(tmp_path, {**subject, "graph": "exported again"})
     assert [file.name for file in tmp_path.iterdir()] == ["subject.json"]
-    with pytest.raises(TrainingError, match="another --folder"):
+    with pytest.raises(TrainingError, match="name another folder"):
         claim(tmp_path, {**subject, "weights": "4"})
 
 

@@ -110,7 +110,7 @@ def test_a_candidate_is_listed_never_served_and_published_by_force(good, worse, 
     for source in (home, worse.path):  # nor is it published by another way
         done = subprocess.run([*command, "publish", str(source), str(store)], capture_output=True, text=True, check=False)
         assert done.returncode == 2
-        assert "held back: it is worse; --force publishes it" in done.stderr
+        assert "held back: it is worse; or give --force" in done.stderr
     assert Bundle.load(store).path == first
     done = subprocess.run([*command, "publish", str(home), str(store), "--force"], capture_output=True, text=True, check=True)
     assert Bundle.load(store).manifest.version == "spoiled"
@@ -227,6 +227,7 @@ def test_a_model_that_is_held_back_ends_with_a_status_and_the_command_that_publi
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets this process's threads
     for name in ("r1", "mine"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"stages": [{"name": "digits"}]}))
     monkeypatch.setattr("training.refresh.refresh", held)
     monkeypatch.setattr(training.train, "default_run", lambda *told: "r1")
     monkeypatch.setattr(sys, "argv", ["train.py", *words, *([] if "--resume" in words else ["--resume"])])

@@ -18,7 +18,7 @@ from training.adversary import Attack, Threat, cross_entropy
 from training.card import card
 from training.clock import Clock
 from training.drafts import Origin, draft_bundle
-from training.errors import TrainingDiverged, TrainingError
+from training.errors import OutOfTime, TrainingDiverged, TrainingError
 from training.images import load
 from training.methods import Moment
 from training.methods.at import AdversarialTraining
@@ -126,7 +126,7 @@ def test_a_preset_describes_itself_as_json():
 def test_the_listing_names_every_method_and_what_it_reached():
     said = listing()
     assert "ebjdat-paper-jem++" in said
-    assert "clean 0.711, PGD-20 8/255 0.399" in said
+    assert "clean 0.711, PGD-20 8/255 0.403" in said
 
 
 def test_the_warm_start_is_of_the_same_network_and_ball():
@@ -201,7 +201,7 @@ def test_weights_of_another_network_cannot_start_a_run(tmp_path):
 
 
 def test_a_run_without_time_for_a_step_is_an_error_not_a_model(tmp_path):
-    with pytest.raises(TrainingError, match="max-minutes"):
+    with pytest.raises(OutOfTime, match="time ran out"):
         train(WARM, load("digits"), tmp_path, init=None, clock=Clock(0), device=CPU)
     assert not (tmp_path / "weights.safetensors").exists()
 

@@ -49,7 +49,7 @@ def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None) -> 
     strange = next((row for row in measured.rows if not bundle.holds(row["of"])), None)
     if strange is not None or not measured.rows:
         of = f"of {strange['of'][:12]}, which it does not hold" if strange else "none"
-        raise BundleError(f"{bundle.path} takes no rows {of}: evaluate this bundle, then name it with --into")
+        raise BundleError(f"{bundle.path} takes no rows {of}: evaluate this bundle first")
     beside = read_json(baseline or bundle.path / "baseline.json") if baseline or "baseline.json" in bundle.manifest.files else []
     merged = merge(bundle.metrics(), measured.rows, bundle)
     shown = measured.arrays if any(row["part"] == "landscape" for row in merged.taken) else {}  # the picture is of the rows that stand

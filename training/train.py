@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 import torch
 from torch import nn
@@ -192,17 +192,13 @@ def main() -> None:
             force=options.force,
         )
     except HeldBack as error:
-        failed(options, f"{error}\npublish it nevertheless: {again('--force', run)}")
-        sys.exit(HELD_BACK)
+        failed(options, f"{error}\npublish it nevertheless: {again('--force', run)}", HELD_BACK)
     except OutOfTime as error:
         failed(options, f"{error}; give more --max-minutes and go on with: {again('--resume', run)}")
-        sys.exit(1)
     except EbjdatError as error:
         failed(options, advice(error, parser))
-        sys.exit(1)
     except KeyboardInterrupt:
-        failed(options, f"interrupted; go on with: {again('--resume', run)}")
-        sys.exit(130)
+        failed(options, f"interrupted; go on with: {again('--resume', run)}", 130)
     if ranks.rank:
         return
     if options.only_train:
@@ -211,12 +207,15 @@ def main() -> None:
     logs.announce(options.log, f"published {home}\nserve it: make serve MODEL={home.parent}", bundle=str(home))
 
 
-def failed(options: argparse.Namespace, text: str) -> None:
-    """Say why there is no bundle: a line for people, a record for machines."""
+def failed(options: argparse.Namespace, text: str, status: int = 1) -> NoReturn:
+    """Say why nothing was published, in a line for people or a record for machines, and end with ``status``."""
     if options.log == "json":
         log.error("%s", text)
+    elif status == 1:
+        sys.exit(f"train.py: {text}")
     else:
         print(f"train.py: {text}", file=sys.stderr)
+    sys.exit(status)
 
 
 def trained(run: Path) -> str:

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse
 from ebjdat_serve import pixels
 from ebjdat_serve.errors import EngineError, InvalidImage
 from ebjdat_serve.generation import generate
+from ebjdat_serve.locking import hold
 from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.server import api_docs
@@ -30,7 +31,6 @@ from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.wire import Drawn, Verdicts
 from ebjdat_serve.server.wording import Order, Words
 from ebjdat_serve.server.workers import Model
-from ebjdat_serve.store import hold
 
 BATCH_SECONDS = 0.002
 """How long LitServe waits for company; with 0 it spins on an idle core."""

@@ -1,5 +1,6 @@
 """The two kinds of worker process: one batched forward for classify and energy, and chains for generate."""
 
+import contextlib
 import logging
 import math
 import os
@@ -93,6 +94,8 @@ class Worker(ls.LitAPI):
             signal.signal(number, signal.SIG_IGN)
         give_back_large_blocks()
         logs.configure(self._settings.log)
+        with contextlib.suppress(OSError):  # no Linux
+            Path("/proc/self/comm").write_text(f"ebjdat-{self.lane}", encoding="ascii")  # for ps and top
 
     def work(self) -> None:
         """Serve until the HTTP process hangs up."""

@@ -174,7 +174,8 @@ def claim(folder: Path, subject: dict[str, str]) -> None:
     file = folder / "subject.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else subject
     if {**known, "graph": subject["graph"]} != subject:
-        raise TrainingError(f"{folder} holds the evaluation of another model or other data: name another --folder")
+        text = f"{folder} holds the evaluation of another model or other data: name another folder"
+        raise TrainingError(text, options=("--folder FOLDER",))
     if known != subject:
         for stale in ("metrics.json", "images.npz", "arrays.npz", "drawings.npz", "warnings.json"):
             (folder / stale).unlink(missing_ok=True)

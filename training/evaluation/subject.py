@@ -74,11 +74,9 @@ def runtime_has(device: torch.device) -> bool:
     """Return whether ONNX Runtime is installed and computes on ``device``."""
     if not find_spec("onnxruntime"):
         return False
-    if device.type == "cpu":
-        return True
-    import onnxruntime
+    from ebjdat_serve.engines import providers
 
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return device.type == "cpu" or providers.chosen("auto", "fp32") == providers.CUDA
 
 
 def bundle_spec(path: Path) -> Spec:
