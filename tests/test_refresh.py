@@ -195,7 +195,7 @@ def test_only_what_a_trusted_key_signed_is_served(tmp_path, keys, picture):
         other = copied(SHIPPED, tmp_path / "other", version="other")
         sign(other.path, keys / "theirs.pem")
         assert run("publish", other.path, store).returncode == 0
-        until(lambda: "by a key that --trust names" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
+        until(lambda: "by a key that serve --trust names" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
         assert info(server)["model"].endswith("@signed")
         third = copied(SHIPPED, tmp_path / "third", version="third")
         assert run("publish", third.path, store, "--key", keys / "ours.pem").returncode == 0
