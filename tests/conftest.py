@@ -20,6 +20,7 @@ from hypothesis import settings
 from benchmarks.load import descendants, free_port
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.cpus import cpus
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.store import publish
 from ebjdat_serve.wideresnet import WideResNet
@@ -46,7 +47,7 @@ def pytest_addoption(parser):
 
 def pytest_xdist_auto_num_workers():
     """One worker a core, at most four: each starts servers of its own, which have processes of their own."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(4, cpus())
 
 
 @pytest.hookimpl(trylast=True)  # after pytest has made its terminal reporter

@@ -145,7 +145,11 @@ def test_an_undefended_net_is_broken_and_not_called_masked(weights, runs):
 
 
 @pytest.mark.parametrize(
-    ("kind", "failed"), [(Quantised, "white_box_beats_square"), pytest.param(Scaled, "falls_to_zero", marks=pytest.mark.slow)]
+    ("kind", "failed"),
+    [
+        pytest.param(Quantised, "white_box_beats_square", marks=pytest.mark.slow),
+        pytest.param(Scaled, "falls_to_zero", marks=pytest.mark.slow),
+    ],
 )
 def test_a_masked_gradient_is_unmasked(kind, failed, weights, runs):
     rows = measured(kind, weights, runs, parts=("robustness", "masking"))
@@ -373,6 +377,7 @@ def test_log_probabilities_are_told_from_logits(weights, runs):
         evaluate_module(made(Net, weights), "digits", n=20, parts=("clean",), folder=runs / "log")
 
 
+@pytest.mark.slow
 def test_a_smaller_run_after_a_larger_one(weights, runs):
     more = {"folder": runs / "both", "name": "net"}
     evaluate_module(made(Net, weights), "digits", n=40, parts=("clean", "landscape"), **more)
@@ -394,6 +399,7 @@ def test_few_classes(classes):
     assert ReleasedAutoAttack(0.2, queries=20).run(subject, image, label)["standing"].mean() < 0.8
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_no_number_breaks_nothing(digits, weights):
     class Root(Net):
         def forward(self, x):
@@ -468,6 +474,7 @@ def ledger(net, folder, processes=1):
     return Ledger(folder, spec, spec(), processes)
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_says(tmp_path, digits, monkeypatch):
     monkeypatch.setattr("training.evaluation.ledger.WORTH_PROCESSES", 0.0)
     torch.manual_seed(0)
@@ -481,6 +488,7 @@ def test_two_processes_say_what_one_says(tmp_path, digits, monkeypatch):
         np.testing.assert_array_equal(found[0][name], found[1][name])
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_told_with_what_to_do(tmp_path, digits, monkeypatch):
     monkeypatch.setattr("training.evaluation.ledger.WORTH_PROCESSES", 0.0)
     image, label = to_unit(digits.test.image), digits.test.label
@@ -652,6 +660,7 @@ def test_a_card_of_stale_figures_is_refused(golden, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_models_stand_side_by_side_with_a_paired_test(weights, runs):
     parts = ("clean", "robustness")
     for kind in (Net, Scaled):
@@ -711,6 +720,7 @@ def test_bounds_below_zero_are_shown():
     assert figure({"value": 0.0, "interval": [1e-17, 0.06]}) == "0 [0, 0.06]"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_says_why(tmp_path, weights, runs, capsys):
     measured(Net, weights, runs, parts=("clean",))
     for words, said in (

@@ -82,8 +82,8 @@ def gone(pids):
     "send",
     [
         lambda server: server.send_signal(signal.SIGTERM),
-        lambda server: server.send_signal(signal.SIGINT),
-        lambda server: os.killpg(server.pid, signal.SIGTERM),
+        pytest.param(lambda server: server.send_signal(signal.SIGINT), marks=pytest.mark.slow),
+        pytest.param(lambda server: os.killpg(server.pid, signal.SIGTERM), marks=pytest.mark.slow),
     ],
     ids=["SIGTERM", "SIGINT", "to the group"],
 )
@@ -221,6 +221,7 @@ def test_a_short_request_does_not_wait_for_long_ones(long_live):
     assert seconds < min(took for _, took in done) / 3
 
 
+@pytest.mark.slow
 def test_too_many_chains_answer_429_with_retry_after(long_live, picture):
     answers = []
 
@@ -418,6 +419,7 @@ def test_half_sent_requests_and_slow_readers_do_not_keep_the_server_from_stoppin
         gone(tree)
 
 
+@pytest.mark.slow
 def test_long_chains_are_cut_off_with_an_answer(tmp_path):
     with serving(SHIPPED, tmp_path / "log", *LONG, "--generate-graceful-timeout", "2") as server:
         answers = []
@@ -538,6 +540,7 @@ def test_what_does_not_belong_together_fails_verification(tmp_path, name, said):
     assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_the_torch_engine_serves_the_same_answers(tmp_path, live, picture):
     with serving(SHIPPED, tmp_path / "log", "--engine", "torch", "--device", "cpu") as server:
         wait_ready(server)

@@ -75,6 +75,7 @@ def test_training_still_makes_a_bundle_as_good_as_the_kept_one(golden, trained):
         assert after["value"] >= before["value"] - tolerance, name
 
 
+@pytest.mark.slow
 def test_plain_training_fails_the_pgd_floor(tmp_path):
     data = load("digits")
     plain = replace(stages(DIGITS)[0], name="plain", method=Standard(), epochs=10)

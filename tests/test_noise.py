@@ -38,6 +38,7 @@ def objects(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_an_export_says_nothing_of_its_own(tmp_path):
     """In a process of its own: torch's log goes to what standard error was when torch was imported."""
     bundle = tmp_path / "bundle"
@@ -63,7 +64,7 @@ def start(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("style", ["text", "json"])
+@pytest.mark.parametrize("style", ["text", pytest.param("json", marks=pytest.mark.slow)])
 def test_training_is_a_line_for_people_and_all_figures_for_machines(tmp_path, start, style):
     words = (ROOT / "training" / "train.py", "digits", "--only-train", "--init", start, "--run", "noise", "--threads", "1")
     more = ("--set", "epochs=1", "--log", style)

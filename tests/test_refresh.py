@@ -120,6 +120,7 @@ def test_a_refresh_under_load_fails_no_request_and_every_answer_is_one_models(fo
     assert httpx2.get(f"{server.url}/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_long_drawing_ends_on_the_model_it_began_with(followed, golden, shipped):
     store, server = followed
     answers = []
@@ -292,6 +293,7 @@ def test_back_and_forth_while_a_drawing_runs_keeps_each_model_once(followed, tmp
         assert httpx2.get(f"{server.url}/generate", params={"class": 1, "steps": 2}, timeout=60).status_code == 200
 
 
+@pytest.mark.slow
 def test_signing_what_was_refused_unsigned_is_noticed(tmp_path, keys):
     store = tmp_path / "store"
     first = copied(SHIPPED, tmp_path / "first", version="first")
