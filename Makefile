@@ -79,7 +79,8 @@ bench: $(DEV_STAMP)
 
 # What is installed on a GPU machine is enough: it needs torch and a GPU, and no registry.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --write docs/gpu.md
+	@mkdir -p build
+	$(PYTHON) benchmarks/gpu_check.py --write build/gpu.md --json build/gpu.json
 
 # Needs Node.js 20 and Chromium: the tests that `make test` skips without them.
 browser-check: $(DEV_STAMP)

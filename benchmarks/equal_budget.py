@@ -4,7 +4,7 @@
 One warm start W, WRN-28-2: FGSM-RS, then PGD-7. Each row continues W with another objective for about the same number of passes (a
 forward and a backward of one labelled image): PGD-7 alone is the control. Rows run side by side, so many at a time as --together says:
 a small network leaves a GPU idle between launches. What is finished is not done again. OUT gets config, log, fp16 weights, metrics.json
-and the arrays of every row. Needs CIFAR-10 under EBJDAT_DATA, and what `training/train.py --only-train` needs.
+and the per-image results of every row. Needs CIFAR-10 under EBJDAT_DATA, and what `training/train.py --only-train` needs.
 """
 
 import argparse
@@ -58,7 +58,7 @@ ENTRIES: dict[str, Entry] = {
         (*JOINT, "w1=0.03", "alignment=kl", "inner=kl", "w2=6", "clean_weight=1", "attack.steps=7", "attack.start=gaussian"),
     ),
     "trades": Entry("trades", "warm", 9.3, (*CONTINUED, *PGD)),
-    "dat": Entry("dat", "warm", 21, ("ema=0.999", "cap=15", "eta=0.25", *PGD), centred=True),
+    "dat": Entry("dat", "warm", 21, ("ema=0.999", "gradient_clip=5", "lr_peak=0.1", "cap=15", "eta=0.25", *PGD), centred=True),
     # what shipped until now, the likelihood alone, and recipe 5
     "ebjdat-full": Entry("cifar10-small", "warm", 10.5, JOINT),
     "ebjdat-w1": Entry("cifar10-small", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0", "clean_weight=0")),
@@ -68,6 +68,8 @@ ENTRIES: dict[str, Entry] = {
 }
 
 
+BUDGET = 56.0
+"""Passes of a row."""
 CONTROL, PREFIX = "pgd7", "wrn28-"
 """What differences are taken from, and how rows are called in benchmarks/models/."""
 COLUMNS = {
@@ -200,18 +202,24 @@ def cell(rows: list[dict[str, Any]], column: str, folder: Path, kept: Path) -> s
         return ""
     row = max(found, key=lambda row: int(row["n"]))
     if paired:
-        return difference(folder, kept / f"{PREFIX}{CONTROL}", f"{metric} | {row['dataset']} | {row['protocol']}")
+        if folder.name == f"{PREFIX}{CONTROL}":
+            return ""
+        files = (folder / "images.npz", kept / f"{PREFIX}{CONTROL}" / "images.npz")
+        return difference(*files, f"{metric} | {row['dataset']} | {row['protocol']}")
     spread = " ± {:.2g}".format(row["stderr"]) if "stderr" in row else ""
     return f"{row['value']:.4g}{spread}" + ("" if row["n"] == 10_000 else f" (n = {row['n']})")
 
 
-def difference(folder: Path, control: Path, key: str) -> str:
-    """Return the mean difference of two proportions on the same images, with its normal 95 % interval; empty where it cannot be had."""
+def difference(images: Path, control: Path, key: str) -> str:
+    """Return the mean difference of two proportions on the same images, with its normal 95 % interval; empty where it cannot be had.
+
+    ``images`` and ``control`` are the per-image results of two evaluations, images.npz.
+    """
     import numpy as np
 
-    if folder == control or not all((place / "images.npz").is_file() for place in (folder, control)):
+    if not (images.is_file() and control.is_file()):
         return ""
-    with np.load(folder / "images.npz") as one, np.load(control / "images.npz") as other:
+    with np.load(images) as one, np.load(control) as other:
         if key not in one or key not in other or len(one[key]) != len(other[key]):
             return ""
         change = one[key].astype(np.float64) - other[key]
@@ -225,12 +233,12 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--table", action="store_true", help="train nothing: OUT holds kept rows; print their table")
     parser.add_argument("--only", nargs="+", choices=list(ENTRIES), default=[name for name in ENTRIES if name != "warm-fgsm"])
-    parser.add_argument("--passes", type=float, default=56.0, help="budget of a row (%(default)s: 7 epochs of PGD-7)")
+    parser.add_argument("--passes", type=float, default=BUDGET, help="budget of a row (%(default)s: 7 epochs of PGD-7)")
     parser.add_argument("--network", type=int, nargs=2, default=(28, 2), metavar=("DEPTH", "WIDTH"))
     parser.add_argument("--together", type=int, default=12, help="processes at a time (%(default)s)")
     parser.add_argument("--shorter", type=float, default=1.0, help="multiplies all epochs: for a rehearsal")
     parser.add_argument("--max-minutes", type=float, default=1e9, help="nothing new begins after so long")
-    amounts = ["test=10000", "attacked=10000", "attacked_other=100", "strong=500", "samples=500", "queries=300"]
+    amounts = ["test=10000", "attacked=10000", "attacked_other=100", "strong=1000", "samples=500", "queries=300"]
     parser.add_argument("--amount", nargs="+", default=amounts, help="what evaluate.py measures on how many images (%(default)s)")
     options = parser.parse_args()
     if options.table:

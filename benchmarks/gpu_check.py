@@ -27,7 +27,7 @@ BATCHES = [1, 32, 256]
 
 
 def main() -> int:
-    """Write the report; return 2 where there is no GPU to check, 1 where a test failed."""
+    """Write the report; return 2 where there is no GPU to check, 1 where a test failed or the tests could not run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", type=Path, help="the report, Markdown")
     parser.add_argument("--json", type=Path, help="the rows, a flat list")
@@ -122,10 +122,10 @@ def versions() -> str:
 
 
 def tests(end: float) -> tuple[bool, list[str]]:
-    """Run the tests marked gpu; return whether none failed, and their closing line or why they did not run."""
+    """Run the tests marked gpu; return whether they ran and none failed, and their closing line or why they did not run."""
     absent = [name for name in ("pytest", "hypothesis", "sklearn") if find_spec(name) is None]
     if absent:
-        return True, [f"Tests marked gpu: not run, {', '.join(absent)} not installed here."]
+        return False, [f"Tests marked gpu: not run, {', '.join(absent)} not installed here."]
     # newer and older torch warn of other things than ours does, which would fail the tests
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "tests/test_gpu.py"]
     try:

@@ -39,10 +39,14 @@ def list_pictures(folder: Path, listing: Listing | None = None) -> Listing:
     """
     found = listing or Listing()
     for file in walk(folder):
+        if any(part.startswith(".") for part in file.relative_to(folder).parts):
+            found.skip("hidden", file)  # such as a Mac's ._a.png, or what lies in .ipynb_checkpoints
+            continue
+        if not file.is_file():  # a pipe would keep whoever opens it waiting
+            found.skip("neither file nor folder" if file.exists() else "broken link", file)
+            continue
         kind = format_of(file)
-        if file.name.startswith("."):
-            found.skip("hidden", file)  # such as a Mac's ._a.png
-        elif kind in FORMATS or (not kind and Image.registered_extensions().get(file.suffix.lower()) in FORMATS):
+        if kind in FORMATS or (not kind and Image.registered_extensions().get(file.suffix.lower()) in FORMATS):
             found.pictures.append(file)
         else:
             found.skip(f"{kind}, which is not read" if kind else "not of a picture", file)
@@ -50,7 +54,7 @@ def list_pictures(folder: Path, listing: Listing | None = None) -> Listing:
 
 
 def walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
-    """Yield every file below ``folder`` in the order of names, which is the same on every machine."""
+    """Yield all below ``folder`` that is no folder, in the order of names, which is the same on every machine."""
     seen = set() if seen is None else seen
     about = folder.stat()
     if (about.st_dev, about.st_ino) in seen:
@@ -59,7 +63,7 @@ def walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[Pat
     for entry in sorted(folder.iterdir(), key=order):
         if entry.is_dir():
             yield from walk(entry, seen)
-        elif entry.is_file():
+        else:
             yield entry
 
 

@@ -17,7 +17,7 @@ from benchmarks import equal_budget, gpu_check, load, tables
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.errors import EngineError
 from tests.conftest import ROOT
-from training.presets import PRESETS, preset
+from training.presets import PRESETS, describe, preset
 from training.settings import override
 
 
@@ -108,6 +108,11 @@ def test_one_cpu_thread_is_timed_by_the_cpus_time():
     assert engines.clock(torch.device("cuda")) is time.perf_counter
 
 
+def test_gpu_check_does_not_pass_where_its_tests_cannot_run(monkeypatch):
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "sklearn" else name)
+    assert gpu_check.tests(time.monotonic() + 60) == (False, ["Tests marked gpu: not run, sklearn not installed here."])
+
+
 def test_gpu_check_without_a_gpu_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["gpu_check.py", "--write", "never.md"])
@@ -122,6 +127,11 @@ def test_every_entry_at_equal_budget_is_a_run_that_the_trainer_takes():
         taken = override(stage, ["depth=28", "width=2", "epochs=1.5", *entry.settings])  # raises for a field that is none
         assert taken.ema == 0.999, name
         assert entry.init in ("", *equal_budget.ENTRIES)
+        kept = ROOT / "benchmarks" / "models" / f"{equal_budget.PREFIX}{name}" / "config.json"
+        if kept.is_file():  # the entry is what was run
+            ran = json.loads(kept.read_text())["stages"][-1]
+            epochs = entry.epochs or equal_budget.BUDGET / entry.passes
+            assert describe(override(stage, ["depth=28", "width=2", f"epochs={epochs:.2f}", *entry.settings])) == ran, name
 
 
 def test_rows_at_equal_budget_stand_beside_their_paired_difference(tmp_path):
@@ -143,6 +153,31 @@ def test_rows_at_equal_budget_stand_beside_their_paired_difference(tmp_path):
     half = 1.96 * (0.1 * 0.9) ** 0.5 / 10
     assert cells["trades"][at] == f"+0.1000 [{0.1 - half:+.4f}, {0.1 + half:+.4f}]"
     assert cells["pgd7"][at] == cells["dat"][at] == ""
+
+
+def test_the_table_of_equal_budget_is_that_of_the_kept_rows():
+    text = (ROOT / "docs" / "equal_budget.md").read_text()
+    assert "\n".join(equal_budget.table(ROOT / "benchmarks" / "models")) in text
+
+
+def test_the_robustness_measured_on_a_gpu_is_that_of_the_kept_per_image_results():
+    files = {name: ROOT / "benchmarks" / "models" / name / "gpu_images.npz" for name in ("ebjdat", "fgsm-rs", "pgd-at")}
+    results = {name: dict(np.load(file)) for name, file in files.items()}
+    for row in json.loads((ROOT / "benchmarks" / "gpu_robustness.json").read_text()):
+        good = results[row["model"]].get(f"{row['metric']} | {row['dataset']} | {row['protocol']}")
+        if row["metric"].startswith("accuracy_"):
+            assert (len(good), good.mean()) == (row["n"], pytest.approx(row["value"])), row["metric"]
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    for said, start in (
+        ("PGD-20 on cross-entropy", "accuracy_pgd20 | cifar10 test | PGD-20 on cross-entropy, l-inf 8/255"),
+        ("PGD-20 on the margin, 5 starts", "accuracy_pgd20_restarts | "),
+        ("APGD-CE and APGD-T", "accuracy_apgd | "),
+    ):
+        (key,) = (key for key in results["ebjdat"] if key.startswith(start))
+        shares = [results[name][key].mean() for name in files]
+        digits = 4 if said == "PGD-20 on cross-entropy" else 3
+        cells = [said, *(f"{share:.{digits}f}" for share in shares), equal_budget.difference(files["ebjdat"], files["fgsm-rs"], key)]
+        assert f"| {' | '.join(cells)} | {len(results['ebjdat'][key]):,} |" in text
 
 
 def test_an_entry_keeps_what_was_measured_of_itself_and_not_of_one_whose_name_begins_alike(tmp_path, monkeypatch):

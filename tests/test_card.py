@@ -1,6 +1,7 @@
 """What the README and the model card claim, against the rows that they come from."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from ebjdat_serve.card import figure
 from ebjdat_serve.server.settings import SHIPPED
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
-from training.card import about_baseline, baseline_of, flag_sentence, readme_limits, readme_table, worse, write_sections
+from training.card import about_baseline, baseline_of, costs, flag_sentence, readme_limits, readme_table, worse, write_sections
 from training.evaluation.chosen import README, beside, chief, one, readme_rows, served_score, worse_than_chance
 
 GENERATED = ("limits", "figures")
@@ -74,6 +75,13 @@ def test_limits_stand_before_the_figures_and_say_what_is_inconvenient(readme):
 
 def row(metric, value, dataset="d test", protocol="", **more):
     return {"metric": metric, "value": value, "n": 10, "dataset": dataset, "protocol": protocol, "seed": 0, "of": "a" * 64, **more}
+
+
+def test_what_cost_robustness_is_the_bundles_own_method(bundle):
+    provenance = bundle.manifest.provenance
+    other = replace(provenance, configuration={**provenance.configuration, "method": {"kind": "Trades"}})
+    (line,) = costs(Bundle(bundle.path, replace(bundle.manifest, provenance=other)), bundle.metrics())
+    assert line.startswith("- **Trades costs robustness** against its warm start")
 
 
 def test_worse_than_chance_is_said_only_where_the_interval_says_so(bundle):

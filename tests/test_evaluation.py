@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from training.evaluation.crown import load_crown
 from training.evaluation.extractors import RESNET4B, available
 from training.evaluation.hostile import Evade, EvadeBySquare, ScoreAttack, without
 from training.evaluation.ledger import Ledger, read
+from training.evaluation.resnet20 import load_extractor
 from training.evaluation.rows import proportion
 from training.evaluation.scores import SCORES, margin
 from training.evaluation.shifts import CORRUPTIONS, SHIFTS, corrupted, shifted
@@ -334,7 +336,7 @@ def test_what_cannot_be_measured_says_why(weights, runs, digits):
     assert all(p.requires_grad for p in net.parameters())
 
 
-def test_another_file_of_the_judges_name_is_refused_and_a_missing_one_said(tmp_path, monkeypatch):
+def test_a_judge_whose_file_is_missing_or_another_is_not_measured_and_said(tmp_path, monkeypatch):
     monkeypatch.setenv("EBJDAT_DATA", str(tmp_path))
     load_crown.cache_clear()
     found, lacking = available("cifar10")
@@ -342,9 +344,14 @@ def test_another_file_of_the_judges_name_is_refused_and_a_missing_one_said(tmp_p
     assert any("robust judge" in text and "abcrown_resnet4b.pth" in text for text in lacking)
     (tmp_path / "abcrown_resnet4b.pth").write_bytes(b"another")
     load_crown.cache_clear()
-    with pytest.raises(DataError, match=r"abcrown_resnet4b\.pth has sha256"):
-        available("cifar10")
+    (tmp_path / "resnet20-12fca82f.th").write_bytes(b"another")
+    load_extractor.cache_clear()
+    found, lacking = available("cifar10")
+    assert not {"resnet4b", "resnet20"} & {extractor.name for extractor in found}
+    for said in (r"robust judge: not measured, .*abcrown_resnet4b\.pth has sha256", r"resnet20: not measured, .*\.th has sha256"):
+        assert any(re.search(said, text) for text in lacking)
     load_crown.cache_clear()
+    load_extractor.cache_clear()
 
 
 def test_a_judge_without_distances_yields_agreement_alone(monkeypatch):

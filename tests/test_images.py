@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import socket
 import unicodedata
 from dataclasses import replace
 
@@ -228,6 +229,27 @@ def test_what_is_a_picture_is_told_by_its_content_and_what_is_none_is_named(tmp_
     assert "left out 4 of 67 files: 1 BMP, which is not read (x.bmp); 1 hidden (._8.png); 1 in no class folder (labels.csv)" in said
     assert "1 not of a picture (Thumbs.db)" in said
     said.encode("ascii")  # nothing here is printed that a terminal may lack
+
+
+def test_what_is_hidden_or_no_file_is_named_and_not_read(tmp_path, capsys, monkeypatch):
+    own = tmp_path / "own"
+    pictures(own, ("ash", "birch"), 30)
+    for hidden in (own / "ash" / ".ipynb_checkpoints" / "deeper", own / ".cache"):
+        hidden.mkdir(parents=True)
+        (hidden / "0-checkpoint.png").write_bytes((own / "ash" / "0.png").read_bytes())
+    (own / ".DS_Store").write_bytes(b"x")
+    (own / "ash" / "gone.png").symlink_to(tmp_path / "nowhere")
+    (own / "ash" / "itself.png").symlink_to(own / "ash" / "itself.png")
+    os.mkfifo(own / "birch" / "pipe.png")  # opening it would wait for ever
+    monkeypatch.chdir(own / "birch")  # the whole path may be longer than a socket's may be
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket.png")
+    data = images.load(str(own))
+    assert data.names == ("ash", "birch")
+    assert sum(len(part) for part in (data.train, data.selection, data.calibration, data.test)) == 60
+    said = capsys.readouterr().err
+    assert "left out 7 of 67 files: 2 broken link (gone.png, itself.png); 3 hidden (.DS_Store, .cache, 0-checkpoint.png)" in said
+    assert "2 neither file nor folder (pipe.png, socket.png)" in said
 
 
 def test_all_damaged_pictures_are_named_at_once(tmp_path):

@@ -255,7 +255,8 @@ def costs(bundle: Bundle, rows: list[Row]) -> list[str]:
         return []
     costly = any(row["interval"][1] < warm["interval"][0] for row, warm in pairs)
     said = "; ".join(f"{figure(row)} against {figure(warm)} under {row['protocol'].split(',')[0]}, n = {row['n']:,}" for row, warm in pairs)
-    title = "**EB-JDAT costs robustness** against its warm start" if costly else "Robustness against its warm start"
+    method = {"EbJdat": "EB-JDAT"}.get(method_kind(bundle), method_kind(bundle))
+    title = f"**{method} costs robustness** against its warm start" if costly else "Robustness against its warm start"
     return [f"- {title}, at l-inf {eps_of(bundle)}: {said}."]
 
 

@@ -69,9 +69,11 @@ def class_folders(folder: Path, listing: Listing) -> dict[str, list[Path]]:
     """Return the sub-folders by class name, sorted: label i is the i-th; two spellings of one name are one class."""
     found: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir(), key=order):
-        if not entry.is_dir():
+        if entry.name.startswith("."):
+            listing.skip("hidden", entry)
+        elif not entry.is_dir():
             listing.skip("in no class folder", entry)
-        elif not entry.name.startswith("."):
+        else:
             try:
                 found.setdefault(class_name(entry), []).append(entry)
             except UnicodeDecodeError as error:

