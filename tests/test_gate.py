@@ -193,7 +193,7 @@ def test_worse_is_an_interval_beyond_the_margin():
 @pytest.mark.slow
 def test_a_refresh_with_a_barely_trained_model(good, tmp_path, monkeypatch, digits):
     """The whole of it: train, export, parity, calibrate, evaluate, gate; then --force."""
-    monkeypatch.setitem(context.SUITES, "quick", Suite(*[20, 5, 0, 0, 0, 2, 5, 1, 5, 10], queries=5, thorough=False))
+    monkeypatch.setitem(context.SUITES, "quick", Suite(*[20, 5, 5, 0, 0, 0, 2, 5, 1, 5, 10], queries=5, thorough=False))
     monkeypatch.setattr("training.evaluate.USUAL", ("clean", "robustness", "landscape"))
     store, run = tmp_path / "store", tmp_path / "run"
     first = publish(good, store)
