@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ebjdat_serve.bundle import MANIFEST, Bundle
+from ebjdat_serve.card import retitled
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import is_held
 from ebjdat_serve.store import next_revision, publish, reason_held_back, store_of
@@ -31,7 +32,7 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
             done = change(copied(bundle, Path(folder) / bundle.path.name))
             if done.manifest == bundle.manifest:
                 return bundle
-            return Bundle.draft(publish(done.update(version=next_revision(bundle, store)), store))
+            return Bundle.draft(publish(retitled(done, next_revision(bundle, store)), store))
     except OSError as error:
         raise BundleError(f"{bundle.path} cannot be written: {error.strerror or error}") from error
 

@@ -22,6 +22,7 @@ from ebjdat_serve.store import next_revision, publish
 from tests.conftest import serving
 from tests.test_faults import workers
 from tests.test_refresh import info, until
+from training.card import rewrite
 from training.errors import TrainingError
 from training.evaluate import evaluate, evaluate_bundle
 from training.evaluation.context import Suite
@@ -33,6 +34,10 @@ FEW = Suite(*[20] * 11, queries=10, thorough=False)
 
 def digest(folder):
     return {file.name: (sha256(file), file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
+def titled(bundle):
+    return (bundle.path / "README.md").read_text(encoding="utf-8").splitlines()[0]
 
 
 def noted(bundle, text="noted"):
@@ -98,6 +103,22 @@ def test_a_version_of_a_store_never_changes_a_new_one_is_published(bundle, tmp_p
     with pytest.raises(BundleError, match="not the current one"):
         edit(first, noted, force=True)
     assert not [file for file in store.iterdir() if file.name.startswith(".edit-")]
+
+
+def test_a_new_version_carries_a_card_of_its_own_name_and_the_same_card_again_is_no_version(bundle, tmp_path):
+    store = tmp_path / "store"
+    publish(bundle, store)
+    rows = bundle.metrics()
+
+    def change(draft):
+        write_json(draft.path / "metrics.json", rows[:-1])
+        return draft.update("metrics.json")
+
+    for expected, by in ((".r1", change), (".r2", rewrite), (".r2", rewrite)):
+        done = edit(store, by, force=True)
+        assert done.manifest.version == bundle.manifest.version + expected
+        assert titled(done) == f"# {done.manifest.name}@{done.manifest.version}"
+    Bundle.load(store)
 
 
 def test_the_next_revision_is_one_that_the_store_does_not_have(bundle, tmp_path):

@@ -147,6 +147,7 @@ def test_a_model_measured_further_becomes_the_next_revision(good, digits, tmp_pa
     deliver(more.update("metrics.json"), digits, tmp_path, store, force=False)
     assert Bundle.load(store).manifest.version == f"{good.manifest.version}.r1"
     assert Bundle.load(store).metrics() == []
+    assert (store / "current" / "README.md").read_text(encoding="utf-8").startswith(f"# digits@{good.manifest.version}.r1\n")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
+from ebjdat_serve.card import retitled
 from ebjdat_serve.folders import folder, made, unwritable
 from ebjdat_serve.locking import Held, alone
 from ebjdat_serve.store import next_revision, publish, withhold
@@ -90,7 +91,7 @@ def deliver(bundle: Bundle, data: Dataset, run: Path, store: Path, force: bool) 
     say(f"publish into {store}")
     there = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
     if there.is_dir() and Bundle.draft(there).manifest != bundle.manifest:  # the same model, measured further
-        bundle = bundle.update(version=next_revision(bundle, store))
+        bundle = retitled(bundle, next_revision(bundle, store))
     return publish(bundle, store, force=force)
 
 
