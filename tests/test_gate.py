@@ -28,7 +28,7 @@ from training.evaluation.context import Suite
 from training.gate import MARGIN, judge
 from training.images import load
 from training.presets import BUDGETS, METHODS
-from training.refresh import deliver, refresh
+from training.refresh import deliver, finished, refresh
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +146,14 @@ def test_what_was_held_back_is_published_once_it_passes(good, worse, digits, tmp
     assert deliver(good, digits, tmp_path, store, force=False) == store / f"digits-{good.manifest.version}"
     assert Bundle.load(store).manifest == good.manifest
     assert not candidates(store)
+
+
+def test_a_bundle_measured_on_more_images_than_asked_for_is_finished(good):
+    """`--resume` of a run with a smaller suite keeps the figures of the larger one."""
+    weights = good.path / "weights.safetensors"
+    assert finished(good.path, weights, 300)
+    assert finished(good.path, weights, 100)
+    assert not finished(good.path, weights, 301)
 
 
 def test_a_model_measured_further_becomes_the_next_revision(good, digits, tmp_path):
