@@ -193,6 +193,17 @@ def test_a_current_model_that_is_damaged_cannot_be_compared_with(good, digits, t
     assert "cannot be compared with the current model" in judge(good, tmp_path / "store", digits).reason
 
 
+@pytest.mark.parametrize("rows", ["none", "stale"])
+def test_a_current_model_without_a_calibration_of_its_graph_cannot_be_compared_with(good, digits, tmp_path, rows):
+    home = publish(copied(good, tmp_path / "other").update(version="other"), tmp_path / "store")
+    for name in ("calibration.json", MANIFEST):
+        (home / name).chmod(0o644)
+    kept = json.loads((home / "calibration.json").read_text())
+    write_json(home / "calibration.json", [] if rows == "none" else [{**row, "of": "0" * 64} for row in kept])
+    Bundle.draft(home).update("calibration.json")
+    assert "cannot be compared with the current model" in judge(good, tmp_path / "store", digits).reason
+
+
 def test_the_gate_never_looks_at_the_test_set(good, worse, digits, tmp_path):
     class Untouchable:
         def __getattr__(self, name):
