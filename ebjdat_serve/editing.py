@@ -21,7 +21,7 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
     """Return the bundle at ``path``, a bundle or a store, after ``change`` has written into it.
 
     A version of a store never changes: ``change`` gets a copy, which is published as the next revision. Raises BundleError as
-    ``check_editable`` does, and for a disk that refuses.
+    ``check_editable`` does, for a store that points at another version by then, and for a disk that refuses.
     """
     bundle = check_editable(path, force=force)
     store = store_of(bundle.path)
@@ -32,7 +32,7 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
             done = change(copied(bundle, Path(folder) / bundle.path.name))
             if done.manifest == bundle.manifest:
                 return bundle
-            return Bundle.draft(publish(retitled(done, next_revision(bundle, store)), store))
+            return Bundle.draft(publish(retitled(done, next_revision(bundle, store)), store, after=bundle.path))
     except OSError as error:
         raise BundleError(f"{bundle.path} cannot be written: {error.strerror or error}") from error
 

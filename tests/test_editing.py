@@ -18,7 +18,7 @@ from ebjdat_serve.editing import check_editable, copied, edit, guarded
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import hold, is_held
 from ebjdat_serve.server.settings import SHIPPED
-from ebjdat_serve.store import next_revision, publish
+from ebjdat_serve.store import next_revision, publish, versions
 from tests.conftest import serving
 from tests.test_faults import workers
 from tests.test_refresh import info, until
@@ -28,6 +28,7 @@ from training.evaluate import evaluate, evaluate_bundle
 from training.evaluation.context import Suite
 from training.evidence import Evaluation, measurement, merge, take
 from training.images import load
+from training.precision import put
 
 FEW = Suite(*[20] * 11, queries=10, thorough=False)
 
@@ -119,6 +120,24 @@ def test_a_new_version_carries_a_card_of_its_own_name_and_the_same_card_again_is
         assert done.manifest.version == bundle.manifest.version + expected
         assert titled(done) == f"# {done.manifest.name}@{done.manifest.version}"
     Bundle.load(store)
+
+
+def test_no_edit_takes_back_what_was_published_meanwhile(bundle, tmp_path):
+    store = tmp_path / "store"
+    first = publish(bundle, store)
+    other = copied(bundle, tmp_path / "other").update(version="other")
+
+    def change(draft):
+        publish(other, store)
+        return noted(draft)
+
+    with pytest.raises(BundleError, match=f"points at digits-other now, no longer at {first.name}"):
+        edit(store, change, force=True)
+    more = copied(bundle, tmp_path / "more").update(version="more")
+    with pytest.raises(BundleError, match="points at digits-other now"):
+        put(more, first)
+    assert (store / "current").resolve() == store / "digits-other"
+    assert versions(store) == [first, store / "digits-other"]
 
 
 def test_the_next_revision_is_one_that_the_store_does_not_have(bundle, tmp_path):
