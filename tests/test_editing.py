@@ -11,6 +11,8 @@ from importlib import import_module
 import httpx2
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from ebjdat_serve import editing
 from ebjdat_serve.bundle import EVIDENCE, Bundle, sha256, write_json
@@ -18,6 +20,7 @@ from ebjdat_serve.editing import check_editable, copied, edit, guarded
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import hold, is_held
 from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.signing import sign
 from ebjdat_serve.store import next_revision, publish, versions
 from tests.conftest import serving
 from tests.test_faults import workers
@@ -120,6 +123,20 @@ def test_a_new_version_carries_a_card_of_its_own_name_and_the_same_card_again_is
         assert done.manifest.version == bundle.manifest.version + expected
         assert titled(done) == f"# {done.manifest.name}@{done.manifest.version}"
     Bundle.load(store)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_signed_is_changed_by_nobody_without_the_key(bundle, tmp_path, force):
+    key, store = tmp_path / "key.pem", tmp_path / "store"
+    key.write_bytes(Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    home = publish(bundle, store, key)
+    sign(bundle.path, key)
+    for folder, path in ((home, store), (bundle.path, bundle.path)):
+        before = digest(folder)
+        with pytest.raises(BundleError, match=r"is signed: change a copy without bundle\.json\.sig, sign it and publish it"):
+            edit(path, noted, force=force)
+        assert digest(folder) == before
+    assert (store / "current").resolve() == home
 
 
 def test_no_edit_takes_back_what_was_published_meanwhile(bundle, tmp_path):
