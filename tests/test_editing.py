@@ -264,6 +264,23 @@ def test_into_takes_what_was_measured_of_the_same_weights(bundle, golden, runs, 
         evaluate_bundle(Options, ("clean",), {"processes": 1})
 
 
+def test_a_folder_whose_figures_git_tracks_is_measured_into_by_force_alone(bundle, runs, tmp_path, monkeypatch):
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    write_json(folder / "metrics.json", [])
+    git = ["git", "-C", str(folder)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", "metrics.json"], check=True)
+    words = ["evaluate.py", str(bundle.path), "--part", "clean", "--n", "20", "--processes", "1", "--folder", str(folder)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=r"metrics\.json is tracked by git: name another --folder; or give --force"):
+        import_module("training.evaluate").main()
+    assert json.loads((folder / "metrics.json").read_text()) == []
+    monkeypatch.setattr(sys, "argv", [*words, "--force"])
+    import_module("training.evaluate").main()
+    assert json.loads((folder / "metrics.json").read_text())
+
+
 # a running server ------------------------------------------------------------------------------------------------------
 
 
