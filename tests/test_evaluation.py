@@ -27,7 +27,7 @@ from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.wideresnet import WideResNet
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
-from training import compare
+from training import compare, evaluate
 from training.adversary import Threat
 from training.card import write_card
 from training.errors import DataError, TrainingError
@@ -405,6 +405,15 @@ def test_a_gradient_that_is_no_number_breaks_nothing(digits, weights):
     tiny = Threat("l2", 1e-6)
     assert (Pgd(tiny).run(subject, image, label)["standing"] == right).all()
     assert (AutoAttack(tiny, APGD).run(subject, image, label)["standing"] == right).all()
+
+
+def test_a_part_without_any_row_ends_with_the_folder_all_the_same(golden, runs, monkeypatch, capsys):
+    words = [str(golden / "current" / "weights.safetensors"), "--data", "digits", "--part", "generation", "--processes", "1"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    monkeypatch.setitem(evaluate.PARTS, "generation", lambda c: iter(()))
+    evaluate.main()
+    (folder,) = (file.parent for file in runs.glob("evaluation/*/report.html"))
+    assert capsys.readouterr().out.splitlines()[-1] == f"0 rows in {folder / 'metrics.json'}, {folder / 'report.html'}"
 
 
 # Killed, damaged, in two processes ------------------------------------------------------------------------------------

@@ -295,8 +295,8 @@ def main() -> None:
             file = options.bundle.resolve()
             data = load(options.data or "cifar10", (options.size, options.size) if options.size else None)
             model, suite = load_weights(file).to(best_device()), amounts(options)
-            rows = evaluate_module(model, data, suite=suite, parts=parts, name=file.parent.name, **more)
-            kept = options.folder or work_root() / folder_name(file.parent.name, rows[0]["of"], data.sha256)
+            kept = options.folder or work_root() / folder_name(file.parent.name, module_sha256(model), data.sha256)
+            rows = evaluate_module(model, data, suite=suite, parts=parts, name=file.parent.name, **{**more, "folder": kept})
             print(f"{len(rows)} rows in {kept / 'metrics.json'}, {kept / 'report.html'}")
             return
         evaluate_bundle(options, parts, more)
