@@ -286,11 +286,11 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):
+        text = options.readme.read_text(encoding="utf-8") if options.readme else ""  # before anything is changed
         bundle = edit(options.bundle, rewrite, force=options.force)
-    if options.readme:
-        sections = {"limits": readme_limits(bundle), "figures": readme_table(bundle)}
-        text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(write_sections(text, sections), encoding="utf-8")
+        if options.readme:
+            sections = {"limits": readme_limits(bundle), "figures": readme_table(bundle)}
+            options.readme.write_text(write_sections(text, sections), encoding="utf-8")
 
 
 if __name__ == "__main__":
