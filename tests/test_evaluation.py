@@ -751,6 +751,15 @@ def test_a_bundle_is_measured_on_the_gpu_by_whatever_computes_there(shipped, mon
     assert asked == [(kind, "cuda")]
 
 
+def test_what_a_cpu_and_a_gpu_say_is_kept_apart(golden, monkeypatch):
+    monkeypatch.setattr(subject, "runtime_has", lambda device: False)  # the same engine, torch, on both
+    keys = set()
+    for device in ("cpu", "meta"):
+        monkeypatch.setattr(subject, "best_device", lambda name=device: torch.device(name))
+        keys.add(subject.open_bundle(golden).key)
+    assert len(keys) == 2
+
+
 def test_a_gpu_takes_more_images_at_once(tmp_path):
     sizes = []
 
