@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import training.train
 from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
 from ebjdat_serve.editing import check_editable, copied
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.server.fleet import open_bundle
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import CANDIDATE, candidates, listing, publish, rollback, versions, withhold
@@ -238,6 +238,18 @@ def test_a_refresh_with_a_barely_trained_model(good, tmp_path, monkeypatch, digi
     assert done.name == home.name
     assert not candidates(store)
     assert refresh(stage, run, **common) == done  # the same again passes
+
+
+@pytest.mark.parametrize("error", [EbjdatError("there is no home folder"), OSError(28, "No space left on device", "weights")])
+def test_a_machine_without_a_place_for_runs_ends_a_refresh_in_one_line(error, monkeypatch):
+    def root():
+        raise error
+
+    monkeypatch.setattr("training.refresh.runs_root", root)
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits"])
+    with pytest.raises(SystemExit) as ended:
+        training.train.main()
+    assert ended.value.code == f"train.py: {error}"
 
 
 @pytest.mark.parametrize(
