@@ -140,11 +140,14 @@ def test_max_softmax_stands_beside_every_shipped_figure_of_the_score(bundle):
     assert ("(max softmax: not measured)" in said) == (not any("score max_softmax" in r["protocol"] for r in hostile))
 
 
-def test_a_readme_that_is_not_there_is_told_before_the_bundle_is_changed(golden, tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", [None, "<!-- limits --><!-- /limits -->"])
+def test_a_readme_that_cannot_be_written_is_told_before_the_bundle_is_changed(golden, tmp_path, monkeypatch, text):
+    if text:
+        (tmp_path / "none.md").write_text(text)
     copy = copied(Bundle.load(golden), tmp_path / "digits")
     before = (copy.path / "README.md").read_bytes()
     monkeypatch.setattr(sys, "argv", ["card.py", str(copy.path), "--readme", str(tmp_path / "none.md")])
-    with pytest.raises(SystemExit, match=r"none\.md"):
+    with pytest.raises(SystemExit, match=r"none\.md|no <!-- figures -->"):
         card.main()
     assert (copy.path / "README.md").read_bytes() == before
 

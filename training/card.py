@@ -4,6 +4,7 @@
 `python training/card.py BUNDLE` writes the card again, of the shipped bundle with `--force`; `--readme README.md` also writes the figures between its markers.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,8 +266,10 @@ def baseline_of(bundle: Bundle) -> list[Row]:
 
 
 def write_sections(text: str, sections: dict[str, str]) -> str:
-    """Return ``text`` with each section between its markers, <!-- name --> and <!-- /name -->."""
+    """Return ``text`` with each section between its markers, <!-- name --> and <!-- /name -->; raise BundleError where they are not."""
     for name, content in sections.items():
+        if not re.fullmatch(f"(?s).*<!-- {name} -->.*<!-- /{name} -->.*", text):
+            raise BundleError(f"the README has no <!-- {name} --> and <!-- /{name} --> to write the figures between: put them there")
         before, rest = text.split(f"<!-- {name} -->")
         _, after = rest.split(f"<!-- /{name} -->")
         text = f"{before}<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->{after}"
@@ -286,7 +289,9 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):
-        text = options.readme.read_text(encoding="utf-8") if options.readme else ""  # before anything is changed
+        text = options.readme.read_text(encoding="utf-8") if options.readme else ""
+        if options.readme:
+            write_sections(text, dict.fromkeys(("limits", "figures"), ""))  # before anything is changed
         bundle = edit(options.bundle, rewrite, force=options.force)
         if options.readme:
             sections = {"limits": readme_limits(bundle), "figures": readme_table(bundle)}
