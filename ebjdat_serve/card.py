@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.bundle import Bundle, Manifest
 from ebjdat_serve.store import reason_held_back
 
 Row = dict[str, Any]
@@ -34,6 +34,22 @@ def summary(bundle: Bundle) -> str:
         lines.append("  metrics")
         lines += [f"    {row['metric']:32}{figure(row):>24}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}" for row in rows]
     return "\n".join(lines)
+
+
+def title(manifest: Manifest) -> str:
+    """Return the first line of a bundle's card."""
+    return f"# {manifest.name}@{manifest.version}\n"
+
+
+def retitled(bundle: Bundle, version: str) -> Bundle:
+    """Record another ``version``, in the title of the bundle's card too, where it has one."""
+    before, done = title(bundle.manifest), bundle.update(version=version)
+    file = bundle.path / "README.md"
+    text = file.read_text(encoding="utf-8") if "README.md" in bundle.manifest.files else ""
+    if not text.startswith(before):
+        return done
+    file.write_text(title(done.manifest) + text.removeprefix(before), encoding="utf-8")
+    return done.update("README.md")
 
 
 def figure(row: Row) -> str:

@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ebjdat_serve.bundle import MANIFEST, Bundle
+from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
+from ebjdat_serve.card import retitled
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import is_held
 from ebjdat_serve.store import next_revision, publish, reason_held_back, store_of
@@ -20,7 +21,7 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
     """Return the bundle at ``path``, a bundle or a store, after ``change`` has written into it.
 
     A version of a store never changes: ``change`` gets a copy, which is published as the next revision. Raises BundleError as
-    ``check_editable`` does, and for a disk that refuses.
+    ``check_editable`` does, for a store that points at another version by then, and for a disk that refuses.
     """
     bundle = check_editable(path, force=force)
     store = store_of(bundle.path)
@@ -31,7 +32,7 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
             done = change(copied(bundle, Path(folder) / bundle.path.name))
             if done.manifest == bundle.manifest:
                 return bundle
-            return Bundle.draft(publish(done.update(version=next_revision(bundle, store)), store))
+            return Bundle.draft(publish(retitled(done, next_revision(bundle, store)), store, after=bundle.path))
     except OSError as error:
         raise BundleError(f"{bundle.path} cannot be written: {error.strerror or error}") from error
 
@@ -39,7 +40,7 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
 def check_editable(path: Path, *, force: bool = False) -> Bundle:
     """Return the bundle at ``path``; raise BundleError for one that is tracked, installed, published or being served, without ``force``.
 
-    A candidate and an earlier version of a store are refused either way.
+    A candidate, an earlier version of a store and a signed bundle are refused either way.
     """
     bundle = Bundle.draft(path)
     home, store = bundle.path, store_of(bundle.path)
@@ -47,6 +48,8 @@ def check_editable(path: Path, *, force: bool = False) -> Bundle:
         raise BundleError(f"{home} is a candidate, which is published or deleted as it is; change the bundle that it was made of")
     if store and home != (store / "current").resolve():
         raise BundleError(f"{home} is a version of {store} and not the current one: versions never change; roll back to it, or copy it")
+    if (home / SIGNATURE).is_file():
+        raise BundleError(f"{home} is signed: change a copy without {SIGNATURE}, sign it and publish it")
     reason = "" if force else guarded(home)
     if reason:
         raise BundleError(f"{home} {reason}: copy the folder and change the copy", options=("--force",))

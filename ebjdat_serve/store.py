@@ -23,16 +23,19 @@ CANDIDATE = "candidate.json"  # beside a held-back bundle's manifest and no part
 REVISION = re.compile(r"(.*)\.r(\d+)")
 
 
-def publish(bundle: Bundle, store: Path, key: Path | None = None, *, force: bool = False) -> Path:
+def publish(bundle: Bundle, store: Path, key: Path | None = None, *, force: bool = False, after: Path | None = None) -> Path:
     """Copy a verified bundle into ``store``, signed with ``key`` if there is one, and point ``current`` at it.
 
     A reader sees the old one or the new one, whole. Raises BundleError for a damaged bundle, a version that is there with other content,
-    a candidate without ``force``, a precision beyond its limits, and a full disk; ``current`` is then what it was.
+    a candidate without ``force``, a precision beyond its limits, a ``current`` that is no longer ``after``, which the bundle was made of,
+    and a full disk; ``current`` is then what it was.
     """
     bundle = Bundle.load(bundle.path)
     for calibration in bundle.calibrations():
         bundle.check_precision(calibration.precision)
     with _alone(store, create=True):
+        if after and (now := os.readlink(store / CURRENT)) != after.name:
+            raise BundleError(f"{store} points at {now} now, no longer at {after.name}, which was changed: change what is current")
         home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
         candidate = store / CANDIDATES / home.name
         if (reason := reason_held_back(candidate)) and not force:

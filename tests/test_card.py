@@ -1,15 +1,18 @@
 """What the README and the model card claim, against the rows that they come from."""
 
 import re
+import sys
 from dataclasses import replace
 
 import pytest
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.card import figure
+from ebjdat_serve.editing import copied
 from ebjdat_serve.server.settings import SHIPPED
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
+from training import card
 from training.card import about_baseline, baseline_of, costs, flag_sentence, readme_limits, readme_table, worse, write_sections
 from training.evaluation.chosen import README, beside, chief, one, readme_rows, served_score, worse_than_chance
 
@@ -143,6 +146,18 @@ def test_max_softmax_stands_beside_every_shipped_figure_of_the_score(bundle):
     assert_max_softmax_beside([r for r in bundle.metrics() if "part" in r and r not in hostile], served_score(bundle))
     said = flag_sentence(bundle, bundle.metrics())
     assert ("(max softmax: not measured)" in said) == (not any("score max_softmax" in r["protocol"] for r in hostile))
+
+
+@pytest.mark.parametrize("text", [None, "<!-- limits --><!-- /limits -->"])
+def test_a_readme_that_cannot_be_written_is_told_before_the_bundle_is_changed(golden, tmp_path, monkeypatch, text):
+    if text:
+        (tmp_path / "none.md").write_text(text)
+    copy = copied(Bundle.load(golden), tmp_path / "digits")
+    before = (copy.path / "README.md").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["card.py", str(copy.path), "--readme", str(tmp_path / "none.md")])
+    with pytest.raises(SystemExit, match=r"none\.md|no <!-- figures -->"):
+        card.main()
+    assert (copy.path / "README.md").read_bytes() == before
 
 
 def test_samples_are_judged_by_a_robust_net_that_is_none_of_the_models(bundle):

@@ -11,6 +11,8 @@ from importlib import import_module
 import httpx2
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from ebjdat_serve import editing
 from ebjdat_serve.bundle import EVIDENCE, Bundle, sha256, write_json
@@ -18,21 +20,28 @@ from ebjdat_serve.editing import check_editable, copied, edit, guarded
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import hold, is_held
 from ebjdat_serve.server.settings import SHIPPED
-from ebjdat_serve.store import next_revision, publish
+from ebjdat_serve.signing import sign
+from ebjdat_serve.store import next_revision, publish, versions
 from tests.conftest import serving
 from tests.test_faults import workers
 from tests.test_refresh import info, until
+from training.card import rewrite
 from training.errors import TrainingError
 from training.evaluate import evaluate, evaluate_bundle
 from training.evaluation.context import Suite
 from training.evidence import Evaluation, measurement, merge, take
 from training.images import load
+from training.precision import put
 
 FEW = Suite(*[20] * 11, queries=10, thorough=False)
 
 
 def digest(folder):
     return {file.name: (sha256(file), file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
+def titled(bundle):
+    return (bundle.path / "README.md").read_text(encoding="utf-8").splitlines()[0]
 
 
 def noted(bundle, text="noted"):
@@ -98,6 +107,54 @@ def test_a_version_of_a_store_never_changes_a_new_one_is_published(bundle, tmp_p
     with pytest.raises(BundleError, match="not the current one"):
         edit(first, noted, force=True)
     assert not [file for file in store.iterdir() if file.name.startswith(".edit-")]
+
+
+def test_a_new_version_carries_a_card_of_its_own_name_and_the_same_card_again_is_no_version(bundle, tmp_path):
+    store = tmp_path / "store"
+    publish(bundle, store)
+    rows = bundle.metrics()
+
+    def change(draft):
+        write_json(draft.path / "metrics.json", rows[:-1])
+        return draft.update("metrics.json")
+
+    for expected, by in ((".r1", change), (".r2", rewrite), (".r2", rewrite)):
+        done = edit(store, by, force=True)
+        assert done.manifest.version == bundle.manifest.version + expected
+        assert titled(done) == f"# {done.manifest.name}@{done.manifest.version}"
+    Bundle.load(store)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_signed_is_changed_by_nobody_without_the_key(bundle, tmp_path, force):
+    key, store = tmp_path / "key.pem", tmp_path / "store"
+    key.write_bytes(Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    home = publish(bundle, store, key)
+    sign(bundle.path, key)
+    for folder, path in ((home, store), (bundle.path, bundle.path)):
+        before = digest(folder)
+        with pytest.raises(BundleError, match=r"is signed: change a copy without bundle\.json\.sig, sign it and publish it"):
+            edit(path, noted, force=force)
+        assert digest(folder) == before
+    assert (store / "current").resolve() == home
+
+
+def test_no_edit_takes_back_what_was_published_meanwhile(bundle, tmp_path):
+    store = tmp_path / "store"
+    first = publish(bundle, store)
+    other = copied(bundle, tmp_path / "other").update(version="other")
+
+    def change(draft):
+        publish(other, store)
+        return noted(draft)
+
+    with pytest.raises(BundleError, match=f"points at digits-other now, no longer at {first.name}"):
+        edit(store, change, force=True)
+    more = copied(bundle, tmp_path / "more").update(version="more")
+    with pytest.raises(BundleError, match="points at digits-other now"):
+        put(more, first)
+    assert (store / "current").resolve() == store / "digits-other"
+    assert versions(store) == [first, store / "digits-other"]
 
 
 def test_the_next_revision_is_one_that_the_store_does_not_have(bundle, tmp_path):
@@ -205,6 +262,23 @@ def test_into_takes_what_was_measured_of_the_same_weights(bundle, golden, runs, 
     Options.force = True
     with pytest.raises(TrainingError, match="of other weights"):
         evaluate_bundle(Options, ("clean",), {"processes": 1})
+
+
+def test_a_folder_whose_figures_git_tracks_is_measured_into_by_force_alone(bundle, runs, tmp_path, monkeypatch):
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    write_json(folder / "metrics.json", [])
+    git = ["git", "-C", str(folder)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", "metrics.json"], check=True)
+    words = ["evaluate.py", str(bundle.path), "--part", "clean", "--n", "20", "--processes", "1", "--folder", str(folder)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=r"metrics\.json is tracked by git: name another --folder; or give --force"):
+        import_module("training.evaluate").main()
+    assert json.loads((folder / "metrics.json").read_text()) == []
+    monkeypatch.setattr(sys, "argv", [*words, "--force"])
+    import_module("training.evaluate").main()
+    assert json.loads((folder / "metrics.json").read_text())
 
 
 # a running server ------------------------------------------------------------------------------------------------------

@@ -180,6 +180,16 @@ def test_a_capture_leaves_other_threads_alone_and_the_device_to_itself(shipped, 
     assert seen == [({"capture_error_mode": "thread_local"}, False)]
 
 
+@pytest.mark.parametrize("call", ["classify", "score"])
+def test_on_the_cpu_no_engine_waits_for_another(shipped, chains, call):
+    """A refresh verifies the next model in a thread beside the one that answers: only a GPU is used one after the other."""
+    engine, done = TorchEngine(shipped, "cpu"), Queue()
+    asked = {"classify": lambda: engine.classify(chains.image), "score": lambda: engine.score(chains.image, chains.label)}[call]
+    with eager.DEVICE_LOCK:
+        Thread(target=lambda: done.put(asked()), daemon=True).start()
+        assert len(done.get(timeout=20)) == 2
+
+
 def test_an_engine_turns_tf32_off_for_good(shipped):
     """Two threads that each restore what they found could leave it on: nothing is restored."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):

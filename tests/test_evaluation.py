@@ -28,7 +28,7 @@ from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.wideresnet import WideResNet
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
-from training import compare
+from training import compare, evaluate
 from training.adversary import Threat
 from training.card import write_card
 from training.errors import DataError, TrainingError
@@ -420,6 +420,15 @@ def test_a_gradient_that_is_no_number_breaks_nothing(digits, weights):
     assert (AutoAttack(tiny, APGD).run(subject, image, label)["standing"] == right).all()
 
 
+def test_a_part_without_any_row_ends_with_the_folder_all_the_same(golden, runs, monkeypatch, capsys):
+    words = [str(golden / "current" / "weights.safetensors"), "--data", "digits", "--part", "generation", "--processes", "1"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    monkeypatch.setitem(evaluate.PARTS, "generation", lambda c: iter(()))
+    evaluate.main()
+    (folder,) = (file.parent for file in runs.glob("evaluation/*/report.html"))
+    assert capsys.readouterr().out.splitlines()[-1] == f"0 rows in {folder / 'metrics.json'}, {folder / 'report.html'}"
+
+
 # Killed, damaged, in two processes ------------------------------------------------------------------------------------
 
 
@@ -757,6 +766,15 @@ def test_a_bundle_is_measured_on_the_gpu_by_whatever_computes_there(shipped, mon
     with pytest.raises(EngineError, match="enough seen"):
         subject.open_bundle(shipped.path)
     assert asked == [(kind, "cuda")]
+
+
+def test_what_a_cpu_and_a_gpu_say_is_kept_apart(golden, monkeypatch):
+    monkeypatch.setattr(subject, "runtime_has", lambda device: False)  # the same engine, torch, on both
+    keys = set()
+    for device in ("cpu", "meta"):
+        monkeypatch.setattr(subject, "best_device", lambda name=device: torch.device(name))
+        keys.add(subject.open_bundle(golden).key)
+    assert len(keys) == 2
 
 
 def test_a_gpu_takes_more_images_at_once(tmp_path):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import training.train
 from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
 from ebjdat_serve.editing import check_editable, copied
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.server.fleet import open_bundle
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import CANDIDATE, candidates, listing, publish, rollback, versions, withhold
@@ -28,7 +28,7 @@ from training.evaluation.context import Suite
 from training.gate import MARGIN, judge
 from training.images import load
 from training.presets import BUDGETS, METHODS
-from training.refresh import deliver, refresh
+from training.refresh import deliver, finished, refresh
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,23 @@ def test_the_first_an_identical_and_a_better_one_pass(good, worse, digits, tmp_p
     assert Bundle.load(store).manifest.version == "again"
 
 
+def test_what_was_held_back_is_published_once_it_passes(good, worse, digits, tmp_path):
+    store = tmp_path / "store"
+    withhold(good, store, "it was worse than an earlier one", [])
+    publish(worse, store)
+    assert deliver(good, digits, tmp_path, store, force=False) == store / f"digits-{good.manifest.version}"
+    assert Bundle.load(store).manifest == good.manifest
+    assert not candidates(store)
+
+
+def test_a_bundle_measured_on_more_images_than_asked_for_is_finished(good):
+    """`--resume` of a run with a smaller suite keeps the figures of the larger one."""
+    weights = good.path / "weights.safetensors"
+    assert finished(good.path, weights, 300)
+    assert finished(good.path, weights, 100)
+    assert not finished(good.path, weights, 301)
+
+
 def test_a_model_measured_further_becomes_the_next_revision(good, digits, tmp_path):
     store = tmp_path / "store"
     publish(good, store)
@@ -147,6 +164,7 @@ def test_a_model_measured_further_becomes_the_next_revision(good, digits, tmp_pa
     deliver(more.update("metrics.json"), digits, tmp_path, store, force=False)
     assert Bundle.load(store).manifest.version == f"{good.manifest.version}.r1"
     assert Bundle.load(store).metrics() == []
+    assert (store / "current" / "README.md").read_text(encoding="utf-8").startswith(f"# digits@{good.manifest.version}.r1\n")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +193,17 @@ def test_a_current_model_that_is_damaged_cannot_be_compared_with(good, digits, t
     assert "cannot be compared with the current model" in judge(good, tmp_path / "store", digits).reason
 
 
+@pytest.mark.parametrize("rows", ["none", "stale"])
+def test_a_current_model_without_a_calibration_of_its_graph_cannot_be_compared_with(good, digits, tmp_path, rows):
+    home = publish(copied(good, tmp_path / "other").update(version="other"), tmp_path / "store")
+    for name in ("calibration.json", MANIFEST):
+        (home / name).chmod(0o644)
+    kept = json.loads((home / "calibration.json").read_text())
+    write_json(home / "calibration.json", [] if rows == "none" else [{**row, "of": "0" * 64} for row in kept])
+    Bundle.draft(home).update("calibration.json")
+    assert "cannot be compared with the current model" in judge(good, tmp_path / "store", digits).reason
+
+
 def test_the_gate_never_looks_at_the_test_set(good, worse, digits, tmp_path):
     class Untouchable:
         def __getattr__(self, name):
@@ -193,7 +222,7 @@ def test_worse_is_an_interval_beyond_the_margin():
 @pytest.mark.slow
 def test_a_refresh_with_a_barely_trained_model(good, tmp_path, monkeypatch, digits):
     """The whole of it: train, export, parity, calibrate, evaluate, gate; then --force."""
-    monkeypatch.setitem(context.SUITES, "quick", Suite(*[20, 5, 0, 0, 0, 2, 5, 1, 5, 10], queries=5, thorough=False))
+    monkeypatch.setitem(context.SUITES, "quick", Suite(*[20, 5, 5, 0, 0, 0, 2, 5, 1, 5, 10], queries=5, thorough=False))
     monkeypatch.setattr("training.evaluate.USUAL", ("clean", "robustness", "landscape"))
     store, run = tmp_path / "store", tmp_path / "run"
     first = publish(good, store)
@@ -209,6 +238,18 @@ def test_a_refresh_with_a_barely_trained_model(good, tmp_path, monkeypatch, digi
     assert done.name == home.name
     assert not candidates(store)
     assert refresh(stage, run, **common) == done  # the same again passes
+
+
+@pytest.mark.parametrize("error", [EbjdatError("there is no home folder"), OSError(28, "No space left on device", "weights")])
+def test_a_machine_without_a_place_for_runs_ends_a_refresh_in_one_line(error, monkeypatch):
+    def root():
+        raise error
+
+    monkeypatch.setattr("training.refresh.runs_root", root)
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits"])
+    with pytest.raises(SystemExit) as ended:
+        training.train.main()
+    assert ended.value.code == f"train.py: {error}"
 
 
 @pytest.mark.parametrize(

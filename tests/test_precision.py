@@ -183,6 +183,9 @@ def test_a_store_gets_a_new_version_and_keeps_the_old_one(golden, tmp_path):
     assert (store / "current").resolve() == done.path != old
     assert digest(old) == before
     assert Bundle.load(store).calibration("bf16").precision == "bf16"
+    card = (done.path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith(f"# digits@{done.manifest.version}\n")
+    assert "accuracy_clean_bf16" in card
 
 
 def test_a_precision_without_figures_is_not_served(precise, tmp_path):

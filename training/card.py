@@ -4,6 +4,7 @@
 `python training/card.py BUNDLE` writes the card again, of the shipped bundle with `--force`; `--readme README.md` also writes the figures between its markers.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, read_rows, write_json
-from ebjdat_serve.card import figure, key, table
+from ebjdat_serve.card import figure, key, table, title
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import load_engine
@@ -97,8 +98,7 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     m, p = bundle.manifest, bundle.manifest.provenance
     drawn = (bundle.path / "landscape.png").is_file()
     picture = "![energies of clean, adversarial, drawn and strange images](landscape.png)" if drawn else ""
-    return f"""# {m.name}@{m.version}
-
+    return f"""{title(m)}
 {m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
 Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, begun {p.started}:
 {p.steps} of {p.planned_steps} planned steps, rolled back for divergence {p.rollbacks} times. Data sha256 {p.data_sha256[:16]}.
@@ -267,8 +267,10 @@ def baseline_of(bundle: Bundle) -> list[Row]:
 
 
 def write_sections(text: str, sections: dict[str, str]) -> str:
-    """Return ``text`` with each section between its markers, <!-- name --> and <!-- /name -->."""
+    """Return ``text`` with each section between its markers, <!-- name --> and <!-- /name -->; raise BundleError where they are not."""
     for name, content in sections.items():
+        if not re.fullmatch(f"(?s).*<!-- {name} -->.*<!-- /{name} -->.*", text):
+            raise BundleError(f"the README has no <!-- {name} --> and <!-- /{name} --> to write the figures between: put them there")
         before, rest = text.split(f"<!-- {name} -->")
         _, after = rest.split(f"<!-- /{name} -->")
         text = f"{before}<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->{after}"
@@ -288,11 +290,13 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):
+        text = options.readme.read_text(encoding="utf-8") if options.readme else ""
+        if options.readme:
+            write_sections(text, dict.fromkeys(("limits", "figures"), ""))  # before anything is changed
         bundle = edit(options.bundle, rewrite, force=options.force)
-    if options.readme:
-        sections = {"limits": readme_limits(bundle), "figures": readme_table(bundle)}
-        text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(write_sections(text, sections), encoding="utf-8")
+        if options.readme:
+            sections = {"limits": readme_limits(bundle), "figures": readme_table(bundle)}
+            options.readme.write_text(write_sections(text, sections), encoding="utf-8")
 
 
 if __name__ == "__main__":

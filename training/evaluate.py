@@ -32,7 +32,7 @@ from torch import nn
 from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_json
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import cpus
-from ebjdat_serve.editing import FORCED, check_editable, edit
+from ebjdat_serve.editing import FORCED, check_editable, edit, tracked
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.folders import folder as place
 from ebjdat_serve.folders import made
@@ -261,7 +261,7 @@ def main() -> None:
     said = f"single amounts of the suite: {', '.join(LEAST)}"
     parser.add_argument("--amount", nargs="+", default=[], metavar="NAME=N", help=said)
     parser.add_argument("--into", type=Path, metavar="BUNDLE", help="take the rows into this bundle, where none of more images stands")
-    parser.add_argument("--force", action="store_true", help=f"with --into: {FORCED}")
+    parser.add_argument("--force", action="store_true", help=f"with --into: {FORCED}; with --folder: also one whose figures git tracks")
     parser.add_argument("--folder", type=Path, help="where figures and report go (a folder under EBJDAT_RUNS named after the model)")
     parser.add_argument("--baseline", type=Path, help="with --into: metrics.json of the warm start, to stand beside every figure")
     parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights that transferred attacks are made on")
@@ -287,14 +287,16 @@ def main() -> None:
         }
         if options.baseline and not options.into:
             raise TrainingError("--baseline stands in a bundle's card, which only --into writes: give both or neither")
+        if options.folder and not options.force and tracked(options.folder / "metrics.json"):
+            raise TrainingError(f"{options.folder / 'metrics.json'} is tracked by git: name another --folder", options=("--force",))
         if options.bundle.suffix == ".safetensors":
             if options.into:
                 raise TrainingError(f"--into takes what was measured of a bundle, and {options.bundle} is weights: give the bundle")
             file = options.bundle.resolve()
             data = load(options.data or "cifar10", (options.size, options.size) if options.size else None)
             model, suite = load_weights(file).to(best_device()), amounts(options)
-            rows = evaluate_module(model, data, suite=suite, parts=parts, name=file.parent.name, **more)
-            kept = options.folder or work_root() / folder_name(file.parent.name, rows[0]["of"], data.sha256)
+            kept = options.folder or work_root() / folder_name(file.parent.name, module_sha256(model), data.sha256)
+            rows = evaluate_module(model, data, suite=suite, parts=parts, name=file.parent.name, **{**more, "folder": kept})
             print(f"{len(rows)} rows in {kept / 'metrics.json'}, {kept / 'report.html'}")
             return
         evaluate_bundle(options, parts, more)

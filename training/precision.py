@@ -35,6 +35,7 @@ from export.to_int8 import write_int8
 from export.to_onnx import write
 from training.adversary import Attack, Threat, cross_entropy, pgd
 from training.calibrate import calibrate, check_data, dataset_of
+from training.card import baseline_of, renew_card
 from training.evaluation.rows import ALPHAS, SEED, ball_of, eps_name, number
 from training.images import Dataset
 from training.measures import flag_rate_interval
@@ -88,6 +89,8 @@ def admit(bundle: Bundle, data: Dataset, precisions: Sequence[Precision], amount
                 refused.append(str(error))
         if done is not bundle:
             done = done.update(version=next_revision(bundle, store_of(bundle.path)))
+            if "README.md" in done.manifest.files:  # its title and its table
+                done = renew_card(done, done.metrics(), baseline_of(done), {}, samples=False)
             bundle = put(done, bundle.path)
     if refused:
         raise BundleError("; ".join(refused))
@@ -104,7 +107,8 @@ def attempt(bundle: Bundle, folder: Path, data: Dataset, precision: Precision, f
         print(f"{row['metric']:36}{row['value']:>12.5g}  n = {row['n']:<6} {row['protocol']}", flush=True)
     before = draft.metrics()
     stale = rows_of(before, precision)
-    write_json(folder / "metrics.json", [*(row for row in before if row not in stale), *rows])
+    kept = [row for row in before if row not in stale and draft.holds(row["of"])]  # no card shows figures of other files
+    write_json(folder / "metrics.json", [*kept, *rows])
     draft = draft.update("metrics.json")
     draft.check_precision(precision)
     return draft
@@ -113,7 +117,7 @@ def attempt(bundle: Bundle, folder: Path, data: Dataset, precision: Precision, f
 def put(done: Bundle, home: Path) -> Bundle:
     """Return ``done`` in its place: published where ``home`` is a store's, else put where the old bundle was, whole."""
     if store := store_of(home):
-        return Bundle.draft(publish(done, store))
+        return Bundle.draft(publish(done, store, after=home))
     old = done.path.with_name("old")
     home.rename(old)
     try:

