@@ -113,7 +113,7 @@ def test_each_step_also_runs_alone(trained, tmp_path):
         ("export/to_onnx.py", "score.onnx"),
         ("export/parity.py", "batch 32 chain"),
         ("training/calibrate.py", "200 energies"),
-        ("training/evaluate.py", "accuracy_pgd20", "--into", str(folder)),
+        ("training/evaluate.py", "accuracy_pgd20", "--into", str(folder), "--part", "clean", "robustness", "--n", "100"),
     ):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "EBJDAT_RUNS": str(tmp_path / "runs")}
         command = [sys.executable, str(ROOT / script), str(folder), *more]
