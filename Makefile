@@ -17,7 +17,7 @@ SERVE_STAMP := $(VENV)/.stamp-serve-$(ENGINE_EXTRA)-$(KEY)
 DEV_STAMP := $(VENV)/.stamp-dev-$(ENGINE_EXTRA)-$(KEY)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help serve test test-slow test-all coverage check fix setup soak bench gpu-check browser-check clean
+.PHONY: help serve test test-slow test-all coverage coverage-test check fix setup soak bench gpu-check browser-check clean
 help:
 	@echo "make serve [PORT=8000] [HOST=127.0.0.1] [MODEL=bundle-or-store]   install and serve"
 	@echo "make test                                                        install and test (minutes)"
@@ -53,6 +53,11 @@ coverage: $(DEV_STAMP)
 	$(BIN)/coverage report --data-file=$(MEASURED)/all/data --fail-under=$(FLOOR_ALL)
 	@echo "of the everyday tier alone:"
 	$(BIN)/coverage report --data-file=$(MEASURED)/everyday/data --format=total --fail-under=$(FLOOR_TEST)
+
+coverage-test: $(DEV_STAMP)
+	@mkdir -p $(MEASURED)/everyday
+	@$(BIN)/coverage combine --quiet --keep --data-file=$(MEASURED)/everyday/data $(MEASURED)/test
+	$(BIN)/coverage report --data-file=$(MEASURED)/everyday/data --fail-under=$(FLOOR_TEST)
 
 # Ten minutes of mixed load while workers are killed at random.
 soak: $(DEV_STAMP)

@@ -85,17 +85,17 @@ def test_int8_quantises_convolutions_alone(precise):
 
 def test_the_server_flags_with_the_precisions_own_threshold(precise, tmp_path):
     image = load("digits").test.image[:8]
-    expected = OnnxEngine(precise, "cpu", 1, "int8").classify(to_unit(image))[1]
-    with serving(precise.path, tmp_path / "log", "--precision", "int8", "--device", "cpu") as server:
+    expected = OnnxEngine(precise, "cpu", 1, "fp16").classify(to_unit(image))[1]
+    with serving(precise.path, tmp_path / "log", "--precision", "fp16", "--device", "cpu") as server:
         info = httpx2.get(f"{server.url}/info").json()
-        assert (info["precision"], info["provider"]) == ("int8", "CPUExecutionProvider")
-        assert info["calibration"]["of"] == precise.measured("int8")
-        scores = sorted(precise.calibration("int8").scores)
+        assert (info["precision"], info["provider"]) == ("fp16", "CPUExecutionProvider")
+        assert info["calibration"]["of"] == precise.measured("fp16")
+        scores = sorted(precise.calibration("fp16").scores)
         for one, energy in zip(image, expected, strict=True):
             said = httpx2.post(f"{server.url}/classify", content=pixels.encode_png(one)).json()
             assert said["energy"] == pytest.approx(float(energy), abs=1e-5)
             assert said["p_value"] == pytest.approx((1 + sum(s >= said["suspicion"] for s in scores)) / (len(scores) + 1), abs=2e-3)
-        assert httpx2.get(f"{server.url}/generate?class=3&steps=2").status_code == 200  # by the fp32 step
+        assert httpx2.get(f"{server.url}/generate?class=3&steps=2").status_code == 200
 
 
 def test_a_precision_that_the_bundle_lacks_stops_the_server_with_the_fix(golden):

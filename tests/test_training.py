@@ -215,7 +215,7 @@ def test_training_and_the_torch_engine_need_no_more_than_torch_numpy_pillow_and_
 @pytest.mark.slow
 def test_a_short_time_is_shared_by_the_stages_and_ends_with_a_bundle(tmp_path):
     environment = {**os.environ, "EBJDAT_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--threads", "1", "--run", "short", "--max-minutes", "0.12"]
+    command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--threads", "1", "--run", "short", "--max-minutes", "0.4"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     bundle = Bundle.load(tmp_path / "short" / "store" / "current")
