@@ -213,5 +213,6 @@ def test_no_answer_is_lost_or_wrong_and_nothing_grows(tmp_path, test_images, pyt
             first, second = np.array_split(memory[late], 2)
             slope = (np.median(second) - np.median(first)) / ((at[late][-1] - at[late][0]) / 60 / 2)
             print(f"process {pid}: {memory[late].mean():.0f} MB, {slope:+.2f} MB a minute, {files[late].max()} files at most")
-            assert slope < (GROWTH_OF_WORKERS if pid in these_work else GROWTH)
+            # what an allocator keeps once is a steeper slope the shorter the soak is
+            assert slope < (GROWTH_OF_WORKERS if pid in these_work else GROWTH) * max(1.0, 600 / seconds)
             assert files[late].max() < 100
