@@ -2,6 +2,7 @@
 """Classify pictures: `python clients/classify.py cat.png dog.jpg [--url http://localhost:8000]`. Needs httpx2."""
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -114,6 +115,8 @@ def named(file: Path) -> str:
 
 def classify(client: httpx2.Client, picture: Path) -> str:
     """Return what the server says of one picture, in words; raise Refused or OSError."""
+    if picture.is_fifo() and not str(picture).startswith(("/dev/", "/proc/")):  # but for the shell's <(…)
+        raise OSError(errno.EINVAL, "a pipe, which may never end")
     answer = ask(client, "POST", "/classify", content=picture.read_bytes(), headers={"Content-Type": "application/octet-stream"})
     try:
         said = answer.json()

@@ -4,6 +4,7 @@
 set -euo pipefail
 picture=${1:?usage: clients/curl.sh PICTURE [URL]}
 url=${2:-http://localhost:8000}
+url=${url%/}
 aside=$(mktemp -d)
 trap 'rm -rf "$aside"' EXIT
 # a busy server, and a connection that drops, are tried again; pictures come from standard input, where a name may hold what it likes

@@ -8,6 +8,7 @@ files' names, one row a file: what is a picture by its first bytes or by its suf
 
 import argparse
 import csv
+import errno
 import glob
 import os
 import sys
@@ -179,6 +180,8 @@ def screen(client: httpx2.Client, file: Path, gone: Event) -> Row:
     row = {"file": named(file)}
     request: dict[str, Any] = {"headers": {"Content-Type": "application/octet-stream"}}
     try:
+        if file.is_fifo() and not str(file).startswith(("/dev/", "/proc/")):  # but for the shell's <(…)
+            raise OSError(errno.EINVAL, "a pipe, which may never end")
         answer = ask(client, "POST", "/classify", tries=1 if gone.is_set() else TRIES, content=file.read_bytes(), **request)
         gone.clear()
         try:
@@ -214,12 +217,19 @@ def main() -> int:
         except OSError as error:
             print(f"cannot write {named(options.output)}: {error.strerror}", file=sys.stderr)
             return 1
-        with opened as sink:
-            return report(client, files, options.jobs, csv.DictWriter(sink, COLUMNS))
+        try:
+            with opened as sink:
+                counted, status = report(client, files, options.jobs, csv.DictWriter(sink, COLUMNS))
+                sink.flush()
+        except OSError as error:
+            print(f"cannot write {named(options.output) if options.output else 'the report'}: {error.strerror}", file=sys.stderr)
+            return 1
+        print(counted, file=sys.stderr)
+        return status
 
 
-def report(client: httpx2.Client, files: dict[Path, str], jobs: int, writer: "csv.DictWriter[str]") -> int:
-    """Write the rows, say on stderr how many there were of what, and return the exit code."""
+def report(client: httpx2.Client, files: dict[Path, str], jobs: int, writer: "csv.DictWriter[str]") -> tuple[str, int]:
+    """Write the rows, and return how many there were of what, in words, and the exit code."""
     gone = Event()
     sent = sum(not why for why in files.values())
     suspicious = refused = left_out = 0
@@ -238,10 +248,9 @@ def report(client: httpx2.Client, files: dict[Path, str], jobs: int, writer: "cs
                 refused += "error" in row and not skip
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            print("interrupted; the report ends here", file=sys.stderr)
-            return 130
-    print(f"{sent} pictures, {suspicious} suspicious, {refused} refused, {left_out} skipped", file=sys.stderr)
-    return 1 if refused or not sent else 3 if suspicious else 0
+            return "interrupted; the report ends here", 130
+    counted = f"{sent} pictures, {suspicious} suspicious, {refused} refused, {left_out} skipped"
+    return counted, 1 if refused or not sent else 3 if suspicious else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -98,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.command(options)
+    except BrokenPipeError:  # who reads has enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so at its end
+        return 0
     except (EbjdatError, OSError) as error:
         text = advice(error, options.parser) if isinstance(error, EbjdatError) else str(error)
         if getattr(options, "log", "text") == "json":

@@ -31,7 +31,7 @@ def sign(folder: Path, key: Path) -> Path:
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise EbjdatError(f"{key} cannot be read as a private key without password: {error}") from error
     if not isinstance(private, Ed25519PrivateKey):
-        raise EbjdatError(f"{key} is not an ed25519 key: openssl genpkey -algorithm ed25519 -out {key.name} makes one")
+        raise EbjdatError(f"{key} is not an ed25519 key: openssl genpkey -algorithm ed25519 -out NEW.pem makes one")
     file, aside = folder / SIGNATURE, folder / f".{SIGNATURE}.part"
     try:
         aside.write_bytes(private.sign((folder / MANIFEST).read_bytes()))
@@ -44,9 +44,14 @@ def sign(folder: Path, key: Path) -> Path:
 def public_key(file: Path) -> Ed25519PublicKey:
     """Return the public key in a PEM file; raise EbjdatError when it holds none."""
     try:
-        key = load_pem_public_key(file.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise EbjdatError(f"{file} cannot be read as a public key: {error}; openssl pkey -in key.pem -pubout -out {file.name}") from error
+        content = file.read_bytes()
+        key = load_pem_public_key(content)
+    except OSError as error:
+        raise EbjdatError(f"{file} cannot be read as a public key: {error.strerror}") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        what = "holds a private key, which belongs on no server" if b"PRIVATE KEY" in content else "cannot be read as a public key"
+        # never into this file: it may be the only copy of something
+        raise EbjdatError(f"{file} {what}: openssl pkey -in PRIVATE.pem -pubout -out NEW.pub.pem makes a public key") from error
     if not isinstance(key, Ed25519PublicKey):
         raise EbjdatError(f"{file} is not an ed25519 public key")
     return key

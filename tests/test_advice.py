@@ -5,6 +5,7 @@ import ast
 import importlib
 import re
 import shlex
+import socket
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from ebjdat_serve import cli, console, install
 from ebjdat_serve.errors import BundleError, EbjdatError, EngineError
+from ebjdat_serve.server import seam
 from tests.conftest import ROOT
 from training.errors import DataError
 
@@ -229,3 +231,20 @@ def test_an_error_that_crosses_a_process_keeps_its_options():
 
     error = pickle.loads(pickle.dumps(EbjdatError("no", options=("--device cpu",))))
     assert error.advised() == "no; or give --device cpu"
+
+
+def test_a_port_that_is_advised_can_be_listened_on():
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+        one.listen()
+        try:
+            two.bind(("127.0.0.1", port + 1))
+        except OSError:
+            pytest.skip("somebody else has the next port, which will do as well")
+        two.listen()
+        with pytest.raises(EngineError) as told:
+            seam.check_address("127.0.0.1", port)
+        (option,) = told.value.options
+        assert int(option.removeprefix("--port ")) not in (port, port + 1)
+        seam.check_address("127.0.0.1", int(option.removeprefix("--port ")))

@@ -364,3 +364,19 @@ def test_the_curl_script_takes_any_name_and_tries_again(tmp_path):
     assert PNG in bodies[2]
     assert (tmp_path / "generated-grid.png").read_bytes() == PNG
     assert "event: done" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["classify", "screen"])
+def test_a_pipe_that_nobody_writes_to_keeps_no_client_waiting(run, picture_file, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    with hostile_server(lambda n, body: None) as server:
+        code, out, err, _ = run(name, tmp_path / "pipe", picture_file, "--url", server.url)
+    assert code == 1
+    assert "a pipe, which may never end" in out + err
+    assert [path for path, *_ in server.requests] == ["/classify"]  # the picture went
+
+
+def test_a_full_disk_is_told_and_no_report_is_claimed(run, picture_file):
+    with hostile_server(lambda n, body: None) as server:
+        code, _, err, _ = run("screen", picture_file, "-o", "/dev/full", "--url", server.url)
+    assert (code, "cannot write /dev/full: No space left" in err, "1 pictures" in err) == (1, True, False)

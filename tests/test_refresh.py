@@ -338,8 +338,9 @@ def test_keys_of_another_kind_are_named(tmp_path, keys):
         with pytest.raises(EbjdatError, match=key.name):
             sign(bundle.path, key)
     sign(bundle.path, keys / "ours.pem")
-    with pytest.raises(EbjdatError, match="public key"):
+    with pytest.raises(EbjdatError, match=r"holds a private key.*public key") as told:
         check_signature(bundle.path, [keys / "ours.pem"])
+    assert "-out ours.pem" not in str(told.value)  # the advice of a command that would overwrite the key
 
 
 # the store -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Clean energies and scores are taken through the served engine, from images that 
 temperature of p(y|x), and the weight of a score that has one, are fitted on the selection split.
 """
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
 from training.images import Dataset, load
 
+log = logging.getLogger("training")
 DEFAULT_SCORE = "energy_entropy"
 """What ``suspicious`` is decided by: docs/decisions/0012 says why not by the energy alone."""
 
@@ -46,7 +48,10 @@ def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", scor
         weight=weight,
         scores=sorted(float(value) for value in suspicion(score, weight, clean)),
     )
-    others = [row for row in bundle.calibrations() if row.precision != precision and bundle.holds(row.of) and row.score == score]
+    kept = [row for row in bundle.calibrations() if row.precision != precision and bundle.holds(row.of)]
+    others = [row for row in kept if row.score == score]
+    if lost := sorted({row.precision for row in kept} - {row.precision for row in others}):
+        log.warning("dropped what was calibrated by another score: %s; training/precision.py makes them anew", ", ".join(lost))
     write_json(bundle.path / "calibration.json", [asdict(row) for row in sorted([calibration, *others], key=lambda row: row.precision)])
     return bundle.update("calibration.json")
 

@@ -294,6 +294,7 @@ def main() -> None:
         if options.readme:
             write_sections(text, dict.fromkeys(("limits", "figures"), ""))  # before anything is changed
         bundle = edit(options.bundle, rewrite, force=options.force)
+        print(f"into {bundle.path / 'README.md'}")
         if options.readme:
             sections = {"limits": readme_limits(bundle), "figures": readme_table(bundle)}
             options.readme.write_text(write_sections(text, sections), encoding="utf-8")

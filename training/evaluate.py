@@ -32,7 +32,7 @@ from torch import nn
 from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_json
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import cpus
-from ebjdat_serve.editing import FORCED, check_editable, edit, tracked
+from ebjdat_serve.editing import FORCED, check_editable, edit, guarded, tracked
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.folders import folder as place
 from ebjdat_serve.folders import made
@@ -312,7 +312,9 @@ def evaluate_bundle(options: argparse.Namespace, parts: Sequence[str], more: dic
     done = evaluate(bundle, dataset_of(bundle, options.data), amounts(options), parts=parts, **more)
     print(f"{len(done.rows)} rows in {done.folder / 'metrics.json'}, {done.folder / 'report.html'}")
     if not options.into:
-        print(f"{bundle.path} is as it was; --into {options.bundle} takes them into it")
+        why = guarded(bundle.path)
+        into = f"it {why}: --into takes them into a copy" if why else f"--into {options.bundle} takes them into it"
+        print(f"{bundle.path} is as it was; {into}")
         return
     said: list[str] = []
 

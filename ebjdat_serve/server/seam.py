@@ -268,12 +268,23 @@ def check_address(host: str, port: int) -> None:
     """Raise EngineError when LitServe cannot listen there, before any worker is started."""
     if not 1024 <= port <= 65535:
         raise EngineError(f"port must be 1024 to 65535, not {port}")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+        bind(host, port)
     except OSError as error:
-        raise EngineError(
-            f"cannot listen on {host}:{port} ({error.strerror})", options=(f"--port {port + 1 if port < 65535 else 8000}",)
-        ) from error
+        raise EngineError(f"cannot listen on {host}:{port} ({error.strerror})", options=free_port(host, port)) from error
+
+
+def bind(host: str, port: int) -> None:
+    """Listen on a port for a moment; raise OSError where that cannot be."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+
+
+def free_port(host: str, port: int) -> tuple[str, ...]:
+    """Return the option of the next port that can be listened on, none where the host is what is wrong."""
+    for other in (*range(port + 1, min(port + 20, 65536)), 8000):
+        with contextlib.suppress(OSError):
+            bind(host, other)
+            return (f"--port {other}",)
+    return ()
