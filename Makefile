@@ -31,9 +31,9 @@ serve: $(SERVE_STAMP)
 MEASURED := $(CURDIR)/.coverage
 run_tests = $(if $(COVERAGE),rm -rf $(MEASURED)/$@ && $(BIN)/coverage run --data-file=$(MEASURED)/$@/data,$(BIN)/python) \
 	-m pytest --numprocesses auto
-# percent of lines and branches that must be covered; lower bounds from a run that was cut short: raise them to what `make test-all` prints
+# percent of lines and branches that must be covered; of all: what the slow tier alone covered; of the everyday tier: of a run that was cut short. Raise both to what `make test-all` prints
 FLOOR_TEST := 52
-FLOOR_ALL := 52
+FLOOR_ALL := 61
 
 test: $(DEV_STAMP)
 	$(run_tests) --dist worksteal -m "not slow"
