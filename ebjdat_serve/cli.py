@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +10,7 @@ from typing import get_args
 
 from ebjdat_serve import __version__, logs
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.console import advice, parser_of
+from ebjdat_serve.console import advice, parser_of, unread
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
@@ -99,10 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.command(options)
-    except BrokenPipeError:  # who reads has enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so at its end
-        return 0
+        sys.stdout.flush()  # here, where a closed pipe or a full disk is still told
     except (EbjdatError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and options.command is not serve:
+            return unread()
         text = advice(error, options.parser) if isinstance(error, EbjdatError) else str(error)
         if getattr(options, "log", "text") == "json":
             logging.getLogger("ebjdat_serve").error("%s", text)

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,21 @@ def command(parser: argparse.ArgumentParser, interrupted: str = "interrupted") -
     """
     try:
         yield
+        sys.stdout.flush()  # here, where a closed pipe or a full disk is still told
     except EbjdatError as error:
         sys.exit(advice(error, parser))
+    except BrokenPipeError:
+        sys.exit(unread())
     except OSError as error:  # a full disk, a file that may not be read: its text names the file
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(interrupted)
+
+
+def unread() -> int:
+    """Return the status, 1, of a command whose reader had enough, as `| head` has; nothing more is said, nor by Python at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def parser_of(doc: str | None, **options: Any) -> argparse.ArgumentParser:

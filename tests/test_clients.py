@@ -90,7 +90,7 @@ def test_without_a_server_they_say_how_to_start_one(folder, name, arguments):
 
 
 def test_curl_script(live, folder, tmp_path):
-    done = client("curl.sh", folder / "real0.png", live.url, cwd=tmp_path)
+    done = client("curl.sh", folder / "real0.png", f"{live.url}/", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"energy"') >= 4
     assert (tmp_path / "generated-grid.png").stat().st_size > 1000

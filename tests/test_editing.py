@@ -25,6 +25,7 @@ from ebjdat_serve.store import next_revision, publish, versions
 from tests.conftest import serving
 from tests.test_faults import workers
 from tests.test_refresh import info, until
+from training import calibrate
 from training.card import rewrite
 from training.errors import TrainingError
 from training.evaluate import evaluate, evaluate_bundle
@@ -123,6 +124,35 @@ def test_a_new_version_carries_a_card_of_its_own_name_and_the_same_card_again_is
         assert done.manifest.version == bundle.manifest.version + expected
         assert titled(done) == f"# {done.manifest.name}@{done.manifest.version}"
     Bundle.load(store)
+
+
+def test_another_score_is_said_by_the_card_of_the_same_version(bundle, tmp_path, monkeypatch, capsys):
+    """A calibration that changed alone left a current version whose card named the score before it."""
+    store = tmp_path / "store"
+    publish(bundle, store)
+    samples = bundle.manifest.files["samples.png"]
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", str(store), "--score", "max_softmax", "--force"])
+    calibrate.main()
+    done = Bundle.load(store)
+    assert done.calibration().score == "max_softmax"
+    before, after = ((one.path / "README.md").read_text(encoding="utf-8") for one in (bundle, done))
+    assert ("s(x) = E(x) +" in before, "s(x) = E(x) +" in after) == (True, False)
+    assert done.manifest.files["samples.png"] == samples  # no picture is drawn again for it
+
+
+def test_precisions_that_a_calibration_drops_are_named(bundle, caplog):
+    rows = json.loads((bundle.path / "calibration.json").read_text(encoding="utf-8"))
+    write_json(bundle.path / "calibration.json", [*rows, {**rows[0], "precision": "bf16"}])
+    calibrate.calibrate(bundle.update("calibration.json"), load("digits"), score="max_softmax")
+    assert "another score: bf16;" in caplog.text
+
+
+def test_the_way_to_take_figures_that_is_advised_is_open(bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.evaluate.evaluate", lambda *_, **__: Evaluation(tmp_path, [], {}))
+    for path, said in ((bundle.path, f"--into {bundle.path} takes them into it"), (publish(bundle, tmp_path / "store"), "into a copy")):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(path), "--part", "clean"])
+        import_module("training.evaluate").main()
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("force", [False, True])

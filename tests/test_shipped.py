@@ -1,6 +1,7 @@
 """The model in the wheel: whole, small, and as good on real pictures as its card says."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -96,6 +97,19 @@ def test_attacks_succeed_more_as_the_ball_grows(shipped, test_images):
     assert standing == sorted(standing, reverse=True)
     assert standing[2] > 0.2  # plain training: 0
     assert standing[3] < 0.02  # a net that masks its gradient stands here
+
+
+COMMAND = "from ebjdat_serve.console import command, parser_of\nwith command(parser_of('A command.')): print('one line')"
+
+
+@pytest.mark.parametrize("command", [["-m", "ebjdat_serve.cli", "inspect"], ["-c", COMMAND]])
+def test_a_reader_who_has_enough_is_no_error_to_speak_of(command):
+    """As `| head`: not finished is status 1, and nothing is said."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, *command], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_inspect_and_verify_print_readably(shipped):

@@ -56,6 +56,13 @@ def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", scor
     return bundle.update("calibration.json")
 
 
+def carded(bundle: Bundle) -> Bundle:
+    """Return the bundle with its card, if it has one, written anew: it says by what score the flag is decided."""
+    from training.card import rewrite  # whose modules import this one
+
+    return rewrite(bundle) if "README.md" in bundle.manifest.files else bundle
+
+
 def check_data(bundle: Bundle, data: Dataset) -> None:
     """Raise BundleError unless ``data`` is, split for split, what the bundle was trained on: else splits would overlap."""
     bundle.check_files()
@@ -115,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     with command(parser):
         data = dataset_of(check_editable(options.bundle, force=options.force), options.data)
-        done = edit(options.bundle, lambda draft: calibrate(draft, data, score=options.score), force=options.force)
+        done = edit(options.bundle, lambda draft: carded(calibrate(draft, data, score=options.score)), force=options.force)
         calibration = done.calibration()
         energies = calibration.energies
         said = f"score {calibration.score}, weight {calibration.weight:.3f}"

@@ -278,8 +278,8 @@ def write_sections(text: str, sections: dict[str, str]) -> str:
 
 
 def rewrite(bundle: Bundle) -> Bundle:
-    """Write the card of a bundle again from what it holds."""
-    return renew_card(bundle, bundle.metrics(), baseline_of(bundle), {})
+    """Write the card of a bundle again from what it holds; its samples are drawn where it has none."""
+    return renew_card(bundle, bundle.metrics(), baseline_of(bundle), {}, samples="samples.png" not in bundle.manifest.files)
 
 
 def main() -> None:
