@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,15 @@ class Plan:
     shorter: float  # every stage's epochs are multiplied by it
     end: float  # time.monotonic() after which nothing new begins
 
+    def claim(self) -> None:
+        """Write the plan into OUT; raise ValueError where another plan's rows are kept: they would be taken for this one's."""
+        file = self.out / "plan.json"
+        said = {"passes": self.passes, "network": list(self.network), "amounts": list(self.amounts), "shorter": self.shorter}
+        if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))) != said:
+            raise ValueError(f"{self.out} holds rows of another plan, {known}: name another folder")
+        self.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(said) + "\n", encoding="utf-8")
+
     def train(self, name: str) -> Path:
         """Train one entry and return its weights; what is there is kept."""
         entry = ENTRIES[name]
@@ -126,11 +136,11 @@ class Plan:
             shutil.copy(file, kept)
         # of the fp16 weights: those are what is kept
         words = ["training/evaluate.py", str(kept / "weights.safetensors"), "--processes", "1", "--part", *EVALUATED]
-        self.call([*words, "--amount", *self.amounts], name, "evaluate")
-        for folder in (self.out / "runs" / "evaluation").glob(f"{kept.name}-{'?' * 12}-{'?' * 8}"):
-            for kind in ("metrics.json", "arrays.npz", "images.npz", "drawings.npz", "subject.json"):
-                if (folder / kind).is_file():
-                    shutil.copy(folder / kind, kept)
+        folder = self.out / "measured" / name
+        self.call([*words, "--folder", str(folder), "--amount", *self.amounts], name, "evaluate")
+        for kind in ("arrays.npz", "images.npz", "drawings.npz", "subject.json", "metrics.json"):  # the last says that all are there
+            if (folder / kind).is_file():
+                shutil.copy(folder / kind, kept)
 
     def call(self, words: list[str], name: str, what: str) -> None:
         """Run a command of the project, its output in a log; raise RuntimeError with its last line when it fails."""
@@ -242,15 +252,22 @@ def main() -> int:
     parser.add_argument("--amount", nargs="+", default=amounts, help="what evaluate.py measures on how many images (%(default)s)")
     options = parser.parse_args()
     if options.table:
-        print("\n".join(table(options.out)))
+        _, _, *rows = lines = table(options.out)
+        if not rows:
+            parser.error(f"{options.out} holds no {PREFIX}NAME/metrics.json")
+        print("\n".join(lines))
         return 0
     end = time.monotonic() + 60 * options.max_minutes
     plan = Plan(options.out.resolve(), options.passes, tuple(options.network), tuple(options.amount), options.shorter, end)
+    try:
+        plan.claim()
+    except ValueError as error:
+        parser.error(str(error))
     failed: list[str] = []
 
-    def attempt(name: str) -> None:
+    def attempt(name: str, work: Callable[[str], object] = plan.evaluate) -> None:
         try:
-            plan.evaluate(name)
+            work(name)
         except Exception as error:  # noqa: BLE001 (the others go on)
             failed.append(f"{name}: {error}")
             print(failed[-1], file=sys.stderr, flush=True)
@@ -260,7 +277,7 @@ def main() -> int:
             if not ENTRIES[name].init and name not in STARTS:
                 pool.submit(attempt, name)
         if any(ENTRIES[name].init for name in options.only):
-            plan.train("warm")
+            attempt("warm", plan.train)
         list(pool.map(attempt, (name for name in options.only if name in STARTS or ENTRIES[name].init)))
     print("\n".join(table(plan.out / "kept")))
     return 1 if failed else 0

@@ -41,8 +41,8 @@ def work(method: str, network: list[int], batch: int, begin: float, seconds: flo
     print(count * batch / (time.time() - begin))
 
 
-def main() -> None:
-    """Print and write the figures."""
+def main() -> int:
+    """Print and write the figures; return 1 when a process failed: what the others did together is then no figure of so many."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--method", default="pgd-at")
@@ -56,7 +56,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.work:
         work(options.method, options.network, options.batch, options.work, options.seconds)
-        return
+        return 0
+    if options.processes[0] != 1:
+        parser.error("--processes begins with 1, which the others are compared with")
     rows: list[dict[str, object]] = []
     alone = 0.0
     for count in options.processes:
@@ -65,16 +67,19 @@ def main() -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment) for _ in range(count)]
         said = [process.communicate()[0] for process in running]
-        together = sum(float(text) for text in said if text.strip())
-        alone = alone or together / count
+        if not all(text.strip() for text in said):
+            print(f"of {count} processes {sum(not text.strip() for text in said)} failed", file=sys.stderr)
+            return 1
+        together = sum(map(float, said))
+        alone = alone or together
         name = f"{options.method} WRN-{options.network[0]}-{options.network[1]} batch {options.batch} x {count}{options.note}"
-        lacking = sum(not text.strip() for text in said)
-        rows.append({"name": name, "value": together, "unit": "labelled images/s", "failed": lacking})
+        rows.append({"name": name, "value": together, "unit": "labelled images/s"})
         rows.append({"name": f"ratio {name} / alone", "value": together / alone, "unit": "ratio"})
-        print(f"{name:50}{together:10.0f} labelled images/s{together / alone:8.2f} x one alone, {lacking} failed", flush=True)
+        print(f"{name:50}{together:10.0f} labelled images/s{together / alone:8.2f} x one alone", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

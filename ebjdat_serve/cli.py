@@ -10,7 +10,7 @@ from typing import get_args
 
 from ebjdat_serve import __version__, logs
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.console import advice, parser_of, unread
+from ebjdat_serve.console import advice, flush, parser_of, unread
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.command(options)
-        sys.stdout.flush()  # here, where a closed pipe or a full disk is still told
+        flush()
     except (EbjdatError, OSError) as error:
         if isinstance(error, BrokenPipeError) and options.command is not serve:
             return unread()

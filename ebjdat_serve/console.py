@@ -19,7 +19,7 @@ def command(parser: argparse.ArgumentParser, interrupted: str = "interrupted") -
     """
     try:
         yield
-        sys.stdout.flush()  # here, where a closed pipe or a full disk is still told
+        flush()
     except EbjdatError as error:
         sys.exit(advice(error, parser))
     except BrokenPipeError:
@@ -28,6 +28,12 @@ def command(parser: argparse.ArgumentParser, interrupted: str = "interrupted") -
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(interrupted)
+
+
+def flush() -> None:
+    """Write out what was printed, while a closed pipe or a full disk can still be told; nothing where there is no standard output."""
+    if sys.stdout:
+        sys.stdout.flush()
 
 
 def unread() -> int:

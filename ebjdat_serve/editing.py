@@ -32,7 +32,7 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
             done = change(copied(bundle, Path(folder) / bundle.path.name))
             if done.manifest == bundle.manifest:
                 return bundle
-            return Bundle.draft(publish(retitled(done, next_revision(bundle, store)), store, after=bundle.path))
+            return Bundle.draft(publish(retitled(done, next_revision(bundle, store)), store, after=bundle.path.resolve()))
     except OSError as error:
         raise BundleError(f"{bundle.path} cannot be written: {error.strerror or error}") from error
 

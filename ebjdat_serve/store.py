@@ -23,19 +23,30 @@ CANDIDATE = "candidate.json"  # beside a held-back bundle's manifest and no part
 REVISION = re.compile(r"(.*)\.r(\d+)")
 
 
+EMPTY = Path()
+"""What a store that points at nothing points at."""
+
+
+def pointed_at(store: Path) -> Path:
+    """Return the folder that ``store`` points at, EMPTY where there is none."""
+    return (store / CURRENT).resolve() if (store / CURRENT).is_symlink() else EMPTY
+
+
 def publish(bundle: Bundle, store: Path, key: Path | None = None, *, force: bool = False, after: Path | None = None) -> Path:
     """Copy a verified bundle into ``store``, signed with ``key`` if there is one, and point ``current`` at it.
 
     A reader sees the old one or the new one, whole. Raises BundleError for a damaged bundle, a version that is there with other content,
-    a candidate without ``force``, a precision beyond its limits, a ``current`` that is no longer ``after``, which the bundle was made of,
-    and a full disk; ``current`` is then what it was.
+    a candidate without ``force``, a precision beyond its limits, and a full disk; and, where ``after`` says what the store pointed at
+    when the bundle was made of it or compared with it, for a ``current`` that is another by now. ``current`` is then what it was.
     """
     bundle = Bundle.load(bundle.path)
     for calibration in bundle.calibrations():
         bundle.check_precision(calibration.precision)
     with _alone(store, create=True):
-        if after and (now := os.readlink(store / CURRENT)) != after.name:
-            raise BundleError(f"{store} points at {now} now, no longer at {after.name}, which was changed: change what is current")
+        now = pointed_at(store)
+        if after is not None and now != after:
+            said = f"{now.name or 'nothing'} now, no longer at {after.name or 'nothing'}"
+            raise BundleError(f"{store} points at {said}: nothing was published, do it again with what is current")
         home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
         candidate = store / CANDIDATES / home.name
         if (reason := reason_held_back(candidate)) and not force:

@@ -84,7 +84,7 @@ class Progress:
 
 
 SLOW_FIXTURES = ("trained", "precise")
-"""Fixtures that take a minute or more: who asks for one is slow, and runs in the one pytest-xdist worker that makes it."""
+"""Fixtures that take a minute or more: who asks for one is slow. The tests of one are of one file, which one worker runs (loadfile)."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
@@ -93,7 +93,6 @@ def pytest_collection_modifyitems(items):
         for name in SLOW_FIXTURES:
             if name in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.slow)
-                item.add_marker(pytest.mark.xdist_group(name))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: run it on one with make gpu-check"))
         if item.get_closest_marker("data") and not (data_root() / "cifar-10-batches-py").is_dir():

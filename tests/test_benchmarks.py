@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import benchmarks.engines as engines
-from benchmarks import equal_budget, gpu_check, load, tables
+from benchmarks import equal_budget, gpu_check, gpu_parallel, load, tables
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.errors import EngineError
 from tests.conftest import ROOT
@@ -122,14 +123,17 @@ def test_gpu_check_without_a_gpu_says_so(monkeypatch, capsys):
 
 
 def test_every_entry_at_equal_budget_is_a_run_that_the_trainer_takes():
+    models = ROOT / "benchmarks" / "models"
+    ran_once = {folder.name.removeprefix(equal_budget.PREFIX) for folder in models.glob("wrn28-*")}
+    assert len(ran_once) == 10
+    assert ran_once <= set(equal_budget.ENTRIES)
     for name, entry in equal_budget.ENTRIES.items():
         stage = PRESETS[entry.method] if entry.method in PRESETS else preset(entry.method, "small", "cifar10")
         taken = override(stage, ["depth=28", "width=2", "epochs=1.5", *entry.settings])  # raises for a field that is none
         assert taken.ema == 0.999, name
         assert entry.init in ("", *equal_budget.ENTRIES)
-        kept = ROOT / "benchmarks" / "models" / f"{equal_budget.PREFIX}{name}" / "config.json"
-        if kept.is_file():  # the entry is what was run
-            ran = json.loads(kept.read_text())["stages"][-1]
+        if name in ran_once:  # the entry is what was run
+            ran = json.loads((models / f"{equal_budget.PREFIX}{name}" / "config.json").read_text())["stages"][-1]
             epochs = entry.epochs or equal_budget.BUDGET / entry.passes
             assert describe(override(stage, ["depth=28", "width=2", f"epochs={epochs:.2f}", *entry.settings])) == ran, name
 
@@ -180,18 +184,49 @@ def test_the_robustness_measured_on_a_gpu_is_that_of_the_kept_per_image_results(
         assert f"| {' | '.join(cells)} | {len(results['ebjdat'][key]):,} |" in text
 
 
-def test_an_entry_keeps_what_was_measured_of_itself_and_not_of_one_whose_name_begins_alike(tmp_path, monkeypatch):
+def test_an_entry_keeps_what_was_measured_of_itself(tmp_path, monkeypatch):
     plan = equal_budget.Plan(tmp_path, 56, (10, 1), (), 1.0, time.monotonic() + 60)
     weights = tmp_path / "runs" / "pgd7" / "small-pgd-at" / "weights.safetensors"
     weights.parent.mkdir(parents=True)
     for file in (weights.parent / "log.jsonl", weights.parent.parent / "config.json"):
         file.write_text("{}")
     save_file({"w": torch.ones(2)}, weights)
-    for name, digest in (("pgd7", "a" * 12), ("pgd7-seed1", "b" * 12)):
-        folder = tmp_path / "runs" / "evaluation" / f"{equal_budget.PREFIX}{name}-{digest}-{'c' * 8}"
+
+    def call(plan, words, name, what):
+        folder = Path(words[words.index("--folder") + 1])
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(name))
-    monkeypatch.setattr(equal_budget.Plan, "call", lambda *words: None)
+
+    monkeypatch.setattr(equal_budget.Plan, "call", call)
+    for stale in ("pgd7-seed1", "pgd7-other"):  # of a name that begins alike
+        (tmp_path / "measured" / stale).mkdir(parents=True)
+        (tmp_path / "measured" / stale / "metrics.json").write_text(json.dumps(stale))
     plan.evaluate("pgd7")
     assert json.loads((tmp_path / "kept" / "wrn28-pgd7" / "metrics.json").read_text()) == "pgd7"
     assert load_file(tmp_path / "kept" / "wrn28-pgd7" / "weights.safetensors")["w"].dtype == torch.float16
+
+
+def test_rows_of_another_plan_are_not_taken_for_this_ones(tmp_path):
+    plan = equal_budget.Plan(tmp_path, 56, (10, 1), (), 1.0, 0.0)
+    plan.claim()
+    plan.claim()  # the same goes on
+    with pytest.raises(ValueError, match="rows of another plan"):
+        replace(plan, passes=28).claim()
+
+
+def test_a_folder_without_rows_has_no_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["equal_budget.py", str(tmp_path), "--table"])
+    with pytest.raises(SystemExit):
+        equal_budget.main()
+    assert "holds no wrn28-NAME/metrics.json" in capsys.readouterr().err
+
+
+def test_processes_that_share_a_gpu_are_compared_with_one_alone(tmp_path, monkeypatch, capsys):
+    words = ["gpu_parallel.py", "--network", "10", "1", "--batch", "8", "--seconds", "0.2", "--start", "0.01"]
+    monkeypatch.setattr(sys, "argv", [*words, "--processes", "2"])
+    with pytest.raises(SystemExit):
+        gpu_parallel.main()
+    assert "begins with 1" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*words, "--processes", "1"])
+    assert gpu_parallel.main() == 1  # it was not ready within a hundredth of a second
+    assert "of 1 processes 1 failed" in capsys.readouterr().err

@@ -149,7 +149,10 @@ def test_precisions_that_a_calibration_drops_are_named(bundle, caplog):
 
 def test_the_way_to_take_figures_that_is_advised_is_open(bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.evaluate.evaluate", lambda *_, **__: Evaluation(tmp_path, [], {}))
-    for path, said in ((bundle.path, f"--into {bundle.path} takes them into it"), (publish(bundle, tmp_path / "store"), "into a copy")):
+    for path, said in (
+        (bundle.path, f"--into {bundle.path} takes them into it"),
+        (publish(bundle, tmp_path / "store"), "copy the folder and give the copy to --into"),
+    ):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", str(path), "--part", "clean"])
         import_module("training.evaluate").main()
         assert said in capsys.readouterr().out
@@ -185,6 +188,16 @@ def test_no_edit_takes_back_what_was_published_meanwhile(bundle, tmp_path):
         put(more, first)
     assert (store / "current").resolve() == store / "digits-other"
     assert versions(store) == [first, store / "digits-other"]
+    (store / "current").unlink()
+    with pytest.raises(BundleError, match="points at nothing now"):
+        publish(more, store, after=first)
+
+
+def test_a_link_that_says_the_same_otherwise_is_the_same(bundle, tmp_path):
+    home = publish(bundle, tmp_path / "store")
+    (tmp_path / "store" / "current").unlink()
+    (tmp_path / "store" / "current").symlink_to(f"{home}/")
+    assert edit(tmp_path / "store", noted, force=True).manifest.version == f"{bundle.manifest.version}.r1"
 
 
 def test_the_next_revision_is_one_that_the_store_does_not_have(bundle, tmp_path):

@@ -21,7 +21,7 @@ import pytest
 from benchmarks.load import descendants
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.server.settings import SHIPPED, Settings
-from tests.conftest import HTTP, LONG, free_port, serving, until, wait_ready
+from tests.conftest import HTTP, LONG, ROOT, free_port, serving, until, wait_ready
 
 
 def alive(pid):
@@ -137,6 +137,31 @@ def test_a_stop_while_starting_leaves_no_process_behind(tmp_path):
     listing = subprocess.run(["ps", "-eo", "pid,sid"], capture_output=True, text=True, check=True).stdout
     left = [int(pid) for pid, sid in re.findall(r"(\d+)\s+(\d+)", listing) if int(sid) == process.pid]
     gone(left)
+
+
+STOPPED_IN_THE_FORK = """
+import os, signal, sys
+from ebjdat_serve import cli
+
+def late():
+    os.kill(os.getpid(), signal.SIGTERM)
+    sum(range(10))  # the handler runs here, and Python drops what it raises in such a hook
+
+if __name__ == "__main__":
+    os.register_at_fork(after_in_child=late)
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_stop_signal_while_the_http_process_is_forked_is_not_lost(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(STOPPED_IN_THE_FORK)
+    command = [sys.executable, str(script), "serve", str(SHIPPED), "--port", str(free_port()), "--device", "cpu", "--threads", "1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert "Exception ignored" in done.stderr  # the signal came in the hook
+    assert (done.returncode, "the HTTP process died" in done.stderr) == (2, True)
 
 
 def test_a_killed_worker_is_replaced_and_others_go_on(battered, picture):

@@ -148,6 +148,23 @@ def test_what_was_held_back_is_published_once_it_passes(good, worse, digits, tmp
     assert not candidates(store)
 
 
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_refresh_takes_nothing_back_that_was_published_during_its_gate(good, worse, digits, tmp_path, monkeypatch, empty):
+    store, other = tmp_path / "store", copied(good, tmp_path / "other").update(version="other")
+    if not empty:
+        publish(worse, store)
+    verdict = gate.judge(good, store, digits)
+
+    def judge(*arguments):
+        publish(other, store)
+        return verdict
+
+    monkeypatch.setattr(gate, "judge", judge)
+    with pytest.raises(BundleError, match="points at digits-other now"):
+        deliver(good, digits, tmp_path, store, force=False)
+    assert Bundle.load(store).manifest == other.manifest
+
+
 def test_a_bundle_measured_on_more_images_than_asked_for_is_finished(good):
     """`--resume` of a run with a smaller suite keeps the figures of the larger one."""
     weights = good.path / "weights.safetensors"

@@ -112,6 +112,11 @@ def test_a_reader_who_has_enough_is_no_error_to_speak_of(command):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_without_a_standard_output_there_is_nothing_to_flush():
+    done = subprocess.run(f"'{sys.executable}' -c \"{COMMAND}\" >&-", shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_inspect_and_verify_print_readably(shipped):
     for command, said in (("inspect", "accuracy_clean"), ("verify", "ok")):
         done = subprocess.run([sys.executable, "-m", "ebjdat_serve.cli", command], capture_output=True, text=True, check=False)

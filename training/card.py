@@ -269,11 +269,11 @@ def baseline_of(bundle: Bundle) -> list[Row]:
 def write_sections(text: str, sections: dict[str, str]) -> str:
     """Return ``text`` with each section between its markers, <!-- name --> and <!-- /name -->; raise BundleError where they are not."""
     for name, content in sections.items():
-        if not re.fullmatch(f"(?s).*<!-- {name} -->.*<!-- /{name} -->.*", text):
-            raise BundleError(f"the README has no <!-- {name} --> and <!-- /{name} --> to write the figures between: put them there")
-        before, rest = text.split(f"<!-- {name} -->")
-        _, after = rest.split(f"<!-- /{name} -->")
-        text = f"{before}<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->{after}"
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        found = re.fullmatch(f"(?s)(.*){start}.*{end}(.*)", text)
+        if found is None or text.count(start) != 1 or text.count(end) != 1:
+            raise BundleError(f"the README must hold {start} and {end} once each, to write the figures between: put them there")
+        text = f"{found[1]}{start}\n\n{content}\n\n{end}{found[2]}"
     return text
 
 

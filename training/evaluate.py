@@ -312,8 +312,10 @@ def evaluate_bundle(options: argparse.Namespace, parts: Sequence[str], more: dic
     done = evaluate(bundle, dataset_of(bundle, options.data), amounts(options), parts=parts, **more)
     print(f"{len(done.rows)} rows in {done.folder / 'metrics.json'}, {done.folder / 'report.html'}")
     if not options.into:
-        why = guarded(bundle.path)
-        into = f"it {why}: --into takes them into a copy" if why else f"--into {options.bundle} takes them into it"
+        if why := guarded(bundle.path):
+            into = f"it {why}: copy the folder and give the copy to --into, or --force with it"
+        else:
+            into = f"--into {options.bundle} takes them into it"
         print(f"{bundle.path} is as it was; {into}")
         return
     said: list[str] = []

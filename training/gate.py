@@ -15,7 +15,7 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.store import CURRENT
+from ebjdat_serve.store import EMPTY, pointed_at
 from training.adversary import Threat
 from training.evaluate import work_root
 from training.evaluation.attacks import Look, Pgd
@@ -58,11 +58,15 @@ class Compared:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says; ``reason``: why the new model is held back, empty when it passes; ``against``: the current one, if any."""
+    """What the gate says; ``reason``: why the new model is held back, empty when it passes; ``against``: the current one, if any.
+
+    ``pointed``: the folder that the store pointed at, which another publisher may change meanwhile.
+    """
 
     reason: str
     against: str
     rows: list[Compared]
+    pointed: Path
 
     def comparison(self) -> list[dict[str, Any]]:
         """Return the figures as JSON."""
@@ -74,20 +78,21 @@ def judge(new: Bundle, store: Path, data: Dataset) -> Verdict:
 
     A current bundle of other data, labels or size, or one that cannot be read, cannot be compared with: that holds ``new`` back.
     """
-    if not (store / CURRENT).is_symlink():
-        return Verdict("", "", [])
+    pointed = pointed_at(store)
+    if pointed == EMPTY:
+        return Verdict("", "", [], pointed)
     try:
-        current = Bundle.load(store)
+        current = Bundle.load(pointed)
     except EbjdatError as error:
-        return Verdict(f"it cannot be compared with the current model: {error}", "", [])
+        return Verdict(f"it cannot be compared with the current model: {error}", "", [], pointed)
     name = f"{current.manifest.name}@{current.manifest.version}"
     if current.served == new.served:
-        return Verdict("", name, [])
+        return Verdict("", name, [], pointed)
     if other := difference(new, current):
-        return Verdict(f"it cannot be compared with {name}: {other}", name, [])
+        return Verdict(f"it cannot be compared with {name}: {other}", name, [], pointed)
     rows = list(compare(new, current, data))
     worse = "; ".join(str(row) for row in rows if row.worse)
-    return Verdict(f"worse than {name} by more than {MARGIN}: {worse}" if worse else "", name, rows)
+    return Verdict(f"worse than {name} by more than {MARGIN}: {worse}" if worse else "", name, rows, pointed)
 
 
 def difference(new: Bundle, current: Bundle) -> str:

@@ -117,7 +117,7 @@ def attempt(bundle: Bundle, folder: Path, data: Dataset, precision: Precision, f
 def put(done: Bundle, home: Path) -> Bundle:
     """Return ``done`` in its place: published where ``home`` is a store's, else put where the old bundle was, whole."""
     if store := store_of(home):
-        return Bundle.draft(publish(done, store, after=home))
+        return Bundle.draft(publish(done, store, after=home.resolve()))
     old = done.path.with_name("old")
     home.rename(old)
     try:

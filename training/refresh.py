@@ -92,7 +92,8 @@ def deliver(bundle: Bundle, data: Dataset, run: Path, store: Path, force: bool) 
     there = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
     if there.is_dir() and Bundle.draft(there).manifest != bundle.manifest:  # the same model, measured further
         bundle = retitled(bundle, next_revision(bundle, store))
-    return publish(bundle, store, force=True)  # it passed, so an earlier hold-back of the same version says nothing any more
+    # it passed, so that an earlier hold-back says nothing any more; with what was published meanwhile it was not compared
+    return publish(bundle, store, force=True, after=None if force else verdict.pointed)
 
 
 def fitted(stage: Preset, images: int, *, tells: bool) -> Preset:

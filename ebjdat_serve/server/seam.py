@@ -156,6 +156,8 @@ class Server(ls.LitServer):
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
+        if self.stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
         try:
             async with super().lifespan(app):
                 yield
@@ -223,7 +225,10 @@ def run(server: Server, host: str, port: int, greeting: Callable[[], None]) -> N
         if os.getpid() == owner:
             signal.setitimer(signal.ITIMER_REAL, 2.0)
             raise KeyboardInterrupt
-        raise SystemExit(0)  # the forked HTTP process: uvicorn has shut down and raises its signal once more
+        # the forked HTTP process: uvicorn has shut down and raises its signal once more; or it was just forked, and Python drops
+        # an exception in what it does then: lifespan looks again
+        server.stopping = True
+        raise SystemExit(0)
 
     def again(*_: object) -> None:
         if not server.stopping:
