@@ -4,6 +4,7 @@
 import argparse
 import errno
 import os
+import stat
 import sys
 import time
 from email.utils import parsedate_to_datetime
@@ -17,7 +18,6 @@ TRIES = 5
 LONGEST = 30.0
 """Seconds between two tries at most, whatever Retry-After says."""
 BUSY = (429, 502, 503, 504)
-KEY = {"X-API-Key": key} if (key := os.environ.get("LIT_SERVER_API_KEY", "").strip()) else {}
 
 
 class Refused(Exception):
@@ -28,13 +28,22 @@ class Unreachable(Refused):
     """No answer came at all."""
 
 
+def key(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return the header with the key in LIT_SERVER_API_KEY, if there is one; a key that no header can carry ends the command."""
+    said = os.environ.get("LIT_SERVER_API_KEY", "").strip()
+    if not (said.isascii() and said.isprintable()):
+        parser.error("LIT_SERVER_API_KEY has characters that are not printable ASCII: set it to the server's key")
+    return {"X-API-Key": said} if said else {}
+
+
 def address(text: str) -> str:
     """Return a server's address from the command line."""
     try:
         url = httpx2.URL(text)
-    except httpx2.InvalidURL as error:
+        url.raw_host.decode().encode("idna")  # as the socket will
+    except (httpx2.InvalidURL, UnicodeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no address: give one such as http://localhost:8000")
     return text
 
@@ -61,6 +70,8 @@ def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **
             answer = client.request(method, path, **request)
         except httpx2.TimeoutException as error:
             raise Unreachable(f"no answer in time ({type(error).__name__})") from error
+        except httpx2.LocalProtocolError as error:
+            raise Refused(one_line(f"a request that cannot be sent ({error})")) from error
         except httpx2.TransportError as error:
             if attempt == tries:
                 raise Unreachable(one_line(f"no answer after {tries} tries ({type(error).__name__}: {error})")) from error
@@ -113,11 +124,34 @@ def named(file: Path) -> str:
     return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
+def unwritten(error: OSError, output: Path | None = None) -> int:
+    """Say why ``output``, or standard output, cannot be written; return the exit code, 1."""
+    if output is None:  # Python would write what is left at its end, and fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"cannot write {one_line(named(output)) if output else 'standard output'}: {error.strerror}", file=sys.stderr)
+    return 1
+
+
+# How a picture is read: the same lines in classify.py and screen.py.
+LARGEST = 16 * 2**20
+"""Bytes of a picture at most: the server's limit."""
+
+
+def content(file: Path) -> bytes:
+    """Return a picture's bytes; raise OSError, also for a pipe or a device, which may never end, and for more than LARGEST bytes."""
+    handed = file == Path("/dev/stdin") or file.parent in (Path("/dev/fd"), Path("/proc/self/fd"))  # by the shell, as <(…)
+    if not handed and stat.S_IFMT(file.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        raise OSError(errno.EINVAL, "neither a file nor a folder")
+    with file.open("rb") as opened:
+        read = opened.read(LARGEST + 1)
+    if len(read) > LARGEST:
+        raise OSError(errno.EFBIG, f"the image has more than {LARGEST} bytes, which is the limit")
+    return read
+
+
 def classify(client: httpx2.Client, picture: Path) -> str:
     """Return what the server says of one picture, in words; raise Refused or OSError."""
-    if picture.is_fifo() and not str(picture).startswith(("/dev/", "/proc/")):  # but for the shell's <(…)
-        raise OSError(errno.EINVAL, "a pipe, which may never end")
-    answer = ask(client, "POST", "/classify", content=picture.read_bytes(), headers={"Content-Type": "application/octet-stream"})
+    answer = ask(client, "POST", "/classify", content=content(picture), headers={"Content-Type": "application/octet-stream"})
     try:
         said = answer.json()
         mark = "  SUSPICIOUS" if said["suspicious"] else ""
@@ -127,24 +161,29 @@ def classify(client: httpx2.Client, picture: Path) -> str:
 
 
 def main() -> int:
-    """Print one line a picture; return 1 when one was refused, 2 when there is no server."""
+    """Print one line a picture; return 1 when one was refused or the line cannot be written, 2 when there is no server."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("pictures", nargs="+", type=Path)
     parser.add_argument("--url", type=address, default="http://localhost:8000")
     options = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     refused = 0
-    with httpx2.Client(base_url=options.url, timeout=60, headers=KEY) as client:
+    with httpx2.Client(base_url=options.url, timeout=60, headers=key(parser)) as client:
         if missing := absent(client):
             print(missing, file=sys.stderr)
             return 2
         for picture in options.pictures:
             name = one_line(named(picture))
             try:
-                print(f"{name}: {classify(client, picture)}", flush=True)
+                said = classify(client, picture)
             except (Refused, OSError) as error:
                 print(f"{name}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
                 refused += 1
+                continue
+            try:
+                print(f"{name}: {said}", flush=True)
+            except OSError as error:
+                return unwritten(error)
     return 1 if refused else 0
 
 

@@ -9,7 +9,12 @@ aside=$(mktemp -d)
 trap 'rm -rf "$aside"' EXIT
 # a busy server, and a connection that drops, are tried again; pictures come from standard input, where a name may hold what it likes
 curl=(curl -sS --retry 2 --retry-all-errors --retry-max-time 60 --max-time 180 -D "$aside/head")
-if [ -n "${LIT_SERVER_API_KEY:-}" ]; then curl+=(-H "X-API-Key: $LIT_SERVER_API_KEY"); fi
+key=$(printf %s "${LIT_SERVER_API_KEY:-}" | LC_ALL=C tr -d '\r')  # without the line end of its file
+if [ "$(printf %s "$key" | LC_ALL=C tr -d ' -~' | wc -c)" -ne 0 ]; then
+    echo "LIT_SERVER_API_KEY has characters that are not printable ASCII: set it to the server's key" >&2
+    exit 2
+fi
+if [ -n "$key" ]; then curl+=(-H "X-API-Key: $key"); fi
 
 # check KIND: the last answer has status 200 and is of that kind
 check() {

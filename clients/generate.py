@@ -16,7 +16,6 @@ TRIES = 5
 LONGEST = 30.0
 """Seconds between two tries at most, whatever Retry-After says."""
 BUSY = (429, 502, 503, 504)
-KEY = {"X-API-Key": key} if (key := os.environ.get("LIT_SERVER_API_KEY", "").strip()) else {}
 
 
 class Refused(Exception):
@@ -27,13 +26,22 @@ class Unreachable(Refused):
     """No answer came at all."""
 
 
+def key(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return the header with the key in LIT_SERVER_API_KEY, if there is one; a key that no header can carry ends the command."""
+    said = os.environ.get("LIT_SERVER_API_KEY", "").strip()
+    if not (said.isascii() and said.isprintable()):
+        parser.error("LIT_SERVER_API_KEY has characters that are not printable ASCII: set it to the server's key")
+    return {"X-API-Key": said} if said else {}
+
+
 def address(text: str) -> str:
     """Return a server's address from the command line."""
     try:
         url = httpx2.URL(text)
-    except httpx2.InvalidURL as error:
+        url.raw_host.decode().encode("idna")  # as the socket will
+    except (httpx2.InvalidURL, UnicodeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no address: give one such as http://localhost:8000")
     return text
 
@@ -60,6 +68,8 @@ def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **
             answer = client.request(method, path, **request)
         except httpx2.TimeoutException as error:
             raise Unreachable(f"no answer in time ({type(error).__name__})") from error
+        except httpx2.LocalProtocolError as error:
+            raise Refused(one_line(f"a request that cannot be sent ({error})")) from error
         except httpx2.TransportError as error:
             if attempt == tries:
                 raise Unreachable(one_line(f"no answer after {tries} tries ({type(error).__name__}: {error})")) from error
@@ -112,6 +122,14 @@ def named(file: Path) -> str:
     return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
+def unwritten(error: OSError, output: Path | None = None) -> int:
+    """Say why ``output``, or standard output, cannot be written; return the exit code, 1."""
+    if output is None:  # Python would write what is left at its end, and fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"cannot write {one_line(named(output)) if output else 'standard output'}: {error.strerror}", file=sys.stderr)
+    return 1
+
+
 def draw(client: httpx2.Client, query: dict[str, Any]) -> httpx2.Response:
     """Return an answer that is a PNG; raise Refused."""
     answer = ask(client, "GET", "/generate", params=query)
@@ -121,7 +139,7 @@ def draw(client: httpx2.Client, query: dict[str, Any]) -> httpx2.Response:
 
 
 def main() -> int:
-    """Write one PNG (a grid); return 1 when the request was refused or the file cannot be written, 2 when there is no server."""
+    """Write one PNG (a grid); return 1 when the request was refused or something cannot be written, 2 when there is no server."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("wanted", metavar="class", help="class index or name")
     parser.add_argument("-n", type=int, default=1, help="how many")
@@ -137,18 +155,25 @@ def main() -> int:
     names = ("n", "scale", "steps", "seed", "step_size", "temperature")
     wanted = {"class": options.wanted, **{name: getattr(options, name) for name in names}}
     query = {name: value for name, value in wanted.items() if value is not None}
-    with httpx2.Client(base_url=options.url, timeout=180, headers=KEY) as client:
+    with httpx2.Client(base_url=options.url, timeout=180, headers=key(parser)) as client:
         if missing := absent(client):
             print(missing, file=sys.stderr)
             return 2
         try:
             answer = draw(client, query)
-            options.output.write_bytes(answer.content)
-        except (Refused, OSError) as error:
+        except Refused as error:
             print(error, file=sys.stderr)
             return 1
+    try:
+        options.output.write_bytes(answer.content)
+    except OSError as error:
+        return unwritten(error, options.output)
     h = {name: one_line(answer.headers.get(f"x-{name}", "unknown")) for name in ("class", "label", "seed", "steps", "energy")}
-    print(f"{named(options.output)}: class {h['class']} ({h['label']}), seed {h['seed']}, {h['steps']} steps, energy {h['energy']}")
+    said = f"class {h['class']} ({h['label']}), seed {h['seed']}, {h['steps']} steps, energy {h['energy']}"
+    try:
+        print(f"{one_line(named(options.output))}: {said}", flush=True)
+    except OSError as error:
+        return unwritten(error)
     return 0
 
 

@@ -11,6 +11,7 @@ import csv
 import errno
 import glob
 import os
+import stat
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,6 @@ TRIES = 5
 LONGEST = 30.0
 """Seconds between two tries at most, whatever Retry-After says."""
 BUSY = (429, 502, 503, 504)
-KEY = {"X-API-Key": key} if (key := os.environ.get("LIT_SERVER_API_KEY", "").strip()) else {}
 
 
 class Refused(Exception):
@@ -44,13 +44,22 @@ class Unreachable(Refused):
     """No answer came at all."""
 
 
+def key(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return the header with the key in LIT_SERVER_API_KEY, if there is one; a key that no header can carry ends the command."""
+    said = os.environ.get("LIT_SERVER_API_KEY", "").strip()
+    if not (said.isascii() and said.isprintable()):
+        parser.error("LIT_SERVER_API_KEY has characters that are not printable ASCII: set it to the server's key")
+    return {"X-API-Key": said} if said else {}
+
+
 def address(text: str) -> str:
     """Return a server's address from the command line."""
     try:
         url = httpx2.URL(text)
-    except httpx2.InvalidURL as error:
+        url.raw_host.decode().encode("idna")  # as the socket will
+    except (httpx2.InvalidURL, UnicodeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no address: give one such as http://localhost:8000")
     return text
 
@@ -77,6 +86,8 @@ def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **
             answer = client.request(method, path, **request)
         except httpx2.TimeoutException as error:
             raise Unreachable(f"no answer in time ({type(error).__name__})") from error
+        except httpx2.LocalProtocolError as error:
+            raise Refused(one_line(f"a request that cannot be sent ({error})")) from error
         except httpx2.TransportError as error:
             if attempt == tries:
                 raise Unreachable(one_line(f"no answer after {tries} tries ({type(error).__name__}: {error})")) from error
@@ -127,6 +138,31 @@ def one_line(text: str) -> str:
 def named(file: Path) -> str:
     """Return a file's name; bytes that are not UTF-8 as escapes."""
     return os.fsencode(file).decode("utf-8", "backslashreplace")
+
+
+def unwritten(error: OSError, output: Path | None = None) -> int:
+    """Say why ``output``, or standard output, cannot be written; return the exit code, 1."""
+    if output is None:  # Python would write what is left at its end, and fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"cannot write {one_line(named(output)) if output else 'standard output'}: {error.strerror}", file=sys.stderr)
+    return 1
+
+
+# How a picture is read: the same lines in classify.py and screen.py.
+LARGEST = 16 * 2**20
+"""Bytes of a picture at most: the server's limit."""
+
+
+def content(file: Path) -> bytes:
+    """Return a picture's bytes; raise OSError, also for a pipe or a device, which may never end, and for more than LARGEST bytes."""
+    handed = file == Path("/dev/stdin") or file.parent in (Path("/dev/fd"), Path("/proc/self/fd"))  # by the shell, as <(…)
+    if not handed and stat.S_IFMT(file.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        raise OSError(errno.EINVAL, "neither a file nor a folder")
+    with file.open("rb") as opened:
+        read = opened.read(LARGEST + 1)
+    if len(read) > LARGEST:
+        raise OSError(errno.EFBIG, f"the image has more than {LARGEST} bytes, which is the limit")
+    return read
 
 
 def find(patterns: list[str]) -> dict[Path, str]:
@@ -180,9 +216,7 @@ def screen(client: httpx2.Client, file: Path, gone: Event) -> Row:
     row = {"file": named(file)}
     request: dict[str, Any] = {"headers": {"Content-Type": "application/octet-stream"}}
     try:
-        if file.is_fifo() and not str(file).startswith(("/dev/", "/proc/")):  # but for the shell's <(…)
-            raise OSError(errno.EINVAL, "a pipe, which may never end")
-        answer = ask(client, "POST", "/classify", tries=1 if gone.is_set() else TRIES, content=file.read_bytes(), **request)
+        answer = ask(client, "POST", "/classify", tries=1 if gone.is_set() else TRIES, content=content(file), **request)
         gone.clear()
         try:
             said = answer.json()
@@ -208,22 +242,20 @@ def main() -> int:
         parser.error("--jobs must be at least 1")
     sys.stdout.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
     files = find(options.pictures)
-    with httpx2.Client(base_url=options.url, timeout=60, headers=KEY) as client:
+    with httpx2.Client(base_url=options.url, timeout=60, headers=key(parser)) as client:
         if not all(files.values()) and (missing := absent(client)):
             print(missing, file=sys.stderr)
             return 2
         try:
             opened = options.output.open("w", encoding="utf-8", newline="") if options.output else nullcontext(sys.stdout)
         except OSError as error:
-            print(f"cannot write {named(options.output)}: {error.strerror}", file=sys.stderr)
-            return 1
+            return unwritten(error, options.output)
         try:
             with opened as sink:
                 counted, status = report(client, files, options.jobs, csv.DictWriter(sink, COLUMNS))
                 sink.flush()
         except OSError as error:
-            print(f"cannot write {named(options.output) if options.output else 'the report'}: {error.strerror}", file=sys.stderr)
-            return 1
+            return unwritten(error, options.output)
         print(counted, file=sys.stderr)
         return status
 

@@ -4,16 +4,19 @@ import ast
 import csv
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -277,7 +280,19 @@ def test_any_name_can_be_printed_in_any_locale(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", CLIENTS)
-@pytest.mark.parametrize("url", ["localhost:8000", "http://[::1", "ftp://localhost", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "http://[::1",
+        "ftp://localhost",
+        "http://",
+        "http://a..b",
+        f"http://{64 * 'a'}",
+        "http://localhost:65536",
+        "http://localhost:99999999999999999999",
+    ],
+)
 def test_an_address_that_is_none_is_named(run, picture_file, capsys, name, url):
     with pytest.raises(SystemExit) as ended:
         run(name, *arguments(name, picture_file), "--url", url)
@@ -300,7 +315,7 @@ def test_every_client_reads_answers_in_the_same_way():
         "TRIES",
         "LONGEST",
         "BUSY",
-        "KEY",
+        "key",
         "Refused",
         "Unreachable",
         "address",
@@ -310,15 +325,20 @@ def test_every_client_reads_answers_in_the_same_way():
         "reason",
         "one_line",
         "named",
+        "unwritten",
     )
+    reads = ("LARGEST", "content")
     found = []
     for client in CLIENTS:
         tree = ast.parse((ROOT / "clients" / f"{client}.py").read_text(encoding="utf-8"))
         named = {
             getattr(node, "name", None) or getattr(getattr(node, "targets", [None])[0], "id", None): ast.dump(node) for node in tree.body
         }
-        found.append([named[name] for name in names])
-    assert found[0] == found[1] == found[2]
+        found.append(([named[name] for name in names], [named.get(name) for name in reads]))
+    classify, screen, generate = found
+    assert classify == screen
+    assert classify[0] == generate[0]
+    assert generate[1] == [None, None]  # it reads no picture
 
 
 def curl(picture, url, cwd, **environment):
@@ -366,13 +386,28 @@ def test_the_curl_script_takes_any_name_and_tries_again(tmp_path):
     assert "event: done" in done.stdout
 
 
+@pytest.fixture
+def endless(tmp_path):
+    """Make and return what never ends: a pipe that nobody writes to, one below /dev, a socket, a device, a link to one."""
+    with ExitStack() as stack:
+        shm = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        link = tmp_path / "link.png"
+        link.symlink_to("/dev/zero")
+        for pipe in (tmp_path / "pipe", shm / "pipe"):
+            os.mkfifo(pipe)
+        bound = stack.enter_context(socket.socket(socket.AF_UNIX))
+        bound.bind(str(shm / "socket"))
+        pipes = {"a pipe": tmp_path / "pipe", "one in /dev/shm": shm / "pipe"}
+        yield pipes | {"a socket": shm / "socket", "a device": "/dev/zero", "a link to a device": link}
+
+
+@pytest.mark.parametrize("what", ["a pipe", "one in /dev/shm", "a socket", "a device", "a link to a device"])
 @pytest.mark.parametrize("name", ["classify", "screen"])
-def test_a_pipe_that_nobody_writes_to_keeps_no_client_waiting(run, picture_file, tmp_path, name):
-    os.mkfifo(tmp_path / "pipe")
+def test_what_never_ends_keeps_no_client_waiting(run, picture_file, endless, name, what):
     with hostile_server(lambda n, body: None) as server:
-        code, out, err, _ = run(name, tmp_path / "pipe", picture_file, "--url", server.url)
+        code, out, err, _ = run(name, endless[what], picture_file, "--url", server.url)
     assert code == 1
-    assert "a pipe, which may never end" in out + err
+    assert "neither a file nor a folder" in out + err
     assert [path for path, *_ in server.requests] == ["/classify"]  # the picture went
 
 
@@ -380,3 +415,80 @@ def test_a_full_disk_is_told_and_no_report_is_claimed(run, picture_file):
     with hostile_server(lambda n, body: None) as server:
         code, _, err, _ = run("screen", picture_file, "-o", "/dev/full", "--url", server.url)
     assert (code, "cannot write /dev/full: No space left" in err, "1 pictures" in err) == (1, True, False)
+
+
+def shell(command, *arguments, **environment):
+    """Run a command of bash with Python's own buffers; the arguments are $1 and so on."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = ["bash", "-c", command, "bash", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=buffered | environment)
+
+
+@pytest.mark.parametrize("name", ["classify", "screen"])
+@pytest.mark.parametrize("read", ['<(cat "$4")', '/dev/stdin < <(cat "$4")', '/proc/self/fd/9 9< <(cat "$4")'])
+def test_what_the_shell_hands_over_is_read(picture_file, name, read):
+    with hostile_server(lambda n, body: None) as server:
+        done = shell(f'"$1" "$2" --url "$3" {read}', sys.executable, ROOT / "clients" / f"{name}.py", server.url, picture_file)
+    assert done.returncode == 0, done.stderr
+    assert [body for _, _, body in server.requests] == [PNG]
+
+
+@pytest.mark.parametrize("name", ["classify", "screen"])
+def test_more_than_the_server_takes_is_not_sent(run, tmp_path, name):
+    assert module_of(name).LARGEST == pixels.MAX_BYTES
+    for more in (0, 1):
+        (tmp_path / f"{more}.png").write_bytes(PNG.ljust(pixels.MAX_BYTES + more))
+    with hostile_server(lambda n, body: None) as server:
+        code, out, err, _ = run(name, tmp_path / "0.png", tmp_path / "1.png", "--url", server.url)
+    assert code == 1
+    assert f"the image has more than {pixels.MAX_BYTES} bytes" in out + err
+    assert [len(body) for _, _, body in server.requests] == [pixels.MAX_BYTES]
+
+
+KEYS = ["k\u00e9y", "a\nX-Other: b", "bell\a", "\udcff"]
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_that_no_header_can_carry_is_told_once(run, picture_file, monkeypatch, capsys, name, key):
+    monkeypatch.setenv("LIT_SERVER_API_KEY", key)
+    with hostile_server(lambda n, body: None) as server, pytest.raises(SystemExit) as ended:
+        run(name, *arguments(name, picture_file), "--url", server.url)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("LIT_SERVER_API_KEY has characters that are not printable ASCII") == 1
+    assert not server.requests
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_curl_script_takes_no_such_key(tmp_path, picture_file, key):
+    with hostile_server(lambda n, body: None) as server:
+        done = curl(picture_file, server.url, tmp_path, LIT_SERVER_API_KEY=key)
+    assert (done.returncode, len(server.requests)) == (2, 0)
+    assert done.stderr.startswith("LIT_SERVER_API_KEY has characters that are not printable ASCII")
+
+
+def test_a_request_that_cannot_be_sent_is_not_tried_again():
+    refused = pytest.raises(CLASSIFY.Refused, match="a request that cannot be sent")
+    with hostile_server(lambda n, body: None) as server, httpx2.Client() as client, refused:
+        CLASSIFY.ask(client, "GET", server.url, tries=2, headers={"X-API-Key": "a\nb"})
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize(("to", "why"), [("> /dev/full", "No space left on device"), ("| sleep 0", "Broken pipe")])
+def test_an_answer_that_cannot_be_written_is_told_and_ends_it(picture_file, name, to, why):
+    """The pipe's reader is gone before the first answer: the server waits for it."""
+    given = f"3 -o {picture_file.with_name('drawn.png')}" if name == "generate" else f"{picture_file} {picture_file.with_name('b.png')}"
+    picture_file.with_name("b.png").write_bytes(PNG)
+    with hostile_server(lambda n, body: time.sleep(0.5)) as server:
+        done = shell(
+            f'"$1" "$2" {given} --url "$3" {to}; exit ${{PIPESTATUS[0]}}', sys.executable, ROOT / "clients" / f"{name}.py", server.url
+        )
+    assert done.returncode == 1
+    assert done.stderr == f"cannot write standard output: {why}\n"
+    assert len(server.requests) == (2 if name == "screen" else 1)  # it sends several at a time
+
+
+def test_a_picture_that_cannot_be_saved_is_told(run, tmp_path):
+    with hostile_server(lambda n, body: None) as server:
+        code, _, err, _ = run("generate", "3", "-o", "/dev/full", "--url", server.url)
+    assert (code, err) == (1, "cannot write /dev/full: No space left on device\n")
