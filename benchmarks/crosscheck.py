@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from ebjdat_serve.bundle import write_json
 from ebjdat_serve.detection import Detector, probabilities, suspicion
 from ebjdat_serve.pixels import to_unit
-from training.distances import frechet_distance, mmd
+from training.data.datasets import load
 from training.evaluate import load_flat, unflattened
+from training.evaluation.distances import frechet_distance, mmd
 from training.evaluation.extractors import RESNET20, opened
+from training.evaluation.metrics import auroc, average_precision, expected_calibration_error, fpr_at_95
 from training.evaluation.resnet20 import load_extractor
-from training.images import load
-from training.measures import auroc, average_precision, expected_calibration_error, fpr_at_95
 
 Row = dict[str, Any]
 IMAGES = 2000

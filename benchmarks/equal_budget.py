@@ -171,9 +171,9 @@ def centred(weights: Path) -> Path:
 
     from ebjdat_serve.energy import energy
     from ebjdat_serve.pixels import to_unit
-    from training.evaluation.subject import load_weights
-    from training.images import load
-    from training.state import save_weights
+    from training.data.datasets import load
+    from training.evaluation.evaluated_model import load_weights
+    from training.loop.state import save_weights
 
     model = load_weights(weights)
     with torch.no_grad():

@@ -21,16 +21,16 @@ from ebjdat_serve.bundle import sha256, write_json
 from ebjdat_serve.energy import energy
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.wideresnet import build
-from training.adversary import Attack, cross_entropy, pgd
-from training.clock import Clock
+from training.data.datasets import Dataset, load
+from training.distributed import Noise
 from training.errors import TrainingError
 from training.evaluation.attacks import survivors
 from training.evaluation.rows import ball_of
-from training.images import Dataset, load
+from training.loop.clock import Clock
+from training.loop.state import load_position, load_weights
+from training.methods.adversary import Attack, cross_entropy, pgd
+from training.overrides import MEASURED, override
 from training.presets import METHODS, describe, preset, stages
-from training.ranks import Noise
-from training.settings import MEASURED, override
-from training.state import load_position, load_weights
 from training.train import train
 
 SEEDS = (0, 1, 2)

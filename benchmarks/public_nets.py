@@ -16,15 +16,15 @@ import torch
 from ebjdat_serve.bundle import sha256, write_json
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.pixels import to_unit
-from training.adversary import Threat
+from training.data.datasets import data_root, load
 from training.errors import DataError
 from training.evaluate import work_root
 from training.evaluation.autoattack import APGD, AutoAttack
 from training.evaluation.crown import FILES, CrownResNet, load_crown
-from training.evaluation.ledger import Ledger
-from training.evaluation.subject import module_spec
-from training.images import data_root, load
-from training.measures import wilson
+from training.evaluation.evaluated_model import module_spec
+from training.evaluation.metrics import wilson
+from training.evaluation.result_cache import ResultCache
+from training.methods.adversary import Threat
 
 KNOWN = {"resnet2b": (0.6925, 0.550), "resnet4b": (0.7720, 0.609)}
 THREAT = Threat("linf", 2 / 255)
@@ -42,7 +42,7 @@ def measure(name: str, n: int, few: int, processes: int) -> list[dict[str, Any]]
     """Return the rows of one net: clean, APGD, AutoAttack by both implementations."""
     model, test, of = opened(name), load("cifar10").test, sha256(data_root() / FILES[name])
     spec = module_spec(model, name)
-    ledger = Ledger(work_root() / "chunks", spec, spec(), processes)
+    ledger = ResultCache(work_root() / "chunks", spec, spec(), processes)
     image, label = to_unit(test.image), test.label
 
     def row(metric: str, right: int, of_n: int, protocol: str) -> dict[str, Any]:

@@ -23,19 +23,19 @@ from torch import Tensor
 
 from ebjdat_serve.energy import energy
 from ebjdat_serve.wideresnet import WideResNet
-from training.adversary import cross_entropy
-from training.images import Dataset
-from training.methods import Moment
+from training.data.datasets import Dataset
+from training.data.image_folders import Split
+from training.distributed import Ranks
+from training.loop.run_log import read
+from training.loop.start import new_state, precision
+from training.loop.stream import Stream
+from training.methods import StepContext
+from training.methods.adversary import cross_entropy
 from training.methods.ebjdat import EbJdat, alignment, classification
 from training.methods.jem import generative, penalty
-from training.pictures import Split
+from training.methods.replay import Starts, fit_prior
 from training.presets import METHODS, Preset, preset
-from training.ranks import Ranks
-from training.replay import Starts, fit_prior
-from training.start import new_state, precision
-from training.stream import Stream
 from training.train import descend
-from training.watch import read
 
 Row = dict[str, Any]
 FLOOR = 400e12  # floating-point operations a second, bf16, that an epoch is compared with
@@ -135,7 +135,7 @@ class Step:
         """Take one step and add to the parts."""
         p, state = self.stage, self.state
         state.model.train(not p.frozen_norm)
-        now = Moment(p.threat, state.noise, 0.5)
+        now = StepContext(p.threat, state.noise, 0.5)
         marks = [("", self.clock())]
         plain = self.stream.batch(self.count % self.stream.steps_per_epoch)
         marks.append(("data and augmentation", self.clock()))

@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
     logs.configure(options.log)
-    from ebjdat_serve.server import seam
+    from ebjdat_serve.server import litserve_adapter
     from ebjdat_serve.server.app import build_server
     from ebjdat_serve.server.settings import TIMES, Settings
 
@@ -134,7 +134,7 @@ def serve(options: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in TIMES},
         log=options.log,
     )
-    seam.check_address(settings.host, settings.port)
+    litserve_adapter.check_address(settings.host, settings.port)
     logs.announce(options.log, f"starting {settings.model}")
     if options.stock:
         if options.log == "json":
@@ -146,7 +146,7 @@ def serve(options: argparse.Namespace) -> None:
     server, model = build_server(settings)
     url = f"http://{'localhost' if settings.host == '::' else settings.host}:{settings.port}"
     greeting = partial(logs.announce, options.log, f"{model} on {url} (docs: {url}/docs); Ctrl-C ends", model=model, url=url)
-    seam.run(server, settings.host, settings.port, greeting)
+    litserve_adapter.run(server, settings.host, settings.port, greeting)
 
 
 def publish(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from ebjdat_serve.cpus import cpus
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.store import publish
 from ebjdat_serve.wideresnet import WideResNet
-from training.images import data_root
+from training.data.datasets import data_root
 
 try:
     import httpx2
@@ -97,7 +97,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: run it on one with make gpu-check"))
         if item.get_closest_marker("data") and not (data_root() / "cifar-10-batches-py").is_dir():
             item.add_marker(
-                pytest.mark.skip(reason=f"needs CIFAR-10 in {data_root()}: python -c 'from training.images import load; load(\"cifar10\")'")
+                pytest.mark.skip(
+                    reason=f"needs CIFAR-10 in {data_root()}: python -c 'from training.data.datasets import load; load(\"cifar10\")'"
+                )
             )
 
 
@@ -227,7 +229,7 @@ def long_live(_long_live) -> Iterator[Live]:
 @pytest.fixture(scope="session")
 def test_images() -> tuple[pixels.Pixels, np.ndarray]:
     """500 CIFAR-10 test images, the first 50 of each class in order, and their labels."""
-    from training.images import read_atlas
+    from training.data.datasets import read_atlas
 
     images = read_atlas(ROOT / "tests" / "data" / "cifar10_test_500.webp", 32)
     return images, np.repeat(np.arange(10), 50)

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from ebjdat_serve.energy import energy, joint_energy
 from ebjdat_serve.folding import folded
 from ebjdat_serve.wideresnet import WideResNet
-from training.adversary import INNER, Attack, Threat, ascent, begin, climb, cross_entropy, divergence, frozen, pgd, project
+from training.distributed import Noise
 from training.evaluation.attacks import survivors
 from training.evaluation.autoattack import AutoAttack
-from training.evaluation.subject import open_module
-from training.ranks import Noise
+from training.evaluation.evaluated_model import open_module
+from training.methods.adversary import INNER, Attack, Threat, ascent, begin, climb, cross_entropy, divergence, frozen, pgd, project
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ import pytest
 
 from ebjdat_serve import cli, console, install
 from ebjdat_serve.errors import BundleError, EbjdatError, EngineError
-from ebjdat_serve.server import seam
+from ebjdat_serve.server import litserve_adapter
 from tests.conftest import ROOT
 from training.errors import DataError
 
 NAMES = [file.relative_to(ROOT) for folder in ("training", "export") for file in sorted((ROOT / folder).glob("*.py"))]
 COMMANDS = [name for name in NAMES if "\ndef main()" in (ROOT / name).read_text(encoding="utf-8")]
-HOST = {"training/settings.py": "training/train.py"}
+HOST = {"training/overrides.py": "training/train.py"}
 """Modules that are no commands and whose errors one command alone ends with."""
 
 
@@ -244,7 +244,7 @@ def test_a_port_that_is_advised_can_be_listened_on():
             pytest.skip("somebody else has the next port, which will do as well")
         two.listen()
         with pytest.raises(EngineError) as told:
-            seam.check_address("127.0.0.1", port)
+            litserve_adapter.check_address("127.0.0.1", port)
         (option,) = told.value.options
         assert int(option.removeprefix("--port ")) not in (port, port + 1)
-        seam.check_address("127.0.0.1", int(option.removeprefix("--port ")))
+        litserve_adapter.check_address("127.0.0.1", int(option.removeprefix("--port ")))

@@ -5,9 +5,9 @@ import torch
 
 from benchmarks.public_nets import opened
 from ebjdat_serve.pixels import to_unit
-from training.adversary import Threat
+from training.data.datasets import data_root, load
 from training.evaluation.attacks import survivors
-from training.images import data_root, load
+from training.methods.adversary import Threat
 
 FILE = "abcrown_resnet2b.pth"
 pytestmark = [

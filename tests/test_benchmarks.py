@@ -18,8 +18,8 @@ from benchmarks import equal_budget, gpu_check, gpu_parallel, load, tables
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.errors import EngineError
 from tests.conftest import ROOT
+from training.overrides import override
 from training.presets import PRESETS, describe, preset
-from training.settings import override
 
 
 def test_the_documents_tables_are_those_of_the_json(shipped):

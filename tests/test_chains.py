@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from ebjdat_serve.sgld import Prior
+from training.data.datasets import load
+from training.distributed import Noise
 from training.errors import TrainingError
-from training.images import load
-from training.ranks import Noise
-from training.replay import SHARDS, Chains, ReplayBuffer, Starts, fit_prior
+from training.methods.replay import SHARDS, ChainConfig, ReplayBuffer, Starts, fit_prior
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def starts():
 
 def buffer(starts, **changes):
     settings = {"batch": 16, "buffer_size": 80, "steps": 3, "step_size": 0.5, "grad_clip": 1.0, "reinit": 0.0, **changes}
-    return ReplayBuffer(Chains(**settings), starts, 4, Noise.seeded(0), CPU)
+    return ReplayBuffer(ChainConfig(**settings), starts, 4, Noise.seeded(0), CPU)
 
 
 def test_the_buffer_writes_back_and_moves_no_chain_twice(model, starts):
@@ -49,7 +49,7 @@ def test_sampling_leaves_statistics_mode_and_gradients_alone(model, starts):
 
 @pytest.mark.parametrize(("size", "classes"), [(320, 10), (2000, 100), (480, 100)])
 def test_every_class_has_its_equal_share_of_chains(size, classes):
-    held = ReplayBuffer(Chains(batch=16, buffer_size=size), Starts(None, (3, 4, 4), CPU), classes, Noise.seeded(0), CPU)
+    held = ReplayBuffer(ChainConfig(batch=16, buffer_size=size), Starts(None, (3, 4, 4), CPU), classes, Noise.seeded(0), CPU)
     count = held.label.flatten().bincount(minlength=classes)
     assert count.max() - count.min() <= 1
     for part in held.label:
@@ -105,9 +105,9 @@ def test_chains_that_cannot_be_divided_are_refused(starts):
         with pytest.raises(TrainingError, match="multiples of 8"):
             buffer(starts, **changes)
     with pytest.raises(TrainingError, match="cannot hold 100 classes"):
-        ReplayBuffer(Chains(batch=8, buffer_size=80), Starts(None, (3, 4, 4), CPU), 100, Noise.seeded(0), CPU)
+        ReplayBuffer(ChainConfig(batch=8, buffer_size=80), Starts(None, (3, 4, 4), CPU), 100, Noise.seeded(0), CPU)
     with pytest.raises(ValueError, match="prior must be"):
-        Chains(prior="gauss")
+        ChainConfig(prior="gauss")
 
 
 def test_the_fitted_prior_has_the_mean_and_leading_spread_of_its_class():

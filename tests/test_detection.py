@@ -12,9 +12,9 @@ from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.errors import BundleError, EbjdatError
 from training.calibrate import calibrate, fit_temperature
-from training.distances import frechet_distance
-from training.images import load
-from training.measures import auroc, expected_calibration_error, flag_rate_interval, wilson
+from training.data.datasets import load
+from training.evaluation.distances import frechet_distance
+from training.evaluation.metrics import auroc, expected_calibration_error, flag_rate_interval, wilson
 
 energies = st.lists(st.floats(-50, 50, width=32), min_size=20, max_size=60)
 

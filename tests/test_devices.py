@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from ebjdat_serve.wideresnet import WideResNet
-from training.adversary import Threat
 from training.evaluation import attacks, autoattack, extractors
 from training.evaluation.attacks import Transfer
+from training.evaluation.evaluated_model import best_device, module_spec, open_weights, weights_spec
 from training.evaluation.extractors import RESNET20, Features
 from training.evaluation.resnet20 import ResNet20
-from training.evaluation.subject import best_device, module_spec, open_weights, weights_spec
+from training.methods.adversary import Threat
 
 LINF = Threat("linf", 0.1)
 META = torch.device("meta")

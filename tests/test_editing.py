@@ -27,11 +27,11 @@ from tests.test_faults import workers
 from tests.test_refresh import info, until
 from training import calibrate
 from training.card import rewrite
+from training.data.datasets import load
 from training.errors import TrainingError
 from training.evaluate import evaluate, evaluate_bundle
 from training.evaluation.context import Suite
-from training.evidence import Evaluation, measurement, merge, take
-from training.images import load
+from training.evaluation.evidence import Evaluation, measurement, merge, take
 from training.precision import put
 
 FEW = Suite(*[20] * 11, queries=10, thorough=False)

@@ -29,26 +29,26 @@ from ebjdat_serve.wideresnet import WideResNet
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
 from training import compare, evaluate
-from training.adversary import Threat
 from training.card import write_card
+from training.data.datasets import load
+from training.data.image_folders import Split
 from training.errors import DataError, TrainingError
 from training.evaluate import evaluate_module, load_flat, unflattened
-from training.evaluation import generation, subject
+from training.evaluation import evaluated_model, generation
+from training.evaluation.adaptive import Evade, EvadeBySquare, ScoreAttack, without
 from training.evaluation.attacks import Pgd, Trace
 from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square, summary, tally
 from training.evaluation.context import SUITES, claim
 from training.evaluation.crown import load_crown
+from training.evaluation.evaluated_model import module_sha256, module_spec
 from training.evaluation.extractors import RESNET4B, available
-from training.evaluation.hostile import Evade, EvadeBySquare, ScoreAttack, without
-from training.evaluation.ledger import Ledger, read
+from training.evaluation.ood import Flag, fooled, fooled_rows
 from training.evaluation.resnet20 import load_extractor
+from training.evaluation.result_cache import ResultCache, read
 from training.evaluation.rows import proportion
 from training.evaluation.scores import SCORES, margin
 from training.evaluation.shifts import CORRUPTIONS, SHIFTS, corrupted, shifted
-from training.evaluation.subject import module_sha256, module_spec
-from training.evaluation.suspicion import Flag, fooled, fooled_rows
-from training.images import load
-from training.pictures import Split
+from training.methods.adversary import Threat
 
 LINF = Threat("linf", 51 / 255)
 
@@ -487,12 +487,12 @@ class Fatal:
 
 def ledger(net, folder, processes=1):
     spec = module_spec(net, "net")
-    return Ledger(folder, spec, spec(), processes)
+    return ResultCache(folder, spec, spec(), processes)
 
 
 @pytest.mark.slow
 def test_two_processes_say_what_one_says(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr("training.evaluation.ledger.WORTH_PROCESSES", 0.0)
+    monkeypatch.setattr("training.evaluation.result_cache.WORTH_PROCESSES", 0.0)
     torch.manual_seed(0)
     net = WideResNet(10, 1, 10)
     todo = [(Pgd(LINF, steps=2, leave=False), to_unit(digits.test.image), digits.test.label)]
@@ -506,7 +506,7 @@ def test_two_processes_say_what_one_says(tmp_path, digits, monkeypatch):
 
 @pytest.mark.slow
 def test_a_dead_worker_is_told_with_what_to_do(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr("training.evaluation.ledger.WORTH_PROCESSES", 0.0)
+    monkeypatch.setattr("training.evaluation.result_cache.WORTH_PROCESSES", 0.0)
     image, label = to_unit(digits.test.image), digits.test.label
     with pytest.raises(TrainingError, match="goes on where this stopped"):
         ledger(nn.Flatten(), tmp_path, 2).run("fatal", [(Fatal(), image, label)])
@@ -760,20 +760,20 @@ def test_a_bundle_is_measured_on_the_gpu_by_whatever_computes_there(shipped, mon
         asked.append((kind, device))
         raise EngineError("enough seen")
 
-    monkeypatch.setattr(subject, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(evaluated_model, "best_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-    monkeypatch.setattr(subject, "load_engine", engine)
+    monkeypatch.setattr(evaluated_model, "load_engine", engine)
     with pytest.raises(EngineError, match="enough seen"):
-        subject.open_bundle(shipped.path)
+        evaluated_model.open_bundle(shipped.path)
     assert asked == [(kind, "cuda")]
 
 
 def test_what_a_cpu_and_a_gpu_say_is_kept_apart(golden, monkeypatch):
-    monkeypatch.setattr(subject, "runtime_has", lambda device: False)  # the same engine, torch, on both
+    monkeypatch.setattr(evaluated_model, "runtime_has", lambda device: False)  # the same engine, torch, on both
     keys = set()
     for device in ("cpu", "meta"):
-        monkeypatch.setattr(subject, "best_device", lambda name=device: torch.device(name))
-        keys.add(subject.open_bundle(golden).key)
+        monkeypatch.setattr(evaluated_model, "best_device", lambda name=device: torch.device(name))
+        keys.add(evaluated_model.open_bundle(golden).key)
     assert len(keys) == 2
 
 
@@ -791,6 +791,6 @@ def test_a_gpu_takes_more_images_at_once(tmp_path):
     image, label = np.zeros((700, 1), np.float32), np.arange(700)
     for device in ("cpu", "cuda"):
         model = SimpleNamespace(device=torch.device(device), key=device)
-        (found,) = Ledger(tmp_path, lambda it=model: it, model).run("count", [(Count(), image, label)])
+        (found,) = ResultCache(tmp_path, lambda it=model: it, model).run("count", [(Count(), image, label)])
         np.testing.assert_array_equal(found["label"], label)
     assert sizes == [100] * 7 + [200, 500] or sizes == [100] * 7 + [500, 200]

@@ -16,17 +16,16 @@ import training.train
 from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
 from ebjdat_serve.editing import check_editable, copied
 from ebjdat_serve.errors import BundleError, EbjdatError
-from ebjdat_serve.server.fleet import open_bundle
+from ebjdat_serve.server.model_manager import open_bundle
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import CANDIDATE, candidates, listing, publish, rollback, versions, withhold
-from training import gate
 from training.calibrate import calibrate
-from training.clock import Clock
+from training.data.datasets import load
 from training.errors import HeldBack
-from training.evaluation import context
+from training.evaluation import context, gate
 from training.evaluation.context import Suite
-from training.gate import MARGIN, judge
-from training.images import load
+from training.evaluation.gate import MARGIN, judge
+from training.loop.clock import Clock
 from training.presets import BUDGETS, METHODS
 from training.refresh import deliver, finished, refresh
 

@@ -17,17 +17,17 @@ from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.pixels import to_unit
 from tests.conftest import ROOT, serving
-from training.adversary import cross_entropy
 from training.calibrate import calibrate
-from training.clock import Clock
+from training.data.datasets import load
 from training.evaluate import evaluate
 from training.evaluation.attacks import survivors
 from training.evaluation.context import SUITES
 from training.evaluation.rows import BASELINE
-from training.images import load
+from training.loop.clock import Clock
+from training.loop.state import load_weights
+from training.methods.adversary import cross_entropy
 from training.methods.at import Standard
 from training.presets import DIGITS, stages
-from training.state import load_weights
 from training.train import train
 
 

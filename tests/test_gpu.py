@@ -75,8 +75,8 @@ def test_one_training_step_runs_on_cuda(tmp_path):
     import torch
     from safetensors.torch import load_file
 
-    from training.clock import Clock
-    from training.images import load
+    from training.data.datasets import load
+    from training.loop.clock import Clock
     from training.presets import DIGITS
     from training.train import train
 

@@ -8,16 +8,16 @@ from torch import nn
 
 from ebjdat_serve.energy import joint_energy
 from ebjdat_serve.sgld import Sampler, langevin_step
-from training.adversary import Attack
-from training.curriculum import AucGate, auc
-from training.images import load
-from training.methods import Moment
+from training.data.datasets import load
+from training.distributed import Noise
+from training.loop.start import new_state
+from training.loop.stream import Stream
+from training.methods import StepContext
+from training.methods.adversary import Attack
+from training.methods.curriculum import AucGate, auc
 from training.methods.jem import pyld
+from training.methods.replay import ChainConfig
 from training.presets import METHODS, preset
-from training.ranks import Noise
-from training.replay import Chains
-from training.start import new_state
-from training.stream import Stream
 
 LABEL = torch.tensor([0, 1, 2, 3, 0, 1])
 
@@ -38,7 +38,7 @@ def test_pyld_is_proximal_sgld():
             (g,) = torch.autograd.grad((stem(z) * p).sum(), z)
             y = (y + alpha * g.clamp(-1, 1)).clamp(-1, 1)
 
-    sampler = pyld(outer, inner, alpha, Chains()).sampler()
+    sampler = pyld(outer, inner, alpha, ChainConfig()).sampler()
     assert sampler == Sampler(steps=6, step_size=0.25, grad_clip=2.0, noise_std=0.0)
     unit = (x + 1) / 2
     for _ in range(sampler.steps):
@@ -97,7 +97,7 @@ def test_dat_negatives_are_seeds_at_first_and_then_climb_the_class_of_the_data_a
     for steps in (0, 10):
         state.memory.gate.steps = steps
         noise = Noise.seeded(7)
-        found[steps] = stage.method.solve(state.model, batch, state.memory, Moment(stage.threat, noise, 0.0)).x_neg
+        found[steps] = stage.method.solve(state.model, batch, state.memory, StepContext(stage.threat, noise, 0.0)).x_neg
     seeds = Noise.seeded(7)
     torch.testing.assert_close(found[0], state.memory.seeds.draw(batch.plain_label, seeds))
     with torch.no_grad():

@@ -17,13 +17,13 @@ from PIL import Image
 from scipy.io import savemat
 
 from ebjdat_serve.pixels import decode
-from training import images, sources
-from training.augment import augment, crop, cutout, recolour
+from training.data import archives, datasets
+from training.data.augment import augment, crop, cutout, recolour
+from training.distributed import Noise
 from training.errors import DataError, TrainingError
+from training.loop.stream import Stream
 from training.presets import DIGITS
-from training.ranks import Noise
 from training.refresh import fitted
-from training.stream import Stream
 
 
 def small_cifar(root, monkeypatch, tamper=False):
@@ -32,21 +32,21 @@ def small_cifar(root, monkeypatch, tamper=False):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     sums = {}
-    for name in sources.CIFAR10_BATCHES:
+    for name in archives.CIFAR10_BATCHES:
         pixels = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
         sums[name] = hashlib.md5(pixels.tobytes()).hexdigest()
         rows = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).reshape(20, 3072)
         if tamper:
             rows[0, 0] ^= 1
         (folder / name).write_bytes(pickle.dumps({b"data": rows, b"labels": rng.integers(0, 10, 20).tolist()}, protocol=2))
-    monkeypatch.setattr(sources, "CIFAR10_BATCHES", sums)
+    monkeypatch.setattr(archives, "CIFAR10_BATCHES", sums)
     monkeypatch.setenv("EBJDAT_DATA", str(root))
     return folder
 
 
 def test_canonical_batches_are_read_and_checked(tmp_path, monkeypatch):
     small_cifar(tmp_path, monkeypatch)
-    train, test = sources.cifar10(tmp_path)
+    train, test = archives.cifar10(tmp_path)
     assert train.image.shape == (100, 32, 32, 3)
     assert len(test) == 20
 
@@ -54,25 +54,25 @@ def test_canonical_batches_are_read_and_checked(tmp_path, monkeypatch):
 def test_changed_pixels_are_refused(tmp_path, monkeypatch):
     small_cifar(tmp_path, monkeypatch, tamper=True)
     with pytest.raises(DataError, match="not the official ones"):
-        images.load("cifar10")
+        datasets.load("cifar10")
 
 
 def test_atlases_and_class_folders_hold_the_same_images(tmp_path, monkeypatch):
     small_cifar(tmp_path / "a", monkeypatch)
-    train, test = sources.cifar10(tmp_path / "a")
+    train, test = archives.cifar10(tmp_path / "a")
     for split, part in (("train", train), ("test", test)):
         for i, (image, label) in enumerate(zip(part.image, part.label, strict=True)):
-            home = tmp_path / "b" / "cifar10" / split / sources.CIFAR10_NAMES[label]
+            home = tmp_path / "b" / "cifar10" / split / archives.CIFAR10_NAMES[label]
             home.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(home / f"{i:04}.png")
-    again, _ = sources.cifar10(tmp_path / "b")
+    again, _ = archives.cifar10(tmp_path / "b")
     assert sorted(image.tobytes() for image in again.image) == sorted(image.tobytes() for image in train.image)
     label_of = {image.tobytes(): label for image, label in zip(train.image, train.label, strict=True)}
     assert all(label_of[image.tobytes()] == label for image, label in zip(again.image, again.label, strict=True))
     assert len(set(again.label[:20].tolist())) > 3
     sheet = train.image[:20].reshape(4, 5, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(128, 160, 3)
     Image.fromarray(sheet).save(tmp_path / "atlas.webp", lossless=True)
-    np.testing.assert_array_equal(images.read_atlas(tmp_path / "atlas.webp", 32), train.image[:20])
+    np.testing.assert_array_equal(datasets.read_atlas(tmp_path / "atlas.webp", 32), train.image[:20])
 
 
 class Evil:
@@ -84,40 +84,40 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     file = tmp_path / "data_batch_1"
     file.write_bytes(pickle.dumps({b"data": Evil(), b"labels": []}))
     with pytest.raises(DataError, match="does not hold"):
-        sources._python_batch(file)
+        archives._python_batch(file)
 
 
 def test_a_damaged_batch_is_a_data_error(tmp_path):
     file = tmp_path / "data_batch_1"
     file.write_bytes(pickle.dumps({b"labels": []})[:-3])
     with pytest.raises(DataError, match="fetch the archive again"):
-        sources._python_batch(file)
+        archives._python_batch(file)
 
 
 def test_no_data_and_no_network_says_where_to_put_it(tmp_path, monkeypatch):
     def offline(*_):
         raise OSError("no network")
 
-    monkeypatch.setattr(sources.urllib.request, "urlretrieve", offline)
+    monkeypatch.setattr(archives.urllib.request, "urlretrieve", offline)
     monkeypatch.setenv("EBJDAT_DATA", str(tmp_path))
     with pytest.raises(DataError, match="EBJDAT_DATA"):
-        images.load("cifar10")
+        datasets.load("cifar10")
 
 
 def test_a_wrong_download_is_refused(tmp_path, monkeypatch):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"something else")
     monkeypatch.setenv("EBJDAT_DATA", str(tmp_path))
     with pytest.raises(DataError, match="sha256"):
-        images.load("cifar10")
+        datasets.load("cifar10")
 
 
 def test_unknown_data():
     with pytest.raises(DataError, match="neither a data set"):
-        images.load("imagenet")
+        datasets.load("imagenet")
 
 
 def test_the_splits_are_disjoint_and_always_the_same():
-    first, second = images.load("digits"), images.load("digits")
+    first, second = datasets.load("digits"), datasets.load("digits")
     parts = [first.train, first.selection, first.calibration, first.test]
     assert [len(p) for p in parts] == [1097, 200, 200, 300]
     assert first.sha256 == second.sha256
@@ -128,7 +128,7 @@ def test_the_splits_are_disjoint_and_always_the_same():
 
 @pytest.mark.data
 def test_real_cifar10_is_split_45_25_25():
-    data = images.load("cifar10")
+    data = datasets.load("cifar10")
     assert (len(data.train), len(data.selection), len(data.calibration), len(data.test)) == (45_000, 2_500, 2_500, 10_000)
     assert np.bincount(data.test.label).tolist() == [1000] * 10
     buffer = io.BytesIO()
@@ -150,20 +150,20 @@ def pictures(folder, names, n, size=(12, 16), suffix=".png", mode="RGB"):
 
 def test_a_folder_of_class_folders_is_a_data_set(tmp_path):
     pictures(tmp_path / "own", ("ash", "birch", "cedar"), 100)
-    data = images.load(str(tmp_path / "own"))
+    data = datasets.load(str(tmp_path / "own"))
     assert (data.name, data.names) == ("own", ("ash", "birch", "cedar"))
     assert data.train.image.shape[1:] == (12, 16, 3)
     assert [len(part) for part in (data.train, data.selection, data.calibration, data.test)] == [200, 25, 25, 50]
     assert set(data.test.label.tolist()) == {0, 1, 2}
-    again = images.load(str(tmp_path / "own"), (12, 16))
+    again = datasets.load(str(tmp_path / "own"), (12, 16))
     assert again.sha256 == data.sha256
-    assert images.load(str(tmp_path / "own"), (8, 8)).train.image.shape[1:] == (8, 8, 3)
+    assert datasets.load(str(tmp_path / "own"), (8, 8)).train.image.shape[1:] == (8, 8, 3)
 
 
 def test_pictures_of_any_kind_are_squashed_as_the_server_squashes_them(tmp_path):
     pictures(tmp_path / "own" / "train", ("ash", "birch"), 110, size=(30, 20), suffix=".jpg", mode="L")
     pictures(tmp_path / "own" / "test", ("ash", "birch"), 10, size=(9, 50))
-    data = images.load(str(tmp_path / "own"), (16, 16))
+    data = datasets.load(str(tmp_path / "own"), (16, 16))
     assert (len(data.test), data.test.image.shape[1:]) == (20, (16, 16, 3))
     served = {decode(file.read_bytes(), 16, 16).tobytes() for file in (tmp_path / "own" / "test").rglob("*.png")}
     assert {image.tobytes() for image in data.test.image} == served
@@ -202,7 +202,7 @@ def test_pictures_of_any_kind_are_squashed_as_the_server_squashes_them(tmp_path)
 def test_a_folder_that_cannot_be_trained_on_says_why(tmp_path, build, said):
     build(tmp_path / "own")
     with pytest.raises(DataError, match=said):
-        images.load(str(tmp_path / "own"))
+        datasets.load(str(tmp_path / "own"))
 
 
 def test_what_is_a_picture_is_told_by_its_content_and_what_is_none_is_named(tmp_path, capsys):
@@ -222,7 +222,7 @@ def test_what_is_a_picture_is_told_by_its_content_and_what_is_none_is_named(tmp_
     (own / "labels.csv").write_text("no picture", encoding="utf-8")
     with open(os.fsencode(own / "birch") + b"/caf\xe9.png", "wb") as odd:
         odd.write((own / "birch" / "9.png").read_bytes())
-    data = images.load(str(own))
+    data = datasets.load(str(own))
     counts = np.bincount(np.concatenate([part.label for part in (data.train, data.selection, data.calibration, data.test)]))
     assert counts.tolist() == [30 + 1, 30 + 2]  # the JPEG; the link and the odd name
     said = capsys.readouterr().err
@@ -244,7 +244,7 @@ def test_what_is_hidden_or_no_file_is_named_and_not_read(tmp_path, capsys, monke
     monkeypatch.chdir(own / "birch")  # the whole path may be longer than a socket's may be
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("socket.png")
-    data = images.load(str(own))
+    data = datasets.load(str(own))
     assert data.names == ("ash", "birch")
     assert sum(len(part) for part in (data.train, data.selection, data.calibration, data.test)) == 60
     said = capsys.readouterr().err
@@ -262,7 +262,7 @@ def test_all_damaged_pictures_are_named_at_once(tmp_path):
     bad[2].write_bytes(b"")
     for size in (None, (8, 8)):
         with pytest.raises(DataError, match="3 of 70 pictures cannot be read") as error:
-            images.load(str(own), size)
+            datasets.load(str(own), size)
         for file in bad:
             assert str(file) in str(error.value)
 
@@ -273,30 +273,30 @@ def test_pictures_that_lie_on_their_side_have_the_size_that_they_are_shown_at(tm
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.fromarray(np.zeros((16, 12, 3), np.uint8)).save(own / "ash" / "turned.jpg", exif=turned)  # shown 12 high and 16 wide
-    assert images.load(str(own)).train.image.shape[1:3] == (12, 16)
+    assert datasets.load(str(own)).train.image.shape[1:3] == (12, 16)
     Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(own / "ash" / "other.jpg", exif=turned)
     with pytest.raises(DataError, match="12 x 16"):
-        images.load(str(own))
+        datasets.load(str(own))
 
 
 def test_a_class_spelt_in_two_normal_forms_is_one_class(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
     pictures(tmp_path / "own" / "train", (decomposed, "birch"), 40)
     pictures(tmp_path / "own" / "test", (composed, "birch"), 5)
-    data = images.load(str(tmp_path / "own"))
+    data = datasets.load(str(tmp_path / "own"))
     assert data.names == (composed, "birch")
     assert np.bincount(data.test.label).tolist() == [5, 5]
     image = np.full((5, 12, 16, 3), 7, np.uint8)
     np.savez(tmp_path / "extra.npz", image=image, label=np.zeros(5, np.int64), names=np.asarray([decomposed, "birch"]))
-    assert len(images.load_extra(str(tmp_path / "extra.npz"), data)) == 5
+    assert len(datasets.load_extra(str(tmp_path / "extra.npz"), data)) == 5
     pictures(tmp_path / "more", (decomposed, "birch"), 3)
-    assert np.bincount(images.load_extra(str(tmp_path / "more"), data).label).tolist() == [3, 3]
+    assert np.bincount(datasets.load_extra(str(tmp_path / "more"), data).label).tolist() == [3, 3]
 
 
 def test_few_of_a_class_are_in_every_split_and_are_named(tmp_path, capsys):
     pictures(tmp_path / "own", ("ash",), 400)
     pictures(tmp_path / "own", ("birch",), 12)
-    data = images.load(str(tmp_path / "own"))
+    data = datasets.load(str(tmp_path / "own"))
     parts = [np.bincount(part.label, minlength=2).tolist() for part in (data.train, data.selection, data.calibration, data.test)]
     assert parts == [[268, 8], [33, 1], [33, 1], [66, 2]]
     said = capsys.readouterr().err
@@ -306,7 +306,7 @@ def test_few_of_a_class_are_in_every_split_and_are_named(tmp_path, capsys):
 
 def test_sixty_pictures_are_enough_to_train_and_to_flag(tmp_path):
     pictures(tmp_path / "own", ("ash", "birch", "cedar"), 20)
-    data = images.load(str(tmp_path / "own"))
+    data = datasets.load(str(tmp_path / "own"))
     assert [len(part) for part in (data.train, data.selection, data.calibration, data.test)] == [22, 8, 20, 10]
     keys = [image.tobytes() for part in (data.train, data.selection, data.calibration, data.test) for image in part.image]
     assert len(set(keys)) == 60
@@ -319,7 +319,7 @@ def test_sixty_pictures_are_enough_to_train_and_to_flag(tmp_path):
 def test_parts_are_in_proportion_whatever_the_classes(counts, size):
     assume(sum(counts) >= 3 * max(size, len(counts)))  # as _folder sees to
     label = np.repeat(np.arange(len(counts)), counts)
-    first, second, rest = images.parts_of(label, [size, size])
+    first, second, rest = datasets.parts_of(label, [size, size])
     assert sorted(np.concatenate([first, second, rest]).tolist()) == list(range(len(label)))
     for part in (first, second):
         share = np.bincount(label[part], minlength=len(counts))
@@ -339,27 +339,27 @@ def test_cifar100_and_svhn_are_read_as_they_are_published(tmp_path, monkeypatch)
     for name in ("train", "test"):
         (folder / name).write_bytes(pickle.dumps({b"data": rows, b"fine_labels": list(range(30)), b"coarse_labels": [0] * 30}, protocol=2))
     (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [f"n{i}".encode() for i in range(100)]}, protocol=2))
-    names, train, _ = sources.cifar100(tmp_path)
+    names, train, _ = archives.cifar100(tmp_path)
     assert names[99] == "n99"
     np.testing.assert_array_equal(train.image[3, :, :, 1].ravel(), rows[3, 1024:2048])
     assert train.label.tolist() == list(range(30))
 
     digests = {}
-    for name in sources.SVHN_FILES:
+    for name in archives.SVHN_FILES:
         image = rng.integers(0, 256, (32, 32, 3, 12), dtype=np.uint8)
         savemat(tmp_path / name, {"X": image, "y": np.arange(1, 13)[:, None] % 10 + 1})
         digests[name] = hashlib.md5((tmp_path / name).read_bytes()).hexdigest()
     with pytest.raises(DataError, match="not the official file"):
-        sources.svhn(tmp_path)
-    monkeypatch.setattr(sources, "SVHN_FILES", digests)
-    train, test = sources.svhn(tmp_path)
+        archives.svhn(tmp_path)
+    monkeypatch.setattr(archives, "SVHN_FILES", digests)
+    train, test = archives.svhn(tmp_path)
     assert len(train) == len(test) == 12
     assert set(train.label.tolist()) == set(range(10))  # class 10 of the file is the digit 0
     np.testing.assert_array_equal(test.image[5], image[..., 5])
 
 
 def test_extra_images_fill_their_share_of_every_batch(tmp_path):
-    data = images.load("digits")
+    data = datasets.load("digits")
     np.savez(tmp_path / "extra.npz", image=np.full((50, 8, 8, 3), 77, np.uint8), label=np.full(50, 3))
     stage = replace(DIGITS, extra=str(tmp_path / "extra.npz"), extra_fraction=0.25, augment="none")
     stream = Stream(stage, data, torch.device("cpu"), Noise.seeded(0))
@@ -379,11 +379,11 @@ def test_extra_images_fill_their_share_of_every_batch(tmp_path):
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(DataError, match=said):
-            images.load_extra(str(tmp_path / "bad.npz"), data)
+            datasets.load_extra(str(tmp_path / "bad.npz"), data)
 
 
 def test_one_epoch_visits_every_image_once():
-    data = images.load("digits")
+    data = datasets.load("digits")
     stream = Stream(replace(DIGITS, augment="none", batch_size=50), data, torch.device("cpu"), Noise.seeded(0))
     seen = [image.numpy().tobytes() for step in range(stream.steps_per_epoch) for image in stream.batch(step).image]
     assert stream.steps_per_epoch == 21

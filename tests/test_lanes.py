@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from ebjdat_serve.server.generate_lane import GenerateLane
-from ebjdat_serve.server.lanes import ClassifyLane, Item, Peer
-from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.wire import Answer, Job, Loaded, Pace
+from ebjdat_serve.server.answer.problems import Problem
+from ebjdat_serve.server.ipc import Answer, Job, Loaded, Pace
+from ebjdat_serve.server.queues.generate_queue import GenerateLane
+from ebjdat_serve.server.queues.request_queue import ClassifyLane, Item, Peer
 from ebjdat_serve.sgld import Sampler
 
 

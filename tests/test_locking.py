@@ -15,12 +15,12 @@ import torch
 
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.locking import Held, alone
+from training.data.datasets import load
 from training.errors import TrainingError
-from training.images import load
+from training.loop.start import new_state
+from training.loop.state import load_position, previous
 from training.presets import DIGITS
 from training.refresh import lock
-from training.start import new_state
-from training.state import load_position, previous
 
 RIVAL = """
 import sys

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
 
-from training import distances, measures
 from training.errors import DataError
+from training.evaluation import distances
+from training.evaluation import metrics as measures
 from training.evaluation.inception import Inception, load_inception
 
 values = st.lists(st.integers(0, 6), min_size=3, max_size=30)

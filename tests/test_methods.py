@@ -10,20 +10,20 @@ from scipy.special import log_softmax, logsumexp, softmax
 from torch import nn
 
 from ebjdat_serve.energy import energy
-from training.adversary import Attack, Threat, cross_entropy
-from training.curriculum import AucGate
-from training.methods import Batch, Moment, Nothing
+from training.distributed import Noise
+from training.methods import Batch, NoState, StepContext
+from training.methods.adversary import Attack, Threat, cross_entropy
 from training.methods.at import AdversarialTraining, Mart, Standard, Trades, Weat, divergence, mart, weat
+from training.methods.curriculum import AucGate
 from training.methods.dat import Dat, support
 from training.methods.ebjdat import EbJdat, alignment, classification
 from training.methods.jem import Jeat, Jem, generative, penalty, ramp
 from training.methods.las import LasAt
+from training.methods.sharpness import Asam, Awp, perturbed
 from training.presets import preset
-from training.ranks import Noise
-from training.sharpness import Asam, Awp, perturbed
 from training.train import descend
 
-NOW = Moment(Threat("linf", 0.1), Noise.seeded(0), 0.5)
+NOW = StepContext(Threat("linf", 0.1), Noise.seeded(0), 0.5)
 LABEL = torch.tensor([0, 1, 2, 3, 0, 1])
 
 
@@ -94,7 +94,7 @@ ROBUST = {
 def test_robust_losses_equal_an_independent_float64_computation(name, batch):
     net = Toy()
     expected = numpy_losses(numpy_logits(net, batch.image), numpy_logits(net, batch.x_adv), LABEL.numpy())[name]
-    assert ROBUST[name].loss(net, batch, Nothing(), NOW).loss.item() == pytest.approx(expected, rel=1e-9)
+    assert ROBUST[name].loss(net, batch, NoState(), NOW).loss.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_ebjdat_and_jem_losses_equal_an_independent_float64_computation(batch):
@@ -127,12 +127,12 @@ def test_ebjdat_that_climbs_kl_finds_the_x_adv_of_trades(batch):
     net, attack, generator = Toy(), Attack(start="gaussian"), torch.Generator()
     found = []
     for method in (EbJdat(inner="kl", attack=attack), Trades(attack=attack)):
-        now = Moment(Threat("linf", 0.1), Noise(generator.manual_seed(1)), 0.5)
-        adversary = method.adversary(net, batch, now) if isinstance(method, EbJdat) else method.solve(net, batch, Nothing(), now).x_adv
+        now = StepContext(Threat("linf", 0.1), Noise(generator.manual_seed(1)), 0.5)
+        adversary = method.adversary(net, batch, now) if isinstance(method, EbJdat) else method.solve(net, batch, NoState(), now).x_adv
         found.append(adversary)
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     joint = EbJdat(w1=0.0, w2=6.0, alignment="kl", inner="kl", clean_weight=1.0, energy_penalty=0.0)
-    expected = Trades(beta=6.0).loss(net, batch, Nothing(), NOW).loss
+    expected = Trades(beta=6.0).loss(net, batch, NoState(), NOW).loss
     torch.testing.assert_close(joint.loss(net, batch, Still(), NOW).loss, expected)
 
 
@@ -141,7 +141,7 @@ def test_dat_loss_equals_an_independent_float64_computation(batch):
     s, s_neg = (logsumexp(numpy_logits(net, x), axis=1) for x in (batch.plain, batch.x_neg))
     ce_adv = -np.log(softmax(numpy_logits(net, batch.x_adv), axis=1)[np.arange(6), LABEL]).mean()
     bce = 0.5 * (np.log1p(np.exp(-s)).mean() + np.log1p(np.exp(s_neg)).mean())
-    method, memory = Dat(bce_weight=0.6), type("Memory", (), {"gate": AucGate(0.8, 5, 100)})()
+    method, memory = Dat(bce_weight=0.6), type("MethodState", (), {"gate": AucGate(0.8, 5, 100)})()
     assert method.loss(net, batch, memory, NOW).loss.item() == pytest.approx(ce_adv + 0.6 * bce, rel=1e-9)
 
 
@@ -182,7 +182,7 @@ def test_awp_takes_its_gradient_where_numpy_says_and_restores_exactly(name, batc
     loss_at(kept)
 
     stage = replace(preset("pgd-at", "digits"), sharpness=Awp(gamma=gamma))
-    terms = descend(net, lambda: ROBUST[name].loss(net, batch, Nothing(), NOW), stage, 0.5)
+    terms = descend(net, lambda: ROBUST[name].loss(net, batch, NoState(), NOW), stage, 0.5)
     assert terms.loss.item() == pytest.approx(expected, rel=1e-6)
     for key, value in net.named_parameters():
         assert torch.equal(value.detach(), kept[key])

@@ -19,11 +19,11 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.wideresnet import WideResNet
 from tests.conftest import ROOT, descendants, free_port
+from training.data.datasets import load
 from training.evaluate import evaluate_module
 from training.evaluation.context import SUITES
-from training.images import load
+from training.loop.state import save_weights
 from training.presets import DIGITS
-from training.state import save_weights
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -21,14 +21,14 @@ from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import LOWER, Limits, check, rows_of
+from ebjdat_serve.server.compute.workers import Model
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.server.workers import Model
 from ebjdat_serve.store import publish
 from export.to_int8 import write_int8
 from export.to_onnx import export
 from tests.conftest import ROOT, serving
 from training.calibrate import calibrate
-from training.images import load
+from training.data.datasets import load
 from training.precision import Amounts
 
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.test_training import losses
-from training.clock import Clock
+from training.data.datasets import load
+from training.distributed import Noise, Ranks
 from training.errors import TrainingError
-from training.images import load
+from training.loop.clock import Clock
 from training.presets import preset, stages
-from training.ranks import Noise, Ranks
 from training.train import train
 
 TOLERANCE = 1e-3  # relative: halves are summed in another order than the whole, and 40 steps carry the rounding on

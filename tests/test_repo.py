@@ -12,8 +12,8 @@ from importlib.metadata import packages_distributions
 
 from benchmarks.methods import SEEDS, table
 from tests.conftest import ROOT
+from training.overrides import MEASURED, override
 from training.presets import METHODS, describe, preset, stages
-from training.settings import MEASURED, override
 
 
 def tracked():

@@ -17,7 +17,7 @@ from tests.test_faults import workers
 RECORDING = """
 import os, sys
 from ebjdat_serve.cli import main
-from ebjdat_serve.server.seam import Server
+from ebjdat_serve.server.litserve_adapter import Server
 
 def recorded(name):
     usual = getattr(Server, name)

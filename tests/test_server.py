@@ -21,10 +21,10 @@ from starlette.requests import Request
 from ebjdat_serve import pixels
 from ebjdat_serve.detection import suspicion
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.server.answer.problems import Problem
 from ebjdat_serve.server.app import build_server
-from ebjdat_serve.server.guard import api_key
-from ebjdat_serve.server.orders import find_label, read_values
-from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.read.auth import api_key
+from ebjdat_serve.server.read.generate_request import find_label, read_values
 from ebjdat_serve.server.settings import SHIPPED, Settings
 from tests.conftest import ROOT, serving
 from tests.test_pixels import bomb

@@ -17,8 +17,8 @@ from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.selftest import replay
 from export.parity import check
 from tests.conftest import ROOT
-from training.adversary import Threat
-from training.measures import flag_rate_interval, wilson
+from training.evaluation.metrics import flag_rate_interval, wilson
+from training.methods.adversary import Threat
 
 
 def metric(bundle: Bundle, name: str, **where) -> float:
@@ -148,7 +148,7 @@ def test_the_card_shows_every_row_of_metrics_json(shipped):
 
 @pytest.mark.data
 def test_figures_are_of_the_official_test_set(shipped):
-    from training.images import load
+    from training.data.datasets import load
 
     data = load("cifar10")
     assert shipped.manifest.provenance.data_sha256 == data.sha256

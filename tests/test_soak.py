@@ -20,8 +20,8 @@ from PIL import Image
 from ebjdat_serve import pixels
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.generation import generate
+from ebjdat_serve.server.compute.workers import Model
 from ebjdat_serve.server.settings import SHIPPED, Settings
-from ebjdat_serve.server.workers import Model
 from ebjdat_serve.sgld import Prior
 from ebjdat_serve.store import publish, rollback
 from tests.conftest import serving

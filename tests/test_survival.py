@@ -15,18 +15,18 @@ from PIL import Image
 from ebjdat_serve.bundle import Bundle
 from tests.conftest import ROOT
 from training.card import card
-from training.clock import Clock
-from training.drafts import Origin, draft_bundle
+from training.data.datasets import load, load_extra
 from training.errors import DataError, OutOfTime, TrainingDiverged, TrainingError
-from training.images import load, load_extra
+from training.loop.bundle_writer import Origin, draft_bundle
+from training.loop.clock import Clock
+from training.loop.run_log import RunLogger
+from training.loop.start import new_state
+from training.loop.state import Position, State, load_position, load_weights, previous, save_weights
+from training.overrides import override
 from training.presets import DIGITS, preset, stages
 from training.pseudo_label import pseudo_label
 from training.refresh import lock, refresh
-from training.settings import override
-from training.start import new_state
-from training.state import Position, State, load_position, load_weights, previous, save_weights
 from training.train import train
-from training.watch import Watch
 
 CPU = torch.device("cpu")
 WARM = stages(DIGITS)[0]
@@ -180,7 +180,7 @@ def test_bad_settings_that_need_the_data_are_refused_too(tmp_path):
 
 def test_the_log_is_json_whatever_the_numbers_and_a_cut_line_stands_alone(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "lo')
-    watch = Watch(tmp_path, WARM, 10, 0, writes=True, tensorboard=False)
+    watch = RunLogger(tmp_path, WARM, 10, 0, writes=True, tensorboard=False)
     watch.write({"step": 2, "loss": float("inf"), "accuracy": 0.5})
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert len(lines) == 2

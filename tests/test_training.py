@@ -14,24 +14,24 @@ import torch
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.wideresnet import WideResNet
 from tests.conftest import ROOT
-from training.adversary import Attack, Threat, cross_entropy
 from training.card import card
-from training.clock import Clock
-from training.drafts import Origin, draft_bundle
+from training.data.datasets import load
+from training.distributed import Noise
 from training.errors import OutOfTime, TrainingDiverged, TrainingError
-from training.images import load
-from training.methods import Moment
+from training.loop.bundle_writer import Origin, draft_bundle
+from training.loop.clock import Clock
+from training.loop.run_log import diverged
+from training.loop.start import new_state
+from training.loop.state import load_position, save_weights
+from training.loop.stream import Stream
+from training.methods import StepContext
+from training.methods.adversary import Attack, Threat, cross_entropy
 from training.methods.at import AdversarialTraining
 from training.methods.ebjdat import EbJdat
+from training.methods.replay import ChainConfig
+from training.overrides import listing, override
 from training.presets import DIGITS, describe, preset, stages
-from training.ranks import Noise
-from training.replay import Chains
-from training.settings import listing, override
-from training.start import new_state
-from training.state import load_position, save_weights
-from training.stream import Stream
 from training.train import learning_rate, train
-from training.watch import diverged
 
 CPU = torch.device("cpu")
 WARM = stages(DIGITS)[0]
@@ -153,14 +153,14 @@ def test_without_h1_and_h2_ebjdat_is_adversarial_training_plus_clean_cross_entro
     at = replace(DIGITS, method=AdversarialTraining(attack))
     jdat = replace(
         DIGITS,
-        method=EbJdat(w1=0, w2=0, energy_penalty=0, clean_weight=clean_weight, attack=attack, chains=Chains(batch=8, buffer_size=80)),
+        method=EbJdat(w1=0, w2=0, energy_penalty=0, clean_weight=clean_weight, attack=attack, chains=ChainConfig(batch=8, buffer_size=80)),
     )
     losses = []
     for stage in (at, jdat):
         state = new_state(stage, data, None, CPU)
         state.model.eval()
         batch = Stream(stage, data, CPU, Noise.seeded(1)).batch(0)
-        now = Moment(stage.threat, Noise.seeded(2), 0.5)
+        now = StepContext(stage.threat, Noise.seeded(2), 0.5)
         found = stage.method.solve(state.model, batch, state.memory, now)
         losses.append(stage.method.loss(state.model, found, state.memory, now).loss)
         clean = cross_entropy(state.model(batch.image), batch.label).mean()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from training.clock import Clock
-from training.images import load
+from training.data.datasets import load
+from training.loop.clock import Clock
 from training.presets import DIGITS
 from training.report import series, write_report
 from training.train import train

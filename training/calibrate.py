@@ -19,7 +19,7 @@ from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
-from training.images import Dataset, load
+from training.data.datasets import Dataset, load
 
 log = logging.getLogger("training")
 DEFAULT_SCORE = "energy_entropy"

@@ -21,8 +21,8 @@ from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.sgld import Prior
 from training.evaluation.chosen import chief, eps_of, one, readme_rows, served_score, worse_than_chance
+from training.evaluation.ood import BLANK, NEAR
 from training.evaluation.rows import BASELINE, Row, ball_of
-from training.evaluation.suspicion import BLANK, NEAR
 
 LICENCES = {
     "cifar10": "Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, non-commercial, "

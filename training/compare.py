@@ -22,11 +22,11 @@ from ebjdat_serve.console import command, parser_of
 from training.card import refuse_stale
 from training.errors import TrainingError
 from training.evaluate import PARTS, folder_name, load_flat, unflattened, work_root
-from training.evaluation.ledger import Arrays
+from training.evaluation.evidence import merge
+from training.evaluation.metrics import mcnemar
 from training.evaluation.report import HEADINGS, STYLE
+from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import Row, ball_of, outcome_free
-from training.evidence import merge
-from training.measures import mcnemar
 
 IN_SHORT = (
     "accuracy_clean",

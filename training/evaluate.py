@@ -38,19 +38,19 @@ from ebjdat_serve.folders import folder as place
 from ebjdat_serve.folders import made
 from ebjdat_serve.logs import configure
 from training.calibrate import check_data, dataset_of
+from training.data.datasets import Dataset, load
 from training.errors import TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
 from training.evaluation.context import SUITES, Context, Suite, claim, unit
+from training.evaluation.evaluated_model import Spec, best_device, bundle_spec, load_weights, module_sha256, module_spec
+from training.evaluation.evidence import Evaluation, take
 from training.evaluation.generation import generation_rows
 from training.evaluation.landscape import landscape_rows
-from training.evaluation.ledger import Arrays, Ledger, read, write
+from training.evaluation.ood import hostile_rows, shift_rows, suspicion_rows
 from training.evaluation.report import write_evaluation_report
+from training.evaluation.result_cache import Arrays, ResultCache, read, write
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
 from training.evaluation.rows import COMPARING, Row, ball_of
-from training.evaluation.subject import Spec, best_device, bundle_spec, load_weights, module_sha256, module_spec
-from training.evaluation.suspicion import hostile_rows, shift_rows, suspicion_rows
-from training.evidence import Evaluation, take
-from training.images import Dataset, load
 
 log = logging.getLogger("training")
 Part = Callable[[Context], Iterator[Row]]
@@ -157,7 +157,7 @@ def context(
         digest = sha256(surrogate)
         if subject.weights in (digest, module_sha256(network)):
             surrogate = None  # an attack on itself is no transfer
-    ledger = Ledger(work_root() / "chunks", spec, subject, 1 if subject.device.type == "cuda" else processes)
+    ledger = ResultCache(work_root() / "chunks", spec, subject, 1 if subject.device.type == "cuda" else processes)
     c = Context(subject, data, suite, ball_of(data.name), ledger, home, bundle, surrogate, digest, tuple(controls), buffer)
     c.warnings.update(json.loads((home / "warnings.json").read_text(encoding="utf-8")) if (home / "warnings.json").is_file() else {})
     c.images.update(load_flat(home / "images.npz"))

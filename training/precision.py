@@ -33,13 +33,13 @@ from ebjdat_serve.sgld import Chains
 from ebjdat_serve.store import next_revision, publish, store_of
 from export.to_int8 import write_int8
 from export.to_onnx import write
-from training.adversary import Attack, Threat, cross_entropy, pgd
 from training.calibrate import calibrate, check_data, dataset_of
 from training.card import baseline_of, renew_card
+from training.data.datasets import Dataset
+from training.distributed import Noise
+from training.evaluation.metrics import flag_rate_interval
 from training.evaluation.rows import ALPHAS, SEED, ball_of, eps_name, number
-from training.images import Dataset
-from training.measures import flag_rate_interval
-from training.ranks import Noise
+from training.methods.adversary import Attack, Threat, cross_entropy, pgd
 
 RANGE_IMAGES = 512
 ALPHA = ALPHAS[0]

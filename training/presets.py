@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ebjdat_serve.sgld import Sampler
-from training.adversary import Attack, Threat
 from training.errors import TrainingError
 from training.methods import Method
+from training.methods.adversary import Attack, Threat
 from training.methods.at import AdversarialTraining, Mart, Standard, Trades, Weat
 from training.methods.dat import Dat
 from training.methods.ebjdat import EbJdat
 from training.methods.jem import Jeat, Jem, pyld
 from training.methods.las import LasAt
-from training.replay import Chains
-from training.sharpness import Asam, Awp, Sharpness
+from training.methods.replay import ChainConfig
+from training.methods.sharpness import Asam, Awp, Sharpness
 
 CHOICES = {
     "augment": ("none", "crop", "strong"),
@@ -103,7 +103,7 @@ class Budget:
     joint_epochs: float
     lr: float  # of a network trained from scratch
     joint_lr: float  # of one that continues
-    chains: Chains  # batch, buffer and restarts; a method sets steps and lengths
+    chains: ChainConfig  # batch, buffer and restarts; a method sets steps and lengths
     seeds_eta: float = 0.1  # DAT's step, an l2 length
     curriculum: int = 40  # DAT's cap on T
     window: int = 1000
@@ -129,7 +129,7 @@ BUDGETS = {
         joint_epochs=12,
         lr=0.2,
         joint_lr=0.02,
-        chains=Chains(batch=32, buffer_size=480, reinit=0.1),
+        chains=ChainConfig(batch=32, buffer_size=480, reinit=0.1),
         seeds_eta=0.05,
         curriculum=20,
         window=256,
@@ -141,7 +141,7 @@ BUDGETS = {
         joint_epochs=3.3,
         lr=0.2,
         joint_lr=0.01,
-        chains=Chains(buffer_size=2_000, reinit=0.1),
+        chains=ChainConfig(buffer_size=2_000, reinit=0.1),
     ),
     "large": Budget(
         stage=replace(CIFAR, width=4, sample=replace(CIFAR.sample, steps=80)),
@@ -149,7 +149,7 @@ BUDGETS = {
         joint_epochs=25,
         lr=0.2,
         joint_lr=0.01,
-        chains=Chains(),
+        chains=ChainConfig(),
     ),
 }
 """``small`` is for a CPU core, ``large`` for a GPU."""
@@ -171,12 +171,12 @@ def continued(b: Budget, warm: str, method: Method[Any], **changes: Any) -> Pres
     return replace(b.stage, method=method, warm_start=start, **settings)
 
 
-def chains(b: Budget, **changes: Any) -> Chains:
+def chains(b: Budget, **changes: Any) -> ChainConfig:
     """Return the budget's chains with a method's numbers."""
     return replace(b.chains, **changes)
 
 
-def hosts(b: Budget, steps: int) -> dict[str, tuple[Chains, dict[str, Any]]]:
+def hosts(b: Budget, steps: int) -> dict[str, tuple[ChainConfig, dict[str, Any]]]:
     """Return the chains, streams and steps of the three joint models that EB-JDAT can stand on."""
     plus = pyld(steps, 5, 0.2, b.chains)
     return {

@@ -15,8 +15,8 @@ from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
+from training.data.datasets import load_images
 from training.errors import DataError
-from training.images import load_images
 
 
 def pseudo_label(source: str, bundle: Bundle, least: float) -> tuple[np.ndarray, np.ndarray]:

@@ -15,13 +15,13 @@ from ebjdat_serve.card import retitled
 from ebjdat_serve.folders import folder, made, unwritable
 from ebjdat_serve.locking import Held, alone
 from ebjdat_serve.store import next_revision, publish, withhold
-from training.clock import Clock
-from training.drafts import Origin, draft_bundle, git_commit
+from training.data.datasets import Dataset, load, load_extra
+from training.distributed import Ranks
 from training.errors import HeldBack, TrainingError
-from training.images import Dataset, load, load_extra
+from training.loop.bundle_writer import Origin, draft_bundle, git_commit
+from training.loop.clock import Clock
+from training.loop.state import load_position
 from training.presets import Preset, describe, stages
-from training.ranks import Ranks
-from training.state import load_position
 from training.train import total_steps, train
 
 log = logging.getLogger("training")
@@ -78,7 +78,7 @@ def refresh(
 
 def deliver(bundle: Bundle, data: Dataset, run: Path, store: Path, force: bool) -> Path:
     """Publish a finished bundle unless it is worse than what the store points at; raise HeldBack, it being a candidate, when it is."""
-    from training.gate import judge
+    from training.evaluation.gate import judge
 
     say(f"compare with what {store} points at")
     verdict = judge(bundle, store, data)
@@ -156,7 +156,7 @@ def finish(
     from training.calibrate import calibrate
     from training.evaluate import USUAL, evaluate
     from training.evaluation.context import SUITES
-    from training.evidence import take
+    from training.evaluation.evidence import take
 
     home, weights = folder / "bundle", folder / "weights.safetensors"
     parts = USUAL if last else ("clean", "robustness", "landscape")

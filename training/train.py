@@ -25,19 +25,19 @@ from ebjdat_serve.bundle import read_json
 from ebjdat_serve.console import advice, parser_of
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.errors import EbjdatError
-from training.clock import Clock
+from training.data.datasets import NAMED, Dataset
+from training.distributed import Ranks, connect
 from training.errors import HeldBack, OutOfTime, TrainingError
-from training.images import NAMED, Dataset
-from training.methods import Moment, Terms
+from training.loop.clock import Clock
+from training.loop.run_log import RunLogger, Validator, diverged, log, read, roll_back
+from training.loop.start import new_state
+from training.loop.state import load_position, save_weights
+from training.loop.stream import Stream, steps_per_epoch
+from training.methods import StepContext, Terms
+from training.methods.sharpness import perturbed
+from training.overrides import listing, override
 from training.presets import BUDGETS, METHODS, PRESETS, Preset, preset
-from training.ranks import Ranks, connect
 from training.report import write_report
-from training.settings import listing, override
-from training.sharpness import perturbed
-from training.start import new_state
-from training.state import load_position, save_weights
-from training.stream import Stream, steps_per_epoch
-from training.watch import Judge, Watch, diverged, log, read, roll_back
 
 HELD_BACK = 3
 """Exit status of a refresh whose model stays a candidate."""
@@ -67,13 +67,13 @@ def train(
     stream = Stream(preset, data, device, state.noise)
     model = DistributedDataParallel(state.model) if ranks.world > 1 else state.model
     parameters = list(state.model.parameters())
-    judge, spare = Judge(preset, data, device), stream.saturation()
+    judge, spare = Validator(preset, data, device), stream.saturation()
     if ranks.agree(load_position(saved).step > 0):  # at step 0 ``init`` decides: it may have been trained on since
         state.restore(saved)
     else:
         state.save(saved)  # there is always a good state to return to
     total = total_steps(preset, len(data.train))
-    watch = Watch(folder, preset, total, state.step, writes=ranks.rank == 0, tensorboard=tensorboard)
+    watch = RunLogger(folder, preset, total, state.step, writes=ranks.rank == 0, tensorboard=tensorboard)
     since_save = time.monotonic()
 
     with clock.listening():
@@ -83,7 +83,7 @@ def train(
             for group in state.optimiser.param_groups:
                 group["lr"] = state.lr_scale * preset.lr * learning_rate(progress, preset.lr_peak, preset.schedule)
             state.model.train(not preset.frozen_norm)
-            now = Moment(preset.threat, state.noise, progress)
+            now = StepContext(preset.threat, state.noise, progress)
             batch = preset.method.solve(state.model, stream.batch(state.step), state.memory, now)  # x_adv and x_neg
             terms = descend(model, lambda: preset.method.loss(model, batch, state.memory, now), preset, progress)  # noqa: B023
             length = torch.nn.utils.clip_grad_norm_(parameters, preset.gradient_clip or math.inf)

@@ -12,16 +12,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from ebjdat_serve import __version__, pixels
-from ebjdat_serve.server import api_docs, problems, seam
-from ebjdat_serve.server.bodies import decode_upload, read_upload
-from ebjdat_serve.server.fleet import Fleet, open_bundle
-from ebjdat_serve.server.generate_lane import GenerateLane
-from ebjdat_serve.server.guard import Guard, Heads, api_key
-from ebjdat_serve.server.lanes import ClassifyLane, Item, Lane
-from ebjdat_serve.server.orders import horizon_of, make_order, read_values
-from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.protocol import connections
-from ebjdat_serve.server.schemas import (
+from ebjdat_serve.server import api_docs, litserve_adapter
+from ebjdat_serve.server.answer import problems
+from ebjdat_serve.server.answer.problems import Problem
+from ebjdat_serve.server.answer.responses import Order, Words, event
+from ebjdat_serve.server.answer.schemas import (
     ClassifyAnswer,
     ClassifyList,
     EnergyAnswer,
@@ -31,10 +26,16 @@ from ebjdat_serve.server.schemas import (
     Health,
     ProblemDocument,
 )
+from ebjdat_serve.server.compute.workers import ClassifyWorker, GenerateWorker
+from ebjdat_serve.server.ipc import Verdicts
+from ebjdat_serve.server.model_manager import Fleet, open_bundle
+from ebjdat_serve.server.queues.generate_queue import GenerateLane
+from ebjdat_serve.server.queues.request_queue import ClassifyLane, Item, Lane
+from ebjdat_serve.server.read.auth import Guard, Heads, api_key
+from ebjdat_serve.server.read.bodies import decode_upload, read_upload
+from ebjdat_serve.server.read.generate_request import horizon_of, make_order, read_values
+from ebjdat_serve.server.read.http_protocol import connections
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.server.wire import Verdicts
-from ebjdat_serve.server.wording import Order, Words, event
-from ebjdat_serve.server.workers import ClassifyWorker, GenerateWorker
 
 ALIVE = 15.0
 """Seconds of silence after which a stream says that it is still there."""
@@ -71,14 +72,14 @@ PICTURE: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_server(settings: Settings) -> tuple[seam.Server, str]:
+def build_server(settings: Settings) -> tuple[litserve_adapter.Server, str]:
     """Return a server for the bundle in ``settings``, and the model's name; nothing runs yet.
 
     Raises BundleError when the bundle cannot be served; an engine that cannot run is found by the workers, and ends the server.
     """
     api_key()  # said here, and not by the HTTP process
     served = open_bundle(settings.model, settings)
-    wire, s = seam.Wire.open(), settings
+    wire, s = litserve_adapter.Wire.open(), settings
     classify = ClassifyLane(
         workers=s.classify_workers, deadline=s.classify_deadline, worker_timeout=s.worker_timeout, max_batch=s.max_batch
     )
@@ -96,10 +97,10 @@ def build_server(settings: Settings) -> tuple[seam.Server, str]:
     fleet = Fleet(served, settings, [classify, generate] if generate else [classify], wire.listener)
     routes = Routes(fleet, settings, classify, generate)
 
-    async def serve(server: seam.Server) -> None:
+    async def serve(server: litserve_adapter.Server) -> None:
         await fleet.run(server.announce, server.give_up)
 
-    return seam.Server(workers, routes.install, serve, routes.drain, wire, settings), served.name
+    return litserve_adapter.Server(workers, routes.install, serve, routes.drain, wire, settings), served.name
 
 
 class Routes:

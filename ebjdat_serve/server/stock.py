@@ -24,13 +24,13 @@ from ebjdat_serve.locking import hold
 from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.server import api_docs
-from ebjdat_serve.server.fleet import Served, open_bundle
-from ebjdat_serve.server.orders import make_order
-from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.answer.problems import Problem
+from ebjdat_serve.server.answer.responses import Order, Words
+from ebjdat_serve.server.compute.workers import Model
+from ebjdat_serve.server.ipc import Drawn, Verdicts
+from ebjdat_serve.server.model_manager import Served, open_bundle
+from ebjdat_serve.server.read.generate_request import make_order
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.server.wire import Drawn, Verdicts
-from ebjdat_serve.server.wording import Order, Words
-from ebjdat_serve.server.workers import Model
 
 BATCH_SECONDS = 0.002
 """How long LitServe waits for company; with 0 it spins on an idle core."""

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
 from ebjdat_serve.engines import Floats, Labels
-from training.adversary import Network, Objective, Threat, ascent, begin, cross_entropy, norm, project
-from training.evaluation.ledger import Arrays
+from training.distributed import Noise
+from training.evaluation.evaluated_model import EvaluatedModel, load_weights, open_module
+from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import SEED
 from training.evaluation.scores import margin
-from training.evaluation.subject import Subject, load_weights, open_module
-from training.ranks import Noise
+from training.methods.adversary import Network, Objective, Threat, ascent, begin, cross_entropy, norm, project
 
 OBJECTIVES: dict[str, Objective] = {"ce": cross_entropy, "margin": margin}
 
 
 @dataclass(frozen=True)
-class Look:
+class Predict:
     """The served logits, and the length of dE/dx, which JEM calls approximate mass (arXiv 1912.03263)."""
 
     gradient: bool = False
@@ -35,7 +35,7 @@ class Look:
         """Return the forward passes of one image."""
         return 4.0 if self.gradient else 1.0
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return logits (N, K) and gradient (N,)."""
         result: Arrays = {"logits": subject.logits(image)}
         if self.gradient:
@@ -60,7 +60,7 @@ class Pgd:
         """Return the forward passes of one image."""
         return 3.0 * self.steps * self.restarts * self.eot * (0.7 if self.leave else 1.0)
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return standing (N,), and without ``leave`` the last iterate's logits (N, K) and gradient (N,)."""
         x, y = tensors(subject, image, label)
         noise, x_adv = Noise.seeded(SEED), x.clone()
@@ -76,7 +76,7 @@ class Pgd:
             result["gradient"] = gradient_norm(subject, x_adv)
         return result
 
-    def search(self, subject: Subject, image: Tensor, label: Tensor, x_adv: Tensor) -> Tensor:
+    def search(self, subject: EvaluatedModel, image: Tensor, label: Tensor, x_adv: Tensor) -> Tensor:
         """Return the first iterate that fools the network, or the last."""
         found, going = x_adv.clone(), torch.arange(len(label), device=image.device)
         for _ in range(self.steps):
@@ -104,7 +104,7 @@ class Trace:
         """Return the forward passes of one image."""
         return 3.0 * self.steps[-1] + 3.0
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return loss (N, steps), zero (N,): no gradient at the image, varied (N,): two answers differ, noisy (N,): right under noise."""
         x, y = tensors(subject, image, label)
         noise = Noise.seeded(SEED)
@@ -138,7 +138,7 @@ class Transfer:
         """Return the forward passes of one image."""
         return 61.0
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return standing (N,), and the logits (N, K) and gradient (N,) of the transferred images."""
         other = surrogate(self.surrogate, subject.device)
         x, y = tensors(subject, image, label)
@@ -158,7 +158,7 @@ def surrogate(file: str, device: torch.device) -> Network:
     return network
 
 
-def tensors(subject: Subject, image: Floats, label: Labels) -> tuple[Tensor, Tensor]:
+def tensors(subject: EvaluatedModel, image: Floats, label: Labels) -> tuple[Tensor, Tensor]:
     """Return images and labels on the subject's device, contiguous: the attack package reshapes gradients in place."""
     return torch.from_numpy(np.ascontiguousarray(image)).to(subject.device), torch.from_numpy(label).to(subject.device)
 
@@ -180,7 +180,7 @@ def input_gradient(network: Network, x: Tensor, label: Tensor, objective: Object
     return total / times, logits.detach()
 
 
-def gradient_norm(subject: Subject, x: Tensor) -> Floats:
+def gradient_norm(subject: EvaluatedModel, x: Tensor) -> Floats:
     """Return ||dE(x)/dx||_2, shape (N,)."""
     x = x.to(subject.device)
     gradient, _ = input_gradient(subject.network, x, torch.zeros(len(x), dtype=torch.int64), lambda logits, label: energy(logits))
@@ -188,7 +188,7 @@ def gradient_norm(subject: Subject, x: Tensor) -> Floats:
     return length
 
 
-def classes(subject: Subject, x: Tensor) -> Tensor:
+def classes(subject: EvaluatedModel, x: Tensor) -> Tensor:
     """Return the served class of each image (N,)."""
     return torch.from_numpy(subject.logits(x.cpu().numpy()).argmax(axis=1)).to(x.device)
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.install import install
-from training.adversary import Threat
 from training.errors import TrainingError
 from training.evaluation.attacks import tensors
-from training.evaluation.ledger import Arrays, notes
+from training.evaluation.evaluated_model import EvaluatedModel
+from training.evaluation.result_cache import Arrays, notes
 from training.evaluation.rows import SEED
-from training.evaluation.subject import Subject
+from training.methods.adversary import Threat
 
 NORMS = {"linf": "Linf", "l2": "L2"}
 APGD = ("apgd-ce", "apgd-t")
@@ -38,7 +38,7 @@ class AutoAttack:
         """Return the forward passes of one image, half of which are spared the later attacks."""
         return 1500.0 if self.attacks else 6000.0
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return standing (N,), logits (N, K) of the images it made, and notes: every warning of the package, and what each attack left."""
         x, y = tensors(subject, image, label)
         count = subject.logits(image[:1]).shape[1]
@@ -74,7 +74,7 @@ class Square:
         """Return the forward passes of one image: the half that holds pays all queries."""
         return self.queries / 2
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return standing (N,) and the logits (N, K) of the images it made."""
         x, y = torch.from_numpy(image), torch.from_numpy(label)
         logits = subject.logits(image)
@@ -103,7 +103,7 @@ class ReleasedAutoAttack:
         """Return the forward passes of one image."""
         return 2500.0
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return standing (N,)."""
         package()
         from pyautoattack.autopgd_base import APGDAttack
@@ -143,7 +143,7 @@ class ReleasedAutoAttack:
 class Logits(nn.Module):
     """The network as the package takes it, with input gradients that are contiguous, which it reshapes."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: EvaluatedModel) -> None:
         super().__init__()
         self.network = subject.network
 

@@ -8,13 +8,20 @@ from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Labels
 from ebjdat_serve.pixels import Pixels, to_unit
 from training.calibrate import fit_temperature
+from training.data.datasets import data_root
 from training.errors import DataError
-from training.evaluation.attacks import Look
+from training.evaluation.attacks import Predict
 from training.evaluation.context import Context, unit
+from training.evaluation.metrics import (
+    brier,
+    calibration_floor,
+    expected_calibration_error,
+    mean_interval,
+    negative_log_likelihood,
+    reliability,
+)
 from training.evaluation.rows import Row, estimate, number
 from training.evaluation.shifts import CORRUPTIONS, corrupted
-from training.images import data_root
-from training.measures import brier, calibration_floor, expected_calibration_error, mean_interval, negative_log_likelihood, reliability
 
 SEVERITIES = (1, 3, 5)
 
@@ -22,7 +29,7 @@ SEVERITIES = (1, 3, 5)
 def clean_rows(c: Context) -> Iterator[Row]:
     """Yield clean accuracy and the energies' mean and deviation."""
     image, label = c.test(c.suite.test)
-    found = c.look("clean", Look(gradient=True), image, label)
+    found = c.look("clean", Predict(gradient=True), image, label)
     logits = found["logits"].astype(np.float64)
     energy = -np.logaddexp.reduce(logits, axis=1)
     if energy.std() < 1e-4 * max(1.0, float(np.abs(logits).max())):
@@ -39,12 +46,12 @@ def clean_rows(c: Context) -> Iterator[Row]:
 def calibration_rows(c: Context) -> Iterator[Row]:
     """Yield the quality of p(y|x) before and after the temperature that the selection split fits, on clean and corrupted images."""
     image, label = c.test(c.suite.test)
-    (held_out,) = c.ledger.run("temperature", [(Look(), *unit(c.data.selection))])
+    (held_out,) = c.ledger.run("temperature", [(Predict(), *unit(c.data.selection))])
     stored = c.bundle.calibration() if c.bundle is not None and "calibration.json" in c.bundle.manifest.files else None
     temperature = stored.temperature if stored else fit_temperature(held_out["logits"], c.data.selection.label)
     n, of = len(c.data.selection), c.subject.graph
     yield number("temperature", temperature, n, f"{c.data.name} selection split", "fitted to p(y|x)", of)
-    (found,) = c.ledger.run("calibration", [(Look(), image, label)])
+    (found,) = c.ledger.run("calibration", [(Predict(), image, label)])
     yield from quality(c, [(found["logits"], label)], c.where, {"temperature 1": 1.0, "fitted temperature": temperature})
     if temperature != 1.0:
         c.drawings["reliability"] = {
@@ -52,7 +59,7 @@ def calibration_rows(c: Context) -> Iterator[Row]:
         }
     severities: dict[str, list[tuple[np.ndarray, Labels]]] = {}
     for kind, name, pixels, labels in shifted_sets(c):
-        (found,) = c.ledger.run(name, [(Look(), to_unit(pixels), labels)])
+        (found,) = c.ledger.run(name, [(Predict(), to_unit(pixels), labels)])
         yield c.share("accuracy_corrupted", found["logits"].argmax(axis=1) == labels, name, "what is served", of)
         severities.setdefault(kind, []).append((found["logits"], labels))
     for kind, parts in severities.items():

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.card import key
+from training.evaluation.ood import BLANK, NEAR
 from training.evaluation.rows import BASELINE, Row, ball_of, eps_name
-from training.evaluation.suspicion import BLANK, NEAR
 
 CHIEF: tuple[tuple[str, str, str], ...] = (  # metric, and what the data and the protocol must contain
     ("accuracy_clean", "", ""),

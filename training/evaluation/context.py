@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import to_unit
+from training.data.datasets import Dataset
+from training.data.image_folders import Split
 from training.errors import TrainingError
 from training.evaluation.autoattack import tally
-from training.evaluation.ledger import Arrays, Ledger, Work
+from training.evaluation.evaluated_model import EvaluatedModel
+from training.evaluation.result_cache import Arrays, ResultCache, Task
 from training.evaluation.rows import Ball, Row, proportion
-from training.evaluation.subject import Subject
-from training.images import Dataset
-from training.pictures import Split
 
 log = logging.getLogger("training")
 
@@ -86,11 +86,11 @@ SUITES = {
 class Context:
     """One evaluation: the subject, its data, how much of it, and what was seen of each image."""
 
-    subject: Subject
+    subject: EvaluatedModel
     data: Dataset
     suite: Suite
     ball: Ball
-    ledger: Ledger
+    ledger: ResultCache
     folder: Path
     bundle: Bundle | None = None
     surrogate: Path | None = None  # weights that transferred attacks are made on
@@ -112,12 +112,12 @@ class Context:
         """Return the first n test images (N, 3, H, W) in [0,1] and their labels; chunks of one count are shared by all parts."""
         return unit(self.data.test.first(n))
 
-    def run(self, title: str, *works: Work, n: int) -> list[Arrays]:
+    def run(self, title: str, *works: Task, n: int) -> list[Arrays]:
         """Return the results of each work on the first n test images."""
         image, label = self.test(n)
         return self.ledger.run(title, [(work, image, label) for work in works])
 
-    def look(self, name: str, work: Work, image: Floats, label: Labels | None = None) -> Arrays:
+    def look(self, name: str, work: Task, image: Floats, label: Labels | None = None) -> Arrays:
         """Return what ``work`` says of a set of images, and keep it under ``name`` for the landscape."""
         nothing = np.zeros(len(image), np.int64)
         (result,) = self.ledger.run(name, [(work, image, nothing if label is None else label)])

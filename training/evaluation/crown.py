@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.data.datasets import data_root
 from training.errors import DataError
-from training.images import data_root
 
 FILES = {"resnet2b": "abcrown_resnet2b.pth", "resnet4b": "abcrown_resnet4b.pth"}
 SHA256 = {

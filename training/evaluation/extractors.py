@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebjdat_serve.engines import Floats, Labels
+from training.data.datasets import data_root
 from training.errors import DataError
 from training.evaluation.crown import FILES as CROWN
 from training.evaluation.crown import load_crown
+from training.evaluation.evaluated_model import EvaluatedModel
 from training.evaluation.inception import FILE as INCEPTION
 from training.evaluation.inception import check_inception, load_inception
-from training.evaluation.ledger import Arrays
 from training.evaluation.resnet20 import load_extractor
-from training.evaluation.subject import Subject
-from training.images import data_root
+from training.evaluation.result_cache import Arrays
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """Images (N, 3, H, W) in [0,1] -> features (N, D), and class logits where they are of use."""
@@ -94,7 +94,7 @@ class Features:
         """Return the forward passes of one image."""
         return self.extractor.cost
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return features (N, D), and logits (N, K) where the network has any."""
         network = opened(self.extractor.name, subject.device)
         with torch.inference_mode():

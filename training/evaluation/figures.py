@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ebjdat_serve.pixels import Pixels, grid
 from training.evaluation.landscape import energies, sets_shown
-from training.evaluation.ledger import Arrays
+from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import Row
 
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#000000")

@@ -15,15 +15,15 @@ from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import Pixels, to_unit
 from ebjdat_serve.sgld import Chains, Prior, Sampler
-from training.distances import frechet_distance, frechet_infinity, inception_score, kernel_distance, nearest, precision_recall
 from training.errors import TrainingError
-from training.evaluation.attacks import Look
+from training.evaluation.attacks import Predict
 from training.evaluation.context import Context
+from training.evaluation.distances import frechet_distance, frechet_infinity, inception_score, kernel_distance, nearest, precision_recall
+from training.evaluation.evaluated_model import EvaluatedModel, open_weights, weights_spec
 from training.evaluation.extractors import Extractor, Features, available
-from training.evaluation.ledger import Arrays, Ledger
+from training.evaluation.result_cache import Arrays, ResultCache
 from training.evaluation.rows import SEED, Row, number, proportion
-from training.evaluation.subject import Subject, open_weights, weights_spec
-from training.replay import fit_prior
+from training.methods.replay import fit_prior
 
 TOGETHER, TOGETHER_GPU = 20, 256
 """Chains moved at once; each chain's noise depends on its own seed, so their number changes nothing."""
@@ -44,7 +44,7 @@ class Draw:
         """Return the forward passes of one image."""
         return 3.0 * max(self.sampler.steps, 0) + 1.0
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return image (N, H, W, 3) uint8: what would be delivered."""
         start, parts = int(image[0, 0]), []
         together = TOGETHER_GPU if subject.device.type == "cuda" else TOGETHER
@@ -73,7 +73,7 @@ def generation_rows(c: Context) -> Iterator[Row]:
     (drawn,) = c.ledger.run("fresh samples", [(work, index, label)])
     (start,) = c.ledger.run("the prior alone", [(Draw(Sampler(0, 0.0, 0.0, 0.0), work.prior, work.prior_sha256), index, label)])
     fresh: Pixels = drawn["image"]
-    found = c.look("generated, fresh", Look(), to_unit(fresh), label)
+    found = c.look("generated, fresh", Predict(), to_unit(fresh), label)
     of = c.subject.graph
     yield c.share("class_agreement_own", found["logits"].argmax(axis=1) == label, f"{n} fresh samples", how, of)
     energy = -np.logaddexp.reduce(found["logits"].astype(np.float64), axis=1)
@@ -102,7 +102,7 @@ def beside(c: Context, work: Draw, index: Floats, label: Labels, how: str) -> di
     sets: dict[str, Shown] = {}
     for file in c.controls:
         control = open_weights(file, c.subject.device)
-        ledger = Ledger(c.ledger.folder, weights_spec(file, c.subject.device), control, c.ledger.processes)
+        ledger = ResultCache(c.ledger.folder, weights_spec(file, c.subject.device), control, c.ledger.processes)
         (drawn,) = ledger.run(f"control {file.parent.name}", [(work, index, label)])
         sets[f"samples of the control {file.parent.name} ({control.weights[:8]})"] = (drawn["image"], label, f"{how}; same seeds")
     if c.buffer is not None:

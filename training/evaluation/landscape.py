@@ -8,15 +8,15 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import sha256
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.pixels import to_unit
-from training.adversary import Threat, begin
-from training.evaluation.attacks import Look, Pgd, tensors
+from training.distributed import Noise
+from training.evaluation.attacks import Pgd, Predict, tensors
 from training.evaluation.context import Context
 from training.evaluation.generation import Draw, start_of
-from training.evaluation.ledger import Arrays
+from training.evaluation.metrics import mean_interval, overlap, wasserstein
+from training.evaluation.ood import attacked, is_attack, strange
+from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import SEED, Row, eps_name, estimate, number
-from training.evaluation.suspicion import attacked, is_attack, strange
-from training.measures import mean_interval, overlap, wasserstein
-from training.ranks import Noise
+from training.methods.adversary import Threat, begin
 
 SIDE = 41
 REACH = 2.0
@@ -26,7 +26,7 @@ REACH = 2.0
 def landscape_rows(c: Context) -> Iterator[Row]:
     """Yield gaps, distances and overlaps of every set's energies with the clean ones', in deviations of the clean energies."""
     image, label = c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack))
-    clean = c.look("clean", Look(gradient=True), image, label)
+    clean = c.look("clean", Predict(gradient=True), image, label)
     sets = {**attacked(c), **({"generated, fresh": generated(c)} if c.suite.samples and c.samplable() else {}), **strange(c)}
     yield from floor_rows(c, clean)
     for name, found in sets.items():
@@ -41,7 +41,7 @@ def generated(c: Context) -> Arrays:
     label = np.arange(n, dtype=np.int64) % len(c.data.names)
     work = Draw(sampler, str(prior), sha256(prior))
     (drawn,) = c.ledger.run("generated", [(work, np.arange(n, dtype=np.float32)[:, None], label)])
-    return c.look("generated, fresh", Look(), to_unit(drawn["image"]), label)
+    return c.look("generated, fresh", Predict(), to_unit(drawn["image"]), label)
 
 
 def floor_rows(c: Context, clean: Arrays) -> Iterator[Row]:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.data.datasets import data_root
 from training.errors import DataError
-from training.images import data_root
 
 FILE = "resnet20-12fca82f.th"
 

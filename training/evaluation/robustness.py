@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from training.adversary import Threat
 from training.evaluation.attacks import Pgd, Trace, Transfer
 from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square
 from training.evaluation.context import Context
-from training.evaluation.ledger import Arrays, Work
+from training.evaluation.evaluated_model import ANSWERS
+from training.evaluation.result_cache import Arrays, Task
 from training.evaluation.rows import Row, eps_name, number, threat_name
-from training.evaluation.subject import ANSWERS
+from training.methods.adversary import Threat
 
 CURVE = (1, 2, 4, 8)  # multiples of eps; on pixels of 8/255 the last is 64/255
 ZERO = 0.02  # of what an honest net keeps at 64/255
@@ -26,7 +26,7 @@ def robust_rows(c: Context) -> Iterator[Row]:
     standing: dict[str, NDArray[np.bool_]] = {}
     warned: list[tuple[str, int, int]] = []
 
-    def attacked(metric: str, work: Work, n: int, protocol: str, worst: bool = False) -> Row:
+    def attacked(metric: str, work: Task, n: int, protocol: str, worst: bool = False) -> Row:
         (found,) = c.run(f"{metric} {protocol.split(',')[0]}", work, n=n)
         if worst:
             standing[metric] = found["standing"]
@@ -157,7 +157,7 @@ def black_box_checks(c: Context) -> Iterator[tuple[str, tuple[bool, str, int]]]:
     white = np.logical_and.reduce(
         [found["standing"] for found in c.run("white box", *(Pgd(linf, objective=name, eot=c.eot) for name in OBJECTIVE), n=n)]
     )
-    boxes: dict[str, Work] = {}
+    boxes: dict[str, Task] = {}
     if (other := surrogate_of(c)) is not None:
         boxes["transfer"] = other
     if c.attackers():

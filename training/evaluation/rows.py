@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from training.adversary import Threat
-from training.measures import wilson
+from training.evaluation.metrics import wilson
+from training.methods.adversary import Threat
 
 SEED = 0
 COMPARING = ("suspicion", "landscape")

@@ -11,9 +11,9 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from training.adversary import Threat
-from training.images import Dataset
-from training.ranks import Noise, Ranks
+from training.data.datasets import Dataset
+from training.distributed import Noise, Ranks
+from training.methods.adversary import Threat
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What a method is given when a run begins."""
 
     data: Dataset
@@ -48,7 +48,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepContext:
     """What a step may use beside model and batch; ``progress`` runs from 0 to 1."""
 
     threat: Threat
@@ -61,7 +61,7 @@ class Moment:
         return self.noise.ranks
 
 
-class Memory(Protocol):
+class MethodState(Protocol):
     """What a method keeps between steps, and what must survive a restart."""
 
     def state(self) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ class Memory(Protocol):
         """Take back what ``state`` returned."""
 
 
-class Nothing:
+class NoState:
     """The memory of a method that keeps none."""
 
     def state(self) -> dict[str, Tensor]:
@@ -82,31 +82,31 @@ class Nothing:
         """Take back nothing."""
 
 
-M = TypeVar("M", bound=Memory)
+M = TypeVar("M", bound=MethodState)
 
 
 class Method(ABC, Generic[M]):
     """The numbers of one method, as a frozen dataclass, and its step."""
 
     @abstractmethod
-    def begin(self, setting: Setting) -> M:
+    def begin(self, setting: RunContext) -> M:
         """Return the memory that a run of this method begins with."""
 
-    def solve(self, model: nn.Module, batch: Batch, memory: M, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: M, now: StepContext) -> Batch:
         """Return ``batch`` with x_adv and x_neg found; parameters, batch-norm statistics and ``.grad`` are left alone."""
         return batch
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, memory: M, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: M, now: StepContext) -> Terms:
         """Return the loss of one step, given what ``solve`` found."""
 
 
-class Memoryless(Method[Nothing]):
+class Stateless(Method[NoState]):
     """A method whose steps are independent of each other."""
 
-    def begin(self, setting: Setting) -> Nothing:
+    def begin(self, setting: RunContext) -> NoState:
         """Return nothing."""
-        return Nothing()
+        return NoState()
 
 
 def forward(model: nn.Module, *images: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """Training against an adversary of p(y|x): no defence, PGD-AT and FGSM-RS, TRADES, MART, WEAT.
 
 With p = softmax f(x), q = softmax f(x_adv), and x_adv in the ball around x. AWP is a way to take the step of any of them:
-training/sharpness.py.
+training/methods/sharpness.py.
 """
 
 from dataclasses import dataclass, replace
@@ -11,48 +11,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
-from training.adversary import Attack, cross_entropy, divergence, frozen, pgd
-from training.methods import Batch, Memoryless, Moment, Nothing, Terms, accuracy, detached, forward
+from training.methods import Batch, NoState, Stateless, StepContext, Terms, accuracy, detached, forward
+from training.methods.adversary import Attack, cross_entropy, divergence, frozen, pgd
 
 
 @dataclass(frozen=True)
-class Standard(Memoryless):
+class Standard(Stateless):
     """min CE(f(x), y): no defence."""
 
-    def loss(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Terms:
         """Return the loss of one step."""
         logits = model(batch.image)
         return detached(cross_entropy(logits, batch.label).mean(), accuracy=accuracy(logits, batch.label))
 
 
 @dataclass(frozen=True)
-class AdversarialTraining(Memoryless):
+class AdversarialTraining(Stateless):
     """min E max CE(f(x_adv), y) (Madry et al., arXiv 1706.06083); one step of 1.25 eps is FGSM-RS (Wong et al., arXiv 2001.03994)."""
 
     attack: Attack = Attack()
 
-    def solve(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Batch:
         """Find x_adv by raising the cross-entropy."""
         return replace(batch, x_adv=cross_entropy_adversary(model, batch, self.attack, now))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Terms:
         """Return CE(f(x_adv), y)."""
         logits_adv = model(batch.x_adv)
         return detached(cross_entropy(logits_adv, batch.label).mean(), accuracy_adv=accuracy(logits_adv, batch.label))
 
 
 @dataclass(frozen=True)
-class Trades(Memoryless):
+class Trades(Stateless):
     """min CE(f(x), y) + beta KL(p || q), x_adv raising the KL (Zhang et al., arXiv 1901.08573)."""
 
     beta: float = 6.0
     attack: Attack = Attack(start="gaussian")
 
-    def solve(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Batch:
         """Find x_adv by raising KL(p || q); at x itself its gradient is zero, hence the gaussian start."""
         return replace(batch, x_adv=divergence_adversary(model, batch, self.attack, now))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Terms:
         """Return CE(f(x), y) + beta KL(p || q); neither side is held constant."""
         logits, logits_adv = forward(model, batch.image, batch.x_adv)
         ce, kl = trades(logits, logits_adv, batch.label)
@@ -60,17 +60,17 @@ class Trades(Memoryless):
 
 
 @dataclass(frozen=True)
-class Mart(Memoryless):
+class Mart(Stateless):
     """min BCE(q, y) + beta KL(p || q) (1 - p_y): misclassified images weigh more (Wang et al., ICLR 2020)."""
 
     beta: float = 5.0
     attack: Attack = Attack()
 
-    def solve(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Batch:
         """Find x_adv by raising the cross-entropy."""
         return replace(batch, x_adv=cross_entropy_adversary(model, batch, self.attack, now))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Terms:
         """Return BCE(q, y) + beta KL(p || q) (1 - p_y)."""
         logits, logits_adv = forward(model, batch.image, batch.x_adv)
         bce, kl = mart(logits, logits_adv, batch.label)
@@ -78,7 +78,7 @@ class Mart(Memoryless):
 
 
 @dataclass(frozen=True)
-class Weat(Memoryless):
+class Weat(Stateless):
     """min w CE(f(x), y) + beta w KL(p || q), w = 1 / log(1 + e^|E(x)|): high energies weigh more (Mirza et al., ECCV 2024).
 
     ``adversarial``: the cross-entropy is that of x_adv.
@@ -88,11 +88,11 @@ class Weat(Memoryless):
     adversarial: bool = False
     attack: Attack = Attack(start="gaussian")
 
-    def solve(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Batch:
         """Find x_adv by raising KL(p || q)."""
         return replace(batch, x_adv=divergence_adversary(model, batch, self.attack, now))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: Nothing, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Terms:
         """Return the two weighted terms."""
         logits, logits_adv = forward(model, batch.image, batch.x_adv)
         ce, kl = weat(logits, logits_adv, batch.label, adversarial=self.adversarial)
@@ -124,12 +124,12 @@ def weat(logits: Tensor, logits_adv: Tensor, label: Tensor, *, adversarial: bool
     return (weight * ce).mean(), (weight * divergence(logits, logits_adv)).mean()
 
 
-def cross_entropy_adversary(model: nn.Module, batch: Batch, attack: Attack, now: Moment) -> Tensor:
+def cross_entropy_adversary(model: nn.Module, batch: Batch, attack: Attack, now: StepContext) -> Tensor:
     """Return x_adv that raises CE(f(x_adv), y)."""
     return pgd(model, batch.image, batch.label, objective=cross_entropy, threat=now.threat, attack=attack, noise=now.noise)
 
 
-def divergence_adversary(model: nn.Module, batch: Batch, attack: Attack, now: Moment) -> Tensor:
+def divergence_adversary(model: nn.Module, batch: Batch, attack: Attack, now: StepContext) -> Tensor:
     """Return x_adv that raises KL(p || q), p held at the clean image."""
     with frozen(model) as network, torch.no_grad():
         logits = network(batch.image)

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy, joint_energy
-from training.adversary import INNER, Attack, Threat, climb, cross_entropy, frozen
-from training.augment import to_device, to_float
-from training.curriculum import AucGate, auc
+from training.data.augment import to_device, to_float
+from training.data.image_folders import load_images
+from training.distributed import Noise
 from training.errors import TrainingError
-from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached, forward
+from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached, forward
+from training.methods.adversary import INNER, Attack, Threat, climb, cross_entropy, frozen
 from training.methods.at import cross_entropy_adversary
-from training.pictures import load_images
-from training.ranks import Noise
-from training.replay import Starts, fit_prior
+from training.methods.curriculum import AucGate, auc
+from training.methods.replay import Starts, fit_prior
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Seeds:
 
 
 @dataclass
-class DatMemory:
+class DatState:
     """The curriculum, which must survive a restart, and the seeds, which are drawn anew."""
 
     gate: AucGate
@@ -53,7 +53,7 @@ class DatMemory:
 
 
 @dataclass(frozen=True)
-class Dat(Method[DatMemory]):
+class Dat(Method[DatState]):
     """min CE(f(x_adv), y) + bce_weight BCE(s), positives the p(x) stream, negatives T ascents of f(x)[y] from a seed.
 
     BCE(s) = 1/2 (mean softplus(-s(x)) + mean softplus(s(x_neg))), the released code's mean over both halves. Each negative takes the
@@ -73,7 +73,7 @@ class Dat(Method[DatMemory]):
         if self.window < 1 or self.cap < 0 or not self.seeds:
             raise ValueError("window must be 1 or more, cap 0 or more, and seeds gaussian, noise or a path")
 
-    def begin(self, setting: Setting) -> DatMemory:
+    def begin(self, setting: RunContext) -> DatState:
         """Return the curriculum at T = 0 and the seeds."""
         shape = (3, *setting.data.train.image.shape[1:3])
         pool = torch.empty(0, dtype=torch.uint8)
@@ -85,9 +85,9 @@ class Dat(Method[DatMemory]):
             if not len(pool):
                 raise TrainingError(f"seeds={self.seeds} holds no image")
         gate = AucGate(self.auc_threshold, self.cap, self.window, self.patience)
-        return DatMemory(gate, Seeds(pool, Starts(prior, shape, setting.device), len(setting.data.names)))
+        return DatState(gate, Seeds(pool, Starts(prior, shape, setting.device), len(setting.data.names)))
 
-    def solve(self, model: nn.Module, batch: Batch, memory: DatMemory, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: DatState, now: StepContext) -> Batch:
         """Find x_adv by raising the cross-entropy; and, unless BCE weighs nothing, move negatives and ask the curriculum."""
         x_adv = cross_entropy_adversary(model, batch, self.attack, now)
         if not self.bce_weight:
@@ -102,7 +102,7 @@ class Dat(Method[DatMemory]):
         memory.gate.update(area, len(label) * now.ranks.world)
         return replace(batch, x_adv=x_adv, x_neg=x_neg)
 
-    def loss(self, model: nn.Module, batch: Batch, memory: DatMemory, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: DatState, now: StepContext) -> Terms:
         """Return CE(f(x_adv), y) + bce_weight BCE(s)."""
         if not self.bce_weight:
             logits_adv = model(batch.x_adv)

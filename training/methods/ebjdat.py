@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
-from training.adversary import INNER, Attack, cross_entropy, divergence, pgd
-from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached, forward
+from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached, forward
+from training.methods.adversary import INNER, Attack, cross_entropy, divergence, pgd
 from training.methods.at import divergence_adversary
 from training.methods.jem import blurred, energy_log, generative, penalty, ramp, start_chains
-from training.replay import Chains, ReplayBuffer
+from training.methods.replay import ChainConfig, ReplayBuffer
 
 ALIGNMENTS = ("relative", "mean", "absolute", "paper", "kl")
 
@@ -56,7 +56,7 @@ class EbJdat(Method[ReplayBuffer]):
     data_noise: float = 0.015  # on the images whose likelihood is raised
     inner: str = "ce"  # what the inner maximum climbs; kl: KL(p || q), as TRADES does
     attack: Attack = Attack(steps=5)
-    chains: Chains = Chains(conditional=True, noise_std=0.005)
+    chains: ChainConfig = ChainConfig(conditional=True, noise_std=0.005)
 
     def __post_init__(self) -> None:
         inners = (*INNER, "kl")
@@ -65,23 +65,23 @@ class EbJdat(Method[ReplayBuffer]):
                 f"alignment is one of {', '.join(ALIGNMENTS)}, inner of {', '.join(inners)}: not {self.alignment}, {self.inner}"
             )
 
-    def begin(self, setting: Setting) -> ReplayBuffer:
+    def begin(self, setting: RunContext) -> ReplayBuffer:
         """Return the chains."""
         return start_chains(self.chains, setting)
 
-    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Batch:
         """Find x_adv in the ball and x_neg from the chains, and blur the p(x) stream a little."""
         x_adv = self.adversary(model, batch, now)
         x_neg = memory.advance(model, now.noise)
         return replace(batch, x_adv=x_adv, x_neg=x_neg, plain=blurred(batch.plain, self.data_noise, now))
 
-    def adversary(self, model: nn.Module, batch: Batch, now: Moment) -> Tensor:
+    def adversary(self, model: nn.Module, batch: Batch, now: StepContext) -> Tensor:
         """Return x_adv in the ball."""
         if self.inner == "kl":
             return divergence_adversary(model, batch, self.attack, now)
         return pgd(model, batch.image, batch.label, objective=INNER[self.inner], threat=now.threat, attack=self.attack, noise=now.noise)
 
-    def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Terms:
         """Return w1 (-h1) + w2 (-h2) + w3 (-h3) + energy_penalty (...) from one concatenated forward."""
         label = batch.label
         logits, logits_adv, logits_plain, logits_neg = forward(model, batch.image, batch.x_adv, batch.plain, batch.x_neg)

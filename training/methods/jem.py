@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
-from training.adversary import INNER, Attack, cross_entropy, pgd
-from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached, forward
-from training.replay import Chains, ReplayBuffer, Starts, fit_prior
+from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached, forward
+from training.methods.adversary import INNER, Attack, cross_entropy, pgd
+from training.methods.replay import ChainConfig, ReplayBuffer, Starts, fit_prior
 
 
-def pyld(outer: int, inner: int, alpha: float, chains: Chains) -> Chains:
+def pyld(outer: int, inner: int, alpha: float, chains: ChainConfig) -> ChainConfig:
     """Return JEM++'s PYLD(M, N): M outer gradients, N inner steps of ``alpha`` in [-1,1] units, clipped at +-1.
 
     The network's first layer is affine, so the N inner steps share one gradient and equal one proximal step of N alpha:
@@ -31,17 +31,17 @@ class Jem(Method[ReplayBuffer]):
     w1_ramp: float = 0.1  # fraction of the run over which w1 rises from 0
     energy_penalty: float = 0.0
     data_noise: float = 0.015  # on the p(x) stream
-    chains: Chains = Chains()
+    chains: ChainConfig = ChainConfig()
 
-    def begin(self, setting: Setting) -> ReplayBuffer:
+    def begin(self, setting: RunContext) -> ReplayBuffer:
         """Return the chains."""
         return start_chains(self.chains, setting)
 
-    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Batch:
         """Move chains from the model's energy, and blur the p(x) stream a little."""
         return replace(batch, x_neg=memory.advance(model, now.noise), plain=blurred(batch.plain, self.data_noise, now))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Terms:
         """Return -log p(y|x) and the contrast of energies."""
         logits, logits_plain, logits_neg = forward(model, batch.image, batch.plain, batch.x_neg)
         energy_plain, energy_neg = energy(logits_plain), energy(logits_neg)
@@ -65,22 +65,22 @@ class Jeat(Method[ReplayBuffer]):
     energy_penalty: float = 0.0
     inner: str = "joint_energy"
     attack: Attack = Attack(steps=1, step_over_eps=1.0)
-    chains: Chains = Chains()
+    chains: ChainConfig = ChainConfig()
 
     def __post_init__(self) -> None:
         if self.inner not in INNER:
             raise ValueError(f"inner is one of {', '.join(INNER)}, not {self.inner!r}")
 
-    def begin(self, setting: Setting) -> ReplayBuffer:
+    def begin(self, setting: RunContext) -> ReplayBuffer:
         """Return the chains."""
         return start_chains(self.chains, setting)
 
-    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Batch:
         """Find x_adv by raising the joint energy, and move chains."""
         x_adv = pgd(model, batch.image, batch.label, objective=INNER[self.inner], threat=now.threat, attack=self.attack, noise=now.noise)
         return replace(batch, x_adv=x_adv, x_neg=memory.advance(model, now.noise))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Terms:
         """Return the loss of one step."""
         logits_adv, logits_neg = forward(model, batch.x_adv, batch.x_neg)
         energy_adv, energy_neg = energy(logits_adv), energy(logits_neg)
@@ -104,17 +104,17 @@ def penalty(energy_x: Tensor, energy_neg: Tensor) -> Tensor:
     return energy_x.square().mean() + energy_neg.square().mean()
 
 
-def ramp(weight: float, share: float, now: Moment) -> float:
+def ramp(weight: float, share: float, now: StepContext) -> float:
     """Return ``weight`` risen linearly from 0 over the first ``share`` of the run: maximum likelihood from step 0 is unstable."""
     return weight * min(1.0, now.progress / share) if share else weight
 
 
-def blurred(image: Tensor, sd: float, now: Moment) -> Tensor:
+def blurred(image: Tensor, sd: float, now: StepContext) -> Tensor:
     """Return the images with Gaussian noise, clipped to [0,1]."""
     return (image + sd * now.noise.normal(*image.shape)).clamp(0.0, 1.0) if sd else image
 
 
-def start_chains(chains: Chains, setting: Setting) -> ReplayBuffer:
+def start_chains(chains: ChainConfig, setting: RunContext) -> ReplayBuffer:
     """Return a buffer filled from the prior that ``chains`` names."""
     classes = len(setting.data.names)
     shape = (3, *setting.data.train.image.shape[1:3])

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebjdat_serve.wideresnet import WideResNet
-from training.adversary import Attack, Threat, ascent, begin, cross_entropy, frozen, norm, pgd
-from training.methods import Batch, Method, Moment, Setting, Terms, accuracy, detached
+from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached
+from training.methods.adversary import Attack, Threat, ascent, begin, cross_entropy, frozen, norm, pgd
 
 
 @dataclass
@@ -59,7 +59,7 @@ class LasAt(Method[Strategy]):
         if self.interval < 1:
             raise ValueError("interval must be 1 or more")
 
-    def begin(self, setting: Setting) -> Strategy:
+    def begin(self, setting: RunContext) -> Strategy:
         """Return a fresh strategy network, the same on every rank."""
         heads = [high - low + 1 for low, high in (self.eps, self.steps, self.step)]
         with torch.random.fork_rng(devices=[]):
@@ -67,7 +67,7 @@ class LasAt(Method[Strategy]):
             network = WideResNet(10, 1, sum(heads))
         return Strategy(network.to(setting.device).eval(), heads)
 
-    def solve(self, model: nn.Module, batch: Batch, memory: Strategy, now: Moment) -> Batch:
+    def solve(self, model: nn.Module, batch: Batch, memory: Strategy, now: StepContext) -> Batch:
         """Find x_adv by each image's own attack; now and then improve the strategy first."""
         if memory.steps % self.interval == 0:
             self.improve(model, batch, memory, now)
@@ -76,7 +76,7 @@ class LasAt(Method[Strategy]):
             choice = self.choose(memory.log_probabilities(batch.image), now)
         return replace(batch, x_adv=self.attacked(model, batch, choice, now))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: Strategy, now: Moment) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, memory: Strategy, now: StepContext) -> Terms:
         """Return the smoothed cross-entropy of x_adv."""
         logits_adv = model(batch.x_adv)
         return detached(self.smoothed(logits_adv, batch.label), accuracy_adv=accuracy(logits_adv, batch.label))
@@ -87,11 +87,11 @@ class LasAt(Method[Strategy]):
         # torch's smoothing shares among all classes, the label too
         return F.cross_entropy(logits, label, label_smoothing=self.smoothing * classes / (classes - 1))
 
-    def choose(self, log_pi: list[Tensor], now: Moment) -> list[Tensor]:
+    def choose(self, log_pi: list[Tensor], now: StepContext) -> list[Tensor]:
         """Return one sampled option per head and image, by the Gumbel trick, so that the run's own noise decides."""
         return [(p - torch.log(-torch.log(now.noise.uniform(*p.shape).clamp(1e-7, 1 - 1e-7)))).argmax(dim=1) for p in log_pi]
 
-    def attacked(self, model: nn.Module, batch: Batch, choice: list[Tensor], now: Moment) -> Tensor:
+    def attacked(self, model: nn.Module, batch: Batch, choice: list[Tensor], now: StepContext) -> Tensor:
         """Return x_adv: sign (or l2) ascents of the cross-entropy, image i with its own radius, number and length of steps."""
         unit = now.threat.eps / 8
         eps, steps, step = (option + low for option, (low, _) in zip(choice, (self.eps, self.steps, self.step), strict=True))
@@ -112,7 +112,7 @@ class LasAt(Method[Strategy]):
             return (image + torch.maximum(torch.minimum(delta, radius), -radius)).clamp(0.0, 1.0)
         return (image + delta * (radius / norm(delta).clamp_min(1e-12)).clamp(max=1.0)).clamp(0.0, 1.0)
 
-    def improve(self, model: nn.Module, batch: Batch, memory: Strategy, now: Moment) -> None:
+    def improve(self, model: nn.Module, batch: Batch, memory: Strategy, now: StepContext) -> None:
         """Take one REINFORCE step: theta_pi += lr R grad sum over heads of mean log pi(a | x), gradient norm at most 1."""
         memory.network.train()
         log_pi = memory.log_probabilities(batch.image)
@@ -130,7 +130,7 @@ class LasAt(Method[Strategy]):
                 statistic.copy_(now.ranks.mean(statistic))  # every rank saw its own images
         memory.network.eval()
 
-    def reward(self, model: nn.Module, batch: Batch, x_adv: Tensor, now: Moment) -> Tensor:
+    def reward(self, model: nn.Module, batch: Batch, x_adv: Tensor, now: StepContext) -> Tensor:
         """Return R = min(CE(x_adv), 10) + 4 robust accuracy + 2 clean accuracy, the two of a copy that took one step on x_adv."""
         with frozen(model) as network, torch.no_grad():
             difficulty = cross_entropy(network(x_adv), batch.label).mean().clamp(0.0, 10.0)

@@ -15,8 +15,8 @@ import numpy as np
 
 from ebjdat_serve.folders import made
 from ebjdat_serve.install import install
+from training.data.image_folders import SPLIT_SEED, Split, read_atlas, read_folder
 from training.errors import DataError
-from training.pictures import SPLIT_SEED, Split, read_atlas, read_folder
 
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_BATCHES = {  # md5 of the uint8 pixels, height x width x channel, of the official batches

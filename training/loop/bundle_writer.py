@@ -11,10 +11,10 @@ from typing import Any
 from ebjdat_serve.bundle import Architecture, Bundle, Input, Manifest, Provenance, sha256, write_json
 from ebjdat_serve.pixels import to_unit
 from export.reference import write_selftest
-from training.images import Dataset
+from training.data.datasets import Dataset
+from training.loop.state import Position
+from training.methods.replay import fit_prior
 from training.presets import Preset, describe
-from training.replay import fit_prior
-from training.state import Position
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from fastapi import Request
 
-from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.wire import Answer, Ask, Loaded, Preview, Verdicts, pack
+from ebjdat_serve.server.answer.problems import Problem
+from ebjdat_serve.server.ipc import Answer, Ask, Loaded, Preview, Verdicts, pack
 
 log = logging.getLogger("ebjdat_serve")
 POLL = 0.1

@@ -23,10 +23,9 @@ from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.scheduling import Policy, Request, Scheduler
 from ebjdat_serve.selftest import verify
-from ebjdat_serve.server import wire
-from ebjdat_serve.server.memory import give_back_large_blocks
-from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.server.wire import (
+from ebjdat_serve.server import ipc
+from ebjdat_serve.server.compute.memory import give_back_large_blocks
+from ebjdat_serve.server.ipc import (
     Answer,
     Ask,
     Cancel,
@@ -43,6 +42,7 @@ from ebjdat_serve.server.wire import (
     Show,
     Verdicts,
 )
+from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.sgld import Chains, Prior
 
 log = logging.getLogger("ebjdat_serve")
@@ -283,7 +283,7 @@ class Drawing:
 
     def result(self) -> Drawn:
         """Return the pictures and what the model says of them."""
-        return Drawn(self._image, wire.joined([self._said[row] for row in range(self._job.n)]))
+        return Drawn(self._image, ipc.joined([self._said[row] for row in range(self._job.n)]))
 
     def preview_is_due(self) -> bool:
         """Return whether the client has taken the last preview, and the slowest chain has come ``every`` steps further."""

@@ -12,9 +12,9 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from ebjdat_serve import __version__, pixels
-from ebjdat_serve.server.fleet import Served
-from ebjdat_serve.server.schemas import GenerateQuery
-from ebjdat_serve.server.wire import Drawn, Job, Preview, Verdicts
+from ebjdat_serve.server.answer.schemas import GenerateQuery
+from ebjdat_serve.server.ipc import Drawn, Job, Preview, Verdicts
+from ebjdat_serve.server.model_manager import Served
 
 TOP = 5
 

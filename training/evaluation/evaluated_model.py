@@ -25,7 +25,7 @@ from training.errors import DataError
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A classifier of images in [0,1]; ``network`` gives gradients, ``logits`` is what is served: a bundle's graph, else the network."""
 
     name: str
@@ -40,11 +40,11 @@ class Subject:
 
 
 ANSWERS = 10
-Spec = Callable[[], Subject]
+Spec = Callable[[], EvaluatedModel]
 """Opens a subject; it is sent to worker processes, so it must be picklable to have any."""
 
 
-def open_bundle(path: Path) -> Subject:
+def open_bundle(path: Path) -> EvaluatedModel:
     """Return the subject of a bundle: torch for gradients, the fp32 graph through ONNX Runtime for all else, where it is installed.
 
     Where torch has a GPU that ONNX Runtime has not, torch does both: on one thread of the CPU the graph would take hours.
@@ -62,7 +62,9 @@ def open_bundle(path: Path) -> Subject:
         network = folded(model)  # the same function to rounding, in four fifths of the time
     of = [files[name].sha256 for name in ("weights.safetensors", "classify.onnx", "step.onnx")]
     served = of[1] if engine.name == "onnx" else of[0]  # without ONNX Runtime no graph was measured
-    return Subject(bundle.manifest.name, network, logits, of[0], served, device, engine.advance, digest_of(*of, engine.name, device.type))
+    return EvaluatedModel(
+        bundle.manifest.name, network, logits, of[0], served, device, engine.advance, digest_of(*of, engine.name, device.type)
+    )
 
 
 def best_device() -> torch.device:
@@ -84,7 +86,7 @@ def bundle_spec(path: Path) -> Spec:
     return partial(open_bundle, path)
 
 
-def open_module(name: str, module: nn.Module, digest: str, key: str = "", random: bool = False) -> Subject:
+def open_module(name: str, module: nn.Module, digest: str, key: str = "", random: bool = False) -> EvaluatedModel:
     """Return the subject of a module: it is put in eval mode, and its parameters take no gradient."""
     module.eval().requires_grad_(False)
     exact()
@@ -105,7 +107,7 @@ def open_module(name: str, module: nn.Module, digest: str, key: str = "", random
             walk.step()
         return chains.moved(walk.image.cpu().numpy(), steps)
 
-    return Subject(name, module, often if random else once, digest, digest, device, advance, key or digest, random)
+    return EvaluatedModel(name, module, often if random else once, digest, digest, device, advance, key or digest, random)
 
 
 def module_spec(module: nn.Module, name: str, probe: Floats | None = None) -> Spec:
@@ -124,7 +126,7 @@ def module_spec(module: nn.Module, name: str, probe: Floats | None = None) -> Sp
     return partial(open_module, name, module, digest, digest_of(digest, said), random)
 
 
-def gradient_varies(subject: Subject, probe: Floats) -> bool:
+def gradient_varies(subject: EvaluatedModel, probe: Floats) -> bool:
     """Return whether two passes with autograd on differ: a model may be random only then."""
     answers = []
     for _ in range(2):
@@ -167,7 +169,7 @@ def weights_spec(file: Path, device: torch.device) -> Spec:
     return partial(open_weights, file, device)
 
 
-def open_weights(file: Path, device: torch.device) -> Subject:
+def open_weights(file: Path, device: torch.device) -> EvaluatedModel:
     """Return the subject of a weights file on a device; fp16 weights are computed with in fp32."""
     return open_module(file.parent.name, load_weights(file).to(device), sha256(file))
 

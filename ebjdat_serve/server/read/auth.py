@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.server import problems
+from ebjdat_serve.server.answer import problems
 
 OPEN = ("/health",)
 LOOKED_AT = ("/", "/health", "/info", "/docs", "/openapi.json")

@@ -16,16 +16,16 @@ from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.store import EMPTY, pointed_at
-from training.adversary import Threat
+from training.data.datasets import Dataset
 from training.evaluate import work_root
-from training.evaluation.attacks import Look, Pgd
+from training.evaluation.attacks import Pgd, Predict
 from training.evaluation.context import unit
-from training.evaluation.ledger import Arrays, Ledger
+from training.evaluation.evaluated_model import bundle_spec
+from training.evaluation.metrics import auroc, auroc_difference_stderr, paired_interval
+from training.evaluation.ood import strange_images
+from training.evaluation.result_cache import Arrays, ResultCache
 from training.evaluation.rows import ALPHAS, ball_of, eps_name
-from training.evaluation.subject import bundle_spec
-from training.evaluation.suspicion import strange_images
-from training.images import Dataset
-from training.measures import auroc, auroc_difference_stderr, paired_interval
+from training.methods.adversary import Threat
 
 MARGIN = 0.02
 """How much worse a figure may be: a model is held back when the whole 95 % interval of its gain lies below -MARGIN."""
@@ -145,10 +145,10 @@ class Seen:
 def seen(bundle: Bundle, data: Dataset, strange: dict[str, Floats]) -> Seen:
     """Return what a bundle's graph says of the selection split, clean and attacked, and of strange images; results are kept on disk."""
     spec = bundle_spec(bundle.path)
-    ledger = Ledger(work_root() / "chunks", spec, spec())
+    ledger = ResultCache(work_root() / "chunks", spec, spec())
     image, label = unit(data.selection)
     attack = Pgd(Threat("linf", ball_of(data.name).linf))
-    clean, attacked = ledger.run("gate", [(Look(), image, label), (attack, image[:ATTACKED], label[:ATTACKED])])
+    clean, attacked = ledger.run("gate", [(Predict(), image, label), (attack, image[:ATTACKED], label[:ATTACKED])])
     calibration = bundle.calibration()
 
     def score(found: Arrays) -> Floats:
@@ -159,6 +159,6 @@ def seen(bundle: Bundle, data: Dataset, strange: dict[str, Floats]) -> Seen:
         detector = Detector(np.asarray(calibration.scores), ALPHA)
         flagged = detector.suspicious(detector.p_value(mine))
     none = [np.zeros(len(images), np.int64) for images in strange.values()]
-    looked = ledger.run("gate", [(Look(), images, zero) for images, zero in zip(strange.values(), none, strict=True)])
+    looked = ledger.run("gate", [(Predict(), images, zero) for images, zero in zip(strange.values(), none, strict=True)])
     scores = {name: (mine, score(found)) for name, found in zip(strange, looked, strict=True)}
     return Seen(clean["logits"].argmax(axis=1) == label, attacked["standing"], flagged, scores)

@@ -13,12 +13,12 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from ebjdat_serve.bundle import Manifest
-from ebjdat_serve.server.bodies import parse_json, read_body
-from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.schemas import GenerateQuery
+from ebjdat_serve.server.answer.problems import Problem
+from ebjdat_serve.server.answer.responses import Order, Words
+from ebjdat_serve.server.answer.schemas import GenerateQuery
+from ebjdat_serve.server.ipc import Job
+from ebjdat_serve.server.read.bodies import parse_json, read_body
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.server.wire import Job
-from ebjdat_serve.server.wording import Order, Words
 
 PREVIEWS = 10
 MAX_BODY = 64 * 1024

@@ -8,19 +8,19 @@ import numpy as np
 from ebjdat_serve.detection import Detector, suspicion
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import Pixels, to_unit
-from training.adversary import Threat
 from training.calibrate import DEFAULT_SCORE, entropy_weight
+from training.data.datasets import data_root, read_atlas
+from training.data.image_folders import load_images
 from training.errors import DataError
-from training.evaluation.attacks import Look, Pgd, Transfer
+from training.evaluation.adaptive import VARIANTS, Evade, EvadeBySquare, ScoreAttack
+from training.evaluation.attacks import Pgd, Predict, Transfer
 from training.evaluation.autoattack import APGD, AutoAttack
 from training.evaluation.context import Context, unit
-from training.evaluation.hostile import VARIANTS, Evade, EvadeBySquare, ScoreAttack
-from training.evaluation.ledger import Arrays, Work
+from training.evaluation.metrics import auroc, auroc_stderr, average_precision, flag_rate_interval, fpr_at_95
+from training.evaluation.result_cache import Arrays, Task
 from training.evaluation.rows import ALPHAS, BASELINE, SEED, Row, eps_name, number, proportion, threat_name
 from training.evaluation.shifts import SHIFTS, shifted
-from training.images import data_root, read_atlas
-from training.measures import auroc, auroc_stderr, average_precision, flag_rate_interval, fpr_at_95
-from training.pictures import load_images
+from training.methods.adversary import Threat
 
 OOD_ATLASES = ("svhn_train_first1080", "cifar100_test_3000")
 SCORES = ("energy", "max_softmax", "energy_entropy", "gradient_norm")
@@ -56,7 +56,7 @@ class Flag:
 
 def flags_of(c: Context) -> tuple[Flag, list[Flag]]:
     """Return the served flag and one for every score, all from the calibration split, the served one as the bundle holds it."""
-    splits: list[tuple[Work, Floats, Labels]] = [(Look(gradient=True), *unit(c.data.calibration)), (Look(), *unit(c.data.selection))]
+    splits: list[tuple[Task, Floats, Labels]] = [(Predict(gradient=True), *unit(c.data.calibration)), (Predict(), *unit(c.data.selection))]
     calibration, selection = c.ledger.run("calibration split", splits)
     served = c.bundle.calibration() if c.bundle is not None and "calibration.json" in c.bundle.manifest.files else None
     weight = served.weight if served is not None and served.score == "energy_entropy" else entropy_weight(selection["logits"])
@@ -82,7 +82,7 @@ def suspicion_rows(c: Context) -> Iterator[Row]:
     Of an attack the images that it fooled are counted apart from the rest, which look like clean ones to any score.
     """
     flag, every = flags_of(c)
-    clean = c.look("clean", Look(gradient=True), *c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack)))
+    clean = c.look("clean", Predict(gradient=True), *c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack)))
     flags = with_baseline(flag, every)
     for shown in flags:
         for alpha in alphas(shown):
@@ -203,7 +203,7 @@ def is_attack(name: str) -> bool:
 
 def strange(c: Context) -> dict[str, Arrays]:
     """Return what the model says of the sets that are not like its data."""
-    return {name: c.look(name, Look(gradient=True), image[: c.suite.test]) for name, image in ood_sets(c)}
+    return {name: c.look(name, Predict(gradient=True), image[: c.suite.test]) for name, image in ood_sets(c)}
 
 
 def ood_sets(c: Context) -> Iterator[tuple[str, Floats]]:
@@ -280,7 +280,7 @@ def robust_ood_rows(c: Context, flag: Flag) -> Iterator[Row]:
     junk, none = found[name][:n], np.zeros(min(n, len(found[name])), np.int64)
     queries = min(c.suite.queries, QUERIES)
     down, up = (ScoreAttack(threat, flag.score, flag.weight, up, queries) for up in (False, True))
-    todo: list[tuple[Work, Floats, Labels]] = [(Look(), image, label), (up, image, label), (Look(), junk, none), (down, junk, none)]
+    todo: list[tuple[Task, Floats, Labels]] = [(Predict(), image, label), (up, image, label), (Predict(), junk, none), (down, junk, none)]
     parts = c.ledger.run(f"robust OOD, {flag.score}", todo)
     clean, raised, strange_, lowered = (flag.value(part) for part in parts)
     by_square = float(np.mean([parts[i]["square"].mean() for i in (1, 3)]))
@@ -307,7 +307,7 @@ def rejection_rows(c: Context, flag: Flag) -> Iterator[Row]:
     for alpha in alphas(flag) if c.suite.thorough else alphas(flag)[:1]:
         common = (threat, flag.score, flag.weight, flag.threshold(alpha), float(flag.clean.std()) or 1.0)
         queries = min(c.suite.queries, QUERIES)
-        works: list[Work] = [*(Evade(*common, variant) for variant in VARIANTS), EvadeBySquare(*common, queries)]
+        works: list[Task] = [*(Evade(*common, variant) for variant in VARIANTS), EvadeBySquare(*common, queries)]
         todo = [(work, image, label) for work in works]
         holds = np.logical_and.reduce([part["holds"] for part in c.ledger.run(f"rejection, {flag.score}, alpha {alpha}", todo)])
         holds &= ~unseen(c, flag, alpha, n)
@@ -333,7 +333,7 @@ def shift_rows(c: Context) -> Iterator[Row]:
     some, of, alpha = c.data.test.first(c.suite.shifted), c.subject.graph, ALPHAS[0]
     for name, shift in {"none": None, **SHIFTS}.items():
         image = to_unit(some.image if shift is None else shifted(some.image, shift))
-        (found,) = c.ledger.run(f"shift {name}", [(Look(), image, some.label)])
+        (found,) = c.ledger.run(f"shift {name}", [(Predict(), image, some.label)])
         where = f"{c.where} after {name}" if shift else c.where
         for flag in flags:
             yield c.share("flag_rate_shifted", flag.flags(found, alpha), where, f"alpha {alpha}, score {flag.score}", of)

@@ -18,17 +18,17 @@ from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.install import install
 from ebjdat_serve.sgld import sgld
 from ebjdat_serve.wideresnet import WideResNet
-from training.adversary import Attack, cross_entropy, pgd
-from training.augment import to_device, to_float
-from training.clock import duration
+from training.data.augment import to_device, to_float
+from training.data.datasets import Dataset
+from training.distributed import Noise, Ranks
 from training.errors import TrainingDiverged
-from training.images import Dataset
+from training.loop.clock import duration
+from training.loop.start import precision
+from training.loop.state import State, previous
 from training.methods import Terms
+from training.methods.adversary import Attack, cross_entropy, pgd
+from training.methods.replay import Starts, fit_prior
 from training.presets import Preset
-from training.ranks import Noise, Ranks
-from training.replay import Starts, fit_prior
-from training.start import precision
-from training.state import State, previous
 
 Row = dict[str, float]
 BINS = 48
@@ -37,7 +37,7 @@ EVERY = 60.0
 log = logging.getLogger("training")
 
 
-class Watch:
+class RunLogger:
     """The log of one stage; only the first rank writes."""
 
     def __init__(self, folder: Path, preset: Preset, total: int, step: int, *, writes: bool, tensorboard: bool) -> None:
@@ -134,7 +134,7 @@ def summary_writer(folder: Path) -> Any:
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-class Judge:
+class Validator:
     """Clean and PGD-10 accuracy, energy histograms and samples of the averaged weights, on held-out training images."""
 
     def __init__(self, preset: Preset, data: Dataset, device: torch.device, n: int = 500) -> None:
@@ -203,7 +203,7 @@ def diverged(row: Row, preset: Preset, saturation: float) -> bool:
     )
 
 
-def roll_back(state: State, saved: Path, watch: Watch, row: Row, most: int) -> None:
+def roll_back(state: State, saved: Path, watch: RunLogger, row: Row, most: int) -> None:
     """Return to the last saved state with another random stream and half the rate, and count it.
 
     Raises TrainingDiverged when that happened ``most`` times before, or nothing was saved yet.

@@ -7,7 +7,7 @@ from pathlib import Path
 from ebjdat_serve.bundle import Bundle, read_json, write_json
 from ebjdat_serve.errors import BundleError
 from training.card import renew_card
-from training.evaluation.ledger import Arrays
+from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import COMPARING, Row, outcome_free
 
 IN_DATASET = re.compile(r"(^|(?<=vs ))\d+ (?=[a-z])| at n = \d+")  # 500 fresh samples vs 2500 training images

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ebjdat_serve.energy import energy, joint_energy
 from ebjdat_serve.folding import folded
 from ebjdat_serve.wideresnet import WideResNet
-from training.ranks import Noise
+from training.distributed import Noise
 
 Network = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W) in [0,1] -> logits (N, K)."""

@@ -6,9 +6,9 @@ from collections import deque
 from typing import Any
 
 from ebjdat_serve.scheduling import FAIR, length
-from ebjdat_serve.server.lanes import Item, Lane, Peer
-from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.wire import Answer, Ask, Cancel, Job, Pace, Preview, Show
+from ebjdat_serve.server.answer.problems import Problem
+from ebjdat_serve.server.ipc import Answer, Ask, Cancel, Job, Pace, Preview, Show
+from ebjdat_serve.server.queues.request_queue import Item, Lane, Peer
 
 
 class GenerateLane(Lane):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ebjdat_serve.wideresnet import WideResNet
+from training.distributed import Noise
 from training.errors import TrainingError
-from training.methods import Memory
-from training.ranks import Noise
+from training.methods import MethodState
 
 
 @dataclass
@@ -24,7 +24,7 @@ class State:
     model: WideResNet
     ema: dict[str, Tensor]
     optimiser: torch.optim.Optimizer
-    memory: Memory
+    memory: MethodState
     noise: Noise
     step: int = 0
     seconds: float = 0.0

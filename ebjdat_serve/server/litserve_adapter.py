@@ -27,8 +27,8 @@ from fastapi import FastAPI
 
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.logs import adopt
-from ebjdat_serve.server.memory import give_back_large_blocks
-from ebjdat_serve.server.protocol import BoundedProtocol, connections, hang_up
+from ebjdat_serve.server.compute.memory import give_back_large_blocks
+from ebjdat_serve.server.read.http_protocol import BoundedProtocol, connections, hang_up
 from ebjdat_serve.server.settings import Settings
 
 log = logging.getLogger("ebjdat_serve")

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ebjdat_serve.engines import Floats, Labels
-from training.adversary import Threat, ascent, norm, project
 from training.evaluation.attacks import input_gradient, tensors
 from training.evaluation.autoattack import square
-from training.evaluation.ledger import Arrays
+from training.evaluation.evaluated_model import EvaluatedModel
+from training.evaluation.result_cache import Arrays
 from training.evaluation.scores import SCORES, margin
-from training.evaluation.subject import Subject
+from training.methods.adversary import Threat, ascent, norm, project
 
 VARIANTS = ("joint", "selective", "orthogonal")
 
@@ -36,7 +36,7 @@ class ScoreAttack:
         """Return the forward passes of one image."""
         return 6.0 * self.steps + self.queries
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return the served logits (N, K) at the best point, and square (N,): whether Square found a better one than PGD."""
         x, _ = tensors(subject, image, label)
         noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
@@ -53,13 +53,13 @@ class ScoreAttack:
             by_square = by_square | better if i == len(starts) else by_square & ~better
         return {"logits": subject.logits(best), "square": by_square}
 
-    def value(self, subject: Subject, image: Floats) -> np.ndarray:
+    def value(self, subject: EvaluatedModel, image: Floats) -> np.ndarray:
         """Return what is climbed, of what is served, (N,)."""
         score = SCORES[self.score](self.weight)(torch.from_numpy(subject.logits(image).copy())).numpy()
         result: np.ndarray = score if self.up else -score
         return result
 
-    def climb(self, subject: Subject, x: Tensor, x_adv: Tensor) -> Tensor:
+    def climb(self, subject: EvaluatedModel, x: Tensor, x_adv: Tensor) -> Tensor:
         """Return the best iterate of PGD in the network's own score."""
         of, sign = SCORES[self.score](self.weight), 1.0 if self.up else -1.0
         best, kept = torch.full((len(x),), -torch.inf, device=x.device), x.clone()
@@ -73,7 +73,7 @@ class ScoreAttack:
             x_adv = project(x_adv + rate * self.threat.eps * ascent(gradient, self.threat.norm), x, self.threat)
         return kept
 
-    def ask(self, subject: Subject, image: Floats) -> Floats:
+    def ask(self, subject: EvaluatedModel, image: Floats) -> Floats:
         """Return where Square ends that lowers 1000 - value, which it never takes for a success."""
 
         def margins(z: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Evade:
         """Return the forward passes of one image."""
         return 2.0 * self.steps * (5.0 if self.variant == "orthogonal" else 3.0)
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return holds (N,): no point was found that is wrong and unflagged in what is served."""
         x, y = tensors(subject, image, label)
         broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -123,7 +123,7 @@ class Evade:
             broken[left] = torch.from_numpy(evades(subject, found.cpu().numpy(), label[left.cpu().numpy()], self)).to(x.device)
         return {"holds": ~broken.cpu().numpy()}
 
-    def search(self, subject: Subject, x: Tensor, y: Tensor, x_adv: Tensor) -> Tensor:
+    def search(self, subject: EvaluatedModel, x: Tensor, y: Tensor, x_adv: Tensor) -> Tensor:
         """Return the first iterate that is wrong and unflagged, or the last."""
         found, going = x_adv.clone(), torch.arange(len(y), device=x.device)
         of = SCORES[self.score](self.weight)
@@ -139,7 +139,7 @@ class Evade:
         found[going] = x_adv
         return found
 
-    def direction(self, subject: Subject, x: Tensor, y: Tensor, of: object) -> tuple[Tensor, Tensor, Tensor]:
+    def direction(self, subject: EvaluatedModel, x: Tensor, y: Tensor, of: object) -> tuple[Tensor, Tensor, Tensor]:
         """Return where to climb (N, 3, H, W), which are wrong, and how far each score lies below the threshold."""
         assert callable(of)
         x = x.detach().requires_grad_()
@@ -175,7 +175,7 @@ class EvadeBySquare:
         """Return the forward passes of one image."""
         return self.queries / 2
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return holds (N,)."""
         holds = ~evades(subject, image, label, self)
         for y in np.unique(label):
@@ -188,7 +188,7 @@ class EvadeBySquare:
                 holds[here] = ~evades(subject, made.numpy(), label[here], self)
         return {"holds": holds}
 
-    def objective(self, subject: Subject, y: int) -> object:
+    def objective(self, subject: EvaluatedModel, y: int) -> object:
         """Return images of class y -> two "logits" whose margin is below 0 where they are wrong and unflagged."""
         of = SCORES[self.score](self.weight)
 
@@ -201,7 +201,7 @@ class EvadeBySquare:
         return ask
 
 
-def evades(subject: Subject, image: Floats, label: Labels, attack: Evade | EvadeBySquare) -> np.ndarray:
+def evades(subject: EvaluatedModel, image: Floats, label: Labels, attack: Evade | EvadeBySquare) -> np.ndarray:
     """Return which images the served model gets wrong and does not flag, (N,) bool."""
     if not len(label):
         return np.zeros(0, bool)

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat_serve.listing import shown
-from training import sources
-from training.errors import DataError
-from training.pictures import (
+from training.data import archives
+from training.data.image_folders import (
     SPLIT_SEED,
     Labels,
     Pixels,
@@ -30,6 +29,7 @@ from training.pictures import (
     read_npz,
     tell,
 )
+from training.errors import DataError
 
 NAMED = ("cifar10", "cifar100", "svhn", "digits")
 SMALLEST = 60
@@ -65,13 +65,13 @@ def load(name: str, size: tuple[int, int] | None = None) -> Dataset:
     """
     root = data_root()
     if name == "cifar10":
-        return _split(name, sources.CIFAR10_NAMES, *sources.cifar10(root), held_out=2500, flip=True)
+        return _split(name, archives.CIFAR10_NAMES, *archives.cifar10(root), held_out=2500, flip=True)
     if name == "cifar100":
-        return _split(name, *sources.cifar100(root), held_out=2500, flip=True)
+        return _split(name, *archives.cifar100(root), held_out=2500, flip=True)
     if name == "svhn":
-        return _split(name, tuple("0123456789"), *sources.svhn(root), held_out=2500, flip=False)
+        return _split(name, tuple("0123456789"), *archives.svhn(root), held_out=2500, flip=False)
     if name == "digits":
-        examples = sources.digits()
+        examples = archives.digits()
         return _split(name, tuple("0123456789"), examples.take(slice(0, 1497)), examples.take(slice(1497, None)), held_out=200, flip=False)
     folder = Path(name).expanduser()
     if not folder.is_dir():

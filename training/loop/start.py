@@ -7,12 +7,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ebjdat_serve.wideresnet import WideResNet
+from training.data.datasets import Dataset
+from training.distributed import Noise, Ranks
 from training.errors import TrainingError
-from training.images import Dataset
-from training.methods import Setting
+from training.loop.state import State, load_weights
+from training.methods import RunContext
 from training.presets import Preset
-from training.ranks import Noise, Ranks
-from training.state import State, load_weights
 
 
 def new_state(preset: Preset, data: Dataset, init: Path | None, device: torch.device, ranks: Ranks = Ranks()) -> State:
@@ -25,7 +25,7 @@ def new_state(preset: Preset, data: Dataset, init: Path | None, device: torch.de
     model.autocast = precision(preset, device)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     noise = Noise.seeded(preset.seed, device, ranks)
-    memory = preset.method.begin(Setting(data, preset.threat, noise, device, preset.prior_rank))
+    memory = preset.method.begin(RunContext(data, preset.threat, noise, device, preset.prior_rank))
     return State(model, ema, new_optimiser(preset, model), memory, noise)
 
 

@@ -17,9 +17,9 @@ from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, Calibration, resolv
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.locking import hold
-from ebjdat_serve.server.lanes import Lane, Peer
+from ebjdat_serve.server.ipc import Drop, Hello, Load, Loaded, Refused, receive
+from ebjdat_serve.server.queues.request_queue import Lane, Peer
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.server.wire import Drop, Hello, Load, Loaded, Refused, receive
 from ebjdat_serve.store import reason_held_back
 
 log = logging.getLogger("ebjdat_serve")

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.pictures import Pixels
-from training.ranks import Noise
+from training.data.image_folders import Pixels
+from training.distributed import Noise
 
 
 def to_device(image: Pixels, device: torch.device) -> Tensor:

@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 
 from ebjdat_serve.engines import Floats, Labels
-from training.clock import duration
 from training.errors import TrainingError
-from training.evaluation.subject import Spec, Subject
+from training.evaluation.evaluated_model import EvaluatedModel, Spec
+from training.loop.clock import duration
 
 CHUNK = 100
 CHUNK_GPU = 500
@@ -42,14 +42,14 @@ log = logging.getLogger("training")
 Arrays = dict[str, NDArray[Any]]
 
 
-class Work(Protocol):
+class Task(Protocol):
     """Something done to labelled images, a frozen dataclass: its repr is part of the key."""
 
     @property
     def cost(self) -> float:
         """Return what one image costs, in forward passes: what the time left is reckoned with."""
 
-    def run(self, subject: Subject, image: Floats, label: Labels) -> Arrays:
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return arrays whose first axis is the images, and ``notes`` (strings) where there is something to say."""
 
 
@@ -57,7 +57,7 @@ class Work(Protocol):
 class Chunk:
     """Some work on some images."""
 
-    work: Work
+    work: Task
     image: Floats
     label: Labels
 
@@ -70,16 +70,16 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class ResultCache:
     """Results under ``folder``; done by ``processes`` workers of one thread each, or here when that is 1."""
 
     folder: Path
     spec: Spec
-    subject: Subject
+    subject: EvaluatedModel
     processes: int = 1
     workers: list[ProcessPoolExecutor] = field(default_factory=list, repr=False, compare=False)
 
-    def run(self, title: str, todo: Sequence[tuple[Work, Floats, Labels]]) -> list[Arrays]:
+    def run(self, title: str, todo: Sequence[tuple[Task, Floats, Labels]]) -> list[Arrays]:
         """Return the result of each (work, images, labels), computing in chunks what is not there yet.
 
         Raises TrainingError when a worker died; what was finished stays.
@@ -134,7 +134,7 @@ class Ledger:
         self.workers.clear()
 
 
-_SUBJECT: list[Subject] = []
+_SUBJECT: list[EvaluatedModel] = []
 
 
 def open_here(spec: Spec) -> None:
@@ -206,4 +206,4 @@ def notes(lines: Sequence[str]) -> NDArray[np.str_]:
     return np.asarray(list(lines), dtype=np.str_).reshape(-1)
 
 
-__all__ = ["CHUNK", "Arrays", "Chunk", "Ledger", "Work", "notes"]
+__all__ = ["CHUNK", "Arrays", "Chunk", "ResultCache", "Task", "notes"]

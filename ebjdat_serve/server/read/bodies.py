@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from ebjdat_serve.bundle import Input
 from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS, Pixels, load, peek
-from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.answer.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
 RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")  # the last is curl --data-binary's own

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import MARGINAL, score
 from ebjdat_serve.sgld import Prior, Sampler, sgld
-from training.adversary import frozen
+from training.data.image_folders import Split
+from training.distributed import Noise
 from training.errors import TrainingError
-from training.pictures import Split
-from training.ranks import Noise
+from training.methods.adversary import frozen
 
 SHARDS = 8
 """Parts of the buffer; a draw takes equally many chains of each, and a rank owns whole parts. So 1, 2, 4 or 8 ranks draw alike."""
 
 
 @dataclass(frozen=True)
-class Chains:
+class ChainConfig:
     """Where the negatives of maximum likelihood come from; lengths in pixels of [0,1].
 
     ``prior`` gaussian (class-informative, JEM++) | uniform (JEM). ``conditional``: chains follow dE(x,y)/dx of their class, else
@@ -85,7 +85,7 @@ class Starts:
 class ReplayBuffer:
     """This rank's persistent chains, (parts, size, 3, H, W), in class blocks: over all parts every class has its equal share."""
 
-    def __init__(self, chains: Chains, starts: Starts, classes: int, noise: Noise, device: torch.device) -> None:
+    def __init__(self, chains: ChainConfig, starts: Starts, classes: int, noise: Noise, device: torch.device) -> None:
         ranks = noise.ranks
         if SHARDS % ranks.world or chains.batch % SHARDS or chains.buffer_size % SHARDS or chains.batch > chains.buffer_size:
             raise TrainingError(

@@ -1,0 +1,1 @@
+"""From a worker's output to a response."""

@@ -1,0 +1,1 @@
+"""The training loop: stages, state, log and what becomes of the weights."""
