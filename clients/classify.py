@@ -132,13 +132,13 @@ def unwritten(error: OSError, output: Path | None = None) -> int:
     return 1
 
 
-# How a picture is read: the same lines in classify.py and screen.py.
+# How an image is read: the same lines in classify.py and screen.py.
 LARGEST = 16 * 2**20
-"""Bytes of a picture at most: the server's limit."""
+"""Bytes of an image at most: the server's limit."""
 
 
 def content(file: Path) -> bytes:
-    """Return a picture's bytes; raise OSError, also for a pipe or a device, which may never end, and for more than LARGEST bytes."""
+    """Return an image's bytes; raise OSError, also for a pipe or a device, which may never end, and for more than LARGEST bytes."""
     handed = file == Path("/dev/stdin") or file.parent in (Path("/dev/fd"), Path("/proc/self/fd"))  # by the shell, as <(…)
     if not handed and stat.S_IFMT(file.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
         raise OSError(errno.EINVAL, "neither a file nor a folder")
@@ -150,7 +150,7 @@ def content(file: Path) -> bytes:
 
 
 def classify(client: httpx2.Client, picture: Path) -> str:
-    """Return what the server says of one picture, in words; raise Refused or OSError."""
+    """Return what the server says of one image, in words; raise Refused or OSError."""
     answer = ask(client, "POST", "/classify", content=content(picture), headers={"Content-Type": "application/octet-stream"})
     try:
         said = answer.json()
@@ -161,7 +161,7 @@ def classify(client: httpx2.Client, picture: Path) -> str:
 
 
 def main() -> int:
-    """Print one line a picture; return 1 when one was refused or the line cannot be written, 2 when there is no server."""
+    """Print one line an image; return 1 when one was refused or the line cannot be written, 2 when there is no server."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("pictures", nargs="+", type=Path)
     parser.add_argument("--url", type=address, default="http://localhost:8000")

@@ -2,12 +2,12 @@
 # Everything the server does, with curl: clients/curl.sh cat.png [http://localhost:8000]
 # The first answer that is not what was asked for ends it, in one line with the status, and is not saved.
 set -euo pipefail
-picture=${1:?usage: clients/curl.sh PICTURE [URL]}
+image=${1:?usage: clients/curl.sh IMAGE [URL]}
 url=${2:-http://localhost:8000}
 url=${url%/}
 aside=$(mktemp -d)
 trap 'rm -rf "$aside"' EXIT
-# a busy server, and a connection that drops, are tried again; pictures come from standard input, where a name may hold what it likes
+# a busy server, and a connection that drops, are tried again; images come from standard input, where a name may hold what it likes
 curl=(curl -sS --retry 2 --retry-all-errors --retry-max-time 60 --max-time 180 -D "$aside/head")
 key=$(printf %s "${LIT_SERVER_API_KEY:-}" | LC_ALL=C tr -d '\r')  # without the line end of its file
 if [ "$(printf %s "$key" | LC_ALL=C tr -d ' -~' | wc -c)" -ne 0 ]; then
@@ -35,16 +35,16 @@ ask() {
 }
 json=application/json
 
-echo "# the picture as the body"
-ask $json /classify --data-binary @- < "$picture"; cat "$aside/body"; echo
+echo "# the image as the body"
+ask $json /classify --data-binary @- < "$image"; cat "$aside/body"; echo
 echo "# as a form field"
-ask $json /classify -F 'image=@-;filename=picture' < "$picture"; cat "$aside/body"; echo
+ask $json /classify -F 'image=@-;filename=image' < "$image"; cat "$aside/body"; echo
 echo "# as base64 in JSON, one or several"
-base64 < "$picture" | tr -d '\n' | sed 's/.*/{"image": "&"}/' > "$aside/one"
+base64 < "$image" | tr -d '\n' | sed 's/.*/{"image": "&"}/' > "$aside/one"
 ask $json /energy -H 'Content-Type: application/json' --data-binary @- < "$aside/one"; cat "$aside/body"; echo
-base64 < "$picture" | tr -d '\n' | sed 's/.*/{"images": ["&", "&"]}/' > "$aside/two"
+base64 < "$image" | tr -d '\n' | sed 's/.*/{"images": ["&", "&"]}/' > "$aside/two"
 ask $json /classify -H 'Content-Type: application/json' --data-binary @- < "$aside/two"; cat "$aside/body"; echo
-echo "# a picture of class 3, and sixteen of them, large enough to look at"
+echo "# an image of class 3, and sixteen of them, large enough to look at"
 ask image/png "/generate?class=3"; cp "$aside/body" generated.png
 ask image/png "/generate?class=3&n=16&scale=4&seed=7"; cp "$aside/body" generated-grid.png
 file generated.png generated-grid.png 2>/dev/null || ls -l generated.png generated-grid.png

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw pictures of a class: `python clients/generate.py cat -n 16 -o cats.png [--url http://localhost:8000]`. Needs httpx2."""
+"""Draw images of a class: `python clients/generate.py cat -n 16 -o cats.png [--url http://localhost:8000]`. Needs httpx2."""
 
 import argparse
 import os

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Screen a folder or a glob for suspicious pictures: `python clients/screen.py 'incoming/*.jpg' -o report.csv`.
 
-Sends pictures concurrently, writes file, class, label, probability, energy, p_value, suspicious, error to CSV, in the order of the
-files' names, one row a file: what is a picture by its first bytes or by its suffix is sent, everything else is a row that says
-"skipped". Exit code: 0 nothing suspicious, 3 something is, 1 a picture was refused or there was none, 2 no server. Needs httpx2, tqdm.
+Sends images concurrently, writes file, class, label, probability, energy, p_value, suspicious, error to CSV, in the order of the
+files' names, one row a file: what is an image by its first bytes or by its suffix is sent, everything else is a row that says
+"skipped". Exit code: 0 nothing suspicious, 3 something is, 1 an image was refused or there was none, 2 no server. Needs httpx2, tqdm.
 """
 
 import argparse
@@ -148,13 +148,13 @@ def unwritten(error: OSError, output: Path | None = None) -> int:
     return 1
 
 
-# How a picture is read: the same lines in classify.py and screen.py.
+# How an image is read: the same lines in classify.py and screen.py.
 LARGEST = 16 * 2**20
-"""Bytes of a picture at most: the server's limit."""
+"""Bytes of an image at most: the server's limit."""
 
 
 def content(file: Path) -> bytes:
-    """Return a picture's bytes; raise OSError, also for a pipe or a device, which may never end, and for more than LARGEST bytes."""
+    """Return an image's bytes; raise OSError, also for a pipe or a device, which may never end, and for more than LARGEST bytes."""
     handed = file == Path("/dev/stdin") or file.parent in (Path("/dev/fd"), Path("/proc/self/fd"))  # by the shell, as <(…)
     if not handed and stat.S_IFMT(file.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
         raise OSError(errno.EINVAL, "neither a file nor a folder")
@@ -198,7 +198,7 @@ def skipped(file: Path) -> str:
     if head.startswith(b"\x00\x05\x16\x07"):
         return f"{SKIPPED}what macOS keeps beside a file"  # ._a.png
     picture = is_picture(head) or file.suffix.lower() in SUFFIXES  # damaged ones too: the server says what is wrong with them
-    return "" if picture else f"{SKIPPED}no picture, by its first bytes and by its suffix"
+    return "" if picture else f"{SKIPPED}no image, by its first bytes and by its suffix"
 
 
 def is_picture(head: bytes) -> bool:
@@ -212,7 +212,7 @@ def is_picture(head: bytes) -> bool:
 
 
 def screen(client: httpx2.Client, file: Path, gone: Event) -> Row:
-    """Return one CSV row; while the server is ``gone``, each picture is one try, so that a long list comes to its end."""
+    """Return one CSV row; while the server is ``gone``, each image is one try, so that a long list comes to its end."""
     row = {"file": named(file)}
     request: dict[str, Any] = {"headers": {"Content-Type": "application/octet-stream"}}
     try:
@@ -281,7 +281,7 @@ def report(client: httpx2.Client, files: dict[Path, str], jobs: int, writer: "cs
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             return "interrupted; the report ends here", 130
-    counted = f"{sent} pictures, {suspicious} suspicious, {refused} refused, {left_out} skipped"
+    counted = f"{sent} images, {suspicious} suspicious, {refused} refused, {left_out} skipped"
     return counted, 1 if refused or not sent else 3 if suspicious else 0
 
 

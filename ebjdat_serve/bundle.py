@@ -44,7 +44,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Input:
-    """The input contract: pictures are squashed to height x width by area averaging, pixels in [0,1]."""
+    """The input contract: images are squashed to height x width by area averaging, pixels in [0,1]."""
 
     height: int
     width: int

@@ -1,4 +1,4 @@
-"""The pictures of a folder, told by their content whatever they are called; what is no picture is named, never dropped in silence."""
+"""The images of a folder, told by their content whatever they are called; what is no image is named, never dropped in silence."""
 
 import os
 import unicodedata
@@ -15,7 +15,7 @@ SHOWN = 20
 
 @dataclass
 class Listing:
-    """Pictures in the order of their names, and what else lies there: files by the reason for which they are left out."""
+    """Images in the order of their names, and what else lies there: files by the reason for which they are left out."""
 
     pictures: list[Path] = field(default_factory=list)
     skipped: dict[str, list[Path]] = field(default_factory=dict)
@@ -33,9 +33,9 @@ class Listing:
 
 
 def list_pictures(folder: Path, listing: Listing | None = None) -> Listing:
-    """Return the pictures in ``folder`` and its sub-folders, added to ``listing`` if there is one; links are followed, each folder once.
+    """Return the images in ``folder`` and its sub-folders, added to ``listing`` if there is one; links are followed, each folder once.
 
-    A file that is called a picture but does not begin as one counts as one: whoever reads it will find it damaged. Raises OSError.
+    A file that is called an image but does not begin as one counts as one: whoever reads it will find it damaged. Raises OSError.
     """
     found = listing or Listing()
     for file in walk(folder):
@@ -49,7 +49,7 @@ def list_pictures(folder: Path, listing: Listing | None = None) -> Listing:
         if kind in FORMATS or (not kind and Image.registered_extensions().get(file.suffix.lower()) in FORMATS):
             found.pictures.append(file)
         else:
-            found.skip(f"{kind}, which is not read" if kind else "not of a picture", file)
+            found.skip(f"{kind}, which is not read" if kind else "not of an image", file)
     return found
 
 
@@ -68,7 +68,7 @@ def walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[Pat
 
 
 def format_of(file: Path) -> str:
-    """Return what Pillow takes a file for by its first bytes, as PNG or BMP; nothing for what is no picture."""
+    """Return what Pillow takes a file for by its first bytes, as PNG or BMP; nothing for what is no image."""
     Image.init()
     try:
         with file.open("rb") as opened:

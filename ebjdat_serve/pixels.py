@@ -1,7 +1,7 @@
 """Bytes to pixels and back: what is accepted, what is refused, and the only user of Pillow in the server.
 
-A picture of any size is squashed to height x width by area averaging (aspect ratio is not kept); transparency is laid
-on white; 16-bit pictures are scaled to 8; EXIF rotation is applied; of an animation the first frame counts.
+An image of any size is squashed to height x width by area averaging (aspect ratio is not kept); transparency is laid
+on white; 16-bit images are scaled to 8; EXIF rotation is applied; of an animation the first frame counts.
 """
 
 import io
@@ -25,7 +25,7 @@ AI_ORIGIN = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMe
 
 
 def decode(data: bytes | bytearray, height: int, width: int) -> Pixels:
-    """Return the picture in ``data`` as (height, width, 3) uint8.
+    """Return the image in ``data`` as (height, width, 3) uint8.
 
     Raises InvalidImage: empty, too many bytes or pixels, not PNG, JPEG or WebP, truncated or damaged.
     """
@@ -33,7 +33,7 @@ def decode(data: bytes | bytearray, height: int, width: int) -> Pixels:
 
 
 def peek(data: bytes | bytearray) -> Image.Image:
-    """Return the picture in ``data`` with only its header read: its ``size`` says what ``load`` will cost. Raises InvalidImage."""
+    """Return the image in ``data`` with only its header read: its ``size`` says what ``load`` will cost. Raises InvalidImage."""
     if not data:
         raise InvalidImage("the image is empty (0 bytes)")
     if len(data) > MAX_BYTES:
@@ -49,11 +49,11 @@ def peek(data: bytes | bytearray) -> Image.Image:
 
 
 def upright_size(data: bytes | bytearray) -> tuple[int, int]:
-    """Return the (height, width) of the picture in ``data``, EXIF rotation applied, from its header alone. Raises InvalidImage."""
+    """Return the (height, width) of the image in ``data``, EXIF rotation applied, from its header alone. Raises InvalidImage."""
     picture = peek(data)
     try:
         turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception:  # a picture with broken EXIF is still a picture
+    except Exception:  # an image with broken EXIF is still an image
         turned = False
     return picture.size if turned else (picture.height, picture.width)
 
@@ -84,7 +84,7 @@ def pieces(data: bytes | bytearray) -> int:
 
 
 def load(picture: Image.Image, height: int, width: int) -> Pixels:
-    """Return a picture that was peeked at as (height, width, 3) uint8. Raises InvalidImage."""
+    """Return an image that was peeked at as (height, width, 3) uint8. Raises InvalidImage."""
     with _hostile(), picture:
         upright = _rgb(_upright(_eight_bit(picture)))
         return np.asarray(upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BOX))
@@ -107,7 +107,7 @@ def _upright(picture: Image.Image) -> Image.Image:
     picture.load()
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # a picture with broken EXIF is still a picture
+    except Exception:  # an image with broken EXIF is still an image
         return picture
 
 

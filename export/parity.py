@@ -53,11 +53,11 @@ def chains(bundle: Bundle, engine: Engine, n: int) -> Floats:
 
 
 def read_images(bundle: Bundle, folder: Path) -> Floats:
-    """Return every picture in ``folder``, decoded as the server decodes it."""
+    """Return every image in ``folder``, decoded as the server decodes it."""
     size = bundle.manifest.input
     listing = list_pictures(folder)
     if not listing.pictures:
-        raise EbjdatError(f"{shown(folder)} holds no pictures ({', '.join(FORMATS)})")
+        raise EbjdatError(f"{shown(folder)} holds no images ({', '.join(FORMATS)})")
     if said := listing.note():
         print(f"note: {shown(folder)}: {said}", file=sys.stderr)
     return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in listing.pictures]))
@@ -67,7 +67,7 @@ def main() -> None:
     """Check the bundle named on the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--images", type=Path, help="a folder of pictures to compare on, beside the self-test's")
+    parser.add_argument("--images", type=Path, help="a folder of images to compare on, beside the self-test's")
     options = parser.parse_args()
     torch.set_num_threads(threads())
     with command(parser):

@@ -43,4 +43,4 @@ def test_the_scripts_of_a_clone_with_autocrlf_run(clone):
         done = subprocess.run(["bash", "-n", script], capture_output=True, encoding="utf-8", check=False)
         assert (done.returncode, done.stderr) == (0, ""), script
     usage = subprocess.run(["bash", clone / "clients" / "curl.sh"], capture_output=True, encoding="utf-8", check=False)
-    assert "usage: clients/curl.sh PICTURE" in usage.stderr
+    assert "usage: clients/curl.sh IMAGE" in usage.stderr

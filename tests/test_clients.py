@@ -20,7 +20,7 @@ def folder(tmp_path, test_images):
     (home / "inner").mkdir(parents=True)
     for i, image in enumerate(test_images[0][::60]):
         (home / f"real{i}.png").write_bytes(pixels.encode_png(image))
-    (home / "inner" / "broken.jpg").write_bytes(b"not a picture")
+    (home / "inner" / "broken.jpg").write_bytes(b"not an image")
     return home
 
 

@@ -141,7 +141,7 @@ def test_what_is_no_answer_is_one_line_with_the_status(run, picture_file, name, 
     assert "\n" not in said
     assert said.isprintable()
     assert f"HTTP {status}" in said or "gzip" in answer
-    assert not picture_file.with_name("drawn.png").exists()  # nothing is saved that is no picture
+    assert not picture_file.with_name("drawn.png").exists()  # nothing is saved that is no image
     assert (len(server.requests), len(pauses)) == ((5, 4) if status in (502, 503) else (1, 0))
     if status == 308:
         assert "https://elsewhere.invalid/" in said
@@ -239,7 +239,7 @@ def test_a_screening_names_every_file_and_sends_what_is_a_picture(run, tmp_path)
     for name in sent:
         (folder / os.fsdecode(name)).write_bytes(b"damaged" if b"damaged" in name else PNG)
     (folder / "._a.png").write_bytes(b"\x00\x05\x16\x07\x00\x02")
-    (folder / "notes.txt").write_text("no picture", encoding="utf-8")
+    (folder / "notes.txt").write_text("no image", encoding="utf-8")
     (folder / "empty").touch()
     (folder / "dangling.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(folder / "pipe.png")
@@ -252,12 +252,12 @@ def test_a_screening_names_every_file_and_sends_what_is_a_picture(run, tmp_path)
     assert found["dangling.png"] == "No such file or directory"
     assert len(server.requests) == len(sent)
     assert code == 1
-    assert "8 pictures, 0 suspicious, 1 refused, 5 skipped" in err
+    assert "8 images, 0 suspicious, 1 refused, 5 skipped" in err
 
 
 def test_what_is_named_is_sent_and_what_is_not_there_is_a_row(run, tmp_path, picture_file):
     odd = tmp_path / "notes.txt"
-    odd.write_text("no picture", encoding="utf-8")
+    odd.write_text("no image", encoding="utf-8")
     with hostile_server(lambda n, body: None) as server:
         code, out, _, _ = run("screen", odd, picture_file, tmp_path / "absent*.png", "--url", server.url)
     assert code == 1
@@ -338,7 +338,7 @@ def test_every_client_reads_answers_in_the_same_way():
     classify, screen, generate = found
     assert classify == screen
     assert classify[0] == generate[0]
-    assert generate[1] == [None, None]  # it reads no picture
+    assert generate[1] == [None, None]  # it reads no image
 
 
 def curl(picture, url, cwd, **environment):
@@ -408,13 +408,13 @@ def test_what_never_ends_keeps_no_client_waiting(run, picture_file, endless, nam
         code, out, err, _ = run(name, endless[what], picture_file, "--url", server.url)
     assert code == 1
     assert "neither a file nor a folder" in out + err
-    assert [path for path, *_ in server.requests] == ["/classify"]  # the picture went
+    assert [path for path, *_ in server.requests] == ["/classify"]  # the image went
 
 
 def test_a_full_disk_is_told_and_no_report_is_claimed(run, picture_file):
     with hostile_server(lambda n, body: None) as server:
         code, _, err, _ = run("screen", picture_file, "-o", "/dev/full", "--url", server.url)
-    assert (code, "cannot write /dev/full: No space left" in err, "1 pictures" in err) == (1, True, False)
+    assert (code, "cannot write /dev/full: No space left" in err, "1 images" in err) == (1, True, False)
 
 
 def shell(command, *arguments, **environment):

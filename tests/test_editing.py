@@ -137,7 +137,7 @@ def test_another_score_is_said_by_the_card_of_the_same_version(bundle, tmp_path,
     assert done.calibration().score == "max_softmax"
     before, after = ((one.path / "README.md").read_text(encoding="utf-8") for one in (bundle, done))
     assert ("s(x) = E(x) +" in before, "s(x) = E(x) +" in after) == (True, False)
-    assert done.manifest.files["samples.png"] == samples  # no picture is drawn again for it
+    assert done.manifest.files["samples.png"] == samples  # no image is drawn again for it
 
 
 def test_precisions_that_a_calibration_drops_are_named(bundle, caplog):

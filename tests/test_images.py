@@ -123,7 +123,7 @@ def test_the_splits_are_disjoint_and_always_the_same():
     assert first.sha256 == second.sha256
     np.testing.assert_array_equal(first.selection.image, second.selection.image)
     keys = [image.tobytes() for part in parts for image in part.image]
-    assert len(keys) - len(set(keys)) <= 5  # digits holds a few identical pictures
+    assert len(keys) - len(set(keys)) <= 5  # digits holds a few identical images
 
 
 @pytest.mark.data
@@ -173,17 +173,17 @@ def test_pictures_of_any_kind_are_squashed_as_the_server_squashes_them(tmp_path)
     ("build", "said"),
     [
         (lambda root: pictures(root, ("ash",), 300), "two or more classes"),
-        (lambda root: pictures(root, ("ash", "birch"), 29), "holds 58 pictures .* 60 are the least"),
+        (lambda root: pictures(root, ("ash", "birch"), 29), "holds 58 images .* 60 are the least"),
         (
             lambda root: (pictures(root / "train", ("ash", "birch"), 24), pictures(root / "test", ("ash", "birch"), 20)),
-            "48 pictures .* 50 in train/ are the least",
+            "48 images .* 50 in train/ are the least",
         ),
         (lambda root: pictures(root, ("ash", "birch"), 130, size=(9, 9)), "multiple of 4"),
         (lambda root: (pictures(root, ("ash", "birch"), 130), pictures(root / "train", ("ash", "birch"), 2)), "no test"),
         (lambda root: (pictures(root, ("ash",), 250), pictures(root, ("birch",), 3)), r"fewer than 8 training images of birch \(3\)"),
         (lambda root: (pictures(root, ("ash",), 150), pictures(root, ("birch",), 150, size=(8, 8))), "they must be of one size"),
         (lambda root: (pictures(root, ("ash", "birch"), 130), (root / "ash" / "x.png").write_bytes(b"no")), "x.png"),
-        (lambda root: (root / "ash").mkdir(parents=True) or (root / "birch").mkdir(), r"no pictures \(PNG, JPEG, WEBP\) of ash, birch"),
+        (lambda root: (root / "ash").mkdir(parents=True) or (root / "birch").mkdir(), r"no images \(PNG, JPEG, WEBP\) of ash, birch"),
         (lambda root: (pictures(root, ("ash", "birch"), 40), (root / "oak").mkdir()), "of oak"),
         (
             lambda root: (pictures(root / "train", ("ash", "birch"), 40), pictures(root / "test", ("ash", "birch", "oak"), 4)),
@@ -219,7 +219,7 @@ def test_what_is_a_picture_is_told_by_its_content_and_what_is_none_is_named(tmp_
     (own / "birch" / "album.jpg" / "round").symlink_to(own / "birch")  # a circle
     (own / "birch" / "._8.png").write_bytes(b"\x00\x05\x16\x07" * 8)
     (own / "birch" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0" * 8)
-    (own / "labels.csv").write_text("no picture", encoding="utf-8")
+    (own / "labels.csv").write_text("no image", encoding="utf-8")
     with open(os.fsencode(own / "birch") + b"/caf\xe9.png", "wb") as odd:
         odd.write((own / "birch" / "9.png").read_bytes())
     data = datasets.load(str(own))
@@ -227,7 +227,7 @@ def test_what_is_a_picture_is_told_by_its_content_and_what_is_none_is_named(tmp_
     assert counts.tolist() == [30 + 1, 30 + 2]  # the JPEG; the link and the odd name
     said = capsys.readouterr().err
     assert "left out 4 of 67 files: 1 BMP, which is not read (x.bmp); 1 hidden (._8.png); 1 in no class folder (labels.csv)" in said
-    assert "1 not of a picture (Thumbs.db)" in said
+    assert "1 not of an image (Thumbs.db)" in said
     said.encode("ascii")  # nothing here is printed that a terminal may lack
 
 
@@ -257,11 +257,11 @@ def test_all_damaged_pictures_are_named_at_once(tmp_path):
     pictures(own / "train", ("ash", "birch"), 30)
     pictures(own / "test", ("ash", "birch"), 5)
     bad = [own / "train" / "ash" / "3.png", own / "train" / "birch" / "4.png", own / "test" / "ash" / "0.png"]
-    bad[0].write_bytes(b"no picture at all, whatever it is called")
+    bad[0].write_bytes(b"no image at all, whatever it is called")
     bad[1].write_bytes(bad[1].read_bytes()[:60])
     bad[2].write_bytes(b"")
     for size in (None, (8, 8)):
-        with pytest.raises(DataError, match="3 of 70 pictures cannot be read") as error:
+        with pytest.raises(DataError, match="3 of 70 images cannot be read") as error:
             datasets.load(str(own), size)
         for file in bad:
             assert str(file) in str(error.value)
@@ -300,8 +300,8 @@ def test_few_of_a_class_are_in_every_split_and_are_named(tmp_path, capsys):
     parts = [np.bincount(part.label, minlength=2).tolist() for part in (data.train, data.selection, data.calibration, data.test)]
     assert parts == [[268, 8], [33, 1], [33, 1], [66, 2]]
     said = capsys.readouterr().err
-    assert "few pictures of birch (train 8, selection 1, calibration 1, test 2): what is measured of it is uncertain" in said
-    assert "34 pictures calibrate the flag: p-values are multiples of 1/35" in said
+    assert "few images of birch (train 8, selection 1, calibration 1, test 2): what is measured of it is uncertain" in said
+    assert "34 images calibrate the flag: p-values are multiples of 1/35" in said
 
 
 def test_sixty_pictures_are_enough_to_train_and_to_flag(tmp_path):

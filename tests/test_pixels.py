@@ -70,7 +70,7 @@ def test_exif_rotation_is_applied(deep):
     array = np.zeros((32, 32), np.uint16 if deep else np.uint8)
     array[:16] = 65535 if deep else 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the stored picture is its right side
+    exif[0x0112] = 6  # the top of the stored image is its right side
     out = pixels.decode(encoded(Image.fromarray(array), exif=exif), 32, 32)
     assert out[:, 20:].min() == 255
     assert out[:, :12].max() == 0

@@ -120,7 +120,7 @@ def digits(golden, tmp_path):
 
 
 def blind(bundle, image):
-    """Ranges taken on blank pictures clip everything that a real one holds."""
+    """Ranges taken on blank images clip everything that a real one holds."""
     return write_int8(bundle, np.zeros_like(image))
 
 

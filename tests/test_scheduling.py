@@ -1,4 +1,4 @@
-"""Chains are scheduled: the same pictures as alone, short before long, nobody starves, whoever leaves is gone at the next step."""
+"""Chains are scheduled: the same images as alone, short before long, nobody starves, whoever leaves is gone at the next step."""
 
 from dataclasses import replace
 

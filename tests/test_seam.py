@@ -77,7 +77,7 @@ def test_each_attribute_that_we_set_is_one_that_litserve_keeps():
 
 
 def test_answers_are_not_compressed(live):
-    """LitServe's middleware for it would be in the way of every picture."""
+    """LitServe's middleware for it would be in the way of every image."""
     answer = httpx2.get(f"{live.url}/info", headers={"Accept-Encoding": "gzip"})
     assert len(answer.content) > 10_000
     assert "content-encoding" not in answer.headers

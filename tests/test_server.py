@@ -108,7 +108,7 @@ def test_generate_draws_a_marked_png_of_the_class_asked_for(live, shipped):
     assert answer.headers["x-label"] == shipped.manifest.labels[3]
     assert answer.headers["x-seed"] == "5"
     assert 0 <= float(answer.headers["x-probability"]) <= 1
-    # what the headers say is what the server says of the very same picture
+    # what the headers say is what the server says of the very same image
     again = raw(live, "/classify", answer.content).json()
     assert again["energy"] == pytest.approx(float(answer.headers["x-energy"]), abs=1e-3)
 

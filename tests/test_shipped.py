@@ -1,4 +1,4 @@
-"""The model in the wheel: whole, small, and as good on real pictures as its card says."""
+"""The model in the wheel: whole, small, and as good on real images as its card says."""
 
 import json
 import os

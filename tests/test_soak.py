@@ -37,7 +37,7 @@ those at the end of a soak of less than ten minutes."""
 
 
 class Expected:
-    """What the engine says when it is alone: pictures and drawings, by number."""
+    """What the engine says when it is alone: images and drawings, by number."""
 
     def __init__(self, test_images):
         folder = SHIPPED
@@ -98,7 +98,7 @@ class Soak:
                 self.expected.energy[i],
                 self.expected.p_value[i],
             ):
-                self.wrong.append(f"picture {i}: {said}")
+                self.wrong.append(f"image {i}: {said}")
 
     def energies(self, client, dice):
         chosen = [dice.randrange(len(self.expected.pictures)) for _ in range(dice.randint(1, 40))]

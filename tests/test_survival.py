@@ -174,7 +174,7 @@ def test_bad_settings_that_need_the_data_are_refused_too(tmp_path):
     for settings in (["window=0"], ["cap=-1"], ["seeds="]):
         with pytest.raises(TrainingError, match="window must be"):
             override(preset("dat", "digits"), settings)
-    with pytest.raises(DataError, match="no folder of pictures"):
+    with pytest.raises(DataError, match="no folder of images"):
         new_state(override(preset("dat", "digits"), [f"seeds={ROOT / 'README.md'}"]), load("digits"), None, CPU)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The model card and its pictures, generated from the bundle's JSON: nothing in it is typed by hand.
+"""The model card and its images, generated from the bundle's JSON: nothing in it is typed by hand.
 
 `python training/card.py BUNDLE` writes the card again, of the shipped bundle with `--force`; `--readme README.md` also writes the figures between its markers.
 """
@@ -43,7 +43,7 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
     if samples:
         write_samples(bundle)
         names.append("samples.png")
-    # without arrays an earlier picture stays while the figures that it shows stand
+    # without arrays an earlier image stays while the figures that it shows stand
     if not write_landscape(bundle, arrays) and not any(row.get("part") == "landscape" for row in rows):
         (bundle.path / "landscape.png").unlink(missing_ok=True)
     if (bundle.path / "landscape.png").is_file():
@@ -56,7 +56,7 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
 
 
 def renew_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any], *, samples: bool = True) -> Bundle:
-    """Write the card as ``write_card`` does and record its files; a picture that it took away is no longer the bundle's."""
+    """Write the card as ``write_card`` does and record its files; an image that it took away is no longer the bundle's."""
     names = write_card(bundle, rows, baseline, arrays, samples=samples)
     files = {name: entry for name, entry in bundle.manifest.files.items() if name != "landscape.png"}
     return Bundle(bundle.path, replace(bundle.manifest, files=files)).update(*names)
@@ -202,7 +202,7 @@ def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
 Beta-distributed around it. At alpha 0.05 it flags these shares; max softmax, which needs no energy and is calibrated alike, stands in brackets:
 
 - clean test images {said("flag_rate_clean", "", "alpha 0.05, ")}; after JPEG at quality 75 {said("flag_rate_shifted", f"{data} test after JPEG q75")};
-- SVHN {flagged("svhn_train_first1080")}; CIFAR-100 {flagged(NEAR)}; uniform noise {flagged("uniform noise")}; blank pictures {flagged(BLANK)};
+- SVHN {flagged("svhn_train_first1080")}; CIFAR-100 {flagged(NEAR)}; uniform noise {flagged("uniform noise")}; blank images {flagged(BLANK)};
 - images that PGD-20 fooled at {eps} {flagged(f"PGD-20 {eps} on {data} test, fooled")}; the other attacked images {flagged(f"PGD-20 {eps} on {data} test, not fooled")}.
 
 **It is no defence against an adaptive attacker**: junk that is perturbed within {eps} to look normal leaves an AUROC of {junk}
@@ -239,7 +239,7 @@ def readme_limits(bundle: Bundle) -> str:
     return "\n".join(
         [
             *costs(bundle, rows),
-            f"- {'**The flag misses blank pictures**' if seen < 0.5 else 'Blank pictures'}: at alpha 0.05 it flags {blank} of those of one colour.",
+            f"- {'**The flag misses blank images**' if seen < 0.5 else 'Blank images'}: at alpha 0.05 it flags {blank} of those of one colour.",
             f"- Attacks in the ball: of the images that PGD-20 at {eps} fooled it flags {fooled}, of clean ones {clean}.",
             f"- Images close to its data{', where max softmax does better' if own < plain else ''}: AUROC against CIFAR-100 {near}.",
         ]

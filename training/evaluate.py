@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument(
         "--data", help="of weights: the data set (cifar10); of a bundle of a user's own data: the folder, when it has moved"
     )
-    parser.add_argument("--size", type=int, help="of weights and a folder: squash its pictures to SIZE x SIZE")
+    parser.add_argument("--size", type=int, help="of weights and a folder: squash its images to SIZE x SIZE")
     options = parser.parse_args()
     configure("text", "%(message)s", sys.stdout)
     log.setLevel(logging.DEBUG)  # its figures are what this command is for

@@ -47,7 +47,7 @@ class Preset:
     threat: Threat = Threat("linf", 8 / 255)
 
     # data
-    size: int = 0  # side that a folder's pictures are squashed to, 0: their own
+    size: int = 0  # side that a folder's images are squashed to, 0: their own
     batch_size: int = 128
     plain_batch: int = 64  # of the p(x) stream
     augment: str = "crop"  # none | crop | strong: of the labelled stream

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Label generated images with a bundle's classifier: `python training/pseudo_label.py IMAGES BUNDLE -o extra.npz`.
 
-IMAGES is an .npz with ``image`` or a folder of pictures. Images whose largest probability is below --least are left out. The file is
+IMAGES is an .npz with ``image`` or a folder of images. Images whose largest probability is below --least are left out. The file is
 what `train.py --set extra=extra.npz extra_fraction=0.7` mixes into every labelled batch, with any method.
 """
 

@@ -1,5 +1,5 @@
 // Drives the page in a headless Chromium and prints, as one line of JSON, what it computed:
-//   node check.mjs BUNDLE PICTURE [--chains FILE] [--steps 5] [--draw 12] [--rounds 30] [--shots FOLDER]
+//   node check.mjs BUNDLE IMAGE [--chains FILE] [--steps 5] [--draw 12] [--rounds 30] [--shots FOLDER]
 // FILE is {label, z, chains}: where a chain of `label` starts from the normals `z`, and chains as the step graph names them, flat.
 // Needs Node.js 20; CHROMIUM names the browser (default /usr/bin/chromium).
 // Exit code 1: an error that the page or its console tells, a failed request, another host.
@@ -21,7 +21,7 @@ const { values: options, positionals: [bundle, picture] } = parseArgs({
   },
 });
 if (!picture) {
-  console.error('usage: node check.mjs BUNDLE PICTURE [--chains FILE] [--steps 5] [--draw 12] [--rounds 30] [--shots FOLDER]');
+  console.error('usage: node check.mjs BUNDLE IMAGE [--chains FILE] [--steps 5] [--draw 12] [--rounds 30] [--shots FOLDER]');
   process.exit(2);
 }
 const HERE = fileURLToPath(new URL('.', import.meta.url));

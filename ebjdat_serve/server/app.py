@@ -109,7 +109,7 @@ class Routes:
     def __init__(self, fleet: Fleet, settings: Settings, classify: ClassifyLane, generate: GenerateLane | None) -> None:
         self.fleet, self.settings = fleet, settings
         self.classify_lane, self.generate_lane = classify, generate
-        # apart, so that large sheets keep no picture waiting
+        # apart, so that large sheets keep no image waiting
         self.decoders, self.encoders = (ThreadPoolExecutor(2, thread_name_prefix=name) for name in ("decode", "encode"))
 
     def install(self, app: FastAPI) -> None:
@@ -189,7 +189,7 @@ class Routes:
             return await asyncio.get_running_loop().run_in_executor(self.encoders, order.drawn, drawn)
 
     async def _events(self, lane: GenerateLane, order: Order, item: Item) -> AsyncIterator[bytes]:
-        """Yield the newest preview whenever the client has taken the last one, then the pictures, or the error."""
+        """Yield the newest preview whenever the client has taken the last one, then the images, or the error."""
         loop = asyncio.get_running_loop()
         yield b": drawing\n\n"
         while not item.future.done():

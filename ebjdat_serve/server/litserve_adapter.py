@@ -80,7 +80,7 @@ class Server(ls.LitServer):
         self.uvicorn_graceful_timeout = math.ceil(max(settings.graceful_timeout, settings.generate_graceful_timeout)) + 8
 
     def register_endpoints(self) -> None:
-        """Put our routes on the app instead of LitServe's, and leave out its compression: pictures are compressed already."""
+        """Put our routes on the app instead of LitServe's, and leave out its compression: images are compressed already."""
         self.app.router.redirect_slashes = False
         self.middlewares.clear()
         self._register(self.app)

@@ -37,7 +37,7 @@ class Settings:
     classify_workers: int = 1
     generate_workers: int = 1  # 0: no /generate, and less memory
 
-    max_body: int = 22 * 2**20  # a picture of the largest size still fits as base64
+    max_body: int = 22 * 2**20  # an image of the largest size still fits as base64
     max_images: int = 64  # in one JSON list
     max_samples: int = 64  # n of one /generate
     max_steps: int = 0  # of one /generate; 0: the bundle's own number, the horizon its sampler was tuned for

@@ -33,13 +33,13 @@ from training.errors import DataError
 
 NAMED = ("cifar10", "cifar100", "svhn", "digits")
 SMALLEST = 60
-"""Pictures of a folder, of which a sixth tests: fewer leave nothing to train on beside what must be held out."""
+"""Images of a folder, of which a sixth tests: fewer leave nothing to train on beside what must be held out."""
 RAREST = 8
-"""Pictures of a class: one each to choose on, to calibrate on and to test on, and some to train on."""
+"""Images of a class: one each to choose on, to calibrate on and to test on, and some to train on."""
 FEW = 30
-"""Pictures of a class below which its name is printed."""
+"""Images of a class below which its name is printed."""
 LEAST_CALIBRATION = 20
-"""Pictures to calibrate on: of fewer, no p-value is below the usual alpha of 0.05."""
+"""Images to calibrate on: of fewer, no p-value is below the usual alpha of 0.05."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def load(name: str, size: tuple[int, int] | None = None) -> Dataset:
     """Return a data set by name, or a folder's by its path, split; ``size`` (height, width) is for folders alone.
 
     A folder holds ``train/<class>/`` and ``test/<class>/``, or ``<class>/`` alone, of which a fixed sixth becomes the test split;
-    60 pictures are the least. Splits are stratified; what is left out, and classes of few pictures, are printed.
+    60 images are the least. Splits are stratified; what is left out, and classes of few images, are printed.
     Raises DataError when it is not there or does not match its checksum.
     """
     root = data_root()
@@ -94,7 +94,7 @@ def _folder(folder: Path, size: tuple[int, int] | None) -> Dataset:
     least = SMALLEST - SMALLEST // 6 if apart else SMALLEST
     if len(train) < least:
         what = f"{least} in train/" if apart else f"{least}"
-        raise DataError(f"{folder} holds {len(train)} pictures to train on and hold out from; {what} are the least: add some")
+        raise DataError(f"{folder} holds {len(train)} images to train on and hold out from; {what} are the least: add some")
     rare = [f"{name} ({n})" for name, n in zip(names, np.bincount(train.label), strict=True) if n < RAREST]
     if rare:
         raise DataError(f"{folder}: fewer than {RAREST} training images of {', '.join(rare)}: add some, or leave the class out")
@@ -117,7 +117,7 @@ def _train_and_test(folder: Path, size: tuple[int, int] | None) -> tuple[tuple[s
 
 
 def _stratified(name: str, names: tuple[str, ...], train: Split, test: Split) -> Dataset:
-    """Split a folder such that every part holds the classes in proportion, at least one picture of each."""
+    """Split a folder such that every part holds the classes in proportion, at least one image of each."""
     n = len(train)
     tested = 0 if len(test) else n // 6
     held = min(2500, (n - tested) // 10)
@@ -143,11 +143,11 @@ def _warn_of_few(name: str, names: tuple[str, ...], parts: dict[str, Split]) -> 
         if sum(count[index] for count in counts.values()) < FEW
     ]
     if few:
-        note(name, f"few pictures of {', '.join(few)}: what is measured of {'it' if len(few) == 1 else 'them'} is uncertain")
+        note(name, f"few images of {', '.join(few)}: what is measured of {'it' if len(few) == 1 else 'them'} is uncertain")
     n = len(parts["calibration"])
     if n < 99:
         least = f"p-values are multiples of 1/{n + 1}, and an alpha of {1 / (n + 1):.2g} or less flags nothing"
-        note(name, f"{n} pictures calibrate the flag: {least}")
+        note(name, f"{n} images calibrate the flag: {least}")
 
 
 def parts_of(label: Labels, sizes: Sequence[int]) -> list[NDArray[np.intp]]:

@@ -1,4 +1,4 @@
-"""Pictures and labels as arrays, read from folders, atlases and .npz files, whatever they are of."""
+"""Images and labels as arrays, read from folders, atlases and .npz files, whatever they are of."""
 
 import hashlib
 import sys
@@ -54,7 +54,7 @@ def data_root() -> Path:
 
 
 def read_atlas(path: Path, tile: int) -> Pixels:
-    """Return the tiles of an atlas picture in raster order, (N, tile, tile, 3) uint8."""
+    """Return the tiles of an atlas image in raster order, (N, tile, tile, 3) uint8."""
     try:
         with Image.open(path) as picture:
             pixels = np.asarray(picture.convert("RGB"))
@@ -85,14 +85,14 @@ def class_names(folder: Path) -> tuple[str, ...]:
     """Return the names of the classes that ``folder`` holds; raise DataError for fewer than two."""
     names = tuple(class_folders(folder, Listing()))
     if len(names) < 2:
-        raise DataError(f"{folder} must hold a sub-folder of pictures for each of two or more classes; it holds {list(names)}")
+        raise DataError(f"{folder} must hold a sub-folder of images for each of two or more classes; it holds {list(names)}")
     return names
 
 
 def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
-    """Return the pictures of every class with its label, those in sub-folders of a class too; label i is ``names[i]``.
+    """Return the images of every class with its label, those in sub-folders of a class too; label i is ``names[i]``.
 
-    What is left out is printed. Raises DataError unless the classes are just ``names``, each with a picture.
+    What is left out is printed. Raises DataError unless the classes are just ``names``, each with an image.
     """
     names = [unicodedata.normalize("NFC", name) for name in names]
     listing = Listing()
@@ -110,7 +110,7 @@ def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     empty = [name for index, name in enumerate(names) if index not in held]
     if empty:
         raise DataError(
-            f"{folder} holds no pictures ({', '.join(FORMATS)}) of {', '.join(empty)}: every class needs its own sub-folder of them"
+            f"{folder} holds no images ({', '.join(FORMATS)}) of {', '.join(empty)}: every class needs its own sub-folder of them"
         )
     return files
 
@@ -138,14 +138,14 @@ def note(where: str, said: str) -> None:
 def read_folder(folder: Path, names: Sequence[str], size: tuple[int, int] | None = None) -> Split:
     """Return ``folder/<class>/**`` as a split in a fixed shuffled order; label i is ``names[i]``.
 
-    With a ``size`` (height, width) every picture is squashed to it as the server does; without one they must all have the same.
+    With a ``size`` (height, width) every image is squashed to it as the server does; without one they must all have the same.
     """
     (split,) = read_folders([folder], names, size)
     return split
 
 
 def read_folders(folders: Sequence[Path], names: Sequence[str], size: tuple[int, int] | None = None) -> list[Split]:
-    """Return a split of each folder; raise DataError that names all damaged pictures of all folders."""
+    """Return a split of each folder; raise DataError that names all damaged images of all folders."""
     listed = [class_files(folder, names) for folder in folders]
     image = read_pictures([file for files in listed for file, _ in files], size)
     splits, at = [], 0
@@ -158,7 +158,7 @@ def read_folders(folders: Sequence[Path], names: Sequence[str], size: tuple[int,
 
 
 def read_pictures(files: Sequence[Path], size: tuple[int, int] | None = None) -> Pixels:
-    """Return the pictures (N, height, width, 3), decoded as the server decodes them, at ``size`` or the one that all have.
+    """Return the images (N, height, width, 3), decoded as the server decodes them, at ``size`` or the one that all have.
 
     Raises DataError that names every damaged one.
     """
@@ -175,7 +175,7 @@ def read_pictures(files: Sequence[Path], size: tuple[int, int] | None = None) ->
             damaged[file] = reason(error)
     if damaged:
         listed = "".join(f"\n  {shown(file)}: {said}" for file, said in damaged.items())
-        raise DataError(f"{len(damaged)} of {len(files)} pictures cannot be read; remove or replace them:{listed}")
+        raise DataError(f"{len(damaged)} of {len(files)} images cannot be read; remove or replace them:{listed}")
     return image
 
 
@@ -200,20 +200,20 @@ def reason(error: OSError | InvalidImage) -> str:
 
 
 def load_images(source: str, height: int, width: int) -> Pixels:
-    """Return unlabelled images (N, height, width, 3) of a folder of pictures, an .npz with ``image``, or a picture of tiles."""
+    """Return unlabelled images (N, height, width, 3) of a folder of images, an .npz with ``image``, or an image of tiles."""
     path = Path(source).expanduser()
     path = path if path.is_absolute() or path.exists() else data_root() / path
     if path.is_dir():
         listing = list_pictures(path)
         tell(path, listing)
         if not listing.pictures:
-            raise DataError(f"{shown(path)} holds no pictures ({', '.join(FORMATS)})")
+            raise DataError(f"{shown(path)} holds no images ({', '.join(FORMATS)})")
         return read_pictures(listing.pictures, (height, width))
     if path.suffix == ".npz":
         return read_npz(path, height, width)[0]
     if path.is_file() and format_of(path) in FORMATS and height == width:
         return read_atlas(path, height)
-    raise DataError(f"{path} is no folder of pictures, no .npz and no picture of {height} x {width} tiles")
+    raise DataError(f"{path} is no folder of images, no .npz and no image of {height} x {width} tiles")
 
 
 def read_npz(path: Path, height: int, width: int, names: Sequence[str] = ()) -> tuple[Pixels, Labels | None]:

@@ -72,7 +72,7 @@ README = (
     Shown("accuracy under AutoAttack, l-inf EPS", "accuracy_autoattack", how="l-inf EPS"),
     Shown("flagged at alpha 0.05: clean images", "flag_rate_clean", how="alpha 0.05, score SCORE", beside=(SOFTMAX,)),
     Shown("AUROC of the flag's score, CIFAR-100 against clean", "auroc_SCORE", f"DATA test vs {NEAR}", beside=(SOFTMAX,)),
-    Shown("flagged at alpha 0.05: blank pictures", "flag_power", BLANK, "alpha 0.05, score SCORE", (SOFTMAX,)),
+    Shown("flagged at alpha 0.05: blank images", "flag_power", BLANK, "alpha 0.05, score SCORE", (SOFTMAX,)),
     Shown(
         "flagged at alpha 0.05: images that PGD-20 at EPS fooled",
         "flag_power",

@@ -99,7 +99,7 @@ class Context:
     buffer: Path | None = None  # a run's state.pt, whose replay buffer is measured beside fresh chains
     images: dict[str, NDArray[np.bool_]] = field(default_factory=dict)  # per image: what each proportion was counted from
     arrays: dict[str, Arrays] = field(default_factory=dict)  # per set of images: logits, label, perhaps gradient
-    drawings: dict[str, Arrays] = field(default_factory=dict)  # what pictures are made of beside those
+    drawings: dict[str, Arrays] = field(default_factory=dict)  # what images are made of beside those
     part: str = ""  # that is being measured
     warnings: dict[str, list[str]] = field(default_factory=dict)  # of each part
 

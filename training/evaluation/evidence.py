@@ -17,7 +17,7 @@ IN_PROTOCOL = re.compile(r"(?<=images' )\(\d+\)|\d+ (?=disjoint blocks|reals)|(?
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The rows of one subject, the folder they are kept in, and the arrays that pictures are drawn from."""
+    """The rows of one subject, the folder they are kept in, and the arrays that images are drawn from."""
 
     folder: Path
     rows: list[Row]
@@ -42,7 +42,7 @@ class Merged:
 
 
 def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None) -> tuple[Bundle, Merged]:
-    """Write the rows of ``measured`` into the bundle with its card and pictures; ``baseline``: metrics.json of the warm start.
+    """Write the rows of ``measured`` into the bundle with its card and images; ``baseline``: metrics.json of the warm start.
 
     Raises BundleError when they are of other weights or graphs than the bundle's.
     """
@@ -52,7 +52,7 @@ def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None) -> 
         raise BundleError(f"{bundle.path} takes no rows {of}: evaluate this bundle first")
     beside = read_json(baseline or bundle.path / "baseline.json") if baseline or "baseline.json" in bundle.manifest.files else []
     merged = merge(bundle.metrics(), measured.rows, bundle)
-    shown = measured.arrays if any(row["part"] == "landscape" for row in merged.taken) else {}  # the picture is of the rows that stand
+    shown = measured.arrays if any(row["part"] == "landscape" for row in merged.taken) else {}  # the image is of the rows that stand
     write_json(bundle.path / "metrics.json", merged.rows)
     bundle = bundle.update("metrics.json")
     drawn = "samples.png" in bundle.manifest.files  # by this network: an evaluation changes nothing of that

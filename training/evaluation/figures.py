@@ -1,4 +1,4 @@
-"""The pictures of an evaluation, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito 2008)."""
+"""The images of an evaluation, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito 2008)."""
 
 import base64
 import io

@@ -183,7 +183,7 @@ def features(c: Context, extractor: Extractor, image: Pixels) -> Arrays:
 
 
 def neighbour_rows(c: Context, fresh: Pixels, how: str) -> Iterator[Row]:
-    """Yield how near samples lie to training images against how near test images do: a memorised picture would lie much nearer."""
+    """Yield how near samples lie to training images against how near test images do: a memorised image would lie much nearer."""
     known = to_unit(c.data.train.image).reshape(len(c.data.train), -1)
     some, real = fresh[:500], c.data.test.image[:500]
     distance, index = nearest(to_unit(some).reshape(len(some), -1), known)

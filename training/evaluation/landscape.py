@@ -113,7 +113,7 @@ def around(c: Context) -> Arrays:
 
 
 def sets_shown(arrays: dict[str, Arrays], eps: float) -> list[tuple[str, str, Arrays]]:
-    """Return (set, its short name, what the model says) of what the picture overlays, in order: at most six."""
+    """Return (set, its short name, what the model says) of what the image overlays, in order: at most six."""
     names = [("clean", "clean"), *[(name, "PGD-20") for name in arrays if name.startswith(f"PGD-20 {eps_name(eps)} ")]]
     names += [(name, "transferred") for name in arrays if name.startswith("transferred ")]
     names += [(name, "AutoAttack") for name in arrays if name.startswith("AutoAttack ")]

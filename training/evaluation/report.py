@@ -1,4 +1,4 @@
-"""report.html of an evaluation: every figure with its interval, the pictures, and what was warned of. Self-contained."""
+"""report.html of an evaluation: every figure with its interval, the images, and what was warned of. Self-contained."""
 
 import html
 from collections.abc import Sequence
@@ -113,7 +113,7 @@ def line(row: Row) -> str:
 
 
 def figures(c: Context, rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Return the pictures of each part, as <figure>s."""
+    """Return the images of each part, as <figure>s."""
     from training.evaluation import figures as draw
 
     found: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Benign shifts that pictures meet on their way to a server, through the server's own decoder; and corruptions by a stated recipe."""
+"""Benign shifts that images meet on their way to a server, through the server's own decoder; and corruptions by a stated recipe."""
 
 import io
 from collections.abc import Callable
@@ -14,24 +14,24 @@ SEED = 0
 
 
 def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
-    """Return a picture's bytes."""
+    """Return an image's bytes."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def resized(picture: Image.Image, factor: float, how: Image.Resampling) -> Image.Image:
-    """Return a picture enlarged or shrunk by ``factor``."""
+    """Return an image enlarged or shrunk by ``factor``."""
     return picture.resize((max(1, round(picture.width * factor)), max(1, round(picture.height * factor))), how)
 
 
 def screenshot(picture: Image.Image) -> bytes:
-    """Return the picture shown three times as large on a screen and saved as JPEG at quality 90."""
+    """Return the image shown three times as large on a screen and saved as JPEG at quality 90."""
     return encoded(resized(picture, 3, Image.Resampling.BICUBIC), "JPEG", quality=90)
 
 
 def sixteen_bit(picture: Image.Image) -> bytes:
-    """Return the picture's grey values as a 16-bit PNG."""
+    """Return the image's grey values as a 16-bit PNG."""
     grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257
     return encoded(Image.fromarray(grey), "PNG")
 

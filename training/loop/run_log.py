@@ -154,7 +154,7 @@ class Validator:
         model.autocast = precision(p, self.device)
         model.eval().requires_grad_(False)
         noise = Noise.seeded(0, self.device)
-        pairs = zip(torch.split(self.image, 100), torch.split(self.label, 100), strict=True)  # large pictures would not fit at once
+        pairs = zip(torch.split(self.image, 100), torch.split(self.label, 100), strict=True)  # large images would not fit at once
         x_adv = torch.cat(
             [pgd(model, x, y, objective=cross_entropy, threat=p.threat, attack=Attack(steps=10), noise=noise) for x, y in pairs]
         )

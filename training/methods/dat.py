@@ -67,7 +67,7 @@ class Dat(Method[DatState]):
     auc_threshold: float = 0.8
     window: int = 1000
     patience: int = 0
-    seeds: str = "gaussian"  # gaussian | noise | the path of an OOD source: a folder of pictures, an .npz, a picture of tiles
+    seeds: str = "gaussian"  # gaussian | noise | the path of an OOD source: a folder of images, an .npz, an image of tiles
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.cap < 0 or not self.seeds:

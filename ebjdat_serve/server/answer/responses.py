@@ -70,7 +70,7 @@ class Order:
     job: Job
 
     def drawn(self, drawn: Drawn) -> Response:
-        """Return the pictures as they were asked for."""
+        """Return the images as they were asked for."""
         return JSONResponse(self.document(drawn)) if self.query.format == "json" else self.sheet(drawn)
 
     def document(self, drawn: Drawn) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Order:
         return {"images": rows, **sampler, "sampler": "short-run SGLD", "alpha": words.alpha, "model": words.served.name}
 
     def sheet(self, drawn: Drawn) -> Response:
-        """Return a PNG, a grid of all pictures; what is said of them is in its headers."""
+        """Return a PNG, a grid of all images; what is said of them is in its headers."""
         job, v = self.job, drawn.verdicts
 
         def listed(values: Any) -> str:

@@ -258,7 +258,7 @@ class GenerateWorker(Worker):
 
 
 class Drawing:
-    """A job on its way: its chains, and the pictures of those that arrived."""
+    """A job on its way: its chains, and the images of those that arrived."""
 
     def __init__(self, number: int, job: Job, model: Model) -> None:
         self.number, self._job, self._model = number, job, model
@@ -282,7 +282,7 @@ class Drawing:
         return len(self._said) == self._job.n
 
     def result(self) -> Drawn:
-        """Return the pictures and what the model says of them."""
+        """Return the images and what the model says of them."""
         return Drawn(self._image, ipc.joined([self._said[row] for row in range(self._job.n)]))
 
     def preview_is_due(self) -> bool:

@@ -110,7 +110,7 @@ class GenerateLane(Lane):
                 super().heard(peer, message)
 
     def answered(self, items: list[Item], value: Any) -> None:
-        """Hand out the pictures of a job."""
+        """Hand out the images of a job."""
         for item in items:
             item.answer(value)
 

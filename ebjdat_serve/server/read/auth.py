@@ -28,7 +28,7 @@ def api_key() -> str | None:
 
 
 class Heads:
-    """Answer HEAD, which balancers probe with, as GET without its body; drawing a picture for it would be a waste."""
+    """Answer HEAD, which balancers probe with, as GET without its body; drawing an image for it would be a waste."""
 
     def __init__(self, app: ASGI) -> None:
         self._app = app

@@ -43,7 +43,7 @@ class Held:
 
 @contextlib.asynccontextmanager
 async def read_upload(request: Request, settings: Settings) -> AsyncIterator[tuple[str, bytes | bytearray]]:
-    """Give (content type, body) of a request that sends pictures.
+    """Give (content type, body) of a request that sends images.
 
     Raises Problem: 408 too slow, 413 too large, 415 another content type, 503 when too many are being read.
     """
@@ -98,7 +98,7 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def refuse_invalid(error: Any, index: int | None) -> None:
-    """Raise the Problem for a picture that could not be decoded, if it is one, naming its place in the list."""
+    """Raise the Problem for an image that could not be decoded, if it is one, naming its place in the list."""
     if not isinstance(error, InvalidImage):
         return
     text = str(error)
@@ -153,7 +153,7 @@ async def read_body(request: Request, limit: int) -> AsyncIterator[bytes | bytea
 
 
 def from_json(body: bytes | bytearray, max_images: int) -> tuple[list[bytes], bool]:
-    """Return (encoded pictures, whether they came as a list) from {"image": base64} or {"images": [base64, ...]}."""
+    """Return (encoded images, whether they came as a list) from {"image": base64} or {"images": [base64, ...]}."""
     if body.count(b"[") + body.count(b"{") > 2 or body.count(b",") > 2 * max_images:
         # before parsing: millions of empty lists would hold the whole process for seconds
         raise Problem(422, f'send {{"image": "<base64>"}} or {{"images": [...]}} with 1 to {max_images} base64 strings, and nothing nested')
