@@ -2,16 +2,20 @@
 
 An image of any size is squashed to height x width by area averaging (aspect ratio is not kept); transparency is laid
 on white; 16-bit images are scaled to 8; EXIF rotation is applied; of an animation the first frame counts.
+``decode`` is for images of one's own; a server judges a header first and calls ``decode_judged`` in a process with limits.
 """
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from ebjdat_serve.decoding.header import Header
 from ebjdat_serve.errors import InvalidImage
 
 MAX_BYTES = 16 * 2**20
@@ -19,6 +23,22 @@ MAX_PIXELS = 40_000_000
 MAX_PIECES = 200
 FORMATS = ("PNG", "JPEG", "WEBP")
 Pixels = NDArray[np.uint8]
+
+PLUGINS = {"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "Bmp", "TIFF": "Tiff", "AVIF": "Avif"}
+"""Pillow's plugins, all of them in its wheels."""
+STRIP_PIXELS = 2**18
+"""Pixels that are converted at a time."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by EXIF orientation."""
+SIDEWAYS = {Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90}
 
 AI_ORIGIN = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 """IPTC's term for media made by a trained model: what readers of provenance look for."""
@@ -83,11 +103,91 @@ def pieces(data: bytes | bytearray) -> int:
     return count
 
 
-def load(picture: Image.Image, height: int, width: int) -> Pixels:
-    """Return an image that was peeked at as (height, width, 3) uint8. Raises InvalidImage."""
+def decode_judged(data: bytes, header: Header, height: int, width: int, scale: int = 1) -> Pixels:
+    """Return the image in ``data``, whose header was judged, as (height, width, 3) uint8; a JPEG at 1/``scale`` of its size.
+
+    Raises InvalidImage: truncated or damaged, not what its header promises.
+    """
+    with _hostile():
+        picture = Image.open(io.BytesIO(data), formats=(register(header.format),))
+    if picture.width * picture.height > header.pixels:
+        raise InvalidImage(f"the {header.format} is damaged: it promises {header.width} x {header.height} pixels and has more")
+    return load(picture, height, width, scale)
+
+
+def register(kind: str) -> str:
+    """Return Pillow's name of a format, whose plugin is loaded and starts no threads."""
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    if kind == "HEIC":
+        import pillow_heif  # the extra [heic]
+
+        pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+        return "HEIF"
+    import_module(f"PIL.{PLUGINS[kind]}ImagePlugin")
+    return kind
+
+
+def load(picture: Image.Image, height: int, width: int, scale: int = 1) -> Pixels:
+    """Return an image that was peeked at as (height, width, 3) uint8; a JPEG at 1/``scale`` of its size. Raises InvalidImage."""
     with _hostile(), picture:
-        upright = _rgb(_upright(_eight_bit(picture)))
+        if scale > 1:
+            return _load_draft(picture, height, width, scale)
+        picture.load()
+        vars(picture).pop("_decoder", None)  # WebP's and AVIF's, with canvases of its own
+        upright = _upright(picture, _turn(picture))
         return np.asarray(upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BOX))
+
+
+def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """Return a loaded image as RGB and upright; in strips, so that no third of its size is made."""
+    if turn is None and picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    columns, rows = picture.size[::-1] if turn in SIDEWAYS else picture.size
+    step = max(1, STRIP_PIXELS // columns)
+    if step >= rows:
+        return _converted(picture, turn)
+    upright = Image.new("RGB", (columns, rows))
+    for top in range(0, rows, step):
+        box = _stored(turn, columns, rows, top, min(top + step, rows))
+        upright.paste(_converted(picture.crop(box), turn), (0, top))
+    return upright
+
+
+def _load_draft(picture: Image.Image, height: int, width: int, scale: int) -> Pixels:
+    """Return a JPEG that is decoded at 1/``scale`` of its size, squashed by exact area.
+
+    At this size each of the result's pixels is made of few, and BOX, which takes a pixel whole or not at all, would be off by
+    as much as 13 of 255 from what it makes of the full size; exact areas are off by 2.
+    """
+    wide, high = picture.width / scale, picture.height / scale  # a last block that is not full counts for what it holds
+    picture.draft(None, (picture.width // scale, picture.height // scale))
+    picture.load()
+    turn = _turn(picture)
+    if turn in SIDEWAYS:
+        height, width = width, height
+    rows = np.empty((height, picture.width, 3), np.float32)
+    for row, (first, weights) in enumerate(_shares(high, height, picture.height)):
+        strip = _rgb(picture.crop((0, first, picture.width, first + len(weights))))
+        rows[row] = np.tensordot(weights, np.asarray(strip, np.float32), 1)
+    squashed = np.empty((height, width, 3), np.float32)
+    for column, (first, weights) in enumerate(_shares(wide, width, picture.width)):
+        squashed[:, column] = np.tensordot(rows[:, first : first + len(weights)], weights, ((1,), (0,)))
+    small = Image.fromarray(np.rint(squashed).clip(0, 255).astype(np.uint8))
+    return np.asarray(small if turn is None else small.transpose(turn))
+
+
+def _shares(extent: float, n: int, limit: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Give, for each of ``n`` equal parts of a line of ``extent`` pixels, the first pixel in it and what share of it each one has."""
+    for part in range(n):
+        start, end = part * extent / n, (part + 1) * extent / n
+        first, last = int(start), min(math.ceil(end), limit)
+        place = np.arange(first, last)
+        covered = np.minimum(place + 1, end) - np.maximum(place, start)
+        yield first, (covered / covered.sum()).astype(np.float32)
+
+
+def _converted(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return _rgb(_eight_bit(picture if turn is None else picture.transpose(turn)))
 
 
 @contextmanager
@@ -99,16 +199,33 @@ def _hostile() -> Iterator[None]:
         raise InvalidImage(f"the image has too many pixels; the limit is {MAX_PIXELS}") from error
     except UnidentifiedImageError as error:
         raise InvalidImage(f"not an image this server reads; send {', '.join(FORMATS)}") from error
+    except MemoryError as error:
+        raise InvalidImage("the image takes more memory to decode than its header promises; save it anew") from error
     except Exception as error:  # Pillow's decoders raise what they like; none of it may pass this line
         raise InvalidImage(f"the image is truncated or damaged ({type(error).__name__})") from error
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    picture.load()
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """Return what turns a loaded image upright, by its EXIF orientation."""
     try:
-        return ImageOps.exif_transpose(picture)
+        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+        if turn is not None:
+            ImageOps.exif_transpose(picture.crop((0, 0, 1, 1)))  # edits the EXIF too: an image whose EXIF cannot be edited stays as it is
+        return turn
     except Exception:  # an image with broken EXIF is still an image
-        return picture
+        return None
+
+
+def _stored(turn: Image.Transpose | None, columns: int, rows: int, top: int, bottom: int) -> tuple[int, int, int, int]:
+    """Return the box (left, top, right, bottom) in the stored image of the rows from ``top`` to ``bottom`` of the upright one."""
+    match turn:
+        case Image.Transpose.ROTATE_180 | Image.Transpose.FLIP_TOP_BOTTOM:
+            return 0, rows - bottom, columns, rows - top
+        case Image.Transpose.TRANSPOSE | Image.Transpose.ROTATE_90:
+            return (top, 0, bottom, columns) if turn == Image.Transpose.TRANSPOSE else (rows - bottom, 0, rows - top, columns)
+        case Image.Transpose.TRANSVERSE | Image.Transpose.ROTATE_270:
+            return (rows - bottom, 0, rows - top, columns) if turn == Image.Transpose.TRANSVERSE else (top, 0, bottom, columns)
+    return 0, top, columns, bottom
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ def judge_bmp(data: Bytes, limits: Limits) -> Header:
     size = int.from_bytes(data[14:18], "little")
     if size == 12:
         width, height, bits = (int.from_bytes(data[i : i + 2], "little") for i in (18, 20, 24))
-        return Header("BMP", width, height, 1, 4 if bits > 8 else 1)
+        return Header("BMP", width, height, 1, 8 if bits > 8 else 5)
     if size not in (40, 52, 56, 64, 108, 124) or len(data) < 14 + size:
         damaged("BMP", f"a header of {size} bytes does not exist, or is cut off")
     width, height = (int.from_bytes(data[i : i + 4], "little") for i in (18, 22))
@@ -24,4 +24,4 @@ def judge_bmp(data: Bytes, limits: Limits) -> Header:
         raise InvalidImage(f"the BMP has {bits} bits per pixel; send 1, 4, 8, 16, 24 or 32")
     if compression not in (0, 3):
         raise InvalidImage(f"the BMP is compressed ({COMPRESSIONS.get(compression, compression)}); send it uncompressed, or as a PNG")
-    return Header("BMP", width, height, 1, 4 if bits > 8 else 1)
+    return Header("BMP", width, height, 1, 8 if bits > 8 else 5)

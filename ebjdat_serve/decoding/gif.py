@@ -41,7 +41,7 @@ def judge_gif(data: Bytes, limits: Limits) -> Header:
         at += 1
     if not frames:
         damaged("GIF", "it has no frame")
-    return Header("GIF", width, height, frames, 4, passes=1.5, extra_work=pieces.n * CHUNK_WORK // 64)
+    return Header("GIF", width, height, frames, 6, passes=1.5, extra_work=pieces.n * CHUNK_WORK // 64)
 
 
 def _palette(flags: int) -> int:

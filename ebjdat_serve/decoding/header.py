@@ -11,8 +11,6 @@ from ebjdat_serve.errors import InvalidImage
 
 Bytes = bytes | bytearray
 
-STRIP_PIXELS = 2**18
-"""Pixels that are converted at a time once an image is decoded."""
 WORKING_BYTES = 24 * 2**20
 """Bytes that any decode may use beside what is counted: strips, rows, tables, the decoder's own code and fragmentation."""
 CHUNK_WORK = 2**15
@@ -36,7 +34,7 @@ class Limits:
     max_seconds: float = 5.0  # of processor time of one decode
     jpeg_draft: bool = False  # decode JPEGs above draft_above at a fraction of their size
     draft_above: int = 2_000_000
-    draft_margin: int = 4  # a reduced JPEG keeps at least so many pixels a side for one of the result
+    draft_margin: int = 8  # a reduced JPEG keeps at least so many pixels a side for one of the result
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Header:
     width: int
     height: int
     frames: int = 1  # as far as they were counted
-    depth: int = 4  # bytes per pixel while it is decoded, all buffers together
+    depth: int = 8  # bytes per pixel while it is decoded and turned upright, all buffers together
     fixed: int = 0  # bytes that do not shrink with a draft
     passes: float = 1.0  # over all pixels
     extra_work: int = 0  # in pixels
@@ -72,9 +70,11 @@ class Header:
     def memory(self, height: int, width: int, limits: Limits) -> int:
         """Return about how many bytes the decode to ``height`` x ``width`` takes at its peak, beside the encoded image."""
         scale = self.scale(height, width, limits)
-        stored = -(-self.width // scale) * -(-self.height // scale)
-        squashed = 4 * width * max(self.width, self.height) // scale  # all rows, at the width of the result
-        return self.depth * stored + self.fixed + squashed + 8 * height * width + WORKING_BYTES
+        # an image squashed in one direction, and the result
+        squashed = 12 * max(height, width) * (max(self.width, self.height) // scale + max(height, width))
+        if scale > 1:  # and it is turned upright once it is small
+            return 4 * -(-self.width // scale) * -(-self.height // scale) + self.fixed + squashed + WORKING_BYTES
+        return self.depth * self.pixels + self.fixed + squashed + WORKING_BYTES
 
     def check(self, height: int, width: int, limits: Limits) -> None:
         """Raise InvalidImage if the image is larger than it may be when it is decoded to ``height`` x ``width``."""

@@ -76,7 +76,7 @@ def _header(code: int, width: int, height: int, sampling: bytes, partial: bool, 
     # a decoder keeps the coefficients of the whole image, 2 bytes each, when they come in more than one scan
     kept = 2 * samples if partial or scans > 1 or code in PROGRESSIVE else 0
     passes = max(scans * samples / max(width * height, 1) / 2, 0.5)
-    return Header("JPEG", width, height, 1, 1 if len(sampling) == 1 else 4, kept, passes, segments * CHUNK_WORK // 16)
+    return Header("JPEG", width, height, 1, 5 if len(sampling) == 1 else 8, kept, passes, segments * CHUNK_WORK // 16)
 
 
 def next_marker(data: Bytes, at: int) -> int:

@@ -41,7 +41,7 @@ def judge_png(data: Bytes, limits: Limits) -> Header:
         at += 12 + length
     if not seen and frames == 1:
         damaged("PNG", "it has no IDAT chunk")
-    depth = 4 if colour in (2, 4, 6) else 2 if bits == 16 else 1
+    depth = 8 if colour in (2, 4, 6) else 6 if bits == 16 else 5
     work = packed.n * CHUNK_WORK + pieces.n * CHUNK_WORK // 8
     return Header("PNG", width, height, max(frames, 1), depth, passes=1.5 if interlaced else 1.0, extra_work=work)
 

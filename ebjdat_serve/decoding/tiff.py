@@ -34,7 +34,7 @@ def judge_tiff(data: Bytes, limits: Limits) -> Header:
     tile = reader.first(tags, TILE_WIDTH, width) * reader.first(tags, TILE_HEIGHT, min(reader.first(tags, ROWS, height), height))
     # libtiff reads YCbCr as RGBA
     buffer = 0 if compression == 1 else tile * max(samples * per_sample, 4 if reader.first(tags, PHOTOMETRIC, 0) == 6 else 1)
-    depth = 4 if samples > 1 or compression == 7 else 2 if bits > 8 else 1
+    depth = 8 if samples > 1 or compression == 7 else 6 if bits > 8 else 5
     pages = reader.pages(following, limits)
     work = strips.n * CHUNK_WORK // 32
     return Header("TIFF", width, height, pages, depth, fixed=buffer + len(data), passes=1.5, extra_work=work)
