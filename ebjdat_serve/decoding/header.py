@@ -91,7 +91,7 @@ class Header:
         if needed > limits.max_memory:
             mib = 2**20
             raise InvalidImage(
-                f"{size}, which take about {needed // mib} MiB to decode; the limit is {limits.max_memory // mib}: send it smaller, or as a PNG"
+                f"{size}, which take about {needed // mib} MiB to decode; the limit is {limits.max_memory // mib}: send it smaller"
             )
 
 

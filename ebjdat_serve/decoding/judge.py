@@ -52,7 +52,9 @@ def judge(data: Bytes, height: int, width: int, limits: Limits) -> Header:
         raise InvalidImage(f"the image has {len(data)} bytes; the limit is {limits.max_bytes}")
     kind = format_of(data)
     if kind == "HEIC" and not reads_heic():
-        raise InvalidImage("the image is a HEIC, which this server reads only with its extra: pip install 'ebjdat-serve[heic]'; or send a JPEG")
+        raise InvalidImage(
+            "the image is a HEIC, which this server reads only with its extra: pip install 'ebjdat-serve[heic]'; or send a JPEG"
+        )
     if kind not in JUDGES:
         raise InvalidImage(f"not an image this server reads{f': it is {kind}' if kind else ''}; send {', '.join(accepted())}")
     header = JUDGES[kind](data, limits)

@@ -1,0 +1,565 @@
+"""Decoders as the HTTP process sees them: processes with limits, which may be killed at any time at the cost of their own image.
+
+Small images, judged here, go many to a message to a decoder of their own; they never wait for a large one. All else goes, whole requests
+at a time, to decoders that stand back: they judge, say how much memory it takes, and wait for leave.
+"""
+
+import asyncio
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from ebjdat_serve.decoding import wire
+from ebjdat_serve.decoding.header import Header, Limits
+from ebjdat_serve.decoding.judge import judge
+from ebjdat_serve.errors import EbjdatError, InvalidImage
+from ebjdat_serve.pixels import Pixels
+
+log = logging.getLogger(__name__)
+
+SMALL_BYTES, SMALL_WORK = 2**19, 2**18
+"""Encoded bytes of a request that is judged in the event loop, in less than a millisecond; and work of an image that is then small."""
+MESSAGE_IMAGES, MESSAGE_WORK = 64, 2**19
+LIGHT = 64 * 2**20
+"""Bytes that each decoder of large images may use without leave."""
+PATIENCE = 1.0
+"""Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
+UNKNOWN = -1
+STOPPING = "the server is stopping; try again when it is back"
+
+T = TypeVar("T")
+
+
+class DecoderLost(EbjdatError):
+    """A decoder ended before it answered, through no proven fault of the image: the request may be sent again."""
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """Lengths in bytes, times in seconds."""
+
+    limits: Limits = field(default_factory=Limits)
+    small: int = 1  # decoders of small images
+    large: int = 2  # decoders of large ones
+    memory: int = 512 * 2**20  # that all decodes of large images may use together
+    small_timeout: float = 1.0  # of one message of small images
+    timeout: float = 9.0  # of one large decode, once it has begun
+
+    def __post_init__(self) -> None:
+        if self.small < 1 or self.large < 1:
+            raise EbjdatError(f"there must be at least 1 decoder of small and of large images, not {self.small} and {self.large}")
+        if self.heavy_memory < self.limits.max_memory:
+            least = (self.limits.max_memory + LIGHT * (self.large - 1)) // 2**20
+            raise EbjdatError(f"the memory of decoders must be at least {least} MiB for one image of {self.limits.max_memory // 2**20} MiB")
+
+    @property
+    def heavy_memory(self) -> int:
+        """Bytes for decodes that need more than LIGHT."""
+        return self.memory - LIGHT * (self.large - 1)
+
+
+@dataclass(eq=False)
+class Small:
+    """One small image on its way."""
+
+    data: bytes
+    header: Header
+    height: int
+    width: int
+    future: "asyncio.Future[Pixels]"
+
+
+@dataclass(eq=False)
+class Large:
+    """A request whose images are decoded by one decoder; ``need`` is 0 until they were judged."""
+
+    images: list[bytes]
+    height: int
+    width: int
+    future: "asyncio.Future[list[Pixels]]"
+    client: Hashable = None
+    need: int = 0
+    granted: int = 0  # bytes of those for heavy decodes
+    tries: int = 0
+
+
+class FairQueue(Generic[T]):
+    """A queue for each client; they take turns."""
+
+    def __init__(self) -> None:
+        self.queues: dict[Hashable, deque[T]] = {}
+
+    def put(self, client: Hashable, item: T) -> None:
+        """Add an item behind the client's others."""
+        self.queues.setdefault(client, deque()).append(item)
+
+    def head(self) -> T | None:
+        """Return whose turn it is, or nothing."""
+        return next(iter(self.queues.values()))[0] if self.queues else None
+
+    def pop(self) -> T:
+        """Take out whose turn it is; the client's next turn comes after those of all others."""
+        client = next(iter(self.queues))
+        queue = self.queues.pop(client)
+        item = queue.popleft()
+        if queue:
+            self.queues[client] = queue
+        return item
+
+    def remove(self, client: Hashable, item: T) -> None:
+        """Take out an item, if it is there."""
+        queue = self.queues.get(client, deque())
+        with suppress(ValueError):
+            queue.remove(item)
+            if not queue:
+                del self.queues[client]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.queues.values()))
+
+
+class Line(asyncio.Protocol):
+    """The connection to one decoder. One answer is waited for at a time."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, number: int, on_lost: Callable[[], None]) -> None:
+        self.number, self.lost, self.on_lost = number, False, on_lost
+        self.held = bytearray()
+        self.waiting: asyncio.Future[tuple[int, bytes]] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:  # noqa: D102
+        self.held += data
+        if len(self.held) < wire.FRAME.size:
+            return
+        kind, length = wire.FRAME.unpack_from(self.held)
+        if len(self.held) >= wire.FRAME.size + length and self.waiting and not self.waiting.done():
+            body = bytes(self.held[wire.FRAME.size : wire.FRAME.size + length])
+            del self.held[: wire.FRAME.size + length]
+            self.waiting.set_result((kind, body))
+
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: D102
+        self.lost = True
+        if self.waiting and not self.waiting.done():
+            self.waiting.set_exception(EOFError())
+        self.on_lost()
+
+    async def answer(self, expected: int) -> bytes:
+        """Return the next answer. Raises EOFError when the decoder is gone, or says what it should not."""
+        if self.lost:
+            raise EOFError
+        self.waiting = asyncio.get_running_loop().create_future()
+        self.data_received(b"")
+        kind, body = await self.waiting
+        if kind != expected:
+            raise EOFError
+        return body
+
+
+@dataclass(eq=False)
+class Zygote:
+    """The process that forks decoders, and what is known of these."""
+
+    process: "subprocess.Popen[bytes]"
+    line: socket.socket
+    began: float
+    pids: dict[int, int] = field(default_factory=dict)
+    born: "dict[int, asyncio.Future[None]]" = field(default_factory=dict)
+    fates: "dict[int, asyncio.Future[int]]" = field(default_factory=dict)  # exit statuses, UNKNOWN when the zygote ends first
+    gone: bool = False
+
+    @classmethod
+    def start(cls, limits: Limits) -> "Zygote":
+        """Start one; it is ready some tenths of a second later, and takes orders until then."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ebjdat_serve.decoding.zygote", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, **quiet},
+            )
+        ours.setblocking(False)
+        ours.send(pickle.dumps(limits))
+        zygote = cls(process, ours, asyncio.get_running_loop().time())
+        asyncio.get_running_loop().add_reader(ours.fileno(), zygote.hear)
+        return zygote
+
+    async def fork(self, number: int, end: socket.socket, *, large: bool) -> None:
+        """Have a decoder forked that serves ``end``, and wait until it is there. Raises OSError when the zygote is gone."""
+        loop = asyncio.get_running_loop()
+        self.born[number], self.fates[number] = loop.create_future(), loop.create_future()
+        socket.send_fds(self.line, [wire.ORDER.pack(wire.FORK, number, large)], [end.fileno()])
+        try:
+            await self.born[number]
+        finally:
+            del self.born[number]
+
+    def kill(self, number: int) -> None:
+        """Have a decoder killed, if it is still there."""
+        if not self.gone:
+            with suppress(OSError):
+                self.line.send(wire.ORDER.pack(wire.KILL, number, False))
+
+    def hear(self) -> None:
+        """Note which decoders started and ended."""
+        try:
+            news = self.line.recv(wire.NEWS.size)
+        except BlockingIOError:
+            return
+        except OSError:
+            news = b""
+        if not news:
+            self.close()
+            return
+        number, pid, status = wire.NEWS.unpack(news)
+        if status == -1:
+            self.pids[number] = pid
+            if number in self.born:
+                settle(self.born[number], None)
+            return
+        self.pids.pop(number, None)
+        if number in self.fates:
+            settle(self.fates[number], status)
+
+    def close(self) -> None:
+        """Hang up, upon which it ends and its decoders with it."""
+        if not self.gone:
+            self.gone = True
+            asyncio.get_running_loop().remove_reader(self.line.fileno())
+            self.line.close()
+            self.process.kill()
+            self.process.wait()
+            for birth in self.born.values():
+                refuse(birth, ConnectionResetError("the process that forks decoders has ended"))
+            for fate in self.fates.values():
+                settle(fate, UNKNOWN)
+
+
+class Decoders:
+    """Decodes images in processes, within limits of memory and time."""
+
+    def __init__(self, settings: PoolSettings) -> None:
+        self.settings, self.limits = settings, settings.limits
+        self.small: deque[Small] = deque()
+        self.fresh: FairQueue[Large] = FairQueue()  # not judged, or light
+        self.heavy: FairQueue[Large] = FairQueue()  # judged, and waiting for memory
+        self.free = settings.heavy_memory
+        self.heavies = 0
+        self.arrived, self.changed = asyncio.Event(), asyncio.Event()
+        self.zygote: Zygote | None = None
+        self.starting = asyncio.Lock()
+        self.numbers = 0
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start the processes."""
+        for _ in range(self.settings.small):
+            self.tasks.append(asyncio.create_task(self._tend(large=False)))
+        for _ in range(self.settings.large):
+            self.tasks.append(asyncio.create_task(self._tend(large=True)))
+
+    async def close(self) -> None:
+        """End the processes, and refuse what is left."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        if self.zygote:
+            self.zygote.close()
+        for item in self.small:
+            refuse(item.future, DecoderLost(STOPPING))
+        for queue in (self.fresh, self.heavy):
+            while len(queue):
+                refuse(queue.pop().future, DecoderLost(STOPPING))
+
+    async def decode(self, images: Sequence[bytes], height: int, width: int, client: Hashable = None) -> list[Pixels]:
+        """Return each image as (height, width, 3) uint8.
+
+        Raises InvalidImage: the first that is refused, with its index; DecoderLost: an image's decoder ended, or the server does.
+        To cancel it ends a decoder that works on it.
+        """
+        if sum(map(len, images)) <= SMALL_BYTES:
+            headers = [self._judge(data, index, height, width) for index, data in enumerate(images)]
+            if all(one.work <= SMALL_WORK for one in headers):
+                return await self._decode_small(images, headers, height, width)
+        return await self._decode_large(list(images), height, width, client)
+
+    def _judge(self, data: bytes, index: int, height: int, width: int) -> Header:
+        try:
+            return judge(data, height, width, self.limits)
+        except InvalidImage as error:
+            error.index = index
+            raise
+
+    async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int) -> list[Pixels]:
+        loop = asyncio.get_running_loop()
+        items = [Small(data, header, height, width, loop.create_future()) for data, header in zip(images, headers, strict=True)]
+        self.small.extend(items)
+        self.arrived.set()
+        decoded = []
+        try:
+            for index, item in enumerate(items):
+                try:
+                    decoded.append(await item.future)
+                except InvalidImage as error:
+                    error.index = index
+                    raise
+        finally:
+            for item in items[len(decoded) :]:
+                if not item.future.cancel() and not item.future.cancelled():
+                    item.future.exception()  # seen: one refusal a request is enough
+        return decoded
+
+    async def _decode_large(self, images: list[bytes], height: int, width: int, client: Hashable) -> list[Pixels]:
+        job = Large(images, height, width, asyncio.get_running_loop().create_future(), client)
+        self.fresh.put(client, job)
+        self.changed.set()
+        try:
+            return await job.future
+        finally:
+            self.fresh.remove(client, job)
+            self.heavy.remove(client, job)
+
+    # the decoders
+
+    async def _tend(self, *, large: bool) -> None:
+        """Keep one decoder alive and at work."""
+        while True:
+            try:
+                zygote = await self._running()
+                line = await self._fork(zygote, large=large)
+            except OSError as error:
+                log.warning("cannot start a decoder: %s", error)
+                await asyncio.sleep(PATIENCE)
+                continue
+            try:
+                while not line.lost:
+                    await (self._next_large(zygote, line) if large else self._next_small(line))
+            finally:
+                line.transport.abort()
+                zygote.kill(line.number)
+                zygote.fates.pop(line.number, None)
+
+    async def _running(self) -> Zygote:
+        """Return the zygote, started again if need be; one that ends at once is not started again at once."""
+        async with self.starting:
+            if self.zygote is None or self.zygote.gone:
+                if self.zygote and (left := self.zygote.began + PATIENCE - asyncio.get_running_loop().time()) > 0:
+                    await asyncio.sleep(left)
+                self.zygote = Zygote.start(self.limits)
+            return self.zygote
+
+    async def _fork(self, zygote: Zygote, *, large: bool) -> Line:
+        self.numbers += 1
+        ours, theirs = socket.socketpair()
+        number = self.numbers
+        try:
+            with theirs:
+                await zygote.fork(number, theirs, large=large)
+        except BaseException:
+            ours.close()
+            raise
+        _, line = await asyncio.get_running_loop().create_unix_connection(lambda: Line(number, self._wake), sock=ours)
+        return line
+
+    def _wake(self) -> None:
+        """Have everyone look again for what there is to do."""
+        self.arrived.set()
+        self.changed.set()
+
+    async def _next_small(self, line: Line) -> None:
+        """Have the small images that wait decoded, as many as one message takes."""
+        while not self.small:
+            self.arrived.clear()
+            await self.arrived.wait()
+            if line.lost:
+                return
+        batch = self._batch()
+        if not batch:
+            return
+        height, width = batch[0].height, batch[0].width
+        work = wire.Work(
+            height, width, tuple(len(one.data) for one in batch), tuple(one.header for one in batch), [one.data for one in batch]
+        )
+        try:
+            line.transport.writelines(work.encoded())
+            async with asyncio.timeout(self.settings.small_timeout):
+                results = wire.decode_results(await line.answer(wire.RESULTS), len(batch), height, width)
+        except (EOFError, TimeoutError, ValueError):
+            line.lost = True
+            self._suspect(batch)
+            return
+        except asyncio.CancelledError:
+            for item in batch:
+                refuse(item.future, DecoderLost(STOPPING))
+            raise
+        for item, result in zip(batch, results, strict=True):
+            settle(item.future, result)
+
+    def _batch(self) -> list[Small]:
+        """Take out small images of one size of result, up to the limits of a message."""
+        batch: list[Small] = []
+        work = 0
+        while self.small and len(batch) < MESSAGE_IMAGES and work < MESSAGE_WORK:
+            item = self.small[0]
+            if batch and (item.height, item.width) != (batch[0].height, batch[0].width):
+                break
+            self.small.popleft()
+            if not item.future.done():  # its client has gone
+                batch.append(item)
+                work += item.header.work
+        return batch
+
+    def _suspect(self, batch: list[Small]) -> None:
+        """Have each image of a message that was never answered decoded alone, where it can cost nobody else anything."""
+        log.warning("a decoder of small images was lost; its %d images are decoded again, one by one", len(batch))
+        for item in batch:
+            alone: asyncio.Future[list[Pixels]] = asyncio.get_running_loop().create_future()
+            hand_on(alone, item.future)
+            self.fresh.put(None, Large([item.data], item.height, item.width, alone))
+        self.changed.set()
+
+    async def _next_large(self, zygote: Zygote, line: Line) -> None:
+        """Have the next request that there is memory for decoded."""
+        while (job := self._eligible()) is None:
+            self.changed.clear()
+            await self.changed.wait()
+            if line.lost:
+                return
+        if job.future.done():
+            return
+        if job.need > LIGHT:
+            self._grant(job)
+
+        def end_decoder(future: "asyncio.Future[list[Pixels]]") -> None:
+            if future.cancelled():
+                zygote.kill(line.number)
+
+        job.future.add_done_callback(end_decoder)
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                await self._converse(line, job)
+        except TimeoutError:
+            line.lost = True
+            refuse(job.future, DecoderLost(f"the image was not decoded within {self.settings.timeout:g} s; try again, or send it smaller"))
+        except (EOFError, ValueError):
+            line.lost = True
+            await self._explain(zygote, line, job)
+        except asyncio.CancelledError:
+            refuse(job.future, DecoderLost(STOPPING))
+            raise
+        finally:
+            job.future.remove_done_callback(end_decoder)
+            line.lost |= job.future.cancelled()
+            self._give_back(job)
+
+    async def _explain(self, zygote: Zygote, line: Line, job: Large) -> None:
+        """Answer a request whose decoder is gone, or have it decoded again if it is not to blame."""
+        if job.future.done():  # its client has gone
+            return
+        zygote.kill(line.number)
+        done, _ = await asyncio.wait([zygote.fates[line.number]], timeout=PATIENCE)
+        if not done:
+            zygote.close()  # it hears nothing
+        status = zygote.fates[line.number].result()
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+            limit = self.limits.max_seconds
+            refuse(job.future, InvalidImage(f"the image takes longer to decode than the limit of {limit:g} s: save it anew, or smaller"))
+        elif zygote.gone and not job.tries:
+            job.tries = 1
+            self.fresh.put(job.client, job)
+        else:
+            log.warning("a decoder of large images ended with status %d", status)
+            refuse(job.future, DecoderLost("the process that decoded the image was ended; try again, or send another image"))
+
+    def _grant(self, job: Large) -> None:
+        self.free -= job.need
+        self.heavies += 1
+        job.granted = job.need
+
+    def _give_back(self, job: Large) -> None:
+        if job.granted:
+            self.free += job.granted
+            self.heavies -= 1
+            job.granted = 0
+            self.changed.set()
+
+    def _eligible(self) -> Large | None:
+        """Take out the next request: one that waits for memory and may have it, else the next of those that wait for nothing."""
+        head = self.heavy.head()
+        if head is not None and (head.future.done() or self._fits(head.need)):
+            return self.heavy.pop()
+        return self.fresh.pop() if len(self.fresh) else None
+
+    def _fits(self, need: int) -> bool:
+        """Return whether a heavy decode may begin: there is memory, and a decoder is left for the others."""
+        return need <= self.free and self.heavies < max(1, self.settings.large - 1)
+
+    async def _converse(self, line: Line, job: Large) -> None:
+        """Have a request judged, and decoded if there is memory for it; else it waits for that."""
+        line.transport.writelines(wire.Work(job.height, job.width, tuple(map(len, job.images)), (), job.images).encoded())
+        body = await line.answer(wire.PLAN)
+        try:
+            need = wire.decode_plan(body)
+        except InvalidImage as error:
+            refuse(job.future, error)
+            return
+        if need > LIGHT and not job.granted:
+            job.need = need
+            if len(self.heavy) or not self._fits(need):
+                line.transport.write(wire.packed(wire.Park()))
+                self.heavy.put(job.client, job)
+                self.changed.set()
+                return
+            self._grant(job)
+        line.transport.write(wire.packed(wire.Go(need)))
+        results = wire.decode_results(await line.answer(wire.RESULTS), len(job.images), job.height, job.width)
+        images: list[Pixels] = []
+        for index, one in enumerate(results):
+            if isinstance(one, InvalidImage):
+                one.index = index
+                refuse(job.future, one)
+                return
+            images.append(one)
+        settle(job.future, images)
+
+
+def settle(future: "asyncio.Future[T]", result: "T | InvalidImage") -> None:
+    """Give a result or an error to whoever waits, if anybody does."""
+    if isinstance(result, InvalidImage):
+        refuse(future, result)
+    elif not future.done():
+        future.set_result(result)
+
+
+def refuse(future: "asyncio.Future[T]", error: Exception) -> None:
+    """Give an error to whoever waits, if anybody does."""
+    if not future.done():
+        future.set_exception(error)
+
+
+def hand_on(alone: "asyncio.Future[list[Pixels]]", waiting: "asyncio.Future[Pixels]") -> None:
+    """Give the one image of ``alone`` to whoever waits for it, and end its decoding when nobody does."""
+
+    def arrived(done: "asyncio.Future[list[Pixels]]") -> None:
+        if not done.cancelled():
+            error = done.exception()
+            settle(waiting, done.result()[0]) if error is None else refuse(waiting, error)  # type: ignore[arg-type]
+
+    alone.add_done_callback(arrived)
+    waiting.add_done_callback(lambda done: done.cancelled() and alone.cancel())
