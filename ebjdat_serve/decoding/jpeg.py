@@ -22,7 +22,7 @@ def judge_jpeg(data: Bytes, limits: Limits) -> Header:
     pieces = Count(limits.max_pieces, "JPEG", "segments, or bytes between them")
     scans = Count(limits.max_scans, "JPEG", "scans")
     frame: tuple[int, int, int, bytes] | None = None
-    at, partial = 2, False
+    at, partial, metadata = 2, False, 0
     while at + 2 <= len(data):
         if data[at] != 0xFF or data[at + 1] == 0xFF:
             pieces.add()  # fill, or rubbish between segments
@@ -31,7 +31,7 @@ def judge_jpeg(data: Bytes, limits: Limits) -> Header:
         code = data[at + 1]
         if code == EOI:
             break
-        pieces.add()
+        (scans if code == SOS else pieces).add()
         if code in (0, SOI, TEM) or code in RESTARTS:
             at += 2
             continue
@@ -39,15 +39,15 @@ def judge_jpeg(data: Bytes, limits: Limits) -> Header:
         if code in FRAMES or code in HIERARCHICAL:
             frame = _frame(data, at, length, frame)
         start, at = at, at + 2 + max(length, 2)
+        metadata += length
         if code == SOS:
             if frame is None:
                 damaged("JPEG", "a scan comes before its frame")
-            scans.add()
             partial |= data[start + 4 : start + 5] != bytes([len(frame[3])])  # further components come in further scans
             at = next_marker(data, at)
     if frame is None or not scans.n:
         damaged("JPEG", "it has no frame and scan")
-    return _header(*frame, partial, scans.n, pieces.n - scans.n)
+    return _header(*frame, partial, scans.n, metadata + pieces.n * CHUNK_WORK // 16)
 
 
 def _frame(data: Bytes, at: int, length: int, before: tuple[int, int, int, bytes] | None) -> tuple[int, int, int, bytes]:
@@ -69,14 +69,14 @@ def _frame(data: Bytes, at: int, length: int, before: tuple[int, int, int, bytes
     return code, int.from_bytes(body[3:5]), int.from_bytes(body[1:3]), sampling
 
 
-def _header(code: int, width: int, height: int, sampling: bytes, partial: bool, scans: int, segments: int) -> Header:
+def _header(code: int, width: int, height: int, sampling: bytes, partial: bool, scans: int, extra_work: int) -> Header:
     across, down = max(each >> 4 for each in sampling), max(each & 15 for each in sampling)
     columns, rows = -(-width // (8 * across)), -(-height // (8 * down))
     samples = 64 * columns * rows * sum((each >> 4) * (each & 15) for each in sampling)
     # a decoder keeps the coefficients of the whole image, 2 bytes each, when they come in more than one scan
     kept = 2 * samples if partial or scans > 1 or code in PROGRESSIVE else 0
     passes = max(scans * samples / max(width * height, 1) / 2, 0.5)
-    return Header("JPEG", width, height, 1, 5 if len(sampling) == 1 else 8, kept, passes, segments * CHUNK_WORK // 16)
+    return Header("JPEG", width, height, 1, 5 if len(sampling) == 1 else 8, kept, passes, extra_work)
 
 
 def next_marker(data: Bytes, at: int) -> int:

@@ -1,10 +1,14 @@
 """Headers of PNG."""
 
+import re
+
 from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, damaged
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 """Bits per sample that a colour type may have."""
+NAME = re.compile(rb"\w{4}")
+"""What Pillow takes for the name of a chunk; it ends at any other."""
 SMALL_CHUNK = 256
 """Bytes of a chunk of pixels below which it counts as a piece: encoders write kilobytes."""
 
@@ -23,7 +27,7 @@ def judge_png(data: Bytes, limits: Limits) -> Header:
     frames, at, seen = 1, 33, False
     while at + 8 <= len(data):
         kind, length = bytes(data[at + 4 : at + 8]), int.from_bytes(data[at : at + 4])
-        if kind == b"IEND" or not kind.isalnum():
+        if kind == b"IEND" or not NAME.fullmatch(kind):
             break
         if kind == b"IHDR":
             damaged("PNG", "it has two IHDR chunks")

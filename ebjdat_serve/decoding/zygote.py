@@ -208,4 +208,5 @@ def write(path: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(ConnectionError):  # the HTTP process has gone, with orders or news on the way
+        main()
