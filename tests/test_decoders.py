@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import uvloop
 from PIL import Image
 
 from ebjdat_serve import pixels
 from ebjdat_serve.decoding import pool, wire
 from ebjdat_serve.decoding.header import Limits
+from ebjdat_serve.decoding.jobs import FairQueue
 from ebjdat_serve.decoding.judge import judge
-from ebjdat_serve.decoding.pool import DecoderLost, Decoders, FairQueue, PoolSettings
+from ebjdat_serve.decoding.pool import DecoderLost, Decoders, PoolSettings
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from tests.test_headers import HOSTILE, colour, encoded, jpeg_of_scans, needs_heic, webp
 
@@ -62,7 +64,8 @@ def of_large(running):
     return running.zygote.pids[max(running.zygote.pids)]
 
 
-def test_small_and_large_images_and_lists_come_out_as_in_one_process():
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_small_and_large_images_and_lists_come_out_as_in_one_process(run):
     images = [SMALL, encoded(colour(mode="RGBA"), "WEBP", lossless=True), encoded(colour(), "JPEG", progressive=True), MEDIUM]
 
     async def main():
@@ -72,7 +75,7 @@ def test_small_and_large_images_and_lists_come_out_as_in_one_process():
             many = await asyncio.gather(*(running.decode([SMALL], 8 + i % 3, 8) for i in range(200)))
             return alone, together, many
 
-    alone, together, many = asyncio.run(main())
+    alone, together, many = run(main())
     for data, one, other in zip(images, alone, together, strict=True):
         np.testing.assert_array_equal(one, pixels.decode(data, 32, 24))
         np.testing.assert_array_equal(one, other)

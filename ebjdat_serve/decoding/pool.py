@@ -7,20 +7,17 @@ at a time, to decoders that stand back: they judge, say how much memory it takes
 import asyncio
 import logging
 import os
-import pickle
 import signal
 import socket
-import subprocess
-import sys
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Header, Limits
+from ebjdat_serve.decoding.jobs import FairQueue, Large, Small, hand_on, refuse, settle
 from ebjdat_serve.decoding.judge import judge
+from ebjdat_serve.decoding.processes import Line, Zygote
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.pixels import Pixels
 
@@ -33,10 +30,7 @@ LIGHT = 64 * 2**20
 """Bytes that each decoder of large images may use without leave."""
 PATIENCE = 1.0
 """Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
-UNKNOWN = -1
 STOPPING = "the server is stopping; try again when it is back"
-
-T = TypeVar("T")
 
 
 class DecoderLost(EbjdatError):
@@ -65,190 +59,6 @@ class PoolSettings:
     def heavy_memory(self) -> int:
         """Bytes for decodes that need more than LIGHT."""
         return self.memory - LIGHT * (self.large - 1)
-
-
-@dataclass(eq=False)
-class Small:
-    """One small image on its way."""
-
-    data: bytes
-    header: Header
-    height: int
-    width: int
-    future: "asyncio.Future[Pixels]"
-
-
-@dataclass(eq=False)
-class Large:
-    """A request whose images are decoded by one decoder; ``need`` is 0 until they were judged."""
-
-    images: list[bytes]
-    height: int
-    width: int
-    future: "asyncio.Future[list[Pixels]]"
-    client: Hashable = None
-    need: int = 0
-    granted: int = 0  # bytes of those for heavy decodes
-    tries: int = 0
-
-
-class FairQueue(Generic[T]):
-    """A queue for each client; they take turns."""
-
-    def __init__(self) -> None:
-        self.queues: dict[Hashable, deque[T]] = {}
-
-    def put(self, client: Hashable, item: T) -> None:
-        """Add an item behind the client's others."""
-        self.queues.setdefault(client, deque()).append(item)
-
-    def head(self) -> T | None:
-        """Return whose turn it is, or nothing."""
-        return next(iter(self.queues.values()))[0] if self.queues else None
-
-    def pop(self) -> T:
-        """Take out whose turn it is; the client's next turn comes after those of all others."""
-        client = next(iter(self.queues))
-        queue = self.queues.pop(client)
-        item = queue.popleft()
-        if queue:
-            self.queues[client] = queue
-        return item
-
-    def remove(self, client: Hashable, item: T) -> None:
-        """Take out an item, if it is there."""
-        queue = self.queues.get(client, deque())
-        with suppress(ValueError):
-            queue.remove(item)
-            if not queue:
-                del self.queues[client]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.queues.values()))
-
-
-class Line(asyncio.Protocol):
-    """The connection to one decoder. One answer is waited for at a time."""
-
-    transport: asyncio.Transport
-
-    def __init__(self, number: int, on_lost: Callable[[], None]) -> None:
-        self.number, self.lost, self.on_lost = number, False, on_lost
-        self.held = bytearray()
-        self.waiting: asyncio.Future[tuple[int, bytes]] | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:  # noqa: D102
-        self.held += data
-        if len(self.held) < wire.FRAME.size:
-            return
-        kind, length = wire.FRAME.unpack_from(self.held)
-        if len(self.held) >= wire.FRAME.size + length and self.waiting and not self.waiting.done():
-            body = bytes(self.held[wire.FRAME.size : wire.FRAME.size + length])
-            del self.held[: wire.FRAME.size + length]
-            self.waiting.set_result((kind, body))
-
-    def connection_lost(self, error: Exception | None) -> None:  # noqa: D102
-        self.lost = True
-        if self.waiting and not self.waiting.done():
-            self.waiting.set_exception(EOFError())
-        self.on_lost()
-
-    async def answer(self, expected: int) -> bytes:
-        """Return the next answer. Raises EOFError when the decoder is gone, or says what it should not."""
-        if self.lost:
-            raise EOFError
-        self.waiting = asyncio.get_running_loop().create_future()
-        self.data_received(b"")
-        kind, body = await self.waiting
-        if kind != expected:
-            raise EOFError
-        return body
-
-
-@dataclass(eq=False)
-class Zygote:
-    """The process that forks decoders, and what is known of these."""
-
-    process: "subprocess.Popen[bytes]"
-    line: socket.socket
-    began: float
-    pids: dict[int, int] = field(default_factory=dict)
-    born: "dict[int, asyncio.Future[None]]" = field(default_factory=dict)
-    fates: "dict[int, asyncio.Future[int]]" = field(default_factory=dict)  # exit statuses, UNKNOWN when the zygote ends first
-    gone: bool = False
-
-    @classmethod
-    def start(cls, limits: Limits) -> "Zygote":
-        """Start one; it is ready some tenths of a second later, and takes orders until then."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ebjdat_serve.decoding.zygote", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, **quiet},
-            )
-        ours.setblocking(False)
-        ours.send(pickle.dumps(limits))
-        zygote = cls(process, ours, asyncio.get_running_loop().time())
-        asyncio.get_running_loop().add_reader(ours.fileno(), zygote.hear)
-        return zygote
-
-    async def fork(self, number: int, end: socket.socket, *, large: bool) -> None:
-        """Have a decoder forked that serves ``end``, and wait until it is there. Raises OSError when the zygote is gone."""
-        loop = asyncio.get_running_loop()
-        self.born[number], self.fates[number] = loop.create_future(), loop.create_future()
-        socket.send_fds(self.line, [wire.ORDER.pack(wire.FORK, number, large)], [end.fileno()])
-        try:
-            await self.born[number]
-        finally:
-            del self.born[number]
-
-    def kill(self, number: int) -> None:
-        """Have a decoder killed, if it is still there."""
-        if not self.gone:
-            with suppress(OSError):
-                self.line.send(wire.ORDER.pack(wire.KILL, number, False))
-
-    def hear(self) -> None:
-        """Note which decoders started and ended."""
-        try:
-            news = self.line.recv(wire.NEWS.size)
-        except BlockingIOError:
-            return
-        except OSError:
-            news = b""
-        if not news:
-            self.close()
-            return
-        number, pid, status = wire.NEWS.unpack(news)
-        if status == -1:
-            self.pids[number] = pid
-            if number in self.born:
-                settle(self.born[number], None)
-            return
-        self.pids.pop(number, None)
-        if number in self.fates:
-            settle(self.fates[number], status)
-
-    def close(self) -> None:
-        """Hang up, upon which it ends and its decoders with it."""
-        if not self.gone:
-            self.gone = True
-            asyncio.get_running_loop().remove_reader(self.line.fileno())
-            self.line.close()
-            self.process.kill()
-            self.process.wait()
-            for birth in self.born.values():
-                refuse(birth, ConnectionResetError("the process that forks decoders has ended"))
-            for fate in self.fates.values():
-                settle(fate, UNKNOWN)
 
 
 class Decoders:
@@ -537,29 +347,3 @@ class Decoders:
                 return
             images.append(one)
         settle(job.future, images)
-
-
-def settle(future: "asyncio.Future[T]", result: "T | InvalidImage") -> None:
-    """Give a result or an error to whoever waits, if anybody does."""
-    if isinstance(result, InvalidImage):
-        refuse(future, result)
-    elif not future.done():
-        future.set_result(result)
-
-
-def refuse(future: "asyncio.Future[T]", error: Exception) -> None:
-    """Give an error to whoever waits, if anybody does."""
-    if not future.done():
-        future.set_exception(error)
-
-
-def hand_on(alone: "asyncio.Future[list[Pixels]]", waiting: "asyncio.Future[Pixels]") -> None:
-    """Give the one image of ``alone`` to whoever waits for it, and end its decoding when nobody does."""
-
-    def arrived(done: "asyncio.Future[list[Pixels]]") -> None:
-        if not done.cancelled():
-            error = done.exception()
-            settle(waiting, done.result()[0]) if error is None else refuse(waiting, error)  # type: ignore[arg-type]
-
-    alone.add_done_callback(arrived)
-    waiting.add_done_callback(lambda done: done.cancelled() and alone.cancel())

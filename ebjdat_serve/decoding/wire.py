@@ -27,6 +27,8 @@ NEED = struct.Struct("!Q")
 TEXT, PIXELS = b"TP"
 ERROR = struct.Struct("!BiI")  # TEXT, which image, -1: none of them; bytes of UTF-8 that follow
 LONGEST_TEXT = 2000
+TOGETHER = 2**18
+"""Bytes of images up to which a copy is quicker than another call of the system."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,19 @@ def receive(line: socket.socket) -> object:
     """Return the next message to a decoder. Raises EOFError when the other end hangs up."""
     message = pickle.loads(read(line, LENGTH.unpack(read(line, LENGTH.size))[0]))
     if isinstance(message, Work):
-        message.images.extend(read(line, length) for length in message.lengths)
+        message.images.extend(read_images(line, message.lengths))
     return message
+
+
+def read_images(line: socket.socket, lengths: tuple[int, ...]) -> list[bytes]:
+    """Return the images that follow a message; small ones are read together."""
+    if sum(lengths) > TOGETHER:
+        return [read(line, length) for length in lengths]
+    images, at, data = [], 0, read(line, sum(lengths))
+    for length in lengths:
+        images.append(data[at : at + length])
+        at += length
+    return images
 
 
 def read(line: socket.socket, n: int) -> bytes:
