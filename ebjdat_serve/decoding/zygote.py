@@ -17,6 +17,7 @@ import sys
 import warnings
 from contextlib import suppress
 from importlib import import_module
+from typing import NoReturn
 
 import numpy as np
 
@@ -48,29 +49,38 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     pids: dict[int, int] = {}
-    while True:
-        readable, _, _ = select.select([line, ended], [], [])
-        if ended in readable:
-            with suppress(BlockingIOError):
-                ended.recv(4096)
-            reap(line, pids)
-        if line in readable:
-            message, descriptors, _, _ = socket.recv_fds(line, wire.ORDER.size, 1)
-            if not message:
+    try:
+        while True:
+            readable, _, _ = select.select([line, ended], [], [])
+            if ended in readable:
+                with suppress(BlockingIOError):
+                    ended.recv(4096)
+                reap(line, pids)
+            if line in readable and not obey(line, limits, pids, (ended, wake)):
                 return
-            what, number, large = wire.ORDER.unpack(message)
-            if what == wire.KILL:
-                for pid in [pid for pid, known in pids.items() if known == number]:
-                    os.kill(pid, signal.SIGKILL)
-                continue
-            if not (pid := os.fork()):
-                signal.set_wakeup_fd(-1)
-                for end in (line, ended, wake):
-                    end.close()
-                be_a_decoder(socket.socket(fileno=descriptors[0]), limits, large)
-            os.close(descriptors[0])
-            pids[pid] = number
-            line.send(wire.NEWS.pack(number, pid, -1))
+    finally:
+        signal.set_wakeup_fd(-1)  # decoders end now, when its other end may be closed
+
+
+def obey(line: socket.socket, limits: Limits, pids: dict[int, int], others: tuple[socket.socket, ...]) -> bool:
+    """Fork or kill a decoder, as the next order says; return whether there was one. ``pids`` are those of decoders, with their numbers."""
+    message, descriptors, _, _ = socket.recv_fds(line, wire.ORDER.size, 1)
+    if not message:
+        return False
+    what, number, large = wire.ORDER.unpack(message)
+    if what == wire.KILL:
+        for pid in [pid for pid, known in pids.items() if known == number]:
+            os.kill(pid, signal.SIGKILL)
+        return True
+    if not (pid := os.fork()):
+        signal.set_wakeup_fd(-1)
+        for end in (line, *others):
+            end.close()
+        be_a_decoder(socket.socket(fileno=descriptors[0]), limits, large)
+    os.close(descriptors[0])
+    pids[pid] = number
+    line.send(wire.NEWS.pack(number, pid, -1))
+    return True
 
 
 def prepare() -> None:
@@ -94,8 +104,8 @@ def reap(line: socket.socket, pids: dict[int, int]) -> None:
         line.send(wire.NEWS.pack(pids.pop(pid), pid, status))
 
 
-def be_a_decoder(line: socket.socket, limits: Limits, large: bool) -> None:
-    """Decode until the HTTP process hangs up; never returns."""
+def be_a_decoder(line: socket.socket, limits: Limits, large: bool) -> NoReturn:
+    """Decode until the HTTP process hangs up."""
     status = 1
     try:
         parent = os.getppid()
