@@ -6,7 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
-def page(template: str, **fields: object) -> str:
+def render(template: str, **fields: object) -> str:
     """Return the page that ``template`` makes of ``fields``."""
     return TEMPLATES.get_template(template).render(fields)
 

@@ -37,7 +37,7 @@ def write_report(folder: Path, preset: Preset | None = None) -> Path | None:
     """
     try:
         from training.loop import charts
-        from training.pages import page
+        from training.pages import render
     except ImportError as error:
         log.warning("no report.html: %s is not installed: %s, then python training/report.py %s", error.name, install("train"), folder)
         return None
@@ -47,7 +47,7 @@ def write_report(folder: Path, preset: Preset | None = None) -> Path | None:
     looks = charts.spread([row for row in rows if row.get("histograms")], 12)
     target = folder / "report.html"
     target.write_text(
-        page(
+        render(
             "run.html",
             name=folder.name,
             summary=summary(rows, sum("diverged" in row for row in rows)),
