@@ -21,7 +21,7 @@ from ebjdat_serve.detection import Detector, probabilities, suspicion
 from ebjdat_serve.engines import Engine, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.generation import classify_in_chunks
-from ebjdat_serve.scheduling import Policy, Request, Scheduler
+from ebjdat_serve.scheduling import ChainGroup, Policy, Scheduler
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.compute.memory import give_back_large_blocks
@@ -195,7 +195,7 @@ class GenerateWorker(Worker):
         """Serve until the HTTP process hangs up."""
         self.scheduler = Scheduler()
         self.drawings: dict[int, Drawing] = {}
-        self.drawn: dict[Request, Drawing] = {}
+        self.drawn: dict[ChainGroup, Drawing] = {}
         self.rate, self.taken, self.since = 0.0, 0, time.monotonic()
         super().work()
 
@@ -213,14 +213,14 @@ class GenerateWorker(Worker):
 
     def turn(self) -> None:
         """Hear what there is to hear, then move chains once."""
-        while self.line.waiting(0.0 if self.scheduler.requests else None):
+        while self.line.waiting(0.0 if self.scheduler.groups else None):
             self._hear(self.line.receive())
-        if not self.scheduler.requests:
+        if not self.scheduler.groups:
             return
         for moved in self.scheduler.advance():
             self.taken += moved.steps * len(moved.rows)
-            drawing = self.drawn[moved.request]
-            drawing.arrive(moved.arrived)
+            drawing = self.drawn[moved.group]
+            drawing.arrive(moved.finished)
             if drawing.done:
                 self._forget(drawing)
                 self.line.send(Answer(drawing.number, drawing.result()))
@@ -235,13 +235,13 @@ class GenerateWorker(Worker):
     def _hear(self, message: Any) -> None:
         match message:
             case Ask(number, key, job):
-                if not self.scheduler.requests:
+                if not self.scheduler.groups:
                     self.taken, self.since = 0, time.monotonic()  # time spent asleep is not slowness
                 drawing = Drawing(number, job, self.models[key])
-                self.drawings[number] = self.drawn[drawing.request] = drawing
-                self.scheduler.join(drawing.request)
+                self.drawings[number] = self.drawn[drawing.group] = drawing
+                self.scheduler.join(drawing.group)
             case Cancel(number) if number in self.drawings:  # it may have been answered meanwhile
-                self.scheduler.leave(self.drawings[number].request)
+                self.scheduler.leave(self.drawings[number].group)
                 self._forget(self.drawings[number])
             case Show(number) if number in self.drawings:
                 self.drawings[number].may_show = True
@@ -249,12 +249,12 @@ class GenerateWorker(Worker):
                 self.heed(message)
 
     def _forget(self, drawing: "Drawing") -> None:
-        del self.drawings[drawing.number], self.drawn[drawing.request]
+        del self.drawings[drawing.number], self.drawn[drawing.group]
 
     def _tell(self) -> None:
-        left = {drawing.number: drawing.request.left for drawing in self.drawings.values()}
-        self.line.send(Pace(self.rate, left, self.scheduler.longest))
-        self.scheduler.longest = 0.0
+        left = {drawing.number: drawing.group.left for drawing in self.drawings.values()}
+        self.line.send(Pace(self.rate, left, self.scheduler.longest_wait))
+        self.scheduler.longest_wait = 0.0
 
 
 class Drawing:
@@ -264,7 +264,7 @@ class Drawing:
         self.number, self._job, self._model = number, job, model
         self.may_show = True
         chains = Chains.start(model.prior, job.sampler, np.full(job.n, job.label, np.int64), job.seed)
-        self.request = Request(model.engine, chains, job.sampler.steps)
+        self.group = ChainGroup(model.engine, chains, job.sampler.steps)
         self._image = np.zeros((job.n, *chains.image.shape[2:], 3), np.uint8)
         self._said: dict[int, Verdicts] = {}
         self._shown = 0
@@ -272,7 +272,7 @@ class Drawing:
     def arrive(self, rows: Any) -> None:
         """Turn chains that took their last step into pixels, and ask the model about exactly those."""
         if len(rows):
-            self._image[rows] = pixels.to_bytes(self.request.chains.image[rows])
+            self._image[rows] = pixels.to_bytes(self.group.chains.image[rows])
             said = self._model.verdicts(self._image[rows])
             self._said |= {int(row): said.rows(slice(i, i + 1)) for i, row in enumerate(rows)}
 
@@ -289,11 +289,11 @@ class Drawing:
         """Return whether the client has taken the last preview, and the slowest chain has come ``every`` steps further."""
         if not self._job.every or not self.may_show:
             return False
-        step = int(self.request.chains.step.min())
+        step = int(self.group.chains.step.min())
         return step - self._shown >= self._job.every
 
     def preview(self) -> Preview:
         """Return how the chains look now."""
-        self._shown, self.may_show = int(self.request.chains.step.min()), False
-        image = pixels.to_bytes(self.request.chains.image)
+        self._shown, self.may_show = int(self.group.chains.step.min()), False
+        image = pixels.to_bytes(self.group.chains.image)
         return Preview(self.number, self._shown, image, self._model.verdicts(image))

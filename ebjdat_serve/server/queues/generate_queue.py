@@ -5,7 +5,7 @@ import time
 from collections import deque
 from typing import Any
 
-from ebjdat_serve.scheduling import FAIR, length
+from ebjdat_serve.scheduling import FAIRNESS_QUOTA, size_class
 from ebjdat_serve.server.answer.problems import Problem
 from ebjdat_serve.server.ipc import Answer, Ask, Cancel, Job, Pace, Preview, Show
 from ebjdat_serve.server.queues.request_queue import Item, Lane, Peer
@@ -52,8 +52,8 @@ class GenerateLane(Lane):
 
     def _estimate(self, job: Job) -> float:
         """Return the seconds until a job would be done: it shares the machine with all, but waits for jobs as short as itself only."""
-        ahead = sum(left for number, left in self._left.items() if self._lengths[number] <= length(job.work))
-        return min(self.work + job.work, (1 + FAIR) * (ahead + job.work)) / self.rate
+        ahead = sum(left for number, left in self._left.items() if self._lengths[number] <= size_class(job.work))
+        return min(self.work + job.work, (1 + FAIRNESS_QUOTA) * (ahead + job.work)) / self.rate
 
     @property
     def longest(self) -> float:
@@ -75,7 +75,7 @@ class GenerateLane(Lane):
         peer = min(able, key=lambda peer: sum(self._left.get(number, 0) for number in peer.owes))
         number = next(self._numbers)
         peer.owes[number] = [item]
-        self._left[number], self._lengths[number] = item.payload.work, length(item.payload.work)
+        self._left[number], self._lengths[number] = item.payload.work, size_class(item.payload.work)
         peer.send(Ask(number, item.key, item.payload))
 
     def leave(self, item: Item) -> None:
