@@ -33,7 +33,7 @@ def alive(pid):
 
 
 def workers(server):
-    """Process ids of the workers by their lane, which ps shows: classify's first."""
+    """Process ids of the workers by their kind, which ps shows: classify's first."""
     names = {pid: Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() for pid in server.children()}
     return sorted((pid for pid, name in names.items() if name in ("ebjdat-classify", "ebjdat-generate")), key=names.__getitem__)
 
@@ -314,7 +314,7 @@ def test_a_full_classify_queue_answers_503_with_retry_after_and_the_rest_goes_on
         busy(long_live, "classify", len(clients))
         refused = httpx2.post(f"{long_live.url}/classify", content=picture, timeout=10)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert "classify_queue" in refused.json()["detail"]
+        assert "--classify-queue" in refused.json()["detail"]
         assert httpx2.get(f"{long_live.url}/generate", params={"class": 0, "steps": 2}, timeout=30).status_code == 200
         os.kill(stopped, signal.SIGCONT)
         for client in clients:
@@ -407,10 +407,10 @@ def test_a_worker_that_dies_before_it_says_hello_costs_only_itself(tmp_path, pic
     short = Path(tempfile.mkdtemp(prefix="e", dir="/tmp"))  # the name of a socket has room for a hundred characters
     monkeypatch.setenv("TMPDIR", str(short))
     with serving(SHIPPED, tmp_path / "log") as server:
-        (wire,) = short.glob("ebjdat-*/wire")
+        (address,) = short.glob("ebjdat-*/workers")
         for said in (b"", b"\0\0"):
             with socket.socket(socket.AF_UNIX) as stranger:
-                stranger.connect(str(wire))
+                stranger.connect(str(address))
                 stranger.sendall(said)
                 stranger.shutdown(socket.SHUT_WR)
                 assert stranger.recv(1) == b""  # it is hung up on

@@ -1,1 +1,1 @@
-"""From a worker's output to a response."""
+"""From a worker's result to a response."""

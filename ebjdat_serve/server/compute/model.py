@@ -1,0 +1,44 @@
+"""A bundle as a worker runs it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ebjdat_serve import pixels
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.detection import Detector, probabilities, suspicion
+from ebjdat_serve.engines import Engine, Floats, load_engine
+from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.server.payloads import Predictions
+from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.sgld import Prior
+
+
+class Model:
+    """An engine, and the calibration that turns its outputs into predictions."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.bundle = Bundle.load(folder)
+        self.calibration = self.bundle.calibration(settings.precision)
+        self.bundle.check_precision(settings.precision)
+        self.engine: Engine = load_engine(self.bundle, settings.engine, settings.device, settings.threads, settings.precision)
+        self.detector = Detector(np.asarray(self.calibration.scores), settings.alpha)
+        self.prior = Prior.load(self.bundle.path / "prior.safetensors")
+
+    def engine_info(self) -> dict[str, str]:
+        """Return engine, provider and precision."""
+        return {"engine": self.engine.name, "provider": self.engine.provider, "precision": self.engine.precision}
+
+    def forward(self, image: pixels.Pixels) -> tuple[Floats, Floats]:
+        """Return logits (n, K) and energy (n,) of pixels (n, H, W, 3)."""
+        parts = classify_in_chunks(self.engine, pixels.to_unit(image))
+        logits, energy = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return logits, energy
+
+    def predict(self, image: pixels.Pixels) -> Predictions:
+        """Return the predictions for pixels (n, H, W, 3)."""
+        logits, energy = self.forward(image)
+        scores = suspicion(self.calibration.score, self.calibration.weight, logits)
+        p_value = self.detector.p_value(scores)
+        probability = probabilities(logits, self.calibration.temperature)
+        return Predictions(probability, -logits, energy, scores, p_value, self.detector.suspicious(p_value))
