@@ -29,6 +29,28 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for code in (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
 }
 
+BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
+
+
+def json_object(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an object with one field."""
+    return {"type": "object", "required": [name], "properties": {name: schema}}
+
+
+IMAGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": BINARY},
+            "multipart/form-data": {"schema": json_object("image", BINARY)},
+            "application/json": {
+                "schema": {"oneOf": [json_object("image", BASE64), json_object("images", {"type": "array", "items": BASE64})]}
+            },
+        },
+    }
+}
+"""OpenAPI's description of a body with one image or several, for every endpoint that uses Service.run_on_images."""
+
 
 @dataclass(frozen=True)
 class ImageResult:

@@ -1,7 +1,5 @@
 """/classify and /energy."""
 
-from typing import Any
-
 from fastapi import Request, Response
 
 from ebjdat_serve.server.answer.predictions import (
@@ -14,29 +12,7 @@ from ebjdat_serve.server.answer.predictions import (
 )
 from ebjdat_serve.server.answer.schema import respond
 from ebjdat_serve.server.compute.operations import PREDICT
-from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
-
-BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
-
-
-def json_object(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an object with one field."""
-    return {"type": "object", "required": [name], "properties": {name: schema}}
-
-
-IMAGE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "image/*": {"schema": BINARY},
-            "multipart/form-data": {"schema": json_object("image", BINARY)},
-            "application/json": {
-                "schema": {"oneOf": [json_object("image", BASE64), json_object("images", {"type": "array", "items": BASE64})]}
-            },
-        },
-    }
-}
-"""OpenAPI's description of a body with one image or several, for every endpoint that uses Service.run_on_images."""
+from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint, Service
 
 
 async def classify(service: Service, request: Request) -> Response:
