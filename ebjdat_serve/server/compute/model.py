@@ -6,9 +6,10 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.detection import Detector, probabilities, suspicion
+from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.engines import Engine, Floats, load_engine
 from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.scores import ood_score
 from ebjdat_serve.server.payloads import Predictions
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.sgld import Prior
@@ -38,7 +39,7 @@ class Model:
     def predict(self, image: pixels.Pixels) -> Predictions:
         """Return the predictions for pixels (n, H, W, 3)."""
         logits, energy = self.forward(image)
-        scores = suspicion(self.calibration.score, self.calibration.weight, logits)
+        scores = ood_score(self.calibration.score, self.calibration.weight, logits)
         p_value = self.detector.p_value(scores)
         probability = probabilities(logits, self.calibration.temperature)
         return Predictions(probability, -logits, energy, scores, p_value, self.detector.suspicious(p_value))
