@@ -108,7 +108,7 @@ def test_the_images_health_check_goes_through_no_proxy(monkeypatch):
         for proxy in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(proxy, "http://127.0.0.1:9")
         monkeypatch.delenv("no_proxy", raising=False)
-        words = [word.replace("8000", str(server.server_port)) for word in words]
+        monkeypatch.setenv("EBJDAT_PORT", str(server.server_port))
         done = subprocess.run([sys.executable, *words], capture_output=True, encoding="utf-8", check=False)
         server.shutdown()
     assert done.returncode == 0, done.stderr
