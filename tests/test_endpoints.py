@@ -15,8 +15,8 @@ NEW_ENDPOINTS = '''
 import sys
 
 from ebjdat_serve.cli import main
-from ebjdat_serve.server.answer.schema import Schema, respond
-from ebjdat_serve.server.compute.operations import Operation
+from ebjdat_serve.server.answer import Schema, respond
+from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.endpoints import ENDPOINTS
 from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint
 

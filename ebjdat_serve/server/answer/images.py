@@ -10,8 +10,8 @@ from fastapi import Response
 from pydantic import Field
 
 from ebjdat_serve import __version__, pixels
+from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.answer.predictions import Candidate, Flag, flags
-from ebjdat_serve.server.answer.schema import Schema
 from ebjdat_serve.server.payloads import GeneratedImages, GenerateJob, GeneratePreview
 from ebjdat_serve.server.served_model import ServedModel
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from ebjdat_serve.server.answer.schema import Attributed, Schema
+from ebjdat_serve.server.answer import Attributed, Schema
 from ebjdat_serve.server.payloads import Predictions
 from ebjdat_serve.server.served_model import ServedModel
 

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from ebjdat_serve import __version__, pixels
 from ebjdat_serve.bundle import Architecture, Input, Provenance
-from ebjdat_serve.server.answer.schema import Schema
+from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.sgld import Sampler

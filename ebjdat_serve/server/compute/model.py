@@ -1,6 +1,9 @@
-"""A bundle as a worker runs it."""
+"""A bundle as a worker runs it, and the operations that requests ask for by name."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +13,7 @@ from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.engines import Engine, Floats, load_engine
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.scores import ood_score
+from ebjdat_serve.server import ipc
 from ebjdat_serve.server.payloads import Predictions
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.sgld import Prior
@@ -43,3 +47,19 @@ class Model:
         p_value = self.detector.p_value(scores)
         probability = probabilities(logits, self.calibration.temperature)
         return Predictions(probability, -logits, energy, scores, p_value, self.detector.suspicious(p_value))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """``run(model, payload)`` in a worker of ``kind``, under ``name`` in messages; ``run`` must be importable by its qualified name.
+
+    In a classify worker the payload is a batch of pixels (n, H, W, 3), and ``run`` returns an array with n rows or an object indexed like
+    one. In a generate worker ``run`` returns a ChainTask, whose chains are scheduled with those of all others.
+    """
+
+    name: str
+    kind: ipc.Kind
+    run: Callable[[Model, Any], Any]
+
+
+PREDICT = Operation("predict", "classify", Model.predict)

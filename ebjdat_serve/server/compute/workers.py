@@ -21,8 +21,8 @@ from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.scheduling import ChainGroup, Policy, Scheduler
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.server import ipc
-from ebjdat_serve.server.compute.model import Model
-from ebjdat_serve.server.compute.operations import ChainTask, Operation
+from ebjdat_serve.server.compute.generate_task import ChainTask
+from ebjdat_serve.server.compute.model import Model, Operation
 from ebjdat_serve.server.memory import return_large_blocks
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.sgld import Chains

@@ -13,7 +13,7 @@ from starlette.routing import request_response
 
 from ebjdat_serve import __version__
 from ebjdat_serve.server import api_docs, problems
-from ebjdat_serve.server.compute.operations import Operation
+from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue

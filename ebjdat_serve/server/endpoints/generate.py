@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from ebjdat_serve.server.answer import Schema, respond
 from ebjdat_serve.server.answer.images import GenerateAnswer, GenerateAnswers, GeneratePreviewEvent, PngHeaders, event
-from ebjdat_serve.server.answer.schema import Schema, respond
-from ebjdat_serve.server.compute.operations import GENERATE
+from ebjdat_serve.server.compute.generate_task import GENERATE
 from ebjdat_serve.server.endpoints.endpoint import ERRORS, Endpoint, Service
 from ebjdat_serve.server.payloads import GeneratedImages
 from ebjdat_serve.server.problems import Problem

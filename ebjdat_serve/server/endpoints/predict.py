@@ -2,6 +2,7 @@
 
 from fastapi import Request, Response
 
+from ebjdat_serve.server.answer import respond
 from ebjdat_serve.server.answer.predictions import (
     ClassifyAnswer,
     ClassifyList,
@@ -10,8 +11,7 @@ from ebjdat_serve.server.answer.predictions import (
     classify_answer,
     energy_answer,
 )
-from ebjdat_serve.server.answer.schema import respond
-from ebjdat_serve.server.compute.operations import PREDICT
+from ebjdat_serve.server.compute.model import PREDICT
 from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint, Service
 
 

@@ -2,7 +2,7 @@
 
 from fastapi import Request, Response
 
-from ebjdat_serve.server.answer.schema import respond
+from ebjdat_serve.server.answer import respond
 from ebjdat_serve.server.answer.status import ClassifyLoad, GenerateLoad, Health, Index, Info, Load, info_answer
 from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
 from ebjdat_serve.server.read.generate_request import max_steps

@@ -1,30 +1,14 @@
-"""Operations: what a request to a worker asks for, by name, and the function that does it."""
+"""Jobs in progress in a generate worker: what the scheduler moves, and the one that draws images."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.scheduling import ChainGroup, Rows
-from ebjdat_serve.server import ipc
-from ebjdat_serve.server.compute.model import Model
+from ebjdat_serve.server.compute.model import Model, Operation
 from ebjdat_serve.server.payloads import GeneratedImages, GenerateJob, GeneratePreview, Predictions, concatenate
 from ebjdat_serve.sgld import Chains
-
-
-@dataclass(frozen=True)
-class Operation:
-    """``run(model, payload)`` in a worker of ``kind``, under ``name`` in messages; ``run`` must be importable by its qualified name.
-
-    In a classify worker the payload is a batch of pixels (n, H, W, 3), and ``run`` returns an array with n rows or an object indexed like
-    one. In a generate worker ``run`` returns a ChainTask, whose chains are scheduled with those of all others.
-    """
-
-    name: str
-    kind: ipc.Kind
-    run: Callable[[Model, Any], Any]
 
 
 class ChainTask(Protocol):
@@ -85,5 +69,4 @@ class GenerateTask:
         return GeneratePreview(step, image, self._model.predict(image))
 
 
-PREDICT = Operation("predict", "classify", Model.predict)
 GENERATE = Operation("generate", "generate", GenerateTask)
