@@ -29,10 +29,10 @@ class Line(asyncio.Protocol):
         self.held = bytearray()
         self.waiting: asyncio.Future[tuple[int, bytes]] | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # which uvloop's does not inherit from
 
-    def data_received(self, data: bytes) -> None:  # noqa: D102
+    def data_received(self, data: bytes) -> None:
         self.held += data
         if len(self.held) < wire.FRAME.size:
             return
@@ -42,7 +42,7 @@ class Line(asyncio.Protocol):
             del self.held[: wire.FRAME.size + length]
             self.waiting.set_result((kind, body))
 
-    def connection_lost(self, error: Exception | None) -> None:  # noqa: D102
+    def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
         if self.waiting and not self.waiting.done():
             self.waiting.set_exception(EOFError())
