@@ -21,7 +21,7 @@ from ebjdat_serve.decoding.jobs import FairQueue
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.decoding.pool import DecoderLost, Decoders, PoolSettings
 from ebjdat_serve.errors import EbjdatError, InvalidImage
-from tests.test_headers import HOSTILE, colour, encoded, jpeg_of_scans, needs_heic, webp
+from tests.test_headers import HOSTILE, colour, encoded, jpeg_of_scans, needs_heic, png, webp
 
 PATIENT = PoolSettings(Limits(max_scans=10_000), timeout=120, small_timeout=20)  # the machine of a test may be slow
 SMALL = encoded(colour())
@@ -126,6 +126,23 @@ def test_an_empty_webp_of_the_largest_size_stays_within_its_memory():
             results = await asyncio.gather(*(running.decode([webp(10_000, 2_500)], 32, 32) for _ in range(3)), return_exceptions=True)
             assert all(isinstance(one, InvalidImage) for one in results)
             assert peak(running) < 480
+
+    asyncio.run(main())
+
+
+def test_an_image_that_fails_leaves_no_memory_behind():
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await running.decode([MEDIUM], 32, 32)
+            pid = of_large(running)
+            for _ in range(3):
+                for broken in (webp(10_000, 2_500), png(5000, 5000)):
+                    with pytest.raises(InvalidImage, match="truncated or damaged"):
+                        await running.decode([broken], 32, 32)
+                    held = Path(f"/proc/{pid}/status").read_text(encoding="ascii").partition("VmRSS:")[2].split()[0]
+                    assert int(held) < 80 * 2**10
+                assert len(await running.decode([MEDIUM], 32, 32)) == 1
+            assert of_large(running) == pid
 
     asyncio.run(main())
 

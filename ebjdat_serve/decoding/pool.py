@@ -291,7 +291,7 @@ class Decoders:
             limit = self.limits.max_seconds
             refuse(job.future, InvalidImage(f"the image takes longer to decode than the limit of {limit:g} s: save it anew, or smaller"))
         elif zygote.gone and not job.tries:
-            job.tries = 1
+            job.tries, job.need = 1, 0
             self.fresh.put(job.client, job)
         else:
             log.warning("a decoder of large images ended with status %d", status)

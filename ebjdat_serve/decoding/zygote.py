@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 import warnings
 from contextlib import suppress
 from importlib import import_module
@@ -127,6 +128,8 @@ def be_a_decoder(line: socket.socket, limits: Limits, large: bool) -> NoReturn:
         status = 0
     except (EOFError, BrokenPipeError, ConnectionResetError):
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -164,6 +167,7 @@ class Decoder:
         if isinstance(answer, wire.Go):
             self.restrict(int(SLACK * answer.memory) + IDLE_MEMORY)
             results = self.decode(work, headers)
+            gc.collect()  # what an error held in a circle
             self.restrict(IDLE_MEMORY)
             self.line.sendall(wire.encode_results(results))
 
@@ -177,8 +181,7 @@ class Decoder:
                 scale = header.scale(work.height, work.width, self.limits)
                 results.append(pixels.decode_judged(data, header, work.height, work.width, scale))
             except InvalidImage as error:
-                error.__cause__ = error.__traceback__ = None  # they hold what was being decoded
-                results.append(error)
+                results.append(InvalidImage(str(error)))  # this one holds no frame, and so nothing of what was being decoded
         return results
 
     def restrict(self, memory: int) -> None:
