@@ -79,7 +79,7 @@ class Zygote:
         quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ebjdat_serve.decoding.zygote", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "ebjdat_serve.decoding.zygote", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
