@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ebjdat_serve import pixels
-from ebjdat_serve.bundle import Bundle, read_rows, write_json
+from ebjdat_serve.bundle import Bundle, network_name, read_rows, write_json
 from ebjdat_serve.card import figure, key, table, title
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, edit
@@ -99,7 +99,7 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     drawn = (bundle.path / "landscape.png").is_file()
     picture = "![energies of clean, adversarial, drawn and strange images](landscape.png)" if drawn else ""
     return f"""{title(m)}
-{m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
+{network_name(m.architecture)} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
 Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, begun {p.started}:
 {p.steps} of {p.planned_steps} planned steps, rolled back for divergence {p.rollbacks} times. Data sha256 {p.data_sha256[:16]}.
 

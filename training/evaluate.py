@@ -150,9 +150,9 @@ def context(
     digest = ""
     if surrogate is not None:
         network = load_weights(surrogate)
-        if network.head.out_features != len(data.names):
+        if network.classes != len(data.names):
             raise TrainingError(
-                f"{surrogate} has {network.head.out_features} classes, {data.name} {len(data.names)}", options=("--surrogate WEIGHTS",)
+                f"{surrogate} has {network.classes} classes, {data.name} {len(data.names)}", options=("--surrogate WEIGHTS",)
             )
         digest = sha256(surrogate)
         if subject.weights in (digest, module_sha256(network)):

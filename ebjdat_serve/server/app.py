@@ -220,7 +220,7 @@ class Routes:
         m, calibration = served.bundle.manifest, served.calibration
         return {
             "model": served.name,
-            "architecture": asdict(m.architecture),
+            "architecture": m.architecture,
             "labels": m.labels,
             "input": asdict(m.input),
             "sampler": asdict(m.sampler),
