@@ -23,7 +23,7 @@ from training.distributed import Noise
 from training.errors import DataError, TrainingError
 from training.loop.stream import Stream
 from training.presets import DIGITS
-from training.refresh import fitted
+from training.refresh import filled
 
 
 def small_cifar(root, monkeypatch, tamper=False):
@@ -311,8 +311,8 @@ def test_sixty_pictures_are_enough_to_train_and_to_flag(tmp_path):
     keys = [image.tobytes() for part in (data.train, data.selection, data.calibration, data.test) for image in part.image]
     assert len(set(keys)) == 60
     assert 1 / (len(data.calibration) + 1) < 0.05  # a p-value below the usual alpha can be had
-    assert fitted(DIGITS, len(data.train), tells=False).batch_size == 8
-    assert fitted(DIGITS, 64, tells=False) == DIGITS
+    assert filled(DIGITS, len(data.train), tells=False).batch_size == 8
+    assert filled(DIGITS, 64, tells=False) == DIGITS
 
 
 @given(st.lists(st.integers(8, 300), min_size=2, max_size=12), st.integers(8, 60))

@@ -12,8 +12,9 @@ from importlib.metadata import packages_distributions
 
 from benchmarks.methods import SEEDS, table
 from tests.conftest import ROOT
+from training.config import describe, stages
 from training.overrides import MEASURED, override
-from training.presets import METHODS, describe, preset, stages
+from training.presets import METHODS, preset
 
 
 def tracked():
@@ -66,7 +67,7 @@ def test_warm_starts_exist_and_share_the_network():
     for name in METHODS:
         *warm, joint = stages(preset(name, "small", "cifar100"))
         for start in warm:
-            assert (start.depth, start.width, start.dataset) == (joint.depth, joint.width, "cifar100")
+            assert (start.architecture, start.dataset) == (joint.architecture, "cifar100")
             assert start.warm_start is None
 
 

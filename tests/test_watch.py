@@ -12,9 +12,9 @@ import torch
 from tests.conftest import ROOT
 from training.data.datasets import load
 from training.loop.clock import Clock
+from training.loop.loop import train
 from training.presets import DIGITS
 from training.report import series, write_report
-from training.train import train
 
 
 @pytest.fixture(scope="module")

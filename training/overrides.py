@@ -7,8 +7,9 @@ from typing import Any
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.server.settings import SHIPPED
+from training.config import Preset
 from training.errors import TrainingError
-from training.presets import METHODS, PRESETS, Preset
+from training.presets import METHODS, PRESETS
 
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "methods.json"
 

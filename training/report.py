@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ebjdat_serve.console import command, parser_of
+from training.config import Preset, describe
 from training.errors import TrainingError
-from training.presets import Preset, describe
 
 Row = dict[str, Any]
 COLOURS = ("#2858c8", "#d23c32", "#2a9d4a", "#8a4fbf", "#c98a10")

@@ -42,7 +42,7 @@ LEAST_CALIBRATION = 20
 """Images to calibrate on: of fewer, no p-value is below the usual alpha of 0.05."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Four disjoint splits: train, selection (choices and tuning), calibration (p-values only) and test."""
 
@@ -54,6 +54,12 @@ class Dataset:
     test: Split
     flip: bool  # whether a mirror image is of the same class
     sha256: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its images."""
+        height, width = self.train.image.shape[1:3]
+        return height, width
 
 
 def load(name: str, size: tuple[int, int] | None = None) -> Dataset:

@@ -1,4 +1,4 @@
-"""Everything that a training stage must not lose: weights, EMA, optimiser, chains, random state, position."""
+"""The checkpoint of a training stage: weights, EMA, optimiser, the method's state, random state, position."""
 
 import os
 import pickle
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks import Network
 from training.distributed import Noise
 from training.errors import TrainingError
 from training.methods import MethodState
@@ -19,12 +19,12 @@ from training.methods import MethodState
 
 @dataclass
 class State:
-    """The moving parts of one stage; ``save`` and ``restore`` make a restart bit-identical on a CPU."""
+    """Everything that changes during a stage; ``save`` and ``restore`` make a restart bit-identical on a CPU."""
 
-    model: WideResNet
+    model: Network
     ema: dict[str, Tensor]
     optimiser: torch.optim.Optimizer
-    memory: MethodState
+    method_state: MethodState
     noise: Noise
     step: int = 0
     seconds: float = 0.0
@@ -42,7 +42,7 @@ class State:
                 self.ema[name].copy_(value)
 
     def save(self, path: Path, *, keep: bool = True) -> None:
-        """Write the state aside, then rename, so that a kill at any moment leaves a whole file; every rank calls, the first writes.
+        """Write the state atomically, so that a kill at any moment leaves a whole file; every rank calls, the first writes.
 
         The state before it is kept beside it, unless ``keep`` is false: then this one takes the place of a bad one.
         """
@@ -51,7 +51,7 @@ class State:
             "model": self.model.state_dict(),
             "ema": self.ema,
             "optimiser": self.optimiser.state_dict(),
-            "memory": self.memory.state(),
+            "method_state": self.method_state.state_dict(),
             "generator": self.noise.generator.get_state(),
             "position": [self.step, self.seconds, self.rollbacks, self.lr_scale],
         }
@@ -59,23 +59,23 @@ class State:
             aside = path.with_suffix(".part")
             torch.save(payload, aside)
             if keep and path.is_file():
-                spare = path.with_suffix(".link")
-                spare.unlink(missing_ok=True)
+                copy = path.with_suffix(".link")
+                copy.unlink(missing_ok=True)
                 try:
-                    os.link(path, spare)
+                    os.link(path, copy)
                 except OSError:  # a file system without hard links
-                    shutil.copyfile(path, spare)
-                os.replace(spare, previous(path))
+                    shutil.copyfile(path, copy)
+                os.replace(copy, previous(path))
             os.replace(aside, path)
 
     def restore(self, path: Path) -> None:
-        """Take everything back from ``path``; raise TrainingError when it is damaged."""
+        """Restore everything from ``path``; raise TrainingError when it is damaged."""
         payload = read_state(path)
         self.model.load_state_dict(payload["model"])
         for name, value in payload["ema"].items():
             self.ema[name].copy_(value)
         self.optimiser.load_state_dict(payload["optimiser"])
-        self.memory.load_state(payload["memory"])
+        self.method_state.load_state_dict(payload["method_state"])
         self.noise.generator.set_state(payload["generator"])
         step, self.seconds, rollbacks, self.lr_scale = payload["position"]
         self.step, self.rollbacks = int(step), int(rollbacks)

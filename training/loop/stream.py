@@ -2,12 +2,12 @@
 
 import torch
 
+from training.config import Preset
 from training.data.augment import augment, to_device
 from training.data.datasets import Dataset, load_extra
 from training.distributed import Noise
 from training.errors import TrainingError
 from training.methods import Batch
-from training.presets import Preset
 
 
 class Stream:

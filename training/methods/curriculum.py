@@ -33,12 +33,10 @@ class AucGate:
         if passed or (self.patience and self.waited >= self.patience):
             self.steps, self.waited, self.recent = self.steps + 1, 0, []
 
-    def state(self) -> dict[str, Tensor]:
-        """Return where the curriculum stands."""
+    def state_dict(self) -> dict[str, Tensor]:
         return {"gate": torch.tensor([self.steps, self.waited, *self.recent], dtype=torch.float64)}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what ``state`` returned."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         steps, waited, *recent = state["gate"].tolist()
         self.steps, self.waited, self.recent = int(steps), int(waited), recent
 

@@ -1,6 +1,7 @@
 """The class-informative prior and the replay buffer of persistent chains (JEM++, arXiv 2109.09032)."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import MARGINAL, score
 from ebjdat_serve.sgld import Prior, Sampler, sgld
+from training.data.datasets import Dataset
 from training.data.image_folders import Split
 from training.distributed import Noise
 from training.errors import TrainingError
@@ -59,6 +61,12 @@ def fit_prior(split: Split, classes: int, rank: int) -> Prior:
             means.append(mean.reshape(shape).numpy())
             factors.append(factor.reshape(-1, *shape).numpy())
     return Prior(np.stack(means).astype(np.float32), np.stack(factors).astype(np.float32))
+
+
+@lru_cache(maxsize=1)
+def prior_of(data: Dataset, rank: int) -> Prior:
+    """Return the prior of a data set's training images, fitted once: chains, validation, DAT's seeds and the bundle share it."""
+    return fit_prior(data.train, len(data.names), rank)
 
 
 class Starts:
@@ -131,10 +139,9 @@ class ReplayBuffer:
         sample = self.chain.flatten(0, 1)[:: max(1, self.label.numel() // 200)]
         return ((sample <= 0.0) | (sample >= 1.0)).float().mean()
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return the chains of all ranks."""
         return {"chain": self.ranks.gather(self.chain)}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's chains back."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.chain.copy_(self.ranks.share(state["chain"]))
