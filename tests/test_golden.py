@@ -17,6 +17,7 @@ from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.networks import build
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.scores import BASELINE
 from tests.conftest import ROOT, serving
 from training.calibrate import calibrate
 from training.config import stages
@@ -24,7 +25,6 @@ from training.data.datasets import load
 from training.evaluate import evaluate
 from training.evaluation.attacks import survivors
 from training.evaluation.context import SUITES
-from training.evaluation.rows import BASELINE
 from training.loop.clock import Clock
 from training.loop.loop import train
 from training.loop.state import load_weights

@@ -13,7 +13,6 @@ import torch
 from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
 from ebjdat_serve.card import retitled
 from ebjdat_serve.folders import folder, made, unwritable
-from ebjdat_serve.install import install
 from ebjdat_serve.locking import Held, alone
 from ebjdat_serve.store import next_revision, publish, withhold
 from training.config import Preset, describe, stages
@@ -25,6 +24,7 @@ from training.loop.clock import Clock
 from training.loop.loop import total_steps, train
 from training.loop.start import check_images
 from training.loop.state import load_position
+from training.report import write_report
 
 log = logging.getLogger("training")
 
@@ -128,20 +128,10 @@ def train_stages(
             clock.allot(share if len(taken) == 1 else min(share, 0.5))  # a step of a warm start is the cheaper one
             train(stage, data, folder, init=weights, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
             if ranks.rank == 0:
-                report(stage, folder)
+                write_report(folder, stage)
         weights = folder / "weights.safetensors"
     assert weights is not None
     return weights
-
-
-def report(stage: Preset, folder: Path) -> None:
-    """Write the report of a trained stage; a machine that only trains may lack what draws it."""
-    try:
-        from training.report import write_report
-
-        write_report(folder, stage)
-    except ImportError as error:
-        say(f"no report.html, {error.name} is not installed: {install('train')}, then python training/report.py {folder}")
 
 
 @contextmanager

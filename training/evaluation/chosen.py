@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.card import key
+from ebjdat_serve.scores import BASELINE
 from training.evaluation.ood import BLANK, NEAR
-from training.evaluation.rows import BASELINE, Row, ball_of, eps_name
+from training.evaluation.rows import Row, ball_of, eps_name
 
 CHIEF: tuple[tuple[str, str, str], ...] = (  # metric, and what the data and the protocol must contain
     ("accuracy_clean", "", ""),

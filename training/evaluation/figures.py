@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from ebjdat_serve.pixels import Pixels, grid
 from training.evaluation.landscape import energies, sets_shown
+from training.evaluation.ood import COMPARED
 from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import Row
 
@@ -186,7 +187,7 @@ def curves(rows: Sequence[Row]) -> Figure | None:
 
 def separations(rows: Sequence[Row]) -> Figure | None:
     """Return the AUROC of each score on each set."""
-    kinds = ("energy", "max_softmax", "energy_entropy", "gradient_norm")
+    kinds = COMPARED
     table: dict[str, dict[str, float]] = {}
     for row in rows:
         kind = row["metric"].removeprefix("auroc_")

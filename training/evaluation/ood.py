@@ -1,14 +1,14 @@
 """What the flag sees: outlier scores on strange, attacked, hostile and benignly shifted images."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ebjdat_serve.detection import Detector, suspicion
+from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import Pixels, to_unit
-from training.calibrate import DEFAULT_SCORE, entropy_weight
+from ebjdat_serve.scores import BASELINE, DEFAULT, SCORES, ood_score
 from training.data.datasets import data_root, read_atlas
 from training.data.image_folders import load_images
 from training.errors import DataError
@@ -18,12 +18,13 @@ from training.evaluation.autoattack import APGD, AutoAttack
 from training.evaluation.context import Context, unit
 from training.evaluation.metrics import auroc, auroc_stderr, average_precision, flag_rate_interval, fpr_at_95
 from training.evaluation.result_cache import Arrays, Task
-from training.evaluation.rows import ALPHAS, BASELINE, SEED, Row, eps_name, number, proportion, threat_name
+from training.evaluation.rows import ALPHAS, SEED, Row, eps_name, number, proportion, threat_name
 from training.evaluation.shifts import SHIFTS, shifted
 from training.methods.adversary import Threat
 
 OOD_ATLASES = ("svhn_train_first1080", "cifar100_test_3000")
-SCORES = ("energy", "max_softmax", "energy_entropy", "gradient_norm")
+COMPARED = (*SCORES, "gradient_norm")
+"""The scores that are compared: those that can be served, and the norm of the input gradient."""
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of eps, PGD's strength: 2/255 to 16/255
 BLANK = "blank pictures"  # every pixel of one colour, drawn uniformly
 NEAR = "cifar100_test_3000"
@@ -40,7 +41,7 @@ class Flag:
 
     def value(self, found: Arrays) -> Floats:
         """Return the score of each image, high is suspicious."""
-        return found["gradient"] if self.score == "gradient_norm" else suspicion(self.score, self.weight, found["logits"])
+        return found["gradient"] if self.score == "gradient_norm" else ood_score(self.score, self.weight, found["logits"])
 
     def flags(self, found: Arrays, alpha: float) -> np.ndarray:
         """Return which images are suspicious."""
@@ -59,10 +60,11 @@ def flags_of(c: Context) -> tuple[Flag, list[Flag]]:
     splits: list[tuple[Task, Floats, Labels]] = [(Predict(gradient=True), *unit(c.data.calibration)), (Predict(), *unit(c.data.selection))]
     calibration, selection = c.ledger.run("calibration split", splits)
     served = c.bundle.calibration() if c.bundle is not None and "calibration.json" in c.bundle.manifest.files else None
-    weight = served.weight if served is not None and served.score == "energy_entropy" else entropy_weight(selection["logits"])
-    every = [Flag(score, weight, np.sort(Flag(score, weight, np.empty(0)).value(calibration)).astype(np.float64)) for score in SCORES]
+    weights = {name: score.fit(selection["logits"]) for name, score in SCORES.items()} | ({served.score: served.weight} if served else {})
+    every = [Flag(score, weights.get(score, 0.0), np.empty(0)) for score in COMPARED]
+    every = [replace(flag, clean=np.sort(flag.value(calibration)).astype(np.float64)) for flag in every]
     if served is None:
-        return next(flag for flag in every if flag.score == DEFAULT_SCORE), every
+        return next(flag for flag in every if flag.score == DEFAULT), every
     return Flag(served.score, served.weight, np.asarray(served.scores)), every
 
 

@@ -11,8 +11,6 @@ SEED = 0
 COMPARING = ("suspicion", "landscape")
 """Parts whose rows compare a set of images, n, with clean test images, which each row counts under ``clean``."""
 ALPHAS = (0.05, 0.01)
-BASELINE = "max_softmax"
-"""The score that needs no energy (Hendrycks and Gimpel, arXiv 1610.02136): it stands beside every figure of the served one."""
 Row = dict[str, Any]
 
 

@@ -42,7 +42,7 @@ class State:
                 self.ema[name].copy_(value)
 
     def save(self, path: Path, *, keep: bool = True) -> None:
-        """Write the state atomically, so that a kill at any moment leaves a whole file; every rank calls, the first writes.
+        """Write the state aside, then rename, so that a kill at any moment leaves a whole file; every rank calls, the first writes.
 
         The state before it is kept beside it, unless ``keep`` is false: then this one takes the place of a bad one.
         """
@@ -59,13 +59,13 @@ class State:
             aside = path.with_suffix(".part")
             torch.save(payload, aside)
             if keep and path.is_file():
-                copy = path.with_suffix(".link")
-                copy.unlink(missing_ok=True)
+                spare = path.with_suffix(".link")
+                spare.unlink(missing_ok=True)
                 try:
-                    os.link(path, copy)
+                    os.link(path, spare)
                 except OSError:  # a file system without hard links
-                    shutil.copyfile(path, copy)
-                os.replace(copy, previous(path))
+                    shutil.copyfile(path, spare)
+                os.replace(spare, previous(path))
             os.replace(aside, path)
 
     def restore(self, path: Path) -> None:
