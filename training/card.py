@@ -21,17 +21,10 @@ from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.scores import BASELINE, SCORES
 from ebjdat_serve.sgld import Prior
+from training.data.sources import SOURCES
 from training.evaluation.chosen import chief, eps_of, one, readme_rows, served_score, worse_than_chance
 from training.evaluation.ood import BLANK, NEAR
 from training.evaluation.rows import Row, ball_of
-
-LICENCES = {
-    "cifar10": "Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, non-commercial, "
-    "is used for evaluation only.",
-    "cifar100": "Weights: Apache-2.0. CIFAR-100 (Krizhevsky 2009) states no licence; its use here follows research custom.",
-    "svhn": "Weights of a model trained on SVHN (Netzer et al. 2011), which is for non-commercial use only.",
-    "digits": "Weights: Apache-2.0. Digits: UCI, Alpaydin and Kaynak 1998, as scikit-learn ships them (CC BY 4.0).",
-}
 
 
 def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any], *, samples: bool = True) -> list[str]:
@@ -71,6 +64,13 @@ def refuse_stale(bundle: Bundle, rows: list[Row]) -> None:
             f"{bundle.path / 'metrics.json'} is stale: {len(stale)} figures, {stale[0]['metric']} first, were measured on {stale[0]['of'][:12]}, "
             f"which the bundle does not hold; run python training/evaluate.py {bundle.path} --into {bundle.path}"
         )
+
+
+def licence(dataset: str) -> str:
+    """Return the licence of weights trained on a data set."""
+    if dataset in SOURCES:
+        return SOURCES[dataset].licence
+    return f"The weights are yours; {dataset} is a folder of your own, and its licence is for you to state."
 
 
 def write_samples(bundle: Bundle) -> None:
@@ -129,7 +129,7 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 ## Data and licence
 
-{LICENCES.get(p.dataset, f"The weights are yours; {p.dataset} is a folder of your own, and its licence is for you to state.")} {about_fid(rows)}
+{licence(p.dataset)} {about_fid(rows)}
 """
 
 

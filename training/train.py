@@ -25,7 +25,7 @@ from ebjdat_serve.cpus import threads
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.networks import FAMILIES
 from training.config import Preset
-from training.data.datasets import NAMED
+from training.data.sources import SOURCES
 from training.distributed import connect
 from training.errors import HeldBack, OutOfTime, TrainingError
 from training.loop.clock import Clock
@@ -118,7 +118,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, epilog=listing(), formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = sorted({*PRESETS, *METHODS})
     parser.add_argument("preset", nargs="?", choices=choices, metavar="PRESET", help="a preset or a method; the best preset by default")
-    parser.add_argument("--data", help=f"for a method: {', '.join(NAMED)}, or a folder of class sub-folders (cifar10)")
+    parser.add_argument("--data", help=f"for a method: {', '.join(SOURCES)}, or a folder of class sub-folders (cifar10)")
     parser.add_argument("--budget", choices=sorted(BUDGETS), help="for a method: network and epochs; by data and device by default")
     parser.add_argument("--network", choices=sorted(FAMILIES), help="family of networks, at its own default sizes; the budget's by default")
     # torchrun takes --run for its own --run-path, hence the second name
@@ -149,7 +149,8 @@ def chosen(options: argparse.Namespace, device: torch.device) -> Preset:
         if options.data or options.budget:
             raise TrainingError(f"{name} says its own data and budget: --data and --budget are for methods, {', '.join(METHODS)}")
         return PRESETS[name]
-    budget = options.budget or ("digits" if options.data == "digits" else "large" if gpu else "small")
+    usual = SOURCES[options.data].budget if options.data in SOURCES else None
+    budget = options.budget or usual or ("large" if gpu else "small")
     return preset(name, budget, options.data)
 
 
