@@ -2,7 +2,8 @@
 """Train every method on digits with three seeds and write docs/methods.md: `python benchmarks/methods.py`.
 
 Rows go to benchmarks/methods.json as they come, so that an interrupted comparison goes on where it stopped; --only NAME trains some
-again. Figures are of the test split, which no choice was made on. All methods see the same number of labelled images.
+again, --only alone writes the page. Figures are of the test split, which no choice was made on. All methods see the same number of
+labelled images.
 """
 
 import argparse
