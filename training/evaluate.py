@@ -37,7 +37,7 @@ from ebjdat_serve.engines import Floats
 from ebjdat_serve.folders import folder as place
 from ebjdat_serve.folders import made
 from ebjdat_serve.logs import configure
-from training.calibrate import check_data, dataset_of
+from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset, load
 from training.errors import TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows

@@ -4,6 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import betabinom, binomtest, norm, rankdata, wasserstein_distance
 
+from ebjdat_serve.detection import probabilities
+from ebjdat_serve.engines import Floats, Labels
+
 Array = NDArray[np.floating]
 
 
@@ -130,6 +133,23 @@ def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
     """Return the normal interval of a mean."""
     half = float(norm.ppf(0.5 + level / 2)) * float(values.std(ddof=1)) / np.sqrt(len(values)) if len(values) > 1 else float("inf")
     return float(values.mean() - half), float(values.mean() + half)
+
+
+def fit_temperature(logits: Floats, label: Labels) -> float:
+    """Return the temperature in [0.05, 20] that minimises the negative log-likelihood of the labels (Guo et al., arXiv 1706.04599).
+
+    Golden-section search in log temperature: the likelihood is unimodal there.
+    """
+
+    def nll(log_temperature: float) -> float:
+        p = probabilities(logits, float(np.exp(log_temperature)))
+        return float(-np.log(p[np.arange(len(label)), label] + 1e-30).mean())
+
+    low, high, ratio = np.log(0.05), np.log(20.0), (np.sqrt(5) - 1) / 2
+    for _ in range(60):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if nll(left) < nll(right) else (left, high)
+    return float(np.exp((low + high) / 2))
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
