@@ -23,6 +23,7 @@ def stage(tmp_path_factory):
     chains = replace(DIGITS.method.chains, batch=8, buffer_size=96, steps=2)
     preset = replace(DIGITS, epochs=2.5, method=replace(DIGITS.method, chains=chains))
     train(preset, load("digits"), folder, init=None, clock=Clock(), device=torch.device("cpu"), tensorboard=True)
+    write_report(folder, preset)
     return folder
 
 

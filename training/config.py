@@ -1,4 +1,4 @@
-"""The configuration of one training stage, as JSON says it and as its warm start shares it; training/presets.py has those with a name."""
+"""The configuration of a training stage; training/presets.py holds the named ones."""
 
 import math
 from dataclasses import asdict, dataclass, replace

@@ -1,4 +1,4 @@
-"""Every configuration that has a name: budgets (data, network, epochs) and methods; the command line overrides single fields.
+"""Named configurations: budgets (data, network, epochs), methods, and the presets that the refresh publishes; --set overrides fields.
 
 ``preset(method, budget)`` trains any method on any budget, so that methods can be compared on the same data, loop and number of
 labelled images: a method that continues a warm start gets the epochs that are left. What each reached is in docs/methods.md.
@@ -26,7 +26,7 @@ from training.methods.sharpness import Asam, Awp
 
 @dataclass(frozen=True)
 class Budget:
-    """Data, network and time that methods share."""
+    """Data, network and training time, the same for every method."""
 
     stage: Preset  # what all stages have in common; its own method is not used
     warm_epochs: float
@@ -80,13 +80,13 @@ JEM_CHAINS = {"steps": 20, "grad_clip": 1e6, "noise_std": 0.005, "prior": "unifo
 
 
 def scratch(b: Budget, method: Method[Any], **changes: Any) -> Preset:
-    """Return a stage from random weights, of the whole budget."""
+    """Return a stage that trains from random weights for the whole budget."""
     settings = {"epochs": b.warm_epochs + b.joint_epochs, "lr": b.lr, **changes}
     return replace(b.stage, method=method, **settings)
 
 
 def continued(b: Budget, warm: str, method: Method[Any], **changes: Any) -> Preset:
-    """Return a stage that continues ``warm`` with its batch-norm statistics frozen (DAT's two stages)."""
+    """Return a stage that continues the method ``warm`` with frozen batch-norm statistics, as DAT's second stage does."""
     start = replace(METHODS[warm](b), name=f"{warm}-warm", epochs=b.warm_epochs)
     settings = {"epochs": b.joint_epochs, "lr": b.joint_lr, "lr_peak": 0.1, "gradient_clip": 5.0, "frozen_norm": True, **changes}
     return replace(b.stage, method=method, warm_start=start, **settings)
@@ -98,7 +98,7 @@ def chains(b: Budget, **changes: Any) -> ChainConfig:
 
 
 def hosts(b: Budget, steps: int) -> dict[str, tuple[ChainConfig, dict[str, Any]]]:
-    """Return the chains, streams and steps of the three joint models that EB-JDAT can stand on."""
+    """Return chains and settings of the three joint models that EB-JDAT can be built on."""
     plus = pyld(steps, 5, 0.2, b.chains)
     return {
         "jem": (chains(b, **{**JEM_CHAINS, "steps": steps}), {"plain_augment": "crop"}),
@@ -108,7 +108,7 @@ def hosts(b: Budget, steps: int) -> dict[str, tuple[ChainConfig, dict[str, Any]]
 
 
 def ebjdat_paper(host: str) -> Callable[[Budget], Preset]:
-    """Return the equations of the paper to the letter, from random weights: w = (1, 1, 1), E(x, y) climbed, the gap signed."""
+    """Return EB-JDAT as the paper writes it, from random weights: w = (1, 1, 1), x_adv raising E(x, y), a signed gap."""
 
     def build(b: Budget) -> Preset:
         sampler, changes = hosts(b, 10)[host]
@@ -121,7 +121,7 @@ def ebjdat_paper(host: str) -> Callable[[Budget], Preset]:
 
 
 def ebjdat_aligned(host: str) -> Callable[[Budget], Preset]:
-    """Return ours: a robust start with frozen norms, cross-entropy climbed, the gap relative to the spread (docs/decisions/0001)."""
+    """Return our EB-JDAT: a robust warm start, frozen norms, x_adv raising the cross-entropy, a relative gap (docs/decisions/0001)."""
 
     def build(b: Budget) -> Preset:
         sampler, changes = hosts(b, 5)[host]
@@ -181,11 +181,11 @@ METHODS: dict[str, Callable[[Budget], Preset]] = {
     "ebjdat-aligned-jem": ebjdat_aligned("jem"),
     "ebjdat-aligned-jem++": ebjdat_aligned("jem++"),
 }
-"""Every method by name, in the order of docs/methods.md. A new paper is one file in training/methods/ and one line here."""
+"""Every method by name, in the order of docs/methods.md. A new method is one file in training/methods/ and one line here."""
 
 
 def preset(method: str, budget: str, dataset: str | None = None) -> Preset:
-    """Return a method on a budget, named after both, or after the data when they are others; raise TrainingError for unknown names."""
+    """Return a method on a budget, named BUDGET-METHOD, or DATA-METHOD on other data; raise TrainingError for unknown names."""
     if method not in METHODS or budget not in BUDGETS:
         raise TrainingError(f"{method!r} on {budget!r}: methods are {', '.join(METHODS)}; budgets {', '.join(BUDGETS)}")
     stage = METHODS[method](BUDGETS[budget])

@@ -1,4 +1,4 @@
-"""The data sets that have a name, as their authors publish them, checksums and all."""
+"""Readers of published data sets, with their checksums: CIFAR-10, CIFAR-100, SVHN, digits."""
 
 import hashlib
 import io
@@ -61,7 +61,7 @@ def cifar10(root: Path) -> tuple[tuple[str, ...], Split, Split]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles what a CIFAR-10 batch holds, dicts of bytes, ints and one NumPy array, and refuses everything else."""
+    """Unpickles the contents of a CIFAR-10 batch, dicts of bytes, ints and one NumPy array, and nothing else."""
 
     ALLOWED = frozenset(
         {

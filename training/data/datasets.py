@@ -32,13 +32,13 @@ from training.data.sources import SOURCES
 from training.errors import DataError
 
 SMALLEST = 60
-"""Images of a folder, of which a sixth tests: fewer leave nothing to train on beside what must be held out."""
+"""The fewest images of a folder; a sixth of them is the test split."""
 RAREST = 8
-"""Images of a class: one each to choose on, to calibrate on and to test on, and some to train on."""
+"""The fewest images of a class: one in each held-out split, and some to train on."""
 FEW = 30
-"""Images of a class below which its name is printed."""
+"""A class of fewer images is named in a note."""
 LEAST_CALIBRATION = 20
-"""Images to calibrate on: of fewer, no p-value is below the usual alpha of 0.05."""
+"""The fewest images of the calibration split: with fewer, no p-value is below 0.05."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The data sets that have a name. A new one is a reader (training/data/archives.py has those there are) and one entry of SOURCES."""
+"""Named data sets. A new one is a reader (see training/data/archives.py) and one entry of SOURCES."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from training.data import archives
 from training.data.image_folders import Split
 
 Read = Callable[[Path], tuple[tuple[str, ...], Split, Split]]
-"""The data folder -> class names, train and test, downloaded where it can be."""
+"""The data folder -> class names, train and test; a reader downloads what is missing where it can."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """How a data set is read and split, and what holds for every model that is trained on it."""
+    """How a data set is read and split, and the properties of models trained on it."""
 
     read: Read
     held_out: int = 2500  # images of the selection split, and of the calibration split

@@ -62,7 +62,7 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, ori
 
 
 def without_paths(configuration: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with folders and files by their last name: a published bundle says nothing of whose machine it was."""
+    """Return the configuration with every path cut to its last part: a published bundle names no folder of the machine."""
     return {
         name: without_paths(value) if isinstance(value, dict) else Path(value).name if isinstance(value, str) and os.sep in value else value
         for name, value in configuration.items()

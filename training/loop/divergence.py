@@ -1,4 +1,4 @@
-"""Divergence: how it is recognised, and the return to the last good state."""
+"""Detection of divergence, and the rollback to the last checkpoint."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ def diverged(row: Row, preset: Preset, data_saturation: float) -> bool:
 
 
 def roll_back(state: State, saved: Path, run_log: RunLogger, row: Row, most: int) -> None:
-    """Return to the last saved state with another random stream and half the rate, and count it.
+    """Restore the last checkpoint with another random stream and half the learning rate, and count the rollback.
 
     Raises TrainingDiverged when that happened ``most`` times before, or nothing was saved yet.
     """

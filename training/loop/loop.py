@@ -1,4 +1,4 @@
-"""The training loop: one stage, from its first step or the last checkpoint to its weights."""
+"""The training loop: one stage, from its first step or its last checkpoint to its weights."""
 
 import math
 import time
@@ -102,7 +102,7 @@ def train(
 
 
 def descend(model: nn.Module, loss: Callable[[], Terms], preset: Preset, progress: float) -> Terms:
-    """Leave the gradient of ``loss`` in the parameters, taken at perturbed weights where the preset says so, and return its terms."""
+    """Compute the gradient of ``loss``, at perturbed weights where the preset asks for sharpness-aware steps, and return its terms."""
     if preset.sharpness is None or progress < preset.sharpness.after:
         for parameter in model.parameters():
             parameter.grad = None

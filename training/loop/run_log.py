@@ -103,7 +103,7 @@ def rounded(value: Any) -> Any:
 
 
 def progress_bar(name: str, total: int, step: int) -> Any:
-    """Return tqdm's line with rate and time left, on a terminal and where tqdm is installed; else None: lines are printed."""
+    """Return a tqdm bar on a terminal where tqdm is installed, else None."""
     if not sys.stderr.isatty():
         return None
     try:

@@ -33,7 +33,7 @@ class State:
     fell_back: bool = False  # since the last save of its own
 
     def update_ema(self, decay: float) -> None:
-        """Move the average towards the weights; it starts fast and settles at ``decay``."""
+        """Update the moving average; its decay starts low and rises to ``decay``."""
         decay = min(decay, (1 + self.step) / (10 + self.step))
         for name, value in self.model.state_dict().items():
             if value.is_floating_point():
@@ -82,7 +82,7 @@ class State:
 
 
 def previous(path: Path) -> Path:
-    """Return where the state before the last one is kept."""
+    """Return the path of the checkpoint before the last one."""
     return path.with_suffix(".previous.pt")
 
 
@@ -99,7 +99,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a stage stands."""
+    """The progress of a stage."""
 
     step: int
     seconds: float
@@ -107,7 +107,7 @@ class Position:
 
 
 def load_position(path: Path) -> Position:
-    """Return the position in a saved state; the start of everything when there is none."""
+    """Return the position in a checkpoint; step 0 when there is none."""
     if not path.is_file():
         return Position(0, 0.0, 0)
     step, seconds, rollbacks, _ = read_state(path)["position"]

@@ -46,7 +46,7 @@ class Trades(Stateless):
     attack: Attack = Attack(start="gaussian")
 
     def solve(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Batch:
-        """Find x_adv by raising KL(p || q); at x itself its gradient is zero, hence the gaussian start."""
+        """Add x_adv, which raises KL(p || q); at x itself its gradient is zero, hence the gaussian start."""
         return replace(batch, x_adv=divergence_adversary(model, batch, self.attack, context))
 
     def loss(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Terms:

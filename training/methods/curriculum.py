@@ -1,4 +1,4 @@
-"""DAT's curriculum: the negatives take one step more whenever they have become easy to tell from data (arXiv 2510.13872)."""
+"""DAT's curriculum: one more ascent step whenever the negatives are easily told from data (arXiv 2510.13872)."""
 
 import math
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class AucGate:
     recent: list[float] = field(default_factory=list)
 
     def update(self, auc: float, images: int) -> None:
-        """Take note of one batch's AUC, over so many images."""
+        """Record the AUC of one batch of ``images``."""
         if self.steps >= self.cap:
             return
         self.waited += 1

@@ -23,14 +23,14 @@ from training.methods.replay import Starts, prior_of
 
 @dataclass(frozen=True)
 class Seeds:
-    """Where negatives begin, on the device: images of an OOD source, the data's Gaussians, or uniform noise."""
+    """Starting points of the negatives, on the device: images of an OOD source, class Gaussians, or uniform noise."""
 
     pool: Tensor  # uint8 (M, 3, H, W), empty unless there is an OOD source
     starts: Starts
     classes: int
 
     def draw(self, label: Tensor, noise: Noise) -> Tensor:
-        """Return one seed per label, (N, 3, H, W) in [0,1], of any class or none: the label is where it must go."""
+        """Return one seed per label, (N, 3, H, W) in [0,1], of a random class: the label is the target of its ascent."""
         if len(self.pool):
             return to_float(self.pool[noise.integers(len(self.pool), len(label))])
         return self.starts.draw(noise.integers(self.classes, len(label)), noise)
@@ -38,7 +38,7 @@ class Seeds:
 
 @dataclass
 class DatState:
-    """The curriculum, which must survive a restart, and the seeds, which are drawn anew."""
+    """The curriculum, which a checkpoint holds, and the seeds, which are drawn again."""
 
     gate: AucGate
     seeds: Seeds
@@ -86,7 +86,7 @@ class Dat(Method[DatState]):
         return DatState(gate, Seeds(pool, Starts(prior, shape, context.device), len(context.data.names)))
 
     def solve(self, model: nn.Module, batch: Batch, state: DatState, context: StepContext) -> Batch:
-        """Find x_adv by raising the cross-entropy; and, unless BCE weighs nothing, move negatives and ask the curriculum."""
+        """Add x_adv, and x_neg unless ``bce_weight`` is zero; update the curriculum."""
         x_adv = cross_entropy_adversary(model, batch, self.attack, context)
         if not self.bce_weight:
             return replace(batch, x_adv=x_adv)

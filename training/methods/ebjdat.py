@@ -69,7 +69,7 @@ class EbJdat(Method[ReplayBuffer]):
         return start_chains(self.chains, context)
 
     def solve(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Batch:
-        """Find x_adv in the ball and x_neg from the chains, and blur the p(x) stream a little."""
+        """Add x_adv and x_neg, and Gaussian noise to the p(x) stream."""
         x_adv = self.adversary(model, batch, context)
         x_neg = state.advance(model, context.noise)
         return replace(batch, x_adv=x_adv, x_neg=x_neg, plain=blurred(batch.plain, self.data_noise, context))

@@ -38,7 +38,7 @@ class Jem(Method[ReplayBuffer]):
         return start_chains(self.chains, context)
 
     def solve(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Batch:
-        """Move chains from the model's energy, and blur the p(x) stream a little."""
+        """Add x_neg from the chains, and Gaussian noise to the p(x) stream."""
         return replace(batch, x_neg=state.advance(model, context.noise), plain=blurred(batch.plain, self.data_noise, context))
 
     def loss(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Terms:
@@ -101,17 +101,17 @@ def penalty(energy_x: Tensor, energy_neg: Tensor) -> Tensor:
 
 
 def ramp(weight: float, share: float, context: StepContext) -> float:
-    """Return ``weight`` risen linearly from 0 over the first ``share`` of the run: maximum likelihood from step 0 is unstable."""
+    """Return ``weight`` after a linear warm-up over the first ``share`` of the run: maximum likelihood from step 0 is unstable."""
     return weight * min(1.0, context.progress / share) if share else weight
 
 
 def blurred(image: Tensor, sd: float, context: StepContext) -> Tensor:
-    """Return the images with Gaussian noise, clipped to [0,1]."""
+    """Return the images plus Gaussian noise, clipped to [0,1]."""
     return (image + sd * context.noise.normal(*image.shape)).clamp(0.0, 1.0) if sd else image
 
 
 def start_chains(chains: ChainConfig, context: RunContext) -> ReplayBuffer:
-    """Return a buffer filled from the prior that ``chains`` names."""
+    """Return a replay buffer filled from the prior of ``chains``."""
     prior = prior_of(context.data, context.prior_rank) if chains.prior == "gaussian" else None
     starts = Starts(prior, context.image_shape, context.device)
     return ReplayBuffer(chains, starts, len(context.data.names), context.noise, context.device)

@@ -20,7 +20,7 @@ from training.methods.at import cross_entropy_adversary
 
 @dataclass
 class Strategy:
-    """The strategy network, its heads' sizes, and how many steps were taken."""
+    """The strategy network, the sizes of its heads, and the number of steps taken."""
 
     network: WideResNet
     heads: list[int]
@@ -67,7 +67,7 @@ class LasAt(Method[Strategy]):
         return Strategy(network.to(context.device).eval(), heads)
 
     def solve(self, model: nn.Module, batch: Batch, state: Strategy, context: StepContext) -> Batch:
-        """Find x_adv by each image's own attack; now and then improve the strategy first."""
+        """Add x_adv, by a sampled attack for each image; every ``interval`` steps update the strategy first."""
         if state.steps % self.interval == 0:
             self.improve(model, batch, state, context)
         state.steps += 1
@@ -80,7 +80,7 @@ class LasAt(Method[Strategy]):
         return detached(self.smoothed(logits_adv, batch.label), accuracy_adv=accuracy(logits_adv, batch.label))
 
     def smoothed(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Return the cross-entropy with 1 - smoothing on the label and the rest shared by the other classes."""
+        """Return the cross-entropy with weight 1 - smoothing on the label and the rest spread over the other classes."""
         classes = logits.shape[1]
         # torch's smoothing shares among all classes, the label too
         return F.cross_entropy(logits, label, label_smoothing=self.smoothing * classes / (classes - 1))

@@ -21,7 +21,7 @@ SHARDS = 8
 
 @dataclass(frozen=True)
 class ChainConfig:
-    """Where the negatives of maximum likelihood come from; lengths in pixels of [0,1].
+    """The chains that draw the negatives of maximum likelihood; lengths in pixels of [0,1].
 
     ``prior`` gaussian (class-informative, JEM++) | uniform (JEM). ``conditional``: chains follow dE(x,y)/dx of their class, else
     the marginal dE(x)/dx. In [-1,1] units a step of 1 clipped at +-1 is step_size 0.25 and grad_clip 2 here.
@@ -42,12 +42,12 @@ class ChainConfig:
             raise ValueError(f"prior must be gaussian or uniform, not {self.prior!r}")
 
     def sampler(self) -> Sampler:
-        """Return the chain's numbers as the sampler takes them."""
+        """Return the sampler of these chains."""
         return Sampler(self.steps, self.step_size, self.grad_clip, self.noise_std)
 
 
 def fit_prior(split: Split, classes: int, rank: int) -> Prior:
-    """Return the per-class Gaussian of the images, its covariance cut to the ``rank`` largest principal components."""
+    """Return a Gaussian per class, its covariance truncated to the ``rank`` largest principal components."""
     means, factors = [], []
     shape = (3, *split.image.shape[1:3])
     with torch.random.fork_rng(devices=[]):
@@ -65,7 +65,7 @@ def fit_prior(split: Split, classes: int, rank: int) -> Prior:
 
 @lru_cache(maxsize=1)
 def prior_of(data: Dataset, rank: int) -> Prior:
-    """Return the prior of a data set's training images, fitted once: chains, validation, DAT's seeds and the bundle share it."""
+    """Return the prior of the training images, fitted once for a data set: chains, validation, DAT's seeds and the bundle share it."""
     return fit_prior(data.train, len(data.names), rank)
 
 
@@ -91,7 +91,7 @@ class Starts:
 
 
 class ReplayBuffer:
-    """This rank's persistent chains, (parts, size, 3, H, W), in class blocks: over all parts every class has its equal share."""
+    """This rank's persistent chains, (parts, size, 3, H, W), in class blocks; over all parts the classes are balanced."""
 
     def __init__(self, chains: ChainConfig, starts: Starts, classes: int, noise: Noise, device: torch.device) -> None:
         ranks = noise.ranks
@@ -135,7 +135,7 @@ class ReplayBuffer:
         return x_neg
 
     def saturation(self) -> Tensor:
-        """Return the share of pixels at 0 or 1: near one when chains have run away."""
+        """Return the share of pixels at 0 or 1: near one when chains have diverged."""
         sample = self.chain.flatten(0, 1)[:: max(1, self.label.numel() // 200)]
         return ((sample <= 0.0) | (sample >= 1.0)).float().mean()
 
