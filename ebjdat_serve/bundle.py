@@ -34,15 +34,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Which network the weights belong to."""
-
-    family: str
-    depth: int
-    width: int
-
-
-@dataclass(frozen=True)
 class Input:
     """The input contract: images are squashed to height x width by area averaging, pixels in [0,1]."""
 
@@ -81,7 +72,7 @@ class Manifest:
 
     name: str
     version: str
-    architecture: Architecture
+    architecture: dict[str, Any]  # family and the family's own sizes: ebjdat_serve.networks reads them
     labels: list[str]
     input: Input
     sampler: Sampler
@@ -143,6 +134,8 @@ class Bundle:
         strange = [name for name in manifest.files if Path(name).name != name]
         if strange:
             raise BundleError(f"{path / MANIFEST}: {strange[0]!r} is not a plain file name")
+        if not isinstance(manifest.architecture.get("family"), str):
+            raise BundleError(f"{path / MANIFEST}: architecture must name the network's family")
         for what in (manifest.name, manifest.version):
             if not NAME.fullmatch(what):
                 raise BundleError(f"{path / MANIFEST}: {what[:40]!r} is no name or version: letters, digits and . _ + - after the first")
@@ -242,6 +235,12 @@ class Bundle:
         manifest = replace(self.manifest, files=dict(sorted(files.items())), **changes)
         write_json(self.path / MANIFEST, asdict(manifest))
         return Bundle(self.path, manifest, sha256(self.path / MANIFEST))
+
+
+def network_name(architecture: Mapping[str, Any]) -> str:
+    """Return family and sizes in a word or two: wideresnet 16-2."""
+    sizes = "-".join(str(value) for name, value in architecture.items() if name != "family")
+    return f"{architecture['family']} {sizes}".strip()
 
 
 def graph_name(function: str, precision: str) -> str:

@@ -23,15 +23,14 @@ import onnx
 import torch
 from onnx_ir.passes import Sequential, common
 from onnxscript import optimizer
-from safetensors.torch import load_file
 
 from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import Precision
+from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.wideresnet import build
 from export.reference import renew_selftest
 from export.tracing import Classify, Function, Score, Step, program
 
@@ -73,8 +72,7 @@ def write(bundle: Bundle, function: str, precision: Precision) -> str:
     """Write the graph of one function, its blocks in fp32 or fp16, everything outside them in fp32, and return the file's name."""
     kind, file = KINDS[function], graph_name(function, precision)
     m = bundle.manifest
-    model = build(m.architecture.depth, m.architecture.width, len(m.labels), load_file(bundle.path / "weights.safetensors"))
-    model.requires_grad_(False)
+    model = load_model(bundle)
     inputs, outputs = NAMES[kind]
     n = 2
     example = {

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebjdat_serve.energy import energy, joint_energy
-from ebjdat_serve.folding import folded
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks.wideresnet import WideResNet
 from training.distributed import Noise
 from training.evaluation.attacks import survivors
 from training.evaluation.autoattack import AutoAttack
@@ -163,7 +162,7 @@ def test_folded_norms_are_the_same_function_with_the_same_gradient(depth, image)
                 module.bias.normal_()
     net.eval().requires_grad_(False)
     x, y = image.clone().requires_grad_(), image.clone().requires_grad_()
-    f, g = net(x), folded(net)(y)
+    f, g = net(x), net.folded()(y)
     torch.testing.assert_close(g, f, rtol=1e-4, atol=1e-4)
     f.square().sum().backward()
     g.square().sum().backward()

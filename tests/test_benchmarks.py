@@ -18,8 +18,9 @@ from benchmarks import equal_budget, gpu_check, gpu_parallel, load, tables
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.errors import EngineError
 from tests.conftest import ROOT
+from training.config import describe
 from training.overrides import override
-from training.presets import PRESETS, describe, preset
+from training.presets import PRESETS, preset
 
 
 def test_the_documents_tables_are_those_of_the_json(shipped):

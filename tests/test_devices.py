@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks.wideresnet import WideResNet
 from training.evaluation import attacks, autoattack, extractors
 from training.evaluation.attacks import Transfer
 from training.evaluation.evaluated_model import best_device, module_spec, open_weights, weights_spec

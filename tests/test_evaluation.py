@@ -24,9 +24,9 @@ from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.card import figure
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError, EngineError
+from ebjdat_serve.networks.wideresnet import WideResNet
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.scores import SCORES, ood_score
-from ebjdat_serve.wideresnet import WideResNet
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
 from training import compare, evaluate

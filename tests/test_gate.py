@@ -261,7 +261,7 @@ def test_a_machine_without_a_place_for_runs_ends_a_refresh_in_one_line(error, mo
     def root():
         raise error
 
-    monkeypatch.setattr("training.refresh.runs_root", root)
+    monkeypatch.setattr(training.train, "runs_root", root)
     monkeypatch.setattr(sys, "argv", ["train.py", "digits"])
     with pytest.raises(SystemExit) as ended:
         training.train.main()
@@ -285,7 +285,7 @@ def test_a_model_that_is_held_back_ends_with_a_status_and_the_command_that_publi
     for name in ("r1", "mine"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"stages": [{"name": "digits"}]}))
-    monkeypatch.setattr("training.refresh.refresh", held)
+    monkeypatch.setattr(training.train, "refresh", held)
     monkeypatch.setattr(training.train, "default_run", lambda *told: "r1")
     monkeypatch.setattr(sys, "argv", ["train.py", *words, *([] if "--resume" in words else ["--resume"])])
     with pytest.raises(SystemExit) as ended:

@@ -15,20 +15,22 @@ from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.networks import build
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.scores import BASELINE
 from tests.conftest import ROOT, serving
 from training.calibrate import calibrate
+from training.config import stages
 from training.data.datasets import load
 from training.evaluate import evaluate
 from training.evaluation.attacks import survivors
 from training.evaluation.context import SUITES
 from training.loop.clock import Clock
+from training.loop.loop import train
 from training.loop.state import load_weights
 from training.methods.adversary import cross_entropy
 from training.methods.at import Standard
-from training.presets import DIGITS, stages
-from training.train import train
+from training.presets import DIGITS
 
 
 def row(bundle, name, protocol=""):
@@ -82,9 +84,7 @@ def test_plain_training_fails_the_pgd_floor(tmp_path):
     data = load("digits")
     plain = replace(stages(DIGITS)[0], name="plain", method=Standard(), epochs=10)
     weights = train(plain, data, tmp_path, init=None, clock=Clock(), device=torch.device("cpu"))
-    from ebjdat_serve.wideresnet import build
-
-    model = build(plain.depth, plain.width, 10, load_weights(weights)).requires_grad_(False)
+    model = build(plain.architecture, 10, load_weights(weights)).requires_grad_(False)
     image, label = torch.from_numpy(to_unit(data.test.image)), torch.from_numpy(data.test.label)
     with torch.no_grad():
         assert float(cross_entropy(model(image), label).mean()) < 0.5

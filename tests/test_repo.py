@@ -12,8 +12,9 @@ from importlib.metadata import packages_distributions
 
 from benchmarks.methods import SEEDS, table
 from tests.conftest import ROOT
+from training.config import describe, stages
 from training.overrides import MEASURED, override
-from training.presets import METHODS, describe, preset, stages
+from training.presets import METHODS, preset
 
 
 def tracked():
@@ -66,20 +67,22 @@ def test_warm_starts_exist_and_share_the_network():
     for name in METHODS:
         *warm, joint = stages(preset(name, "small", "cifar100"))
         for start in warm:
-            assert (start.depth, start.width, start.dataset) == (joint.depth, joint.width, "cifar100")
+            assert (start.architecture, start.dataset) == (joint.architecture, "cifar100")
             assert start.warm_start is None
 
 
 def test_the_comparison_of_methods_is_what_was_measured_of_the_presets_as_they_are():
+    """A method need not have been measured: its row says so."""
     measured = json.loads(MEASURED.read_text())
-    assert list(measured) and set(measured) == set(METHODS)
+    assert list(measured) and set(measured) <= set(METHODS)
     for name, held in measured.items():
         assert [row["seed"] for row in held["rows"]] == list(SEEDS)
         for row in held["rows"]:
             now = describe(override(preset(name, "digits"), [f"seed={row['seed']}"]))
             assert row["configuration"] == json.loads(json.dumps(now)), f"{name}: python benchmarks/methods.py measures it again"
             assert "failed" in row or (row["n"] == 300 and len(row["of"]) == 64)
-    assert table(measured) in (ROOT / "docs" / "methods.md").read_text()
+    written = (ROOT / "docs" / "methods.md").read_text()
+    assert table(measured) in written, "python benchmarks/methods.py --only, without a name, trains nothing and writes the table"
 
 
 def test_no_clock_that_can_jump_is_read_while_serving():

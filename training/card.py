@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ebjdat_serve import pixels
-from ebjdat_serve.bundle import Bundle, read_rows, write_json
+from ebjdat_serve.bundle import Bundle, network_name, read_rows, write_json
 from ebjdat_serve.card import figure, key, table, title
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, edit
@@ -21,17 +21,10 @@ from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.scores import BASELINE, SCORES
 from ebjdat_serve.sgld import Prior
+from training.data.sources import SOURCES
 from training.evaluation.chosen import chief, eps_of, one, readme_rows, served_score, worse_than_chance
 from training.evaluation.ood import BLANK, NEAR
 from training.evaluation.rows import Row, ball_of
-
-LICENCES = {
-    "cifar10": "Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, non-commercial, "
-    "is used for evaluation only.",
-    "cifar100": "Weights: Apache-2.0. CIFAR-100 (Krizhevsky 2009) states no licence; its use here follows research custom.",
-    "svhn": "Weights of a model trained on SVHN (Netzer et al. 2011), which is for non-commercial use only.",
-    "digits": "Weights: Apache-2.0. Digits: UCI, Alpaydin and Kaynak 1998, as scikit-learn ships them (CC BY 4.0).",
-}
 
 
 def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any], *, samples: bool = True) -> list[str]:
@@ -73,6 +66,13 @@ def refuse_stale(bundle: Bundle, rows: list[Row]) -> None:
         )
 
 
+def licence(dataset: str) -> str:
+    """Return the licence of weights trained on a data set."""
+    if dataset in SOURCES:
+        return SOURCES[dataset].licence
+    return f"The weights are yours; {dataset} is a folder of your own, and its licence is for you to state."
+
+
 def write_samples(bundle: Bundle) -> None:
     """Write samples.png: one column a class, seeds 0 upwards, none chosen."""
     classes = len(bundle.manifest.labels)
@@ -100,7 +100,7 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     drawn = (bundle.path / "landscape.png").is_file()
     picture = "![energies of clean, adversarial, drawn and strange images](landscape.png)" if drawn else ""
     return f"""{title(m)}
-{m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
+{network_name(m.architecture)} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
 Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, begun {p.started}:
 {p.steps} of {p.planned_steps} planned steps, rolled back for divergence {p.rollbacks} times. Data sha256 {p.data_sha256[:16]}.
 
@@ -129,7 +129,7 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 ## Data and licence
 
-{LICENCES.get(p.dataset, f"The weights are yours; {p.dataset} is a folder of your own, and its licence is for you to state.")} {about_fid(rows)}
+{licence(p.dataset)} {about_fid(rows)}
 """
 
 

@@ -37,7 +37,7 @@ from ebjdat_serve.engines import Floats
 from ebjdat_serve.folders import folder as place
 from ebjdat_serve.folders import made
 from ebjdat_serve.logs import configure
-from training.calibrate import check_data, dataset_of
+from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset, load
 from training.errors import TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
@@ -150,9 +150,9 @@ def context(
     digest = ""
     if surrogate is not None:
         network = load_weights(surrogate)
-        if network.head.out_features != len(data.names):
+        if network.classes != len(data.names):
             raise TrainingError(
-                f"{surrogate} has {network.head.out_features} classes, {data.name} {len(data.names)}", options=("--surrogate WEIGHTS",)
+                f"{surrogate} has {network.classes} classes, {data.name} {len(data.names)}", options=("--surrogate WEIGHTS",)
             )
         digest = sha256(surrogate)
         if subject.weights in (digest, module_sha256(network)):

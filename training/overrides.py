@@ -1,4 +1,4 @@
-"""What the command line may change of a preset, and what it says of the presets there are."""
+"""--set FIELD=VALUE, and the list of presets and methods in --help."""
 
 import json
 from dataclasses import fields, is_dataclass, replace
@@ -7,8 +7,9 @@ from typing import Any
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.server.settings import SHIPPED
+from training.config import Preset
 from training.errors import TrainingError
-from training.presets import METHODS, PRESETS, Preset
+from training.presets import METHODS, PRESETS
 
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "methods.json"
 
@@ -40,7 +41,7 @@ def paths(part: Any, before: str = "") -> list[str]:
 
 
 def unique(name: str, known: list[str], setting: str) -> str:
-    """Return the one path that ends in ``name``."""
+    """Return the only path that ends in ``name``; raise TrainingError for none or several."""
     matches = [path for path in known if path.endswith(f".{name}")]
     if len(matches) == 1:
         return matches[0]
@@ -53,7 +54,7 @@ def unique(name: str, known: list[str], setting: str) -> str:
 
 
 def changed(part: Any, path: list[str], value: str, setting: str) -> Any:
-    """Return the dataclass with the field at ``path`` parsed from ``value`` as what it is now."""
+    """Return the dataclass with the field at ``path`` parsed from ``value`` by its type."""
     name, *rest = path
     old = getattr(part, name)
     if rest:
@@ -67,7 +68,7 @@ def changed(part: Any, path: list[str], value: str, setting: str) -> Any:
 
 
 def checked(part: Any, name: str, value: Any, setting: str) -> Any:
-    """Return the dataclass with one field replaced; its own checks become TrainingError."""
+    """Return the dataclass with one field replaced; raise TrainingError when its own checks refuse it."""
     try:
         return replace(part, **{name: value})
     except ValueError as error:
@@ -75,7 +76,7 @@ def checked(part: Any, name: str, value: Any, setting: str) -> Any:
 
 
 def listing() -> str:
-    """Return the presets and methods with what they reached and how long they took, for --help."""
+    """Return presets and methods with their accuracies and training times, for --help."""
     lines = ["presets, from data to a published bundle:"]
     rows = {row["metric"]: row["value"] for row in Bundle.draft(SHIPPED).metrics() if row.get("protocol", "").find("4/255") < 0}
     reached = f"clean {rows['accuracy_clean']:.3f}, PGD-20 8/255 {rows['accuracy_pgd20']:.3f}; 75 minutes on one core"

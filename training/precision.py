@@ -34,8 +34,9 @@ from ebjdat_serve.sgld import Chains
 from ebjdat_serve.store import next_revision, publish, store_of
 from export.to_int8 import write_int8
 from export.to_onnx import write
-from training.calibrate import calibrate, check_data, dataset_of
+from training.calibrate import calibrate
 from training.card import baseline_of, renew_card
+from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset
 from training.distributed import Noise
 from training.evaluation.metrics import flag_rate_interval

@@ -19,7 +19,7 @@ from training.evaluation.evaluated_model import EvaluatedModel, load_weights, op
 from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import SEED
 from training.evaluation.scores import margin
-from training.methods.adversary import Network, Objective, Threat, ascent, begin, cross_entropy, norm, project
+from training.methods.adversary import Classifier, Objective, Threat, ascent, begin, cross_entropy, norm, project
 
 OBJECTIVES: dict[str, Objective] = {"ce": cross_entropy, "margin": margin}
 
@@ -148,9 +148,9 @@ class Transfer:
 
 
 @lru_cache(maxsize=2)
-def surrogate(file: str, device: torch.device) -> Network:
+def surrogate(file: str, device: torch.device) -> Classifier:
     """Return the surrogate's network on a device, read once a process."""
-    network: Network = load_weights(Path(file)).requires_grad_(False).to(device)
+    network: Classifier = load_weights(Path(file)).requires_grad_(False).to(device)
     return network
 
 
@@ -159,7 +159,7 @@ def tensors(subject: EvaluatedModel, image: Floats, label: Labels) -> tuple[Tens
     return torch.from_numpy(np.ascontiguousarray(image)).to(subject.device), torch.from_numpy(label).to(subject.device)
 
 
-def input_gradient(network: Network, x: Tensor, label: Tensor, objective: Objective, times: int = 1) -> tuple[Tensor, Tensor]:
+def input_gradient(network: Classifier, x: Tensor, label: Tensor, objective: Objective, times: int = 1) -> tuple[Tensor, Tensor]:
     """Return the objective's gradient (N, 3, H, W), averaged over ``times`` passes, and the last logits (N, K).
 
     Where the model gives none, through no_grad or a detour by NumPy, or one that is not a number, it is 0: a masked gradient is a

@@ -7,7 +7,6 @@ import numpy as np
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Labels
 from ebjdat_serve.pixels import Pixels, to_unit
-from training.calibrate import fit_temperature
 from training.data.datasets import data_root
 from training.errors import DataError
 from training.evaluation.attacks import Predict
@@ -16,6 +15,7 @@ from training.evaluation.metrics import (
     brier,
     calibration_floor,
     expected_calibration_error,
+    fit_temperature,
     mean_interval,
     negative_log_likelihood,
     reliability,

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from training.data.sources import balls
 from training.evaluation.metrics import wilson
 from training.methods.adversary import Threat
 
@@ -26,13 +27,9 @@ class Ball:
         return Threat("linf", self.linf), Threat("linf", self.linf / 2), Threat("l2", self.l2)
 
 
-BALLS = {"digits": Ball(51 / 255, 1.0)}
-BALL = Ball(8 / 255, 0.5)
-
-
 def ball_of(dataset: str) -> Ball:
     """Return the ball of a data set: 8/255 and l2 0.5, on eight-pixel digits 51/255 and 1."""
-    return BALLS.get(dataset, BALL)
+    return Ball(*balls(dataset))
 
 
 def number(metric: str, value: float, n: int, dataset: str, protocol: str, of: str) -> Row:
