@@ -13,6 +13,7 @@ import torch
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.networks.wideresnet import WideResNet
+from ebjdat_serve.sgld import Prior
 from tests.conftest import ROOT
 from training.card import card
 from training.config import describe, stages
@@ -26,7 +27,7 @@ from training.loop.loop import learning_rate, train
 from training.loop.start import new_state
 from training.loop.state import load_position, save_weights
 from training.loop.stream import Stream
-from training.methods import StepContext
+from training.methods import StepContext, replay
 from training.methods.adversary import Attack, Threat, cross_entropy
 from training.methods.at import AdversarialTraining
 from training.methods.ebjdat import EbJdat
@@ -166,6 +167,20 @@ def test_without_h1_and_h2_ebjdat_is_adversarial_training_plus_clean_cross_entro
         losses.append(stage.method.loss(state.model, found, state.method_state, now).loss)
         clean = cross_entropy(state.model(batch.image), batch.label).mean()
     torch.testing.assert_close((1 - clean_weight) * losses[0] + clean_weight * clean, losses[1])
+
+
+def test_the_prior_is_fitted_once_for_chains_validation_and_the_bundle(tmp_path, monkeypatch):
+    real, fitted, data = replay.fit_prior, [], load("digits")
+    monkeypatch.setattr(replay, "fit_prior", lambda *given: fitted.append(real(*given)) or fitted[-1])
+    stage = replace(DIGITS, epochs=0.1, method=FEW)
+    weights = train(stage, data, tmp_path / "run", init=None, clock=Clock(), device=CPU)
+    bundle = draft_bundle(
+        weights, stage, data, tmp_path / "bundle", Origin("git", "now", ""), load_position(weights.with_name("state.pt")), 1
+    )
+    assert len(fitted) == 1
+    again = real(data.train, 10, stage.prior_rank)
+    assert torch.equal(torch.from_numpy(fitted[0].factor), torch.from_numpy(again.factor))
+    assert (Prior.load(bundle.path / "prior.safetensors").mean == again.mean).all()
 
 
 @pytest.mark.slow

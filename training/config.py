@@ -24,7 +24,7 @@ class Preset:
     """One training stage. Lengths in pixels of [0,1], energies in nats, epochs of the labelled stream."""
 
     name: str
-    dataset: str  # cifar10 | cifar100 | svhn | digits | the path of a folder of class sub-folders
+    dataset: str  # a name of training/data/sources.py, or the path of a folder of class sub-folders
     method: Method[Any]
     architecture: Architecture
     epochs: float

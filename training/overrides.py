@@ -81,7 +81,7 @@ def listing() -> str:
     rows = {row["metric"]: row["value"] for row in Bundle.draft(SHIPPED).metrics() if row.get("protocol", "").find("4/255") < 0}
     reached = f"clean {rows['accuracy_clean']:.3f}, PGD-20 8/255 {rows['accuracy_pgd20']:.3f}; 75 minutes on one core"
     said = {"cifar10-small": reached, "cifar10": "for a GPU; not measured yet", "digits": "about a minute on one core"}
-    lines += [f"  {name:22}{said[name]}" for name in PRESETS]
+    lines += [f"  {name:22}{said.get(name, 'not measured')}" for name in PRESETS]
     lines.append("methods, on --budget digits (8 x 8; mean of 3 seeds, PGD-20 at l-inf 51/255), small (CIFAR-10, a core) or large (a GPU):")
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
     lines += [f"  {name:22}{measured.get(name, {}).get('summary', 'not measured')}" for name in METHODS]
