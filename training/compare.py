@@ -9,8 +9,8 @@ deviations of each model's clean energies.
 import html
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import MANIFEST, Bundle, read_rows
 from ebjdat_serve.card import figure
 from ebjdat_serve.console import command, parser_of
+from ebjdat_serve.rows import GENERATED, Images, Row, data_words, protocol_words
 from training.card import refuse_stale
 from training.errors import TrainingError
-from training.evaluate import PARTS, folder_name, load_flat, unflattened, work_root
+from training.evaluate import PARTS, folder_name, load_arrays, load_flat, work_root
 from training.evaluation.evidence import merge
+from training.evaluation.landscape import clean_of
 from training.evaluation.metrics import mcnemar
 from training.evaluation.report import HEADINGS, STYLE
 from training.evaluation.result_cache import Arrays
-from training.evaluation.rows import Row, ball_of, outcome_free
+from training.evaluation.rows import ball_of
 
 IN_SHORT = (
     "accuracy_clean",
@@ -49,7 +51,7 @@ IN_SHORT = (
     "nll",
     "ece",
 )
-Key = tuple[str, str, str]
+Key = tuple[str, tuple[int, int | None] | None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Evaluated:
     data_sha256: str
     rows: dict[Key, Row]
     images: dict[str, NDArray[np.bool_]]
-    arrays: dict[str, Arrays]
+    arrays: dict[Images, Arrays]
 
 
 def read(path: Path) -> Evaluated:
@@ -73,25 +75,25 @@ def read(path: Path) -> Evaluated:
         refuse_stale(bundle, rows)
         folder = work_root() / folder_name(name, m.files["weights.safetensors"].sha256, digest)
         if (folder / "metrics.json").is_file():  # measured here and perhaps never taken into the bundle
-            rows = merge(rows, [row for row in read_rows(folder / "metrics.json") if bundle.holds(row["of"])]).rows
+            rows = merge(rows, [row for row in read_rows(folder / "metrics.json") if bundle.holds(row.of)]).rows
         name = f"{name}@{m.version}"
     elif (path / "subject.json").is_file() and (path / "metrics.json").is_file():
         said = json.loads((path / "subject.json").read_text(encoding="utf-8"))
         rows, name, data, digest, folder = read_rows(path / "metrics.json"), said["name"], said["data"], said["data_sha256"], path
     else:
         raise TrainingError(f"{path} is neither a bundle nor the folder of an evaluation: run python training/evaluate.py on it first")
-    rows = [row for row in rows if row.get("part") in PARTS]
+    rows = [row for row in rows if row.part in PARTS]
     if not rows:
         raise TrainingError(f"{path} has no figures of this version: run python training/evaluate.py {path}")
-    images, arrays = load_flat(folder / "images.npz"), unflattened(load_flat(folder / "arrays.npz"))
+    images, arrays = load_flat(folder / "images.npz"), load_arrays(folder)
     if not images:
         print(f"{name}: evaluated elsewhere, so there are no paired tests and no landscape of it", file=sys.stderr)
     return Evaluated(name, data, digest, {key(row): row for row in rows}, images, arrays)
 
 
 def key(row: Row) -> Key:
-    """Return what makes two models' rows the same measurement; what a protocol says of one model's own outcome is left out."""
-    return row["metric"], row["dataset"], outcome_free(row)
+    """Return what makes two models' rows the same measurement; figures of drawn images are biased by how many they are."""
+    return row.key, (row.n, row.against_n) if row.part == "generation" else None
 
 
 def shared(models: Sequence[Evaluated], short: bool) -> list[Key]:
@@ -100,16 +102,14 @@ def shared(models: Sequence[Evaluated], short: bool) -> list[Key]:
     common = [known for known in every if sum(known in model.rows for model in models) > 1]
     order = {name: i for i, name in enumerate(PARTS)}
     rows = {known: next(model.rows[known] for model in models if known in model.rows) for known in common}
-    fooled = {known for known in common if known[1].endswith(", fooled")}
-    chosen = [known for known in common if not short or (known[0] in IN_SHORT and not diluted(known, fooled))]
-    return sorted(chosen, key=lambda known: (order[rows[known]["part"]], common.index(known)))
+    fooled = {replace(row.images, subset=None) for row in rows.values() if row.subset == "fooled"}
+    chosen = [known for known in common if not short or (rows[known].metric in IN_SHORT and not diluted(rows[known], fooled))]
+    return sorted(chosen, key=lambda known: (order[rows[known].part or ""], common.index(known)))
 
 
-def diluted(known: Key, fooled: set[Key]) -> bool:
-    """Return whether a figure counts images that stand, alone or among those that an attack fooled, where the fooled have their own."""
-    metric, data, _ = known
-    pooled = any(other[0] == metric and other[1] == f"{data}, fooled" for other in fooled)
-    return metric.startswith("auroc_") and (pooled or data.endswith(", not fooled"))
+def diluted(row: Row, fooled: set[Images]) -> bool:
+    """Return whether an AUROC counts images that stand, alone or among those that an attack fooled, where the fooled have their own."""
+    return row.metric == f"auroc_{row.score}" and (row.images in fooled or row.subset == "not fooled")
 
 
 def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:
@@ -117,13 +117,19 @@ def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:
 
     A test set's first n are the same images for both, whatever n; what a model drew is its own.
     """
-    if known not in first.rows or known not in other.rows or "samples" in known[1] or "draws" in known[1]:
+    if known not in first.rows or known not in other.rows or first.rows[known].dataset in GENERATED:
         return None
-    a, b = (model.images.get(" | ".join((known[0], known[1], model.rows[known]["protocol"]))) for model in (first, other))
-    if a is None or b is None or len(a) != first.rows[known]["n"] or len(b) != other.rows[known]["n"]:  # of another run than the row
+    a, b = (model.images.get(model.rows[known].key) for model in (first, other))
+    if a is None or b is None or len(a) != first.rows[known].n or len(b) != other.rows[known].n:  # of another run than the row
         return None
     n = min(len(a), len(b))
     return mcnemar(a[:n].astype(bool), b[:n].astype(bool))
+
+
+def common(rows: Iterable[Row]) -> Row:
+    """Return the first of the rows of one measurement, to be put into words, without a count that the others do not share."""
+    first, *others = rows
+    return first if all(row.against_n == first.against_n for row in others) else replace(first, against_n=None)
 
 
 def markdown(models: Sequence[Evaluated], short: bool = True) -> str:
@@ -135,10 +141,10 @@ def markdown(models: Sequence[Evaluated], short: bool = True) -> str:
         rows = [model.rows.get(known) for model in models]
         values = [figure(row) if row else "" for row in rows]
         p = [paired(models[0], model, known) for model in models[1:]]
-        amounts = sorted({row["n"] for row in rows if row})
-        some = next(row for row in rows if row)
-        cells = [known[0], *values, *("" if value is None else f"{value:.2g}" for value in p), ", ".join(map(str, amounts))]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, known[1], some["protocol"])) + " |")
+        amounts = sorted({row.n for row in rows if row})
+        some = common(row for row in rows if row)
+        cells = [some.metric, *values, *("" if value is None else f"{value:.2g}" for value in p), ", ".join(map(str, amounts))]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, data_words(some), protocol_words(some))) + " |")
     return "\n".join(lines)
 
 
@@ -147,11 +153,11 @@ def page(models: Sequence[Evaluated]) -> str:
     from training.evaluation import figures as draw
 
     title = " | ".join(model.name for model in models)
-    seen = [(model.name, model.arrays) for model in models if "clean" in model.arrays]
+    seen = [(model.name, model.arrays) for model in models if clean_of(model.arrays)]
     picture = draw.inline(draw.landscapes(seen, ball_of(models[0].data).linf), "energy landscapes") if seen else ""
     sections = []
     for part in PARTS:
-        found = [known for known in shared(models, False) if next(m.rows[known] for m in models if known in m.rows)["part"] == part]
+        found = [known for known in shared(models, False) if next(m.rows[known] for m in models if known in m.rows).part == part]
         if found:
             sections.append(f"<h2>{HEADINGS[part]}</h2>{html_table(models, found)}")
     said = (
@@ -172,11 +178,11 @@ def html_table(models: Sequence[Evaluated], found: Sequence[Key]) -> str:
         rows = [model.rows.get(known) for model in models]
         p = [paired(models[0], model, known) for model in models[1:]]
         cells = [figure(row) if row else "" for row in rows] + ["" if value is None else f"{value:.2g}" for value in p]
-        amounts = ", ".join(str(n) for n in sorted({row["n"] for row in rows if row}))
-        some = next(row for row in rows if row)
-        where = html.escape(f"{known[1]}: {some['protocol']}")
+        amounts = ", ".join(str(n) for n in sorted({row.n for row in rows if row}))
+        some = common(row for row in rows if row)
+        where = html.escape(f"{data_words(some)}: {protocol_words(some)}")
         values = "".join(f"<td class=v>{cell}</td>" for cell in (*cells, amounts))
-        lines.append(f"<tr><td>{known[0]}</td>{values}<td class=p>{where}</td></tr>")
+        lines.append(f"<tr><td>{some.metric}</td>{values}<td class=p>{where}</td></tr>")
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -200,10 +206,10 @@ def main() -> None:
     if options.picture:
         from training.evaluation.figures import landscapes, png
 
-        if not any("clean" in model.arrays for model in models):
+        if not any(clean_of(model.arrays) for model in models):
             sys.exit("no landscape: none of the models was evaluated on this machine")
         options.picture.write_bytes(
-            png(landscapes([(m.name, m.arrays) for m in models if "clean" in m.arrays], ball_of(models[0].data).linf))
+            png(landscapes([(m.name, m.arrays) for m in models if clean_of(m.arrays)], ball_of(models[0].data).linf))
         )
     print(markdown(models, not options.all))
     print(f"\n{options.out}", file=sys.stderr)

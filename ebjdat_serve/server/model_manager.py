@@ -17,6 +17,7 @@ from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, Calibration, resolv
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.locking import hold
+from ebjdat_serve.rows import to_json
 from ebjdat_serve.server.ipc import Drop, Hello, Load, Loaded, Refused, receive
 from ebjdat_serve.server.queues.request_queue import Lane, Peer
 from ebjdat_serve.server.settings import Settings
@@ -67,7 +68,7 @@ def open_bundle(path: Path, settings: Settings) -> Served:
     bundle.check_precision(settings.precision)
     calibration = bundle.calibration(settings.precision)
     Detector(np.asarray(calibration.scores), settings.alpha)
-    return Served(bundle.served, bundle, calibration, bundle.metrics())
+    return Served(bundle.served, bundle, calibration, [to_json(row) for row in bundle.metrics()])
 
 
 def fingerprint(folder: Path) -> tuple[Any, ...]:

@@ -4,8 +4,9 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from ebjdat_serve.rows import Row, data_words, protocol_words, rows_where
 from training.evaluation.context import Context
-from training.evaluation.rows import BASELINE, Row
+from training.evaluation.rows import BASELINE
 
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1c1c1c}
 table{border-collapse:collapse;width:100%;margin:.6rem 0 1.4rem}td,th{padding:.2rem .7rem .2rem 0;border-bottom:1px solid #e4e4e4;text-align:left;vertical-align:top}
@@ -43,10 +44,10 @@ SHORT = (
 
 def write_evaluation_report(c: Context, rows: Sequence[Row]) -> Path:
     """Write report.html into the evaluation's folder and return it."""
-    parts = [name for name in HEADINGS if any(row.get("part") == name for row in rows)]
+    parts = [name for name in HEADINGS if any(row.part == name for row in rows)]
     pictures = figures(c, rows)
     body = "".join(
-        f"<h2>{HEADINGS[name]}</h2><p>{SAID.get(name, '')}</p>{''.join(pictures.get(name, []))}{table(ordered(name, [row for row in rows if row.get('part') == name]))}"
+        f"<h2>{HEADINGS[name]}</h2><p>{SAID.get(name, '')}</p>{''.join(pictures.get(name, []))}{table(ordered(name, [row for row in rows if row.part == name]))}"
         for name in parts
     )
     notes = "".join(f'<p class="note">{html.escape(part)}: {html.escape(text)}</p>' for part, lines in c.warnings.items() for text in lines)
@@ -64,10 +65,9 @@ def write_evaluation_report(c: Context, rows: Sequence[Row]) -> Path:
 
 def verdict(rows: Sequence[Row]) -> str:
     """Return the warning that must stand first, if there is one."""
-    masked = [row for row in rows if row["metric"] == "masking_suspected" and row["value"]]
-    if not masked:
+    if not any(row.value for row in rows_where(rows, "masking_suspected")):
         return ""
-    failed = ", ".join(row["metric"].removeprefix("check_") for row in rows if row["metric"].startswith("check_") and not row["value"])
+    failed = ", ".join(row.check for row in rows if row.check and not row.value)
     return f'<p class="bad"><b>Masked gradients are suspected.</b> Failed: {html.escape(failed)}. The robust accuracies below cannot be believed.</p>'
 
 
@@ -75,15 +75,15 @@ def in_short(rows: Sequence[Row]) -> str:
     """Return the first row of each chief metric, and max softmax's beside a score's: what a reader asks for before anything else."""
     found: list[Row] = []
     for metric in SHORT:
-        rows_of = [row for row in rows if row["metric"] == metric]
-        baseline = [row for row in rows_of[1:] if f"score {BASELINE}" in row["protocol"]]
+        rows_of = rows_where(rows, metric)
+        baseline = [row for row in rows_of[1:] if row.score == BASELINE]
         found += rows_of[:1] + baseline[:1]
     return f"<h2>In short</h2>{table(found)}" if found else ""
 
 
 def ordered(part: str, rows: Sequence[Row]) -> list[Row]:
     """Return a part's rows as they came; of masking the verdict and its checks first, for the rest is drawn."""
-    return sorted(rows, key=lambda row: not row["metric"].startswith(("masking", "check_"))) if part == "masking" else list(rows)
+    return sorted(rows, key=lambda row: not (row.check or row.metric == "masking_suspected")) if part == "masking" else list(rows)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -100,21 +100,20 @@ def table(rows: Sequence[Row]) -> str:
 
 def line(row: Row) -> str:
     """Return one row of a table."""
-    bounds = (
-        "[{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else f"± {1.96 * row['stderr']:.3f}" if "stderr" in row else ""
-    )
+    bounds = "[{:.3f}, {:.3f}]".format(*row.interval) if row.interval else f"± {1.96 * row.stderr:.3f}" if row.stderr is not None else ""
     cells = (
-        f"<td>{row['metric']}</td>",
-        f'<td class="v">{row["value"]:.4g}</td>',
+        f"<td>{row.metric}</td>",
+        f'<td class="v">{row.value:.4g}</td>',
         f'<td class="v">{bounds}</td>',
-        f'<td class="v">{row["n"]}</td>',
+        f'<td class="v">{row.n}</td>',
     )
-    return f"<tr>{''.join(cells)}<td>{html.escape(row['dataset'])}</td><td class='p'>{html.escape(row['protocol'])}</td></tr>"
+    return f"<tr>{''.join(cells)}<td>{html.escape(data_words(row))}</td><td class='p'>{html.escape(protocol_words(row))}</td></tr>"
 
 
 def figures(c: Context, rows: Sequence[Row]) -> dict[str, list[str]]:
     """Return the images of each part, as <figure>s."""
     from training.evaluation import figures as draw
+    from training.evaluation.landscape import clean_of
 
     found: dict[str, list[str]] = {}
 
@@ -122,7 +121,7 @@ def figures(c: Context, rows: Sequence[Row]) -> dict[str, list[str]]:
         found.setdefault(part, []).append(f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>")
 
     arrays, shown, eps = c.arrays, c.drawings, c.ball.linf
-    if "clean" in arrays:
+    if clean_of(arrays) is not None:
         add(
             "landscape",
             draw.inline(draw.landscape(arrays, eps), "energy histograms"),
