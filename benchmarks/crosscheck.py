@@ -21,9 +21,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
 from ebjdat_serve.bundle import write_json
-from ebjdat_serve.detection import Detector, probabilities, suspicion
+from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import Images, set_name
+from ebjdat_serve.scores import ood_score
 from training.data.datasets import load
 from training.evaluate import load_arrays
 from training.evaluation.distances import frechet_distance, mmd
@@ -70,14 +71,14 @@ def separation(arrays: dict[Images, Any]) -> list[Row]:
     """Return AUROC, AUPR, FPR@95 and p-values of the energy on every set."""
     images = clean_of(arrays)
     assert images is not None
-    clean = suspicion("energy", 0.0, arrays[images]["logits"])
+    clean = ood_score("energy", 0.0, arrays[images]["logits"])
     metrics = pytorch_ood()
     rows = []
     for each, found in arrays.items():
         if each == images:
             continue
         name = set_name(each)
-        other = suspicion("energy", 0.0, found["logits"])
+        other = ood_score("energy", 0.0, found["logits"])
         value, truth, n = np.r_[clean, other], np.r_[np.zeros(len(clean)), np.ones(len(other))], len(clean) + len(other)
         rows.append(compared(f"auroc {name}", auroc(clean, other), roc_auc_score(truth, value), n, "scikit-learn"))
         rows.append(compared(f"aupr {name}", average_precision(clean, other), average_precision_score(truth, value), n, "scikit-learn"))

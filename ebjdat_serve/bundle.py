@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from ebjdat_serve.detection import SCORES
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.graphs import check_graph
 from ebjdat_serve.precision import check
 from ebjdat_serve.rows import Row, parse_rows, to_json
+from ebjdat_serve.scores import SCORES
 from ebjdat_serve.sgld import Sampler
 
 SCHEMA = 1
@@ -95,7 +95,7 @@ class Manifest:
 class Calibration:
     """Clean energies and scores taken through one served graph, each sorted, and the temperature of p(y|x) (the others keep 1).
 
-    ``score`` and ``weight`` say which score ``suspicious`` is decided by: detection.suspicion.
+    ``score`` and ``weight`` say which score ``suspicious`` is decided by: scores.ood_score.
     """
 
     of: str

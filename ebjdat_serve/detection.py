@@ -1,4 +1,4 @@
-"""From logits to an outlier score to a conformal p-value to a flag (split conformal; Vovk et al. 2005, Bates et al. arXiv 2104.08279)."""
+"""From an OOD score to a conformal p-value to a flag (split conformal; Vovk et al. 2005, Bates et al. arXiv 2104.08279)."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 from ebjdat_serve.errors import EbjdatError
 
 Floats = NDArray[np.float32]
-SCORES = ("energy", "max_softmax", "energy_entropy")
-"""What may be calibrated; high is suspicious in all of them."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +39,6 @@ class Detector:
     def suspicious(self, p_value: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Return which p-values are below alpha."""
         return p_value < self.alpha
-
-
-def suspicion(score: str, weight: float, logits: Floats) -> Floats:
-    """Return how little each image looks like the data, shape (N,), nats, from logits (N, K); high is suspicious.
-
-        energy           E(x) = -logsumexp f(x)
-        max_softmax      -max_y log p(y|x)
-        energy_entropy   E(x) + weight H(p(.|x)); weight 1 is the expected joint energy sum_y p(y|x) E(x, y)
-
-    Raises EbjdatError for an unknown score.
-    """
-    if score not in SCORES:
-        raise EbjdatError(f"score {score!r} is unknown; this version knows {', '.join(SCORES)}: calibrate again")
-    f = logits.astype(np.float64)
-    top = f.max(axis=1)
-    energy = -top - np.log(np.exp(f - top[:, None]).sum(axis=1))
-    log_p = f + energy[:, None]
-    entropy = -(np.exp(log_p) * log_p).sum(axis=1)
-    result: Floats = {"energy": energy, "max_softmax": -log_p.max(axis=1), "energy_entropy": energy + weight * entropy}[score].astype(
-        np.float32
-    )
-    return result
 
 
 def probabilities(logits: Floats, temperature: float) -> Floats:

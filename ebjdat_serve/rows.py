@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.scores import SCORES
 
 FRESH, PRIOR, CONTROL, BUFFER = "fresh samples", "prior draws", "control samples", "replay buffer"
 GENERATED = (FRESH, PRIOR, CONTROL, BUFFER)
@@ -233,7 +234,8 @@ def first(rows: Iterable[Row], metric: str, **wanted: Any) -> Row | None:
 
 # Sentences -------------------------------------------------------------------------------------------------------------
 
-SCORES = ("energy", "max_softmax", "energy_entropy", "gradient_norm")
+COMPARED = (*SCORES, "gradient_norm")
+"""The OOD scores that figures are of: those that can be served, and the norm of the input gradient."""
 EXTRACTORS = {
     "resnet20": "64 features of ResNet-20, trained on CIFAR-10",
     "resnet4b": "a robust judge independent of the model: ResNet-4b of alpha-beta-CROWN, adversarially trained at l-inf 2/255",
@@ -502,11 +504,13 @@ DEFINITIONS: dict[str, Callable[[Row], str]] = {
     "masking_suspected": said("1 when any check but determinism failed"),
     "accuracy_unmasked": said("because masking is suspected; an upper bound"),
     "attack_success": said("wrong after the attack, of the images right before it"),
-    **of_every("auroc_{}", SCORES, positives),
-    **of_every("aupr_{}", SCORES, lambda row: positives(row) + (f", {1 - row.against_n / row.n:.3f} of all" if row.against_n else "")),
-    **of_every("fpr95_{}", SCORES, said("share of the first set that passes as clean when 95 % of clean images do")),
+    **of_every("auroc_{}", COMPARED, positives),
+    **of_every("aupr_{}", COMPARED, lambda row: positives(row) + (f", {1 - row.against_n / row.n:.3f} of all" if row.against_n else "")),
+    **of_every("fpr95_{}", COMPARED, said("share of the first set that passes as clean when 95 % of clean images do")),
     **{
-        f"sets_better_than_{a}_{b}": said("share of the sets with the higher AUROC; of attacks, the subset") for a in SCORES for b in SCORES
+        f"sets_better_than_{a}_{b}": said("share of the sets with the higher AUROC; of attacks, the subset")
+        for a in COMPARED
+        for b in COMPARED
     },
     "accuracy_with_rejection": said("no point of the ball was found that is wrong and not flagged"),
     "accuracy_at_half_eps": said("a detector robust at eps implies some classifier robust at eps/2 (arXiv 2107.11630); this one under"),

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ebjdat_serve import pixels
-from ebjdat_serve.detection import Detector, probabilities, suspicion
+from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.scores import ood_score
 from ebjdat_serve.sgld import Chains, Prior, Sampler
 from tests.conftest import ROOT
 
@@ -99,7 +100,7 @@ def test_the_page_shows_what_the_server_would_say(page, shipped, engine, test_im
     logits, energy = engine.classify(pixels.to_unit(test_images[0][[CAT]]))
     calibration = shipped.calibration()
     detector = Detector(np.array(calibration.scores), 0.05)
-    p_value = detector.p_value(suspicion(calibration.score, calibration.weight, logits))
+    p_value = detector.p_value(ood_score(calibration.score, calibration.weight, logits))
     shown = page["shown"]
     assert shown["label"] == shipped.manifest.labels[logits.argmax()]
     assert float(shown["probability"]) == pytest.approx(probabilities(logits, calibration.temperature).max(), abs=1e-3)

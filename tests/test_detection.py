@@ -5,16 +5,19 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.errors import BundleError, EbjdatError
-from training.calibrate import calibrate, fit_temperature
+from ebjdat_serve.scores import SCORES, OodScore, ood_score
+from training.calibrate import calibrate, carded, fit_temperature
 from training.data.datasets import load
 from training.evaluation.distances import frechet_distance
 from training.evaluation.metrics import auroc, expected_calibration_error, flag_rate_interval, wilson
+from training.evaluation.scores import ood_score_of
 
 energies = st.lists(st.floats(-50, 50, width=32), min_size=20, max_size=60)
 
@@ -24,6 +27,22 @@ def test_the_p_value_is_its_formula(clean, asked):
     detector = Detector(np.sort(np.array(clean, dtype=np.float64)), alpha=0.5)
     expected = [(1 + sum(c >= e for c in clean)) / (len(clean) + 1) for e in asked]
     np.testing.assert_allclose(detector.p_value(np.array(asked, dtype=np.float32)), expected)
+
+
+def test_a_new_score_is_one_line(golden, tmp_path, monkeypatch):
+    """Calibrated, described on the card, judged by the evaluation's attacks: all from its line in SCORES."""
+    halved = OodScore(lambda e, log_p, weight, xp: e - weight * xp.amax(log_p, 1), "E(x) - {weight:.1f} max log p", lambda logits: 0.5)
+    monkeypatch.setitem(SCORES, "halved", halved)
+    folder = tmp_path / "bundle"
+    shutil.copytree(golden / "current", folder)
+    found = carded(calibrate(Bundle.draft(folder), load("digits"), score="halved"))
+    calibration = found.calibration()
+    assert (calibration.score, calibration.weight) == ("halved", 0.5)
+    assert "s(x) = E(x) - 0.5 max log p" in (found.path / "README.md").read_text(encoding="utf-8")
+    logits = np.random.default_rng(0).normal(size=(9, 10)).astype(np.float32)
+    served = ood_score("halved", 0.5, logits)
+    np.testing.assert_allclose(served, ood_score("energy", 0, logits) + 0.5 * ood_score("max_softmax", 0, logits), atol=1e-5)
+    np.testing.assert_allclose(ood_score_of("halved", 0.5)(torch.from_numpy(logits)).numpy(), served, atol=1e-5)
 
 
 def test_high_energy_is_the_suspicious_side():

@@ -22,10 +22,11 @@ from torch import nn
 
 from ebjdat_serve.bundle import Bundle, write_json, write_rows
 from ebjdat_serve.card import figure
-from ebjdat_serve.detection import Detector, suspicion
+from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError, EngineError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import FRESH, Images, first, protocol_words, rows_where
+from ebjdat_serve.scores import SCORES, ood_score
 from ebjdat_serve.wideresnet import WideResNet
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
@@ -48,7 +49,7 @@ from training.evaluation.ood import Flag, fooled, fooled_rows
 from training.evaluation.resnet20 import load_extractor
 from training.evaluation.result_cache import ResultCache, read
 from training.evaluation.rows import number, proportion
-from training.evaluation.scores import SCORES, margin
+from training.evaluation.scores import margin, ood_score_of
 from training.evaluation.shifts import CORRUPTIONS, SHIFTS, corrupted, shifted
 from training.methods.adversary import Threat
 
@@ -557,10 +558,10 @@ def test_pgd_and_the_score_attack_stay_in_their_ball(threat, digits, weights):
         assert float(moved.norm(dim=1, p=2 if threat.norm == "l2" else torch.inf).max()) <= threat.eps + 1e-5
         assert x.min() >= 0
         assert x.max() <= 1
-    clean = suspicion("energy", 0.0, subject.logits(image))
-    assert (suspicion("energy", 0.0, raised) >= clean - 1e-5).all()
-    assert (suspicion("energy", 0.0, lowered) <= clean + 1e-5).all()
-    assert suspicion("energy", 0.0, raised).mean() > clean.mean() + 1
+    clean = ood_score("energy", 0.0, subject.logits(image))
+    assert (ood_score("energy", 0.0, raised) >= clean - 1e-5).all()
+    assert (ood_score("energy", 0.0, lowered) <= clean + 1e-5).all()
+    assert ood_score("energy", 0.0, raised).mean() > clean.mean() + 1
 
 
 def test_evasion_is_the_plain_attack_without_a_flag_and_nothing_against_a_flag_on_all(digits, weights):
@@ -625,16 +626,16 @@ logit_rows = st.lists(st.lists(st.floats(-30, 30, width=32), min_size=4, max_siz
 def test_attacked_scores_are_the_served_ones(rows, weight):
     logits = np.asarray(rows, np.float32)
     for name in SCORES:
-        served = suspicion(name, weight, logits)
-        np.testing.assert_allclose(SCORES[name](weight)(torch.from_numpy(logits)).numpy(), served, atol=2e-4, rtol=1e-4)
+        served = ood_score(name, weight, logits)
+        np.testing.assert_allclose(ood_score_of(name, weight)(torch.from_numpy(logits)).numpy(), served, atol=2e-4, rtol=1e-4)
 
 
 def test_weight_one_is_the_expected_joint_energy():
     logits = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(suspicion("energy_entropy", 1.0, logits), -(p * logits).sum(axis=1), atol=1e-5)
+    np.testing.assert_allclose(ood_score("energy_entropy", 1.0, logits), -(p * logits).sum(axis=1), atol=1e-5)
     with pytest.raises(EbjdatError, match="unknown"):
-        suspicion("luck", 0.0, logits)
+        ood_score("luck", 0.0, logits)
 
 
 @given(st.lists(st.floats(-5, 5, width=32), min_size=30, max_size=80), st.sampled_from([0.05, 0.1, 0.34]))

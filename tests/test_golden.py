@@ -17,13 +17,13 @@ from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import rows_where
+from ebjdat_serve.scores import BASELINE
 from tests.conftest import ROOT, serving
 from training.calibrate import calibrate
 from training.data.datasets import load
 from training.evaluate import evaluate
 from training.evaluation.attacks import survivors
 from training.evaluation.context import SUITES
-from training.evaluation.rows import BASELINE
 from training.loop.clock import Clock
 from training.loop.state import load_weights
 from training.methods.adversary import cross_entropy

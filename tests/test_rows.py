@@ -13,7 +13,7 @@ import pytest
 from ebjdat_serve import rows as words
 from ebjdat_serve.bundle import Bundle, read_rows, write_json, write_rows
 from ebjdat_serve.errors import BundleError
-from ebjdat_serve.rows import EXTRACTORS, OUTCOME, SCORES, Images, Row, first, images_key, parse_images, parse_row, parse_rows, to_json
+from ebjdat_serve.rows import COMPARED, EXTRACTORS, OUTCOME, Images, Row, first, images_key, parse_images, parse_row, parse_rows, to_json
 from tests.conftest import ROOT
 from training import compare
 from training.card import baseline_of, refuse_stale
@@ -107,7 +107,7 @@ def test_every_field_is_explained():
 
 def kinds(*names):
     """Return the names of metrics that each kind has one of."""
-    return {f"{name}_{kind}": kind for name in names for kind in (*SCORES, *EXTRACTORS)}
+    return {f"{name}_{kind}": kind for name in names for kind in (*COMPARED, *EXTRACTORS)}
 
 
 SCORED = kinds("auroc", "aupr", "fpr95")

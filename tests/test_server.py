@@ -19,8 +19,8 @@ from PIL import Image
 from starlette.requests import Request
 
 from ebjdat_serve import pixels
-from ebjdat_serve.detection import suspicion
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.scores import ood_score
 from ebjdat_serve.server.answer.problems import Problem
 from ebjdat_serve.server.app import build_server
 from ebjdat_serve.server.read.auth import api_key
@@ -63,7 +63,7 @@ def test_energy_is_the_logsumexp_of_the_joint_energies(live, shipped, picture):
     assert said["energy"] == pytest.approx(classified["energy"], abs=1e-5)
     assert (said["suspicion"], said["p_value"]) == (classified["suspicion"], classified["p_value"])
     calibration = shipped.calibration()
-    expected = suspicion(calibration.score, calibration.weight, -joint[None].astype(np.float32))
+    expected = ood_score(calibration.score, calibration.weight, -joint[None].astype(np.float32))
     assert said["suspicion"] == pytest.approx(float(expected[0]), abs=1e-4)
     assert said["p_value"] == (1 + sum(score >= said["suspicion"] for score in calibration.scores)) / (len(calibration.scores) + 1)
     info = httpx2.get(f"{live.url}/info").json()["calibration"]

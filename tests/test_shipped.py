@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from ebjdat_serve.bundle import SERVED, Bundle
-from ebjdat_serve.detection import Detector, suspicion
+from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import rows_where
+from ebjdat_serve.scores import ood_score
 from ebjdat_serve.selftest import replay
 from export.parity import check
 from tests.conftest import ROOT
@@ -66,8 +67,8 @@ def test_accuracy_and_flag_rate_on_real_pictures_are_the_cards(shipped, test_ima
     correct = int((logits.argmax(axis=1) == label).sum())
     low, high = wilson(correct, len(label), level=0.999)
     assert low <= metric(shipped, "accuracy_clean") <= high
-    np.testing.assert_allclose(suspicion("energy", 0.0, logits), energy, atol=1e-5)
-    p_value = Detector(np.asarray(calibration.scores), 0.05).p_value(suspicion(calibration.score, calibration.weight, logits))
+    np.testing.assert_allclose(ood_score("energy", 0.0, logits), energy, atol=1e-5)
+    p_value = Detector(np.asarray(calibration.scores), 0.05).p_value(ood_score(calibration.score, calibration.weight, logits))
     low, high = flag_rate_interval(len(calibration.energies), len(label), 0.05, level=0.999)
     assert low <= float((p_value < 0.05).mean()) <= high
 

@@ -13,17 +13,16 @@ import numpy as np
 
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
 from ebjdat_serve.console import command, parser_of
-from ebjdat_serve.detection import SCORES, probabilities, suspicion
+from ebjdat_serve.detection import probabilities
 from ebjdat_serve.editing import FORCED, check_editable, edit
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
+from ebjdat_serve.scores import DEFAULT, SCORES, ood_score, score_named
 from training.data.datasets import Dataset, load
 
 log = logging.getLogger("training")
-DEFAULT_SCORE = "energy_entropy"
-"""What ``suspicious`` is decided by: docs/decisions/0012 says why not by the energy alone."""
 
 
 def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", score: str | None = None) -> Bundle:
@@ -34,10 +33,10 @@ def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", scor
     check_data(bundle, data)
     engine = load_engine(bundle, "auto", "cpu", 1, precision)
     known = {row.precision: row.score for row in bundle.calibrations() if bundle.holds(row.of)}
-    score = score or (known.get("fp32", DEFAULT_SCORE) if precision != "fp32" else DEFAULT_SCORE)
+    score = score or (known.get("fp32", DEFAULT) if precision != "fp32" else DEFAULT)
     clean, energies = served(engine, data.calibration.image)
     logits, _ = served(engine, data.selection.image)
-    weight = entropy_weight(logits) if score == "energy_entropy" else 0.0
+    weight = score_named(score).fit(logits)
     calibration = Calibration(
         of=bundle.measured(precision),
         precision=precision,
@@ -46,7 +45,7 @@ def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", scor
         energies=sorted(float(value) for value in energies),
         score=score,
         weight=weight,
-        scores=sorted(float(value) for value in suspicion(score, weight, clean)),
+        scores=sorted(float(value) for value in ood_score(score, weight, clean)),
     )
     kept = [row for row in bundle.calibrations() if row.precision != precision and bundle.holds(row.of)]
     others = [row for row in kept if row.score == score]
@@ -88,13 +87,6 @@ def served(engine: Engine, image: Pixels) -> tuple[Floats, Floats]:
     return logits, energy
 
 
-def entropy_weight(logits: Floats) -> float:
-    """Return sd E(x) / sd H(p(.|x)) over clean images: the entropy's weight at which both parts of the score spread alike."""
-    energy = suspicion("energy", 0.0, logits)
-    entropy = suspicion("energy_entropy", 1.0, logits) - energy
-    return float(energy.std() / max(float(entropy.std()), 1e-6))
-
-
 def fit_temperature(logits: Floats, label: Labels) -> float:
     """Return the temperature in [0.05, 20] that minimises the negative log-likelihood of the labels (Guo et al., arXiv 1706.04599).
 
@@ -117,7 +109,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
-    parser.add_argument("--score", choices=SCORES, default=DEFAULT_SCORE, help="what suspicious is decided by (%(default)s)")
+    parser.add_argument("--score", choices=SCORES, default=DEFAULT, help="what suspicious is decided by (%(default)s)")
     parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):

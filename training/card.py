@@ -20,10 +20,11 @@ from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.rows import OBJECTIVES, Images, Row, attack_name, eps_name, first, rows_where, set_name
+from ebjdat_serve.scores import BASELINE, SCORES
 from ebjdat_serve.sgld import Prior
 from training.evaluation.chosen import ALPHA, chief, model_of, readme_rows, served_score, worse_than_chance
 from training.evaluation.ood import BLANK, NEAR
-from training.evaluation.rows import BASELINE, ball_of
+from training.evaluation.rows import ball_of
 
 LICENCES = {
     "cifar10": "Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, non-commercial, "
@@ -180,11 +181,7 @@ def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
     if "calibration.json" not in bundle.manifest.files:
         return "The bundle is not calibrated yet, so nothing is flagged."
     calibration = bundle.calibration()
-    score = {
-        "energy": "s(x) = E(x)",
-        "max_softmax": "s(x) = -max log p(y|x)",
-        "energy_entropy": f"s(x) = E(x) + {calibration.weight:.2f} H(p(.|x)), the energy and the entropy of the class at equal spread",
-    }[calibration.score]
+    score = "s(x) = " + SCORES[calibration.score].equation.format(weight=calibration.weight)
 
     m = model_of(bundle)
     eps, flag = eps_name(m.eps), {"alpha": ALPHA}

@@ -20,7 +20,7 @@ import torch
 
 from ebjdat_serve.bundle import Bundle, Calibration, write_rows
 from ebjdat_serve.console import command, parser_of
-from ebjdat_serve.detection import Detector, suspicion
+from ebjdat_serve.detection import Detector
 from ebjdat_serve.editing import FORCED, check_editable
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
@@ -29,6 +29,7 @@ from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
 from ebjdat_serve.rows import Images, Row, first, protocol_words
+from ebjdat_serve.scores import ood_score
 from ebjdat_serve.selftest import PROBE
 from ebjdat_serve.sgld import Chains
 from ebjdat_serve.store import next_revision, publish, store_of
@@ -214,7 +215,7 @@ def through(engine: Engine, image: Floats) -> tuple[Floats, Floats]:
 def flag_rate(calibration: Calibration, logits: Floats) -> float:
     """Return the share of images that a calibration flags at ALPHA."""
     flagged = Detector(np.asarray(calibration.scores), ALPHA)
-    return float(flagged.suspicious(flagged.p_value(suspicion(calibration.score, calibration.weight, logits))).mean())
+    return float(flagged.suspicious(flagged.p_value(ood_score(calibration.score, calibration.weight, logits))).mean())
 
 
 def costs(row: Callable[..., Row], metric: str, before: np.ndarray, after: np.ndarray, images: Images) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from training.evaluation.attacks import input_gradient, tensors
 from training.evaluation.autoattack import square
 from training.evaluation.evaluated_model import EvaluatedModel
 from training.evaluation.result_cache import Arrays
-from training.evaluation.scores import SCORES, margin
+from training.evaluation.scores import margin, ood_score_of
 from training.methods.adversary import Threat, ascent, norm, project
 
 VARIANTS = ("joint", "selective", "orthogonal")
@@ -55,13 +55,13 @@ class ScoreAttack:
 
     def value(self, subject: EvaluatedModel, image: Floats) -> np.ndarray:
         """Return what is climbed, of what is served, (N,)."""
-        score = SCORES[self.score](self.weight)(torch.from_numpy(subject.logits(image).copy())).numpy()
+        score = ood_score_of(self.score, self.weight)(torch.from_numpy(subject.logits(image).copy())).numpy()
         result: np.ndarray = score if self.up else -score
         return result
 
     def climb(self, subject: EvaluatedModel, x: Tensor, x_adv: Tensor) -> Tensor:
         """Return the best iterate of PGD in the network's own score."""
-        of, sign = SCORES[self.score](self.weight), 1.0 if self.up else -1.0
+        of, sign = ood_score_of(self.score, self.weight), 1.0 if self.up else -1.0
         best, kept = torch.full((len(x),), -torch.inf, device=x.device), x.clone()
         label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for step in range(self.steps + 1):
@@ -126,7 +126,7 @@ class Evade:
     def search(self, subject: EvaluatedModel, x: Tensor, y: Tensor, x_adv: Tensor) -> Tensor:
         """Return the first iterate that is wrong and unflagged, or the last."""
         found, going = x_adv.clone(), torch.arange(len(y), device=x.device)
-        of = SCORES[self.score](self.weight)
+        of = ood_score_of(self.score, self.weight)
         for step in range(self.steps):
             direction, wrong, room = self.direction(subject, x_adv, y[going], of)
             done = wrong & (room > 0)
@@ -190,7 +190,7 @@ class EvadeBySquare:
 
     def objective(self, subject: EvaluatedModel, y: int) -> object:
         """Return images of class y -> two "logits" whose margin is below 0 where they are wrong and unflagged."""
-        of = SCORES[self.score](self.weight)
+        of = ood_score_of(self.score, self.weight)
 
         def ask(x: Tensor) -> Tensor:
             logits = torch.from_numpy(subject.logits(x.numpy()).copy())
@@ -206,7 +206,7 @@ def evades(subject: EvaluatedModel, image: Floats, label: Labels, attack: Evade 
     if not len(label):
         return np.zeros(0, bool)
     logits = torch.from_numpy(subject.logits(image))
-    unflagged = SCORES[attack.score](attack.weight)(logits) <= attack.threshold
+    unflagged = ood_score_of(attack.score, attack.weight)(logits) <= attack.threshold
     result: np.ndarray = ((logits.argmax(dim=1) != torch.from_numpy(label)) & unflagged).numpy()
     return result
 

@@ -7,8 +7,9 @@ from typing import Any
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.card import key
 from ebjdat_serve.rows import CONTROL, FRESH, Row, eps_name, first, rows_where
+from ebjdat_serve.scores import BASELINE
 from training.evaluation.ood import BLANK, NEAR
-from training.evaluation.rows import BASELINE, ball_of
+from training.evaluation.rows import ball_of
 
 ALPHA = 0.05
 Fields = dict[str, Any]

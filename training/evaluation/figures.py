@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ebjdat_serve.pixels import Pixels, grid
-from ebjdat_serve.rows import SCORES, Images, Row, attack_name, eps_name, images_name, rows_where
+from ebjdat_serve.rows import COMPARED, Images, Row, attack_name, eps_name, images_name, rows_where
 from training.evaluation.landscape import clean_of, energies, sets_shown
 from training.evaluation.result_cache import Arrays
 
@@ -210,7 +210,7 @@ def separations(rows: Sequence[Row]) -> Figure | None:
         return None
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.2, 0.34 * len(table) + 1.2), layout="constrained")
-        for i, kind in enumerate(SCORES):
+        for i, kind in enumerate(COMPARED):
             at = [(y, values[kind]) for y, values in enumerate(table.values()) if kind in values]
             axis.plot([v for _, v in at], [y for y, _ in at], "osD^"[i], color=COLOURS[i], ms=6, label=kind)
         axis.axvline(0.5, color="#999999", lw=1)

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.detection import Detector, suspicion
+from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.rows import Images, images_name, threat_name, to_json
+from ebjdat_serve.scores import ood_score
 from ebjdat_serve.store import EMPTY, pointed_at
 from training.data.datasets import Dataset
 from training.evaluate import work_root
@@ -159,7 +160,7 @@ def seen(bundle: Bundle, data: Dataset, strange: dict[str, Floats]) -> Seen:
     calibration = bundle.calibration()
 
     def score(found: Arrays) -> Floats:
-        return suspicion(calibration.score, calibration.weight, found["logits"])
+        return ood_score(calibration.score, calibration.weight, found["logits"])
 
     mine, flagged = score(clean), None
     if ALPHA * (len(calibration.scores) + 1) >= 1:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ebjdat_serve.detection import Detector, suspicion
+from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import Pixels, to_unit
-from ebjdat_serve.rows import ALL_SETS, SCORES, Images, Row, set_name
-from training.calibrate import DEFAULT_SCORE, entropy_weight
+from ebjdat_serve.rows import ALL_SETS, COMPARED, Images, Row, set_name
+from ebjdat_serve.scores import BASELINE, DEFAULT, SCORES, ood_score
 from training.data.datasets import data_root, read_atlas
 from training.data.image_folders import load_images
 from training.errors import DataError
@@ -20,7 +20,7 @@ from training.evaluation.autoattack import APGD, AutoAttack
 from training.evaluation.context import Context, unit
 from training.evaluation.metrics import auroc, auroc_stderr, average_precision, flag_rate_interval, fpr_at_95
 from training.evaluation.result_cache import Arrays, Task
-from training.evaluation.rows import ALPHAS, BASELINE, SEED, compared_with, number, proportion
+from training.evaluation.rows import ALPHAS, SEED, compared_with, number, proportion
 from training.evaluation.shifts import SHIFTS, shifted
 from training.methods.adversary import Threat
 
@@ -41,7 +41,7 @@ class Flag:
 
     def value(self, found: Arrays) -> Floats:
         """Return the score of each image, high is suspicious."""
-        return found["gradient"] if self.score == "gradient_norm" else suspicion(self.score, self.weight, found["logits"])
+        return found["gradient"] if self.score == "gradient_norm" else ood_score(self.score, self.weight, found["logits"])
 
     def flags(self, found: Arrays, alpha: float) -> np.ndarray:
         """Return which images are suspicious."""
@@ -60,10 +60,11 @@ def flags_of(c: Context) -> tuple[Flag, list[Flag]]:
     splits: list[tuple[Task, Floats, Labels]] = [(Predict(gradient=True), *unit(c.data.calibration)), (Predict(), *unit(c.data.selection))]
     calibration, selection = c.ledger.run("calibration split", splits)
     served = c.bundle.calibration() if c.bundle is not None and "calibration.json" in c.bundle.manifest.files else None
-    weight = served.weight if served is not None and served.score == "energy_entropy" else entropy_weight(selection["logits"])
-    every = [Flag(score, weight, np.sort(Flag(score, weight, np.empty(0)).value(calibration)).astype(np.float64)) for score in SCORES]
+    weights = {name: score.fit(selection["logits"]) for name, score in SCORES.items()} | ({served.score: served.weight} if served else {})
+    every = [Flag(score, weights.get(score, 0.0), np.empty(0)) for score in COMPARED]
+    every = [replace(flag, clean=np.sort(flag.value(calibration)).astype(np.float64)) for flag in every]
     if served is None:
-        return next(flag for flag in every if flag.score == DEFAULT_SCORE), every
+        return next(flag for flag in every if flag.score == DEFAULT), every
     return Flag(served.score, served.weight, np.asarray(served.scores)), every
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ebjdat_serve.rows import Row, data_words, protocol_words, rows_where
+from ebjdat_serve.scores import BASELINE
 from training.evaluation.context import Context
-from training.evaluation.rows import BASELINE
 
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1c1c1c}
 table{border-collapse:collapse;width:100%;margin:.6rem 0 1.4rem}td,th{padding:.2rem .7rem .2rem 0;border-bottom:1px solid #e4e4e4;text-align:left;vertical-align:top}

@@ -17,11 +17,12 @@ from litserve.loops import LitLoop
 
 from ebjdat_serve import logs, pixels
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.detection import Detector, probabilities, suspicion
+from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.engines import Engine, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.scheduling import Policy, Request, Scheduler
+from ebjdat_serve.scores import ood_score
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.compute.memory import give_back_large_blocks
@@ -72,7 +73,7 @@ class Model:
         """Return what the model says of pixels (n, H, W, 3)."""
         parts = classify_in_chunks(self.engine, pixels.to_unit(image))
         logits, energy = (np.concatenate(part) for part in zip(*parts, strict=True))
-        suspicious = suspicion(self.calibration.score, self.calibration.weight, logits)
+        suspicious = ood_score(self.calibration.score, self.calibration.weight, logits)
         p_value = self.detector.p_value(suspicious)
         p = probabilities(logits, self.calibration.temperature)
         return Verdicts(p, -logits, energy, suspicious, p_value, self.detector.suspicious(p_value))
