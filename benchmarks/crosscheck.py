@@ -23,15 +23,16 @@ from torch import Tensor, nn
 from ebjdat_serve.bundle import write_json
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.rows import Images, set_name
+from ebjdat_serve.rows import Images
 from ebjdat_serve.scores import ood_score
+from ebjdat_serve.sentences import set_name
 from training.data.datasets import load
-from training.evaluate import load_arrays
 from training.evaluation.distances import frechet_distance, mmd
 from training.evaluation.extractors import RESNET20, opened
 from training.evaluation.landscape import clean_of
 from training.evaluation.metrics import auroc, average_precision, expected_calibration_error, fpr_at_95
 from training.evaluation.resnet20 import load_extractor
+from training.evaluation.result_cache import load_arrays
 
 Row = dict[str, Any]
 IMAGES = 2000

@@ -20,7 +20,8 @@ import torch
 from ebjdat_serve.bundle import sha256, write_json
 from ebjdat_serve.energy import energy
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.rows import Images, attack_words
+from ebjdat_serve.rows import Images
+from ebjdat_serve.sentences import attack_words
 from ebjdat_serve.wideresnet import build
 from training.data.datasets import Dataset, load
 from training.distributed import Noise

@@ -17,7 +17,8 @@ import torch
 from ebjdat_serve.bundle import sha256, write_json
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.rows import Images, protocol_words, to_json
+from ebjdat_serve.rows import Images, to_json
+from ebjdat_serve.sentences import protocol_words
 from training.data.datasets import data_root, load
 from training.errors import DataError
 from training.evaluate import work_root

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ebjdat_serve.rows import KINDS, parse_row, protocol_words
+from ebjdat_serve.rows import KINDS, parse_row
+from ebjdat_serve.sentences import protocol_words
 from training.compare import markdown, read
 
 HERE = Path(__file__).parent

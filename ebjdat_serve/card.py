@@ -1,7 +1,8 @@
 """The bundle in words: the summary that `inspect` prints and the model card that the bundle carries, both from its JSON."""
 
 from ebjdat_serve.bundle import Bundle, Manifest
-from ebjdat_serve.rows import Row, data_words, protocol_words
+from ebjdat_serve.rows import Row
+from ebjdat_serve.sentences import data_words, protocol_words
 from ebjdat_serve.store import reason_held_back
 
 

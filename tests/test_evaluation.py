@@ -25,8 +25,9 @@ from ebjdat_serve.card import figure
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError, EngineError
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.rows import FRESH, Images, first, protocol_words, rows_where
+from ebjdat_serve.rows import FRESH, Images, first, rows_where
 from ebjdat_serve.scores import SCORES, ood_score
+from ebjdat_serve.sentences import protocol_words
 from ebjdat_serve.wideresnet import WideResNet
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
@@ -35,7 +36,7 @@ from training.card import write_card
 from training.data.datasets import load
 from training.data.image_folders import Split
 from training.errors import DataError, TrainingError
-from training.evaluate import evaluate_module, load_arrays
+from training.evaluate import evaluate_module
 from training.evaluation import evaluated_model, generation
 from training.evaluation.adaptive import Evade, EvadeBySquare, ScoreAttack, without
 from training.evaluation.attacks import Pgd, Trace
@@ -47,7 +48,7 @@ from training.evaluation.extractors import RESNET4B, available
 from training.evaluation.landscape import clean_of
 from training.evaluation.ood import Flag, fooled, fooled_rows
 from training.evaluation.resnet20 import load_extractor
-from training.evaluation.result_cache import ResultCache, read
+from training.evaluation.result_cache import ResultCache, load_arrays, read
 from training.evaluation.rows import number, proportion
 from training.evaluation.scores import margin, ood_score_of
 from training.evaluation.shifts import CORRUPTIONS, SHIFTS, corrupted, shifted

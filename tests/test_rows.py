@@ -10,10 +10,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from ebjdat_serve import rows as words
+from ebjdat_serve import sentences as words
 from ebjdat_serve.bundle import Bundle, read_rows, write_json, write_rows
 from ebjdat_serve.errors import BundleError
-from ebjdat_serve.rows import COMPARED, EXTRACTORS, OUTCOME, Images, Row, first, images_key, parse_images, parse_row, parse_rows, to_json
+from ebjdat_serve.rows import COMPARED, OUTCOME, Images, Row, first, images_key, parse_images, parse_row, parse_rows, to_json
+from ebjdat_serve.sentences import EXTRACTORS
 from tests.conftest import ROOT
 from training import compare
 from training.card import baseline_of, refuse_stale

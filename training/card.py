@@ -19,8 +19,9 @@ from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
-from ebjdat_serve.rows import OBJECTIVES, Images, Row, attack_name, eps_name, first, rows_where, set_name
+from ebjdat_serve.rows import Images, Row, first, rows_where
 from ebjdat_serve.scores import BASELINE, SCORES
+from ebjdat_serve.sentences import OBJECTIVES, attack_name, eps_name, set_name
 from ebjdat_serve.sgld import Prior
 from training.evaluation.chosen import ALPHA, chief, model_of, readme_rows, served_score, worse_than_chance
 from training.evaluation.ood import BLANK, NEAR

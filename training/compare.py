@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import MANIFEST, Bundle, read_rows
 from ebjdat_serve.card import figure
 from ebjdat_serve.console import command, parser_of
-from ebjdat_serve.rows import GENERATED, Images, Row, data_words, protocol_words
+from ebjdat_serve.rows import GENERATED, Images, Row
+from ebjdat_serve.sentences import data_words, protocol_words
 from training.card import refuse_stale
 from training.errors import TrainingError
-from training.evaluate import PARTS, folder_name, load_arrays, load_flat, work_root
+from training.evaluate import PARTS, folder_name, work_root
 from training.evaluation.evidence import merge
 from training.evaluation.landscape import clean_of
 from training.evaluation.metrics import mcnemar
 from training.evaluation.report import HEADINGS, STYLE
-from training.evaluation.result_cache import Arrays
+from training.evaluation.result_cache import Arrays, load_arrays, load_flat
 from training.evaluation.rows import ball_of
 
 IN_SHORT = (

@@ -37,7 +37,8 @@ from ebjdat_serve.engines import Floats
 from ebjdat_serve.folders import folder as place
 from ebjdat_serve.folders import made
 from ebjdat_serve.logs import configure
-from ebjdat_serve.rows import Images, Row, data_words, images_key, parse_images, protocol_words, to_json
+from ebjdat_serve.rows import Row, images_key, to_json
+from ebjdat_serve.sentences import data_words, protocol_words
 from training.calibrate import check_data, dataset_of
 from training.data.datasets import Dataset, load
 from training.errors import TrainingError
@@ -49,7 +50,7 @@ from training.evaluation.generation import generation_rows
 from training.evaluation.landscape import landscape_rows
 from training.evaluation.ood import hostile_rows, shift_rows, suspicion_rows
 from training.evaluation.report import write_evaluation_report
-from training.evaluation.result_cache import Arrays, ResultCache, read, write
+from training.evaluation.result_cache import ResultCache, load_arrays, load_flat, unflattened, write
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
 from training.evaluation.rows import ball_of
 
@@ -237,25 +238,6 @@ def with_finite_error(row: Row) -> Row:
     if row.interval is not None and not np.isfinite(row.interval).all():
         return replace(row, interval=None, interval_kind=None)
     return replace(row, stderr=None) if row.stderr is not None and not math.isfinite(row.stderr) else row
-
-
-def load_arrays(folder: Path) -> dict[Images, Arrays]:
-    """Return what an evaluation kept of each set of images, nothing where it kept none."""
-    return {parse_images(key): found for key, found in unflattened(load_flat(folder / "arrays.npz")).items()}
-
-
-def load_flat(file: Path) -> Arrays:
-    """Return stored arrays, none when there are none."""
-    return read(file) or {}
-
-
-def unflattened(flat: Arrays) -> dict[str, Arrays]:
-    """Return arrays that are named "set|field" by set and field."""
-    found: dict[str, Arrays] = {}
-    for key, value in flat.items():
-        name, _, field = key.rpartition("|")
-        found.setdefault(name, {})[field] = value
-    return found
 
 
 def main() -> None:

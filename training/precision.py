@@ -28,9 +28,10 @@ from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
-from ebjdat_serve.rows import Images, Row, first, protocol_words
+from ebjdat_serve.rows import Images, Row, first
 from ebjdat_serve.scores import ood_score
 from ebjdat_serve.selftest import PROBE
+from ebjdat_serve.sentences import protocol_words
 from ebjdat_serve.sgld import Chains
 from ebjdat_serve.store import next_revision, publish, store_of
 from export.to_int8 import write_int8

@@ -8,7 +8,8 @@ import numpy as np
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Labels
 from ebjdat_serve.pixels import Pixels, to_unit
-from ebjdat_serve.rows import Images, Row, images_name
+from ebjdat_serve.rows import Images, Row
+from ebjdat_serve.sentences import images_name
 from training.calibrate import fit_temperature
 from training.data.datasets import data_root
 from training.errors import DataError

@@ -6,8 +6,9 @@ from typing import Any
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.card import key
-from ebjdat_serve.rows import CONTROL, FRESH, Row, eps_name, first, rows_where
+from ebjdat_serve.rows import CONTROL, FRESH, Row, first, rows_where
 from ebjdat_serve.scores import BASELINE
+from ebjdat_serve.sentences import eps_name
 from training.evaluation.ood import BLANK, NEAR
 from training.evaluation.rows import ball_of
 

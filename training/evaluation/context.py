@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.rows import Images, Row, set_name
+from ebjdat_serve.rows import Images, Row
+from ebjdat_serve.sentences import set_name
 from training.data.datasets import Dataset
 from training.data.image_folders import Split
 from training.errors import TrainingError

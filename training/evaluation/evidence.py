@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ebjdat_serve.bundle import Bundle, read_rows, write_rows
 from ebjdat_serve.errors import BundleError
-from ebjdat_serve.rows import Images, Row, data_words, protocol_words
+from ebjdat_serve.rows import Images, Row
+from ebjdat_serve.sentences import data_words, protocol_words
 from training.card import renew_card
 from training.evaluation.result_cache import Arrays
 

@@ -29,7 +29,7 @@ Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature space, a key of ``rows.EXTRACTORS``.
+    """A feature space, a key of ``sentences.EXTRACTORS``.
 
     ``classes``: its logits are of the data's own classes; without ``distances`` it judges classes alone.
     """

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ebjdat_serve.pixels import Pixels, grid
-from ebjdat_serve.rows import COMPARED, Images, Row, attack_name, eps_name, images_name, rows_where
+from ebjdat_serve.rows import COMPARED, Images, Row, rows_where
+from ebjdat_serve.sentences import attack_name, eps_name, images_name
 from training.evaluation.landscape import clean_of, energies, sets_shown
 from training.evaluation.result_cache import Arrays
 

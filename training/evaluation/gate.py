@@ -15,8 +15,9 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.rows import Images, images_name, threat_name, to_json
+from ebjdat_serve.rows import Images, to_json
 from ebjdat_serve.scores import ood_score
+from ebjdat_serve.sentences import images_name, threat_name
 from ebjdat_serve.store import EMPTY, pointed_at
 from training.data.datasets import Dataset
 from training.evaluate import work_root

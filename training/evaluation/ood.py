@@ -9,8 +9,9 @@ import numpy as np
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import Pixels, to_unit
-from ebjdat_serve.rows import ALL_SETS, COMPARED, Images, Row, set_name
+from ebjdat_serve.rows import ALL_SETS, COMPARED, Images, Row
 from ebjdat_serve.scores import BASELINE, DEFAULT, SCORES, ood_score
+from ebjdat_serve.sentences import set_name
 from training.data.datasets import data_root, read_atlas
 from training.data.image_folders import load_images
 from training.errors import DataError

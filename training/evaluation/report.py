@@ -4,8 +4,9 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from ebjdat_serve.rows import Row, data_words, protocol_words, rows_where
+from ebjdat_serve.rows import Row, rows_where
 from ebjdat_serve.scores import BASELINE
+from ebjdat_serve.sentences import data_words, protocol_words
 from training.evaluation.context import Context
 
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1c1c1c}

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ebjdat_serve.rows import Images, Row, attack_words
+from ebjdat_serve.rows import Images, Row
+from ebjdat_serve.sentences import attack_words
 from training.evaluation.attacks import OBJECTIVES, Pgd, Trace, Transfer
 from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square
 from training.evaluation.context import Context
