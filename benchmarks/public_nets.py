@@ -59,10 +59,10 @@ def measure(name: str, n: int, few: int, processes: int) -> list[dict[str, Any]]
     rows = [row("accuracy_clean", clean, len(label))]
     (found,) = ledger.run(f"APGD {name}", [(AutoAttack(THREAT, APGD), image[:n], label[:n])])
     images = replace(where, attack="apgd", norm=THREAT.norm, eps=THREAT.eps)
-    rows.append(row("accuracy_apgd", int(found["standing"].sum()), n, images, known_at_most=KNOWN[name][1]))
+    rows.append(row("accuracy_apgd", int(found["robust_mask"].sum()), n, images, known_at_most=KNOWN[name][1]))
     (found,) = ledger.run(f"AutoAttack {name}", [(AutoAttack(THREAT), image[:few], label[:few])])
     images = replace(where, attack="autoattack", version="standard", norm=THREAT.norm, eps=THREAT.eps)
-    rows.append(row("accuracy_autoattack", int(found["standing"].sum()), few, images, implementation="pyautoattack"))
+    rows.append(row("accuracy_autoattack", int(found["robust_mask"].sum()), few, images, implementation="pyautoattack"))
     try:
         import torchattacks
     except ImportError:

@@ -93,10 +93,10 @@ def test_attacks_succeed_more_as_the_ball_grows(shipped, test_images):
 
     model = load_model(shipped)
     image, label = torch.from_numpy(to_unit(test_images[0][::10])), torch.from_numpy(test_images[1][::10].astype(np.int64))
-    standing = [survivors(model, image, label, Threat("linf", eps / 255)) / len(label) for eps in (0.01, 4, 8, 64)]
-    assert standing == sorted(standing, reverse=True)
-    assert standing[2] > 0.2  # plain training: 0
-    assert standing[3] < 0.02  # a net that masks its gradient stands here
+    robust = [survivors(model, image, label, Threat("linf", eps / 255)) / len(label) for eps in (0.01, 4, 8, 64)]
+    assert robust == sorted(robust, reverse=True)
+    assert robust[2] > 0.2  # plain training: 0
+    assert robust[3] < 0.02  # a net that masks its gradient is right here
 
 
 COMMAND = "from ebjdat_serve.console import command, parser_of\nwith command(parser_of('A command.')): print('one line')"

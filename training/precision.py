@@ -244,7 +244,7 @@ def transferred(bundle: Bundle, image: Floats, label: Labels, eps: float) -> Flo
 
 
 def square_survivors(engine: Engine, image: Floats, label: Labels, eps: float, queries: int) -> np.ndarray:
-    """Return which images Square (arXiv 1912.00049, package pyautoattack) leaves standing, (N,) bool, asking the engine alone."""
+    """Return which images Square (arXiv 1912.00049, package pyautoattack) leaves right, (N,) bool, asking the engine alone."""
     from pyautoattack.square import SquareAttack
 
     def ask(x: torch.Tensor) -> torch.Tensor:

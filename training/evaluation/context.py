@@ -164,10 +164,10 @@ class Context:
 
     def tell(self, found: Arrays, what: str) -> int:
         """Keep what the attack package warned of, and return how often it did."""
-        lines = tally(found.get("notes", np.empty(0, np.str_)))
+        lines, times = tally(found.get("notes", np.empty(0, np.str_)))
         for line in lines:
             self.say(f"{what}: {line}")
-        return sum(int(line.split()[2]) for line in lines if line.startswith("AutoAttack warned "))
+        return times
 
 
 def claim(folder: Path, subject: dict[str, str]) -> None:

@@ -62,18 +62,18 @@ def merge(before: list[Row], new: list[Row], bundle: Bundle | None = None) -> Me
     """
     stale = [row for row in before if bundle is not None and not bundle.holds(row.of)]
     held = [row for row in before if row not in stale]
-    standing = {measurement(row): row for row in held}
+    current = {measurement(row): row for row in held}
     kept, taken = [], []
     for row in new:
-        old = standing.get(measurement(row))
+        old = current.get(measurement(row))
         if old is not None and fewer(row, old):
             kept.append((old, row))
         else:
-            standing[measurement(row)] = row
+            current[measurement(row)] = row
             taken.append(row)
     parts = list(dict.fromkeys(row.part for row in (*held, *new)))
     order = {part: (part is None, parts.index(part)) for part in parts}
-    return Merged(sorted(standing.values(), key=lambda row: order[row.part]), taken, kept, stale)
+    return Merged(sorted(current.values(), key=lambda row: order[row.part]), taken, kept, stale)
 
 
 def measurement(row: Row) -> tuple[str | None, str]:

@@ -123,7 +123,7 @@ def compare(new: Bundle, current: Bundle, data: Dataset) -> Iterator[Compared]:
     strange = dict(strange_images(data.name, data.selection.image, lambda text: None))
     mine, its = (seen(bundle, data, strange) for bundle in (new, current))
     yield proportions("accuracy_clean", where, mine.right, its.right)
-    yield proportions("accuracy_pgd20", replace(where, attack="pgd", norm="linf", eps=eps, steps=20), mine.standing, its.standing)
+    yield proportions("accuracy_pgd20", replace(where, attack="pgd", norm="linf", eps=eps, steps=20), mine.robust_mask, its.robust_mask)
     if mine.flagged is not None and its.flagged is not None:
         passed = proportions("flag_rate_clean", where, ~mine.flagged, ~its.flagged)
         yield Compared(passed.metric, where, passed.n, 1 - passed.new, 1 - passed.current, passed.gain, passed.interval)
@@ -146,7 +146,7 @@ class Seen:
     """What one model does with the held-out images, (N,) each, and (its clean scores, its scores) of each strange set."""
 
     right: NDArray[np.bool_]
-    standing: NDArray[np.bool_]
+    robust_mask: NDArray[np.bool_]
     flagged: NDArray[np.bool_] | None  # None where the calibration set is too small for ALPHA
     scores: dict[str, tuple[Floats, Floats]]
 
@@ -170,4 +170,4 @@ def seen(bundle: Bundle, data: Dataset, strange: dict[str, Floats]) -> Seen:
     none = [np.zeros(len(images), np.int64) for images in strange.values()]
     looked = ledger.run("gate", [(Predict(), images, zero) for images, zero in zip(strange.values(), none, strict=True)])
     scores = {name: (mine, score(found)) for name, found in zip(strange, looked, strict=True)}
-    return Seen(clean["logits"].argmax(axis=1) == label, attacked["standing"], flagged, scores)
+    return Seen(clean["logits"].argmax(axis=1) == label, attacked["robust_mask"], flagged, scores)

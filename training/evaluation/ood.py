@@ -269,7 +269,7 @@ def hostile_rows(c: Context) -> Iterator[Row]:
     half = c.ball.threats()[1]
     (found,) = c.run("at half of eps", Pgd(half, objective="margin", restarts=2, eot=c.eot), n=c.suite.hostile)
     images = replace(c.where, attack="pgd", norm=half.norm, eps=half.eps, objective="margin", steps=20, restarts=2)
-    yield c.share("accuracy_at_half_eps", found["standing"], images, c.subject.weights)
+    yield c.share("accuracy_at_half_eps", found["robust_mask"], images, c.subject.weights)
 
 
 def robust_ood_rows(c: Context, flag: Flag) -> Iterator[Row]:

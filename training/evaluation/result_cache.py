@@ -36,7 +36,7 @@ EVERY = 60.0
 """Seconds between two lines of progress for people who want a line a stage."""
 WORTH_PROCESSES = 20.0
 """Seconds of work for which worker processes are started: they take some themselves."""
-FORMAT = 1
+FORMAT = 2
 """Raised when a kind of work changes what it computes: older results are then not found."""
 
 log = logging.getLogger("training")

@@ -27,16 +27,16 @@ def robust_rows(c: Context) -> Iterator[Row]:
     """Yield accuracies under PGD-20, APGD, AutoAttack, Square and transferred attacks, and the worst of all on the same images."""
     linf, half, l2 = c.ball.threats()
     s, eot, rand = c.suite, c.eot, c.subject.random
-    standing: dict[str, NDArray[np.bool_]] = {}
+    robust_masks: dict[str, NDArray[np.bool_]] = {}
     warned: list[tuple[Images, int, int]] = []
 
     def attacked(metric: str, work: Task, n: int, images: Images, worst: bool = False) -> Row:
         (found,) = c.run(f"{metric} {attack_words(images)}", work, n=n)
         if worst:
-            standing[metric] = found["standing"]
+            robust_masks[metric] = found["robust_mask"]
         if "notes" in found:
-            warned.append((images, c.tell(found, attack_words(images)), len(found["standing"])))
-        return c.share(metric, found["standing"], images, c.subject.weights)
+            warned.append((images, c.tell(found, attack_words(images)), len(found["robust_mask"])))
+        return c.share(metric, found["robust_mask"], images, c.subject.weights)
 
     for threat, metric, n in (
         (linf, "accuracy_pgd20", s.attacked),
@@ -59,7 +59,7 @@ def robust_rows(c: Context) -> Iterator[Row]:
             metric = "accuracy_autoattack" + ("_l2" if threat.norm == "l2" else "")
             images = replace(under(c, "autoattack", threat), version="rand" if rand else "standard")
             yield attacked(metric, AutoAttack(threat, rand=rand), n, images, threat == linf)
-    yield worst_case(c, standing)
+    yield worst_case(c, robust_masks)
     for images, times, n in warned:
         yield number("autoattack_warnings", times, n, images, c.subject.weights)
 
@@ -96,11 +96,11 @@ def under_transfer(c: Context) -> Images:
     return replace(images, surrogate=c.surrogate.parent.name, surrogate_of=c.surrogate_sha256)
 
 
-def worst_case(c: Context, standing: dict[str, NDArray[np.bool_]]) -> Row:
-    """Return the share of images that every l-inf attack left standing, on the images that all were run on."""
-    n = min(map(len, standing.values()))
-    whole = np.logical_and.reduce([found[:n] for found in standing.values()])
-    images = replace(under(c, "worst_case", c.ball.threats()[0]), attacks=tuple(standing))
+def worst_case(c: Context, robust_masks: dict[str, NDArray[np.bool_]]) -> Row:
+    """Return the share of images that every l-inf attack left right, on the images that all were run on."""
+    n = min(map(len, robust_masks.values()))
+    whole = np.logical_and.reduce([found[:n] for found in robust_masks.values()])
+    images = replace(under(c, "worst_case", c.ball.threats()[0]), attacks=tuple(robust_masks))
     return c.share("accuracy_worst_case", whole, images, c.subject.weights)
 
 
@@ -114,7 +114,7 @@ def masking_rows(c: Context) -> Iterator[Row]:
     eps = [linf.eps * factor for factor in CURVE]
     (trace,) = c.run("loss against steps", Trace(linf), n=c.suite.checked)
     curve = c.run("accuracy against eps", *(Pgd(Threat("linf", value), eot=c.eot) for value in eps), n=c.suite.checked)
-    shares, n = [found["standing"] for found in curve], len(trace["zero"])
+    shares, n = [found["robust_mask"] for found in curve], len(trace["zero"])
     for value, found in zip(eps, shares, strict=True):
         yield c.share("accuracy_at_eps", found, under_pgd(c, "ce", Threat("linf", value)), of)
     for column, steps in enumerate(Trace(linf).steps):
@@ -129,7 +129,7 @@ def masking_rows(c: Context) -> Iterator[Row]:
         c.say(f"the robust accuracies of {c.subject.name} cannot be believed: {', '.join(failed)} failed; gradients are probably masked")
         if c.attackers():
             (asked,) = c.run("unmasking", Square(linf, UNMASKING), n=min(50, c.suite.checked))
-            yield c.share("accuracy_unmasked", asked["standing"], under_square(c, linf, UNMASKING), of)
+            yield c.share("accuracy_unmasked", asked["robust_mask"], under_square(c, linf, UNMASKING), of)
 
 
 def check(c: Context, name: str, passed: bool, n: int, images: Images, observed: dict[str, float], limit: float | None = None) -> Row:
@@ -142,7 +142,7 @@ def white_box_checks(c: Context, trace: Arrays, shares: Sequence[NDArray[np.bool
     """Yield the checks of what gradients alone tell; ``widest`` is the eps of the last of ``shares``."""
     n, where = len(trace["zero"]), c.where
     loss, zero, varied = trace["loss"].astype(np.float64), trace["zero"], trace["varied"]
-    standing, left, noisy = float(shares[0].mean()), float(shares[-1].mean()), float(trace["noisy"].mean())
+    robust, left, noisy = float(shares[0].mean()), float(shares[-1].mean()), float(trace["noisy"].mean())
     images = replace(under(c, "pgd", Threat("linf", widest)), steps=20)
     yield check(c, "falls_to_zero", left <= ZERO, n, images, {"accuracy": left}, ZERO)
     mean, change = loss.mean(axis=0), np.diff(loss, axis=1)
@@ -155,7 +155,7 @@ def white_box_checks(c: Context, trace: Arrays, shares: Sequence[NDArray[np.bool
     none = float(zero.mean())
     yield check(c, "gradients_exist", none <= NO_GRADIENT, n, where, {"share": none}, NO_GRADIENT)
     yield check(c, "deterministic", not varied.any(), n, where, {"share": float(varied.mean())})
-    yield check(c, "noise_is_weaker", noisy >= standing, n, where, {"noise": noisy, "pgd": standing})
+    yield check(c, "noise_is_weaker", noisy >= robust, n, where, {"noise": noisy, "pgd": robust})
 
 
 def black_box_checks(c: Context) -> Iterator[Row]:
@@ -163,7 +163,7 @@ def black_box_checks(c: Context) -> Iterator[Row]:
     linf, _, _ = c.ball.threats()
     n = min(c.suite.strong, c.suite.checked) or c.suite.checked
     white = np.logical_and.reduce(
-        [found["standing"] for found in c.run("white box", *(Pgd(linf, objective=name, eot=c.eot) for name in OBJECTIVES), n=n)]
+        [found["robust_mask"] for found in c.run("white box", *(Pgd(linf, objective=name, eot=c.eot) for name in OBJECTIVES), n=n)]
     )
     boxes: dict[str, Task] = {}
     if (other := surrogate_of(c)) is not None:
@@ -172,7 +172,7 @@ def black_box_checks(c: Context) -> Iterator[Row]:
         boxes["square"] = Square(linf, c.suite.queries)
     for name, work in boxes.items():
         (found,) = c.run(f"black box {name}", work, n=n)
-        alone, left = float((white & ~found["standing"]).mean()), float(found["standing"].mean())
+        alone, left = float((white & ~found["robust_mask"]).mean()), float(found["robust_mask"].mean())
         seen = {"alone": alone, "black_box": left, "white_box": float(white.mean())}
         yield check(c, f"white_box_beats_{name}", alone <= SLACK, len(white), c.where, seen, SLACK)
 
@@ -183,7 +183,7 @@ def released_rows(c: Context) -> Iterator[Row]:
     pgd = Pgd(half, steps=20, step_over_eps=0.125, leave=False)
     (found,) = c.run("released PGD-20", pgd, n=c.suite.attacked)
     images = replace(under(c, "pgd", half), steps=pgd.steps, step_over_eps=pgd.step_over_eps, iterate="last")
-    yield c.share("accuracy_pgd20_released_code", found["standing"], images, of)
+    yield c.share("accuracy_pgd20_released_code", found["robust_mask"], images, of)
     if not c.attackers():
         return
     n = c.suite.autoattack or c.suite.strong
@@ -191,4 +191,4 @@ def released_rows(c: Context) -> Iterator[Row]:
     (found,) = c.run("released AutoAttack", work, n=n)
     c.tell(found, "released-code")
     images = replace(under(c, "released_autoattack", half), steps=work.iterations, queries=work.queries)
-    yield c.share("accuracy_autoattack_released_code", found["standing"], images, of)
+    yield c.share("accuracy_autoattack_released_code", found["robust_mask"], images, of)
