@@ -733,7 +733,7 @@ def test_a_bundle_is_compared_by_what_was_measured_of_it_here(golden, runs, digi
 
 
 def test_a_folder_holds_one_models_evaluation(tmp_path):
-    subject = {"name": "a", "weights": "1", "graph": "2", "data": "digits", "data_sha256": "3"}
+    subject = {"name": "a", "weights": "1", "graph": "2", "data": "digits", "data_sha256": "3", "form": "fields"}
     for file in ("metrics.json", "images.npz"):
         claim(tmp_path, subject)
         (tmp_path / file).write_text("[]")
@@ -741,6 +741,10 @@ def test_a_folder_holds_one_models_evaluation(tmp_path):
     assert (tmp_path / "metrics.json").is_file()
     claim(tmp_path, {**subject, "graph": "exported again"})
     assert [file.name for file in tmp_path.iterdir()] == ["subject.json"]
+    write_json(tmp_path / "subject.json", {name: value for name, value in subject.items() if name != "form"})
+    (tmp_path / "metrics.json").write_text('[{"protocol": "a sentence"}]')
+    claim(tmp_path, subject)
+    assert not (tmp_path / "metrics.json").exists()
     with pytest.raises(TrainingError, match="name another folder"):
         claim(tmp_path, {**subject, "weights": "4"})
 

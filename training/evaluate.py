@@ -43,7 +43,7 @@ from training.calibrate import check_data, dataset_of
 from training.data.datasets import Dataset, load
 from training.errors import TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
-from training.evaluation.context import SUITES, Context, Suite, claim, unit
+from training.evaluation.context import FORM, SUITES, Context, Suite, claim, unit
 from training.evaluation.evaluated_model import Spec, best_device, bundle_spec, load_weights, module_sha256, module_spec
 from training.evaluation.evidence import Evaluation, take
 from training.evaluation.generation import generation_rows
@@ -146,7 +146,8 @@ def context(
     subject = spec()
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
     made(home, "EBJDAT_RUNS")
-    claim(home, {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256})
+    about = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
+    claim(home, {**about, "form": FORM})
     if surrogate == SURROGATE and (data.name != "cifar10" or not SURROGATE.is_file()):
         surrogate = None
     digest = ""

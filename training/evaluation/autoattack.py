@@ -39,7 +39,7 @@ class AutoAttack:
         return 1500.0 if self.attacks else 6000.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return robust_mask (N,), logits (N, K) of the images it made, and notes: the warnings of the package, and what each attack left."""
+        """Return robust_mask (N,), logits (N, K) of the images it made, and notes: the package's warnings, and what each attack left."""
         x, y = tensors(subject, image, label)
         count = subject.logits(image[:1]).shape[1]
         named = list(self.attacks) or ["apgd-ce", "apgd-t", "fab-t", "square"]

@@ -170,14 +170,18 @@ class Context:
         return times
 
 
+FORM = "fields"
+"""How the files of an evaluation are written: another's are not read."""
+
+
 def claim(folder: Path, subject: dict[str, str]) -> None:
-    """Write into a folder whose evaluation it holds; what is there of the same weights through another graph is removed.
+    """Write into a folder whose evaluation it holds; what is there of the same weights, but of another graph or form, is removed.
 
     Raises TrainingError for a folder of another model or other data.
     """
     file = folder / "subject.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else subject
-    if {**known, "graph": subject["graph"]} != subject:
+    if {**known, "graph": subject["graph"], "form": subject["form"]} != subject:
         text = f"{folder} holds the evaluation of another model or other data: name another folder"
         raise TrainingError(text, options=("--folder FOLDER",))
     if known != subject:
