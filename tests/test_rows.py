@@ -1,5 +1,6 @@
 """Rows are data: what is in one, that names and fields agree, and that no sentence decides anything."""
 
+import ast
 import inspect
 import json
 import re
@@ -256,3 +257,32 @@ def test_a_note_is_shown_and_is_no_part_of_a_measurement():
     assert words.protocol_words(noted).endswith("by hand")
     assert noted.key == row().key
     assert first([noted], "accuracy_clean", split=None) is noted
+
+
+def taken_apart(tree):
+    """Yield the lines that look into a name, a set's name or a note."""
+    inside = ("metric", "dataset", "note", "subset", "against", "shift")
+    cutting = ("startswith", "endswith", "split", "rsplit", "partition", "rpartition", "removeprefix", "removesuffix", "find", "replace")
+
+    def is_text(node):
+        return isinstance(node, ast.Attribute) and node.attr in inside
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            regex = isinstance(node.func.value, ast.Name) and node.func.value.id == "re" and any(map(is_text, node.args))
+            if regex or (node.func.attr in cutting and is_text(node.func.value)):
+                yield node.lineno
+        if (
+            isinstance(node, ast.Compare)
+            and any(isinstance(op, ast.In | ast.NotIn) for op in node.ops)
+            and any(map(is_text, node.comparators))
+        ):
+            yield node.lineno
+
+
+def test_no_code_takes_a_name_or_a_note_apart():
+    assert list(taken_apart(ast.parse('row.metric.startswith("auroc_")\n"vs" in row.dataset\nre.search("x", row.note)'))) == [1, 2, 3]
+    files = [file for folder in ("ebjdat_serve", "training", "benchmarks", "export") for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    found = {file.name: lines for file in files if (lines := list(taken_apart(ast.parse(file.read_text(encoding="utf-8")))))}
+    assert not found
