@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
 from ebjdat_serve.console import command, parser_of
-from ebjdat_serve.detection import probabilities
 from ebjdat_serve.editing import FORCED, check_editable, edit
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.errors import BundleError
@@ -90,18 +91,14 @@ def served(engine: Engine, image: Pixels) -> tuple[Floats, Floats]:
 def fit_temperature(logits: Floats, label: Labels) -> float:
     """Return the temperature in [0.05, 20] that minimises the negative log-likelihood of the labels (Guo et al., arXiv 1706.04599).
 
-    Golden-section search in log temperature: the likelihood is unimodal there.
+    Brent's method in log temperature: the likelihood is unimodal there.
     """
+    f, index = logits.astype(np.float64), np.arange(len(label))  # float32 would hide the minimum in 1e-3 of noise
 
     def nll(log_temperature: float) -> float:
-        p = probabilities(logits, float(np.exp(log_temperature)))
-        return float(-np.log(p[np.arange(len(label)), label] + 1e-30).mean())
+        return float(-log_softmax(f / np.exp(log_temperature), axis=1)[index, label].mean())
 
-    low, high, ratio = np.log(0.05), np.log(20.0), (np.sqrt(5) - 1) / 2
-    for _ in range(60):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if nll(left) < nll(right) else (left, high)
-    return float(np.exp((low + high) / 2))
+    return float(np.exp(minimize_scalar(nll, bounds=np.log([0.05, 20.0]), method="bounded", options={"xatol": 1e-6}).x))
 
 
 def main() -> None:

@@ -134,10 +134,8 @@ def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval of a proportion."""
-    z = float(norm.ppf(0.5 + level / 2))
-    p = successes / n
-    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return float((centre - half) / (1 + z**2 / n)), float((centre + half) / (1 + z**2 / n))
+    interval = binomtest(successes, n).proportion_ci(level, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 def flag_rate_interval(calibration_n: int, test_n: int, alpha: float, level: float = 0.99) -> tuple[float, float]:
