@@ -14,9 +14,9 @@ import torch
 from tests.conftest import ROOT
 from training.data.datasets import load
 from training.loop.clock import Clock
+from training.loop.loop import train
 from training.presets import DIGITS
 from training.report import series, write_report
-from training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def stage(tmp_path_factory):
     chains = replace(DIGITS.method.chains, batch=8, buffer_size=96, steps=2)
     preset = replace(DIGITS, epochs=2.5, method=replace(DIGITS.method, chains=chains))
     train(preset, load("digits"), folder, init=None, clock=Clock(), device=torch.device("cpu"), tensorboard=True)
+    write_report(folder, preset)
     return folder
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.install import install
+from training.config import Preset, describe
 from training.errors import TrainingError
-from training.presets import Preset, describe
 
 log = logging.getLogger("training")
 Row = dict[str, Any]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ebjdat_serve import __version__, pixels
-from ebjdat_serve.bundle import Architecture, Input, Provenance
+from ebjdat_serve.bundle import Input, Provenance
 from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Settings
@@ -85,7 +85,7 @@ class Info(Schema):
     """The model, what runs it, the limits, what is in progress, and the measured figures."""
 
     model: str
-    architecture: Architecture
+    architecture: dict[str, Any]
     labels: list[str]
     input: Input
     sampler: Sampler
