@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from ebjdat_serve.decoding.header import Header
+from ebjdat_serve.decoding.header import Bytes, Header, Limits
+from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.errors import InvalidImage
 
-MAX_BYTES = 16 * 2**20
-MAX_PIXELS = 40_000_000
-MAX_PIECES = 200
-FORMATS = ("PNG", "JPEG", "WEBP")
+OWN = Limits(max_pixels=50_000_000, max_memory=2**30)
+"""For images of one's own."""
 Pixels = NDArray[np.uint8]
 
 PLUGINS = {"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "Bmp", "TIFF": "Tiff", "AVIF": "Avif"}
@@ -44,33 +43,19 @@ AI_ORIGIN = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMe
 """IPTC's term for media made by a trained model: what readers of provenance look for."""
 
 
-def decode(data: bytes | bytearray, height: int, width: int) -> Pixels:
-    """Return the image in ``data`` as (height, width, 3) uint8.
+def decode(data: Bytes, height: int, width: int, limits: Limits = OWN) -> Pixels:
+    """Return the image in ``data`` as (height, width, 3) uint8, decoded in this process.
 
-    Raises InvalidImage: empty, too many bytes or pixels, not PNG, JPEG or WebP, truncated or damaged.
+    Raises InvalidImage: empty, larger than the limits, of a format that is not read, truncated or damaged.
     """
-    return load(peek(data), height, width)
+    header = judge(data, height, width, limits)
+    return decode_judged(bytes(data), header, height, width, header.scale(height, width, limits))
 
 
-def peek(data: bytes | bytearray) -> Image.Image:
-    """Return the image in ``data`` with only its header read: its ``size`` says what ``load`` will cost. Raises InvalidImage."""
-    if not data:
-        raise InvalidImage("the image is empty (0 bytes)")
-    if len(data) > MAX_BYTES:
-        raise InvalidImage(f"the image has {len(data)} bytes; the limit is {MAX_BYTES}")
-    if pieces(data) > MAX_PIECES:
-        raise InvalidImage(f"the image is made of more than {MAX_PIECES} pieces, which no camera or program does; save it anew")
-    with _hostile():
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    columns, rows = picture.size
-    if columns * rows > MAX_PIXELS:
-        raise InvalidImage(f"the image has {columns} x {rows} pixels; the limit is {MAX_PIXELS} in all")
-    return picture
-
-
-def upright_size(data: bytes | bytearray) -> tuple[int, int]:
-    """Return the (height, width) of the image in ``data``, EXIF rotation applied, from its header alone. Raises InvalidImage."""
-    picture = peek(data)
+def upright_size(data: Bytes) -> tuple[int, int]:
+    """Return the (height, width) of the image in ``data``, EXIF rotation applied, without its pixels. Raises InvalidImage."""
+    header = judge(data, 1, 1, OWN)
+    picture = _open(bytes(data), header)
     try:
         turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except Exception:  # an image with broken EXIF is still an image
@@ -78,29 +63,13 @@ def upright_size(data: bytes | bytearray) -> tuple[int, int]:
     return picture.size if turned else (picture.height, picture.width)
 
 
-def pieces(data: bytes | bytearray) -> int:
-    """Return how many chunks that are no pixels a PNG has, or segments before a JPEG's pixels; beyond MAX_PIECES it stops counting.
-
-    Pillow reads each of them in Python, and inflates some: 16 MiB of nothing else takes it up to a minute.
-    """
-    count = at = 0
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        at = 8
-        while at + 8 <= len(data) and count <= MAX_PIECES:
-            kind = data[at + 4 : at + 8]
-            length = int.from_bytes(data[at : at + 4])
-            # pixels come in chunks of kilobytes, and profiles inflate
-            count += 50 if kind == b"iCCP" else 1 if kind != b"IDAT" or length < 256 else 0
-            at += 12 + length
-    elif data.startswith(b"\xff\xd8"):
-        at = 2
-        while at + 4 <= len(data) and count <= MAX_PIECES and data[at + 1] != 0xDA:
-            count += 1
-            if data[at] != 0xFF or data[at + 1] == 0xFF:
-                at += 1  # fill, or rubbish between segments
-            else:
-                at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return count
+def _open(data: bytes, header: Header) -> Image.Image:
+    """Return the image in ``data``, whose header was judged, without its pixels. Raises InvalidImage."""
+    with _hostile():
+        picture = Image.open(io.BytesIO(data), formats=(register(header.format),))
+    if picture.width * picture.height > header.pixels:
+        raise InvalidImage(f"the {header.format} is damaged: it promises {header.width} x {header.height} pixels and has more")
+    return picture
 
 
 def decode_judged(data: bytes, header: Header, height: int, width: int, scale: int = 1) -> Pixels:
@@ -108,11 +77,7 @@ def decode_judged(data: bytes, header: Header, height: int, width: int, scale: i
 
     Raises InvalidImage: truncated or damaged, not what its header promises.
     """
-    with _hostile():
-        picture = Image.open(io.BytesIO(data), formats=(register(header.format),))
-    if picture.width * picture.height > header.pixels:
-        raise InvalidImage(f"the {header.format} is damaged: it promises {header.width} x {header.height} pixels and has more")
-    return load(picture, height, width, scale)
+    return load(_open(data, header), height, width, scale)
 
 
 def register(kind: str) -> str:
@@ -128,7 +93,7 @@ def register(kind: str) -> str:
 
 
 def load(picture: Image.Image, height: int, width: int, scale: int = 1) -> Pixels:
-    """Return an image that was peeked at as (height, width, 3) uint8; a JPEG at 1/``scale`` of its size. Raises InvalidImage."""
+    """Return an open image as (height, width, 3) uint8; a JPEG at 1/``scale`` of its size. Raises InvalidImage."""
     with _hostile(), picture:
         if scale > 1:
             return _load_draft(picture, height, width, scale)
@@ -196,9 +161,9 @@ def _hostile() -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as error:
-        raise InvalidImage(f"the image has too many pixels; the limit is {MAX_PIXELS}") from error
+        raise InvalidImage("the image has more pixels than its header promises; save it anew") from error
     except UnidentifiedImageError as error:
-        raise InvalidImage(f"not an image this server reads; send {', '.join(FORMATS)}") from error
+        raise InvalidImage("the image is truncated or damaged: it only begins as one") from error
     except MemoryError as error:
         raise InvalidImage("the image takes more memory to decode than its header promises; save it anew") from error
     except Exception as error:  # Pillow's decoders raise what they like; none of it may pass this line

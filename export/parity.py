@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import threads
+from ebjdat_serve.decoding.judge import accepted
 from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.listing import list_pictures, shown
-from ebjdat_serve.pixels import FORMATS, decode, to_unit
+from ebjdat_serve.pixels import decode, to_unit
 from ebjdat_serve.selftest import TOLERANCE, answers, compare
 from ebjdat_serve.sgld import Chains, Prior
 
@@ -57,7 +58,7 @@ def read_images(bundle: Bundle, folder: Path) -> Floats:
     size = bundle.manifest.input
     listing = list_pictures(folder)
     if not listing.pictures:
-        raise EbjdatError(f"{shown(folder)} holds no images ({', '.join(FORMATS)})")
+        raise EbjdatError(f"{shown(folder)} holds no images ({', '.join(accepted())})")
     if said := listing.note():
         print(f"note: {shown(folder)}: {said}", file=sys.stderr)
     return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in listing.pictures]))

@@ -147,12 +147,13 @@ def bomb(columns, rows):
     [
         (b"", "0 bytes"),
         (b"hello", "not an image"),
-        (b"GIF89a" + bytes(100), "not an image"),
+        (b"GIF89a" + bytes(100), "the GIF has 0 x 0|damaged"),
+        (b"%PDF-1.7", "it is a PDF; send PNG, JPEG, WEBP, GIF"),
         (encoded(colour())[:200], "truncated or damaged"),
         (encoded(colour(), "JPEG")[:300], "truncated or damaged"),
-        (bomb(20_000, 20_000), "limit is 40000000"),
-        (bomb(8_000, 8_000), "limit is 40000000"),
-        (bytes(pixels.MAX_BYTES + 1), "limit is"),
+        (bomb(20_000, 20_000), "limit is 50000000"),
+        (bomb(8_000, 8_000), "limit is 50000000"),
+        (bytes(Limits.max_bytes + 1), "limit is"),
     ],
 )
 def test_refusals_name_the_limit_or_the_fix(data, said):

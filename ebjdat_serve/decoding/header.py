@@ -105,7 +105,7 @@ class Count:
         """Count ``n`` more. Raises InvalidImage beyond the limit."""
         self.n += n
         if self.n > self.limit:
-            raise InvalidImage(f"the {self.kind} has too many {self.what}; the limit is {self.limit}: save the image anew")
+            raise InvalidImage(f"the {self.kind} has too many {self.what}, more than {self.limit}: save the image anew")
 
 
 def damaged(kind: str, why: str) -> NoReturn:

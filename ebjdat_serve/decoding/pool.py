@@ -30,6 +30,8 @@ LIGHT = 64 * 2**20
 """Bytes that each decoder of large images may use without leave."""
 PATIENCE = 1.0
 """Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
+START_SECONDS = 20.0
+"""Seconds that a zygote has to fork a decoder, its own start included."""
 STOPPING = "the server is stopping; try again when it is back"
 
 
@@ -76,6 +78,7 @@ class Decoders:
         self.starting = asyncio.Lock()
         self.numbers = 0
         self.tasks: list[asyncio.Task[None]] = []
+        self.closed = False
 
     async def start(self) -> None:
         """Start the processes."""
@@ -85,7 +88,8 @@ class Decoders:
             self.tasks.append(asyncio.create_task(self._tend(large=True)))
 
     async def close(self) -> None:
-        """End the processes, and refuse what is left."""
+        """End the processes, and refuse what is left and what comes."""
+        self.closed = True
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -103,6 +107,8 @@ class Decoders:
         Raises InvalidImage: the first that is refused, with its index; DecoderLost: an image's decoder ended, or the server does.
         To cancel it ends a decoder that works on it.
         """
+        if self.closed:
+            raise DecoderLost(STOPPING)
         if sum(map(len, images)) <= SMALL_BYTES:
             headers = [self._judge(data, index, height, width) for index, data in enumerate(images)]
             if all(one.work <= SMALL_WORK for one in headers):
@@ -180,7 +186,12 @@ class Decoders:
         number = self.numbers
         try:
             with theirs:
-                await zygote.fork(number, theirs, large=large)
+                async with asyncio.timeout(START_SECONDS):
+                    await zygote.fork(number, theirs, large=large)
+        except TimeoutError:  # an OSError
+            ours.close()
+            zygote.close()  # it hears nothing
+            raise
         except BaseException:
             ours.close()
             raise

@@ -47,6 +47,7 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
     service = Service(manager, settings, classify, generate, endpoints)
 
     async def serve(server: litserve_adapter.Server) -> None:
-        await manager.run(server.announce, server.give_up)
+        async with service.decoder.running():
+            await manager.run(server.announce, server.give_up)
 
     return litserve_adapter.Server(workers, service.install, serve, service.drain, socket, settings), served.name

@@ -19,8 +19,9 @@ from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueue
 from ebjdat_serve.server.read.auth import ApiKeyMiddleware, HeadMiddleware, api_key
-from ebjdat_serve.server.read.bodies import decode_upload, read_upload
+from ebjdat_serve.server.read.bodies import encoded_images, read_upload
 from ebjdat_serve.server.read.http_protocol import connections
+from ebjdat_serve.server.read.images import ImageDecoder
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Settings
 
@@ -62,7 +63,7 @@ class ImageResult:
 
 
 class Service:
-    """The served model, the queues, and threads that decode and encode images."""
+    """The served model, the queues, processes that decode images and threads that encode them."""
 
     def __init__(
         self,
@@ -75,8 +76,8 @@ class Service:
         self.manager, self.settings = manager, settings
         self.classify_queue, self.generate_queue = classify, generate
         self.endpoints = endpoints
-        # two pools: large sheets delay no image that is to be decoded
-        self.decoders, self.encoders = (ThreadPoolExecutor(2, thread_name_prefix=name) for name in ("decode", "encode"))
+        self.decoder = ImageDecoder(settings)
+        self.encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
 
     async def run_on_images(self, request: Request, operation: Operation) -> ImageResult:
         """Read and decode the images of ``request``, and return what a classify worker makes of them by ``operation``.
@@ -89,7 +90,8 @@ class Service:
             async with read_upload(request, self.settings) as upload:
                 model = self.manager.active
                 deadline = stack.enter_context(queue.slot(model.key))
-                images, listed = await decode_upload(request, upload, model.bundle.manifest.input, self.settings, self.decoders)
+                encoded, listed = await encoded_images(request, upload, self.settings)
+                images = await self.decoder.decode(request, encoded, model.bundle.manifest.input, deadline, listed=listed)
             value = await queue.submit(PendingRequest(model.key, operation.name, images, request, deadline))
             return ImageResult(value, listed, model)
 
@@ -105,6 +107,7 @@ class Service:
                 break
         for queue in queues:
             queue.close("the server is stopping; try again when it is back")
+        await self.decoder.decoders.close()
 
     def install(self, app: FastAPI) -> None:
         """Add the endpoints, middleware and error pages to ``app``."""

@@ -7,18 +7,14 @@ import contextlib
 import gc
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, NoReturn
 
-import numpy as np
 from fastapi import Request
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from ebjdat_serve.bundle import Input
-from ebjdat_serve.errors import InvalidImage
-from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS, Pixels, load, peek
+from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
@@ -26,8 +22,6 @@ RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded"
 ACCEPTED = "an image body, multipart/form-data with a field image, or application/json with image or images (base64)"
 DRAIN_FACTOR = 5
 """Multiples of the limit of a body that are read on, without keeping them, before the connection is closed."""
-INLINE_PIXELS, INLINE_BYTES = 2**16, 2**18
-"""Pixels and bytes of a request that are decoded in the event loop: this takes milliseconds, tens of them for hostile bytes."""
 SMALL_BODY = 2**20
 """Bytes of a body that is read even when the memory for bodies is full."""
 
@@ -54,55 +48,14 @@ async def read_upload(request: Request, settings: Settings) -> AsyncIterator[tup
         yield kind, body
 
 
-async def decode_upload(
-    request: Request, upload: tuple[str, bytes | bytearray], contract: Input, settings: Settings, pool: ThreadPoolExecutor
-) -> tuple[Pixels, bool]:
-    """Return (pixels (n, H, W, 3), whether a list was sent).
-
-    Raises Problem: 400 not JSON or no form, 413 too large, 422 not an image (with its index in a list).
-    """
+async def encoded_images(request: Request, upload: tuple[str, bytes | bytearray], settings: Settings) -> tuple[list[bytes], bool]:
+    """Return (encoded images, whether they came as a list). Raises Problem: 400 not JSON or no form, 422 without images."""
     kind, body = upload
     if kind == "application/json":
-        images, listed = from_json(body, settings.max_images)
-    elif kind == "multipart/form-data":
-        images, listed = [await from_form(request, body)], False
-    else:
-        images, listed = [bytes(body)], False
-    run = asyncio.get_running_loop().run_in_executor
-    small = sum(map(len, images)) <= INLINE_BYTES
-    # to hand a small one to another thread would take longer
-    opened = [attempt(peek, one) for one in images] if small else [await run(pool, attempt, peek, one) for one in images]
-    for index, one in enumerate(opened):
-        refuse_invalid(one, index if listed else None)
-    total = sum(one.width * one.height for one in opened)
-    if listed and total > MAX_PIXELS:
-        raise Problem(413, f"the images of one list may have {MAX_PIXELS} pixels in all, these have {total}; send them one by one")
-    if small and total <= INLINE_PIXELS:
-        decoded = [attempt(load, one, contract.height, contract.width) for one in opened]
-    else:
-        decoded = await asyncio.gather(*(run(pool, attempt, load, one, contract.height, contract.width) for one in opened))
-    for index, one in enumerate(decoded):
-        refuse_invalid(one, index if listed else None)
-    return np.stack(decoded), listed
-
-
-def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what ``function`` returns, or the InvalidImage it raises."""
-    try:
-        return function(*arguments)
-    except InvalidImage as error:
-        return error
-
-
-def refuse_invalid(error: Any, index: int | None) -> None:
-    """Raise the Problem for an image that could not be decoded, if it is one, naming its place in the list."""
-    if not isinstance(error, InvalidImage):
-        return
-    text = str(error)
-    status = 413 if "limit is" in text and index is None else 422
-    if index is None:
-        raise Problem(status, text)
-    raise Problem(422, f"images[{index}]: {text}; nothing was computed", index=index)
+        return from_json(body, settings.max_images)
+    if kind == "multipart/form-data":
+        return [await from_form(request, body)], False
+    return [bytes(body)], False
 
 
 @contextlib.asynccontextmanager
@@ -140,7 +93,7 @@ async def read_body(request: Request, limit: int, settings: Settings) -> AsyncIt
         except ClientDisconnect:
             raise Problem(499, "the client closed the connection") from None
         if size > limit:
-            image = f"an image may have {MAX_BYTES} bytes and {MAX_PIXELS} pixels"
+            image = f"an image may have {Limits.max_bytes} bytes and {s.max_pixels} pixels"
             raise Problem(413, f"the body is larger than the limit of {limit} bytes; {image}")
         yield held
     finally:
@@ -199,7 +152,7 @@ async def from_form(request: Request, body: bytes | bytearray) -> bytes:
         yield bytes(body)
 
     try:
-        form = await MultiPartParser(request.headers, once(), max_files=2, max_fields=2, max_part_size=MAX_BYTES + 1).parse()
+        form = await MultiPartParser(request.headers, once(), max_files=2, max_fields=2, max_part_size=Limits.max_bytes + 1).parse()
     except (MultiPartException, ValueError, KeyError) as error:
         raise Problem(400, f"the body is not valid multipart/form-data: {error}") from None
     if [name for name, _ in form.multi_items()] != ["image"]:
