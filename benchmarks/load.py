@@ -63,6 +63,13 @@ class Connection:
             self._ends = None
         return int(head.split(b" ", 2)[1])
 
+    async def close(self) -> None:
+        """Hang up."""
+        if self._ends:
+            self._ends[1].close()
+            await self._ends[1].wait_closed()
+            self._ends = None
+
 
 def closed_loop(port: int, data: bytes, connections: int, seconds: float) -> Result:
     """Return what ``connections`` clients saw that ask again as soon as they are answered."""
@@ -78,6 +85,7 @@ def closed_loop(port: int, data: bytes, connections: int, seconds: float) -> Res
                 times.append(time.monotonic() - begin)
             else:
                 refused += 1
+        await connection.close()
 
     async def all_of_them() -> None:
         await asyncio.gather(*(client() for _ in range(connections)))
@@ -110,6 +118,7 @@ def open_loop(port: int, data: bytes, rate: float, seconds: float, seed: int = 0
             clients.append(asyncio.create_task(client(now)))
             now += dice.expovariate(rate)
         await asyncio.gather(*clients)
+        await asyncio.gather(*(connection.close() for connection in idle))
 
     began = time.monotonic()
     asyncio.run(all_of_them())
