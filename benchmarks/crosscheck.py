@@ -130,7 +130,6 @@ class Given(nn.Module):
     num_features = 64
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return what is given."""
         return features.flatten(1)
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ebjdat_serve.server import settings
 from training.compare import markdown, read
 
 HERE = Path(__file__).parent
@@ -20,7 +21,8 @@ def main() -> None:
 
 
 def serving(text: str) -> str:
-    """Return ``text`` with the tables of classify_load.json and generate_load.json in their places."""
+    """Return ``text`` with the tables of classify_load.json and generate_load.json, and that of the settings, in their places."""
+    text = placed(text, "settings", settings.table())
     for name in ("classify", "generate"):
         text = placed(text, name, table(json.loads((HERE / f"{name}_load.json").read_text(encoding="utf-8"))))
     return text

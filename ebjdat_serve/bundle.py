@@ -9,13 +9,13 @@ selftest.safetensors eight images and what torch said of them   bundle.json.sig 
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.graphs import check_graph
 from ebjdat_serve.precision import check
@@ -322,7 +322,6 @@ def parse_json(content: bytes, file: Path) -> Any:
 
 
 def write_json(file: Path, data: Mapping[str, Any] | list[Any]) -> None:
-    """Write ``data`` indented, aside and renamed, so that a reader never sees half a file."""
-    aside = file.with_name(f".{file.name}.part")
-    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    """Write ``data`` indented; a reader never sees half a file."""
+    with replacing(file) as aside:
+        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ import training.train
 from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
 from ebjdat_serve.editing import check_editable, copied
 from ebjdat_serve.errors import BundleError, EbjdatError
-from ebjdat_serve.server.model_manager import open_bundle
+from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import CANDIDATE, candidates, listing, publish, rollback, versions, withhold
 from training.calibrate import calibrate

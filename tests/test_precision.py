@@ -21,7 +21,7 @@ from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import LOWER, Limits, check, rows_of
-from ebjdat_serve.server.compute.workers import Model
+from ebjdat_serve.server.compute.model import Model
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import publish
 from export.to_int8 import write_int8
@@ -193,7 +193,7 @@ def test_a_precision_without_figures_is_not_served(precise, tmp_path):
     (tmp_path / "bare" / "metrics.json").write_text("[]")
     bare = Bundle.draft(tmp_path / "bare").update("metrics.json")
     with pytest.raises(BundleError, match="has no figure"):
-        Model(bare.path, Settings(precision="int8", device="cpu"))
+        Model(bare.path, Settings(precision="int8", device="cpu", threads=1))
 
 
 def test_graphs_of_other_weights_are_dropped_at_the_next_export(precise, tmp_path):

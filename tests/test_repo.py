@@ -87,7 +87,7 @@ def test_the_comparison_of_methods_is_what_was_measured_of_the_presets_as_they_a
 
 def test_no_clock_that_can_jump_is_read_while_serving():
     """Deadlines, rates and waits are of monotonic clocks: a clock that is set harms nobody."""
-    for file in [*(ROOT / "ebjdat_serve" / "server").glob("*.py"), ROOT / "ebjdat_serve" / "scheduling.py"]:
+    for file in [*(ROOT / "ebjdat_serve" / "server").rglob("*.py"), ROOT / "ebjdat_serve" / "scheduling.py"]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert (node.value.id, node.attr) not in {("time", "time"), ("datetime", "now"), ("datetime", "utcnow")}, file
@@ -111,7 +111,7 @@ def test_the_images_health_check_goes_through_no_proxy(monkeypatch):
         for proxy in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(proxy, "http://127.0.0.1:9")
         monkeypatch.delenv("no_proxy", raising=False)
-        words = [word.replace("8000", str(server.server_port)) for word in words]
+        monkeypatch.setenv("EBJDAT_PORT", str(server.server_port))
         done = subprocess.run([sys.executable, *words], capture_output=True, encoding="utf-8", check=False)
         server.shutdown()
     assert done.returncode == 0, done.stderr

@@ -224,6 +224,7 @@ def test_a_run_without_time_for_a_step_is_an_error_not_a_model(tmp_path):
 
 def test_training_and_the_torch_engine_need_no_more_than_torch_numpy_pillow_and_safetensors():
     absent = ("onnx", "onnxruntime", "onnxscript", "scipy", "sklearn", "litserve", "fastapi", "pydantic", "pyautoattack", "tqdm")
+    absent += ("jinja2", "matplotlib")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import training.train, training.refresh, ebjdat_serve.engines.eager"
     subprocess.run([sys.executable, "-c", code], check=True)
 

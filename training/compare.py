@@ -6,7 +6,6 @@ same; proportions on the same images are tested in pairs against the first model
 deviations of each model's clean energies.
 """
 
-import html
 import json
 import sys
 from collections.abc import Sequence
@@ -24,9 +23,10 @@ from training.errors import TrainingError
 from training.evaluate import PARTS, folder_name, load_flat, unflattened, work_root
 from training.evaluation.evidence import merge
 from training.evaluation.metrics import mcnemar
-from training.evaluation.report import HEADINGS, STYLE
+from training.evaluation.report import HEADINGS
 from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import Row, ball_of, outcome_free
+from training.pages import render
 
 IN_SHORT = (
     "accuracy_clean",
@@ -126,19 +126,35 @@ def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:
     return mcnemar(a[:n].astype(bool), b[:n].astype(bool))
 
 
+@dataclass(frozen=True)
+class Line:
+    """A measurement as a table shows it: a value a model, a p-value a model but the first, and n."""
+
+    metric: str
+    values: list[str]
+    data: str
+    protocol: str
+
+
+def line(models: Sequence[Evaluated], known: Key) -> Line:
+    """Return one measurement of all models, empty where one lacks it."""
+    rows = [model.rows.get(known) for model in models]
+    values = [figure(row) if row else "" for row in rows]
+    p = [paired(models[0], model, known) for model in models[1:]]
+    amounts = sorted({row["n"] for row in rows if row})
+    some = next(row for row in rows if row)
+    values += ["" if value is None else f"{value:.2g}" for value in p]
+    return Line(known[0], [*values, ", ".join(map(str, amounts))], known[1], some["protocol"])
+
+
 def markdown(models: Sequence[Evaluated], short: bool = True) -> str:
     """Return the comparison as a Markdown table."""
     tested = [f"p, {model.name}" for model in models[1:]]
     head = ["figure", *(model.name for model in models), *tested, "n", "data", "protocol"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for known in shared(models, short):
-        rows = [model.rows.get(known) for model in models]
-        values = [figure(row) if row else "" for row in rows]
-        p = [paired(models[0], model, known) for model in models[1:]]
-        amounts = sorted({row["n"] for row in rows if row})
-        some = next(row for row in rows if row)
-        cells = [known[0], *values, *("" if value is None else f"{value:.2g}" for value in p), ", ".join(map(str, amounts))]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, known[1], some["protocol"])) + " |")
+    for one in (line(models, known) for known in shared(models, short)):
+        cells = (one.metric, *one.values, one.data, one.protocol)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -146,38 +162,14 @@ def page(models: Sequence[Evaluated]) -> str:
     """Return the comparison as a self-contained page."""
     from training.evaluation import figures as draw
 
-    title = " | ".join(model.name for model in models)
     seen = [(model.name, model.arrays) for model in models if "clean" in model.arrays]
-    picture = draw.inline(draw.landscapes(seen, ball_of(models[0].data).linf), "energy landscapes") if seen else ""
     sections = []
     for part in PARTS:
         found = [known for known in shared(models, False) if next(m.rows[known] for m in models if known in m.rows)["part"] == part]
         if found:
-            sections.append(f"<h2>{HEADINGS[part]}</h2>{html_table(models, found)}")
-    said = (
-        "p: exact McNemar test against the first model on the images that both saw; empty where the figure is no count of images, "
-        "or was counted on another machine."
-    )
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1><p>{said}</p><figure>{picture}</figure>{"".join(sections)}</body></html>
-"""
-
-
-def html_table(models: Sequence[Evaluated], found: Sequence[Key]) -> str:
-    """Return measurements as a table, a column a model."""
-    heads = [*(html.escape(model.name) for model in models), *(f"p, {html.escape(model.name)}" for model in models[1:])]
-    lines = [f"<tr><th>figure</th>{''.join(f'<th class=v>{head}</th>' for head in (*heads, 'n'))}<th>data, protocol</th></tr>"]
-    for known in found:
-        rows = [model.rows.get(known) for model in models]
-        p = [paired(models[0], model, known) for model in models[1:]]
-        cells = [figure(row) if row else "" for row in rows] + ["" if value is None else f"{value:.2g}" for value in p]
-        amounts = ", ".join(str(n) for n in sorted({row["n"] for row in rows if row}))
-        some = next(row for row in rows if row)
-        where = html.escape(f"{known[1]}: {some['protocol']}")
-        values = "".join(f"<td class=v>{cell}</td>" for cell in (*cells, amounts))
-        lines.append(f"<tr><td>{known[0]}</td>{values}<td class=p>{where}</td></tr>")
-    return f"<table>{''.join(lines)}</table>"
+            sections.append((HEADINGS[part], [line(models, known) for known in found]))
+    landscapes = draw.png(draw.landscapes(seen, ball_of(models[0].data).linf), 110) if seen else None
+    return render("comparison.html", names=[model.name for model in models], landscapes=landscapes, sections=sections)
 
 
 def main() -> None:

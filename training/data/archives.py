@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import tarfile
+import tempfile
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.folders import made
 from ebjdat_serve.install import install
 from training.data.image_folders import SPLIT_SEED, Split, read_atlas, read_folder
@@ -110,9 +112,8 @@ def download(url: str, archive: Path, digest: str, expected: str) -> None:
     if not archive.is_file():
         log.warning("%s is not under %s: downloading %s", archive.name, archive.parent, url)
         try:
-            partial = archive.with_suffix(".part")
-            urllib.request.urlretrieve(url, partial)
-            partial.rename(archive)
+            with replacing(archive) as partial:
+                urllib.request.urlretrieve(url, partial)
         except OSError as error:
             raise DataError(
                 f"{archive.name} is not under {archive.parent} and cannot be downloaded ({error}). Put {url} there, or set EBJDAT_DATA "
@@ -125,15 +126,15 @@ def download(url: str, archive: Path, digest: str, expected: str) -> None:
 
 def unpack(archive: Path, folder: Path, members: Sequence[str]) -> None:
     """Write the named members of ``archive``, and nothing else of it, into ``folder``."""
-    aside = folder.with_suffix(".part")
-    aside.mkdir(exist_ok=True)
-    with tarfile.open(archive) as tar:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent, tarfile.open(archive) as tar:
+        aside = Path(parent) / folder.name
+        aside.mkdir()
         for name in members:
             member = tar.extractfile(f"{folder.name}/{name}")
             if member is None:
                 raise DataError(f"{archive} holds no {name}")
             (aside / name).write_bytes(member.read())
-    aside.rename(folder)
+        aside.rename(folder)
 
 
 # CIFAR-100 and SVHN -------------------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ class Predict:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 4.0 if self.gradient else 1.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
@@ -57,7 +56,6 @@ class Pgd:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 3.0 * self.steps * self.restarts * self.eot * (0.7 if self.leave else 1.0)
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
@@ -101,7 +99,6 @@ class Trace:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 3.0 * self.steps[-1] + 3.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
@@ -135,7 +132,6 @@ class Transfer:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 61.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:

@@ -100,7 +100,6 @@ class ReleasedAutoAttack:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 2500.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
@@ -148,7 +147,6 @@ class Logits(nn.Module):
         self.network = subject.network
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, K)."""
         logits: Tensor = self.network(Contiguous.apply(x)).float()  # type: ignore[no-untyped-call]
         # the package asks for a gradient also where the model has none: zero, which it warns of
         return logits if logits.requires_grad or not x.requires_grad else logits + 0.0 * x.sum()
@@ -159,7 +157,6 @@ class Contiguous(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Return x."""
         return x.view_as(x)
 
     @staticmethod

@@ -91,7 +91,6 @@ class Features:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return self.extractor.cost
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:

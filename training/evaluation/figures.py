@@ -1,6 +1,5 @@
 """The images of an evaluation, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito 2008)."""
 
-import base64
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -47,16 +46,6 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
-
-
-def inline(figure: Figure, alt: str) -> str:
-    """Return a figure as an <img> that carries its own bytes, and close it."""
-    return picture(png(figure, 110), alt)
-
-
-def picture(content: bytes, alt: str) -> str:
-    """Return PNG bytes as an <img>."""
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
 
 
 def landscape(arrays: dict[str, Arrays], eps: float, title: str = "") -> Figure:

@@ -41,7 +41,6 @@ class Draw:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 3.0 * max(self.sampler.steps, 0) + 1.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.engines import Floats, Labels
 from training.errors import TrainingError
 from training.evaluation.evaluated_model import EvaluatedModel, Spec
@@ -176,10 +177,9 @@ class Progress:
 
 
 def write(file: Path, arrays: Arrays) -> None:
-    """Write a result aside and rename it, so that what is there is whole."""
-    aside = file.with_name(f".{file.stem}.{os.getpid()}.npz")
-    np.savez_compressed(aside, **arrays)  # type: ignore[arg-type]
-    os.replace(aside, file)
+    """Write a result, so that what is there is whole; others may write the same one."""
+    with replacing(file, shared=True) as aside, aside.open("wb") as opened:
+        np.savez_compressed(opened, **arrays)  # type: ignore[arg-type]
 
 
 def read(file: Path) -> Arrays | None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.networks import Network
 from training.distributed import Noise
 from training.errors import TrainingError
@@ -42,7 +43,7 @@ class State:
                 self.ema[name].copy_(value)
 
     def save(self, path: Path, *, keep: bool = True) -> None:
-        """Write the state aside, then rename, so that a kill at any moment leaves a whole file; every rank calls, the first writes.
+        """Replace the state, so that a kill at any moment leaves a whole file; every rank calls, the first writes.
 
         The state before it is kept beside it, unless ``keep`` is false: then this one takes the place of a bad one.
         """
@@ -56,17 +57,14 @@ class State:
             "position": [self.step, self.seconds, self.rollbacks, self.lr_scale],
         }
         if self.noise.ranks.rank == 0:
-            aside = path.with_suffix(".part")
-            torch.save(payload, aside)
-            if keep and path.is_file():
-                spare = path.with_suffix(".link")
-                spare.unlink(missing_ok=True)
-                try:
-                    os.link(path, spare)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(path, spare)
-                os.replace(spare, previous(path))
-            os.replace(aside, path)
+            with replacing(path) as aside:
+                torch.save(payload, aside)
+                if keep and path.is_file():
+                    with replacing(previous(path)) as spare:
+                        try:
+                            os.link(path, spare)
+                        except OSError:  # a file system without hard links
+                            shutil.copyfile(path, spare)
 
     def restore(self, path: Path) -> None:
         """Restore everything from ``path``; raise TrainingError when it is damaged."""
@@ -117,9 +115,8 @@ def load_position(path: Path) -> Position:
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write parameters and batch-norm statistics as safetensors, atomically; step counters are left out."""
     kept = {name: value.detach().float().contiguous() for name, value in weights.items() if value.is_floating_point()}
-    aside = path.with_suffix(".part")
-    save_file(kept, aside)
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        save_file(kept, aside)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
