@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -19,6 +19,7 @@ from ebjdat_serve.atomic import replacing
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.graphs import check_graph
 from ebjdat_serve.precision import check
+from ebjdat_serve.rows import Row, parse_rows, to_json
 from ebjdat_serve.scores import SCORES
 from ebjdat_serve.sgld import Sampler
 
@@ -198,11 +199,10 @@ class Bundle:
     def calibrations(self) -> list[Calibration]:
         """Return every precision's calibration, stale or not, in the file's order."""
         file = self.path / "calibration.json"
-        rows = read_rows(file) if file.is_file() else []
-        by_energy = [
-            {"score": "energy", "weight": 0.0, "scores": row.get("energies", []), **row} for row in rows
-        ]  # what older bundles meant
-        return [parse(Calibration, row, "calibration.json") for row in by_energy]
+        found = read_json(file) if file.is_file() else []
+        if not isinstance(found, list):
+            raise BundleError(f"{file} must be a list of calibrations")
+        return [parse(Calibration, calibration, "calibration.json") for calibration in found]
 
     def calibration(self, precision: str = "fp32") -> Calibration:
         """Return the calibration of ``precision``; raise BundleError when there is none or it was measured on another graph."""
@@ -222,8 +222,8 @@ class Bundle:
             raise BundleError(f"{self.path / 'calibration.json'}: score must be one of {', '.join(SCORES)}, and the temperature positive")
         return found
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.json, an empty list when it was never evaluated."""
+    def metrics(self) -> list[Row]:
+        """Return the rows of metrics.json, an empty list when it was never evaluated; raise BundleError for what is no row."""
         file = self.path / "metrics.json"
         return read_rows(file) if file.is_file() else []
 
@@ -295,12 +295,14 @@ def read_json(file: Path) -> Any:
     return parse_json(read_bytes(file), file)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Return the parsed file; raise BundleError when it is not a list of objects."""
-    rows = read_json(file)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise BundleError(f"{file} must be a list of objects")
-    return rows
+def read_rows(file: Path) -> list[Row]:
+    """Return the rows of a metrics.json; raise BundleError that names the file, the row and the key of what is none."""
+    return parse_rows(read_json(file), file)
+
+
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
+    """Write rows as a metrics.json."""
+    write_json(file, [to_json(row) for row in rows])
 
 
 def read_bytes(file: Path) -> bytes:

@@ -142,10 +142,10 @@ def test_autoattack_runs_stays_in_its_ball_and_leaves_less_than_clean():
     image = torch.rand(4, 3, 8, 8)
     label = net(image).argmax(dim=1)
     found = AutoAttack(Threat("linf", 0.3)).run(open_module("net", net, ""), image.numpy(), label.numpy())
-    assert found["standing"].sum() < 4
+    assert found["robust_mask"].sum() < 4
     with torch.no_grad():
         right = found["logits"].argmax(axis=1) == label.numpy()
-    assert (right == found["standing"]).all()
+    assert (right == found["robust_mask"]).all()
     assert any(note.startswith("apgd-ce left") for note in found["notes"])
 
 

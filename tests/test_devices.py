@@ -55,7 +55,7 @@ def test_the_surrogate_goes_where_the_subject_is(elsewhere, weights, monkeypatch
     found = Transfer(LINF, str(weights), "0").run(elsewhere, IMAGE, LABEL)
     assert set(seen) == {(META, META)}
     assert len(seen) == 20
-    assert found["standing"].shape == (4,)
+    assert found["robust_mask"].shape == (4,)
 
 
 def test_feature_networks_go_where_the_subject_is(elsewhere, monkeypatch):

@@ -96,7 +96,7 @@ def test_an_evaluation_is_a_line_a_part_and_every_figure_on_request(tmp_path, ca
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
     assert len(told) == 1
     assert told[0].startswith(f"measured clean of noise on digits: {len(rows)} figures, ")
-    assert [record.fields["metric"] for record in caplog.records if hasattr(record, "fields")] == [row["metric"] for row in rows]
+    assert [record.fields["metric"] for record in caplog.records if hasattr(record, "fields")] == [row.metric for row in rows]
 
 
 @pytest.fixture(scope="module")

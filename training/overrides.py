@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.rows import rows_where
 from ebjdat_serve.server.settings import SHIPPED
 from training.config import Preset
 from training.errors import TrainingError
@@ -78,8 +79,9 @@ def checked(part: Any, name: str, value: Any, setting: str) -> Any:
 def listing() -> str:
     """Return presets and methods with their accuracies and training times, for --help."""
     lines = ["presets, from data to a published bundle:"]
-    rows = {row["metric"]: row["value"] for row in Bundle.draft(SHIPPED).metrics() if row.get("protocol", "").find("4/255") < 0}
-    reached = f"clean {rows['accuracy_clean']:.3f}, PGD-20 8/255 {rows['accuracy_pgd20']:.3f}; 75 minutes on one core"
+    rows = Bundle.draft(SHIPPED).metrics()
+    clean, pgd20 = rows_where(rows, "accuracy_clean"), rows_where(rows, "accuracy_pgd20", norm="linf", eps=8 / 255)
+    reached = f"clean {clean[0].value:.3f}, PGD-20 8/255 {pgd20[0].value:.3f}; 75 minutes on one core"
     said = {"cifar10-small": reached, "cifar10": "for a GPU; not measured yet", "digits": "about a minute on one core"}
     lines += [f"  {name:22}{said.get(name, 'not measured')}" for name in PRESETS]
     lines.append("methods, on --budget digits (8 x 8; mean of 3 seeds, PGD-20 at l-inf 51/255), small (CIFAR-10, a core) or large (a GPU):")

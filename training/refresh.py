@@ -14,6 +14,7 @@ from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, wri
 from ebjdat_serve.card import retitled
 from ebjdat_serve.folders import folder, made, unwritable
 from ebjdat_serve.locking import Held, alone
+from ebjdat_serve.rows import rows_where
 from ebjdat_serve.store import next_revision, publish, withhold
 from training.config import Preset, describe, stages
 from training.data.datasets import Dataset, load, load_extra
@@ -184,10 +185,9 @@ def finished(home: Path, weights: Path, n: int) -> bool:
         return False
     bundle = Bundle.draft(home)
     entry = bundle.manifest.files.get("weights.safetensors")
-    clean = [row["n"] for row in bundle.metrics() if row["metric"] == "accuracy_clean"]
-    whole = {"README.md", *SERVED} <= set(bundle.manifest.files)  # an earlier version had fewer graphs
-    evaluated = {"clean", "robustness", "landscape"} <= {row.get("part") for row in bundle.metrics()}  # and earlier figures
-    return whole and evaluated and entry is not None and entry.sha256 == sha256(weights) and max(clean, default=0) >= n
+    clean = [row.n for row in rows_where(bundle.metrics(), "accuracy_clean")]
+    whole = {"README.md", *SERVED} <= set(bundle.manifest.files)
+    return whole and entry is not None and entry.sha256 == sha256(weights) and max(clean, default=0) >= n
 
 
 def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) -> Origin:

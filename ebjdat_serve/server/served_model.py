@@ -9,6 +9,7 @@ import numpy as np
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, Calibration, resolve
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.rows import to_json
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import reason_held_back
 
@@ -52,7 +53,7 @@ def open_bundle(path: Path, settings: Settings) -> ServedModel:
     bundle.check_precision(settings.precision)
     calibration = bundle.calibration(settings.precision)
     Detector(np.asarray(calibration.scores), settings.alpha)
-    return ServedModel(bundle.served, bundle, calibration, bundle.metrics())
+    return ServedModel(bundle.served, bundle, calibration, [to_json(row) for row in bundle.metrics()])
 
 
 def fingerprint(folder: Path) -> tuple[Any, ...]:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ebjdat_serve.rows import Row, rows_where
 from ebjdat_serve.scores import BASELINE
+from ebjdat_serve.sentences import data_words, protocol_words
 from training.evaluation.context import Context
-from training.evaluation.rows import Row
 from training.pages import render
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def write_evaluation_report(c: Context, rows: Sequence[Row]) -> Path:
     drawn = images(c, rows)
     sections = []
     for name, heading in HEADINGS.items():
-        if found := [row for row in rows if row.get("part") == name]:
+        if found := [row for row in rows if row.part == name]:
             sections.append(Section(heading, SAID.get(name, ""), drawn.get(name, []), [line(row) for row in ordered(name, found)]))
     text = render(
         "evaluation.html",
@@ -100,33 +101,30 @@ def write_evaluation_report(c: Context, rows: Sequence[Row]) -> Path:
 
 def failed(rows: Sequence[Row]) -> str | None:
     """Return the checks for masked gradients that failed, where they are suspected: what must stand first."""
-    masked = [row for row in rows if row["metric"] == "masking_suspected" and row["value"]]
-    if not masked:
+    if not any(row.value for row in rows_where(rows, "masking_suspected")):
         return None
-    return ", ".join(row["metric"].removeprefix("check_") for row in rows if row["metric"].startswith("check_") and not row["value"])
+    return ", ".join(row.check for row in rows if row.check and not row.value)
 
 
 def in_short(rows: Sequence[Row]) -> list[Row]:
     """Return the first row of each chief metric, and max softmax's beside a score's: what a reader asks for before anything else."""
     found: list[Row] = []
     for metric in SHORT:
-        rows_of = [row for row in rows if row["metric"] == metric]
-        baseline = [row for row in rows_of[1:] if f"score {BASELINE}" in row["protocol"]]
+        rows_of = rows_where(rows, metric)
+        baseline = [row for row in rows_of[1:] if row.score == BASELINE]
         found += rows_of[:1] + baseline[:1]
     return found
 
 
 def ordered(part: str, rows: Sequence[Row]) -> list[Row]:
     """Return a part's rows as they came; of masking the verdict and its checks first, for the rest is drawn."""
-    return sorted(rows, key=lambda row: not row["metric"].startswith(("masking", "check_"))) if part == "masking" else list(rows)
+    return sorted(rows, key=lambda row: not (row.check or row.metric == "masking_suspected")) if part == "masking" else list(rows)
 
 
 def line(row: Row) -> Line:
     """Return a row as a table shows it."""
-    interval = (
-        "[{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else f"± {1.96 * row['stderr']:.3f}" if "stderr" in row else ""
-    )
-    return Line(row["metric"], f"{row['value']:.4g}", interval, row["n"], row["dataset"], row["protocol"])
+    interval = "[{:.3f}, {:.3f}]".format(*row.interval) if row.interval else f"± {1.96 * row.stderr:.3f}" if row.stderr is not None else ""
+    return Line(row.metric, f"{row.value:.4g}", interval, row.n, data_words(row), protocol_words(row))
 
 
 def images(c: Context, rows: Sequence[Row]) -> dict[str, list[Image]]:
@@ -134,6 +132,7 @@ def images(c: Context, rows: Sequence[Row]) -> dict[str, list[Image]]:
     import numpy as np
 
     from training.evaluation import figures as draw
+    from training.evaluation.landscape import clean_of
 
     found: dict[str, list[Image]] = {}
 
@@ -142,7 +141,7 @@ def images(c: Context, rows: Sequence[Row]) -> dict[str, list[Image]]:
         found.setdefault(part, []).append(Image(image if isinstance(image, bytes) else draw.png(image, 110), alt, caption, sheet))
 
     arrays, shown, eps = c.arrays, c.drawings, c.ball.linf
-    if "clean" in arrays:
+    if clean_of(arrays) is not None:
         add("landscape", draw.landscape(arrays, eps), "energy histograms", "Energies of clean, adversarial, drawn and strange images.")
         if (moved := draw.differences(arrays)) is not None:
             add("landscape", moved, "energy differences", "What PGD does to the energy of each image.")

@@ -85,7 +85,7 @@ class Info(Schema):
     """The model, what runs it, the limits, what is in progress, and the measured figures."""
 
     model: str
-    architecture: Annotated[dict[str, Any], Field(description="the family of the network and its own sizes")]
+    architecture: dict[str, Any]
     labels: list[str]
     input: Input
     sampler: Sampler
