@@ -17,9 +17,9 @@ from PIL import Image
 from ebjdat_serve import pixels
 from ebjdat_serve.decoding import pool, wire
 from ebjdat_serve.decoding.header import Limits
-from ebjdat_serve.decoding.jobs import FairQueue
+from ebjdat_serve.decoding.jobs import DecoderLost, FairQueue
 from ebjdat_serve.decoding.judge import judge
-from ebjdat_serve.decoding.pool import DecoderLost, Decoders, PoolSettings
+from ebjdat_serve.decoding.pool import Decoders, PoolSettings
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from tests.test_headers import HOSTILE, colour, encoded, jpeg_of_scans, needs_heic, png, webp
 

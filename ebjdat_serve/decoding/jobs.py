@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ebjdat_serve.decoding.header import Header
-from ebjdat_serve.errors import InvalidImage
+from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.pixels import Pixels
 
 T = TypeVar("T")
+
+
+class DecoderLost(EbjdatError):
+    """A decoder ended before it answered, through no proven fault of the image: the request may be sent again."""
 
 
 @dataclass(eq=False)

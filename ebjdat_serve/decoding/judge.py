@@ -1,6 +1,6 @@
 """Which format some bytes are, and the verdict on their header."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -60,6 +60,21 @@ def judge(data: Bytes, height: int, width: int, limits: Limits) -> Header:
     header = JUDGES[kind](data, limits)
     header.check(height, width, limits)
     return header
+
+
+def judge_all(images: Sequence[Bytes], height: int, width: int, limits: Limits) -> tuple[Header, ...]:
+    """Return the headers of the images of one request. Raises InvalidImage, with the index of the first that is refused."""
+    headers = []
+    for index, data in enumerate(images):
+        try:
+            headers.append(judge(data, height, width, limits))
+        except InvalidImage as error:
+            error.index = index
+            raise
+    total = sum(one.pixels for one in headers)
+    if len(headers) > 1 and total > limits.max_pixels:
+        raise InvalidImage(f"the images of one list have {total} pixels; the limit is {limits.max_pixels} in all: send them one by one")
+    return tuple(headers)
 
 
 def format_of(data: Bytes) -> str:

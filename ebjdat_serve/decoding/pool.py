@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Header, Limits
-from ebjdat_serve.decoding.jobs import FairQueue, Large, Small, hand_on, refuse, settle
-from ebjdat_serve.decoding.judge import judge
+from ebjdat_serve.decoding.jobs import DecoderLost, FairQueue, Large, Small, hand_on, refuse, settle
+from ebjdat_serve.decoding.judge import judge_all
 from ebjdat_serve.decoding.processes import Line, Zygote
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.pixels import Pixels
@@ -33,10 +33,6 @@ PATIENCE = 1.0
 START_SECONDS = 20.0
 """Seconds that a zygote has to fork a decoder, its own start included."""
 STOPPING = "the server is stopping; try again when it is back"
-
-
-class DecoderLost(EbjdatError):
-    """A decoder ended before it answered, through no proven fault of the image: the request may be sent again."""
 
 
 @dataclass(frozen=True)
@@ -110,17 +106,10 @@ class Decoders:
         if self.closed:
             raise DecoderLost(STOPPING)
         if sum(map(len, images)) <= SMALL_BYTES:
-            headers = [self._judge(data, index, height, width) for index, data in enumerate(images)]
+            headers = judge_all(images, height, width, self.limits)
             if all(one.work <= SMALL_WORK for one in headers):
                 return await self._decode_small(images, headers, height, width)
         return await self._decode_large(list(images), height, width, client)
-
-    def _judge(self, data: bytes, index: int, height: int, width: int) -> Header:
-        try:
-            return judge(data, height, width, self.limits)
-        except InvalidImage as error:
-            error.index = index
-            raise
 
     async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int) -> list[Pixels]:
         loop = asyncio.get_running_loop()

@@ -25,7 +25,7 @@ import numpy as np
 from ebjdat_serve import pixels
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Header, Limits
-from ebjdat_serve.decoding.judge import accepted, judge
+from ebjdat_serve.decoding.judge import accepted, judge, judge_all
 from ebjdat_serve.errors import InvalidImage
 
 NICE = 10
@@ -157,7 +157,7 @@ class Decoder:
         """Say what the images need, and decode them if there is memory for it."""
         self.allow_time()
         try:
-            headers = judge_all(work, self.limits)
+            headers = judge_all(work.images, work.height, work.width, self.limits)
         except InvalidImage as error:
             self.line.sendall(wire.encode_plan(error))
             return
@@ -193,21 +193,6 @@ class Decoder:
         used = resource.getrusage(resource.RUSAGE_SELF)
         soft = math.ceil(used.ru_utime + used.ru_stime + self.limits.max_seconds)
         resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-
-
-def judge_all(work: wire.Work, limits: Limits) -> tuple[Header, ...]:
-    """Return the headers of all images. Raises InvalidImage, with the index of the first that is refused."""
-    headers = []
-    for index, data in enumerate(work.images):
-        try:
-            headers.append(judge(data, work.height, work.width, limits))
-        except InvalidImage as error:
-            error.index = index
-            raise
-    total = sum(one.pixels for one in headers)
-    if len(headers) > 1 and total > limits.max_pixels:
-        raise InvalidImage(f"the images of one list have {total} pixels; the limit is {limits.max_pixels} in all: send them one by one")
-    return tuple(headers)
 
 
 def address_space() -> int:
