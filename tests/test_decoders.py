@@ -14,6 +14,7 @@ import pytest
 import uvloop
 from PIL import Image
 
+from benchmarks.hostile_images import encoded, jpeg_of_scans, png, webp
 from ebjdat_serve import pixels
 from ebjdat_serve.decoding import pool, wire
 from ebjdat_serve.decoding.header import Limits
@@ -21,7 +22,7 @@ from ebjdat_serve.decoding.jobs import DecoderLost, FairQueue
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.decoding.pool import Decoders, PoolSettings
 from ebjdat_serve.errors import EbjdatError, InvalidImage
-from tests.test_headers import HOSTILE, colour, encoded, jpeg_of_scans, needs_heic, png, webp
+from tests.test_headers import HOSTILE, colour, needs_heic
 
 PATIENT = PoolSettings(Limits(max_scans=10_000), timeout=120, small_timeout=20)  # the machine of a test may be slow
 SMALL = encoded(colour())

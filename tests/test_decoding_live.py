@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.hostile_images import encoded, jpeg_of_scans, png, webp
 from benchmarks.load import open_loop, request
 from ebjdat_serve import pixels
 from ebjdat_serve.server.settings import SHIPPED
 from tests.conftest import HTTP, serving, until
 from tests.test_faults import alive, connect, gone
-from tests.test_headers import HOSTILE, colour, encoded, jpeg_of_scans, png, webp
+from tests.test_headers import HOSTILE, colour
 
 SMALL = encoded(colour((300, 300)))
 LARGE = encoded(Image.effect_noise((1200, 1000), 60).convert("RGB"), "PNG", compress_level=1)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks.hostile_images import chunk, encoded, jpeg_of_scans, jpeg_of_segments, png, png_of_texts, webp
 from ebjdat_serve.decoding import judge as judging
 from ebjdat_serve.decoding.header import Header, Limits
 from ebjdat_serve.decoding.judge import accepted, format_of, judge
@@ -25,52 +26,12 @@ HEIC = find_spec("pillow_heif") is not None
 needs_heic = pytest.mark.skipif(not HEIC, reason="the extra [heic] is not installed")
 
 
-def encoded(picture, kind="PNG", **options):
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def colour(size=(53, 37), mode="RGB"):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8))
     if mode == "I;16":
         return Image.fromarray(rng.integers(0, 65536, (size[1], size[0]), dtype=np.uint16))
     return picture.convert("RGB").quantize(200) if mode == "P" else picture.convert(mode)
-
-
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width, height, *chunks, bits=8, kind=2, pixels=b"\0" * 1000):
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
-
-
-def webp(width, height):
-    """46 bytes: a canvas, and a lossless frame of its size that ends at once."""
-    size = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
-    frame = b"\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14) + b"\0\0\0"
-    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + size + b"VP8L" + struct.pack("<I", len(frame)) + frame
-    return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def jpeg_of_scans(n, size=(64, 64)):
-    """A progressive JPEG whose last scan comes so often that there are n."""
-    whole = encoded(Image.new("RGB", size, (200, 30, 90)), "JPEG", progressive=True)
-    last = whole.rindex(b"\xff\xda")
-    scan = whole[last:-2]
-    return whole[:-2] + scan * (n - whole.count(b"\xff\xda")) + whole[-2:]
-
-
-def jpeg_of_segments(n):
-    whole = encoded(Image.new("RGB", (256, 256)), "JPEG")
-    return whole[:-2] + b"\xff\xfe\x00\x02" * n + whole[-2:]
-
-
-def png_of_texts(n):
-    return png(32, 32, *[chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**20), 9))] * n)
 
 
 HOSTILE = {

@@ -1,0 +1,53 @@
+"""Small files that once cost a server gigabytes or minutes, or that cost it as much as it allows."""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+from PIL import Image
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """Return the image as a file of a format."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Return a chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *chunks: bytes, bits: int = 8, kind: int = 2, pixels: bytes = b"\0" * 1000) -> bytes:
+    """Return a PNG that promises a size, whatever its pixels are."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def webp(width: int, height: int) -> bytes:
+    """Return 46 bytes: a canvas, and a lossless frame of its size that ends at once."""
+    size = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    frame = b"\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14) + b"\0\0\0"
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + size + b"VP8L" + struct.pack("<I", len(frame)) + frame
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def jpeg_of_scans(n: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """Return a progressive JPEG whose last scan comes so often that there are ``n``."""
+    whole = encoded(Image.new("RGB", size, (200, 30, 90)), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    scan = whole[last:-2]
+    return whole[:-2] + scan * (n - whole.count(b"\xff\xda")) + whole[-2:]
+
+
+def jpeg_of_segments(n: int) -> bytes:
+    """Return a JPEG with ``n`` empty comments after its scan."""
+    whole = encoded(Image.new("RGB", (256, 256)), "JPEG")
+    return whole[:-2] + b"\xff\xfe\x00\x02" * n + whole[-2:]
+
+
+def png_of_texts(n: int) -> bytes:
+    """Return a PNG with ``n`` texts, each of which inflates to 1 MiB."""
+    return png(32, 32, *[chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**20), 9))] * n)
