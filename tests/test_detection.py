@@ -123,14 +123,14 @@ def test_every_published_interval_of_a_share_is_wilsons(shipped):
         assert wilson(count, row["n"]) == pytest.approx(row["interval"], abs=1e-9), row
 
 
-def test_a_bundle_that_names_no_score_goes_on_by_the_energy(golden, tmp_path):
+def test_a_calibration_that_names_no_score_is_refused(golden, tmp_path):
     folder = tmp_path / "older"
     shutil.copytree(golden / "current", folder)
     rows = json.loads((folder / "calibration.json").read_text())
     old = [{key: value for key, value in row.items() if key not in ("score", "weight", "scores")} for row in rows]
     write_json(folder / "calibration.json", old)
-    calibration = Bundle.draft(folder).update("calibration.json").calibration()
-    assert (calibration.score, calibration.weight, calibration.scores) == ("energy", 0.0, calibration.energies)
+    with pytest.raises(BundleError, match=r"calibration.json: unknown keys \[\], missing keys \['score', 'scores', 'weight'\]"):
+        Bundle.draft(folder).update("calibration.json").calibration()
 
 
 def test_every_precision_flags_by_the_score_of_fp32(golden, tmp_path):

@@ -115,3 +115,22 @@ def test_the_images_health_check_goes_through_no_proxy(monkeypatch):
         done = subprocess.run([sys.executable, *words], capture_output=True, encoding="utf-8", check=False)
         server.shutdown()
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_tree_is_the_tree():
+    """Every room has its line, in place, and every line is a room."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```\n(ebjdat_serve/.*?)^```$", readme, re.S | re.M)
+    listed, above = [], []
+    for line in block.splitlines():
+        indent, name = re.match(r"( *)([\w/]+)/ +\S", line).groups()
+        above = [*above[: len(indent) // 2], name]
+        listed.append("/".join(above))
+    there = {file.relative_to(ROOT).parent for file in tracked() if file.is_file()}
+    folders = {str(parent) for folder in there for parent in (folder, *folder.parents)} - {".", ".ci"}
+    rooms = {name for name in folders if "/" not in name or name.startswith(("ebjdat_serve/", "training/"))} - {
+        "ebjdat_serve/models/cifar10"
+    }
+    assert sorted(listed) == sorted(rooms)
+    assert listed.index("ebjdat_serve") == 0  # the wheel first, then the laboratory
+    assert len(listed) == len(set(listed))

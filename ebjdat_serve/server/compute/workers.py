@@ -111,7 +111,6 @@ class Worker(ls.LitAPI):
     # LitServe requires these methods of every LitAPI; with a loop of our own they are never called
 
     def decode_request(self, request: Any) -> Any:
-        """Return the request."""
         return request
 
     def predict(self, x: Any) -> Any:
