@@ -50,7 +50,7 @@ def documented(document, header):
 def test_every_network_data_set_and_endpoint_is_documented():
     assert documented("docs/training.md", "| family | sizes | images | |")[1] == list(FAMILIES)
     assert documented("docs/training.md", "| `--data` | classes | images | source |")[1] == list(SOURCES)
-    paths = re.findall(r"/\w+", " ".join(documented("README.md", "| | request | response |")[1]))
+    paths = re.findall(r"/\w+", " ".join(documented("docs/serving.md", "| path | answer | computed by |")[1]))
     assert set(paths) == {one.path for one in ENDPOINTS if not one.hidden} | {DOCS}
 
 
