@@ -21,6 +21,7 @@ from training.evaluation.landscape import clean_of, energies, sets_shown
 from training.evaluation.result_cache import Arrays
 
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#000000")
+MARKERS = "osD^vPX*"
 LOOKS = {  # one colour and line a set, whichever others are there
     "clean": (COLOURS[0], "-"),
     "PGD-20": (COLOURS[1], "-"),
@@ -202,7 +203,7 @@ def separations(rows: Sequence[Row]) -> Figure | None:
         figure, axis = plt.subplots(figsize=(8.2, 0.34 * len(table) + 1.2), layout="constrained")
         for i, kind in enumerate(COMPARED):
             at = [(y, values[kind]) for y, values in enumerate(table.values()) if kind in values]
-            axis.plot([v for _, v in at], [y for y, _ in at], "osD^"[i], color=COLOURS[i], ms=6, label=kind)
+            axis.plot([v for _, v in at], [y for y, _ in at], MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], ms=6, label=kind)
         axis.axvline(0.5, color="#999999", lw=1)
         axis.set_yticks(range(len(table)), [attacked_name(images) for images in table])
         axis.set_xlabel("AUROC against clean test images (0.5: blind; below: likelier than clean)")
