@@ -13,11 +13,11 @@ def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
     A link is replaced, not followed. ``shared``: other processes may replace ``file`` at the same time, so the temporary name contains
     the process id, and a killed process leaves it behind; otherwise the next call removes it. Raises OSError.
     """
-    aside = file.with_name(f".{file.name}.{os.getpid()}.part" if shared else f".{file.name}.part")
-    aside.unlink(missing_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part" if shared else f".{file.name}.part")
+    temporary.unlink(missing_ok=True)
     try:
-        yield aside
-        os.replace(aside, file)
+        yield temporary
+        os.replace(temporary, file)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

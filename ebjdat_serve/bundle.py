@@ -139,7 +139,9 @@ class Bundle:
             raise BundleError(f"{path / MANIFEST}: architecture must name the network's family")
         for what in (manifest.name, manifest.version):
             if not NAME.fullmatch(what):
-                raise BundleError(f"{path / MANIFEST}: {what[:40]!r} is no name or version: letters, digits and . _ + - after the first")
+                raise BundleError(
+                    f"{path / MANIFEST}: {what[:40]!r} is not a valid name or version: letters, digits and, after the first, . _ + -"
+                )
         return Bundle(path, manifest, hashlib.sha256(content).hexdigest())
 
     @property
@@ -176,7 +178,7 @@ class Bundle:
             return self.path / own
         if function == "classify":
             raise BundleError(
-                f"{self.path} has no {own}; python training/precision.py BUNDLE --precision {precision} makes and measures one",
+                f"{self.path} has no {own}; python training/precision.py BUNDLE --precision {precision} creates and measures it",
                 options=("--precision fp32",),
             )
         return self.path / graph_name(function, "fp32")
@@ -212,12 +214,12 @@ class Bundle:
             raise BundleError(f"{self.path / 'calibration.json'} holds no {precision} calibration; run python {how}")
         if found.of != self.measured(precision):
             raise BundleError(
-                f"{self.path / 'calibration.json'} is stale: {precision} was measured on {found.of[:12]}, served is "
+                f"{self.path / 'calibration.json'} is stale: {precision} was measured on {found.of[:12]}, the served graph is "
                 f"{self.measured(precision)[:12]}; calibrate again"
             )
         for values in (found.energies, found.scores):
             if values != sorted(values) or not all(map(math.isfinite, values)) or len(values) != len(found.energies):
-                raise BundleError(f"{self.path / 'calibration.json'}: energies and scores must be finite, sorted and equally many")
+                raise BundleError(f"{self.path / 'calibration.json'}: energies and scores must be finite, sorted and of equal number")
         if found.score not in SCORES or not math.isfinite(found.weight) or not 0 < found.temperature < math.inf:
             raise BundleError(f"{self.path / 'calibration.json'}: score must be one of {', '.join(SCORES)}, and the temperature positive")
         return found
@@ -325,5 +327,5 @@ def parse_json(content: bytes, file: Path) -> Any:
 
 def write_json(file: Path, data: Mapping[str, Any] | list[Any]) -> None:
     """Write ``data`` as indented JSON, atomically."""
-    with replacing(file) as aside:
-        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -45,7 +45,7 @@ def check_editable(path: Path, *, force: bool = False) -> Bundle:
     bundle = Bundle.draft(path)
     home, store = bundle.path, store_of(bundle.path)
     if reason_held_back(home):
-        raise BundleError(f"{home} is a candidate, which is published or deleted as it is; change the bundle that it was made of")
+        raise BundleError(f"{home} is a candidate, which is published or deleted unchanged; change the bundle it was made from")
     if store and home != (store / "current").resolve():
         raise BundleError(f"{home} is a version of {store} and not the current one: versions never change; roll back to it, or copy it")
     if (home / SIGNATURE).is_file():

@@ -14,7 +14,7 @@ def folder(variable: str, name: str = "") -> Path:
         raise EbjdatError(f"there is no home folder to keep files in: set {variable} to a folder") from error
 
 
-def made(path: Path, variable: str) -> Path:
+def ensure_folder(path: Path, variable: str) -> Path:
     """Create ``path`` if it is missing and return it; raise EbjdatError naming ``variable`` when it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -104,4 +104,4 @@ def check_graph(file: Path, allowed: Collection[str]) -> None:
         raise BundleError(f"{file} takes its weights from {strange[0]!r}, which is not a file of the bundle")
     foreign = sorted(found.operators & set(FOREIGN))
     if foreign:
-        raise BundleError(f"{file} holds a compiled engine ({foreign[0]}), and none is loaded from a bundle: export the graph itself")
+        raise BundleError(f"{file} holds a compiled engine ({foreign[0]}), which is never loaded from a bundle: export the graph itself")

@@ -17,7 +17,7 @@ SHOWN = 20
 class Listing:
     """Image files sorted by name, and the other files by the reason they are left out."""
 
-    pictures: list[Path] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
     skipped: dict[str, list[Path]] = field(default_factory=dict)
 
     def skip(self, reason: str, file: Path) -> None:
@@ -28,11 +28,11 @@ class Listing:
         """Return a line that counts and names the files left out, or an empty string."""
         count = sum(map(len, self.skipped.values()))
         parts = [f"{len(files)} {reason} ({some(files)})" for reason, files in sorted(self.skipped.items())]
-        among = f" of {count + len(self.pictures)} files" if self.pictures else ""
+        among = f" of {count + len(self.images)} files" if self.images else ""
         return f"left out {count}{among}: {'; '.join(parts)}" if count else ""
 
 
-def list_pictures(folder: Path, listing: Listing | None = None) -> Listing:
+def list_images(folder: Path, listing: Listing | None = None) -> Listing:
     """Return the images in ``folder`` and its sub-folders, added to ``listing`` if there is one; links are followed, each folder once.
 
     A file with an image's name but not its first bytes is listed too: reading it reports the damage. Raises OSError.
@@ -47,9 +47,9 @@ def list_pictures(folder: Path, listing: Listing | None = None) -> Listing:
             continue
         kind = format_of(file)
         if kind in FORMATS or (not kind and Image.registered_extensions().get(file.suffix.lower()) in FORMATS):
-            found.pictures.append(file)
+            found.images.append(file)
         else:
-            found.skip(f"{kind}, which is not read" if kind else "not of an image", file)
+            found.skip(f"{kind}, which is not supported" if kind else "not an image", file)
     return found
 
 
@@ -86,10 +86,10 @@ def format_of(file: Path) -> str:
 
 def order(path: Path) -> tuple[str, str]:
     """Return the sort key of a file: its name in Unicode's normal form."""
-    return unicodedata.normalize("NFC", shown(path.name)), shown(path.name)
+    return unicodedata.normalize("NFC", printable(path.name)), printable(path.name)
 
 
-def shown(path: Path | str) -> str:
+def printable(path: Path | str) -> str:
     """Return a path as text that can be printed and stored: bytes that are not UTF-8 as escapes."""
     try:
         return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -100,7 +100,7 @@ def shown(path: Path | str) -> str:
 def some(files: Sequence[Path]) -> str:
     """Return the names of files, the first SHOWN of many."""
     more = f", and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-    return ", ".join(shown(file.name) for file in files[:SHOWN]) + more
+    return ", ".join(printable(file.name) for file in files[:SHOWN]) + more
 
 
 def class_name(folder: Path) -> str:

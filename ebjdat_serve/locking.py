@@ -22,7 +22,7 @@ class Held(EbjdatError):
 
 
 @contextmanager
-def alone(file: Path, *, wait: bool = True) -> Iterator[None]:
+def exclusive_lock(file: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on ``file``; wait for the process that holds it unless ``wait`` is false.
 
     Without flock the lock is a marker file named after ``file``; one left behind by a dead process of this machine is taken over.
@@ -41,7 +41,7 @@ def alone(file: Path, *, wait: bool = True) -> Iterator[None]:
             lock = SoftFileLock(marker, blocking=wait)
             lock.acquire()
     except Timeout as error:
-        gone = f", or remove {marker} if no process is left that made it" if isinstance(lock, SoftFileLock) else ""
+        gone = f", or remove {marker} if the process that created it is gone" if isinstance(lock, SoftFileLock) else ""
         raise Held(f"another process holds {file.parent}: wait for it{gone}") from error
     try:
         yield

@@ -19,9 +19,9 @@ from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.listing import list_pictures, shown
+from ebjdat_serve.listing import list_images, printable
 from ebjdat_serve.pixels import FORMATS, decode, to_unit
-from ebjdat_serve.selftest import TOLERANCE, answers, compare
+from ebjdat_serve.selftest import TOLERANCE, compare, outputs
 from ebjdat_serve.sgld import Chains, Prior
 
 BATCHES = (1, 3, 32)
@@ -37,7 +37,7 @@ def check(bundle: Bundle, real: Floats | None = None) -> dict[str, float]:
         for batch in BATCHES:
             image = np.resize(images, (batch, *images.shape[1:]))
             label = (np.arange(batch, dtype=np.int64) % (len(bundle.manifest.labels) + 1)) - 1
-            for name, value in compare(onnx_engine, image, label, answers(torch_engine, image, label)).items():
+            for name, value in compare(onnx_engine, image, label, outputs(torch_engine, image, label)).items():
                 found[f"{name} batch {batch} {kind}"] = value
     bad = {name: value for name, value in found.items() if not value <= TOLERANCE}
     if bad:
@@ -55,12 +55,12 @@ def chains(bundle: Bundle, engine: Engine, n: int) -> Floats:
 def read_images(bundle: Bundle, folder: Path) -> Floats:
     """Return every image in ``folder``, decoded as the server decodes it."""
     size = bundle.manifest.input
-    listing = list_pictures(folder)
-    if not listing.pictures:
-        raise EbjdatError(f"{shown(folder)} holds no images ({', '.join(FORMATS)})")
+    listing = list_images(folder)
+    if not listing.images:
+        raise EbjdatError(f"{printable(folder)} holds no images ({', '.join(FORMATS)})")
     if said := listing.note():
-        print(f"note: {shown(folder)}: {said}", file=sys.stderr)
-    return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in listing.pictures]))
+        print(f"note: {printable(folder)}: {said}", file=sys.stderr)
+    return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in listing.images]))
 
 
 def main() -> None:

@@ -36,10 +36,10 @@ def write_int8(bundle: Bundle, image: Floats) -> str:
     """Write classify.int8.onnx, its activations' ranges the smallest and largest seen on ``image``, and return its name."""
     file = graph_name("classify", "int8")
     # beside the weights that the graph points into
-    with tempfile.NamedTemporaryFile(dir=bundle.path, suffix=".onnx") as aside, quiet_quantiser():
+    with tempfile.NamedTemporaryFile(dir=bundle.path, suffix=".onnx") as temporary, quiet_quantiser():
         quantize_static(
             bundle.path / "classify.onnx",
-            aside.name,
+            temporary.name,
             Batches(image),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv"],
@@ -49,7 +49,7 @@ def write_int8(bundle: Bundle, image: Floats) -> str:
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"AddQDQPairToWeight": True},
         )
-        model = onnx.load(aside.name)
+        model = onnx.load(temporary.name)
     finish(model, bundle.path / file, title(bundle, "int8"), inline=SCALES_BYTES)
     return file
 

@@ -226,8 +226,8 @@ def test_what_is_a_picture_is_told_by_its_content_and_what_is_none_is_named(tmp_
     counts = np.bincount(np.concatenate([part.label for part in (data.train, data.selection, data.calibration, data.test)]))
     assert counts.tolist() == [30 + 1, 30 + 2]  # the JPEG; the link and the odd name
     said = capsys.readouterr().err
-    assert "left out 4 of 67 files: 1 BMP, which is not read (x.bmp); 1 hidden (._8.png); 1 in no class folder (labels.csv)" in said
-    assert "1 not of an image (Thumbs.db)" in said
+    assert "left out 4 of 67 files: 1 BMP, which is not supported (x.bmp); 1 hidden (._8.png); 1 in no class folder (labels.csv)" in said
+    assert "1 not an image (Thumbs.db)" in said
     said.encode("ascii")  # nothing here is printed that a terminal may lack
 
 

@@ -243,7 +243,7 @@ def test_no_bundle_however_strange_stops_the_server(followed, shipped, picture):
     labels = copied(SHIPPED, store / "labels", version="labels")
     labels.update(labels=["a", "b"])
     point("labels")
-    until(lambda: "not of one model" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
+    until(lambda: "not from one model" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
     rollback(store, shipped.manifest.version)
     until(lambda: info(server)["refresh"]["refused"] is None)
     assert httpx2.post(f"{server.url}/classify", content=picture).json() == before

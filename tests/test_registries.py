@@ -113,7 +113,7 @@ def test_a_family_says_what_it_cannot_be_and_which_weights_are_its_own():
     sizes = WideResNetArchitecture(16, 2)
     found = network_of(sizes.build(7).state_dict())
     assert (found.classes, type(found), len(found.blocks)) == (7, type(sizes.build(7)), 6)
-    with pytest.raises(ValueError, match="of no network of wideresnet"):
+    with pytest.raises(ValueError, match="match no network family: wideresnet"):
         network_of(TinyArchitecture().build(7).state_dict())
 
 

@@ -100,7 +100,7 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     """Return the model card."""
     m, p = bundle.manifest, bundle.manifest.provenance
     drawn = (bundle.path / "landscape.png").is_file()
-    picture = "![energies of clean, adversarial, drawn and strange images](landscape.png)" if drawn else ""
+    landscape = "![energies of clean, adversarial, drawn and strange images](landscape.png)" if drawn else ""
     return f"""{title(m)}
 {network_name(m.architecture)} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
 Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, begun {p.started}:
@@ -117,7 +117,7 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 {table(chief(bundle, rows), baseline)}
 
-{picture}
+{landscape}
 {worse(bundle, rows)}
 <details><summary>All {len(rows)} figures</summary>
 

@@ -34,8 +34,8 @@ from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.editing import FORCED, check_editable, edit, guarded, tracked
 from ebjdat_serve.engines import Floats
+from ebjdat_serve.folders import ensure_folder
 from ebjdat_serve.folders import folder as place
-from ebjdat_serve.folders import made
 from ebjdat_serve.logs import configure
 from ebjdat_serve.rows import Row, images_key, to_json
 from ebjdat_serve.sentences import data_words, protocol_words
@@ -145,7 +145,7 @@ def context(
     """Return what the parts are given; the surrogate is left out where it is another data set's, or the subject itself."""
     subject = spec()
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
-    made(home, "EBJDAT_RUNS")
+    ensure_folder(home, "EBJDAT_RUNS")
     about = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
     claim(home, {**about, "form": FORM})
     if surrogate == SURROGATE and (data.name != "cifar10" or not SURROGATE.is_file()):

@@ -12,8 +12,8 @@ import torch
 
 from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
 from ebjdat_serve.card import retitled
-from ebjdat_serve.folders import folder, made, unwritable
-from ebjdat_serve.locking import Held, alone
+from ebjdat_serve.folders import ensure_folder, folder, unwritable
+from ebjdat_serve.locking import Held, exclusive_lock
 from ebjdat_serve.rows import rows_where
 from ebjdat_serve.store import next_revision, publish, withhold
 from training.config import Preset, describe, stages
@@ -140,8 +140,8 @@ def lock(run: Path) -> Iterator[None]:
     """Hold the run's folder; raise TrainingError when another process trains there, or it cannot be written."""
     with ExitStack() as held:
         try:
-            made(run, "EBJDAT_RUNS")
-            held.enter_context(alone(run / ".lock", wait=False))
+            ensure_folder(run, "EBJDAT_RUNS")
+            held.enter_context(exclusive_lock(run / ".lock", wait=False))
         except Held as error:
             raise TrainingError(str(error), options=("--run NAME",)) from error
         except OSError as error:

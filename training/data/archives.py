@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ebjdat_serve.atomic import replacing
-from ebjdat_serve.folders import made
+from ebjdat_serve.folders import ensure_folder
 from ebjdat_serve.install import install
 from training.data.image_folders import SPLIT_SEED, Split, read_atlas, read_folder
 from training.errors import DataError
@@ -108,7 +108,7 @@ def _atlases(folder: Path) -> dict[str, Split]:
 
 def download(url: str, archive: Path, digest: str, expected: str) -> None:
     """Fetch ``url`` to ``archive`` unless it is there, and check its digest; raise DataError naming the file to put there."""
-    made(archive.parent, "EBJDAT_DATA")
+    ensure_folder(archive.parent, "EBJDAT_DATA")
     if not archive.is_file():
         log.warning("%s is not under %s: downloading %s", archive.name, archive.parent, url)
         try:
@@ -127,14 +127,14 @@ def download(url: str, archive: Path, digest: str, expected: str) -> None:
 def unpack(archive: Path, folder: Path, members: Sequence[str]) -> None:
     """Write the named members of ``archive``, and nothing else of it, into ``folder``."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent, tarfile.open(archive) as tar:
-        aside = Path(parent) / folder.name
-        aside.mkdir()
+        temporary = Path(parent) / folder.name
+        temporary.mkdir()
         for name in members:
             member = tar.extractfile(f"{folder.name}/{name}")
             if member is None:
                 raise DataError(f"{archive} holds no {name}")
-            (aside / name).write_bytes(member.read())
-        aside.rename(folder)
+            (temporary / name).write_bytes(member.read())
+        temporary.rename(folder)
 
 
 # CIFAR-100 and SVHN -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ebjdat_serve.listing import shown
+from ebjdat_serve.listing import printable
 from training.data.image_folders import (
     SPLIT_SEED,
     Labels,
@@ -92,7 +92,7 @@ def _folder(folder: Path, size: tuple[int, int] | None) -> Dataset:
     rare = [f"{name} ({n})" for name, n in zip(names, np.bincount(train.label), strict=True) if n < RAREST]
     if rare:
         raise DataError(f"{folder}: fewer than {RAREST} training images of {', '.join(rare)}: add some, or leave the class out")
-    name = shown(folder.resolve().name)
+    name = printable(folder.resolve().name)
     return _stratified(f"{name} (a folder)" if name in SOURCES else name, names, train, test)
 
 

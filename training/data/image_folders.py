@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.folders import folder
-from ebjdat_serve.listing import Listing, class_name, format_of, list_pictures, order, shown
+from ebjdat_serve.listing import Listing, class_name, format_of, list_images, order, printable
 from ebjdat_serve.pixels import FORMATS, decode, upright_size
 from training.errors import DataError
 
@@ -56,8 +56,8 @@ def data_root() -> Path:
 def read_atlas(path: Path, tile: int) -> Pixels:
     """Return the tiles of an atlas image in raster order, (N, tile, tile, 3) uint8."""
     try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"{path} is not a sheet of {tile} x {tile} tiles ({error})") from error
     rows, columns = pixels.shape[0] // tile, pixels.shape[1] // tile
@@ -77,7 +77,7 @@ def class_folders(folder: Path, listing: Listing) -> dict[str, list[Path]]:
             try:
                 found.setdefault(class_name(entry), []).append(entry)
             except UnicodeDecodeError as error:
-                raise DataError(f"{shown(entry)}: a class needs a name in UTF-8; rename the folder") from error
+                raise DataError(f"{printable(entry)}: a class needs a name in UTF-8; rename the folder") from error
     return dict(sorted(found.items()))
 
 
@@ -98,10 +98,10 @@ def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     listing = Listing()
     folders, files = class_folders(folder, listing), []
     for index, name in enumerate(names):
-        before = len(listing.pictures)
+        before = len(listing.images)
         for home in folders.get(name, []):
-            list_pictures(home, listing)
-        files += [(file, index) for file in listing.pictures[before:]]
+            list_images(home, listing)
+        files += [(file, index) for file in listing.images[before:]]
     tell(folder, listing)
     strange = [name for name in folders if name not in names]
     if strange:
@@ -127,7 +127,7 @@ def beside(folder: Path, known: Sequence[str]) -> Listing:
 def tell(folder: Path, listing: Listing) -> None:
     """Print what was skipped in a folder."""
     if said := listing.note():
-        note(shown(folder), said)
+        note(printable(folder), said)
 
 
 def note(where: str, said: str) -> None:
@@ -147,7 +147,7 @@ def read_folder(folder: Path, names: Sequence[str], size: tuple[int, int] | None
 def read_folders(folders: Sequence[Path], names: Sequence[str], size: tuple[int, int] | None = None) -> list[Split]:
     """Return a split of each folder; raise DataError that names all damaged images of all folders."""
     listed = [class_files(folder, names) for folder in folders]
-    image = read_pictures([file for files in listed for file, _ in files], size)
+    image = read_images([file for files in listed for file, _ in files], size)
     splits, at = [], 0
     for files in listed:
         # in an order of its own, so that the first n of a split are not all of one class
@@ -157,7 +157,7 @@ def read_folders(folders: Sequence[Path], names: Sequence[str], size: tuple[int,
     return splits
 
 
-def read_pictures(files: Sequence[Path], size: tuple[int, int] | None = None) -> Pixels:
+def read_images(files: Sequence[Path], size: tuple[int, int] | None = None) -> Pixels:
     """Return the images (N, height, width, 3), decoded as the server decodes them, at ``size`` or the one that all have.
 
     Raises DataError that names every damaged one.
@@ -174,7 +174,7 @@ def read_pictures(files: Sequence[Path], size: tuple[int, int] | None = None) ->
         except (OSError, InvalidImage) as error:
             damaged[file] = reason(error)
     if damaged:
-        listed = "".join(f"\n  {shown(file)}: {said}" for file, said in damaged.items())
+        listed = "".join(f"\n  {printable(file)}: {said}" for file, said in damaged.items())
         raise DataError(f"{len(damaged)} of {len(files)} images cannot be read; remove or replace them:{listed}")
     return image
 
@@ -189,7 +189,7 @@ def common_size(files: Sequence[Path], damaged: dict[Path, str]) -> tuple[int, i
             damaged[file] = reason(error)
         if len(sizes) > 1:
             (a, first), (b, second) = sizes.items()
-            sides = f"{shown(first)} is {a[1]} x {a[0]} and {shown(second)} {b[1]} x {b[0]} pixels"
+            sides = f"{printable(first)} is {a[1]} x {a[0]} and {printable(second)} {b[1]} x {b[0]} pixels"
             raise DataError(f"{sides}: they must be of one size, or squashed to one", options=("--set size=32", "--size 32"))
     return next(iter(sizes), (1, 1))
 
@@ -204,11 +204,11 @@ def load_images(source: str, height: int, width: int) -> Pixels:
     path = Path(source).expanduser()
     path = path if path.is_absolute() or path.exists() else data_root() / path
     if path.is_dir():
-        listing = list_pictures(path)
+        listing = list_images(path)
         tell(path, listing)
-        if not listing.pictures:
-            raise DataError(f"{shown(path)} holds no images ({', '.join(FORMATS)})")
-        return read_pictures(listing.pictures, (height, width))
+        if not listing.images:
+            raise DataError(f"{printable(path)} holds no images ({', '.join(FORMATS)})")
+        return read_images(listing.images, (height, width))
     if path.suffix == ".npz":
         return read_npz(path, height, width)[0]
     if path.is_file() and format_of(path) in FORMATS and height == width:

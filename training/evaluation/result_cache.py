@@ -179,7 +179,7 @@ class Progress:
 
 def write(file: Path, arrays: Arrays) -> None:
     """Write a result, so that what is there is whole; others may write the same one."""
-    with replacing(file, shared=True) as aside, aside.open("wb") as opened:
+    with replacing(file, shared=True) as temporary, temporary.open("wb") as opened:
         np.savez_compressed(opened, **arrays)  # type: ignore[arg-type]
 
 

@@ -13,26 +13,26 @@ Shift = Callable[[Image.Image], bytes]
 SEED = 0
 
 
-def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     """Return an image's bytes."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def resized(picture: Image.Image, factor: float, how: Image.Resampling) -> Image.Image:
+def resized(image: Image.Image, factor: float, how: Image.Resampling) -> Image.Image:
     """Return an image enlarged or shrunk by ``factor``."""
-    return picture.resize((max(1, round(picture.width * factor)), max(1, round(picture.height * factor))), how)
+    return image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))), how)
 
 
-def screenshot(picture: Image.Image) -> bytes:
+def screenshot(image: Image.Image) -> bytes:
     """Return the image shown three times as large on a screen and saved as JPEG at quality 90."""
-    return encoded(resized(picture, 3, Image.Resampling.BICUBIC), "JPEG", quality=90)
+    return encoded(resized(image, 3, Image.Resampling.BICUBIC), "JPEG", quality=90)
 
 
-def sixteen_bit(picture: Image.Image) -> bytes:
+def sixteen_bit(image: Image.Image) -> bytes:
     """Return the image's grey values as a 16-bit PNG."""
-    grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+    grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
     return encoded(Image.fromarray(grey), "PNG")
 
 

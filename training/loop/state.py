@@ -57,8 +57,8 @@ class State:
             "position": [self.step, self.seconds, self.rollbacks, self.lr_scale],
         }
         if self.noise.ranks.rank == 0:
-            with replacing(path) as aside:
-                torch.save(payload, aside)
+            with replacing(path) as temporary:
+                torch.save(payload, temporary)
                 if keep and path.is_file():
                     with replacing(previous(path)) as spare:
                         try:
@@ -115,8 +115,8 @@ def load_position(path: Path) -> Position:
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write parameters and batch-norm statistics as safetensors, atomically; step counters are left out."""
     kept = {name: value.detach().float().contiguous() for name, value in weights.items() if value.is_floating_point()}
-    with replacing(path) as aside:
-        save_file(kept, aside)
+    with replacing(path) as temporary:
+        save_file(kept, temporary)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
