@@ -28,7 +28,7 @@ BATCHES = (1, 3, 32)
 
 
 def check(bundle: Bundle, real: Floats | None = None) -> dict[str, float]:
-    """Return {output, batch, kind of image: worst difference}; raise EbjdatError when one is beyond 1e-4."""
+    """Return the relative error by output, batch and kind of image; raise EbjdatError when one is beyond 1e-4."""
     torch_engine, onnx_engine = TorchEngine(bundle, "cpu", torch.get_num_threads()), OnnxEngine(bundle, "cpu")
     if real is None:
         real = load_file(bundle.path / "selftest.safetensors")["image"]
@@ -53,13 +53,13 @@ def chains(bundle: Bundle, engine: Engine, n: int) -> Floats:
 
 
 def read_images(bundle: Bundle, folder: Path) -> Floats:
-    """Return every image in ``folder``, decoded as the server decodes it."""
+    """Return the images in ``folder``, (N, 3, H, W) in [0,1], decoded as in the server."""
     size = bundle.manifest.input
     listing = list_images(folder)
     if not listing.images:
         raise EbjdatError(f"{printable(folder)} holds no images ({', '.join(FORMATS)})")
-    if said := listing.note():
-        print(f"note: {printable(folder)}: {said}", file=sys.stderr)
+    if skipped := listing.note():
+        print(f"note: {printable(folder)}: {skipped}", file=sys.stderr)
     return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in listing.images]))
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     """Check the bundle named on the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--images", type=Path, help="a folder of images to compare on, beside the self-test's")
+    parser.add_argument("--images", type=Path, help="a folder of images to compare on, besides the self-test's")
     options = parser.parse_args()
     torch.set_num_threads(threads())
     with command(parser):

@@ -1,4 +1,4 @@
-"""What torch says of eight images: the self-test that a bundle carries, and that every engine is checked against."""
+"""Write a bundle's self-test: torch's outputs on eight images."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from ebjdat_serve.selftest import outputs
 
 
 def write_selftest(bundle: Bundle, image: Floats) -> None:
-    """Write images (8, 3, H, W), labels with the marginal among them, and the answers of torch in fp32."""
+    """Write selftest.safetensors: images (8, 3, H, W), labels including the marginal's, and torch's fp32 outputs."""
     engine = TorchEngine(bundle, "cpu", torch.get_num_threads())
     label = np.arange(-1, len(image) - 1, dtype=np.int64)
     expected = {"image": image, "label": label, **outputs(engine, image, label)}

@@ -102,8 +102,8 @@ def test_a_network_of_another_family_is_trained_exported_and_served(monkeypatch,
 
 def test_a_family_says_what_it_cannot_be_and_which_weights_are_its_own():
     for described, said in (
-        ({"family": "resnet", "depth": 10}, "'resnet' is no family"),
-        ({"depth": 10, "width": 1}, "None is no family"),
+        ({"family": "resnet", "depth": 10}, "'resnet' is not a known family"),
+        ({"depth": 10, "width": 1}, "None is not a known family"),
         ({"family": "wideresnet", "depth": 12, "width": 1}, r"depth must be 6n \+ 4"),
         ({"family": "wideresnet", "depth": 10}, "missing keys"),
         ({"family": "wideresnet", "depth": 10, "width": "1"}, "is not a int"),
