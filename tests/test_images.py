@@ -54,7 +54,7 @@ def test_canonical_batches_are_read_and_checked(tmp_path, monkeypatch):
 
 def test_changed_pixels_are_refused(tmp_path, monkeypatch):
     small_cifar(tmp_path, monkeypatch, tamper=True)
-    with pytest.raises(DataError, match="not the official ones"):
+    with pytest.raises(DataError, match="differ from the official ones"):
         datasets.load("cifar10")
 
 

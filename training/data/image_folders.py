@@ -1,4 +1,4 @@
-"""Images and labels as arrays, from folders, atlases and .npz files."""
+"""Read images and labels as arrays from folders, atlases and .npz files."""
 
 import hashlib
 import sys
@@ -59,7 +59,7 @@ def read_atlas(path: Path, tile: int) -> Pixels:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path} is not a sheet of {tile} x {tile} tiles ({error})") from error
+        raise DataError(f"{path} is not an atlas of {tile} x {tile} tiles ({error})") from error
     rows, columns = pixels.shape[0] // tile, pixels.shape[1] // tile
     tiles = pixels[: rows * tile, : columns * tile].reshape(rows, tile, columns, tile, 3).transpose(0, 2, 1, 3, 4)
     return np.ascontiguousarray(tiles.reshape(-1, tile, tile, 3))
@@ -90,9 +90,9 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 
 def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
-    """Return the images of every class with its label, those in sub-folders of a class too; label i is ``names[i]``.
+    """Return the images of every class, including its sub-folders, with their label; label i is ``names[i]``.
 
-    What is left out is printed. Raises DataError unless the classes are just ``names``, each with an image.
+    Prints the skipped files. Raises DataError unless the classes are exactly ``names``, each with an image.
     """
     names = [unicodedata.normalize("NFC", name) for name in names]
     listing = Listing()
@@ -110,7 +110,7 @@ def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     empty = [name for index, name in enumerate(names) if index not in held]
     if empty:
         raise DataError(
-            f"{folder} holds no images ({', '.join(FORMATS)}) of {', '.join(empty)}: every class needs its own sub-folder of them"
+            f"{folder} holds no images ({', '.join(FORMATS)}) of {', '.join(empty)}: every class needs its own sub-folder of images"
         )
     return files
 
@@ -125,32 +125,32 @@ def beside(folder: Path, known: Sequence[str]) -> Listing:
 
 
 def tell(folder: Path, listing: Listing) -> None:
-    """Print what was skipped in a folder."""
-    if said := listing.note():
-        note(printable(folder), said)
+    """Print the skipped files of a folder."""
+    if skipped := listing.note():
+        note(printable(folder), skipped)
 
 
-def note(where: str, said: str) -> None:
+def note(where: str, message: str) -> None:
     """Print a note about the data to stderr."""
-    print(f"note: {where}: {said}", file=sys.stderr, flush=True)
+    print(f"note: {where}: {message}", file=sys.stderr, flush=True)
 
 
 def read_folder(folder: Path, names: Sequence[str], size: tuple[int, int] | None = None) -> Split:
     """Return ``folder/<class>/**`` as a split in a fixed shuffled order; label i is ``names[i]``.
 
-    With a ``size`` (height, width) every image is squashed to it as the server does; without one they must all have the same.
+    With a ``size`` (height, width) every image is resized to it as in the server; without one they must all have the same size.
     """
     (split,) = read_folders([folder], names, size)
     return split
 
 
 def read_folders(folders: Sequence[Path], names: Sequence[str], size: tuple[int, int] | None = None) -> list[Split]:
-    """Return a split of each folder; raise DataError that names all damaged images of all folders."""
+    """Return a split of each folder; raise DataError naming all damaged images of all folders."""
     listed = [class_files(folder, names) for folder in folders]
     image = read_images([file for files in listed for file, _ in files], size)
     splits, at = [], 0
     for files in listed:
-        # in an order of its own, so that the first n of a split are not all of one class
+        # shuffled, so that the first n of a split are not all of one class
         shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(files))
         splits.append(Split(image[at + shuffled], np.asarray([files[i][1] for i in shuffled], dtype=np.int64)))
         at += len(files)
@@ -158,9 +158,9 @@ def read_folders(folders: Sequence[Path], names: Sequence[str], size: tuple[int,
 
 
 def read_images(files: Sequence[Path], size: tuple[int, int] | None = None) -> Pixels:
-    """Return the images (N, height, width, 3), decoded as the server decodes them, at ``size`` or the one that all have.
+    """Return the images (N, height, width, 3), decoded as in the server, at ``size`` or their common size.
 
-    Raises DataError that names every damaged one.
+    Raises DataError naming every damaged image.
     """
     damaged: dict[Path, str] = {}
     if size is None:
@@ -174,13 +174,13 @@ def read_images(files: Sequence[Path], size: tuple[int, int] | None = None) -> P
         except (OSError, InvalidImage) as error:
             damaged[file] = reason(error)
     if damaged:
-        listed = "".join(f"\n  {printable(file)}: {said}" for file, said in damaged.items())
+        listed = "".join(f"\n  {printable(file)}: {error}" for file, error in damaged.items())
         raise DataError(f"{len(damaged)} of {len(files)} images cannot be read; remove or replace them:{listed}")
     return image
 
 
 def common_size(files: Sequence[Path], damaged: dict[Path, str]) -> tuple[int, int]:
-    """Return the (height, width) that all files have, upright; raise DataError when they differ. Those without one become ``damaged``."""
+    """Return the common (height, width) of all files, upright; raise DataError when they differ. Adds unreadable files to ``damaged``."""
     sizes: dict[tuple[int, int], Path] = {}
     for file in files:
         try:
@@ -190,7 +190,7 @@ def common_size(files: Sequence[Path], damaged: dict[Path, str]) -> tuple[int, i
         if len(sizes) > 1:
             (a, first), (b, second) = sizes.items()
             sides = f"{printable(first)} is {a[1]} x {a[0]} and {printable(second)} {b[1]} x {b[0]} pixels"
-            raise DataError(f"{sides}: they must be of one size, or squashed to one", options=("--set size=32", "--size 32"))
+            raise DataError(f"{sides}: they must be of one size, or resized to one", options=("--set size=32", "--size 32"))
     return next(iter(sizes), (1, 1))
 
 
@@ -213,7 +213,7 @@ def load_images(source: str, height: int, width: int) -> Pixels:
         return read_npz(path, height, width)[0]
     if path.is_file() and format_of(path) in FORMATS and height == width:
         return read_atlas(path, height)
-    raise DataError(f"{path} is no folder of images, no .npz and no image of {height} x {width} tiles")
+    raise DataError(f"{path} is not a folder of images, an .npz or an atlas of {height} x {width} tiles")
 
 
 def read_npz(path: Path, height: int, width: int, names: Sequence[str] = ()) -> tuple[Pixels, Labels | None]:
@@ -222,11 +222,11 @@ def read_npz(path: Path, height: int, width: int, names: Sequence[str] = ()) -> 
         with np.load(path, allow_pickle=False) as arrays:
             image = arrays["image"]
             label = arrays["label"].astype(np.int64) if "label" in arrays else None
-            said = arrays["names"].tolist() if "names" in arrays else list(names)
+            labelled = arrays["names"].tolist() if "names" in arrays else list(names)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} must be an .npz with image (N, {height}, {width}, 3) uint8 and label (N,): {error}") from error
     if image.dtype != np.uint8 or image.shape[1:] != (height, width, 3) or (label is not None and label.shape != image.shape[:1]):
         raise DataError(f"{path}: image is {image.dtype} {image.shape}; it must be uint8 (N, {height}, {width}, 3), label (N,)")
-    if names and [unicodedata.normalize("NFC", name) for name in said] != [unicodedata.normalize("NFC", name) for name in names]:
-        raise DataError(f"{path} is labelled for the classes {said[:5]} …, not for {list(names)[:5]} …: label it again")
+    if names and [unicodedata.normalize("NFC", name) for name in labelled] != [unicodedata.normalize("NFC", name) for name in names]:
+        raise DataError(f"{path} is labelled for the classes {labelled[:5]} …, not for {list(names)[:5]} …: label it again")
     return image, label
