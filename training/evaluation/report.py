@@ -1,4 +1,4 @@
-"""report.html of an evaluation: every figure with its interval, the images, and what was warned of. Self-contained."""
+"""Write an evaluation's self-contained report.html: every figure with its interval, the plots, and the warnings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +40,12 @@ SHORT = (
     "accuracy_clean", "accuracy_autoattack", "accuracy_worst_case", "masking_suspected", "nll", "flag_rate_clean", "auroc_robust_ood",
     "accuracy_with_rejection", "energy_w1_over_sd", "class_agreement_resnet20", "class_agreement_resnet4b", "kernel_distance_efficientnet_lite0",
 )  # fmt: skip
-"""Rows a section shows before the rest is folded."""
+"""Rows of a section that are shown before the rest is folded."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """A PNG with its texts; ``pixelated``: its pixels stay square."""
+    """A PNG with its texts; ``pixelated``: it is scaled without smoothing."""
 
     content: bytes
     alt: str
@@ -55,7 +55,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Line:
-    """A row as a table shows it."""
+    """A row's cells of a table."""
 
     metric: str
     value: str
@@ -67,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Section:
-    """What is shown of one part."""
+    """The section of one part."""
 
     heading: str
     text: str
@@ -100,14 +100,14 @@ def write_evaluation_report(c: Context, rows: Sequence[Row]) -> Path:
 
 
 def failed(rows: Sequence[Row]) -> str | None:
-    """Return the checks for masked gradients that failed, where they are suspected: what must stand first."""
+    """Return the failed checks for masked gradients, if masking is suspected, for the top of the page."""
     if not any(row.value for row in rows_where(rows, "masking_suspected")):
         return None
     return ", ".join(row.check for row in rows if row.check and not row.value)
 
 
 def in_short(rows: Sequence[Row]) -> list[Row]:
-    """Return the first row of each chief metric, and max softmax's beside a score's: what a reader asks for before anything else."""
+    """Return the summary: the first row of each main metric, with max softmax's after a score's."""
     found: list[Row] = []
     for metric in SHORT:
         rows_of = rows_where(rows, metric)
@@ -117,12 +117,12 @@ def in_short(rows: Sequence[Row]) -> list[Row]:
 
 
 def ordered(part: str, rows: Sequence[Row]) -> list[Row]:
-    """Return a part's rows as they came; of masking the verdict and its checks first, for the rest is drawn."""
+    """Return a part's rows in order; of masking, the verdict and its checks first, since the rest is plotted."""
     return sorted(rows, key=lambda row: not (row.check or row.metric == "masking_suspected")) if part == "masking" else list(rows)
 
 
 def line(row: Row) -> Line:
-    """Return a row as a table shows it."""
+    """Return a row's cells."""
     interval = "[{:.3f}, {:.3f}]".format(*row.interval) if row.interval else f"± {1.96 * row.stderr:.3f}" if row.stderr is not None else ""
     return Line(row.metric, f"{row.value:.4g}", interval, row.n, data_words(row), protocol_words(row))
 
@@ -151,8 +151,8 @@ def images(c: Context, rows: Sequence[Row]) -> dict[str, list[Image]]:
         diagram = draw.reliability(shown["reliability"])
         add("calibration", diagram, "reliability diagram", "Reliability on clean test images, 15 bins.")
     if (curves := draw.curves(rows)) is not None:
-        said = "An honest defence falls to zero as eps grows, and its loss rises with the attack's steps."
-        add("masking", curves, "accuracy against eps", said)
+        caption = "An honest defence falls to zero as eps grows, and its loss rises with the attack's steps."
+        add("masking", curves, "accuracy against eps", caption)
     if (separated := draw.separations(rows)) is not None:
         add("suspicion", separated, "AUROC", "How well each score tells strange and attacked images from clean ones.")
     if "samples" in shown:
