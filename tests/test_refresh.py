@@ -390,7 +390,7 @@ def test_a_name_that_is_no_name_is_published_nowhere(tmp_path, name):
         bundle = copied(SHIPPED, tmp_path / field)
         manifest = json.loads((bundle.path / MANIFEST).read_text())
         (bundle.path / MANIFEST).write_text(json.dumps({**manifest, field: name}))
-        with pytest.raises(BundleError, match="no name or version"):
+        with pytest.raises(BundleError, match="not a valid name or version"):
             publish(bundle, tmp_path / "store")
         shutil.rmtree(bundle.path)
 
