@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: what is written where, and what happens when a road or the time is missing."""
+"""Tests of the benchmarks' own logic: output files, and missing engines or time."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the README and the model card claim, against the rows that they come from."""
+"""Tests of the claims of the README and the model card against their rows."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Measuring never publishes: what others rely on is written into only by who says so, and a row gets no poorer."""
+"""Tests of write permission for bundles, and that a row is never replaced by one of fewer images."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Engines: the same chain on every road, providers that are what they say, and TensorRT's engines that are what they were made from."""
+"""Tests of engines: equal chains on every engine, the provider in use, and the cache of TensorRT engines."""
 
 import json
 import shutil

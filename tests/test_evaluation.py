@@ -1,4 +1,4 @@
-"""The evaluator on models with known answers: undefended, masked in two ways, random; killed and resumed; recomputed from its arrays."""
+"""Tests of the evaluation on models with known results: undefended, masked in two ways, random; resumed; recomputed from its arrays."""
 
 import json
 import os

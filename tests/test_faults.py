@@ -1,4 +1,4 @@
-"""Faults: a killed worker, a client that leaves, a full queue, a stop signal, wrong wishes at the prompt."""
+"""Tests of faults: a killed worker, a disconnected client, a full queue, a stop signal, invalid command lines."""
 
 import asyncio
 import contextlib

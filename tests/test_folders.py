@@ -1,4 +1,4 @@
-"""A home that cannot be written, or none at all: what needs a folder names the variable that says where, the rest works."""
+"""Tests of a read-only or missing home: whatever needs a folder names its environment variable, the rest works."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A refresh has a gate: what is worse than the store's `current` stays a candidate, named with the reason, until --force."""
+"""Tests of the gate of a refresh: a model worse than the store's `current` stays a candidate, with the reason, unless --force."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Data: what is accepted as CIFAR-10, and the splits."""
+"""Tests of data: CIFAR-10, users' folders, and the splits."""
 
 import hashlib
 import io

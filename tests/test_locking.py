@@ -1,4 +1,4 @@
-"""Locks: only a real rival is a rival, whatever the file system lacks."""
+"""Tests of locks: only another live process blocks, with and without flock."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Figures about arrays against independent implementations and cases that can be done by hand."""
+"""Tests of metrics against independent implementations and cases computed by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Precisions: graphs on the same weights, each with its own calibration and evidence, or none at all."""
+"""Tests of precisions: graphs on the same weights, each with its own calibration and figures, or refused."""
 
 import os
 import shutil

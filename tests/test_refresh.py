@@ -1,4 +1,4 @@
-"""A store is refreshed under load: nobody is refused, every answer is one model's, and what is not right is not served."""
+"""Tests of refreshing a store under load: no request fails, each response is of one model, and invalid bundles are not served."""
 
 import contextlib
 import errno

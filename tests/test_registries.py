@@ -1,4 +1,4 @@
-"""A network, a method and a data set, each added by one entry of its registry and nothing else."""
+"""Tests that a network, a method and a data set are each added by one registry entry."""
 
 import json
 import sys

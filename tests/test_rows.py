@@ -1,4 +1,4 @@
-"""Rows are data: what is in one, that names and fields agree, and that no sentence decides anything."""
+"""Tests of rows: their fields, that names and fields agree, and that no code depends on a sentence."""
 
 import ast
 import inspect

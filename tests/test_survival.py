@@ -1,4 +1,4 @@
-"""What a run survives: bad gradients, a state on its way out, deadlines between stages, a second process, changed data, bad settings."""
+"""Tests of training's robustness: bad gradients, bad checkpoints, deadlines, a second process, changed data, bad settings."""
 
 import json
 import os
