@@ -68,8 +68,8 @@ def table(rows: list[Row], baseline: list[Row]) -> str:
     names = ["figure", "this model", *(["warm start"] if paired else []), "n", "data", "protocol"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
-        beside = known.get(key(row))
-        other = [figure(beside) if beside else ""] if paired else []
+        reference = known.get(key(row))
+        other = [figure(reference) if reference else ""] if paired else []
         cells = (row.metric, figure(row), *other, row.n, data_words(row), f"{protocol_words(row)}; seed {row.seed}".removeprefix("; "))
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

@@ -97,12 +97,12 @@ def attack_words(row: Images) -> str:
         case "pgd":
             parts = [attack_name(row) + (f" on {OBJECTIVES[row.objective]}" if row.objective else ""), threat]
         case "square":
-            parts = [f"Square alone on what is served, {row.queries} queries", threat]
+            parts = [f"Square on the served model, {row.queries} queries", threat]
         case "transfer":
             by = f"the surrogate {row.surrogate} ({row.surrogate_of[:8]})" if row.surrogate_of else f"the {row.surrogate} network"
             parts = [f"PGD-{row.steps} on {by}" if row.surrogate else "transferred from a surrogate", threat]
         case "worst_case":
-            parts = [f"left by every one of {', '.join(row.attacks or ())}", threat]
+            parts = [f"right under every one of {', '.join(row.attacks or ())}", threat]
         case "released_autoattack":
             listed = f"APGD-CE {row.steps}, untargeted APGD-DLR {row.steps}, FAB-T {row.steps} clamped to the wrong box"
             parts = [f"{listed}, Square {row.queries:,}", threat]
@@ -234,7 +234,7 @@ def of_precisions() -> dict[str, Callable[[Row], str]]:
         "energy_error_max": constant("largest difference from fp32's energy, nats"),
         "energy_error_mean_over_sd": constant("mean distance from fp32's energy over the deviation of fp32's energies"),
         "label_disagreement": constant("share of images whose class differs from fp32's"),
-        "accuracy_clean": constant("what is served"),
+        "accuracy_clean": constant("of the served model"),
         "accuracy_clean_drop": constant("fp32's accuracy minus this one's"),
         "accuracy_pgd20_transfer_drop": constant("fp32's accuracy minus this one's"),
         "accuracy_square_drop": constant("fp32's accuracy minus this one's"),
@@ -248,11 +248,11 @@ def of_precisions() -> dict[str, Callable[[Row], str]]:
 
 
 DEFINITIONS: dict[str, Callable[[Row], str]] = {
-    **dict.fromkeys(("accuracy_clean", "accuracy_corrupted", "accuracy_shifted"), constant("what is served")),
+    **dict.fromkeys(("accuracy_clean", "accuracy_corrupted", "accuracy_shifted"), constant("of the served model")),
     **dict.fromkeys(("energy_mean", "energy_sd", "energy_samples"), constant("nats")),
     "temperature": constant("fitted to p(y|x)"),
     "accuracy_corrupted_mean": lambda row: f"{row.kinds} kinds of each image",
-    "autoattack_warnings": constant("times that the package warned"),
+    "autoattack_warnings": constant("warnings of the package"),
     "accuracy_pgd20_released_code": lambda row: f"released-code: {eps_name(2 * (row.eps or 0))} of [-1,1]",
     "accuracy_autoattack_released_code": lambda row: f"released-code: {eps_name(2 * (row.eps or 0))} of [-1,1]",
     "loss_at_steps": constant("mean cross-entropy after so many steps"),
@@ -280,13 +280,13 @@ DEFINITIONS: dict[str, Callable[[Row], str]] = {
         for a in COMPARED
         for b in COMPARED
     },
-    "accuracy_with_rejection": constant("no point of the ball was found that is wrong and not flagged"),
+    "accuracy_with_rejection": constant("no misclassified, unflagged point of the ball was found"),
     "accuracy_at_half_eps": constant("a detector robust at eps implies some classifier robust at eps/2 (arXiv 2107.11630); this one under"),
     "inception_score": lambda row: f"mean of {row.splits} splits",
     **of_every(
         "frechet_infinity_{}",
         EXTRACTORS,
-        lambda row: f"extrapolated to infinitely many of these, not of the {row.against_n} reals: read it beside the floor",
+        lambda row: f"extrapolated to infinitely many of these, not of the {row.against_n} reals: compare it with the floor",
     ),
     **of_every("kernel_distance_{}", EXTRACTORS, lambda row: f"cubic kernel, unbiased, mean of {row.blocks} disjoint blocks"),
     **of_every("precision_{}", EXTRACTORS, lambda row: f"k = {row.k}, {row.reals} reals"),

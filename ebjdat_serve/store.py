@@ -143,7 +143,7 @@ def next_revision(bundle: Bundle, store: Path | None = None) -> str:
     return f"{base}.r{revision}"
 
 
-def _copy(bundle: Bundle, home: Path, beside: dict[str, Any] | None = None) -> None:
+def _copy(bundle: Bundle, home: Path, extra: dict[str, Any] | None = None) -> None:
     for left in home.parent.glob(".incoming-*"):
         shutil.rmtree(left)  # of a publisher that was killed: the lock is ours
     temporary = Path(tempfile.mkdtemp(prefix=".incoming-", dir=home.parent))
@@ -153,7 +153,7 @@ def _copy(bundle: Bundle, home: Path, beside: dict[str, Any] | None = None) -> N
             with (temporary / name).open("rb") as copy:
                 os.fsync(copy.fileno())
             (temporary / name).chmod(0o444)  # a server maps it: a write would change or crash the served model
-        for name, content in (beside or {}).items():
+        for name, content in (extra or {}).items():
             write_json(temporary / name, content)
         _copy_signature(bundle.path, temporary)
         temporary.chmod(0o755)

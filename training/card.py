@@ -100,13 +100,13 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     """Return the model card."""
     m, p = bundle.manifest, bundle.manifest.provenance
     drawn = (bundle.path / "landscape.png").is_file()
-    landscape = "![energies of clean, adversarial, drawn and strange images](landscape.png)" if drawn else ""
+    landscape = "![energies of clean, adversarial, generated and OOD images](landscape.png)" if drawn else ""
     return f"""{title(m)}
 {network_name(m.architecture)} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
-Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, begun {p.started}:
+Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, started {p.started}:
 {p.steps} of {p.planned_steps} planned steps, rolled back for divergence {p.rollbacks} times. Data sha256 {p.data_sha256[:16]}.
 
-![samples: one column a class, seeds in order, none chosen](samples.png)
+![samples: one column per class, seeds in order, not selected](samples.png)
 
 Generation is short-run conditional sampling ({m.sampler.steps} steps of {m.sampler.step_size}, gradient clip {m.sampler.grad_clip}, noise {m.sampler.noise_std}) from a
 class Gaussian; it is not an exact draw from p(x|y).
@@ -142,7 +142,7 @@ def about_baseline(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
         return ""
     known = {key(row) for row in baseline}
     if not any(key(row) in known for row in rows):
-        return f"It was continued from `{warm}`, the warm start, which was not evaluated beside it.\n"
+        return f"It was continued from `{warm}`, the warm start, which was not evaluated.\n"
     of = next(row.of for row in rows_where(baseline, "accuracy_clean"))
     return (
         f"The column `warm start` is of `{warm}`, which this model was continued from (weights sha256 {of[:12]}), by the same protocol on the\n"
@@ -162,7 +162,7 @@ def about_fid(rows: list[Row]) -> str:
     """Return a sentence on whether a figure is FID."""
     if rows_where(rows, "fid"):
         return "`fid` is of Inception-v3 with its standard weights; other distances name their extractor."
-    return "No figure here is FID: no Inception weights were at hand, and every distance names its extractor."
+    return "No figure here is FID: no Inception weights were available, and every distance names its extractor."
 
 
 def method_kind(bundle: Bundle) -> str:
@@ -199,24 +199,24 @@ def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
     junk, limit = figures("auroc_robust_ood", moved="ood"), first(rows, "accuracy_at_half_eps")
     return f"""`suspicious` means p < alpha, with p = (1 + how many of {len(calibration.scores):,} clean calibration scores are at least this one) / {len(calibration.scores) + 1:,} and
 {score}. It bounds false alarms on data like the calibration set: at most alpha on average over calibration draws; given this one set the rate is
-Beta-distributed around it. At alpha 0.05 it flags these shares; max softmax, which needs no energy and is calibrated alike, stands in brackets:
+Beta-distributed around it. At alpha 0.05 it flags these shares; the shares of max softmax, which needs no energy and is calibrated alike, are in brackets:
 
 - clean test images {figures("flag_rate_clean", **flag)}; after JPEG at quality 75 {figures("flag_rate_shifted", shift="JPEG q75")};
 - SVHN {flagged("svhn_train_first1080")}; CIFAR-100 {flagged(NEAR)}; uniform noise {flagged("uniform noise")}; blank images {flagged(BLANK)};
 - images that PGD-20 fooled at {eps} {fooled}; the other attacked images {others}.
 
-**It is no defence against an adaptive attacker**: junk that is perturbed within {eps} to look normal leaves an AUROC of {junk}
-(0.5 is blind, 0 is fooled every time); the share of images for which no point of the ball was found that is both wrong and unflagged is
-{figures("accuracy_with_rejection", **flag)} at alpha 0.05, and a flag that truly held at {eps} would imply a classifier that holds at half of it, where this
+**It does not defend against an adaptive attacker**: on OOD images perturbed within {eps} to look normal the AUROC is {junk}
+(0.5 is chance, 0 is fooled every time); the share of images for which no misclassified, unflagged point of the ball was found is
+{figures("accuracy_with_rejection", **flag)} at alpha 0.05, and a flag robust at {eps} would imply a classifier robust at half of it, where this
 one keeps {figure(limit) if limit else "not measured"}."""
 
 
 def readme_table(bundle: Bundle) -> str:
     """Return the README's table of eight figures, each with its comparison."""
-    lines = ["| | this model | beside it | n | metric |", "|---|---|---|---|---|"]
+    lines = ["| | this model | compared with | n | metric |", "|---|---|---|---|---|"]
     for text, row, others in readme_rows(bundle, bundle.metrics(), baseline_of(bundle)):
-        beside = "; ".join(f"{name} {figure(other)}" for name, other in others) or "not measured"
-        lines.append(f"| {text} | {figure(row)} | {beside} | {row.n:,} | `{row.metric}` |")
+        comparison = "; ".join(f"{name} {figure(other)}" for name, other in others) or "not measured"
+        lines.append(f"| {text} | {figure(row)} | {comparison} | {row.n:,} | `{row.metric}` |")
     return "\n".join(lines)
 
 

@@ -275,8 +275,8 @@ def table(rows: list[Row]) -> str:
         measured = [first(rows, f"{name}_{precision}") for precision in found]
         if row := next((row for row in measured if row), None):
             cells = [f"{each.value:.4g}" if each else "" for each in measured]
-            beside = f"; fp32 {row.fp32:.4g}" if row.fp32 is not None else ""
-            lines.append(f"| {name} | {' | '.join(cells)} | {row.n} | {protocol_words(row)}{beside} |")
+            reference = f"; fp32 {row.fp32:.4g}" if row.fp32 is not None else ""
+            lines.append(f"| {name} | {' | '.join(cells)} | {row.n} | {protocol_words(row)}{reference} |")
     return "\n".join(lines)
 
 

@@ -17,11 +17,11 @@ from training.data.image_folders import (
     Labels,
     Pixels,
     Split,
-    beside,
     class_names,
     data_root,
     load_images,
     note,
+    others_in,
     read_atlas,
     read_folder,
     read_folders,
@@ -100,7 +100,7 @@ def _train_and_test(folder: Path, size: tuple[int, int] | None) -> tuple[tuple[s
     names = class_names(folder / "train")
     if not (folder / "test").is_dir():
         raise DataError(f"{folder} holds train/ but no test/: put both there, or the class sub-folders alone")
-    tell(folder, beside(folder, ("train", "test")))
+    tell(folder, others_in(folder, ("train", "test")))
     there = class_names(folder / "test")
     alone = {"train/": [name for name in names if name not in there], "test/": [name for name in there if name not in names]}
     differences = [f"{where} alone has {', '.join(some)}" for where, some in alone.items() if some]

@@ -115,12 +115,12 @@ def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     return files
 
 
-def beside(folder: Path, known: Sequence[str]) -> Listing:
+def others_in(folder: Path, known: Sequence[str]) -> Listing:
     """Return the entries of a folder that are not ``known``."""
     listing = Listing()
     for entry in sorted(folder.iterdir(), key=order):
         if entry.name not in known:
-            listing.skip("beside " + " and ".join(f"{name}/" for name in known), entry)
+            listing.skip("next to " + " and ".join(f"{name}/" for name in known), entry)
     return listing
 
 

@@ -46,15 +46,14 @@ def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None) -> 
     if strange is not None or not measured.rows:
         of = f"of {strange.of[:12]}, which it does not hold" if strange else "none"
         raise BundleError(f"{bundle.path} takes no rows {of}: evaluate this bundle first")
-    beside = read_rows(baseline or bundle.path / "baseline.json") if baseline or "baseline.json" in bundle.manifest.files else []
+    baseline_rows = read_rows(baseline or bundle.path / "baseline.json") if baseline or "baseline.json" in bundle.manifest.files else []
     merged = merge(bundle.metrics(), measured.rows, bundle)
-    shown = (
-        measured.arrays if any(row.part == "landscape" for row in merged.taken) else {}
-    )  # the image shows the rows that are in the bundle
+    # the image shows the rows that are in the bundle
+    arrays = measured.arrays if any(row.part == "landscape" for row in merged.taken) else {}
     write_rows(bundle.path / "metrics.json", merged.rows)
     bundle = bundle.update("metrics.json")
     drawn = "samples.png" in bundle.manifest.files  # samples depend only on the network, which an evaluation does not change
-    return renew_card(bundle, merged.rows, beside, shown, samples=not drawn), merged
+    return renew_card(bundle, merged.rows, baseline_rows, arrays, samples=not drawn), merged
 
 
 def merge(before: list[Row], new: list[Row], bundle: Bundle | None = None) -> Merged:

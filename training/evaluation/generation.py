@@ -82,7 +82,11 @@ def generation_rows(c: Context) -> Iterator[Row]:
     energy = -np.logaddexp.reduce(found["logits"].astype(np.float64), axis=1)
     yield number("energy_samples", energy.mean(), n, by_sampler, of)
     yield seconds_row(c, work, by_sampler)
-    sets = {by_sampler: (fresh, label), Images(dataset=PRIOR): (start["image"], label), **beside(c, work, index, label, by_sampler)}
+    sets = {
+        by_sampler: (fresh, label),
+        Images(dataset=PRIOR): (start["image"], label),
+        **controls_and_buffer(c, work, index, label, by_sampler),
+    }
     yield from distance_rows(c, sets, n)
     yield from neighbour_rows(c, fresh, by_sampler)
     c.drawings["fresh"] = {"image": fresh, "label": label}
@@ -100,7 +104,7 @@ def start_of(c: Context) -> tuple[Sampler, Path]:
     return Sampler(steps=80, step_size=0.25, grad_clip=2.0, noise_std=0.005), file
 
 
-def beside(c: Context, work: Draw, index: Floats, label: Labels, by_sampler: Images) -> dict[Images, LabelledImages]:
+def controls_and_buffer(c: Context, work: Draw, index: Floats, label: Labels, by_sampler: Images) -> dict[Images, LabelledImages]:
     """Return the controls' samples, with the same prior, steps and seeds, and the replay buffer's chains if a run's state is given."""
     sets: dict[Images, LabelledImages] = {}
     for file in c.controls:

@@ -28,11 +28,11 @@ HEADINGS = {
     "released-code": "What the published code computes",
 }
 SAID = {
-    "masking": "1 is passed. A failed check does not say that the model is weak; it says that its robust accuracies cannot be believed.",
+    "masking": "1 is passed. A failed check does not show that the model is weak, but that its robust accuracies are unreliable.",
     "robustness": "Accuracies carry Wilson 95 % intervals; a target is met by the lower bound. The worst case counts an image only if every attack left it.",
-    "suspicion": "Every rate of the served score stands beside that of max softmax, which needs no energy. Of an attack the images that it fooled are counted apart from the rest.",
-    "hostile": "The attacker knows model, score and threshold. No flag here is a defence against such a user; these are the figures that say how far it goes.",
-    "generation": "No figure is FID unless Inception-v3 with its standard weights was at hand. Distances at small n are biased upwards: read them beside the floor.",
+    "suspicion": "Every rate of the served score is followed by that of max softmax, which needs no energy. Images that an attack fooled are counted apart from the rest.",
+    "hostile": "The attacker knows model, score and threshold. No flag here defends against such a user; these figures show how far it goes.",
+    "generation": "No figure is FID unless Inception-v3 with its standard weights was available. Distances at small n are biased upwards: compare them with the floor.",
     "released-code": "Half of the stated eps, and a weakened list of attacks: for comparison with published tables only.",
 }
 OPEN = 14
@@ -142,7 +142,7 @@ def images(c: Context, rows: Sequence[Row]) -> dict[str, list[Image]]:
 
     arrays, shown, eps = c.arrays, c.drawings, c.ball.linf
     if clean_of(arrays) is not None:
-        add("landscape", draw.landscape(arrays, eps), "energy histograms", "Energies of clean, adversarial, drawn and strange images.")
+        add("landscape", draw.landscape(arrays, eps), "energy histograms", "Energies of clean, adversarial, generated and OOD images.")
         if (moved := draw.differences(arrays)) is not None:
             add("landscape", moved, "energy differences", "What PGD does to the energy of each image.")
     if "slice" in shown:
@@ -157,7 +157,7 @@ def images(c: Context, rows: Sequence[Row]) -> dict[str, list[Image]]:
         add("suspicion", separated, "AUROC", "How well each score tells strange and attacked images from clean ones.")
     if "samples" in shown:
         sheet = draw.sheet(shown["samples"]["image"], len(c.data.names))
-        add("generation", sheet, "samples", "Fresh samples, one column a class, seeds in order, none chosen.")
+        add("generation", sheet, "samples", "Fresh samples, one column per class, seeds in order, not selected.")
     if "neighbours" in shown:
         pair = np.concatenate([shown["neighbours"]["image"], shown["neighbours"]["nearest"]])
         sheet = draw.sheet(pair, len(shown["neighbours"]["image"]), 3)
