@@ -154,7 +154,7 @@ def test_a_readme_that_cannot_be_written_is_told_before_the_bundle_is_changed(go
     copy = copied(Bundle.load(golden), tmp_path / "digits")
     before = (copy.path / "README.md").read_bytes()
     monkeypatch.setattr(sys, "argv", ["card.py", str(copy.path), "--readme", str(tmp_path / "none.md")])
-    with pytest.raises(SystemExit, match=r"none\.md|must hold <!-- figures -->"):
+    with pytest.raises(SystemExit, match=r"none\.md|must contain <!-- figures -->"):
         card.main()
     assert (copy.path / "README.md").read_bytes() == before
 

@@ -309,7 +309,7 @@ def test_few_of_a_class_are_in_every_split_and_are_named(tmp_path, capsys):
     parts = [np.bincount(part.label, minlength=2).tolist() for part in (data.train, data.selection, data.calibration, data.test)]
     assert parts == [[268, 8], [33, 1], [33, 1], [66, 2]]
     said = capsys.readouterr().err
-    assert "few images of birch (train 8, selection 1, calibration 1, test 2): what is measured of it is uncertain" in said
+    assert "few images of birch (train 8, selection 1, calibration 1, test 2): figures of it are uncertain" in said
     assert "34 images calibrate the flag: p-values are multiples of 1/35" in said
 
 
@@ -384,7 +384,7 @@ def test_extra_images_fill_their_share_of_every_batch(tmp_path):
     for arrays, said in (
         ({"image": np.zeros((5, 8, 8, 3), np.uint8)}, "pseudo_label"),
         ({"image": np.zeros((5, 8, 8, 3)), "label": np.zeros(5)}, "must be uint8"),
-        ({"image": np.zeros((5, 8, 8, 3), np.uint8), "label": np.full(5, 10)}, "labels must lie in 0 to 9"),
+        ({"image": np.zeros((5, 8, 8, 3), np.uint8), "label": np.full(5, 10)}, "labels must be from 0 to 9"),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(DataError, match=said):

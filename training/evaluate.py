@@ -201,7 +201,7 @@ def checked(module: nn.Module, data: Dataset) -> Floats:
             f"the module must return logits {wanted}, floating, of images (N, 3, H, W) in [0,1]; it returns {returned}: wrap it"
         )
     if not bool(torch.isfinite(logits).all()):
-        raise TrainingError("the module returns logits that are not finite: its figures would mean nothing")
+        raise TrainingError("the module returns logits that are not finite: its figures would be meaningless")
     return probe
 
 
@@ -256,18 +256,14 @@ def main() -> None:
     parser.add_argument("--n", type=int, help="maximum test images of every measurement; --amount overrides single ones")
     amounts_help = f"numbers of images of the suite: {', '.join(LEAST)}"
     parser.add_argument("--amount", nargs="+", default=[], metavar="NAME=N", help=amounts_help)
-    parser.add_argument(
-        "--into", type=Path, metavar="BUNDLE", help="take the rows into this bundle, except rows of fewer images than its own"
-    )
+    parser.add_argument("--into", type=Path, metavar="BUNDLE", help="take the rows into this bundle, but none of fewer images than its own")
     parser.add_argument(
         "--force", action="store_true", help=f"with --into: {FORCED}; with --folder: also a folder whose figures git tracks"
     )
     parser.add_argument("--folder", type=Path, help="output folder of figures and report (under EBJDAT_RUNS, named after the model)")
     parser.add_argument("--baseline", type=Path, help="with --into: metrics.json of the warm start, for a column of comparison")
     parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights of the surrogate of transferred attacks")
-    parser.add_argument(
-        "--control", type=Path, nargs="+", default=[], help="weights of control models, sampled with the same prior, steps and seeds"
-    )
+    parser.add_argument("--control", type=Path, nargs="+", default=[], help="control weights, sampled with the same prior, steps and seeds")
     parser.add_argument("--buffer", type=Path, help="state.pt of a stage, whose replay buffer is measured for comparison")
     parser.add_argument("--processes", type=int, default=cpus(), help="worker processes, one thread each (%(default)s)")
     parser.add_argument("--data", help="for weights: the data set (cifar10); for a bundle of your own data: the folder, if it has moved")
