@@ -1,7 +1,7 @@
-"""Bytes to pixels and back: what is accepted, what is refused, and the only user of Pillow in the server.
+"""Decode images to pixels and encode them as PNG; the only module of the server that uses Pillow.
 
-An image of any size is squashed to height x width by area averaging (aspect ratio is not kept); transparency is laid
-on white; 16-bit images are scaled to 8; EXIF rotation is applied; of an animation the first frame counts.
+An image of any size is resized to height x width by area averaging (aspect ratio is not kept); transparent pixels are
+composited on white; 16-bit images are scaled to 8; EXIF rotation is applied; of an animation the first frame is used.
 ``decode`` is for images of one's own; a server judges a header first and calls ``decode_judged`` in a process with limits.
 """
 
@@ -40,7 +40,7 @@ TURNS = {
 SIDEWAYS = {Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90}
 
 AI_ORIGIN = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""IPTC's term for media made by a trained model: what readers of provenance look for."""
+"""IPTC's digital source type of media made by a trained model, for tools that read provenance."""
 
 
 def decode(data: Bytes, height: int, width: int, limits: Limits = OWN) -> Pixels:
@@ -55,12 +55,12 @@ def decode(data: Bytes, height: int, width: int, limits: Limits = OWN) -> Pixels
 def upright_size(data: Bytes) -> tuple[int, int]:
     """Return the (height, width) of the image in ``data``, EXIF rotation applied, without its pixels. Raises InvalidImage."""
     header = judge(data, 1, 1, OWN)
-    picture = _open(bytes(data), header)
+    image = _open(bytes(data), header)
     try:
-        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except Exception:  # an image with broken EXIF is still an image
         turned = False
-    return picture.size if turned else (picture.height, picture.width)
+    return image.size if turned else (image.height, image.width)
 
 
 def _open(data: bytes, header: Header) -> Image.Image:
@@ -157,7 +157,7 @@ def _converted(picture: Image.Image, turn: Image.Transpose | None) -> Image.Imag
 
 @contextmanager
 def _hostile() -> Iterator[None]:
-    """Turn whatever Pillow raises on hostile bytes into InvalidImage."""
+    """Turn any exception that Pillow raises on hostile bytes into InvalidImage."""
     try:
         yield
     except Image.DecompressionBombError as error:
@@ -166,7 +166,7 @@ def _hostile() -> Iterator[None]:
         raise InvalidImage("the image is truncated or damaged: it only begins as one") from error
     except MemoryError as error:
         raise InvalidImage("the image takes more memory to decode than its header promises; save it anew") from error
-    except Exception as error:  # Pillow's decoders raise what they like; none of it may pass this line
+    except Exception as error:  # Pillow's decoders raise arbitrary exceptions; none may pass this line
         raise InvalidImage(f"the image is truncated or damaged ({type(error).__name__})") from error
 
 
@@ -193,21 +193,21 @@ def _stored(turn: Image.Transpose | None, columns: int, rows: int, top: int, bot
     return 0, top, columns, bottom
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        shallow = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-        # the orientation is kept; a transparent grey level is of 16 bits and means nothing here
-        shallow.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        shallow = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        # the orientation is kept; a transparent grey level has 16 bits and is meaningless here
+        shallow.info = {key: value for key, value in image.info.items() if key != "transparency"}
         return shallow
-    return picture
+    return image
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 def to_unit(image: Pixels) -> NDArray[np.float32]:
@@ -221,7 +221,7 @@ def to_bytes(image: NDArray[np.float32]) -> Pixels:
 
 
 def grid(images: Pixels, scale: int, columns: int | None = None) -> Pixels:
-    """Return (N, H, W, 3) laid out in rows, near a square unless ``columns`` is given, each pixel ``scale`` wide."""
+    """Return images (N, H, W, 3) tiled in a grid, about square unless ``columns`` is given, each pixel enlarged ``scale`` times."""
     n, height, width, _ = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
@@ -232,7 +232,7 @@ def grid(images: Pixels, scale: int, columns: int | None = None) -> Pixels:
 
 
 def encode_png(image: Pixels, text: Sequence[tuple[str, str]] = (), *, generated: bool = False) -> bytes:
-    """Return a PNG of (H, W, 3); ``generated`` adds the XMP mark of AI origin that machines read."""
+    """Return a PNG of (H, W, 3); ``generated`` adds the machine-readable XMP mark of AI origin."""
     info = PngImagePlugin.PngInfo()
     for key, value in text:
         info.add_text(key, value)
