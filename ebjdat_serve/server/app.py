@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ebjdat_serve.server import litserve_adapter
+from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.compute.workers import ClassifyWorker, GenerateWorker, Worker
 from ebjdat_serve.server.endpoints import ENDPOINTS
 from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
@@ -23,7 +24,7 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
     api_key()  # an error is raised here, not later in the HTTP process
     served = open_bundle(settings.model, settings)
     socket, s = litserve_adapter.WorkerSocket.open(), settings
-    operations = list({operation.name: operation for endpoint in endpoints for operation in endpoint.operations}.values())
+    operations = operations_of(endpoints)
     classify = ClassifyQueue(
         workers=s.classify_workers,
         size=s.classify_queue,
@@ -50,3 +51,12 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
         await manager.run(server.announce, server.give_up)
 
     return litserve_adapter.Server(workers, service.install, serve, service.drain, socket, settings), served.name
+
+
+def operations_of(endpoints: Sequence[Endpoint]) -> list[Operation]:
+    """Return the operations of all endpoints, each once; raise ValueError for two of the same name."""
+    operations: dict[str, Operation] = {}
+    for operation in (operation for endpoint in endpoints for operation in endpoint.operations):
+        if operations.setdefault(operation.name, operation) != operation:
+            raise ValueError(f"two operations are named {operation.name!r}: {operations[operation.name].run} and {operation.run}")
+    return list(operations.values())
