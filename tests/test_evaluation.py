@@ -565,6 +565,7 @@ def test_pgd_and_the_score_attack_stay_in_their_ball(threat, digits, weights):
     assert ood_score("energy", 0.0, raised).mean() > clean.mean() + 1
 
 
+@pytest.mark.slow
 def test_evasion_is_the_plain_attack_without_a_flag_and_nothing_against_a_flag_on_all(digits, weights):
     subject = module_spec(made(Net, weights), "net")()
     image, label = to_unit(digits.test.image[:30]), digits.test.label[:30]

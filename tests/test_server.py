@@ -500,6 +500,7 @@ def test_litserves_key_guards_our_routes_but_no_probe(tmp_path, monkeypatch, pic
         assert "generate" not in httpx2.get(f"{server.url}/info", headers=known).json()["load"]
 
 
+@pytest.mark.slow
 def test_the_stock_mode_answers_the_same_by_litserves_own_hooks(tmp_path, live, picture):
     with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--stock") as server:
         image = {"image": base64.b64encode(picture).decode()}
