@@ -74,7 +74,7 @@ def new(options: argparse.Namespace) -> None:
 
 def list_keys(options: argparse.Namespace) -> None:
     """Print the keys of a file as a table."""
-    rows = [("name", "scopes", "rate", "burst", "concurrency", "created", "expires", "sha256")]
+    rows: list[tuple[str, ...]] = [("name", "scopes", "rate", "burst", "concurrency", "created", "expires", "sha256")]
     now = datetime.now(UTC)
     for key in keys.parse(keys.read(options.file)[0], options.file):
         expires = "never" if key.expires is None else f"{key.expires:%Y-%m-%d}{' (over)' if key.expired(now) else ''}"
