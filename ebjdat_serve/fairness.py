@@ -4,6 +4,7 @@ Start-time fair queueing (Goyal, Vin, Cheng 1996) for queues, dynamic thresholds
 """
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,8 +45,8 @@ class FairQueue(Generic[Item]):
 
     def push(self, client: str, item: Item, cost: float = 1.0) -> int:
         """Add an item of ``cost`` above 0, in any unit; return the number by which it can be removed."""
-        if not cost > 0:
-            raise ValueError(f"a cost must be above 0, not {cost}")
+        if not 0 < cost < math.inf:
+            raise ValueError(f"a cost must be above 0 and finite, not {cost}")
         self._number += 1
         backlog = self._clients.get(client)
         if backlog is None:
