@@ -3,8 +3,8 @@
 import heapq
 from collections.abc import Mapping
 
-CLIENT_QUOTA = 0.25
-"""Chain-steps of other clients for each chain-step of the clients that are behind; one that leads takes 1.25 times as long by them."""
+CLIENT_QUOTA = 1 / 3
+"""Chain-steps of other clients for each chain-step of the clients that are behind; one that leads takes a third longer by them."""
 CREDIT = 5
 """Width of a batch by which a client that was idle starts behind the others, and so goes first."""
 
@@ -52,7 +52,8 @@ class ClientShares:
     def _lead(self, chains: Mapping[str, int], width: int) -> dict[str, int]:
         """Return equally many chains for each client that is behind, and the quota for the others."""
         order = sorted(chains, key=self._served.__getitem__)
-        leaders = [client for client in order if self._served[client] <= self._served[order[0]] + width]
+        behind = max(self._now - width, self._served[order[0]] + width)
+        leaders = [client for client in order if self._served[client] <= behind]
         others = {client: chains[client] for client in order[len(leaders) :]}
         quota = min(CLIENT_QUOTA, len(others) / len(leaders))  # for each chain that leads; who is ahead never gets more than who is behind
         room = max(1, int(width / (1 + quota)))
