@@ -6,6 +6,7 @@ address reaches a dual-stack socket as ::ffff:10.0.0.1.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Literal
 
@@ -50,7 +51,12 @@ def parse_address(text: str) -> Address | None:
 
     IPv4 in IPv6 is IPv4, and a zone (fe80::1%eth0) is dropped: neither may make one client two.
     """
-    if len(text) > LONGEST or not (match := HOST.fullmatch(text)):
+    return _parse(text) if len(text) <= LONGEST else None
+
+
+@lru_cache(4096)
+def _parse(text: str) -> Address | None:
+    if not (match := HOST.fullmatch(text)):
         return None
     try:
         address = ip_address(match["v6"] or match["v4"] or match["bare"])
@@ -59,6 +65,7 @@ def parse_address(text: str) -> Address | None:
     return address.ipv4_mapped or address if isinstance(address, IPv6Address) else address
 
 
+@lru_cache(4096)
 def network_name(address: Address | None) -> str:
     """Return the name of the client at ``address``: the address, or the /64 of an IPv6 one."""
     if address is None:
