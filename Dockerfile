@@ -1,6 +1,6 @@
 # docker build -t ebjdat-serve .                         CPU
-# docker build -t ebjdat-serve --build-arg EXTRA=gpu .   NVIDIA GPU (run with --gpus all); its CUDA libraries are pip's, pinned in constraints.txt
-# docker build … --build-arg EXTRA=gpu,tensorrt --build-arg PIP_EXTRA_INDEX_URL=…   TensorRT too, whose libraries are on NVIDIA's own package index
+# docker build -t ebjdat-serve --build-arg EXTRA=gpu .   NVIDIA GPU (run with --gpus all); pip installs the CUDA libraries pinned in constraints.txt
+# docker build … --build-arg EXTRA=gpu,tensorrt --build-arg PIP_EXTRA_INDEX_URL=…   adds TensorRT, whose libraries are on NVIDIA's own package index
 # docker run -p 8000:8000 ebjdat-serve [--alpha 0.01 …]
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /src
@@ -15,12 +15,12 @@ COPY constraints.txt /tmp/constraints.txt
 RUN --mount=type=bind,from=build,source=/wheel,target=/wheel \
     pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheel/*.whl)[${EXTRA}]" \
     && useradd --create-home --uid 10001 serve
-# ONNX Runtime's telemetry; the package turns it off too, this is for whatever else runs in the image
+# Turns off ONNX Runtime's telemetry. The package does so too; this covers other programs in the image
 ENV ORT_DISABLE_TELEMETRY=1
 USER 10001
 WORKDIR /home/serve
 EXPOSE 8000
-# TensorRT builds its engines at the first start: keep /home/serve/.cache on a volume
+# TensorRT builds its engines at the first start: mount a volume at /home/serve/.cache to keep them
 HEALTHCHECK --interval=10s --timeout=3s --start-period=15m \
     CMD ["python", "-c", "import urllib.request; urllib.request.build_opener(urllib.request.ProxyHandler({})).open('http://127.0.0.1:8000/health', timeout=2)"]
 ENTRYPOINT ["ebjdat-serve", "serve", "--host", "0.0.0.0"]

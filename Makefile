@@ -1,16 +1,16 @@
-# Two commands do all the set-up: `make serve` and `make test`. pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, …) pass through.
+# `make serve` and `make test` do all the set-up. pip's environment variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, …) pass through.
 PYTHON ?= python3
 PORT ?= 8000
 HOST ?= 127.0.0.1
 MODEL ?=
-# shells and compilers that export HOST mean the name of the machine
+# some shells and compilers export HOST as the name of the machine: ignore it
 ifeq ($(origin HOST),environment)
 HOST := $(if $(filter 127.0.0.1 localhost 0.0.0.0 ::,$(HOST)),$(HOST),127.0.0.1)
 endif
 VENV := .venv
 BIN := $(VENV)/bin
 ENGINE_EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-# the two overwrite each other: a machine that gains or loses its GPU must not keep both
+# onnxruntime and onnxruntime-gpu overwrite each other: remove the other one when a machine gains or loses its GPU
 OTHER_ENGINE := $(if $(filter gpu,$(ENGINE_EXTRA)),onnxruntime,onnxruntime-gpu)
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
 SERVE_STAMP := $(VENV)/.stamp-serve-$(ENGINE_EXTRA)-$(KEY)
@@ -21,18 +21,18 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 help:
 	@echo "make serve [PORT=8000] [HOST=127.0.0.1] [MODEL=bundle-or-store]   install and serve"
 	@echo "make test                                                        install and test (minutes)"
-	@echo "make test-all                                                    what is slow too, with branch coverage"
+	@echo "make test-all                                                    adds the slow tests, with branch coverage"
 	@echo "make check | fix | test-slow | soak | bench | gpu-check | browser-check | setup | clean"
 
 serve: $(SERVE_STAMP)
 	exec $(BIN)/ebjdat-serve serve $(MODEL) --host $(HOST) --port $(PORT)
 
-# docs/testing.md says what is in which tier. With COVERAGE=1 each tier also leaves what it ran for `make coverage`.
+# docs/testing.md describes the tiers. With COVERAGE=1 each tier also writes its coverage data, for `make coverage`.
 MEASURED := $(CURDIR)/.coverage
 run_tests = $(if $(COVERAGE),rm -rf $(MEASURED)/$@ && $(BIN)/coverage run --data-file=$(MEASURED)/$@/data,$(BIN)/python) \
 	-m pytest --numprocesses auto
-# percent of lines and branches that must be covered: what was measured without a GPU, a browser or CIFAR-10, rounded down; of both tiers
-# a lower bound until `make test-all` has run whole
+# minimum coverage of lines and branches, in percent: measured without a GPU, a browser or CIFAR-10, rounded down; FLOOR_ALL is a lower
+# bound until `make test-all` has run completely
 FLOOR_TEST := 73
 FLOOR_ALL := 74
 
@@ -50,7 +50,7 @@ test-all:
 coverage: coverage-test
 	@mkdir -p $(MEASURED)/all
 	@$(BIN)/coverage combine --quiet --keep --data-file=$(MEASURED)/all/data $(MEASURED)/test $(MEASURED)/test-slow
-	@echo "of both tiers:"
+	@echo "coverage of both tiers:"
 	$(BIN)/coverage report --data-file=$(MEASURED)/all/data --format=total --fail-under=$(FLOOR_ALL)
 
 coverage-test: $(DEV_STAMP)
@@ -58,7 +58,7 @@ coverage-test: $(DEV_STAMP)
 	@$(BIN)/coverage combine --quiet --keep --data-file=$(MEASURED)/everyday/data $(MEASURED)/test
 	$(BIN)/coverage report --data-file=$(MEASURED)/everyday/data --fail-under=$(FLOOR_TEST)
 
-# Ten minutes of mixed load while workers are killed at random.
+# Ten minutes of mixed load while workers are killed at random and the store changes.
 soak: $(DEV_STAMP)
 	$(BIN)/python -m pytest -s tests/test_soak.py --soak 600
 
@@ -81,12 +81,12 @@ bench: $(DEV_STAMP)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/engines.py
 
-# What is installed on a GPU machine is enough: it needs torch and a GPU, and no registry.
+# Runs with the packages already installed on a GPU machine: needs torch and a GPU, but no package index.
 gpu-check:
 	@mkdir -p build
 	$(PYTHON) benchmarks/gpu_check.py --write build/gpu.md --json build/gpu.json
 
-# Needs Node.js 20 and Chromium: the tests that `make test` skips without them.
+# Needs Node.js 20 and Chromium: runs the tests that `make test` skips without them.
 browser-check: $(DEV_STAMP)
 	npm ci --prefix clients/browser --no-fund --no-audit
 	$(BIN)/python -m pytest tests/test_browser.py

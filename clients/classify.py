@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Classify pictures: `python clients/classify.py cat.png dog.jpg [--url http://localhost:8000]`. Needs httpx2."""
+"""Classify images: `python clients/classify.py cat.png dog.jpg [--url http://localhost:8000]`. Needs httpx2."""
 
 import argparse
 import errno
@@ -13,23 +13,23 @@ from typing import Any
 
 import httpx2
 
-# How an answer is read: the same lines in every client, each of which is one file to copy.
+# Reading a response. These lines are identical in all clients, so that each client is a single file to copy.
 TRIES = 5
 LONGEST = 30.0
-"""Seconds between two tries at most, whatever Retry-After says."""
+"""Longest pause between two tries, in seconds, even if Retry-After asks for more."""
 BUSY = (429, 502, 503, 504)
 
 
 class Refused(Exception):
-    """There is no answer to use: why, in one line, with the status where one came."""
+    """The server gave no usable answer; the message is one line, with the HTTP status if there was one."""
 
 
 class Unreachable(Refused):
-    """No answer came at all."""
+    """The server gave no answer at all."""
 
 
 def key(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the header with the key in LIT_SERVER_API_KEY, if there is one; a key that no header can carry ends the command."""
+    """Return the X-API-Key header from LIT_SERVER_API_KEY, if set; exit with an error if a header cannot carry the key."""
     said = os.environ.get("LIT_SERVER_API_KEY", "").strip()
     if not (said.isascii() and said.isprintable()):
         parser.error("LIT_SERVER_API_KEY has characters that are not printable ASCII: set it to the server's key")
@@ -37,10 +37,10 @@ def key(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def address(text: str) -> str:
-    """Return a server's address from the command line."""
+    """Return a server address given on the command line; raise ArgumentTypeError if it is invalid."""
     try:
         url = httpx2.URL(text)
-        url.raw_host.decode().encode("idna")  # as the socket will
+        url.raw_host.decode().encode("idna")  # as the socket will do
     except (httpx2.InvalidURL, UnicodeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
     if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
@@ -49,20 +49,21 @@ def address(text: str) -> str:
 
 
 def absent(client: httpx2.Client) -> str:
-    """Return why no server can be reached, or nothing when something answers, well or not."""
+    """Return why no server can be reached, or "" if anything answers, even with an error."""
     try:
         client.get("/health", timeout=10)
     except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
         return f"no server at {client.base_url} ({error}); start one with: make serve"
     except httpx2.RequestError:
-        return ""  # it is there; what else it does is said where it matters
+        return ""  # reachable; later requests report other errors
     return ""
 
 
 def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **request: Any) -> httpx2.Response:
-    """Return an answer of status 200; a busy server, or one that drops the connection, is asked again, ``tries`` times in all.
+    """Return a response of status 200; retry up to ``tries`` times if the server is busy or drops the connection.
 
-    Raises Refused for every other answer, redirects too: the key would go where they point. Raises Unreachable when none came.
+    Raises Refused for every other response, including redirects, because the key would be sent to their target.
+    Raises Unreachable if there was no response.
     """
     for attempt in range(1, tries + 1):
         wait = 2.0 ** (attempt - 2)
@@ -88,7 +89,7 @@ def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **
 
 
 def pause(after: str, otherwise: float) -> float:
-    """Return the seconds that Retry-After asks for, a number or a date, from 0 to LONGEST; ``otherwise`` when it says neither."""
+    """Return the pause in seconds that Retry-After (a number or a date) asks for, from 0 to LONGEST; ``otherwise`` if it is neither."""
     try:
         seconds = float(after)
     except ValueError:
@@ -100,7 +101,7 @@ def pause(after: str, otherwise: float) -> float:
 
 
 def reason(answer: httpx2.Response) -> str:
-    """Return why an answer is of no use, in one line: its status, and the server's own words where it has any."""
+    """Return why a response is unusable, in one line: its status and the server's message, if any."""
     status = f"HTTP {answer.status_code}"
     if answer.has_redirect_location:
         return one_line(f"{status}: moved to {answer.headers['location']}; give the new address as --url")
@@ -115,31 +116,31 @@ def reason(answer: httpx2.Response) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return ``text`` as one line of at most 300 characters that can be printed anywhere."""
+    """Return ``text`` as one line of at most 300 printable characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
 
 
 def named(file: Path) -> str:
-    """Return a file's name; bytes that are not UTF-8 as escapes."""
+    """Return a file's name, with bytes that are not UTF-8 as escapes."""
     return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
 def unwritten(error: OSError, output: Path | None = None) -> int:
-    """Say why ``output``, or standard output, cannot be written; return the exit code, 1."""
-    if output is None:  # Python would write what is left at its end, and fail again
+    """Print why ``output``, or standard output, cannot be written; return the exit code, 1."""
+    if output is None:  # otherwise Python flushes the rest at exit, and fails again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"cannot write {one_line(named(output)) if output else 'standard output'}: {error.strerror}", file=sys.stderr)
     return 1
 
 
-# How an image is read: the same lines in classify.py and screen.py.
+# Reading an image. These lines are identical in classify.py and screen.py.
 LARGEST = 16 * 2**20
-"""Bytes of an image at most: the server's limit."""
+"""Largest image in bytes: the server's limit."""
 
 
 def content(file: Path) -> bytes:
-    """Return an image's bytes; raise OSError, also for a pipe or a device, which may never end, and for more than LARGEST bytes."""
-    handed = file == Path("/dev/stdin") or file.parent in (Path("/dev/fd"), Path("/proc/self/fd"))  # by the shell, as <(…)
+    """Return an image's bytes; raise OSError, also for a pipe or a device (they may never end) and for more than LARGEST bytes."""
+    handed = file == Path("/dev/stdin") or file.parent in (Path("/dev/fd"), Path("/proc/self/fd"))  # the shell's <(…)
     if not handed and stat.S_IFMT(file.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
         raise OSError(errno.EINVAL, "neither a file nor a folder")
     with file.open("rb") as opened:
@@ -149,9 +150,9 @@ def content(file: Path) -> bytes:
     return read
 
 
-def classify(client: httpx2.Client, picture: Path) -> str:
-    """Return what the server says of one image, in words; raise Refused or OSError."""
-    answer = ask(client, "POST", "/classify", content=content(picture), headers={"Content-Type": "application/octet-stream"})
+def classify(client: httpx2.Client, image: Path) -> str:
+    """Return the server's answer for one image as a line of text; raise Refused or OSError."""
+    answer = ask(client, "POST", "/classify", content=content(image), headers={"Content-Type": "application/octet-stream"})
     try:
         said = answer.json()
         mark = "  SUSPICIOUS" if said["suspicious"] else ""
@@ -161,10 +162,10 @@ def classify(client: httpx2.Client, picture: Path) -> str:
 
 
 def main() -> int:
-    """Print one line an image; return 1 when one was refused or the line cannot be written, 2 when there is no server."""
+    """Print one line per image; return 1 if an image was refused or a line cannot be written, 2 if there is no server."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("pictures", nargs="+", type=Path)
-    parser.add_argument("--url", type=address, default="http://localhost:8000")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG, JPEG or WebP")
+    parser.add_argument("--url", type=address, default="http://localhost:8000", help="address of the server (%(default)s)")
     options = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     refused = 0
@@ -172,10 +173,10 @@ def main() -> int:
         if missing := absent(client):
             print(missing, file=sys.stderr)
             return 2
-        for picture in options.pictures:
-            name = one_line(named(picture))
+        for image in options.images:
+            name = one_line(named(image))
             try:
-                said = classify(client, picture)
+                said = classify(client, image)
             except (Refused, OSError) as error:
                 print(f"{name}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
                 refused += 1

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Everything the server does, with curl: clients/curl.sh cat.png [http://localhost:8000]
-# The first answer that is not what was asked for ends it, in one line with the status, and is not saved.
+# Calls every endpoint with curl: clients/curl.sh cat.png [http://localhost:8000]
+# Stops at the first unexpected response, which is reported in one line with its status and not saved.
 set -euo pipefail
 image=${1:?usage: clients/curl.sh IMAGE [URL]}
 url=${2:-http://localhost:8000}
 url=${url%/}
 aside=$(mktemp -d)
 trap 'rm -rf "$aside"' EXIT
-# a busy server, and a connection that drops, are tried again; images come from standard input, where a name may hold what it likes
+# retries a busy server and a dropped connection; reads images from standard input, so that their names may hold any character
 curl=(curl -sS --retry 2 --retry-all-errors --retry-max-time 60 --max-time 180 -D "$aside/head")
-key=$(printf %s "${LIT_SERVER_API_KEY:-}" | LC_ALL=C tr -d '\r')  # without the line end of its file
+key=$(printf %s "${LIT_SERVER_API_KEY:-}" | LC_ALL=C tr -d '\r')  # without the line end of a key file
 if [ "$(printf %s "$key" | LC_ALL=C tr -d ' -~' | wc -c)" -ne 0 ]; then
     echo "LIT_SERVER_API_KEY has characters that are not printable ASCII: set it to the server's key" >&2
     exit 2
 fi
 if [ -n "$key" ]; then curl+=(-H "X-API-Key: $key"); fi
 
-# check KIND: the last answer has status 200 and is of that kind
+# check KIND: fail unless the last response has status 200 and content type KIND
 check() {
     local status kind
     status=$(awk '/^HTTP\//{status=$2} END{print status}' "$aside/head")
@@ -25,7 +25,7 @@ check() {
     echo "HTTP ${status:-nothing} (${kind:-no content type}) instead of $1: $(tr -cd '[:print:]' < "$aside/body" | cut -c1-200)" >&2
     exit 1
 }
-# ask KIND PATH [OPTION...]: print the answer
+# ask KIND PATH [OPTION...]: store the response in $aside/body and check it
 ask() {
     local kind=$1 path=$2
     shift 2
@@ -44,11 +44,11 @@ base64 < "$image" | tr -d '\n' | sed 's/.*/{"image": "&"}/' > "$aside/one"
 ask $json /energy -H 'Content-Type: application/json' --data-binary @- < "$aside/one"; cat "$aside/body"; echo
 base64 < "$image" | tr -d '\n' | sed 's/.*/{"images": ["&", "&"]}/' > "$aside/two"
 ask $json /classify -H 'Content-Type: application/json' --data-binary @- < "$aside/two"; cat "$aside/body"; echo
-echo "# an image of class 3, and sixteen of them, large enough to look at"
+echo "# one image of class 3, and an enlarged grid of sixteen"
 ask image/png "/generate?class=3"; cp "$aside/body" generated.png
 ask image/png "/generate?class=3&n=16&scale=4&seed=7"; cp "$aside/body" generated-grid.png
 file generated.png generated-grid.png 2>/dev/null || ls -l generated.png generated-grid.png
-echo "# the same, watched while it is drawn"
+echo "# previews during generation, as server-sent events"
 : > "$aside/body"
 "${curl[@]}" -N "$url/generate?class=3&steps=20&stream=true" | awk '/^(event|data|:)/ {print substr($0, 1, 120); fflush()}'
 check text/event-stream

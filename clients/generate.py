@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw images of a class: `python clients/generate.py cat -n 16 -o cats.png [--url http://localhost:8000]`. Needs httpx2."""
+"""Generate images of a class: `python clients/generate.py cat -n 16 -o cats.png [--url http://localhost:8000]`. Needs httpx2."""
 
 import argparse
 import os
@@ -11,23 +11,23 @@ from typing import Any
 
 import httpx2
 
-# How an answer is read: the same lines in every client, each of which is one file to copy.
+# Reading a response. These lines are identical in all clients, so that each client is a single file to copy.
 TRIES = 5
 LONGEST = 30.0
-"""Seconds between two tries at most, whatever Retry-After says."""
+"""Longest pause between two tries, in seconds, even if Retry-After asks for more."""
 BUSY = (429, 502, 503, 504)
 
 
 class Refused(Exception):
-    """There is no answer to use: why, in one line, with the status where one came."""
+    """The server gave no usable answer; the message is one line, with the HTTP status if there was one."""
 
 
 class Unreachable(Refused):
-    """No answer came at all."""
+    """The server gave no answer at all."""
 
 
 def key(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the header with the key in LIT_SERVER_API_KEY, if there is one; a key that no header can carry ends the command."""
+    """Return the X-API-Key header from LIT_SERVER_API_KEY, if set; exit with an error if a header cannot carry the key."""
     said = os.environ.get("LIT_SERVER_API_KEY", "").strip()
     if not (said.isascii() and said.isprintable()):
         parser.error("LIT_SERVER_API_KEY has characters that are not printable ASCII: set it to the server's key")
@@ -35,10 +35,10 @@ def key(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def address(text: str) -> str:
-    """Return a server's address from the command line."""
+    """Return a server address given on the command line; raise ArgumentTypeError if it is invalid."""
     try:
         url = httpx2.URL(text)
-        url.raw_host.decode().encode("idna")  # as the socket will
+        url.raw_host.decode().encode("idna")  # as the socket will do
     except (httpx2.InvalidURL, UnicodeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
     if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
@@ -47,20 +47,21 @@ def address(text: str) -> str:
 
 
 def absent(client: httpx2.Client) -> str:
-    """Return why no server can be reached, or nothing when something answers, well or not."""
+    """Return why no server can be reached, or "" if anything answers, even with an error."""
     try:
         client.get("/health", timeout=10)
     except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
         return f"no server at {client.base_url} ({error}); start one with: make serve"
     except httpx2.RequestError:
-        return ""  # it is there; what else it does is said where it matters
+        return ""  # reachable; later requests report other errors
     return ""
 
 
 def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **request: Any) -> httpx2.Response:
-    """Return an answer of status 200; a busy server, or one that drops the connection, is asked again, ``tries`` times in all.
+    """Return a response of status 200; retry up to ``tries`` times if the server is busy or drops the connection.
 
-    Raises Refused for every other answer, redirects too: the key would go where they point. Raises Unreachable when none came.
+    Raises Refused for every other response, including redirects, because the key would be sent to their target.
+    Raises Unreachable if there was no response.
     """
     for attempt in range(1, tries + 1):
         wait = 2.0 ** (attempt - 2)
@@ -86,7 +87,7 @@ def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **
 
 
 def pause(after: str, otherwise: float) -> float:
-    """Return the seconds that Retry-After asks for, a number or a date, from 0 to LONGEST; ``otherwise`` when it says neither."""
+    """Return the pause in seconds that Retry-After (a number or a date) asks for, from 0 to LONGEST; ``otherwise`` if it is neither."""
     try:
         seconds = float(after)
     except ValueError:
@@ -98,7 +99,7 @@ def pause(after: str, otherwise: float) -> float:
 
 
 def reason(answer: httpx2.Response) -> str:
-    """Return why an answer is of no use, in one line: its status, and the server's own words where it has any."""
+    """Return why a response is unusable, in one line: its status and the server's message, if any."""
     status = f"HTTP {answer.status_code}"
     if answer.has_redirect_location:
         return one_line(f"{status}: moved to {answer.headers['location']}; give the new address as --url")
@@ -113,25 +114,25 @@ def reason(answer: httpx2.Response) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return ``text`` as one line of at most 300 characters that can be printed anywhere."""
+    """Return ``text`` as one line of at most 300 printable characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
 
 
 def named(file: Path) -> str:
-    """Return a file's name; bytes that are not UTF-8 as escapes."""
+    """Return a file's name, with bytes that are not UTF-8 as escapes."""
     return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
 def unwritten(error: OSError, output: Path | None = None) -> int:
-    """Say why ``output``, or standard output, cannot be written; return the exit code, 1."""
-    if output is None:  # Python would write what is left at its end, and fail again
+    """Print why ``output``, or standard output, cannot be written; return the exit code, 1."""
+    if output is None:  # otherwise Python flushes the rest at exit, and fails again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"cannot write {one_line(named(output)) if output else 'standard output'}: {error.strerror}", file=sys.stderr)
     return 1
 
 
 def draw(client: httpx2.Client, query: dict[str, Any]) -> httpx2.Response:
-    """Return an answer that is a PNG; raise Refused."""
+    """Return a response that holds a PNG; raise Refused for any other."""
     answer = ask(client, "GET", "/generate", params=query)
     if not answer.content.startswith(b"\x89PNG\r\n\x1a\n"):
         raise Refused(reason(answer))
@@ -139,17 +140,17 @@ def draw(client: httpx2.Client, query: dict[str, Any]) -> httpx2.Response:
 
 
 def main() -> int:
-    """Write one PNG (a grid); return 1 when the request was refused or something cannot be written, 2 when there is no server."""
+    """Write one PNG (a grid if n > 1); return 1 if the request was refused or the output cannot be written, 2 if there is no server."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("wanted", metavar="class", help="class index or name")
-    parser.add_argument("-n", type=int, default=1, help="how many")
-    parser.add_argument("-o", "--output", type=Path, default=Path("out.png"))
-    parser.add_argument("--steps", type=int, help="Langevin steps; the model's own number by default")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--scale", type=int, default=4, help="PNG pixels per image pixel (%(default)s)")
-    parser.add_argument("--url", type=address, default="http://localhost:8000")
-    parser.add_argument("--step-size", type=float, help="in pixel units of [0,1]; the model's own by default")
-    parser.add_argument("--temperature", type=float, help="noise variance in units of the model's own (1)")
+    parser.add_argument("-n", type=int, default=1, help="number of images (%(default)s)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="PNG file (%(default)s)")
+    parser.add_argument("--steps", type=int, help="Langevin steps (default: the model's own number)")
+    parser.add_argument("--seed", type=int, help="seed of the first image (default: random)")
+    parser.add_argument("--scale", type=int, default=4, help="enlargement: PNG pixels per image pixel (%(default)s)")
+    parser.add_argument("--url", type=address, default="http://localhost:8000", help="address of the server (%(default)s)")
+    parser.add_argument("--step-size", type=float, help="Langevin step size in pixel units of [0,1] (default: the model's own)")
+    parser.add_argument("--temperature", type=float, help="noise variance in units of the model's own (default: 1)")
     options = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     names = ("n", "scale", "steps", "seed", "step_size", "temperature")

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Screen a folder or a glob for suspicious pictures: `python clients/screen.py 'incoming/*.jpg' -o report.csv`.
+"""Screen a folder or a glob for suspicious images: `python clients/screen.py 'incoming/*.jpg' -o report.csv`.
 
-Sends images concurrently, writes file, class, label, probability, energy, p_value, suspicious, error to CSV, in the order of the
-files' names, one row a file: what is an image by its first bytes or by its suffix is sent, everything else is a row that says
-"skipped". Exit code: 0 nothing suspicious, 3 something is, 1 an image was refused or there was none, 2 no server. Needs httpx2, tqdm.
+Sends images concurrently and writes a CSV file with one row per file, sorted by file name: file, class, label, probability, energy,
+p_value, suspicious, error. Files that are images by their first bytes or by their suffix are sent; all other files get a row that
+says "skipped". Exit code: 0 nothing suspicious, 3 at least one suspicious image, 1 an image was refused or there was none, 2 no server.
+Needs httpx2, tqdm.
 """
 
 import argparse
@@ -29,23 +30,23 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", "
 SKIPPED = "skipped: "
 Row = dict[str, Any]
 
-# How an answer is read: the same lines in every client, each of which is one file to copy.
+# Reading a response. These lines are identical in all clients, so that each client is a single file to copy.
 TRIES = 5
 LONGEST = 30.0
-"""Seconds between two tries at most, whatever Retry-After says."""
+"""Longest pause between two tries, in seconds, even if Retry-After asks for more."""
 BUSY = (429, 502, 503, 504)
 
 
 class Refused(Exception):
-    """There is no answer to use: why, in one line, with the status where one came."""
+    """The server gave no usable answer; the message is one line, with the HTTP status if there was one."""
 
 
 class Unreachable(Refused):
-    """No answer came at all."""
+    """The server gave no answer at all."""
 
 
 def key(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the header with the key in LIT_SERVER_API_KEY, if there is one; a key that no header can carry ends the command."""
+    """Return the X-API-Key header from LIT_SERVER_API_KEY, if set; exit with an error if a header cannot carry the key."""
     said = os.environ.get("LIT_SERVER_API_KEY", "").strip()
     if not (said.isascii() and said.isprintable()):
         parser.error("LIT_SERVER_API_KEY has characters that are not printable ASCII: set it to the server's key")
@@ -53,10 +54,10 @@ def key(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def address(text: str) -> str:
-    """Return a server's address from the command line."""
+    """Return a server address given on the command line; raise ArgumentTypeError if it is invalid."""
     try:
         url = httpx2.URL(text)
-        url.raw_host.decode().encode("idna")  # as the socket will
+        url.raw_host.decode().encode("idna")  # as the socket will do
     except (httpx2.InvalidURL, UnicodeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
     if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
@@ -65,20 +66,21 @@ def address(text: str) -> str:
 
 
 def absent(client: httpx2.Client) -> str:
-    """Return why no server can be reached, or nothing when something answers, well or not."""
+    """Return why no server can be reached, or "" if anything answers, even with an error."""
     try:
         client.get("/health", timeout=10)
     except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
         return f"no server at {client.base_url} ({error}); start one with: make serve"
     except httpx2.RequestError:
-        return ""  # it is there; what else it does is said where it matters
+        return ""  # reachable; later requests report other errors
     return ""
 
 
 def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **request: Any) -> httpx2.Response:
-    """Return an answer of status 200; a busy server, or one that drops the connection, is asked again, ``tries`` times in all.
+    """Return a response of status 200; retry up to ``tries`` times if the server is busy or drops the connection.
 
-    Raises Refused for every other answer, redirects too: the key would go where they point. Raises Unreachable when none came.
+    Raises Refused for every other response, including redirects, because the key would be sent to their target.
+    Raises Unreachable if there was no response.
     """
     for attempt in range(1, tries + 1):
         wait = 2.0 ** (attempt - 2)
@@ -104,7 +106,7 @@ def ask(client: httpx2.Client, method: str, path: str, *, tries: int = TRIES, **
 
 
 def pause(after: str, otherwise: float) -> float:
-    """Return the seconds that Retry-After asks for, a number or a date, from 0 to LONGEST; ``otherwise`` when it says neither."""
+    """Return the pause in seconds that Retry-After (a number or a date) asks for, from 0 to LONGEST; ``otherwise`` if it is neither."""
     try:
         seconds = float(after)
     except ValueError:
@@ -116,7 +118,7 @@ def pause(after: str, otherwise: float) -> float:
 
 
 def reason(answer: httpx2.Response) -> str:
-    """Return why an answer is of no use, in one line: its status, and the server's own words where it has any."""
+    """Return why a response is unusable, in one line: its status and the server's message, if any."""
     status = f"HTTP {answer.status_code}"
     if answer.has_redirect_location:
         return one_line(f"{status}: moved to {answer.headers['location']}; give the new address as --url")
@@ -131,31 +133,31 @@ def reason(answer: httpx2.Response) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return ``text`` as one line of at most 300 characters that can be printed anywhere."""
+    """Return ``text`` as one line of at most 300 printable characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
 
 
 def named(file: Path) -> str:
-    """Return a file's name; bytes that are not UTF-8 as escapes."""
+    """Return a file's name, with bytes that are not UTF-8 as escapes."""
     return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
 def unwritten(error: OSError, output: Path | None = None) -> int:
-    """Say why ``output``, or standard output, cannot be written; return the exit code, 1."""
-    if output is None:  # Python would write what is left at its end, and fail again
+    """Print why ``output``, or standard output, cannot be written; return the exit code, 1."""
+    if output is None:  # otherwise Python flushes the rest at exit, and fails again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"cannot write {one_line(named(output)) if output else 'standard output'}: {error.strerror}", file=sys.stderr)
     return 1
 
 
-# How an image is read: the same lines in classify.py and screen.py.
+# Reading an image. These lines are identical in classify.py and screen.py.
 LARGEST = 16 * 2**20
-"""Bytes of an image at most: the server's limit."""
+"""Largest image in bytes: the server's limit."""
 
 
 def content(file: Path) -> bytes:
-    """Return an image's bytes; raise OSError, also for a pipe or a device, which may never end, and for more than LARGEST bytes."""
-    handed = file == Path("/dev/stdin") or file.parent in (Path("/dev/fd"), Path("/proc/self/fd"))  # by the shell, as <(…)
+    """Return an image's bytes; raise OSError, also for a pipe or a device (they may never end) and for more than LARGEST bytes."""
+    handed = file == Path("/dev/stdin") or file.parent in (Path("/dev/fd"), Path("/proc/self/fd"))  # the shell's <(…)
     if not handed and stat.S_IFMT(file.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
         raise OSError(errno.EINVAL, "neither a file nor a folder")
     with file.open("rb") as opened:
@@ -166,7 +168,7 @@ def content(file: Path) -> bytes:
 
 
 def find(patterns: list[str]) -> dict[Path, str]:
-    """Return the files that names, folders (searched through) and globs name, in name order, each with why it is not sent, or ""."""
+    """Return the files that paths, folders (searched recursively) and globs name, sorted, each with why it is not sent, or ""."""
     found: dict[Path, str] = {}
 
     def unreadable(error: OSError) -> None:
@@ -178,7 +180,7 @@ def find(patterns: list[str]) -> dict[Path, str]:
             found[Path(pattern)] = "no such file, and none matches"
         for path in map(Path, names):
             if not path.is_dir():
-                found[path] = "" if names == [pattern] else skipped(path)  # what is named is sent
+                found[path] = "" if names == [pattern] else skipped(path)  # a file named explicitly is always sent
             for folder, inner, files in os.walk(path, onerror=unreadable) if path.is_dir() else ():
                 links = [name for name in inner if Path(folder, name).is_symlink()]
                 found.update({Path(folder, name): f"{SKIPPED}a link to a folder; name it to search it" for name in links})
@@ -187,22 +189,22 @@ def find(patterns: list[str]) -> dict[Path, str]:
 
 
 def skipped(file: Path) -> str:
-    """Return why a file that was found, and not named, is not sent, or ""."""
+    """Return why a file found in a folder or by a glob is not sent, or ""."""
     if file.exists() and not file.is_file():
         return f"{SKIPPED}neither a file nor a folder"
     try:
         with file.open("rb") as opened:
             head = opened.read(16)
     except OSError:
-        return ""  # its row will say what is wrong
+        return ""  # its row will report the error
     if head.startswith(b"\x00\x05\x16\x07"):
-        return f"{SKIPPED}what macOS keeps beside a file"  # ._a.png
-    picture = is_picture(head) or file.suffix.lower() in SUFFIXES  # damaged ones too: the server says what is wrong with them
-    return "" if picture else f"{SKIPPED}no image, by its first bytes and by its suffix"
+        return f"{SKIPPED}a macOS metadata file"  # ._a.png
+    image = is_image(head) or file.suffix.lower() in SUFFIXES  # damaged ones too: the server reports what is wrong
+    return "" if image else f"{SKIPPED}no image, by its first bytes and by its suffix"
 
 
-def is_picture(head: bytes) -> bool:
-    """Return whether a file that begins so is a PNG, JPEG, GIF, TIFF, WebP, BMP, HEIC or AVIF."""
+def is_image(head: bytes) -> bool:
+    """Return whether a file that begins with ``head`` is a PNG, JPEG, GIF, TIFF, WebP, BMP, HEIC or AVIF."""
     return (
         head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\x00", b"MM\x00*"))
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
@@ -212,7 +214,7 @@ def is_picture(head: bytes) -> bool:
 
 
 def screen(client: httpx2.Client, file: Path, gone: Event) -> Row:
-    """Return one CSV row; while the server is ``gone``, each image is one try, so that a long list comes to its end."""
+    """Return one CSV row; while the server is ``gone``, each image gets a single try, so that a long list still ends."""
     row = {"file": named(file)}
     request: dict[str, Any] = {"headers": {"Content-Type": "application/octet-stream"}}
     try:
@@ -231,17 +233,17 @@ def screen(client: httpx2.Client, file: Path, gone: Event) -> Row:
 
 
 def main() -> int:
-    """Screen everything and write the report."""
+    """Screen all files and write the report; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("pictures", nargs="+", help="folders, files or quoted globs")
-    parser.add_argument("-o", "--output", type=Path, help="CSV file; standard output by default")
-    parser.add_argument("-j", "--jobs", type=int, default=8, help="requests at a time (%(default)s)")
-    parser.add_argument("--url", type=address, default="http://localhost:8000")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted globs")
+    parser.add_argument("-o", "--output", type=Path, help="CSV file (default: standard output)")
+    parser.add_argument("-j", "--jobs", type=int, default=8, help="concurrent requests (%(default)s)")
+    parser.add_argument("--url", type=address, default="http://localhost:8000", help="address of the server (%(default)s)")
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     sys.stdout.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]
-    files = find(options.pictures)
+    files = find(options.images)
     with httpx2.Client(base_url=options.url, timeout=60, headers=key(parser)) as client:
         if not all(files.values()) and (missing := absent(client)):
             print(missing, file=sys.stderr)
@@ -261,7 +263,7 @@ def main() -> int:
 
 
 def report(client: httpx2.Client, files: dict[Path, str], jobs: int, writer: "csv.DictWriter[str]") -> tuple[str, int]:
-    """Write the rows, and return how many there were of what, in words, and the exit code."""
+    """Write the rows; return a summary of the counts and the exit code."""
     gone = Event()
     sent = sum(not why for why in files.values())
     suspicious = refused = left_out = 0

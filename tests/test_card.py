@@ -65,8 +65,8 @@ def test_limits_stand_before_the_figures_and_say_what_is_inconvenient(readme):
     assert (
         readme.index("## Limits")
         < readme.index("## What energy is")
-        < readme.index("## What the bundled model reaches")
-        < readme.index("## Endpoints")
+        < readme.index("## Results of the bundled model")
+        < readme.index("## HTTP API")
     )
     limits = readme.split("## Limits")[1].split("\n## ")[0]
     for said in ("GPU", "blank pictures", "costs robustness", "max softmax", "no defence", "FID"):

@@ -1,8 +1,8 @@
-// Drives the page in a headless Chromium and prints, as one line of JSON, what it computed:
+// Drives the page in a headless Chromium and prints its results as one line of JSON:
 //   node check.mjs BUNDLE IMAGE [--chains FILE] [--steps 5] [--draw 12] [--rounds 30] [--shots FOLDER]
-// FILE is {label, z, chains}: where a chain of `label` starts from the normals `z`, and chains as the step graph names them, flat.
+// FILE is {label, z, chains}: the normals `z` that a chain of `label` starts from, and chains as flat arrays named as in the step graph.
 // Needs Node.js 20; CHROMIUM names the browser (default /usr/bin/chromium).
-// Exit code 1: an error that the page or its console tells, a failed request, another host.
+// Exit code 1: an error on the page or its console, a failed request, or a request to another host.
 import { createServer } from 'node:http';
 import { readFile } from 'node:fs/promises';
 import { extname, join, normalize } from 'node:path';
@@ -10,7 +10,7 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { chromium } from 'playwright-core';
 
-const { values: options, positionals: [bundle, picture] } = parseArgs({
+const { values: options, positionals: [bundle, image] } = parseArgs({
   allowPositionals: true,
   options: {
     chains: { type: 'string' },
@@ -20,7 +20,7 @@ const { values: options, positionals: [bundle, picture] } = parseArgs({
     shots: { type: 'string' },
   },
 });
-if (!picture) {
+if (!image) {
   console.error('usage: node check.mjs BUNDLE IMAGE [--chains FILE] [--steps 5] [--draw 12] [--rounds 30] [--shots FOLDER]');
   process.exit(2);
 }
@@ -42,7 +42,7 @@ const server = createServer(async (request, answer) => {
   }
 });
 
-/** Runs in the page: the very functions that its buttons use. */
+/** Runs in the page, with the functions that its buttons use. */
 async function compute({ given, steps, draw, rounds }) {
   const { classify, advance, start, place } = window.ebjdat;
   const integers = new Set(['label', 'key', 'step']);
@@ -50,7 +50,7 @@ async function compute({ given, steps, draw, rounds }) {
   const begun = given ? Object.fromEntries(Object.entries(given.chains).map(typed)) : await start(0, 0);
   const { chains, energies } = await advance(begun, steps);
   const one = await start(0, 0), again = await start(0, 0), other = await start(0, 1);
-  const time = async act => { // ms; the fastest is what a machine that does other things tells most truly
+  const time = async act => { // ms; on a busy machine the fastest is the most reliable
     const times = [];
     for (let round = -3; round < rounds; round++) {
       const begin = performance.now();
@@ -65,7 +65,7 @@ async function compute({ given, steps, draw, rounds }) {
     image: [...chains.image],
     step: Array.from(chains.step, Number),
     energies: energies.map(row => [...row]),
-    redrawn: [...(await advance(await start(1, 0), draw)).chains.image], // what was drawn on the canvas before
+    redrawn: [...(await advance(await start(1, 0), draw)).chains.image], // the image drawn on the canvas before
     place: given ? [...await place(given.label, Float32Array.from(given.z))] : [...one.image],
     seeds: { same: equal(one, again), other: equal(one, other) },
     timing: { classify_ms: await time(() => classify(one.image, 1)), step_ms: await time(() => advance(one, 1)), threads: 1, rounds },
@@ -98,7 +98,7 @@ try {
   const rgba = canvas => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data];
   const pixels = selector => page.locator(selector).evaluate(rgba);
 
-  await page.setInputFiles('#file', picture);
+  await page.setInputFiles('#file', image);
   await until('Classified');
   const seen = await pixels('#seen');
   const classified = await page.evaluate(async rgba => {
