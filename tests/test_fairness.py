@@ -152,17 +152,21 @@ def test_memory_and_time_do_not_grow_with_clients_that_have_left():
         else:
             queue.pop()
     assert len(queue._finished) + len(queue._order) + len(queue._clients) < 200
-    times = []
-    for n in (100, 10_000):
-        queue = FairQueue()
-        for i in range(n):
-            queue.push(f"client {i}", i)
+    assert best_of_ten(10_000) < 20 * best_of_ten(100)
+
+
+def best_of_ten(clients: int) -> float:
+    """Return the seconds that 100 items take through a queue of so many clients."""
+    queue, times = FairQueue(), []
+    for i in range(clients):
+        queue.push(f"client {i}", i)
+    for _ in range(10):
         began = time.perf_counter()
         for i in range(100):
             queue.pop()
             queue.push(f"client {i}", i)
         times.append(time.perf_counter() - began)
-    assert times[1] < 20 * times[0]
+    return min(times)
 
 
 @pytest.mark.parametrize("cost", [0, -1, float("nan"), float("inf")])
