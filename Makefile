@@ -1,11 +1,11 @@
 # `make serve` and `make test` do all the set-up. pip's environment variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, …) pass through.
 PYTHON ?= python3
-PORT ?= 8000
-HOST ?= 127.0.0.1
+PORT ?= $(or $(EBJDAT_PORT),8000)
+HOST ?= $(or $(EBJDAT_HOST),127.0.0.1)
 MODEL ?=
 # some shells and compilers export HOST as the name of the machine: ignore it
 ifeq ($(origin HOST),environment)
-HOST := $(if $(filter 127.0.0.1 localhost 0.0.0.0 ::,$(HOST)),$(HOST),127.0.0.1)
+HOST := $(if $(filter 127.0.0.1 localhost 0.0.0.0 ::,$(HOST)),$(HOST),$(or $(EBJDAT_HOST),127.0.0.1))
 endif
 VENV := .venv
 BIN := $(VENV)/bin

@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from ebjdat_serve.bundle import write_json
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.rows import Images
 from ebjdat_serve.scores import ood_score
+from ebjdat_serve.sentences import set_name
 from training.data.datasets import load
-from training.evaluate import load_flat, unflattened
 from training.evaluation.distances import frechet_distance, mmd
 from training.evaluation.extractors import RESNET20, opened
+from training.evaluation.landscape import clean_of
 from training.evaluation.metrics import auroc, average_precision, expected_calibration_error, fpr_at_95
 from training.evaluation.resnet20 import load_extractor
+from training.evaluation.result_cache import load_arrays
 
 Row = dict[str, Any]
 IMAGES = 2000
@@ -42,8 +45,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    arrays = unflattened(load_flat(options.evaluation / "arrays.npz"))
-    if "clean" not in arrays:
+    arrays = load_arrays(options.evaluation)
+    if clean_of(arrays) is None:
         sys.exit(f"{options.evaluation} holds no arrays: run python training/evaluate.py BUNDLE --part suspicion landscape")
     rows = [*separation(arrays), *calibration(arrays), *features()]
     for row in rows:
@@ -65,14 +68,17 @@ def compared(name: str, ours: float, other: float, n: int, library: str) -> Row:
     }
 
 
-def separation(arrays: dict[str, Any]) -> list[Row]:
+def separation(arrays: dict[Images, Any]) -> list[Row]:
     """Return AUROC, AUPR, FPR@95 and p-values of the energy on every set."""
-    clean = ood_score("energy", 0.0, arrays["clean"]["logits"])
+    images = clean_of(arrays)
+    assert images is not None
+    clean = ood_score("energy", 0.0, arrays[images]["logits"])
     metrics = pytorch_ood()
     rows = []
-    for name, found in arrays.items():
-        if name == "clean":
+    for each, found in arrays.items():
+        if each == images:
             continue
+        name = set_name(each)
         other = ood_score("energy", 0.0, found["logits"])
         value, truth, n = np.r_[clean, other], np.r_[np.zeros(len(clean)), np.ones(len(other))], len(clean) + len(other)
         rows.append(compared(f"auroc {name}", auroc(clean, other), roc_auc_score(truth, value), n, "scikit-learn"))
@@ -112,14 +118,16 @@ def pytorch_ood() -> Callable[[Tensor, Tensor], dict[str, float]] | None:
     return compute
 
 
-def calibration(arrays: dict[str, Any]) -> list[Row]:
+def calibration(arrays: dict[Images, Any]) -> list[Row]:
     """Return the ECE of clean images by torchmetrics."""
     if find_spec("torchmetrics") is None:
         print("torchmetrics: not compared, pip install torchmetrics", file=sys.stderr)
         return []
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    p, label = probabilities(arrays["clean"]["logits"], 1.0), arrays["clean"]["label"]
+    images = clean_of(arrays)
+    assert images is not None
+    p, label = probabilities(arrays[images]["logits"], 1.0), arrays[images]["label"]
     other = multiclass_calibration_error(torch.from_numpy(p), torch.from_numpy(label), num_classes=p.shape[1], n_bins=15, norm="l1")
     return [compared("ece_uncalibrated clean", expected_calibration_error(p, label), float(other), len(p), "torchmetrics")]
 
@@ -130,7 +138,6 @@ class Given(nn.Module):
     num_features = 64
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return what is given."""
         return features.flatten(1)
 
 

@@ -225,13 +225,13 @@ def random_bundle(folder: Path, depth: int, width: int) -> Bundle:
     """Return a bundle of the shipped one's shape whose network has another depth and width, its weights random: only time is measured."""
     from safetensors.torch import save_file
 
-    from ebjdat_serve.wideresnet import build
+    from ebjdat_serve.networks import architecture_of
 
     shipped = json.loads((SHIPPED / "bundle.json").read_text(encoding="utf-8"))
     architecture = {"family": "wideresnet", "depth": depth, "width": width}
     write_json(folder / "bundle.json", {**shipped, "name": f"random-{depth}-{width}", "architecture": architecture, "files": {}})
     torch.manual_seed(0)
-    save_file(build(depth, width, len(shipped["labels"])).state_dict(), folder / "weights.safetensors")
+    save_file(architecture_of(architecture).build(len(shipped["labels"])).state_dict(), folder / "weights.safetensors")
     bundle = Bundle.draft(folder).update("weights.safetensors")
     try:
         from export.to_onnx import export, write
@@ -265,7 +265,7 @@ def main() -> None:
             print(f"unmeasured: {row['name']}: {row['why']}")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     a = bundle.manifest.architecture
-    about = {"device": name, "threads": options.threads, "torch": torch.__version__, "network": f"WRN-{a.depth}-{a.width}"}
+    about = {"device": name, "threads": options.threads, "torch": torch.__version__, "network": f"WRN-{a['depth']}-{a['width']}"}
     if options.json:
         options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n", encoding="utf-8")
     if options.docs:

@@ -16,12 +16,16 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from ebjdat_serve.bundle import read_rows  # noqa: E402 (the checkout's)
+from ebjdat_serve.rows import FRESH, Row, rows_where  # noqa: E402
+
 EVALUATED = ("clean", "robustness", "generation")
 
 
@@ -73,15 +77,28 @@ BUDGET = 56.0
 """Passes of a row."""
 CONTROL, PREFIX = "pgd7", "wrn28-"
 """What differences are taken from, and how rows are called in benchmarks/models/."""
-COLUMNS = {
-    "accuracy_clean": "clean",
-    "accuracy_pgd20@l-inf 8/255": "PGD-20 8/255",
-    "paired accuracy_pgd20@l-inf 8/255": "minus control, paired",
-    "accuracy_apgd": "APGD-CE + APGD-T 8/255",
-    "kernel_distance_resnet20@fresh samples": "KID, ResNet-20",
-    "class_agreement_resnet20@fresh samples": "agreement, ResNet-20",
-    "energy_sd": "sd of E(x), nats",
-}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of the table: its heading, its metric and fields; ``paired``: its difference from the control."""
+
+    heading: str
+    metric: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    paired: bool = False
+
+
+EPS = {"norm": "linf", "eps": 8 / 255}
+COLUMNS = (
+    Column("clean", "accuracy_clean"),
+    Column("PGD-20 8/255", "accuracy_pgd20", EPS),
+    Column("minus control, paired", "accuracy_pgd20", EPS, paired=True),
+    Column("APGD-CE + APGD-T 8/255", "accuracy_apgd"),
+    Column("KID, ResNet-20", "kernel_distance_resnet20", {"dataset": FRESH}),
+    Column("agreement, ResNet-20", "class_agreement_resnet20", {"dataset": FRESH}),
+    Column("sd of E(x), nats", "energy_sd"),
+)
 
 
 @dataclass(frozen=True)
@@ -193,31 +210,28 @@ def halve(weights: Path, file: Path) -> None:
 
 def table(kept: Path) -> list[str]:
     """Return what was kept of the rows as Markdown, each beside its paired difference from the control, with a 95 % interval."""
-    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [f"| | {' | '.join(column.heading for column in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name in ENTRIES:
         folder = kept / f"{PREFIX}{name}"
         if (folder / "metrics.json").is_file():
-            rows = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            rows = read_rows(folder / "metrics.json")
             lines.append(f"| {name} | {' | '.join(cell(rows, column, folder, kept) for column in COLUMNS)} |")
     return lines
 
 
-def cell(rows: list[dict[str, Any]], column: str, folder: Path, kept: Path) -> str:
+def cell(rows: list[Row], column: Column, folder: Path, kept: Path) -> str:
     """Return one figure of a row, of the most images there are; empty where it was not measured."""
-    metric, _, where = column.partition("@")
-    paired = metric.startswith("paired ")
-    metric = metric.removeprefix("paired ")
-    found = [row for row in rows if row["metric"] == metric and where in f"{row['dataset']}, {row['protocol']}"]
+    found = rows_where(rows, column.metric, **column.fields)
     if not found:
         return ""
-    row = max(found, key=lambda row: int(row["n"]))
-    if paired:
+    row = max(found, key=lambda row: row.n)
+    if column.paired:
         if folder.name == f"{PREFIX}{CONTROL}":
             return ""
         files = (folder / "images.npz", kept / f"{PREFIX}{CONTROL}" / "images.npz")
-        return difference(*files, f"{metric} | {row['dataset']} | {row['protocol']}")
-    spread = " ± {:.2g}".format(row["stderr"]) if "stderr" in row else ""
-    return f"{row['value']:.4g}{spread}" + ("" if row["n"] == 10_000 else f" (n = {row['n']})")
+        return difference(*files, row.key)
+    spread = f" ± {row.stderr:.2g}" if row.stderr is not None else ""
+    return f"{row.value:.4g}{spread}" + ("" if row.n == 10_000 else f" (n = {row.n})")
 
 
 def difference(images: Path, control: Path, key: str) -> str:

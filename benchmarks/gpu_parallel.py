@@ -24,11 +24,12 @@ def work(method: str, network: list[int], batch: int, begin: float, seconds: flo
     import torch
 
     from benchmarks.train_step import Step, random_data
+    from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
     from training.presets import preset
 
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stage = replace(preset(method, "small"), depth=network[0], width=network[1], batch_size=batch)
+    stage = replace(preset(method, "small"), architecture=WideResNetArchitecture(*network), batch_size=batch)
     step = Step(stage, random_data(1024), device)
     step.step()
     if time.time() > begin:

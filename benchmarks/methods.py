@@ -2,7 +2,8 @@
 """Train every method on digits with three seeds and write docs/methods.md: `python benchmarks/methods.py`.
 
 Rows go to benchmarks/methods.json as they come, so that an interrupted comparison goes on where it stopped; --only NAME trains some
-again. Figures are of the test split, which no choice was made on. All methods see the same number of labelled images.
+again, --only alone writes the page. Figures are of the test split, which no choice was made on. All methods see the same number of
+labelled images.
 """
 
 import argparse
@@ -19,24 +20,30 @@ import torch
 
 from ebjdat_serve.bundle import sha256, write_json
 from ebjdat_serve.energy import energy
+from ebjdat_serve.networks import build
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.wideresnet import build
+from ebjdat_serve.rows import Images
+from ebjdat_serve.sentences import attack_words
+from training.config import describe, stages
 from training.data.datasets import Dataset, load
 from training.distributed import Noise
 from training.errors import TrainingError
 from training.evaluation.attacks import survivors
 from training.evaluation.rows import ball_of
 from training.loop.clock import Clock
+from training.loop.loop import train
 from training.loop.state import load_position, load_weights
 from training.methods.adversary import Attack, cross_entropy, pgd
 from training.overrides import MEASURED, override
-from training.presets import METHODS, describe, preset, stages
-from training.train import train
+from training.presets import METHODS, preset
 
 SEEDS = (0, 1, 2)
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 MARKERS = ("<!-- figures -->", "<!-- /figures -->")
-PROTOCOL = "PGD-20 on cross-entropy, l-inf 51/255, step eps/4, 1 random start, each iterate counts"
+ATTACK = Images(
+    dataset="digits", split="test", attack="pgd", norm="linf", eps=ball_of("digits").linf, objective="ce", steps=20, step_over_eps=0.25,
+    restarts=1, iterate="each",
+)  # fmt: skip
 
 
 def run(method: str, seed: int, data: Dataset) -> dict[str, Any]:
@@ -53,7 +60,7 @@ def run(method: str, seed: int, data: Dataset) -> dict[str, Any]:
             return {**row, "failed": str(error).split(":")[0], "seconds": time.process_time() - began}
         assert init is not None
         row |= {"seconds": time.process_time() - began, "rollbacks": load_position(init.with_name("state.pt")).rollbacks}
-        model = build(stage.depth, stage.width, len(data.names), load_weights(init)).requires_grad_(False)
+        model = build(stage.architecture, len(data.names), load_weights(init)).requires_grad_(False)
         return row | measure(model, data) | {"of": sha256(init)}
 
 
@@ -88,11 +95,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(measured: dict[str, Any]) -> str:
     """Return the comparison as Markdown."""
-    assert ball_of("digits").linf == 51 / 255
     keys = ("accuracy_clean", "accuracy_pgd20", "energy_gap_adv", "energy_gap_adv_over_sd")
     lines = [
         f"Test split of digits, n = 300, seeds {', '.join(map(str, SEEDS))}: mean (lowest to highest).",
-        f"{PROTOCOL}; gap = mean E(x_adv) - E(x).",
+        f"{attack_words(ATTACK)}; gap = mean E(x_adv) - E(x).",
         "",
         "| method | clean | PGD-20 | gap, nats | abs gap / sd E(x) | roll-backs | CPU minutes, one core |",
         "|---|---|---|---|---|---|---|",

@@ -8,6 +8,7 @@ AutoAttack must leave as many of the same 100 images as its independent implemen
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ import torch
 from ebjdat_serve.bundle import sha256, write_json
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.rows import Images, to_json
+from ebjdat_serve.sentences import protocol_words
 from training.data.datasets import data_root, load
 from training.errors import DataError
 from training.evaluate import work_root
 from training.evaluation.autoattack import APGD, AutoAttack
 from training.evaluation.crown import FILES, CrownResNet, load_crown
 from training.evaluation.evaluated_model import module_spec
-from training.evaluation.metrics import wilson
 from training.evaluation.result_cache import ResultCache
+from training.evaluation.rows import proportion
 from training.methods.adversary import Threat
 
 KNOWN = {"resnet2b": (0.6925, 0.550), "resnet4b": (0.7720, 0.609)}
@@ -45,23 +48,21 @@ def measure(name: str, n: int, few: int, processes: int) -> list[dict[str, Any]]
     ledger = ResultCache(work_root() / "chunks", spec, spec(), processes)
     image, label = to_unit(test.image), test.label
 
-    def row(metric: str, right: int, of_n: int, protocol: str) -> dict[str, Any]:
-        found = {"name": f"{metric} {name}", "value": right / of_n, "unit": "share", "n": of_n, "interval": list(wilson(right, of_n))}
-        print(f"{metric} {name}: {right / of_n:.4f} of {of_n}, {protocol}", flush=True)
-        return {**found, "protocol": protocol, "seed": 0, "of": of}
+    where = Images(dataset="cifar10", split="test")
+
+    def row(metric: str, right: int, of_n: int, images: Images = where, **more: Any) -> dict[str, Any]:
+        found = proportion(metric, right, of_n, images, of)
+        print(f"{metric} {name}: {found.value:.4f} of {of_n}, {protocol_words(found)}", flush=True)
+        return {"name": f"{metric} {name}", "unit": "share", "model": name, **more, **to_json(found)}
 
     clean = int((ledger.subject.logits(image).argmax(axis=1) == label).sum())
-    rows = [row("accuracy_clean", clean, len(label), "CIFAR-10 test")]
+    rows = [row("accuracy_clean", clean, len(label))]
     (found,) = ledger.run(f"APGD {name}", [(AutoAttack(THREAT, APGD), image[:n], label[:n])])
-    rows.append(
-        row(
-            "accuracy_apgd", int(found["standing"].sum()), n, f"APGD-CE and APGD-T, l-inf 2/255, first {n}; known: at most {KNOWN[name][1]}"
-        )
-    )
+    images = replace(where, attack="apgd", norm=THREAT.norm, eps=THREAT.eps)
+    rows.append(row("accuracy_apgd", int(found["robust_mask"].sum()), n, images, known_at_most=KNOWN[name][1]))
     (found,) = ledger.run(f"AutoAttack {name}", [(AutoAttack(THREAT), image[:few], label[:few])])
-    rows.append(
-        row("accuracy_autoattack", int(found["standing"].sum()), few, f"standard AutoAttack of pyautoattack, l-inf 2/255, first {few}")
-    )
+    images = replace(where, attack="autoattack", version="standard", norm=THREAT.norm, eps=THREAT.eps)
+    rows.append(row("accuracy_autoattack", int(found["robust_mask"].sum()), few, images, implementation="pyautoattack"))
     try:
         import torchattacks
     except ImportError:
@@ -70,7 +71,7 @@ def measure(name: str, n: int, few: int, processes: int) -> list[dict[str, Any]]
     attack = torchattacks.AutoAttack(model, norm="Linf", eps=THREAT.eps, version="standard", n_classes=10, seed=0)
     x, y = torch.from_numpy(image[:few]), torch.from_numpy(label[:few])
     left = int((model(attack(x, y)).argmax(dim=1) == y).sum())
-    rows.append(row("accuracy_autoattack_torchattacks", left, few, f"standard AutoAttack of torchattacks, l-inf 2/255, first {few}"))
+    rows.append(row("accuracy_autoattack_torchattacks", left, few, images, implementation="torchattacks"))
     return rows
 
 

@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ebjdat_serve.rows import KINDS, parse_row
+from ebjdat_serve.sentences import protocol_words
+from ebjdat_serve.server import settings
 from training.compare import markdown, read
 
 HERE = Path(__file__).parent
@@ -20,7 +23,8 @@ def main() -> None:
 
 
 def serving(text: str) -> str:
-    """Return ``text`` with the tables of classify_load.json and generate_load.json in their places."""
+    """Return ``text`` with the tables of classify_load.json and generate_load.json, and that of the settings, in their places."""
+    text = placed(text, "settings", settings.table())
     for name in ("classify", "generate"):
         text = placed(text, name, table(json.loads((HERE / f"{name}_load.json").read_text(encoding="utf-8"))))
     return text
@@ -30,7 +34,7 @@ def evaluation(text: str) -> str:
     """Return ``text`` with the tables of public_nets.json and crosscheck.json, and the comparison of the kept models, in their places."""
     public: list[Row] = json.loads((HERE / "public_nets.json").read_text(encoding="utf-8"))
     rows = [
-        f"| {row['name']} | {row['value']:.4f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}] | {row['n']} | {row['protocol']} |"
+        f"| {row['name']} | {row['value']:.4f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}] | {row['n']} | {public_protocol(row)} |"
         for row in public
     ]
     text = placed(text, "public", "\n".join(["| | value | n | protocol |", "|---|---|---|---|", *rows]))
@@ -38,6 +42,14 @@ def evaluation(text: str) -> str:
     rows = [f"| {row['name']} | {row['ours']:.6f} | {row['value']:.6f} | {row['n']} |" for row in checked]
     text = placed(text, "crosscheck", "\n".join(["| | ours | theirs | n |", "|---|---|---|---|", *rows]))
     return placed(text, "comparison", markdown([read(HERE / "models" / name) for name in MODELS]))
+
+
+def public_protocol(row: Row) -> str:
+    """Return how a figure of a public net was made, in words; the first n test images are attacked."""
+    said = protocol_words(parse_row({name: value for name, value in row.items() if name in KINDS}, row["name"]))
+    by = f", by {row['implementation']}" if "implementation" in row else ""
+    known = f"; known: at most {row['known_at_most']}" if "known_at_most" in row else ""
+    return f"{said}{by}, first {row['n']}{known}"
 
 
 def placed(text: str, name: str, content: str) -> str:

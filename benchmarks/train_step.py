@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from ebjdat_serve.energy import energy
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
+from training.config import Preset
 from training.data.datasets import Dataset
 from training.data.image_folders import Split
 from training.distributed import Ranks
-from training.loop.run_log import read
+from training.loop.loop import descend
+from training.loop.run_log import scalars
 from training.loop.start import new_state, precision
 from training.loop.stream import Stream
 from training.methods import StepContext
@@ -34,8 +36,7 @@ from training.methods.adversary import cross_entropy
 from training.methods.ebjdat import EbJdat, alignment, classification
 from training.methods.jem import generative, penalty
 from training.methods.replay import Starts, fit_prior
-from training.presets import METHODS, Preset, preset
-from training.train import descend
+from training.presets import METHODS, preset
 
 Row = dict[str, Any]
 FLOOR = 400e12  # floating-point operations a second, bf16, that an epoch is compared with
@@ -66,7 +67,7 @@ class Baseline:
         self.method = p.method
         torch.manual_seed(0)
         layout = torch.channels_last if "channels_last" in self.changes else torch.contiguous_format
-        self.model = WideResNet(p.depth, p.width, classes).to(self.device, memory_format=layout).eval()  # type: ignore[call-overload]
+        self.model = p.architecture.build(classes).to(self.device, memory_format=layout).eval()  # type: ignore[call-overload]
         self.model.autocast = torch.bfloat16 if "bf16" in self.changes else None
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, nesterov=True, weight_decay=5e-4)
         self.starts = Starts(fit_prior(self.data.train, classes, p.prior_rank), (3, *self.data.train.image.shape[1:3]), self.device)
@@ -139,12 +140,12 @@ class Step:
         marks = [("", self.clock())]
         plain = self.stream.batch(self.count % self.stream.steps_per_epoch)
         marks.append(("data and augmentation", self.clock()))
-        batch = p.method.solve(state.model, plain, state.memory, now)
+        batch = p.method.solve(state.model, plain, state.method_state, now)
         marks.append(("inner problem", self.clock()))
-        terms = descend(state.model, lambda: p.method.loss(state.model, batch, state.memory, now), p, 0.5)
+        terms = descend(state.model, lambda: p.method.loss(state.model, batch, state.method_state, now), p, 0.5)
         marks.append(("loss and gradient", self.clock()))
         length = torch.nn.utils.clip_grad_norm_(state.model.parameters(), p.gradient_clip or math.inf)
-        read(terms, length, Ranks())
+        scalars(terms, length, Ranks())
         state.optimiser.step()
         state.update_ema(p.ema)
         marks.append(("optimiser, average, log", self.clock()))
@@ -211,7 +212,7 @@ def operations(stage: Preset, images: int) -> float:
     """Return the floating-point operations of one EB-JDAT epoch: forward 1, input gradient 2, training pass 3 forwards' worth."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = WideResNet(stage.depth, stage.width, 10).eval()
+    model = stage.architecture.build(10).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 32, 32))
     m = stage.method
@@ -235,7 +236,7 @@ def main() -> None:
     data = random_data()
 
     def sized(stage: Preset) -> Preset:
-        return replace(stage, depth=options.network[0], width=options.network[1])
+        return replace(stage, architecture=WideResNetArchitecture(*options.network))
 
     stage = sized(preset("ebjdat-aligned-jem++", "small"))  # K = 5, 5 attack steps, no SAM
     rows: list[Row] = []

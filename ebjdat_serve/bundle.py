@@ -9,16 +9,17 @@ selftest.safetensors eight images and what torch said of them   bundle.json.sig 
 import hashlib
 import json
 import math
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.graphs import check_graph
 from ebjdat_serve.precision import check
+from ebjdat_serve.rows import Row, parse_rows, to_json
 from ebjdat_serve.scores import SCORES
 from ebjdat_serve.sgld import Sampler
 
@@ -31,15 +32,6 @@ GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
 SERVED = ("weights.safetensors", "prior.safetensors", *GRAPHS, "calibration.json", "selftest.safetensors")
 EVIDENCE = ("metrics.json", "README.md", "samples.png", "landscape.png", "baseline.json")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Which network the weights belong to."""
-
-    family: str
-    depth: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ class Manifest:
 
     name: str
     version: str
-    architecture: Architecture
+    architecture: dict[str, Any]  # family and the family's own sizes: ebjdat_serve.networks reads them
     labels: list[str]
     input: Input
     sampler: Sampler
@@ -143,6 +135,8 @@ class Bundle:
         strange = [name for name in manifest.files if Path(name).name != name]
         if strange:
             raise BundleError(f"{path / MANIFEST}: {strange[0]!r} is not a plain file name")
+        if not isinstance(manifest.architecture.get("family"), str):
+            raise BundleError(f"{path / MANIFEST}: architecture must name the network's family")
         for what in (manifest.name, manifest.version):
             if not NAME.fullmatch(what):
                 raise BundleError(f"{path / MANIFEST}: {what[:40]!r} is no name or version: letters, digits and . _ + - after the first")
@@ -205,11 +199,10 @@ class Bundle:
     def calibrations(self) -> list[Calibration]:
         """Return every precision's calibration, stale or not, in the file's order."""
         file = self.path / "calibration.json"
-        rows = read_rows(file) if file.is_file() else []
-        by_energy = [
-            {"score": "energy", "weight": 0.0, "scores": row.get("energies", []), **row} for row in rows
-        ]  # what older bundles meant
-        return [parse(Calibration, row, "calibration.json") for row in by_energy]
+        found = read_json(file) if file.is_file() else []
+        if not isinstance(found, list):
+            raise BundleError(f"{file} must be a list of calibrations")
+        return [parse(Calibration, calibration, "calibration.json") for calibration in found]
 
     def calibration(self, precision: str = "fp32") -> Calibration:
         """Return the calibration of ``precision``; raise BundleError when there is none or it was measured on another graph."""
@@ -229,8 +222,8 @@ class Bundle:
             raise BundleError(f"{self.path / 'calibration.json'}: score must be one of {', '.join(SCORES)}, and the temperature positive")
         return found
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.json, an empty list when it was never evaluated."""
+    def metrics(self) -> list[Row]:
+        """Return the rows of metrics.json, an empty list when it was never evaluated; raise BundleError for what is no row."""
         file = self.path / "metrics.json"
         return read_rows(file) if file.is_file() else []
 
@@ -242,6 +235,12 @@ class Bundle:
         manifest = replace(self.manifest, files=dict(sorted(files.items())), **changes)
         write_json(self.path / MANIFEST, asdict(manifest))
         return Bundle(self.path, manifest, sha256(self.path / MANIFEST))
+
+
+def network_name(architecture: Mapping[str, Any]) -> str:
+    """Return family and sizes in a word or two: wideresnet 16-2."""
+    sizes = "-".join(str(value) for name, value in architecture.items() if name != "family")
+    return f"{architecture['family']} {sizes}".strip()
 
 
 def graph_name(function: str, precision: str) -> str:
@@ -296,12 +295,14 @@ def read_json(file: Path) -> Any:
     return parse_json(read_bytes(file), file)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Return the parsed file; raise BundleError when it is not a list of objects."""
-    rows = read_json(file)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise BundleError(f"{file} must be a list of objects")
-    return rows
+def read_rows(file: Path) -> list[Row]:
+    """Return the rows of a metrics.json; raise BundleError that names the file, the row and the key of what is none."""
+    return parse_rows(read_json(file), file)
+
+
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
+    """Write rows as a metrics.json."""
+    write_json(file, [to_json(row) for row in rows])
 
 
 def read_bytes(file: Path) -> bytes:
@@ -323,7 +324,6 @@ def parse_json(content: bytes, file: Path) -> Any:
 
 
 def write_json(file: Path, data: Mapping[str, Any] | list[Any]) -> None:
-    """Write ``data`` indented, aside and renamed, so that a reader never sees half a file."""
-    aside = file.with_name(f".{file.name}.part")
-    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    """Write ``data`` indented; a reader never sees half a file."""
+    with replacing(file) as aside:
+        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,9 @@
 """The bundle in words: the summary that `inspect` prints and the model card that the bundle carries, both from its JSON."""
 
-from typing import Any
-
-from ebjdat_serve.bundle import Bundle, Manifest
+from ebjdat_serve.bundle import Bundle, Manifest, network_name
+from ebjdat_serve.rows import Row
+from ebjdat_serve.sentences import data_words, protocol_words
 from ebjdat_serve.store import reason_held_back
-
-Row = dict[str, Any]
 
 
 def summary(bundle: Bundle) -> str:
@@ -14,7 +12,7 @@ def summary(bundle: Bundle) -> str:
     lines = [
         f"{m.name}@{m.version}",
         f"  path          {bundle.path}",
-        f"  architecture  {m.architecture.family} {m.architecture.depth}-{m.architecture.width}, input {m.input.height} x {m.input.width}",
+        f"  architecture  {network_name(m.architecture)}, input {m.input.height} x {m.input.width}",
         f"  labels        {', '.join(m.labels)}",
         f"  sampler       {s.steps} steps of {s.step_size}, gradient clip {s.grad_clip}, noise {s.noise_std}",
         f"  trained       preset {p.preset}, seed {p.seed}, {p.dataset}, git {p.git[:12]}, {p.started}",
@@ -32,7 +30,7 @@ def summary(bundle: Bundle) -> str:
     rows = bundle.metrics()
     if rows:
         lines.append("  metrics")
-        lines += [f"    {row['metric']:32}{figure(row):>24}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}" for row in rows]
+        lines += [f"    {row.metric:32}{figure(row):>24}  n = {row.n:<6} {data_words(row)}: {protocol_words(row)}" for row in rows]
     return "\n".join(lines)
 
 
@@ -54,12 +52,12 @@ def retitled(bundle: Bundle, version: str) -> Bundle:
 
 def figure(row: Row) -> str:
     """Return a value with its interval or standard error, as text."""
-    text = f"{row['value']:.4g}"
-    if "interval" in row:
-        low, high = (0.0 if abs(bound) < 1e-9 else bound for bound in row["interval"])
+    text = f"{row.value:.4g}"
+    if row.interval is not None:
+        low, high = (0.0 if abs(bound) < 1e-9 else bound for bound in row.interval)
         text += f" [{low:.3g}, {high:.3g}]"
-    elif "stderr" in row:
-        text += f" ± {row['stderr']:.2g}"
+    elif row.stderr is not None:
+        text += f" ± {row.stderr:.2g}"
     return text
 
 
@@ -72,11 +70,11 @@ def table(rows: list[Row], baseline: list[Row]) -> str:
     for row in rows:
         beside = known.get(key(row))
         other = [figure(beside) if beside else ""] if paired else []
-        cells = (row["metric"], figure(row), *other, row["n"], row["dataset"], f"{row['protocol']}, seed {row['seed']}")
+        cells = (row.metric, figure(row), *other, row.n, data_words(row), f"{protocol_words(row)}; seed {row.seed}".removeprefix("; "))
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def key(row: Row) -> tuple[str, str, str, int]:
-    """Return what makes two rows the same measurement of two models."""
-    return row["metric"], row["dataset"], row["protocol"], row["n"]
+def key(row: Row) -> tuple[str, int]:
+    """Return what makes two rows the same measurement of two models, on as many images."""
+    return row.key, row.n

@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -11,9 +13,10 @@ from typing import get_args
 from ebjdat_serve import __version__, logs
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.console import advice, flush, parser_of, unread
-from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
+
+SERVE_EPILOG = "Each option has an environment variable, EBJDAT_ and its name: EBJDAT_PORT for --port. An option wins over its variable."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,45 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True)
 
-    from ebjdat_serve.server.settings import SHIPPED, TIMES, Settings
+    from ebjdat_serve.server.settings import SHIPPED, add_arguments
 
-    default = Settings()
-    serve_parser = commands.add_parser("serve", help="serve a bundle, or a store of them, over HTTP")
-    serve_parser.add_argument("model", nargs="?", type=Path, default=SHIPPED, help="bundle or store; the shipped CIFAR-10 model by default")
-    serve_parser.add_argument(
-        "--host", default=default.host, choices=("127.0.0.1", "localhost", "0.0.0.0", "::"), help="%(default)s by default"
+    serve_parser = commands.add_parser(
+        "serve", help="serve a bundle, or a store of them, over HTTP", usage="ebjdat-serve serve [OPTIONS] [MODEL]", epilog=SERVE_EPILOG
     )
-    serve_parser.add_argument("--port", default=default.port, type=int, help="%(default)s by default")
-    serve_parser.add_argument("--engine", default=default.engine, choices=get_args(EngineKind))
-    serve_parser.add_argument("--device", default=default.device, choices=get_args(Device), help="auto: CUDA where it is, never TensorRT")
-    serve_parser.add_argument(
-        "--precision", default=default.precision, choices=get_args(Precision), help="%(default)s by default; bf16 is the torch engine's"
-    )
-    serve_parser.add_argument("--alpha", default=default.alpha, type=float, help="p-values below it are suspicious (%(default)s)")
-    serve_parser.add_argument("--threads", default=max(1, cpus() // 2), type=int, help="threads of each worker (%(default)s)")
-    serve_parser.add_argument(
-        "--max-steps",
-        default=0,
-        type=int,
-        help="most Langevin steps of a chain; the bundle's own number, its sampler's horizon, by default",
-    )
-    for name in ("classify-workers", "generate-workers"):
-        value = getattr(default, name.replace("-", "_"))
-        zero = "; 0: no /generate" if name.startswith("generate") else ""
-        serve_parser.add_argument(f"--{name}", default=value, type=int, help=f"processes (%(default)s){zero}")
-    serve_parser.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="KEY.pub.pem",
-        help="serve only bundles signed by this key; may be repeated",
-    )
-    for name, said in TIMES.items():
-        option = f"--{name.replace('_', '-')}"
-        serve_parser.add_argument(option, default=getattr(default, name), type=float, metavar="SECONDS", help=f"{said} (%(default)g)")
-    serve_parser.add_argument("--log", default=default.log, choices=get_args(logs.Style), help=logs.STYLE)
-    serve_parser.add_argument("--stock", action="store_true", help="by LitServe's own routes, queues and loops; see docs/decisions/0004")
+    add_arguments(serve_parser)
     serve_parser.set_defaults(command=serve)
 
     for name, command, text in (
@@ -113,31 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    logs.configure(options.log)
     from ebjdat_serve.server import litserve_adapter
     from ebjdat_serve.server.app import build_server
-    from ebjdat_serve.server.settings import TIMES, Settings
+    from ebjdat_serve.server.settings import settings_of
 
-    settings = Settings(
-        model=options.model,
-        host="127.0.0.1" if options.host == "localhost" else options.host,
-        port=options.port,
-        engine=options.engine,
-        device=options.device,
-        precision=options.precision,
-        alpha=options.alpha,
-        threads=options.threads,
-        trust=tuple(options.trust),
-        max_steps=options.max_steps,
-        classify_workers=options.classify_workers,
-        generate_workers=options.generate_workers,
-        **{name: getattr(options, name) for name in TIMES},
-        log=options.log,
-    )
+    settings = settings_of(options, os.environ)
+    if settings.host == "localhost":
+        settings = replace(settings, host="127.0.0.1")  # LitServe takes addresses alone
+    options.log = settings.log  # main() reports errors there
+    logs.configure(settings.log)
     litserve_adapter.check_address(settings.host, settings.port)
-    logs.announce(options.log, f"starting {settings.model}")
-    if options.stock:
-        if options.log == "json":
+    logs.announce(settings.log, f"starting {settings.model}")
+    if settings.stock:
+        if settings.log == "json":
             raise EbjdatError("--stock logs as LitServe does: leave out --log json, or --stock")
         from ebjdat_serve.server import stock
 
@@ -145,8 +103,8 @@ def serve(options: argparse.Namespace) -> None:
         return
     server, model = build_server(settings)
     url = f"http://{'localhost' if settings.host == '::' else settings.host}:{settings.port}"
-    greeting = partial(logs.announce, options.log, f"{model} on {url} (docs: {url}/docs); Ctrl-C ends", model=model, url=url)
-    litserve_adapter.run(server, settings.host, settings.port, greeting)
+    greeting = partial(logs.announce, settings.log, f"{model} on {url} (docs: {url}/docs); Ctrl-C ends", model=model, url=url)
+    litserve_adapter.run(server, settings, greeting)
 
 
 def publish(options: argparse.Namespace) -> None:

@@ -17,7 +17,6 @@ class JsonLines(logging.Formatter):
     """A record as a JSON object: time (UTC), level, logger, message, the fields it was given, and the traceback of an exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line."""
         row: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

@@ -2,12 +2,11 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.rows import Row
 
 LOWER = ("fp16", "bf16", "int8")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,22 +29,20 @@ LEAST = {"accuracy_pgd20_transfer_drop": FEWEST_ATTACKED, "accuracy_square_drop"
 
 
 def rows_of(rows: Iterable[Row], precision: str) -> list[Row]:
-    """Return the rows that speak of ``precision``: their metric ends in its name."""
-    return [row for row in rows if row["metric"].endswith(f"_{precision}")]
+    """Return the rows that speak of ``precision``."""
+    return [row for row in rows if row.precision == precision]
 
 
 def check(rows: Iterable[Row], precision: str, of: Collection[str], limits: Limits = LIMITS) -> None:
     """Raise BundleError unless every figure of ``precision``, measured on one of ``of``, is there, within its limit, of enough images."""
-    found = {row["metric"]: row for row in rows_of(rows, precision) if row["of"] in of}
+    found = {row.metric: row for row in rows_of(rows, precision) if row.of in of}
     for name, limit in asdict(limits).items():
         row = found.get(f"{name}_{precision}")
         if row is None:
             raise BundleError(
                 f"precision {precision} has no figure {name}_{precision} of the graph that is there: training/precision.py measures it"
             )
-        if row["n"] < LEAST.get(name, FEWEST):
-            raise BundleError(
-                f"precision {precision} is refused: {name} rests on {row['n']} images, {LEAST.get(name, FEWEST)} are the fewest"
-            )
-        if not row["value"] <= limit:
-            raise BundleError(f"precision {precision} is refused: {name} is {row['value']:.4g} (n = {row['n']}), the limit is {limit:g}")
+        if row.n < LEAST.get(name, FEWEST):
+            raise BundleError(f"precision {precision} is refused: {name} rests on {row.n} images, {LEAST.get(name, FEWEST)} are the fewest")
+        if not row.value <= limit:
+            raise BundleError(f"precision {precision} is refused: {name} is {row.value:.4g} (n = {row.n}), the limit is {limit:g}")

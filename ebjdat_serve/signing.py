@@ -10,7 +10,6 @@ Keys are PEM files as OpenSSL writes them:
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, read_bytes
 from ebjdat_serve.errors import BundleError, EbjdatError
 
@@ -32,10 +32,10 @@ def sign(folder: Path, key: Path) -> Path:
         raise EbjdatError(f"{key} cannot be read as a private key without password: {error}") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise EbjdatError(f"{key} is not an ed25519 key: openssl genpkey -algorithm ed25519 -out NEW.pem makes one")
-    file, aside = folder / SIGNATURE, folder / f".{SIGNATURE}.part"
+    file = folder / SIGNATURE
     try:
-        aside.write_bytes(private.sign((folder / MANIFEST).read_bytes()))
-        os.replace(aside, file)
+        with replacing(file) as aside:
+            aside.write_bytes(private.sign((folder / MANIFEST).read_bytes()))
     except OSError as error:
         raise EbjdatError(f"{file} cannot be written: {error.strerror}") from error
     return file

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, read_json, write_json
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import alone
@@ -164,9 +165,8 @@ def _copy(bundle: Bundle, home: Path, beside: dict[str, Any] | None = None) -> N
 
 def _copy_signature(source: Path, target: Path) -> None:
     if (source / SIGNATURE).is_file() and source.resolve() != target.resolve():
-        aside = target / f".{SIGNATURE}.part"
-        shutil.copyfile(source / SIGNATURE, aside)
-        os.replace(aside, target / SIGNATURE)
+        with replacing(target / SIGNATURE) as aside:
+            shutil.copyfile(source / SIGNATURE, aside)
 
 
 def _point(store: Path, name: str) -> None:
@@ -174,15 +174,10 @@ def _point(store: Path, name: str) -> None:
     if before == name:
         return
     if before:
-        _link(store / PREVIOUS, before)
-    _link(store / CURRENT, name)
-
-
-def _link(link: Path, target: str) -> None:
-    aside = link.with_name(f".{link.name}-new")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target)
-    os.replace(aside, link)
+        with replacing(store / PREVIOUS) as link:
+            link.symlink_to(before)
+    with replacing(store / CURRENT) as link:
+        link.symlink_to(name)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.engines import Floats
@@ -16,12 +16,3 @@ def write_selftest(bundle: Bundle, image: Floats) -> None:
     label = np.arange(-1, len(image) - 1, dtype=np.int64)
     expected = {"image": image, "label": label, **answers(engine, image, label)}
     save_file({name: np.ascontiguousarray(value) for name, value in expected.items()}, bundle.path / "selftest.safetensors")
-
-
-def renew_selftest(bundle: Bundle) -> Bundle:
-    """Return ``bundle`` with a self-test of this version: one made by an earlier version is made anew on its own images."""
-    file = bundle.path / "selftest.safetensors"
-    if not file.is_file() or "moved" in (found := load_file(file)):
-        return bundle
-    write_selftest(bundle, found["image"])
-    return bundle.update(file.name)

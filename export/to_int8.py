@@ -28,7 +28,6 @@ class Batches(CalibrationDataReader):  # type: ignore[misc]
         self._parts: Iterator[Floats] = (image[i : i + BATCH] for i in range(0, len(image), BATCH))
 
     def get_next(self) -> dict[str, Floats] | None:
-        """Return the next batch, or None."""
         part = next(self._parts, None)
         return None if part is None else {"image": part}
 

@@ -23,16 +23,14 @@ import onnx
 import torch
 from onnx_ir.passes import Sequential, common
 from onnxscript import optimizer
-from safetensors.torch import load_file
 
 from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import Precision
+from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.wideresnet import build
-from export.reference import renew_selftest
 from export.tracing import Classify, Function, Score, Step, program
 
 log = logging.getLogger("export")
@@ -52,7 +50,7 @@ KEEP = ("Transpose", "Slice", "Add", "Sub", "Mul", "Div", "Sqrt", "Unsqueeze", "
 
 def export(bundle: Bundle) -> Bundle:
     """Write the graphs into ``bundle`` and record them; raise EbjdatError when a constant is not in the weights file."""
-    bundle = renew_selftest(without_strangers(bundle))
+    bundle = without_strangers(bundle)
     return bundle.update(*(write(bundle, function, "fp32") for function in KINDS))
 
 
@@ -73,8 +71,7 @@ def write(bundle: Bundle, function: str, precision: Precision) -> str:
     """Write the graph of one function, its blocks in fp32 or fp16, everything outside them in fp32, and return the file's name."""
     kind, file = KINDS[function], graph_name(function, precision)
     m = bundle.manifest
-    model = build(m.architecture.depth, m.architecture.width, len(m.labels), load_file(bundle.path / "weights.safetensors"))
-    model.requires_grad_(False)
+    model = load_model(bundle)
     inputs, outputs = NAMES[kind]
     n = 2
     example = {

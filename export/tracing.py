@@ -9,10 +9,9 @@ from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ebjdat_serve.energy import energy, score
-from ebjdat_serve.folding import folded
+from ebjdat_serve.networks import Network
 from ebjdat_serve.noise import normal
 from ebjdat_serve.sgld import Sampler, langevin_step
-from ebjdat_serve.wideresnet import WideResNet
 
 aten = torch.ops.aten
 BATCH = torch.export.Dim("batch", min=1, max=4096)
@@ -21,7 +20,7 @@ BATCH = torch.export.Dim("batch", min=1, max=4096)
 class Function(nn.Module):
     """What one graph computes; blocks in ``dtype``, everything outside them in fp32."""
 
-    def __init__(self, model: WideResNet, dtype: torch.dtype) -> None:
+    def __init__(self, model: Network, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
 
@@ -30,7 +29,7 @@ class Classify(Function):
     """image -> f(x), E(x); in fp32 norm after norm as the model is written, which engines fold and quantisation needs whole."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(image) if self.dtype == torch.float32 else folded(self.model, self.dtype)(image)
+        logits = self.model(image) if self.dtype == torch.float32 else self.model.folded(self.dtype)(image)
         return logits, energy(logits)
 
 
@@ -38,7 +37,7 @@ class Score(Function):
     """image, label -> -dE(x,y)/dx, E(x,y); label -1 is the marginal."""
 
     def forward(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        return score(folded(self.model, self.dtype), image, label)
+        return score(self.model.folded(self.dtype), image, label)
 
 
 class Step(Function):
@@ -47,7 +46,7 @@ class Step(Function):
     def forward(
         self, image: Tensor, label: Tensor, key: Tensor, step: Tensor, step_size: Tensor, grad_clip: Tensor, noise_std: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gradient, energies = score(folded(self.model, self.dtype), image, label)
+        gradient, energies = score(self.model.folded(self.dtype), image, label)
         each = [value.reshape(-1, 1, 1, 1) for value in (step_size, grad_clip, noise_std)]
         noise = normal(key, step, (3, int(image.shape[2]), int(image.shape[3])))
         moved = langevin_step(image, gradient, noise, Sampler(1, *each))  # type: ignore[arg-type]

@@ -21,9 +21,9 @@ from benchmarks.load import descendants, free_port
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.cpus import cpus
+from ebjdat_serve.networks.wideresnet import WideResNet
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.store import publish
-from ebjdat_serve.wideresnet import WideResNet
 from training.data.datasets import data_root
 
 try:

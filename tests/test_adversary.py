@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebjdat_serve.energy import energy, joint_energy
-from ebjdat_serve.folding import folded
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks.wideresnet import WideResNet
 from training.distributed import Noise
 from training.evaluation.attacks import survivors
 from training.evaluation.autoattack import AutoAttack
@@ -143,10 +142,10 @@ def test_autoattack_runs_stays_in_its_ball_and_leaves_less_than_clean():
     image = torch.rand(4, 3, 8, 8)
     label = net(image).argmax(dim=1)
     found = AutoAttack(Threat("linf", 0.3)).run(open_module("net", net, ""), image.numpy(), label.numpy())
-    assert found["standing"].sum() < 4
+    assert found["robust_mask"].sum() < 4
     with torch.no_grad():
         right = found["logits"].argmax(axis=1) == label.numpy()
-    assert (right == found["standing"]).all()
+    assert (right == found["robust_mask"]).all()
     assert any(note.startswith("apgd-ce left") for note in found["notes"])
 
 
@@ -163,7 +162,7 @@ def test_folded_norms_are_the_same_function_with_the_same_gradient(depth, image)
                 module.bias.normal_()
     net.eval().requires_grad_(False)
     x, y = image.clone().requires_grad_(), image.clone().requires_grad_()
-    f, g = net(x), folded(net)(y)
+    f, g = net(x), net.folded()(y)
     torch.testing.assert_close(g, f, rtol=1e-4, atol=1e-4)
     f.square().sum().backward()
     g.square().sum().backward()

@@ -16,6 +16,7 @@ import pytest
 from ebjdat_serve import cli, console, install
 from ebjdat_serve.errors import BundleError, EbjdatError, EngineError
 from ebjdat_serve.server import litserve_adapter
+from ebjdat_serve.server.settings import SETTINGS
 from tests.conftest import ROOT
 from training.errors import DataError
 
@@ -109,6 +110,69 @@ def test_every_option_that_a_text_names_is_one_of_the_command_that_it_names(pars
                         wrong.append(f"{name}:{line}: {found['flag']} in {text!r}")
     assert not wrong
     assert seen > 40
+
+
+def test_every_help_names_options_of_its_own_command(parsers):
+    for name, parser in parsers.items():
+        for action in parser._actions:
+            for flag in re.findall(r"--[a-z][a-z-]+", action.help or ""):
+                assert flag in flags(parser), f"{name}: {flag} in the help of {action.dest}"
+
+
+VARIABLE = re.compile(r"EBJDAT_[A-Z_]+[A-Z]")
+FOLDERS = {"EBJDAT_DATA", "EBJDAT_RUNS", "EBJDAT_CACHE"}
+"""Variables that are no settings of the server: folders.py reads them."""
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Dockerfile", "Makefile")] + sorted(
+    (ROOT / "docs").rglob("*.md")
+)
+ELSEWHERE = {
+    "--data-binary": "curl", "--strict": "mypy", "--nproc-per-node": "torchrun", "--prefix": "npm", "--dist": "pytest", "--user": "docker",
+}  # fmt: skip
+"""Options in documents of programs that are not ours, which the same line names."""
+
+
+def test_every_variable_that_a_text_names_is_read():
+    settings = {one.variable for one in SETTINGS}
+    read = {
+        text_of(call.args[0])
+        for folder in ("ebjdat_serve", "training")
+        for file in (ROOT / folder).rglob("*.py")
+        for call in ast.walk(ast.parse(file.read_bytes()))
+        if isinstance(call, ast.Call) and call.args and getattr(call.func, "id", "") in ("folder", "place")
+    }
+    assert read - {""} == FOLDERS
+    sources = [
+        file for folder in ("ebjdat_serve", "training", "export", "clients", "benchmarks") for file in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    for file in [*DOCUMENTS, *sources]:
+        for name in VARIABLE.findall(file.read_text(encoding="utf-8")):
+            assert name in settings | FOLDERS, f"{file.relative_to(ROOT)}: {name}"
+
+
+def test_every_option_that_a_document_names_is_one_of_a_command(parsers):
+    """In a piece of code that begins with a command of ebjdat-serve, of that one; elsewhere of any."""
+    declared = {
+        text_of(argument)
+        for folder in ("clients", "benchmarks", "tests")
+        for file in (ROOT / folder).glob("*.py")
+        for call in ast.walk(ast.parse(file.read_bytes()))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("add_argument", "addoption")
+        for argument in call.args
+    }
+    everything = declared.union(*map(flags, parsers.values()))
+    served = [name.removeprefix("ebjdat-serve ") for name in parsers if name.startswith("ebjdat-serve ")]
+    wrong, seen = [], 0
+    for file in [file for file in DOCUMENTS if file.suffix == ".md"]:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", line):
+                seen += 1
+                if flag not in everything and ELSEWHERE.get(flag, "\0") not in line:
+                    wrong.append(f"{file.relative_to(ROOT)}:{number}: {flag}")
+            for command, rest in re.findall(rf"(?:ebjdat-serve |`)({'|'.join(served)})((?: [^`#]*)?)", line):
+                unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)) - flags(parsers[f"ebjdat-serve {command}"])
+                wrong.extend(f"{file.relative_to(ROOT)}:{number}: {flag} of {command}" for flag in unknown)
+    assert not wrong
+    assert seen > 100
 
 
 def test_the_check_finds_what_it_is_for():

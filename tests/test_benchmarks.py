@@ -16,10 +16,14 @@ from safetensors.torch import load_file, save_file
 import benchmarks.engines as engines
 from benchmarks import equal_budget, gpu_check, gpu_parallel, load, tables
 from benchmarks.public_nets import KNOWN
+from ebjdat_serve.bundle import write_rows
 from ebjdat_serve.errors import EngineError
+from ebjdat_serve.rows import Images, parse_rows, rows_where
 from tests.conftest import ROOT
+from training.config import describe
+from training.evaluation.rows import number
 from training.overrides import override
-from training.presets import PRESETS, describe, preset
+from training.presets import PRESETS, preset
 
 
 def test_the_documents_tables_are_those_of_the_json(shipped):
@@ -142,10 +146,10 @@ def test_rows_at_equal_budget_stand_beside_their_paired_difference(tmp_path):
     def keep(name, good, n):
         folder = tmp_path / f"{equal_budget.PREFIX}{name}"
         folder.mkdir()
-        protocol = "PGD-20, l-inf 8/255"
-        row = {"metric": "accuracy_pgd20", "value": float(np.mean(good)), "n": n, "dataset": "cifar10 test", "protocol": protocol}
-        (folder / "metrics.json").write_text(json.dumps([row]))
-        np.savez(folder / "images.npz", **{f"accuracy_pgd20 | cifar10 test | {protocol}": np.array(good, bool)})
+        images = Images(dataset="cifar10", split="test", attack="pgd", norm="linf", eps=8 / 255)
+        row = number("accuracy_pgd20", float(np.mean(good)), n, images, "")
+        write_rows(folder / "metrics.json", [row])
+        np.savez(folder / "images.npz", **{row.key: np.array(good, bool)})
 
     control = [1] * 60 + [0] * 40
     keep("pgd7", control, 100)
@@ -167,17 +171,23 @@ def test_the_table_of_equal_budget_is_that_of_the_kept_rows():
 def test_the_robustness_measured_on_a_gpu_is_that_of_the_kept_per_image_results():
     files = {name: ROOT / "benchmarks" / "models" / name / "gpu_images.npz" for name in ("ebjdat", "fgsm-rs", "pgd-at")}
     results = {name: dict(np.load(file)) for name, file in files.items()}
-    for row in json.loads((ROOT / "benchmarks" / "gpu_robustness.json").read_text()):
-        good = results[row["model"]].get(f"{row['metric']} | {row['dataset']} | {row['protocol']}")
-        if row["metric"].startswith("accuracy_"):
-            assert (len(good), good.mean()) == (row["n"], pytest.approx(row["value"])), row["metric"]
+    file = ROOT / "benchmarks" / "gpu_robustness.json"
+    rows = {model: parse_rows(of_model, file) for model, of_model in json.loads(file.read_text()).items()}
+    assert set(rows) == set(files)
+    for model, of_model in rows.items():
+        shares = [row for row in of_model if row.metric != "autoattack_warnings"]
+        assert shares
+        for row in shares:
+            good = results[model][row.key]
+            assert (len(good), good.mean()) == (row.n, pytest.approx(row.value)), row.metric
     text = (ROOT / "docs" / "gpu.md").read_text()
-    for said, start in (
-        ("PGD-20 on cross-entropy", "accuracy_pgd20 | cifar10 test | PGD-20 on cross-entropy, l-inf 8/255"),
-        ("PGD-20 on the margin, 5 starts", "accuracy_pgd20_restarts | "),
-        ("APGD-CE and APGD-T", "accuracy_apgd | "),
+    for said, metric in (
+        ("PGD-20 on cross-entropy", "accuracy_pgd20"),
+        ("PGD-20 on the margin, 5 starts", "accuracy_pgd20_restarts"),
+        ("APGD-CE and APGD-T", "accuracy_apgd"),
     ):
-        (key,) = (key for key in results["ebjdat"] if key.startswith(start))
+        (row,) = rows_where(rows["ebjdat"], metric, norm="linf", eps=8 / 255)
+        key = row.key
         shares = [results[name][key].mean() for name in files]
         digits = 4 if said == "PGD-20 on cross-entropy" else 3
         cells = [said, *(f"{share:.{digits}f}" for share in shares), equal_budget.difference(files["ebjdat"], files["fgsm-rs"], key)]

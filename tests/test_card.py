@@ -9,12 +9,13 @@ import pytest
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.card import figure
 from ebjdat_serve.editing import copied
+from ebjdat_serve.rows import CONTROL, FRESH, PRIOR, Row, first, rows_where
 from ebjdat_serve.server.settings import SHIPPED
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
 from training import card
 from training.card import about_baseline, baseline_of, costs, flag_sentence, readme_limits, readme_table, worse, write_sections
-from training.evaluation.chosen import README, beside, chief, one, readme_rows, served_score, worse_than_chance
+from training.evaluation.chosen import Model, beside, chief, model_of, readme_figures, readme_rows, served_score, worse_than_chance
 
 GENERATED = ("limits", "figures")
 
@@ -43,13 +44,13 @@ def test_the_readme_is_short_and_its_figures_are_the_shipped_rows(readme, bundle
 
 def test_the_readme_shows_eight_rows_each_beside_what_it_is_compared_with(readme, bundle):
     found = list(readme_rows(bundle, bundle.metrics(), baseline_of(bundle)))
-    assert len(found) == len(README) == 8
+    assert len(found) == len(readme_figures(model_of(bundle))) == 8
     assert all(others for _, _, others in found)
     for said, row, others in found:
         assert f"| {said} | {figure(row)} |" in readme
         for name, other in others:
             assert f"{name} {figure(other)}" in readme
-            assert {"n", "protocol", "of"} <= set(other)
+            assert other.of
 
 
 def test_no_figure_stands_in_the_readme_outside_what_is_generated(readme):
@@ -69,15 +70,15 @@ def test_limits_stand_before_the_figures_and_say_what_is_inconvenient(readme):
         < readme.index("## HTTP API")
     )
     limits = readme.split("## Limits")[1].split("\n## ")[0]
-    for said in ("GPU", "blank pictures", "costs robustness", "max softmax", "no defence", "FID"):
+    for said in ("GPU", "blank images", "costs robustness", "max softmax", "no defence", "FID"):
         assert said in limits
     missing = readme.split("**Missing**")[1].split("\n\n")[0]
     for name in ("LAS-AWP", "DHAT-CFA", "SCORE"):
         assert name in missing
 
 
-def row(metric, value, dataset="d test", protocol="", **more):
-    return {"metric": metric, "value": value, "n": 10, "dataset": dataset, "protocol": protocol, "seed": 0, "of": "a" * 64, **more}
+def row(metric, value, dataset="d", **more):
+    return Row(**{"metric": metric, "value": value, "n": 10, "dataset": dataset, "seed": 0, "of": "a" * 64, **more})
 
 
 def test_what_cost_robustness_is_the_bundles_own_method(bundle):
@@ -92,9 +93,10 @@ def test_worse_than_chance_is_said_only_where_the_interval_says_so(bundle):
     assert not worse_than_chance(row("auroc_energy", 0.2))  # without an error nothing is known
     assert worse_than_chance(row("auroc_energy", 0.46, stderr=0.02))
     said = worse(
-        bundle, [row("auroc_energy", 0.4997, "d test vs near", stderr=0.018), row("auroc_energy", 0.2, "d test vs far", stderr=0.01)]
+        bundle,
+        [row("auroc_energy", 0.4997, "near", score="energy", stderr=0.018), row("auroc_energy", 0.2, "far", score="energy", stderr=0.01)],
     )
-    assert "far (0.200)" in said
+    assert "energy on far (0.200)" in said
     assert "near" not in said
     assert worse(bundle, [row("auroc_energy", 0.4997, stderr=0.018)]) == ""
 
@@ -102,50 +104,45 @@ def test_worse_than_chance_is_said_only_where_the_interval_says_so(bundle):
 def test_the_warm_start_is_spoken_of_as_far_as_it_was_measured(bundle):
     rows, other = [row("accuracy_clean", 0.7)], row("accuracy_clean", 0.8, of="b" * 64)
     assert "was not evaluated beside it" in about_baseline(bundle, rows, [])
-    assert "was not evaluated beside it" in about_baseline(bundle, rows, [{**other, "n": 11}])
+    assert "was not evaluated beside it" in about_baseline(bundle, rows, [replace(other, n=11)])
     assert "bbbbbbbbbbbb" in about_baseline(bundle, rows, [other])
     card = (bundle.path / "README.md").read_text(encoding="utf-8")
     assert "evaluated identically" not in card
     assert about_baseline(bundle, bundle.metrics(), baseline_of(bundle)) in card
     for line in baseline_of(bundle):
-        assert line["of"] not in {entry.sha256 for entry in bundle.manifest.files.values()}
+        assert line.of not in {entry.sha256 for entry in bundle.manifest.files.values()}
 
 
 def test_a_row_stands_beside_its_own_kind(bundle):
-    words = {"SCORE": "energy_entropy", "BASELINE": "max_softmax", "EPS": "8/255", "DATA": "d"}
+    served, plain = (readme_figures(Model(score, 8 / 255, "d")) for score in ("energy_entropy", "max_softmax"))
     rows = [
-        row("flag_power", 0.1, "blank pictures", "alpha 0.05, score energy_entropy"),
-        row("flag_power", 0.2, "blank pictures", "alpha 0.05, score energy"),
-        row("flag_power", 0.3, "blank pictures", "alpha 0.05, score max_softmax"),
-        row("class_agreement_resnet4b", 0.4, "500 fresh samples"),
-        row("class_agreement_resnet4b", 0.5, "500 test images, the floor at n = 500"),
+        row("flag_power", 0.1, "blank images", alpha=0.05, score="energy"),
+        row("flag_power", 0.2, "blank images", alpha=0.05, score="energy_entropy"),
+        row("flag_power", 0.3, "blank images", alpha=0.05, score="max_softmax"),
+        row("class_agreement_resnet4b", 0.4, FRESH),
+        row("class_agreement_resnet4b", 0.5, split="test"),
     ]
-    blank, samples = README[5], README[7]
-    assert one(rows, "flag_power", "blank pictures", "score energy") is rows[1]
-    assert beside("max softmax", blank, rows[0], rows, [], words) is rows[2]
-    assert one(rows, "class_agreement_resnet4b", "fresh samples", "") is rows[3]
-    assert beside("test images", samples, rows[3], rows, [], words) is rows[4]
+    assert first(rows, served[5].metric, **served[5].fields) is rows[1]
+    assert list(beside(served[5], plain[5], rows[1], rows, [])) == [("max softmax", rows[2])]
+    assert first(rows, served[7].metric, **served[7].fields) is rows[3]
+    assert list(beside(served[7], plain[7], rows[3], rows, [])) == [("test images", rows[4])]
     clean = row("accuracy_clean", 0.7)
-    assert beside("warm start", README[0], clean, [clean], [{**clean, "value": 0.8, "n": 11}], words) is None
+    assert list(beside(served[0], plain[0], clean, [clean], [replace(clean, value=0.8)])) == [("warm start", replace(clean, value=0.8))]
+    assert not list(beside(served[0], plain[0], clean, [clean], [replace(clean, value=0.8, n=11)]))
 
 
 def test_the_card_shows_what_was_fooled_and_not_all_attacked(bundle):
     shown = chief(bundle, bundle.metrics())
-    attacked = {
-        r["dataset"].split(" vs ")[-1]
-        for r in shown
-        if r["metric"].startswith(("auroc_e", "auroc_m", "flag_power")) and "/255" in r["dataset"]
-    }
-    assert attacked
-    assert all(name.endswith("fooled") for name in attacked)
+    attacked = {r.subset for r in shown if r.attack and r.score and r.moved is None and r.metric != "accuracy_with_rejection"}
+    assert attacked == {"fooled", "not fooled"}
 
 
 def test_max_softmax_stands_beside_every_shipped_figure_of_the_score(bundle):
     # attacks on the flag were measured by a version that attacked no baseline: the card says that it is not measured
-    hostile = [r for r in bundle.metrics() if r.get("part") == "hostile"]
-    assert_max_softmax_beside([r for r in bundle.metrics() if "part" in r and r not in hostile], served_score(bundle))
+    hostile = [r for r in bundle.metrics() if r.part == "hostile"]
+    assert_max_softmax_beside([r for r in bundle.metrics() if r.part and r not in hostile], served_score(bundle))
     said = flag_sentence(bundle, bundle.metrics())
-    assert ("(max softmax: not measured)" in said) == (not any("score max_softmax" in r["protocol"] for r in hostile))
+    assert ("(max softmax: not measured)" in said) == (not any(r.score == "max_softmax" for r in hostile))
 
 
 @pytest.mark.parametrize("text", [None, "<!-- limits --><!-- /limits -->"])
@@ -161,10 +158,5 @@ def test_a_readme_that_cannot_be_written_is_told_before_the_bundle_is_changed(go
 
 
 def test_samples_are_judged_by_a_robust_net_that_is_none_of_the_models(bundle):
-    judged = {r["dataset"] for r in bundle.metrics() if r["metric"] == "class_agreement_resnet4b"}
-    assert {re.sub(r"^\d+ | \(.*| at n = .*", "", name) for name in judged} >= {
-        "fresh samples",
-        "prior draws",
-        "samples of the control pgd-at",
-        "test images, the floor",
-    }
+    judged = {(r.dataset, r.split, r.control) for r in rows_where(bundle.metrics(), "class_agreement_resnet4b")}
+    assert judged >= {(FRESH, None, None), (PRIOR, None, None), (CONTROL, None, "pgd-at"), ("cifar10", "test", None)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks.wideresnet import WideResNet
 from training.evaluation import attacks, autoattack, extractors
 from training.evaluation.attacks import Transfer
 from training.evaluation.evaluated_model import best_device, module_spec, open_weights, weights_spec
@@ -55,7 +55,7 @@ def test_the_surrogate_goes_where_the_subject_is(elsewhere, weights, monkeypatch
     found = Transfer(LINF, str(weights), "0").run(elsewhere, IMAGE, LABEL)
     assert set(seen) == {(META, META)}
     assert len(seen) == 20
-    assert found["standing"].shape == (4,)
+    assert found["robust_mask"].shape == (4,)
 
 
 def test_feature_networks_go_where_the_subject_is(elsewhere, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 
 import httpx2
@@ -15,10 +16,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from ebjdat_serve import editing
-from ebjdat_serve.bundle import EVIDENCE, Bundle, sha256, write_json
+from ebjdat_serve.bundle import EVIDENCE, Bundle, read_rows, sha256, write_json, write_rows
 from ebjdat_serve.editing import check_editable, copied, edit, guarded
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import hold, is_held
+from ebjdat_serve.rows import FRESH, Row
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.signing import sign
 from ebjdat_serve.store import next_revision, publish, versions
@@ -116,7 +118,7 @@ def test_a_new_version_carries_a_card_of_its_own_name_and_the_same_card_again_is
     rows = bundle.metrics()
 
     def change(draft):
-        write_json(draft.path / "metrics.json", rows[:-1])
+        write_rows(draft.path / "metrics.json", rows[:-1])
         return draft.update("metrics.json")
 
     for expected, by in ((".r1", change), (".r2", rewrite), (".r2", rewrite)):
@@ -212,60 +214,61 @@ def test_the_next_revision_is_one_that_the_store_does_not_have(bundle, tmp_path)
 # rows ------------------------------------------------------------------------------------------------------------------
 
 
-def row(metric="accuracy_clean", n=100, part="clean", dataset="digits test", protocol="what is served", of="x", **more):
-    return {"metric": metric, "value": 0.5, "n": n, "part": part, "dataset": dataset, "protocol": protocol, "of": of, "seed": 0, **more}
+def row(metric="accuracy_clean", n=100, part="clean", dataset="digits", of="x", **more):
+    return Row(**{"metric": metric, "value": 0.5, "n": n, "part": part, "dataset": dataset, "of": of, "seed": 0, **more})
 
 
 def test_a_row_of_fewer_images_never_takes_the_place_of_one_of_more():
     old = [row(n=100), row("accuracy_pgd20", 50, "robustness"), row("accuracy_clean_int8", 10, None)]
-    old[2].pop("part")
     merged = merge(old, [row(n=99, value=0.1), row("accuracy_pgd20", 50, "robustness", value=0.2), row("nll", 5, "calibration")])
-    assert [(r["metric"], r["value"], r["n"]) for r in merged.rows] == [
+    assert [(r.metric, r.value, r.n) for r in merged.rows] == [
         ("accuracy_clean", 0.5, 100),
         ("accuracy_pgd20", 0.2, 50),
         ("nll", 0.5, 5),
         ("accuracy_clean_int8", 0.5, 10),
     ]
-    assert [(a["n"], b["n"]) for a, b in merged.kept] == [(100, 99)]
+    assert [(a.n, b.n) for a, b in merged.kept] == [(100, 99)]
     assert "kept accuracy_clean of n = 100 (measured now: n = 99)" in merged.said()
 
 
-def test_counts_of_images_in_words_do_not_make_another_measurement():
+def test_counts_of_images_do_not_make_another_measurement():
     few, many = (
-        row("frechet", n, "generation", f"{n} fresh samples vs {5 * n} training images", f"64 features; mean of {n} disjoint blocks")
+        row("frechet_resnet20", n, "generation", FRESH, extractor="resnet20", against="digits", against_n=5 * n, blocks=n)
         for n in (100, 500)
     )
     assert merge([many], [few]).rows == [many]
     assert merge([few], [many]).rows == [many]
-    strong, weak = (row("accuracy_square", 100, "robustness", protocol=f"Square, {q} queries") for q in (5000, 300))
+    strong, weak = (row("accuracy_square", 100, "robustness", attack="square", queries=q) for q in (5000, 300))
     assert merge([strong], [weak]).rows == [strong, weak]  # another attack is another measurement
 
 
 def test_a_comparison_with_fewer_clean_images_is_the_poorer_one():
     """Of as many samples, but against 20 clean images in the place of 500."""
-    drawn = {"metric": "energy_gap", "n": 200, "part": "landscape", "dataset": "generated, fresh"}
-    old, new = row(**drawn, clean=500), row(**drawn, clean=20)
+    drawn = {"metric": "energy_gap", "n": 200, "part": "landscape", "dataset": FRESH, "against": "digits"}
+    old, new = row(**drawn, against_n=500), row(**drawn, against_n=20)
     assert merge([old], [new]).rows == [old]
-    before = [row(n=10_000), row(**drawn)]  # as rows were before they counted them
-    assert merge(before, [new]).rows == before
-    assert merge([old], [row(**drawn, clean=501)]).rows[0]["clean"] == 501
+    assert merge([old], [row(**drawn, against_n=501)]).rows[0].against_n == 501
+
+
+def measurement_text(r):
+    return f"{r.part} {r.key}"
 
 
 def test_every_shipped_row_is_a_measurement_of_its_own_and_none_gets_poorer(shipped):
     rows = shipped.metrics()
     assert len({measurement(r) for r in rows}) == len(rows)
-    poorer = [{**r, "n": r["n"] - 1, "value": -1.0} for r in rows if "part" in r]
+    poorer = [replace(r, n=r.n - 1, value=-1.0) for r in rows if r.part]
     merged = merge(rows, poorer, shipped)
-    assert sorted(map(json.dumps, merged.rows)) == sorted(map(json.dumps, rows))
+    assert sorted(merged.rows, key=measurement_text) == sorted(rows, key=measurement_text)
     assert len(merged.kept) == len(poorer)
 
 
 def test_rows_of_other_files_are_dropped_and_never_taken(bundle):
     of = bundle.manifest.files["weights.safetensors"].sha256
-    write_json(bundle.path / "metrics.json", [row(of="0" * 64, n=10_000), row("nll", part="calibration", of=of)])
+    write_rows(bundle.path / "metrics.json", [row(of="0" * 64, n=10_000), row("nll", part="calibration", of=of)])
     bundle = bundle.update("metrics.json")
     done, merged = take(bundle, Evaluation(bundle.path, [row(of=of)], {}))
-    assert [r["metric"] for r in done.metrics()] == ["nll", "accuracy_clean"]
+    assert [r.metric for r in done.metrics()] == ["nll", "accuracy_clean"]
     assert "landscape.png" not in Bundle.load(bundle.path).manifest.files  # its rows are gone
     assert len(merged.stale) == 1
     with pytest.raises(BundleError, match="takes no rows of 111111111111"):
@@ -277,8 +280,8 @@ def test_an_evaluation_leaves_the_bundle_as_it_was_until_its_rows_are_taken(bund
     done = evaluate(bundle, load("digits"), FEW, parts=("clean",))
     assert digest(bundle.path) == before
     assert done.folder.is_relative_to(runs)
-    assert json.loads((done.folder / "metrics.json").read_text()) == done.rows
-    assert {r["n"] for r in done.rows} == {20}
+    assert read_rows(done.folder / "metrics.json") == done.rows
+    assert {r.n for r in done.rows} == {20}
     drawn = (bundle.path / "samples.png").stat().st_mtime_ns
     bundle, merged = take(bundle, done)
     assert bundle.metrics() == rows  # all of theirs were of more images
@@ -300,7 +303,7 @@ def test_into_takes_what_was_measured_of_the_same_weights(bundle, golden, runs, 
     said = capsys.readouterr().out
     assert f"into {bare.path / 'metrics.json'}" in said
     assert "3 rows taken, 0 kept" in said
-    assert {r["n"] for r in Bundle.load(bare.path).metrics()} == {20}
+    assert {r.n for r in Bundle.load(bare.path).metrics()} == {20}
     Options.into = SHIPPED
     Options.force = True
     with pytest.raises(TrainingError, match="of other weights"):
@@ -344,11 +347,10 @@ def test_a_running_server_does_not_swap_because_somebody_measured(bundle, tmp_pa
         with pytest.raises(BundleError, match="is being served"):
             check_editable(bundle.path)
         before = httpx2.post(f"{server.url}/classify", content=picture).json()
-        rows = bundle.metrics()
-        rows[0]["value"] = 0.125
+        first, *others = bundle.metrics()
 
         def change(draft):
-            write_json(draft.path / "metrics.json", rows)
+            write_rows(draft.path / "metrics.json", [replace(first, value=0.125), *others])
             return draft.update("metrics.json")
 
         edit(bundle.path, change, force=True)

@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ebjdat_serve.bundle import Bundle, write_json
+from ebjdat_serve.bundle import Bundle, write_rows
 from tests.conftest import ROOT
 
 FOLDERS = ("ebjdat_serve", "training", "export", "clients", "benchmarks")
@@ -105,9 +106,8 @@ def named(shipped, tmp_path) -> Bundle:
     shutil.copytree(shipped.path, tmp_path / "Bündel")
     bundle = Bundle.draft(tmp_path / "Bündel")
     labels = ["Käfer", "Ωμέγα", "猫", *bundle.manifest.labels[3:]]
-    rows = bundle.metrics()
-    rows[0]["dataset"] = "Käfer → 猫 ± 1"
-    write_json(bundle.path / "metrics.json", rows)
+    first, *others = bundle.metrics()
+    write_rows(bundle.path / "metrics.json", [replace(first, dataset="Käfer → 猫 ± 1"), *others])
     return bundle.update("metrics.json", labels=labels)
 
 

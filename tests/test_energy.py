@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ebjdat_serve.energy import MARGINAL, energy, energy_of, joint_energy, logit_weights, score
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks.wideresnet import WideResNet
 
 logits_of = arrays(np.float64, st.tuples(st.integers(1, 5), st.just(4)), elements=st.floats(-30, 30)).map(torch.from_numpy)
 

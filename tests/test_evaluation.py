@@ -20,13 +20,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from ebjdat_serve.bundle import Bundle, write_json
+from ebjdat_serve.bundle import Bundle, write_json, write_rows
 from ebjdat_serve.card import figure
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError, EngineError
+from ebjdat_serve.networks.wideresnet import WideResNet
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.rows import FRESH, Images, first, rows_where
 from ebjdat_serve.scores import SCORES, ood_score
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.sentences import protocol_words
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
 from training import compare, evaluate
@@ -34,7 +36,7 @@ from training.card import write_card
 from training.data.datasets import load
 from training.data.image_folders import Split
 from training.errors import DataError, TrainingError
-from training.evaluate import evaluate_module, load_flat, unflattened
+from training.evaluate import evaluate_module
 from training.evaluation import evaluated_model, generation
 from training.evaluation.adaptive import Evade, EvadeBySquare, ScoreAttack, without
 from training.evaluation.attacks import Pgd, Trace
@@ -43,10 +45,11 @@ from training.evaluation.context import SUITES, claim
 from training.evaluation.crown import load_crown
 from training.evaluation.evaluated_model import module_sha256, module_spec
 from training.evaluation.extractors import RESNET4B, available
+from training.evaluation.landscape import clean_of
 from training.evaluation.ood import Flag, fooled, fooled_rows
 from training.evaluation.resnet20 import load_extractor
-from training.evaluation.result_cache import ResultCache, read
-from training.evaluation.rows import proportion
+from training.evaluation.result_cache import ResultCache, load_arrays, read
+from training.evaluation.rows import number, proportion
 from training.evaluation.scores import margin, ood_score_of
 from training.evaluation.shifts import CORRUPTIONS, SHIFTS, corrupted, shifted
 from training.methods.adversary import Threat
@@ -124,12 +127,12 @@ def runs(tmp_path, monkeypatch):
 
 
 def values(rows):
-    return {(row["metric"], row["protocol"]): row["value"] for row in rows}
+    return {row.key: row.value for row in rows}
 
 
-def value(rows, metric, protocol=""):
-    (found,) = [row["value"] for row in rows if row["metric"] == metric and protocol in row["protocol"]]
-    return found
+def value(rows, metric, **wanted):
+    (found,) = rows_where(rows, metric, **wanted)
+    return found.value
 
 
 def measured(kind, weights, runs, **more):
@@ -142,8 +145,8 @@ def test_an_undefended_net_is_broken_and_not_called_masked(weights, runs):
     for metric in ("accuracy_pgd20_margin", "accuracy_pgd20_restarts", "accuracy_apgd", "accuracy_worst_case"):
         assert value(rows, metric) <= 0.05
     assert value(rows, "masking_suspected") == 0.0
-    assert all(row["value"] == 1.0 for row in rows if row["metric"].startswith("check_"))
-    low, high = next(row["interval"] for row in rows if row["metric"] == "accuracy_apgd")
+    assert {row.value for row in rows if row.check} == {1.0}
+    low, high = first(rows, "accuracy_apgd").interval
     assert 0 <= low <= value(rows, "accuracy_apgd") <= high <= 1
 
 
@@ -156,7 +159,7 @@ def test_an_undefended_net_is_broken_and_not_called_masked(weights, runs):
 )
 def test_a_masked_gradient_is_unmasked(kind, failed, weights, runs):
     rows = measured(kind, weights, runs, parts=("robustness", "masking"))
-    assert value(rows, "accuracy_pgd20", "l-inf 51/255") > 0.8  # what would have been claimed
+    assert value(rows, "accuracy_pgd20", norm="linf", eps=51 / 255) > 0.8  # what would have been claimed
     assert value(rows, "accuracy_worst_case") < 0.3
     assert value(rows, "masking_suspected") == 1.0
     assert value(rows, "check_gradients_exist") == value(rows, f"check_{failed}") == 0.0
@@ -164,7 +167,7 @@ def test_a_masked_gradient_is_unmasked(kind, failed, weights, runs):
     report = (runs / kind.__name__ / "report.html").read_text()
     assert "Masked gradients are suspected" in report
     if kind is Quantised:
-        assert value(rows, "autoattack_warnings", "APGD") > 0
+        assert value(rows, "autoattack_warnings", attack="apgd") > 0
         measured(kind, weights, runs, parts=("clean",))  # the warnings of other parts stay
         assert "points with zero gradient" in (runs / kind.__name__ / "report.html").read_text()
 
@@ -174,49 +177,50 @@ def test_a_random_net_is_attacked_by_averaged_gradients(weights, runs):
     rows = measured(Noisy, weights, runs, parts=("robustness", "masking"), suite="quick")
     assert value(rows, "check_deterministic") == 0.0
     assert value(rows, "masking_suspected") == 0.0
-    assert any("averaged over 16 passes" in row["protocol"] for row in rows)
-    assert all(row["value"] == 1.0 for row in rows if row["metric"].startswith("check_") and row["metric"] != "check_deterministic")
+    assert {row.eot for row in rows_where(rows, "accuracy_pgd20")} == {16}
+    assert {row.value for row in rows if row.check and row.check != "deterministic"} == {1.0}
     assert value(rows, "accuracy_worst_case") <= 0.05
-    assert not [row for row in rows if row["metric"] == "accuracy_apgd"]  # the package has another version for such nets
+    assert not rows_where(rows, "accuracy_apgd")  # the package has another version for such nets
 
 
 def test_three_lines_measure_any_module(weights, runs):
     net = made(Net, weights).train()
     rows = evaluate_module(net, "digits", n=20, parts=("clean",))
     assert not net.training
-    assert {"metric", "value", "n", "dataset", "protocol", "seed", "of", "part"} <= set(rows[0])
-    assert rows[0]["of"] == module_sha256(net)
-    assert (runs / "evaluation" / f"module-{rows[0]['of'][:12]}-{load('digits').sha256[:8]}" / "report.html").is_file()
+    assert (rows[0].metric, rows[0].n, rows[0].dataset, rows[0].split, rows[0].part) == ("accuracy_clean", 20, "digits", "test", "clean")
+    assert rows[0].of == module_sha256(net)
+    assert (runs / "evaluation" / f"module-{rows[0].of[:12]}-{load('digits').sha256[:8]}" / "report.html").is_file()
 
 
 def test_every_figure_can_be_recomputed_from_the_arrays(weights, runs):
     rows = measured(Net, weights, runs, parts=("clean", "suspicion", "landscape"))
-    arrays = unflattened(load_flat(runs / "Net" / "arrays.npz"))
-    clean, noise = arrays["clean"], arrays["uniform noise"]
+    arrays = load_arrays(runs / "Net")
+    test, strange = clean_of(arrays), Images(dataset="uniform noise")
+    clean, noise = arrays[test], arrays[strange]
     assert value(rows, "accuracy_clean") == np.mean(clean["logits"].argmax(1) == clean["label"])
     energy = {name: -np.log(np.exp(found["logits"].astype(float)).sum(axis=1)) for name, found in arrays.items()}
     for score in ("energy", "gradient_norm"):
-        a, b = (energy[s] if score == "energy" else arrays[s]["gradient"] for s in ("clean", "uniform noise"))
+        a, b = (energy[s] if score == "energy" else arrays[s]["gradient"] for s in (test, strange))
         truth = np.r_[np.zeros(len(a)), np.ones(len(b))]
-        (found,) = [row for row in rows if row["metric"] == f"auroc_{score}" and "uniform noise" in row["dataset"]]
-        assert found["value"] == pytest.approx(roc_auc_score(truth, np.r_[a, b]), abs=1e-6)
-    (name,) = [name for name in arrays if name.startswith("PGD-20 51/255")]
-    moved = energy[name] - energy["clean"][: len(energy[name])]
-    (gap,) = [row for row in rows if row["metric"] == "energy_gap" and row["dataset"] == name]
-    assert gap["value"] == pytest.approx(moved.mean(), abs=1e-5)
-    distance = np.abs(np.sort(energy[name]) - np.sort(energy["clean"][: len(moved)])).mean() / energy["clean"].std()
-    (w1,) = [row for row in rows if row["metric"] == "energy_w1_over_sd" and row["dataset"] == name]
-    assert w1["value"] == pytest.approx(distance, rel=1e-4)
+        (found,) = rows_where(rows, f"auroc_{score}", dataset="uniform noise")
+        assert found.value == pytest.approx(roc_auc_score(truth, np.r_[a, b]), abs=1e-6)
+    (name,) = [images for images in arrays if images.attack == "pgd" and images.eps == 51 / 255]
+    moved = energy[name] - energy[test][: len(energy[name])]
+    (gap,) = rows_where(rows, "energy_gap", images=name)
+    assert gap.value == pytest.approx(moved.mean(), abs=1e-5)
+    distance = np.abs(np.sort(energy[name]) - np.sort(energy[test][: len(moved)])).mean() / energy[test].std()
+    (w1,) = rows_where(rows, "energy_w1_over_sd", images=name)
+    assert w1.value == pytest.approx(distance, rel=1e-4)
     assert noise["logits"].shape[1] == 10
-    hit = (clean["logits"].argmax(1) == clean["label"])[: len(arrays[name]["label"])] & ~arrays[name]["standing"]
-    (success,) = [row for row in rows if row["metric"] == "attack_success" and row["dataset"] == name]
-    assert success["value"] * success["n"] == pytest.approx(hit.sum())
+    hit = (clean["logits"].argmax(1) == clean["label"])[: len(arrays[name]["label"])] & ~arrays[name]["robust_mask"]
+    (success,) = rows_where(rows, "attack_success", images=name)
+    assert success.value * success.n == pytest.approx(hit.sum())
     confidence = {s: -np.log(np.exp(found["logits"] - found["logits"].max(1, keepdims=True)).sum(1)) for s, found in arrays.items()}
     for which, chosen in (("fooled", hit), ("not fooled", ~hit)):
-        (found,) = [row for row in rows if row["metric"] == "auroc_max_softmax" and row["dataset"].endswith(f"{name}, {which}")]
-        a, b = -confidence["clean"][: len(hit)], -confidence[name][chosen]
-        assert found["n"] == len(a) + len(b)
-        assert found["value"] == pytest.approx(roc_auc_score(np.r_[np.zeros(len(a)), np.ones(len(b))], np.r_[a, b]), abs=1e-6)
+        (found,) = rows_where(rows, "auroc_max_softmax", images=replace(name, subset=which))
+        a, b = -confidence[test][: len(hit)], -confidence[name][chosen]
+        assert (found.n, found.against_n) == (len(a) + len(b), len(a))
+        assert found.value == pytest.approx(roc_auc_score(np.r_[np.zeros(len(a)), np.ones(len(b))], np.r_[a, b]), abs=1e-6)
 
 
 def test_the_images_that_an_attack_fooled_are_counted_apart(weights, runs):
@@ -226,27 +230,30 @@ def test_the_images_that_an_attack_fooled_are_counted_apart(weights, runs):
     unsure = np.asarray([[0.0, 0.1], [0.0, 9.0], [9.0, 0.0], [0.0, 9.0]], np.float32)
     found = {"logits": unsure, "label": np.zeros(4, np.int64), "notes": np.asarray(["a", "b"])}
     np.testing.assert_array_equal(fooled(clean, found), [True, True, False, False])
-    c = SimpleNamespace(where="d test", subject=SimpleNamespace(graph="g"), say=lambda text: None)
+    c = SimpleNamespace(data=SimpleNamespace(name="d"), subject=SimpleNamespace(graph="g"), say=lambda text: None)
     flag = Flag("max_softmax", 0.0, np.linspace(0.0, 0.5, 99))
-    rows = list(fooled_rows(c, [flag], [flag], "PGD-20 1/255 on d test", clean, found))
-    by = {(row["metric"], row["dataset"].split(", ")[-1]): row for row in rows if "alpha 0.01" not in row["protocol"]}
-    assert (by["attack_success", "PGD-20 1/255 on d test"]["value"], by["attack_success", "PGD-20 1/255 on d test"]["n"]) == (2 / 3, 3)
-    assert (by["flag_power", "fooled"]["value"], by["flag_power", "fooled"]["n"]) == (0.5, 2)
-    assert (by["flag_power", "not fooled"]["value"], by["flag_power", "not fooled"]["n"]) == (0.0, 2)
-    assert by["auroc_max_softmax", "fooled"]["n"] == 4 + 2
+    images = Images(dataset="d", split="test", attack="pgd", norm="linf", eps=1 / 255, steps=20)
+    rows = list(fooled_rows(c, [flag], [flag], images, clean, found))
+    by = {(row.metric, row.subset): row for row in rows if row.alpha != 0.01}
+    assert {row.attack for row in rows} == {"pgd"}
+    assert (by["attack_success", None].value, by["attack_success", None].n) == (2 / 3, 3)
+    assert (by["flag_power", "fooled"].value, by["flag_power", "fooled"].n) == (0.5, 2)
+    assert (by["flag_power", "not fooled"].value, by["flag_power", "not fooled"].n) == (0.0, 2)
+    assert by["auroc_max_softmax", "fooled"].n == 4 + 2
 
 
 def test_max_softmax_stands_beside_every_figure_of_the_served_score(weights, runs):
     few = replace(SUITES["quick"].at_most(8), hostile=2, queries=3)
     rows = evaluate_module(made(Net, weights), "digits", suite=few, parts=("suspicion", "shifts", "hostile"), folder=runs / "few")
     assert_max_softmax_beside(rows, "energy_entropy")
-    assert {row["dataset"] for row in rows if row["metric"] == "flag_power"} >= {"blank pictures", "uniform noise"}
+    assert {row.dataset for row in rows_where(rows, "flag_power")} >= {"blank images", "uniform noise"}
 
 
 def test_the_gradient_norm_is_that_of_the_energy(weights, digits, runs):
     net = made(Net, weights).eval()
     measured(Net, weights, runs, parts=("clean",))
-    said = unflattened(load_flat(runs / "Net" / "arrays.npz"))["clean"]["gradient"]
+    arrays = load_arrays(runs / "Net")
+    said = arrays[clean_of(arrays)]["gradient"]
     image = torch.from_numpy(to_unit(digits.test.image[:3])).requires_grad_()
     (gradient,) = torch.autograd.grad(-net(image).logsumexp(dim=1).sum(), image)
     np.testing.assert_allclose(said[:3], gradient.flatten(1).norm(dim=1).numpy(), rtol=1e-4)
@@ -273,8 +280,8 @@ def test_a_net_without_any_gradient_is_measured_and_unmasked(weights, runs):
     assert value(rows, "check_gradients_exist") == 0.0
     assert value(rows, "masking_suspected") == 1.0
     assert value(rows, "accuracy_unmasked") < 0.3
-    moved = {row["protocol"].split("moves ")[1]: row["value"] for row in rows if row["metric"] == "auroc_robust_ood"}
-    assert moved["both"] < moved["nothing"] - 0.2  # Square needs no gradient
+    moved = {row.moved: row.value for row in rows_where(rows, "auroc_robust_ood", score="energy_entropy")}
+    assert moved["both"] < moved["none"] - 0.2  # Square needs no gradient
     assert "its gradient is probably masked" in (runs / "Detour" / "report.html").read_text()
 
 
@@ -363,15 +370,16 @@ def test_a_judge_without_distances_yields_agreement_alone(monkeypatch):
     c = SimpleNamespace(
         data=SimpleNamespace(name="cifar10", train=Split(image, label), test=Split(image, label)),
         subject=SimpleNamespace(graph="g"),
-        share=lambda metric, good, where, protocol, of: proportion(metric, int(good.sum()), len(good), where, protocol, of),
+        share=lambda metric, good, images, of, **more: proportion(metric, int(good.sum()), len(good), images, of, **more),
         say=lambda text: None,
     )
-    rows = list(generation.distance_rows(c, {"fresh samples": (image, label, "80 steps")}, 10))
-    assert [(row["metric"], row["dataset"], row["value"]) for row in rows] == [
-        ("class_agreement_resnet4b", "10 fresh samples", 0.8),
-        ("class_agreement_resnet4b", "10 test images, the floor at n = 10", 0.8),
+    rows = list(generation.distance_rows(c, {Images(dataset=FRESH, steps=80): (image, label)}, 10))
+    assert [(row.metric, row.dataset, row.split, row.n, row.value) for row in rows] == [
+        ("class_agreement_resnet4b", FRESH, None, 10, 0.8),
+        ("class_agreement_resnet4b", "cifar10", "test", 10, 0.8),
     ]
-    assert all("adversarially trained at l-inf 2/255" in row["protocol"] for row in rows)
+    assert {row.extractor for row in rows} == {"resnet4b"}
+    assert all("adversarially trained at l-inf 2/255" in protocol_words(row) for row in rows)
 
 
 def test_log_probabilities_are_told_from_logits(weights, runs):
@@ -390,7 +398,7 @@ def test_a_smaller_run_after_a_larger_one(weights, runs):
     more = {"folder": runs / "both", "name": "net"}
     evaluate_module(made(Net, weights), "digits", n=40, parts=("clean", "landscape"), **more)
     rows = evaluate_module(made(Net, weights), "digits", n=20, parts=("clean",), **more)
-    assert {row["n"] for row in rows if row["part"] == "clean"} == {20}
+    assert {row.n for row in rows if row.part == "clean"} == {20}
     assert (runs / "both" / "report.html").is_file()
 
 
@@ -402,9 +410,9 @@ def test_few_classes(classes):
     image = np.random.default_rng(0).random((12, 3, 8, 8), np.float32)
     label = subject.logits(image).argmax(axis=1)
     found = AutoAttack(Threat("linf", 0.2)).run(subject, image, label)
-    assert found["standing"].mean() < 0.5
+    assert found["robust_mask"].mean() < 0.5
     assert any("four classes" in note for note in found["notes"]) == (classes < 4)
-    assert ReleasedAutoAttack(0.2, queries=20).run(subject, image, label)["standing"].mean() < 0.8
+    assert ReleasedAutoAttack(0.2, queries=20).run(subject, image, label)["robust_mask"].mean() < 0.8
 
 
 @pytest.mark.slow
@@ -417,8 +425,8 @@ def test_a_gradient_that_is_no_number_breaks_nothing(digits, weights):
     image, label = to_unit(digits.test.image[:20]), digits.test.label[:20]
     right = subject.logits(image).argmax(axis=1) == label
     tiny = Threat("l2", 1e-6)
-    assert (Pgd(tiny).run(subject, image, label)["standing"] == right).all()
-    assert (AutoAttack(tiny, APGD).run(subject, image, label)["standing"] == right).all()
+    assert (Pgd(tiny).run(subject, image, label)["robust_mask"] == right).all()
+    assert (AutoAttack(tiny, APGD).run(subject, image, label)["robust_mask"] == right).all()
 
 
 def test_a_part_without_any_row_ends_with_the_folder_all_the_same(golden, runs, monkeypatch, capsys):
@@ -459,7 +467,7 @@ def test_a_killed_run_goes_on_and_says_the_same(golden, tmp_path):
     assert {name: (chunks / name).stat().st_mtime_ns for name in before} == before  # nothing was done twice
     (file,) = chunks.parent.glob("*/metrics.json")
     resumed = json.loads(file.read_text())
-    assert {row["part"] for row in resumed} == {"robustness"}
+    assert {row.part for row in resumed} == {"robustness"}
     assert f"{len(resumed)} rows in {file}" in done.stdout
     assert file.with_name("report.html").is_file()
     words, environment = command(bundle.path, tmp_path / "afresh", *options[:-1], "1")
@@ -521,7 +529,7 @@ def test_a_damaged_chunk_is_done_again(tmp_path, digits, weights, capsys):
     file.write_bytes(file.read_bytes()[:100])
     (again,) = book.run("pgd", [(Pgd(LINF, steps=3), image, label)])
     assert "damaged" in capsys.readouterr().err
-    np.testing.assert_array_equal(first["standing"], again["standing"])
+    np.testing.assert_array_equal(first["robust_mask"], again["robust_mask"])
     assert read(file) is not None
 
 
@@ -568,7 +576,7 @@ def test_evasion_is_the_plain_attack_without_a_flag_and_nothing_against_a_flag_o
         assert shut.all()
     assert EvadeBySquare(LINF, "energy", 0.0, -1e6, 1.0, 20).run(subject, image, label)["holds"].all()
     by_square = EvadeBySquare(LINF, "energy", 0.0, 1e6, 1.0, 300).run(subject, image, label)["holds"]
-    alone = Square(LINF, 300).run(subject, image, label)["standing"]
+    alone = Square(LINF, 300).run(subject, image, label)["robust_mask"]
     assert abs(by_square.mean() - alone.mean()) <= 0.25  # the same aim, other random numbers
 
 
@@ -582,8 +590,8 @@ def test_orthogonal_gradients_have_no_part_along_each_other():
 def test_the_released_protocol_is_weaker_than_the_official_one(digits, weights):
     subject = module_spec(made(Net, weights), "net")()
     image, label = to_unit(digits.test.image[:20]), digits.test.label[:20]
-    released = ReleasedAutoAttack(0.1, queries=50).run(subject, image, label)["standing"]
-    official = Pgd(LINF, objective="margin", restarts=2).run(subject, image, label)["standing"]
+    released = ReleasedAutoAttack(0.1, queries=50).run(subject, image, label)["robust_mask"]
+    official = Pgd(LINF, objective="margin", restarts=2).run(subject, image, label)["robust_mask"]
     assert released.mean() >= official.mean()
     assert 0 < released.mean() < 1
 
@@ -607,7 +615,9 @@ def test_autoattacks_words_are_kept_and_added_up():
     lines += [(10, "robust accuracy after APGD-CE: 25.00% (total time 1.0 s)"), (10, "other")]
     notes = summary(lines, 40)
     assert notes == ["warning (2 times): there are 3 points with zero gradient!", "apgd-ce left 10"]
-    assert tally(np.asarray([*notes, *notes])) == ["AutoAttack warned 4 times: there are # points with zero gradient!", "apgd-ce left 20"]
+    lines, times = tally(np.asarray([*notes, *notes]))
+    assert lines == ["AutoAttack warned 4 times: there are # points with zero gradient!", "apgd-ce left 20"]
+    assert times == 4
 
 
 # Scores, flags, shifts ------------------------------------------------------------------------------------------------
@@ -665,10 +675,11 @@ def test_shifts_go_through_the_servers_decoder(test_images):
 
 def test_a_card_of_stale_figures_is_refused(golden, tmp_path):
     bundle = copied(golden, tmp_path / "bundle")
-    rows = bundle.metrics()
+    row, *others = bundle.metrics()
+    rows = [replace(row, of="0" * 64), *others]
     with pytest.raises(BundleError, match=r"stale: 1 figures, accuracy_clean first"):
-        write_card(bundle, [{**rows[0], "of": "0" * 64}, *rows[1:]], [], {})
-    write_json(bundle.path / "metrics.json", [{**rows[0], "of": "0" * 64}, *rows[1:]])
+        write_card(bundle, rows, [], {})
+    write_rows(bundle.path / "metrics.json", rows)
     done = subprocess.run(
         [sys.executable, str(ROOT / "training" / "card.py"), str(bundle.path)], capture_output=True, text=True, check=False
     )
@@ -683,8 +694,10 @@ def test_models_stand_side_by_side_with_a_paired_test(weights, runs):
     for kind in (Net, Scaled):
         measured(kind, weights, runs, parts=parts)
     models = [compare.read(runs / name) for name in ("Net", "Scaled")]
-    key = next(known for known in compare.shared(models, True) if known[0] == "accuracy_pgd20" and "51/255" in known[2])
-    a, b = (model.images[" | ".join(key)] for model in models)
+    (row,) = rows_where(models[0].rows.values(), "accuracy_pgd20", eps=51 / 255)
+    key = compare.key(row)
+    assert key in compare.shared(models, True)
+    a, b = (model.images[row.key] for model in models)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     assert only_a == 0
     assert compare.paired(*models, key) == pytest.approx(min(1.0, 2 * 0.5**only_b))
@@ -698,11 +711,11 @@ def test_models_stand_side_by_side_with_a_paired_test(weights, runs):
 def test_no_paired_test_is_of_other_images_than_the_row_shows(weights, runs):
     for kind in (Net, Scaled):
         measured(kind, weights, runs, parts=("clean",))
-    first, other = (compare.read(runs / name) for name in ("Net", "Scaled"))
-    (key,) = [known for known in first.rows if known[0] == "accuracy_clean"]
-    assert compare.paired(first, other, key) is not None
-    other.rows[key]["n"] = 10_000  # a row of more images, as a bundle holds one, beside images of a run of fewer
-    assert compare.paired(first, other, key) is None
+    one, other = (compare.read(runs / name) for name in ("Net", "Scaled"))
+    (key,) = [known for known, row in one.rows.items() if row.metric == "accuracy_clean"]
+    assert compare.paired(one, other, key) is not None
+    other.rows[key] = replace(other.rows[key], n=10_000)  # a row of more images, as a bundle holds one, beside images of a run of fewer
+    assert compare.paired(one, other, key) is None
 
 
 def test_a_bundle_is_compared_by_what_was_measured_of_it_here(golden, runs, digits):
@@ -715,12 +728,12 @@ def test_a_bundle_is_compared_by_what_was_measured_of_it_here(golden, runs, digi
     bare = bare.update("metrics.json")
     evaluate(bare, digits, SUITES["quick"].at_most(20), parts=("clean",))
     model = compare.read(bare.path)
-    assert {row["n"] for row in model.rows.values()} == {20}
+    assert {row.n for row in model.rows.values()} == {20}
     assert model.images
 
 
 def test_a_folder_holds_one_models_evaluation(tmp_path):
-    subject = {"name": "a", "weights": "1", "graph": "2", "data": "digits", "data_sha256": "3"}
+    subject = {"name": "a", "weights": "1", "graph": "2", "data": "digits", "data_sha256": "3", "form": "fields"}
     for file in ("metrics.json", "images.npz"):
         claim(tmp_path, subject)
         (tmp_path / file).write_text("[]")
@@ -728,13 +741,18 @@ def test_a_folder_holds_one_models_evaluation(tmp_path):
     assert (tmp_path / "metrics.json").is_file()
     claim(tmp_path, {**subject, "graph": "exported again"})
     assert [file.name for file in tmp_path.iterdir()] == ["subject.json"]
+    write_json(tmp_path / "subject.json", {name: value for name, value in subject.items() if name != "form"})
+    (tmp_path / "metrics.json").write_text('[{"protocol": "a sentence"}]')
+    claim(tmp_path, subject)
+    assert not (tmp_path / "metrics.json").exists()
     with pytest.raises(TrainingError, match="name another folder"):
         claim(tmp_path, {**subject, "weights": "4"})
 
 
 def test_bounds_below_zero_are_shown():
-    assert figure({"value": -9.1, "interval": [-10.0, -8.2]}) == "-9.1 [-10, -8.2]"
-    assert figure({"value": 0.0, "interval": [1e-17, 0.06]}) == "0 [0, 0.06]"
+    where, rest = Images(dataset="d"), {"interval_kind": "normal"}
+    assert figure(number("energy_mean", -9.1, 9, where, "", interval=(-10.0, -8.2), **rest)) == "-9.1 [-10, -8.2]"
+    assert figure(number("fpr95_energy", 0.0, 9, where, "", interval=(1e-17, 0.06), **rest)) == "0 [0, 0.06]"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Faults: a killed worker, a client that leaves, a full queue, a stop signal, wrong wishes at the prompt."""
 
+import asyncio
 import contextlib
 import http.client
 import os
@@ -17,9 +18,13 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from benchmarks.load import descendants
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.server.read import http_protocol
+from ebjdat_serve.server.read.http_protocol import bounded_protocol
 from ebjdat_serve.server.settings import SHIPPED, Settings
 from tests.conftest import HTTP, LONG, ROOT, free_port, serving, until, wait_ready
 
@@ -33,7 +38,7 @@ def alive(pid):
 
 
 def workers(server):
-    """Process ids of the workers by their lane, which ps shows: classify's first."""
+    """Process ids of the workers by their kind, which ps shows: classify's first."""
     names = {pid: Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() for pid in server.children()}
     return sorted((pid for pid, name in names.items() if name in ("ebjdat-classify", "ebjdat-generate")), key=names.__getitem__)
 
@@ -314,7 +319,7 @@ def test_a_full_classify_queue_answers_503_with_retry_after_and_the_rest_goes_on
         busy(long_live, "classify", len(clients))
         refused = httpx2.post(f"{long_live.url}/classify", content=picture, timeout=10)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert "classify_queue" in refused.json()["detail"]
+        assert "--classify-queue" in refused.json()["detail"]
         assert httpx2.get(f"{long_live.url}/generate", params={"class": 0, "steps": 2}, timeout=30).status_code == 200
         os.kill(stopped, signal.SIGCONT)
         for client in clients:
@@ -367,15 +372,94 @@ def test_endless_bytes_end_the_connection_and_take_no_memory(long_live, first, e
     assert httpx2.get(f"{long_live.url}/health").status_code == 200
 
 
-def test_a_slow_upload_is_cut_off_long_before_a_large_one_that_comes(long_live):
-    with connect(long_live) as client:
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory):
+    """A server that waits for nobody for long: its bounds are set by variables and options."""
+    variables = {
+        "HEADER_TIMEOUT": "1",
+        "UPLOAD_GRACE": "1",
+        "READ_TIMEOUT": "1",
+        "MAX_HEADERS": "3000",
+        "KEEP_ALIVE": "1",
+        "STREAM_HEARTBEAT": "0.1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, text in variables.items():
+            patch.setenv(f"EBJDAT_{name}", text)
+        with serving(SHIPPED, tmp_path_factory.mktemp("impatient") / "log", *LONG, "--body-timeout", "2", "--keep-alive", "2") as server:
+            yield server
+
+
+def closed_after(client, seconds=20):
+    """Return after how many seconds the server closes a connection, and what it sent before."""
+    begin, received = time.monotonic(), b""
+    client.settimeout(seconds)
+    with contextlib.suppress(ConnectionResetError):
+        while data := client.recv(2**16):
+            received += data
+    return time.monotonic() - begin, received
+
+
+@pytest.mark.parametrize(
+    ("sent", "at_least", "answered"),
+    [
+        (b"GET /health HT", 0.9, b""),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 3000 + b"\r\n\r\n", 0, b""),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", 1.9, b"HTTP/1.1 200"),  # an idle connection: the option wins over the variable
+        (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 50_000, 1.9, b"HTTP/1.1 408"),  # half a body
+    ],
+    ids=["half of the headers", "long headers", "idle", "half a body"],
+)
+def test_the_bounds_of_a_connection_are_settings(impatient, sent, at_least, answered):
+    with connect(impatient) as client:
+        client.sendall(sent)
+        seconds, received = closed_after(client)
+    assert received.startswith(answered) and bool(received) == bool(answered)
+    assert at_least <= seconds < at_least + 5
+
+
+def test_a_slow_upload_is_cut_off_long_before_a_large_one_that_comes(impatient):
+    with connect(impatient) as client:
         client.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
         begin = time.monotonic()
         with contextlib.suppress(OSError):
-            while time.monotonic() - begin < 25 and not select.select([client], [], [], 0.3)[0]:
+            while time.monotonic() - begin < 10 and not select.select([client], [], [], 0.1)[0]:
                 client.sendall(b"x")
         assert b" 408 " in client.recv(1000)
-        assert time.monotonic() - begin < 20
+        assert 0.9 < time.monotonic() - begin < 1.9
+
+
+def test_a_client_that_reads_nothing_is_cut_off():
+    """The protocol alone: the kernel would keep whatever a server of ours has to say."""
+    size = 64 * 2**20
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    async def run():
+        config = uvicorn.Config(app, http=bounded_protocol(Settings(read_timeout=0.2)), lifespan="off", log_config=None)
+        config.load()
+        loop = asyncio.get_running_loop()
+        factory = lambda: config.http_protocol_class(config=config, server_state=ServerState(), app_state={})  # noqa: E731
+        async with await loop.create_server(factory, "127.0.0.1", 0) as server:
+            with socket.create_connection(server.sockets[0].getsockname()) as client:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                async with asyncio.timeout(10):
+                    while not http_protocol.connections():
+                        await asyncio.sleep(0.01)
+                    while http_protocol.connections():
+                        await asyncio.sleep(0.01)
+                _, received = await loop.run_in_executor(None, closed_after, client)
+        assert len(received) < size
+
+    asyncio.run(run())
+
+
+def test_a_stream_says_that_it_is_still_there(impatient):
+    answer = httpx2.get(f"{impatient.url}/generate", params={"class": 1, "steps": 80, "n": 8, "stream": True, "every": 80}, timeout=60)
+    assert ": still there\n\n" in answer.text
+    assert "event: done" in answer.text
 
 
 def test_a_picture_of_countless_pieces_is_refused_and_keeps_nobody_waiting(live):
@@ -407,10 +491,10 @@ def test_a_worker_that_dies_before_it_says_hello_costs_only_itself(tmp_path, pic
     short = Path(tempfile.mkdtemp(prefix="e", dir="/tmp"))  # the name of a socket has room for a hundred characters
     monkeypatch.setenv("TMPDIR", str(short))
     with serving(SHIPPED, tmp_path / "log") as server:
-        (wire,) = short.glob("ebjdat-*/wire")
+        (address,) = short.glob("ebjdat-*/workers")
         for said in (b"", b"\0\0"):
             with socket.socket(socket.AF_UNIX) as stranger:
-                stranger.connect(str(wire))
+                stranger.connect(str(address))
                 stranger.sendall(said)
                 stranger.shutdown(socket.SHUT_WR)
                 assert stranger.recv(1) == b""  # it is hung up on

@@ -77,8 +77,8 @@ def test_one_training_step_runs_on_cuda(tmp_path):
 
     from training.data.datasets import load
     from training.loop.clock import Clock
+    from training.loop.loop import train
     from training.presets import DIGITS
-    from training.train import train
 
     preset = replace(DIGITS, epochs=0.5, precision="auto")
     weights = train(preset, load("digits"), tmp_path, init=None, clock=Clock(), device=torch.device("cuda"))

@@ -58,7 +58,7 @@ def test_the_auc_gate_follows_a_scripted_sequence():
     restored = AucGate(threshold=0.8, cap=3, window=200)
     gate = AucGate(threshold=0.8, cap=3, window=200)
     gate.update(0.9, 100)
-    restored.load_state(gate.state())
+    restored.load_state_dict(gate.state_dict())
     restored.update(0.9, 100)
     assert restored.steps == 1
     patient = AucGate(threshold=0.8, cap=3, window=200, patience=3)
@@ -95,16 +95,16 @@ def test_dat_negatives_are_seeds_at_first_and_then_climb_the_class_of_the_data_a
     state.model.eval()
     found = {}
     for steps in (0, 10):
-        state.memory.gate.steps = steps
+        state.method_state.gate.steps = steps
         noise = Noise.seeded(7)
-        found[steps] = stage.method.solve(state.model, batch, state.memory, StepContext(stage.threat, noise, 0.0)).x_neg
+        found[steps] = stage.method.solve(state.model, batch, state.method_state, StepContext(stage.threat, noise, 0.0)).x_neg
     seeds = Noise.seeded(7)
-    torch.testing.assert_close(found[0], state.memory.seeds.draw(batch.plain_label, seeds))
+    torch.testing.assert_close(found[0], state.method_state.seeds.draw(batch.plain_label, seeds))
     with torch.no_grad():
         before, after = (-joint_energy(state.model(found[steps]), batch.plain_label) for steps in (0, 10))
     assert (after > before).float().mean() > 0.95
     uniform = replace(stage, method=replace(stage.method, seeds="noise"))
-    drawn = new_state(uniform, load("digits"), None, torch.device("cpu")).memory.seeds.draw(batch.plain_label, seeds)
+    drawn = new_state(uniform, load("digits"), None, torch.device("cpu")).method_state.seeds.draw(batch.plain_label, seeds)
     assert abs(float(drawn.std()) - 12**-0.5) < 0.01
 
 
@@ -113,6 +113,6 @@ def test_dat_takes_its_seeds_from_an_ood_source(tmp_path):
     np.savez(tmp_path / "ood.npz", image=pool)
     stage = preset("dat", "digits")
     stage = replace(stage, method=replace(stage.method, seeds=str(tmp_path / "ood.npz")))
-    drawn = new_state(stage, load("digits"), None, torch.device("cpu")).memory.seeds.draw(LABEL, Noise.seeded(0))
+    drawn = new_state(stage, load("digits"), None, torch.device("cpu")).method_state.seeds.draw(LABEL, Noise.seeded(0))
     known = {image.transpose(2, 0, 1).tobytes() for image in pool}
     assert {np.rint(255 * image.numpy()).astype(np.uint8).tobytes() for image in drawn} <= known

@@ -21,9 +21,10 @@ from training.data import archives, datasets
 from training.data.augment import augment, crop, cutout, recolour
 from training.distributed import Noise
 from training.errors import DataError, TrainingError
+from training.loop.clock import Clock
 from training.loop.stream import Stream
 from training.presets import DIGITS
-from training.refresh import fitted
+from training.refresh import filled, refresh
 
 
 def small_cifar(root, monkeypatch, tamper=False):
@@ -46,7 +47,7 @@ def small_cifar(root, monkeypatch, tamper=False):
 
 def test_canonical_batches_are_read_and_checked(tmp_path, monkeypatch):
     small_cifar(tmp_path, monkeypatch)
-    train, test = archives.cifar10(tmp_path)
+    _, train, test = archives.cifar10(tmp_path)
     assert train.image.shape == (100, 32, 32, 3)
     assert len(test) == 20
 
@@ -59,13 +60,13 @@ def test_changed_pixels_are_refused(tmp_path, monkeypatch):
 
 def test_atlases_and_class_folders_hold_the_same_images(tmp_path, monkeypatch):
     small_cifar(tmp_path / "a", monkeypatch)
-    train, test = archives.cifar10(tmp_path / "a")
+    _, train, test = archives.cifar10(tmp_path / "a")
     for split, part in (("train", train), ("test", test)):
         for i, (image, label) in enumerate(zip(part.image, part.label, strict=True)):
             home = tmp_path / "b" / "cifar10" / split / archives.CIFAR10_NAMES[label]
             home.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(home / f"{i:04}.png")
-    again, _ = archives.cifar10(tmp_path / "b")
+    _, again, _ = archives.cifar10(tmp_path / "b")
     assert sorted(image.tobytes() for image in again.image) == sorted(image.tobytes() for image in train.image)
     label_of = {image.tobytes(): label for image, label in zip(train.image, train.label, strict=True)}
     assert all(label_of[image.tobytes()] == label for image, label in zip(again.image, again.label, strict=True))
@@ -178,7 +179,6 @@ def test_pictures_of_any_kind_are_squashed_as_the_server_squashes_them(tmp_path)
             lambda root: (pictures(root / "train", ("ash", "birch"), 24), pictures(root / "test", ("ash", "birch"), 20)),
             "48 images .* 50 in train/ are the least",
         ),
-        (lambda root: pictures(root, ("ash", "birch"), 130, size=(9, 9)), "multiple of 4"),
         (lambda root: (pictures(root, ("ash", "birch"), 130), pictures(root / "train", ("ash", "birch"), 2)), "no test"),
         (lambda root: (pictures(root, ("ash",), 250), pictures(root, ("birch",), 3)), r"fewer than 8 training images of birch \(3\)"),
         (lambda root: (pictures(root, ("ash",), 150), pictures(root, ("birch",), 150, size=(8, 8))), "they must be of one size"),
@@ -252,6 +252,15 @@ def test_what_is_hidden_or_no_file_is_named_and_not_read(tmp_path, capsys, monke
     assert "2 neither file nor folder (pipe.png, socket.png)" in said
 
 
+def test_images_that_the_network_cannot_take_are_refused_with_the_option_that_mends_it(tmp_path):
+    pictures(tmp_path / "own", ("ash", "birch"), 130, size=(9, 9))
+    stage = replace(DIGITS, dataset=str(tmp_path / "own"))
+    with pytest.raises(DataError, match=r"own: 9 x 9 pixels.*multiple of 4") as error:
+        refresh(stage, tmp_path / "run", init=None, clock=Clock(), suite=None, device=torch.device("cpu"))
+    assert error.value.options == ("--set size=32",)
+    assert not (tmp_path / "run" / "config.json").exists()  # a run whose data is refused has not begun
+
+
 def test_all_damaged_pictures_are_named_at_once(tmp_path):
     own = tmp_path / "own"
     pictures(own / "train", ("ash", "birch"), 30)
@@ -311,8 +320,8 @@ def test_sixty_pictures_are_enough_to_train_and_to_flag(tmp_path):
     keys = [image.tobytes() for part in (data.train, data.selection, data.calibration, data.test) for image in part.image]
     assert len(set(keys)) == 60
     assert 1 / (len(data.calibration) + 1) < 0.05  # a p-value below the usual alpha can be had
-    assert fitted(DIGITS, len(data.train), tells=False).batch_size == 8
-    assert fitted(DIGITS, 64, tells=False) == DIGITS
+    assert filled(DIGITS, len(data.train), tells=False).batch_size == 8
+    assert filled(DIGITS, 64, tells=False) == DIGITS
 
 
 @given(st.lists(st.integers(8, 300), min_size=2, max_size=12), st.integers(8, 60))
@@ -352,7 +361,7 @@ def test_cifar100_and_svhn_are_read_as_they_are_published(tmp_path, monkeypatch)
     with pytest.raises(DataError, match="not the official file"):
         archives.svhn(tmp_path)
     monkeypatch.setattr(archives, "SVHN_FILES", digests)
-    train, test = archives.svhn(tmp_path)
+    _, train, test = archives.svhn(tmp_path)
     assert len(train) == len(test) == 12
     assert set(train.label.tolist()) == set(range(10))  # class 10 of the file is the digit 0
     np.testing.assert_array_equal(test.image[5], image[..., 5])

@@ -11,6 +11,7 @@ from torch import nn
 
 from ebjdat_serve.energy import energy
 from training.distributed import Noise
+from training.loop.loop import descend
 from training.methods import Batch, NoState, StepContext
 from training.methods.adversary import Attack, Threat, cross_entropy
 from training.methods.at import AdversarialTraining, Mart, Standard, Trades, Weat, divergence, mart, weat
@@ -21,7 +22,6 @@ from training.methods.jem import Jeat, Jem, generative, penalty, ramp
 from training.methods.las import LasAt
 from training.methods.sharpness import Asam, Awp, perturbed
 from training.presets import preset
-from training.train import descend
 
 NOW = StepContext(Threat("linf", 0.1), Noise.seeded(0), 0.5)
 LABEL = torch.tensor([0, 1, 2, 3, 0, 1])

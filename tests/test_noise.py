@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 from ebjdat_serve import logs
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.server.settings import SHIPPED
-from ebjdat_serve.wideresnet import WideResNet
 from tests.conftest import ROOT, descendants, free_port
 from training.data.datasets import load
 from training.evaluate import evaluate_module
@@ -60,7 +59,7 @@ def test_an_export_says_nothing_of_its_own(tmp_path):
 def start(tmp_path_factory):
     """Weights to start from, so that no warm start is trained."""
     file = tmp_path_factory.mktemp("noise") / "weights.safetensors"
-    save_weights(WideResNet(DIGITS.depth, DIGITS.width, 10).state_dict(), file)
+    save_weights(DIGITS.architecture.build(10).state_dict(), file)
     return file
 
 
@@ -91,13 +90,13 @@ def test_training_is_a_line_for_people_and_all_figures_for_machines(tmp_path, st
 
 def test_an_evaluation_is_a_line_a_part_and_every_figure_on_request(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("EBJDAT_RUNS", str(tmp_path))
-    model, suite = WideResNet(DIGITS.depth, DIGITS.width, 10).eval(), replace(SUITES["quick"], test=20)
+    model, suite = DIGITS.architecture.build(10).eval(), replace(SUITES["quick"], test=20)
     with caplog.at_level(logging.DEBUG, logger="training"):
         rows = evaluate_module(model, load("digits"), suite=suite, parts=("clean",), name="noise")
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
     assert len(told) == 1
     assert told[0].startswith(f"measured clean of noise on digits: {len(rows)} figures, ")
-    assert [record.fields["metric"] for record in caplog.records if hasattr(record, "fields")] == [row["metric"] for row in rows]
+    assert [record.fields["metric"] for record in caplog.records if hasattr(record, "fields")] == [row.metric for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Precisions: graphs on the same weights, each with its own calibration and evidence, or none at all."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,12 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 import training.precision
 from ebjdat_serve import pixels
-from ebjdat_serve.bundle import Bundle, sha256
+from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_rows
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import LOWER, Limits, check, rows_of
-from ebjdat_serve.server.compute.workers import Model
+from ebjdat_serve.rows import Row
+from ebjdat_serve.server.compute.model import Model
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import publish
 from export.to_int8 import write_int8
@@ -55,13 +55,13 @@ def test_a_precision_has_its_own_calibration_and_figures(precise, precision):
     own, full = precise.calibration(precision), precise.calibration()
     assert own.of == precise.measured(precision)
     assert own.energies != full.energies
-    figures = {row["metric"].removesuffix(f"_{precision}"): row for row in rows_of(precise.metrics(), precision)}
+    figures = {row.metric.removesuffix(f"_{precision}"): row for row in rows_of(precise.metrics(), precision)}
     wanted = "logit_error_max accuracy_clean accuracy_pgd20_transfer accuracy_square flag_rate_clean ratio_classify_batch1"
     assert set(wanted.split()) <= set(figures)
     step = "weights.safetensors" if precision == "bf16" else precise.graph("step", precision).name
-    assert figures.pop("step_error_max")["of"] == precise.manifest.files[step].sha256
-    assert all(row["of"] == own.of and row["n"] > 0 and row["protocol"] for row in figures.values())
-    assert 0 < figures["energy_error_max"]["value"] < 0.5
+    assert figures.pop("step_error_max").of == precise.manifest.files[step].sha256
+    assert all(row.of == own.of and row.n > 0 for row in figures.values())
+    assert 0 < figures["energy_error_max"].value < 0.5
 
 
 def test_every_precision_lives_on_one_copy_of_the_weights(precise):
@@ -193,7 +193,7 @@ def test_a_precision_without_figures_is_not_served(precise, tmp_path):
     (tmp_path / "bare" / "metrics.json").write_text("[]")
     bare = Bundle.draft(tmp_path / "bare").update("metrics.json")
     with pytest.raises(BundleError, match="has no figure"):
-        Model(bare.path, Settings(precision="int8", device="cpu"))
+        Model(bare.path, Settings(precision="int8", device="cpu", threads=1))
 
 
 def test_graphs_of_other_weights_are_dropped_at_the_next_export(precise, tmp_path):
@@ -212,7 +212,7 @@ def test_graphs_of_other_weights_are_dropped_at_the_next_export(precise, tmp_pat
 
 
 def row(metric, value, of="ab"):
-    return {"metric": metric, "value": value, "n": 200, "of": of}
+    return Row(metric=metric, value=value, n=200, of=of, seed=0, dataset="d", precision="int8")
 
 
 WITHIN = [row(f"{name}_int8", 0.0) for name in Limits.__dataclass_fields__]
@@ -223,34 +223,29 @@ def test_the_gate_wants_every_figure_of_this_very_graph():
     with pytest.raises(BundleError, match="no figure"):
         check(WITHIN, "int8", {"cd"})
     for i, missing in enumerate(WITHIN):
-        with pytest.raises(BundleError, match=f"no figure {missing['metric']}"):
+        with pytest.raises(BundleError, match=f"no figure {missing.metric}"):
             check(WITHIN[:i] + WITHIN[i + 1 :], "int8", {"ab"})
 
 
 @pytest.mark.parametrize("name", list(Limits.__dataclass_fields__))
 @pytest.mark.parametrize("value", [0.5, float("nan")])
 def test_the_gate_refuses_each_figure_beyond_its_limit(name, value):
-    rows = [replace_value(r, value) if r["metric"] == f"{name}_int8" else r for r in WITHIN]
+    rows = [replace(r, value=value) if r.metric == f"{name}_int8" else r for r in WITHIN]
     with pytest.raises(BundleError, match=f"{name} is"):
         check(rows, "int8", {"ab"})
 
 
 def test_the_gate_wants_enough_images():
     with pytest.raises(BundleError, match="rests on 7 images, 50 are the fewest"):
-        check([{**r, "n": 7} if "square" in r["metric"] else r for r in WITHIN], "int8", {"ab"})
-
-
-def replace_value(row, value):
-    return {**row, "value": value}
+        check([replace(r, n=7) if r.metric == "accuracy_square_drop_int8" else r for r in WITHIN], "int8", {"ab"})
 
 
 def test_a_bundle_whose_precision_is_outside_its_limits_is_not_published(precise, tmp_path):
     publish(precise, tmp_path / "store")
     folder = tmp_path / "bad"
     shutil.copytree(precise.path, folder)
-    rows = json.loads((folder / "metrics.json").read_text())
-    worse = [replace_value(r, 0.2) if r["metric"] == "accuracy_square_drop_int8" else r for r in rows]
-    (folder / "metrics.json").write_text(json.dumps(worse))
+    rows = read_rows(folder / "metrics.json")
+    write_rows(folder / "metrics.json", [replace(r, value=0.2) if r.metric == "accuracy_square_drop_int8" else r for r in rows])
     bundle = Bundle.draft(folder).update("metrics.json")
     with pytest.raises(BundleError, match="accuracy_square_drop"):
         publish(bundle, tmp_path / "other")

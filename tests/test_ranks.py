@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.test_training import losses
+from training.config import stages
 from training.data.datasets import load
 from training.distributed import Noise, Ranks
 from training.errors import TrainingError
 from training.loop.clock import Clock
-from training.presets import preset, stages
-from training.train import train
+from training.loop.loop import train
+from training.presets import preset
 
 TOLERANCE = 1e-3  # relative: halves are summed in another order than the whole, and 40 steps carry the rounding on
 
@@ -61,7 +62,7 @@ def test_two_ranks_train_as_one_does(tmp_path, warm, method, settings):
     apart = max(float((b[name] - value).abs().max()) for name, value in a.items())
     assert moved > 5e-3
     assert apart < 0.02 * moved
-    kept = [torch.load(folder / "state.pt", weights_only=True)["memory"] for folder in (alone, pair)]
+    kept = [torch.load(folder / "state.pt", weights_only=True)["method_state"] for folder in (alone, pair)]
     for name, value in kept[0].items():  # the first rank saved the chains of both
         assert kept[1][name].shape == value.shape
         assert (kept[1][name] - value).abs().mean() < 1e-3

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebjdat_serve.engines import load_engine
-from ebjdat_serve.scheduling import FAIR, Policy, Request, Scheduler
+from ebjdat_serve.scheduling import FAIRNESS_QUOTA, ChainGroup, Policy, Scheduler
 from ebjdat_serve.sgld import Chains, Prior, Sampler
 
 SAMPLER = Sampler(steps=80, step_size=0.25, grad_clip=2.0, noise_std=0.005)
@@ -28,12 +28,12 @@ class Counting:
 
 def blank(engine, n, steps):
     zeros = np.zeros((n, 3, 2, 2), np.float32)
-    return Request(engine, Chains.at(zeros, SAMPLER, np.zeros(n, np.int64), seed=0), steps)
+    return ChainGroup(engine, Chains.at(zeros, SAMPLER, np.zeros(n, np.int64), seed=0), steps)
 
 
-def turns_until(scheduler, request, limit=100_000):
+def turns_until(scheduler, group, limit=100_000):
     for turn in range(limit):
-        if request not in scheduler.requests:
+        if group not in scheduler.groups:
             return turn
         scheduler.advance()
     raise AssertionError("it never ended")
@@ -55,21 +55,21 @@ def test_pictures_are_those_of_a_chain_alone(shipped, kind):
         for start, (_, n, steps, _) in zip(starts, wanted, strict=True)
     ]
     scheduler = Scheduler()
-    requests = [Request(engine, start, steps) for start, (_, _, steps, _) in zip(starts, wanted, strict=True)]
-    for request in requests:  # they join one after the other, while those before are under way
-        scheduler.join(request)
+    groups = [ChainGroup(engine, start, steps) for start, (_, _, steps, _) in zip(starts, wanted, strict=True)]
+    for group in groups:  # they join one after the other, while those before are under way
+        scheduler.join(group)
         scheduler.advance()
-    while scheduler.requests:
+    while scheduler.groups:
         scheduler.advance()
-    for request, expected in zip(requests, alone, strict=True):
+    for group, expected in zip(groups, alone, strict=True):
         if kind == "onnx":
-            np.testing.assert_array_equal(request.chains.image, expected)
+            np.testing.assert_array_equal(group.chains.image, expected)
         else:
-            np.testing.assert_allclose(request.chains.image, expected, atol=1e-4)
-    np.testing.assert_allclose(requests[0].chains.image[0], requests[3].chains.image[0], atol=0 if kind == "onnx" else 1e-4)
+            np.testing.assert_allclose(group.chains.image, expected, atol=1e-4)
+    np.testing.assert_allclose(groups[0].chains.image[0], groups[3].chains.image[0], atol=0 if kind == "onnx" else 1e-4)
 
 
-def test_a_short_request_overtakes_long_ones_and_waits_for_little_more_than_its_own_time():
+def test_a_short_group_overtakes_long_ones_and_waits_for_little_more_than_its_own_time():
     engine = Counting()
     scheduler = Scheduler(lambda: engine.now)
     for _ in range(8):
@@ -79,11 +79,11 @@ def test_a_short_request_overtakes_long_ones_and_waits_for_little_more_than_its_
     short, began = blank(engine, 1, 20), engine.now
     scheduler.join(short)
     turns_until(scheduler, short)
-    assert engine.now - began <= 20 * (1 + FAIR) + Policy.of(engine).width
+    assert engine.now - began <= 20 * (1 + FAIRNESS_QUOTA) + Policy.of(engine).width
 
 
 def test_what_nobody_took_is_not_owed_to_those_who_come_later():
-    """After a chain that was alone for long, a turn that it leads carries one rider, not all it could have carried before."""
+    """After a chain that was alone for long, a turn that it leads adds one chain by the quota, not all it could have added before."""
     engine = Counting()
     scheduler = Scheduler(lambda: engine.now)
     short = blank(engine, 1, 60)
@@ -93,49 +93,49 @@ def test_what_nobody_took_is_not_owed_to_those_who_come_later():
     for _ in range(6):
         scheduler.join(blank(engine, 1, 600))
     scheduler.advance()
-    assert engine.batches[-1] == (1 + round(FAIR), 1)
+    assert engine.batches[-1] == (1 + round(FAIRNESS_QUOTA), 1)
 
 
-def test_long_requests_go_on_under_a_stream_of_short_ones():
-    """Their share of all chain-steps is FAIR / (1 + FAIR)."""
+def test_long_groups_go_on_under_a_stream_of_short_ones():
+    """Their share of all chain-steps is FAIRNESS_QUOTA / (1 + FAIRNESS_QUOTA)."""
     engine = Counting()
     scheduler = Scheduler(lambda: engine.now)
     long = [blank(engine, 1, 600) for _ in range(8)]
-    for request in long:
-        scheduler.join(request)
+    for group in long:
+        scheduler.join(group)
     short = blank(engine, 1, 20)
     while engine.now < 3000:
-        if short not in scheduler.requests:
+        if short not in scheduler.groups:
             short = blank(engine, 1, 20)
             scheduler.join(short)
         scheduler.advance()
-    taken = sum(int(request.chains.step.sum()) for request in long)
-    assert taken == pytest.approx(FAIR / (1 + FAIR) * 3000, rel=0.05)
-    assert max(request.left for request in long) - min(request.left for request in long) <= Policy.of(engine).width
+    taken = sum(int(group.chains.step.sum()) for group in long)
+    assert taken == pytest.approx(FAIRNESS_QUOTA / (1 + FAIRNESS_QUOTA) * 3000, rel=0.05)
+    assert max(group.left for group in long) - min(group.left for group in long) <= Policy.of(engine).width
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(0, 60)), min_size=1, max_size=12))
 def test_no_chain_waits_longer_than_the_stated_bound(jobs):
-    """With N chains at most N (1 + 1 / FAIR) chain-steps pass between two of a chain's, and a turn or two that was under way."""
+    """With N chains at most N (1 + 1 / FAIRNESS_QUOTA) chain-steps pass between two of a chain's, and a turn or two that was under way."""
     engine = Counting()
     scheduler = Scheduler(lambda: engine.now)
     coming = sorted(jobs, key=lambda job: job[2])
     last: dict[tuple[int, int], float] = {}
     most = sum(n for n, _, _ in jobs)
-    bound = most * (1 + 1 / FAIR) + 3 * Policy.of(engine).width
+    bound = most * (1 + 1 / FAIRNESS_QUOTA) + 3 * Policy.of(engine).width
     turn = 0
-    while coming or scheduler.requests:
-        while coming and (coming[0][2] <= turn or not scheduler.requests):
+    while coming or scheduler.groups:
+        while coming and (coming[0][2] <= turn or not scheduler.groups):
             n, steps, _ = coming.pop(0)
-            request = blank(engine, n, steps)
-            scheduler.join(request)
-            last |= {(id(request), row): engine.now for row in range(n)}
-        before = {id(request): request for request in scheduler.requests}
+            group = blank(engine, n, steps)
+            scheduler.join(group)
+            last |= {(id(group), row): engine.now for row in range(n)}
+        before = {id(group): group for group in scheduler.groups}
         for moved in scheduler.advance():
             for row in moved.rows:
-                last[id(moved.request), int(row)] = engine.now
-        for request in before.values():
-            assert all(engine.now - last[id(request), int(row)] <= bound for row in request.walking())
+                last[id(moved.group), int(row)] = engine.now
+        for group in before.values():
+            assert all(engine.now - last[id(group), int(row)] <= bound for row in group.unfinished())
         turn += 1
 
 
@@ -143,16 +143,16 @@ def test_no_chain_waits_longer_than_the_stated_bound(jobs):
 def test_every_chain_takes_exactly_its_steps(jobs, gpu):
     engine = Counting("CUDAExecutionProvider" if gpu else "CPUExecutionProvider")
     scheduler = Scheduler(lambda: engine.now)
-    requests = [blank(engine, n, steps) for n, steps in jobs]
-    for request in requests:
-        scheduler.join(request)
-    arrived = dict.fromkeys(requests, 0)
-    while scheduler.requests:
+    groups = [blank(engine, n, steps) for n, steps in jobs]
+    for group in groups:
+        scheduler.join(group)
+    finished = dict.fromkeys(groups, 0)
+    while scheduler.groups:
         for moved in scheduler.advance():
-            arrived[moved.request] += len(moved.arrived)
-    for request, (n, steps) in zip(requests, jobs, strict=True):
-        assert (request.chains.step == steps).all()
-        assert arrived[request] == n
+            finished[moved.group] += len(moved.finished)
+    for group, (n, steps) in zip(groups, jobs, strict=True):
+        assert (group.chains.step == steps).all()
+        assert finished[group] == n
     assert sum(n * steps for n, steps in engine.batches) == sum(n * steps for n, steps in jobs)
 
 
@@ -167,7 +167,7 @@ def test_a_gpu_is_filled_and_takes_several_short_steps_a_turn():
     assert engine.batches[1][1] > 1
 
 
-def test_a_request_that_leaves_takes_no_further_step():
+def test_a_group_that_leaves_takes_no_further_step():
     engine = Counting()
     scheduler = Scheduler(lambda: engine.now)
     stays, leaves = blank(engine, 1, 10), blank(engine, 3, 10)
@@ -178,7 +178,7 @@ def test_a_request_that_leaves_takes_no_further_step():
     scheduler.leave(leaves)
     turns_until(scheduler, stays)
     assert int(leaves.chains.step.sum()) == taken
-    assert not scheduler.requests
+    assert not scheduler.groups
 
 
 def test_two_engines_are_never_in_one_batch_and_both_get_on():
@@ -190,7 +190,7 @@ def test_two_engines_are_never_in_one_batch_and_both_get_on():
         scheduler.join(blank(new, 1, 3))
         scheduler.advance()
     assert first.chains.step.sum() > 0
-    while scheduler.requests:
+    while scheduler.groups:
         scheduler.advance()
     assert sum(n * steps for n, steps in old.batches) == 100
     assert sum(n * steps for n, steps in new.batches) == 60

@@ -21,8 +21,8 @@ from starlette.requests import Request
 from ebjdat_serve import pixels
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.scores import ood_score
-from ebjdat_serve.server.answer.problems import Problem
 from ebjdat_serve.server.app import build_server
+from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.auth import api_key
 from ebjdat_serve.server.read.generate_request import find_label, read_values
 from ebjdat_serve.server.settings import SHIPPED, Settings
@@ -136,7 +136,8 @@ def test_a_class_is_found_by_its_name_in_either_normal_form(form, asked):
     names = [unicodedata.normalize(form, name) for name in ("Ångström", "Käfer", "käse", "Käse")]
     for index, name in enumerate(names):
         query = urllib.parse.urlencode({"class": unicodedata.normalize(asked, name)})
-        values = asyncio.run(read_values(Request({"type": "http", "method": "GET", "query_string": query.encode(), "headers": []})))
+        request = Request({"type": "http", "method": "GET", "query_string": query.encode(), "headers": []})
+        values = asyncio.run(read_values(request, LIMITS))
         assert find_label(values["class"], names) == index
     assert find_label(unicodedata.normalize(asked, "KÄFER"), names) == 1
     assert find_label("2", names) == find_label(2, names) == 2
@@ -323,6 +324,8 @@ def test_a_bad_query_is_refused_with_the_limit_or_the_fix(live, query, said, met
         (b'{"class": [3]}', JSON, 422),
         (b'{"class": null}', JSON, 422),
         (b'{"class": 3, "n": 2.5}', JSON, 422),
+        (b'{"class": 3, "n": true}', JSON, 422),
+        (b'{"class": 3, "temperature": false}', JSON, 422),
         (b"class=3", {"Content-Type": "text/plain"}, 415),
         (b"x" * 100_000, JSON, 413),
     ],
@@ -467,6 +470,14 @@ def test_a_key_that_is_set_to_nothing_opens_no_server(monkeypatch, said, capsys)
         build_server(Settings())
     monkeypatch.delenv("LIT_SERVER_API_KEY")
     assert api_key() is None
+
+
+@pytest.mark.parametrize("said", ["schlüssel", "two\nlines", "tab\tin"])
+def test_a_key_that_no_client_can_send_opens_no_server(monkeypatch, said):
+    """Clients refuse the same keys."""
+    monkeypatch.setenv("LIT_SERVER_API_KEY", said)
+    with pytest.raises(EbjdatError, match="LIT_SERVER_API_KEY has characters that are not printable ASCII"):
+        build_server(Settings())
 
 
 def test_litserves_key_guards_our_routes_but_no_probe(tmp_path, monkeypatch, picture):

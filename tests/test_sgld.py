@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from ebjdat_serve.energy import score as energy_score
 from ebjdat_serve.generation import generate
+from ebjdat_serve.networks.wideresnet import WideResNet
 from ebjdat_serve.sgld import Chains, Prior, Sampler, langevin_step, noises, sgld
-from ebjdat_serve.wideresnet import WideResNet
 
 
 @given(st.integers(0, 2**31), st.floats(0, 2), st.floats(0, 1))

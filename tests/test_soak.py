@@ -20,7 +20,7 @@ from PIL import Image
 from ebjdat_serve import pixels
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.generation import generate
-from ebjdat_serve.server.compute.workers import Model
+from ebjdat_serve.server.compute.model import Model
 from ebjdat_serve.server.settings import SHIPPED, Settings
 from ebjdat_serve.sgld import Prior
 from ebjdat_serve.store import publish, rollback
@@ -41,11 +41,11 @@ class Expected:
 
     def __init__(self, test_images):
         folder = SHIPPED
-        self.model = Model(folder, Settings(device="cpu"))
+        self.model = Model(folder, Settings(device="cpu", threads=1))
         engine, prior = load_engine(self.model.bundle, "onnx", "cpu"), Prior.load(folder / "prior.safetensors")
         images = test_images[0][::25]
         self.pictures = [pixels.encode_png(image) for image in images]
-        said = self.model.verdicts(images)
+        said = self.model.predict(images)
         self.energy, self.p_value = said.energy.tolist(), said.p_value.tolist()
         self.joint, self.top = said.joint_energy.tolist(), said.probability.argmax(1).tolist()
         self.jobs = [{"class": seed % 10, "n": 1 + seed % 3, "steps": 1 + 3 * (seed % 7), "seed": 100 * seed} for seed in range(12)]

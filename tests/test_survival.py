@@ -15,22 +15,23 @@ from PIL import Image
 from ebjdat_serve.bundle import Bundle
 from tests.conftest import ROOT
 from training.card import card
+from training.config import stages
 from training.data.datasets import load, load_extra
 from training.errors import DataError, OutOfTime, TrainingDiverged, TrainingError
 from training.loop.bundle_writer import Origin, draft_bundle
 from training.loop.clock import Clock
+from training.loop.loop import train
 from training.loop.run_log import RunLogger
 from training.loop.start import new_state
 from training.loop.state import Position, State, load_position, load_weights, previous, save_weights
 from training.overrides import override
-from training.presets import DIGITS, preset, stages
+from training.presets import DIGITS, preset
 from training.pseudo_label import pseudo_label
 from training.refresh import lock, refresh
-from training.train import train
 
 CPU = torch.device("cpu")
 WARM = stages(DIGITS)[0]
-LOOP = sys.modules["training.train"]
+LOOP = sys.modules["training.loop.loop"]
 
 
 class Ticks(Clock):

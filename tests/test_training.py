@@ -12,26 +12,28 @@ import pytest
 import torch
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks.wideresnet import WideResNet
+from ebjdat_serve.sgld import Prior
 from tests.conftest import ROOT
 from training.card import card
+from training.config import describe, stages
 from training.data.datasets import load
 from training.distributed import Noise
 from training.errors import OutOfTime, TrainingDiverged, TrainingError
 from training.loop.bundle_writer import Origin, draft_bundle
 from training.loop.clock import Clock
-from training.loop.run_log import diverged
+from training.loop.divergence import diverged
+from training.loop.loop import learning_rate, train
 from training.loop.start import new_state
 from training.loop.state import load_position, save_weights
 from training.loop.stream import Stream
-from training.methods import StepContext
+from training.methods import StepContext, replay
 from training.methods.adversary import Attack, Threat, cross_entropy
 from training.methods.at import AdversarialTraining
 from training.methods.ebjdat import EbJdat
 from training.methods.replay import ChainConfig
 from training.overrides import listing, override
-from training.presets import DIGITS, describe, preset, stages
-from training.train import learning_rate, train
+from training.presets import DIGITS, preset
 
 CPU = torch.device("cpu")
 WARM = stages(DIGITS)[0]
@@ -131,8 +133,8 @@ def test_the_listing_names_every_method_and_what_it_reached():
 
 def test_the_warm_start_is_of_the_same_network_and_ball():
     warm, joint = stages(override(DIGITS, ["width=2", "eps=0.1"]))
-    assert (warm.width, warm.threat.eps) == (2, 0.1)
-    assert joint.width == 2
+    assert (warm.architecture.width, warm.threat.eps) == (2, 0.1)
+    assert joint.architecture.width == 2
 
 
 def test_dat_without_bce_is_adversarial_training_step_for_step(tmp_path):
@@ -161,10 +163,24 @@ def test_without_h1_and_h2_ebjdat_is_adversarial_training_plus_clean_cross_entro
         state.model.eval()
         batch = Stream(stage, data, CPU, Noise.seeded(1)).batch(0)
         now = StepContext(stage.threat, Noise.seeded(2), 0.5)
-        found = stage.method.solve(state.model, batch, state.memory, now)
-        losses.append(stage.method.loss(state.model, found, state.memory, now).loss)
+        found = stage.method.solve(state.model, batch, state.method_state, now)
+        losses.append(stage.method.loss(state.model, found, state.method_state, now).loss)
         clean = cross_entropy(state.model(batch.image), batch.label).mean()
     torch.testing.assert_close((1 - clean_weight) * losses[0] + clean_weight * clean, losses[1])
+
+
+def test_the_prior_is_fitted_once_for_chains_validation_and_the_bundle(tmp_path, monkeypatch):
+    real, fitted, data = replay.fit_prior, [], load("digits")
+    monkeypatch.setattr(replay, "fit_prior", lambda *given: fitted.append(real(*given)) or fitted[-1])
+    stage = replace(DIGITS, epochs=0.1, method=FEW)
+    weights = train(stage, data, tmp_path / "run", init=None, clock=Clock(), device=CPU)
+    bundle = draft_bundle(
+        weights, stage, data, tmp_path / "bundle", Origin("git", "now", ""), load_position(weights.with_name("state.pt")), 1
+    )
+    assert len(fitted) == 1
+    again = real(data.train, 10, stage.prior_rank)
+    assert torch.equal(torch.from_numpy(fitted[0].factor), torch.from_numpy(again.factor))
+    assert (Prior.load(bundle.path / "prior.safetensors").mean == again.mean).all()
 
 
 @pytest.mark.slow
@@ -208,6 +224,7 @@ def test_a_run_without_time_for_a_step_is_an_error_not_a_model(tmp_path):
 
 def test_training_and_the_torch_engine_need_no_more_than_torch_numpy_pillow_and_safetensors():
     absent = ("onnx", "onnxruntime", "onnxscript", "scipy", "sklearn", "litserve", "fastapi", "pydantic", "pyautoattack", "tqdm")
+    absent += ("jinja2", "matplotlib")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import training.train, training.refresh, ebjdat_serve.engines.eager"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -226,16 +243,16 @@ def test_a_short_time_is_shared_by_the_stages_and_ends_with_a_bundle(tmp_path):
 
 def test_what_diverged_is_counted_in_the_model_card(tmp_path, monkeypatch):
     """One poisoned step, and the rest of the run as if nothing had been."""
-    loop = sys.modules["training.train"]
+    loop = sys.modules["training.loop.loop"]
 
-    real, said = loop.read, []
+    real, said = loop.scalars, []
 
-    def poisoned(terms, length, ranks):
-        row = real(terms, length, ranks)
+    def poisoned(terms, gradient_norm, ranks):
+        row = real(terms, gradient_norm, ranks)
         said.append(row)
         return {**row, "loss": float("nan")} if len(said) == 25 else row
 
-    monkeypatch.setattr(loop, "read", poisoned)
+    monkeypatch.setattr(loop, "scalars", poisoned)
     stage = replace(WARM, epochs=2)
     data = load("digits")
     weights = train(stage, data, tmp_path / "run", init=None, clock=Clock(), device=CPU)

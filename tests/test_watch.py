@@ -1,5 +1,7 @@
 """What people see: the log, the report, TensorBoard, the listing."""
 
+import base64
+import html
 import json
 import re
 import subprocess
@@ -12,9 +14,9 @@ import torch
 from tests.conftest import ROOT
 from training.data.datasets import load
 from training.loop.clock import Clock
+from training.loop.loop import train
 from training.presets import DIGITS
 from training.report import series, write_report
-from training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +25,45 @@ def stage(tmp_path_factory):
     chains = replace(DIGITS.method.chains, batch=8, buffer_size=96, steps=2)
     preset = replace(DIGITS, epochs=2.5, method=replace(DIGITS.method, chains=chains))
     train(preset, load("digits"), folder, init=None, clock=Clock(), device=torch.device("cpu"), tensorboard=True)
+    write_report(folder, preset)
     return folder
 
 
 def test_the_report_is_one_file_with_curves_histograms_and_samples(stage):
     report = (stage / "report.html").read_text()
-    for said in ("Loss", "Energy gaps", "held-out training images", "rolled back for divergence 0 times", "<polyline", "<polygon"):
+    for said in ("Held-out training images: clean", "rolled back for divergence 0 times"):
         assert said in report
     assert len(re.findall(r"data:image/png;base64,", report)) == 3
-    assert not re.search(r'(src|href)="?http', report)
-    assert '"kind": "EbJdat"' in report.replace("&quot;", '"')
+    curves, histograms = (base64.b64decode(content).decode() for content in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", report))
+    for said in (">Loss<", ">Energy gaps, nats<", ">Accuracy on held-out training images<"):
+        assert said in curves
+    last = [row["loss"] for row in map(json.loads, (stage / "log.jsonl").read_text().splitlines()) if "loss" in row][-1]
+    assert f">loss {last:.4g}<" in curves
+    for said in (">step 17<", ">step 34<", ">step 43<", ">clean<", ">adversarial<", ">drawn<"):
+        assert said in histograms
+    assert set(re.findall(r'(?:src|href)="([^"]{5})', report)) == {"data:"}
+    for image in (curves, histograms):
+        assert not re.search(r'href="[^#]|@import|url\([^#]', image)
+    assert '"kind": "EbJdat"' in html.unescape(report)
+
+
+def test_what_a_name_says_is_text_in_the_report(tmp_path):
+    folder = tmp_path / "<b>&"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"step": 20, "of": 60, "loss": 1.0}')
+    report = write_report(folder).read_text()
+    assert "<h1>&lt;b&gt;&amp;</h1>" in report
+    assert "<b>" not in report
+
+
+@pytest.mark.parametrize("absent", ["jinja2", "matplotlib"])
+def test_without_its_libraries_there_is_a_note_and_no_report(stage, tmp_path, absent):
+    (tmp_path / "log.jsonl").write_bytes((stage / "log.jsonl").read_bytes())
+    code = f"import sys; sys.modules[{absent!r}] = None; from pathlib import Path; from training.report import write_report; "
+    code += f"assert write_report(Path({str(tmp_path)!r})) is None"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.fullmatch(rf"no report.html: {absent} is not installed: .* -m pip install -e .*\[train\]'?, then .*\n", done.stderr)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_the_log_holds_curves_looks_and_histograms(stage):

@@ -13,14 +13,15 @@ import numpy as np
 
 from ebjdat_serve.bundle import Bundle, Calibration, write_json
 from ebjdat_serve.console import command, parser_of
-from ebjdat_serve.detection import probabilities
 from ebjdat_serve.editing import FORCED, check_editable, edit
-from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.engines import Engine, Floats, Precision, load_engine
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
 from ebjdat_serve.scores import DEFAULT, SCORES, ood_score, score_named
-from training.data.datasets import Dataset, load
+from training.card import rewrite
+from training.data.bundle_data import check_data, dataset_of
+from training.data.datasets import Dataset
+from training.evaluation.metrics import fit_temperature
 
 log = logging.getLogger("training")
 
@@ -57,26 +58,7 @@ def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", scor
 
 def carded(bundle: Bundle) -> Bundle:
     """Return the bundle with its card, if it has one, written anew: it says by what score the flag is decided."""
-    from training.card import rewrite  # whose modules import this one
-
     return rewrite(bundle) if "README.md" in bundle.manifest.files else bundle
-
-
-def check_data(bundle: Bundle, data: Dataset) -> None:
-    """Raise BundleError unless ``data`` is, split for split, what the bundle was trained on: else splits would overlap."""
-    bundle.check_files()
-    if data.sha256 != bundle.manifest.provenance.data_sha256:
-        raise BundleError(
-            f"{data.name} here (sha256 {data.sha256[:12]}) is not, in this order, what {bundle.path} was trained on "
-            f"({bundle.manifest.provenance.data_sha256[:12]}): its calibration split would hold training images"
-        )
-
-
-def dataset_of(bundle: Bundle, moved: str | None = None) -> Dataset:
-    """Return the data set that the bundle names, a folder's images at the bundle's size; ``moved``: where the folder is now."""
-    manifest = bundle.manifest
-    source = moved or manifest.provenance.configuration.get("dataset", manifest.provenance.dataset)
-    return load(source, (manifest.input.height, manifest.input.width))
 
 
 def served(engine: Engine, image: Pixels) -> tuple[Floats, Floats]:
@@ -85,23 +67,6 @@ def served(engine: Engine, image: Pixels) -> tuple[Floats, Floats]:
     decoded = np.stack([decode(encode_png(one), height, width) for one in image])
     logits, energy = (np.concatenate(part) for part in zip(*classify_in_chunks(engine, to_unit(decoded)), strict=True))
     return logits, energy
-
-
-def fit_temperature(logits: Floats, label: Labels) -> float:
-    """Return the temperature in [0.05, 20] that minimises the negative log-likelihood of the labels (Guo et al., arXiv 1706.04599).
-
-    Golden-section search in log temperature: the likelihood is unimodal there.
-    """
-
-    def nll(log_temperature: float) -> float:
-        p = probabilities(logits, float(np.exp(log_temperature)))
-        return float(-np.log(p[np.arange(len(label)), label] + 1e-30).mean())
-
-    low, high, ratio = np.log(0.05), np.log(20.0), (np.sqrt(5) - 1) / 2
-    for _ in range(60):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if nll(left) < nll(right) else (left, high)
-    return float(np.exp((low + high) / 2))
 
 
 def main() -> None:

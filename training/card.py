@@ -12,29 +12,24 @@ from typing import Any
 import numpy as np
 
 from ebjdat_serve import pixels
-from ebjdat_serve.bundle import Bundle, read_rows, write_json
+from ebjdat_serve.bundle import Bundle, network_name, read_rows, write_rows
 from ebjdat_serve.card import figure, key, table, title
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
+from ebjdat_serve.rows import Images, Row, first, rows_where
 from ebjdat_serve.scores import BASELINE, SCORES
+from ebjdat_serve.sentences import OBJECTIVES, attack_name, eps_name, set_name
 from ebjdat_serve.sgld import Prior
-from training.evaluation.chosen import chief, eps_of, one, readme_rows, served_score, worse_than_chance
+from training.data.sources import SOURCES
+from training.evaluation.chosen import ALPHA, chief, model_of, readme_rows, served_score, worse_than_chance
 from training.evaluation.ood import BLANK, NEAR
-from training.evaluation.rows import Row, ball_of
-
-LICENCES = {
-    "cifar10": "Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, non-commercial, "
-    "is used for evaluation only.",
-    "cifar100": "Weights: Apache-2.0. CIFAR-100 (Krizhevsky 2009) states no licence; its use here follows research custom.",
-    "svhn": "Weights of a model trained on SVHN (Netzer et al. 2011), which is for non-commercial use only.",
-    "digits": "Weights: Apache-2.0. Digits: UCI, Alpaydin and Kaynak 1998, as scikit-learn ships them (CC BY 4.0).",
-}
+from training.evaluation.rows import ball_of
 
 
-def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any], *, samples: bool = True) -> list[str]:
+def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[Images, Any], *, samples: bool = True) -> list[str]:
     """Write README.md, samples.png unless it is not to be drawn again, landscape.png and, when given, baseline.json; return their names.
 
     Raises BundleError for figures that were measured on other files than the bundle's.
@@ -45,18 +40,18 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
         write_samples(bundle)
         names.append("samples.png")
     # without arrays an earlier image stays while the figures that it shows stand
-    if not write_landscape(bundle, arrays) and not any(row.get("part") == "landscape" for row in rows):
+    if not write_landscape(bundle, arrays) and not any(row.part == "landscape" for row in rows):
         (bundle.path / "landscape.png").unlink(missing_ok=True)
     if (bundle.path / "landscape.png").is_file():
         names.append("landscape.png")
     if baseline:
-        write_json(bundle.path / "baseline.json", baseline)
+        write_rows(bundle.path / "baseline.json", baseline)
         names.append("baseline.json")
     (bundle.path / "README.md").write_text(card(bundle, rows, baseline), encoding="utf-8")
     return names
 
 
-def renew_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[str, Any], *, samples: bool = True) -> Bundle:
+def renew_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[Images, Any], *, samples: bool = True) -> Bundle:
     """Write the card as ``write_card`` does and record its files; an image that it took away is no longer the bundle's."""
     names = write_card(bundle, rows, baseline, arrays, samples=samples)
     files = {name: entry for name, entry in bundle.manifest.files.items() if name != "landscape.png"}
@@ -65,12 +60,19 @@ def renew_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
 
 def refuse_stale(bundle: Bundle, rows: list[Row]) -> None:
     """Raise BundleError that names the first figure that is not of the bundle's files."""
-    stale = [row for row in rows if not bundle.holds(row["of"])]
+    stale = [row for row in rows if not bundle.holds(row.of)]
     if stale:
         raise BundleError(
-            f"{bundle.path / 'metrics.json'} is stale: {len(stale)} figures, {stale[0]['metric']} first, were measured on {stale[0]['of'][:12]}, "
+            f"{bundle.path / 'metrics.json'} is stale: {len(stale)} figures, {stale[0].metric} first, were measured on {stale[0].of[:12]}, "
             f"which the bundle does not hold; run python training/evaluate.py {bundle.path} --into {bundle.path}"
         )
+
+
+def licence(dataset: str) -> str:
+    """Return the licence of weights trained on a data set."""
+    if dataset in SOURCES:
+        return SOURCES[dataset].licence
+    return f"The weights are yours; {dataset} is a folder of your own, and its licence is for you to state."
 
 
 def write_samples(bundle: Bundle) -> None:
@@ -83,9 +85,9 @@ def write_samples(bundle: Bundle) -> None:
     (bundle.path / "samples.png").write_bytes(pixels.encode_png(pixels.grid(samples.image, 3, columns=classes), generated=True))
 
 
-def write_landscape(bundle: Bundle, arrays: dict[str, Any]) -> bool:
+def write_landscape(bundle: Bundle, arrays: dict[Images, Any]) -> bool:
     """Write landscape.png: E(x) and E(x, y) of clean, adversarial, drawn and strange images; False when not measured."""
-    if "clean" not in arrays:
+    if not arrays:
         return False
     from training.evaluation.figures import landscape, png  # matplotlib takes a second
 
@@ -100,7 +102,7 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     drawn = (bundle.path / "landscape.png").is_file()
     picture = "![energies of clean, adversarial, drawn and strange images](landscape.png)" if drawn else ""
     return f"""{title(m)}
-{m.architecture.family} {m.architecture.depth}-{m.architecture.width} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
+{network_name(m.architecture)} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
 Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, begun {p.started}:
 {p.steps} of {p.planned_steps} planned steps, rolled back for divergence {p.rollbacks} times. Data sha256 {p.data_sha256[:16]}.
 
@@ -129,7 +131,7 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 ## Data and licence
 
-{LICENCES.get(p.dataset, f"The weights are yours; {p.dataset} is a folder of your own, and its licence is for you to state.")} {about_fid(rows)}
+{licence(p.dataset)} {about_fid(rows)}
 """
 
 
@@ -141,7 +143,7 @@ def about_baseline(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     known = {key(row) for row in baseline}
     if not any(key(row) in known for row in rows):
         return f"It was continued from `{warm}`, the warm start, which was not evaluated beside it.\n"
-    of = next(row["of"] for row in baseline if row["metric"] == "accuracy_clean")
+    of = next(row.of for row in rows_where(baseline, "accuracy_clean"))
     return (
         f"The column `warm start` is of `{warm}`, which this model was continued from (weights sha256 {of[:12]}), by the same protocol on the\n"
         "same number of images; where it is empty, the warm start was not measured.\n"
@@ -151,14 +153,14 @@ def about_baseline(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
 def worse(bundle: Bundle, rows: list[Row]) -> str:
     """Return the sets that a score ranks worse than chance, as far as the interval tells."""
     names = dict.fromkeys(("energy", served_score(bundle), BASELINE))
-    found = [row for name in names for row in rows if row["metric"] == f"auroc_{name}" and worse_than_chance(row)]
-    poor = "; ".join(f"{row['metric'].removeprefix('auroc_')} on {row['dataset'].split(' vs ')[-1]} ({row['value']:.3f})" for row in found)
+    found = [row for name in names for row in rows_where(rows, f"auroc_{name}") if worse_than_chance(row)]
+    poor = "; ".join(f"{row.score} on {set_name(row)} ({row.value:.3f})" for row in found)
     return f"\n**Worse than chance** (the 95 % interval of the AUROC lies below 0.5): {poor}.\n" if poor else ""
 
 
 def about_fid(rows: list[Row]) -> str:
     """Return what may be called FID here."""
-    if any(row["metric"] == "fid" for row in rows):
+    if rows_where(rows, "fid"):
         return "`fid` is of Inception-v3 with its standard weights; other distances name their extractor."
     return "No figure here is FID: no Inception weights were at hand, and every distance names its extractor."
 
@@ -166,7 +168,7 @@ def about_fid(rows: list[Row]) -> str:
 def method_kind(bundle: Bundle) -> str:
     """Return the class name of the method that trained the bundle."""
     method = bundle.manifest.provenance.configuration.get("method", "unknown")
-    return str(method["kind"]) if isinstance(method, dict) else {"ebjdat": "EbJdat", "at": "AdversarialTraining"}.get(method, str(method))
+    return str(method["kind"]) if isinstance(method, dict) else {"ebjdat": "EbJdat"}.get(method, str(method))  # the latter: what ships
 
 
 def short(git: str) -> str:
@@ -182,29 +184,30 @@ def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
     calibration = bundle.calibration()
     score = "s(x) = " + SCORES[calibration.score].equation.format(weight=calibration.weight)
 
-    data, eps = bundle.manifest.provenance.dataset, eps_of(bundle)
+    m = model_of(bundle)
+    eps, flag = eps_name(m.eps), {"alpha": ALPHA}
 
-    def said(metric: str, where: str, how: str = "", among: list[Row] = rows) -> str:
-        row, plain = (one(among, metric, where, f"{how}score {name}") for name in (calibration.score, BASELINE))
+    def said(metric: str, **wanted: Any) -> str:
+        row, plain = (first(rows, metric, score=name, **wanted) for name in (calibration.score, BASELINE))
         text = figure(row) if row else "not measured"
         return text if calibration.score == BASELINE else f"{text} (max softmax: {figure(plain) if plain else 'not measured'})"
 
-    def flagged(where: str) -> str:
-        return said("flag_power", where, "alpha 0.05, ")
+    def flagged(dataset: str) -> str:
+        return said("flag_power", dataset=dataset, **flag)
 
-    junk = said("auroc_robust_ood", "", among=[row for row in rows if "moves junk" in row["protocol"]])
-    limit = one(rows, "accuracy_at_half_eps", "", "")
+    fooled, others = (said("flag_power", subset=subset, **m.test, **m.pgd, **flag) for subset in ("fooled", "not fooled"))
+    junk, limit = said("auroc_robust_ood", moved="ood"), first(rows, "accuracy_at_half_eps")
     return f"""`suspicious` means p < alpha, with p = (1 + how many of {len(calibration.scores):,} clean calibration scores are at least this one) / {len(calibration.scores) + 1:,} and
 {score}. It bounds false alarms on data like the calibration set: at most alpha on average over calibration draws; given this one set the rate is
 Beta-distributed around it. At alpha 0.05 it flags these shares; max softmax, which needs no energy and is calibrated alike, stands in brackets:
 
-- clean test images {said("flag_rate_clean", "", "alpha 0.05, ")}; after JPEG at quality 75 {said("flag_rate_shifted", f"{data} test after JPEG q75")};
+- clean test images {said("flag_rate_clean", **flag)}; after JPEG at quality 75 {said("flag_rate_shifted", shift="JPEG q75")};
 - SVHN {flagged("svhn_train_first1080")}; CIFAR-100 {flagged(NEAR)}; uniform noise {flagged("uniform noise")}; blank images {flagged(BLANK)};
-- images that PGD-20 fooled at {eps} {flagged(f"PGD-20 {eps} on {data} test, fooled")}; the other attacked images {flagged(f"PGD-20 {eps} on {data} test, not fooled")}.
+- images that PGD-20 fooled at {eps} {fooled}; the other attacked images {others}.
 
 **It is no defence against an adaptive attacker**: junk that is perturbed within {eps} to look normal leaves an AUROC of {junk}
 (0.5 is blind, 0 is fooled every time); the share of images for which no point of the ball was found that is both wrong and unflagged is
-{said("accuracy_with_rejection", "", "alpha 0.05, ")} at alpha 0.05, and a flag that truly held at {eps} would imply a classifier that holds at half of it, where this
+{said("accuracy_with_rejection", **flag)} at alpha 0.05, and a flag that truly held at {eps} would imply a classifier that holds at half of it, where this
 one keeps {figure(limit) if limit else "not measured"}."""
 
 
@@ -213,26 +216,26 @@ def readme_table(bundle: Bundle) -> str:
     lines = ["| | this model | beside it | n | metric |", "|---|---|---|---|---|"]
     for said, row, others in readme_rows(bundle, bundle.metrics(), baseline_of(bundle)):
         beside = "; ".join(f"{name} {figure(other)}" for name, other in others) or "not measured"
-        lines.append(f"| {said} | {figure(row)} | {beside} | {row['n']:,} | `{row['metric']}` |")
+        lines.append(f"| {said} | {figure(row)} | {beside} | {row.n:,} | `{row.metric}` |")
     return "\n".join(lines)
 
 
 def readme_limits(bundle: Bundle) -> str:
     """Return the README's limits that are figures; a claim is made only where they bear it out."""
-    rows, eps, data = bundle.metrics(), eps_of(bundle), bundle.manifest.provenance.dataset
-    scores, alarm = (served_score(bundle), BASELINE), "alpha 0.05, score SCORE"
+    rows, m = bundle.metrics(), model_of(bundle)
+    eps, flag = eps_name(m.eps), {"alpha": ALPHA}
 
-    def pair(metric: str, where: str, how: str) -> tuple[str, float, float]:
-        """Return the served score's figure and max softmax's in words, and both values."""
-        found = [one(rows, metric.replace("SCORE", name), where, how.replace("SCORE", name)) for name in scores]
+    def pair(metric: str, **wanted: Any) -> tuple[str, float, float]:
+        """Return the served score's figure and max softmax's in words, and both values; "{}" in a metric is the score."""
+        found = [first(rows, metric.format(name), score=name, **wanted) for name in (m.score, BASELINE)]
         own, plain = (figure(row) if row else "not measured" for row in found)
-        value, other = (row["value"] if row else float("nan") for row in found)
+        value, other = (row.value if row else float("nan") for row in found)
         return f"{own} (max softmax: {plain})", value, other
 
-    blank, seen, _ = pair("flag_power", BLANK, alarm)
-    fooled, _, _ = pair("flag_power", f"PGD-20 {eps} on {data} test, fooled", alarm)
-    clean, _, _ = pair("flag_rate_clean", f"{data} test", alarm)
-    near, own, plain = pair("auroc_SCORE", f"{data} test vs {NEAR}", "score SCORE")
+    blank, seen, _ = pair("flag_power", dataset=BLANK, **flag)
+    fooled, _, _ = pair("flag_power", subset="fooled", **m.test, **m.pgd, **flag)
+    clean, _, _ = pair("flag_rate_clean", **m.test, **flag)
+    near, own, plain = pair("auroc_{}", dataset=NEAR)
     return "\n".join(
         [
             *costs(bundle, rows),
@@ -246,15 +249,21 @@ def readme_limits(bundle: Bundle) -> str:
 def costs(bundle: Bundle, rows: list[Row]) -> list[str]:
     """Return what robustness the joint stage cost, where the warm start was measured by the same protocol on as many images."""
     known = {key(row): row for row in baseline_of(bundle)}
-    chosen = [one(rows, metric, "", f"l-inf {eps_of(bundle)}") for metric in ("accuracy_pgd20", "accuracy_autoattack")]
+    m = model_of(bundle)
+    chosen = [first(rows, metric, norm="linf", eps=m.eps) for metric in ("accuracy_pgd20", "accuracy_autoattack")]
     pairs = [(row, known[key(row)]) for row in chosen if row and key(row) in known]
     if not pairs:
         return []
-    costly = any(row["interval"][1] < warm["interval"][0] for row, warm in pairs)
-    said = "; ".join(f"{figure(row)} against {figure(warm)} under {row['protocol'].split(',')[0]}, n = {row['n']:,}" for row, warm in pairs)
+    costly = any(row.interval[1] < warm.interval[0] for row, warm in pairs if row.interval and warm.interval)
+    said = "; ".join(f"{figure(row)} against {figure(warm)} under {under(row)}, n = {row.n:,}" for row, warm in pairs)
     method = {"EbJdat": "EB-JDAT"}.get(method_kind(bundle), method_kind(bundle))
     title = f"**{method} costs robustness** against its warm start" if costly else "Robustness against its warm start"
-    return [f"- {title}, at l-inf {eps_of(bundle)}: {said}."]
+    return [f"- {title}, at l-inf {eps_name(m.eps)}: {said}."]
+
+
+def under(row: Row) -> str:
+    """Return the attack of a row, and what it climbs where that is said."""
+    return attack_name(row) + (f" on {OBJECTIVES[row.objective]}" if row.objective else "")
 
 
 def baseline_of(bundle: Bundle) -> list[Row]:

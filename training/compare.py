@@ -6,11 +6,10 @@ same; proportions on the same images are tested in pairs against the first model
 deviations of each model's clean energies.
 """
 
-import html
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,18 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import MANIFEST, Bundle, read_rows
 from ebjdat_serve.card import figure
 from ebjdat_serve.console import command, parser_of
+from ebjdat_serve.rows import GENERATED, Images, Row
+from ebjdat_serve.sentences import data_words, protocol_words
 from training.card import refuse_stale
 from training.errors import TrainingError
-from training.evaluate import PARTS, folder_name, load_flat, unflattened, work_root
+from training.evaluate import PARTS, folder_name, work_root
 from training.evaluation.evidence import merge
+from training.evaluation.landscape import clean_of
 from training.evaluation.metrics import mcnemar
-from training.evaluation.report import HEADINGS, STYLE
-from training.evaluation.result_cache import Arrays
-from training.evaluation.rows import Row, ball_of, outcome_free
+from training.evaluation.report import HEADINGS
+from training.evaluation.result_cache import Arrays, load_arrays, load_flat
+from training.evaluation.rows import ball_of
+from training.pages import render
 
 IN_SHORT = (
     "accuracy_clean",
@@ -49,7 +52,7 @@ IN_SHORT = (
     "nll",
     "ece",
 )
-Key = tuple[str, str, str]
+Key = tuple[str, tuple[int, int | None] | None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Evaluated:
     data_sha256: str
     rows: dict[Key, Row]
     images: dict[str, NDArray[np.bool_]]
-    arrays: dict[str, Arrays]
+    arrays: dict[Images, Arrays]
 
 
 def read(path: Path) -> Evaluated:
@@ -73,25 +76,25 @@ def read(path: Path) -> Evaluated:
         refuse_stale(bundle, rows)
         folder = work_root() / folder_name(name, m.files["weights.safetensors"].sha256, digest)
         if (folder / "metrics.json").is_file():  # measured here and perhaps never taken into the bundle
-            rows = merge(rows, [row for row in read_rows(folder / "metrics.json") if bundle.holds(row["of"])]).rows
+            rows = merge(rows, [row for row in read_rows(folder / "metrics.json") if bundle.holds(row.of)]).rows
         name = f"{name}@{m.version}"
     elif (path / "subject.json").is_file() and (path / "metrics.json").is_file():
         said = json.loads((path / "subject.json").read_text(encoding="utf-8"))
         rows, name, data, digest, folder = read_rows(path / "metrics.json"), said["name"], said["data"], said["data_sha256"], path
     else:
         raise TrainingError(f"{path} is neither a bundle nor the folder of an evaluation: run python training/evaluate.py on it first")
-    rows = [row for row in rows if row.get("part") in PARTS]
+    rows = [row for row in rows if row.part in PARTS]
     if not rows:
         raise TrainingError(f"{path} has no figures of this version: run python training/evaluate.py {path}")
-    images, arrays = load_flat(folder / "images.npz"), unflattened(load_flat(folder / "arrays.npz"))
+    images, arrays = load_flat(folder / "images.npz"), load_arrays(folder)
     if not images:
         print(f"{name}: evaluated elsewhere, so there are no paired tests and no landscape of it", file=sys.stderr)
     return Evaluated(name, data, digest, {key(row): row for row in rows}, images, arrays)
 
 
 def key(row: Row) -> Key:
-    """Return what makes two models' rows the same measurement; what a protocol says of one model's own outcome is left out."""
-    return row["metric"], row["dataset"], outcome_free(row)
+    """Return what makes two models' rows the same measurement; figures of drawn images are biased by how many they are."""
+    return row.key, (row.n, row.against_n) if row.part == "generation" else None
 
 
 def shared(models: Sequence[Evaluated], short: bool) -> list[Key]:
@@ -100,16 +103,14 @@ def shared(models: Sequence[Evaluated], short: bool) -> list[Key]:
     common = [known for known in every if sum(known in model.rows for model in models) > 1]
     order = {name: i for i, name in enumerate(PARTS)}
     rows = {known: next(model.rows[known] for model in models if known in model.rows) for known in common}
-    fooled = {known for known in common if known[1].endswith(", fooled")}
-    chosen = [known for known in common if not short or (known[0] in IN_SHORT and not diluted(known, fooled))]
-    return sorted(chosen, key=lambda known: (order[rows[known]["part"]], common.index(known)))
+    fooled = {replace(row.images, subset=None) for row in rows.values() if row.subset == "fooled"}
+    chosen = [known for known in common if not short or (rows[known].metric in IN_SHORT and not diluted(rows[known], fooled))]
+    return sorted(chosen, key=lambda known: (order[rows[known].part or ""], common.index(known)))
 
 
-def diluted(known: Key, fooled: set[Key]) -> bool:
-    """Return whether a figure counts images that stand, alone or among those that an attack fooled, where the fooled have their own."""
-    metric, data, _ = known
-    pooled = any(other[0] == metric and other[1] == f"{data}, fooled" for other in fooled)
-    return metric.startswith("auroc_") and (pooled or data.endswith(", not fooled"))
+def diluted(row: Row, fooled: set[Images]) -> bool:
+    """Return whether an AUROC counts images that stand, alone or among those that an attack fooled, where the fooled have their own."""
+    return row.metric == f"auroc_{row.score}" and (row.images in fooled or row.subset == "not fooled")
 
 
 def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:
@@ -117,13 +118,40 @@ def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:
 
     A test set's first n are the same images for both, whatever n; what a model drew is its own.
     """
-    if known not in first.rows or known not in other.rows or "samples" in known[1] or "draws" in known[1]:
+    if known not in first.rows or known not in other.rows or first.rows[known].dataset in GENERATED:
         return None
-    a, b = (model.images.get(" | ".join((known[0], known[1], model.rows[known]["protocol"]))) for model in (first, other))
-    if a is None or b is None or len(a) != first.rows[known]["n"] or len(b) != other.rows[known]["n"]:  # of another run than the row
+    a, b = (model.images.get(model.rows[known].key) for model in (first, other))
+    if a is None or b is None or len(a) != first.rows[known].n or len(b) != other.rows[known].n:  # of another run than the row
         return None
     n = min(len(a), len(b))
     return mcnemar(a[:n].astype(bool), b[:n].astype(bool))
+
+
+def common(rows: Iterable[Row]) -> Row:
+    """Return the first of the rows of one measurement, to be put into words, without a count that the others do not share."""
+    first, *others = rows
+    return first if all(row.against_n == first.against_n for row in others) else replace(first, against_n=None)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A measurement as a table shows it: a value a model, a p-value a model but the first, and n."""
+
+    metric: str
+    values: list[str]
+    data: str
+    protocol: str
+
+
+def line(models: Sequence[Evaluated], known: Key) -> Line:
+    """Return one measurement of all models, empty where one lacks it."""
+    rows = [model.rows.get(known) for model in models]
+    values = [figure(row) if row else "" for row in rows]
+    p = [paired(models[0], model, known) for model in models[1:]]
+    amounts = sorted({row.n for row in rows if row})
+    some = common(row for row in rows if row)
+    values += ["" if value is None else f"{value:.2g}" for value in p]
+    return Line(some.metric, [*values, ", ".join(map(str, amounts))], data_words(some), protocol_words(some))
 
 
 def markdown(models: Sequence[Evaluated], short: bool = True) -> str:
@@ -131,14 +159,9 @@ def markdown(models: Sequence[Evaluated], short: bool = True) -> str:
     tested = [f"p, {model.name}" for model in models[1:]]
     head = ["figure", *(model.name for model in models), *tested, "n", "data", "protocol"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for known in shared(models, short):
-        rows = [model.rows.get(known) for model in models]
-        values = [figure(row) if row else "" for row in rows]
-        p = [paired(models[0], model, known) for model in models[1:]]
-        amounts = sorted({row["n"] for row in rows if row})
-        some = next(row for row in rows if row)
-        cells = [known[0], *values, *("" if value is None else f"{value:.2g}" for value in p), ", ".join(map(str, amounts))]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, known[1], some["protocol"])) + " |")
+    for one in (line(models, known) for known in shared(models, short)):
+        cells = (one.metric, *one.values, one.data, one.protocol)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -146,38 +169,14 @@ def page(models: Sequence[Evaluated]) -> str:
     """Return the comparison as a self-contained page."""
     from training.evaluation import figures as draw
 
-    title = " | ".join(model.name for model in models)
-    seen = [(model.name, model.arrays) for model in models if "clean" in model.arrays]
-    picture = draw.inline(draw.landscapes(seen, ball_of(models[0].data).linf), "energy landscapes") if seen else ""
+    seen = [(model.name, model.arrays) for model in models if clean_of(model.arrays)]
     sections = []
     for part in PARTS:
-        found = [known for known in shared(models, False) if next(m.rows[known] for m in models if known in m.rows)["part"] == part]
+        found = [known for known in shared(models, False) if next(m.rows[known] for m in models if known in m.rows).part == part]
         if found:
-            sections.append(f"<h2>{HEADINGS[part]}</h2>{html_table(models, found)}")
-    said = (
-        "p: exact McNemar test against the first model on the images that both saw; empty where the figure is no count of images, "
-        "or was counted on another machine."
-    )
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1><p>{said}</p><figure>{picture}</figure>{"".join(sections)}</body></html>
-"""
-
-
-def html_table(models: Sequence[Evaluated], found: Sequence[Key]) -> str:
-    """Return measurements as a table, a column a model."""
-    heads = [*(html.escape(model.name) for model in models), *(f"p, {html.escape(model.name)}" for model in models[1:])]
-    lines = [f"<tr><th>figure</th>{''.join(f'<th class=v>{head}</th>' for head in (*heads, 'n'))}<th>data, protocol</th></tr>"]
-    for known in found:
-        rows = [model.rows.get(known) for model in models]
-        p = [paired(models[0], model, known) for model in models[1:]]
-        cells = [figure(row) if row else "" for row in rows] + ["" if value is None else f"{value:.2g}" for value in p]
-        amounts = ", ".join(str(n) for n in sorted({row["n"] for row in rows if row}))
-        some = next(row for row in rows if row)
-        where = html.escape(f"{known[1]}: {some['protocol']}")
-        values = "".join(f"<td class=v>{cell}</td>" for cell in (*cells, amounts))
-        lines.append(f"<tr><td>{known[0]}</td>{values}<td class=p>{where}</td></tr>")
-    return f"<table>{''.join(lines)}</table>"
+            sections.append((HEADINGS[part], [line(models, known) for known in found]))
+    landscapes = draw.png(draw.landscapes(seen, ball_of(models[0].data).linf), 110) if seen else None
+    return render("comparison.html", names=[model.name for model in models], landscapes=landscapes, sections=sections)
 
 
 def main() -> None:
@@ -200,10 +199,10 @@ def main() -> None:
     if options.picture:
         from training.evaluation.figures import landscapes, png
 
-        if not any("clean" in model.arrays for model in models):
+        if not any(clean_of(model.arrays) for model in models):
             sys.exit("no landscape: none of the models was evaluated on this machine")
         options.picture.write_bytes(
-            png(landscapes([(m.name, m.arrays) for m in models if "clean" in m.arrays], ball_of(models[0].data).linf))
+            png(landscapes([(m.name, m.arrays) for m in models if clean_of(m.arrays)], ball_of(models[0].data).linf))
         )
     print(markdown(models, not options.all))
     print(f"\n{options.out}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""One run, whatever the number of processes: one global stream of indices and noise, of which each rank takes its share.
+"""Multi-GPU training: one global stream of indices and noise, of which each rank takes its share.
 
 Under ``torchrun`` every rank draws what the whole batch needs from the same generator and keeps its own rows, so that two
 ranks with half the batch each compute what one rank with the whole batch computes.
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the processes of the run."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     world: int = 1
@@ -30,7 +30,7 @@ class Ranks:
         return rows[self.rank * each : (self.rank + 1) * each]
 
     def part(self, name: str, whole: int) -> int:
-        """Return this rank's number of ``whole``; raise TrainingError when it cannot be divided evenly."""
+        """Return ``whole`` divided by the number of ranks; raise TrainingError when it does not divide evenly."""
         if whole % self.world:
             raise TrainingError(f"{name}={whole} cannot be divided among {self.world} processes: set a multiple of it")
         return whole // self.world
@@ -54,7 +54,7 @@ class Ranks:
         return everyone
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Return whether ``flag`` is set on any rank, so that all of them turn the same way."""
+        """Return whether ``flag`` is set on any rank, the same on all."""
         if self.world == 1:
             return flag
         seen = torch.tensor(float(flag), device=device)
@@ -127,7 +127,7 @@ class Noise:
 
 
 def connect() -> Ranks:
-    """Join the processes that torchrun started, over NCCL on GPUs and gloo on CPUs; one process needs nothing."""
+    """Join the process group of torchrun, NCCL on GPUs and gloo on CPUs; do nothing for a single process."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()

@@ -7,7 +7,7 @@ Any torch module is measured in three lines:
 
     from training.evaluate import evaluate_module
     rows = evaluate_module(my_net, "cifar10", suite="quick", n=500)   # images (N, 3, H, W) in [0,1] -> logits
-    print(rows[0]["metric"], rows[0]["value"], rows[0]["interval"])
+    print(rows[0].metric, rows[0].value, rows[0].interval)
 
 Work is done in chunks of 100 images, one process a core, each kept on disk: a run that was killed goes on where it stopped. ``--part``
 runs some parts alone. What needs a file or a package that is not here is said, and left out. As a module it logs under the name
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_json
+from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_json, write_rows
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.editing import FORCED, check_editable, edit, guarded, tracked
@@ -37,20 +37,22 @@ from ebjdat_serve.engines import Floats
 from ebjdat_serve.folders import folder as place
 from ebjdat_serve.folders import made
 from ebjdat_serve.logs import configure
-from training.calibrate import check_data, dataset_of
+from ebjdat_serve.rows import Row, images_key, to_json
+from ebjdat_serve.sentences import data_words, protocol_words
+from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset, load
 from training.errors import TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
-from training.evaluation.context import SUITES, Context, Suite, claim, unit
+from training.evaluation.context import FORM, SUITES, Context, Suite, claim, unit
 from training.evaluation.evaluated_model import Spec, best_device, bundle_spec, load_weights, module_sha256, module_spec
 from training.evaluation.evidence import Evaluation, take
 from training.evaluation.generation import generation_rows
 from training.evaluation.landscape import landscape_rows
 from training.evaluation.ood import hostile_rows, shift_rows, suspicion_rows
 from training.evaluation.report import write_evaluation_report
-from training.evaluation.result_cache import Arrays, ResultCache, read, write
+from training.evaluation.result_cache import ResultCache, load_arrays, load_flat, unflattened, write
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
-from training.evaluation.rows import COMPARING, Row, ball_of
+from training.evaluation.rows import ball_of
 
 log = logging.getLogger("training")
 Part = Callable[[Context], Iterator[Row]]
@@ -119,10 +121,10 @@ def evaluate_module(
 def measured(c: Context, parts: Sequence[str], holds: Callable[[str], bool] = lambda of: True) -> list[Row]:
     """Return the rows of ``parts`` and those of others that the folder has of files that ``holds`` knows; write them and the report."""
     file = c.folder / "metrics.json"
-    rows: list[Row] = [row for row in read_rows(file) if holds(row["of"])] if file.is_file() else []
+    rows = [row for row in read_rows(file) if holds(row.of)] if file.is_file() else []
     for part in known_parts(parts):
         rows = placed(rows, part, measure(c, part))
-        write_json(file, rows)  # what a later part's failure must not take along
+        write_rows(file, rows)  # what a later part's failure must not take along
     c.ledger.close()
     write_evaluation_report(c, rows)
     return rows
@@ -144,15 +146,16 @@ def context(
     subject = spec()
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
     made(home, "EBJDAT_RUNS")
-    claim(home, {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256})
+    about = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
+    claim(home, {**about, "form": FORM})
     if surrogate == SURROGATE and (data.name != "cifar10" or not SURROGATE.is_file()):
         surrogate = None
     digest = ""
     if surrogate is not None:
         network = load_weights(surrogate)
-        if network.head.out_features != len(data.names):
+        if network.classes != len(data.names):
             raise TrainingError(
-                f"{surrogate} has {network.head.out_features} classes, {data.name} {len(data.names)}", options=("--surrogate WEIGHTS",)
+                f"{surrogate} has {network.classes} classes, {data.name} {len(data.names)}", options=("--surrogate WEIGHTS",)
             )
         digest = sha256(surrogate)
         if subject.weights in (digest, module_sha256(network)):
@@ -161,8 +164,8 @@ def context(
     c = Context(subject, data, suite, ball_of(data.name), ledger, home, bundle, surrogate, digest, tuple(controls), buffer)
     c.warnings.update(json.loads((home / "warnings.json").read_text(encoding="utf-8")) if (home / "warnings.json").is_file() else {})
     c.images.update(load_flat(home / "images.npz"))
-    for kept, file in ((c.arrays, "arrays.npz"), (c.drawings, "drawings.npz")):
-        kept.update(unflattened(load_flat(home / file)))
+    c.arrays.update(load_arrays(home))
+    c.drawings.update(unflattened(load_flat(home / "drawings.npz")))
     return c
 
 
@@ -204,8 +207,8 @@ def checked(module: nn.Module, data: Dataset) -> Floats:
 
 def placed(rows: list[Row], part: str, new: list[Row]) -> list[Row]:
     """Return ``rows`` with those of ``part`` replaced, in the order of the parts."""
-    every = [row for row in rows if row["part"] != part] + new
-    return [row for name in PARTS for row in every if row["part"] == name]
+    every = [row for row in rows if row.part != part] + new
+    return [row for name in PARTS for row in every if row.part == name]
 
 
 def measure(c: Context, part: str) -> list[Row]:
@@ -214,35 +217,28 @@ def measure(c: Context, part: str) -> list[Row]:
     c.warnings.pop(part, None)
     log.debug("%s: %s on %s", part, c.subject.name, c.data.name)
     for row in PARTS[part](c):
-        if not math.isfinite(row["value"]):
-            c.say(f"{row['metric']} on {row['dataset']} is no number and is left out: {row['protocol']}")
+        if not math.isfinite(row.value):
+            c.say(f"{row.metric} on {data_words(row)} is no number and is left out: {protocol_words(row)}")
             continue
-        row = {key: value for key, value in row.items() if key not in ("interval", "stderr") or np.isfinite(value).all()}
-        interval = " [{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else ""
-        said = f"  {row['metric']:34}{row['value']:>10.4f}{interval}  n = {row['n']:<6} {row['dataset']}: {row['protocol']}"
-        log.debug("%s", said, extra={"fields": row})
-        rows.append({**row, "part": part, **({"clean": len(c.arrays["clean"]["label"])} if part in COMPARING else {})})
+        row = with_finite_error(replace(row, part=part))
+        interval = " [{:.3f}, {:.3f}]".format(*row.interval) if row.interval else ""
+        said = f"  {row.metric:34}{row.value:>10.4f}{interval}  n = {row.n:<6} {data_words(row)}: {protocol_words(row)}"
+        log.debug("%s", said, extra={"fields": to_json(row)})
+        rows.append(row)
     counts = f"{len(rows)} figures, {len(c.warnings.get(part, []))} notes"
     log.info("measured %s of %s on %s: %s, %.0f s", part, c.subject.name, c.data.name, counts, time.monotonic() - began)
     write(c.folder / "images.npz", dict(c.images))
-    for kept, file in ((c.arrays, "arrays.npz"), (c.drawings, "drawings.npz")):
+    for kept, file in (({images_key(key): found for key, found in c.arrays.items()}, "arrays.npz"), (c.drawings, "drawings.npz")):
         write(c.folder / file, {f"{key}|{field}": value for key, found in kept.items() for field, value in found.items()})
     write_json(c.folder / "warnings.json", c.warnings)
     return rows
 
 
-def load_flat(file: Path) -> Arrays:
-    """Return stored arrays, none when there are none."""
-    return read(file) or {}
-
-
-def unflattened(flat: Arrays) -> dict[str, Arrays]:
-    """Return arrays that are named "set|field" by set and field."""
-    found: dict[str, Arrays] = {}
-    for key, value in flat.items():
-        name, _, field = key.rpartition("|")
-        found.setdefault(name, {})[field] = value
-    return found
+def with_finite_error(row: Row) -> Row:
+    """Return a row without an interval or a standard error that is no number."""
+    if row.interval is not None and not np.isfinite(row.interval).all():
+        return replace(row, interval=None, interval_kind=None)
+    return replace(row, stderr=None) if row.stderr is not None and not math.isfinite(row.stderr) else row
 
 
 def main() -> None:

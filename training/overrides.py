@@ -1,4 +1,4 @@
-"""What the command line may change of a preset, and what it says of the presets there are."""
+"""--set FIELD=VALUE, and the list of presets and methods in --help."""
 
 import json
 from dataclasses import fields, is_dataclass, replace
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.rows import rows_where
 from ebjdat_serve.server.settings import SHIPPED
+from training.config import Preset
 from training.errors import TrainingError
-from training.presets import METHODS, PRESETS, Preset
+from training.presets import METHODS, PRESETS
 
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "methods.json"
 
@@ -40,7 +42,7 @@ def paths(part: Any, before: str = "") -> list[str]:
 
 
 def unique(name: str, known: list[str], setting: str) -> str:
-    """Return the one path that ends in ``name``."""
+    """Return the only path that ends in ``name``; raise TrainingError for none or several."""
     matches = [path for path in known if path.endswith(f".{name}")]
     if len(matches) == 1:
         return matches[0]
@@ -53,7 +55,7 @@ def unique(name: str, known: list[str], setting: str) -> str:
 
 
 def changed(part: Any, path: list[str], value: str, setting: str) -> Any:
-    """Return the dataclass with the field at ``path`` parsed from ``value`` as what it is now."""
+    """Return the dataclass with the field at ``path`` parsed from ``value`` by its type."""
     name, *rest = path
     old = getattr(part, name)
     if rest:
@@ -67,7 +69,7 @@ def changed(part: Any, path: list[str], value: str, setting: str) -> Any:
 
 
 def checked(part: Any, name: str, value: Any, setting: str) -> Any:
-    """Return the dataclass with one field replaced; its own checks become TrainingError."""
+    """Return the dataclass with one field replaced; raise TrainingError when its own checks refuse it."""
     try:
         return replace(part, **{name: value})
     except ValueError as error:
@@ -75,12 +77,13 @@ def checked(part: Any, name: str, value: Any, setting: str) -> Any:
 
 
 def listing() -> str:
-    """Return the presets and methods with what they reached and how long they took, for --help."""
+    """Return presets and methods with their accuracies and training times, for --help."""
     lines = ["presets, from data to a published bundle:"]
-    rows = {row["metric"]: row["value"] for row in Bundle.draft(SHIPPED).metrics() if row.get("protocol", "").find("4/255") < 0}
-    reached = f"clean {rows['accuracy_clean']:.3f}, PGD-20 8/255 {rows['accuracy_pgd20']:.3f}; 75 minutes on one core"
+    rows = Bundle.draft(SHIPPED).metrics()
+    clean, pgd20 = rows_where(rows, "accuracy_clean"), rows_where(rows, "accuracy_pgd20", norm="linf", eps=8 / 255)
+    reached = f"clean {clean[0].value:.3f}, PGD-20 8/255 {pgd20[0].value:.3f}; 75 minutes on one core"
     said = {"cifar10-small": reached, "cifar10": "for a GPU; not measured yet", "digits": "about a minute on one core"}
-    lines += [f"  {name:22}{said[name]}" for name in PRESETS]
+    lines += [f"  {name:22}{said.get(name, 'not measured')}" for name in PRESETS]
     lines.append("methods, on --budget digits (8 x 8; mean of 3 seeds, PGD-20 at l-inf 51/255), small (CIFAR-10, a core) or large (a GPU):")
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
     lines += [f"  {name:22}{measured.get(name, {}).get('summary', 'not measured')}" for name in METHODS]

@@ -10,15 +10,15 @@ with `--force`.
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ebjdat_serve.bundle import Bundle, Calibration, write_json
+from ebjdat_serve.bundle import Bundle, Calibration, write_rows
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.editing import FORCED, check_editable
@@ -28,23 +28,34 @@ from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
+from ebjdat_serve.rows import Images, Row, first
 from ebjdat_serve.scores import ood_score
 from ebjdat_serve.selftest import PROBE
+from ebjdat_serve.sentences import protocol_words
 from ebjdat_serve.sgld import Chains
 from ebjdat_serve.store import next_revision, publish, store_of
 from export.to_int8 import write_int8
 from export.to_onnx import write
-from training.calibrate import calibrate, check_data, dataset_of
+from training.calibrate import calibrate
 from training.card import baseline_of, renew_card
+from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset
 from training.distributed import Noise
 from training.evaluation.metrics import flag_rate_interval
-from training.evaluation.rows import ALPHAS, SEED, ball_of, eps_name, number
+from training.evaluation.rows import ALPHAS, SEED, ball_of, number
 from training.methods.adversary import Attack, Threat, cross_entropy, pgd
 
 RANGE_IMAGES = 512
 ALPHA = ALPHAS[0]
-Row = dict[str, Any]
+TIMES = 40
+"""Calls of each engine that speed is timed by."""
+FIGURES = (
+    "logit_error_max", "energy_error_max", "energy_error_mean_over_sd", "label_disagreement", "accuracy_clean", "accuracy_clean_drop",
+    "accuracy_pgd20_transfer", "accuracy_pgd20_transfer_drop", "accuracy_square", "accuracy_square_drop", "step_error_max",
+    "flag_rate_clean", "flag_rate_excess", "flag_rate_clean_fp32_threshold", "graph_bytes", "ratio_classify_batch1",
+    "ratio_classify_batch32",
+)  # fmt: skip
+"""What is measured of a precision; a row's metric is one of these, _ and the precision."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +116,11 @@ def attempt(bundle: Bundle, folder: Path, data: Dataset, precision: Precision, f
     draft = calibrate(draft.update(*write_graphs(draft, data, precision)), data, precision)
     rows = list(measure(draft, data, precision, fp32, amounts))
     for row in rows:
-        print(f"{row['metric']:36}{row['value']:>12.5g}  n = {row['n']:<6} {row['protocol']}", flush=True)
+        print(f"{row.metric:36}{row.value:>12.5g}  n = {row.n:<6} {protocol_words(row)}", flush=True)
     before = draft.metrics()
     stale = rows_of(before, precision)
-    kept = [row for row in before if row not in stale and draft.holds(row["of"])]  # no card shows figures of other files
-    write_json(folder / "metrics.json", [*kept, *rows])
+    kept = [row for row in before if row not in stale and draft.holds(row.of)]  # no card shows figures of other files
+    write_rows(folder / "metrics.json", [*kept, *rows])
     draft = draft.update("metrics.json")
     draft.check_precision(precision)
     return draft
@@ -157,47 +168,44 @@ def write_graphs(bundle: Bundle, data: Dataset, precision: Precision) -> list[st
 
 def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference, amounts: Amounts) -> Iterator[Row]:
     """Yield what ``precision`` costs against fp32 on the same test images, each engine on one thread of the CPU."""
-    low, where = load_engine(bundle, "auto", "cpu", 1, precision), f"{data.name} test"
+    low, where = load_engine(bundle, "auto", "cpu", 1, precision), Images(dataset=data.name, split="test")
     image, label, f, e = fp32.image, fp32.label, fp32.logits, fp32.energy
 
-    def row(metric: str, value: float, n: int, protocol: str, **more: Any) -> Row:
-        of = more.pop("of", bundle.measured(precision))
-        return {**number(f"{metric}_{precision}", float(value), n, where, protocol, of), "provider": low.provider, **more}
+    def row(metric: str, value: float, n: int, images: Images = where, of: str = bundle.measured(precision), **more: Any) -> Row:
+        return number(f"{metric}_{precision}", value, n, images, of, precision=precision, provider=low.provider, **more)
 
     f_low, e_low = through(low, image)
-    off = "largest difference from fp32's logits over the largest logit"
-    yield row("logit_error_max", np.abs(f_low - f).max() / np.abs(f).max(), len(f), off)
-    yield row("energy_error_max", np.abs(e_low - e).max(), len(e), "largest difference from fp32's energy, nats")
-    far = "mean distance from fp32's energy over the deviation of fp32's energies"
-    yield row("energy_error_mean_over_sd", np.abs(e_low - e).mean() / e.std(), len(e), far)
-    yield row("label_disagreement", (f_low.argmax(1) != f.argmax(1)).mean(), len(f), "share of images whose class differs from fp32's")
-    yield from costs(row, "accuracy_clean", right(f, label), right(f_low, label), "served graph")
+    yield row("logit_error_max", np.abs(f_low - f).max() / np.abs(f).max(), len(f))
+    yield row("energy_error_max", np.abs(e_low - e).max(), len(e))
+    yield row("energy_error_mean_over_sd", np.abs(e_low - e).mean() / e.std(), len(e))
+    yield row("label_disagreement", (f_low.argmax(1) != f.argmax(1)).mean(), len(f))
+    yield from costs(row, "accuracy_clean", right(f, label), right(f_low, label), where)
 
     survivors = right(through(low, fp32.adversarial)[0], label[: len(fp32.adversarial)])
-    protocol = f"PGD-20 made on the fp32 net, l-inf {eps_name(fp32.eps)}, last iterate"
-    yield from costs(row, "accuracy_pgd20_transfer", fp32.right_adversarial, survivors, protocol)
+    threat: dict[str, Any] = {"norm": "linf", "eps": fp32.eps}
+    images = replace(where, attack="transfer", surrogate="fp32", steps=20, iterate="last", **threat)
+    yield from costs(row, "accuracy_pgd20_transfer", fp32.right_adversarial, survivors, images)
     survivors = square_survivors(low, image[: amounts.square], label[: amounts.square], fp32.eps, amounts.queries)
-    protocol = f"Square on the graph itself, {amounts.queries} queries, l-inf {eps_name(fp32.eps)}"
-    yield from costs(row, "accuracy_square", fp32.square, survivors, protocol)
+    yield from costs(row, "accuracy_square", fp32.square, survivors, replace(where, attack="square", queries=amounts.queries, **threat))
 
     chains = Chains.at(image[:32], PROBE, label[:32], SEED)
     apart = np.abs(low.advance(chains, PROBE.steps).image - fp32.engine.advance(chains, PROBE.steps).image).max()
     step = "weights.safetensors" if precision == "bf16" else bundle.graph("step", precision).name
-    yield row("step_error_max", apart, 32, "pixels of [0,1], after two Langevin steps", of=bundle.manifest.files[step].sha256)
+    yield row("step_error_max", apart, 32, replace(where, steps=PROBE.steps), of=bundle.manifest.files[step].sha256)
 
     calibration = bundle.calibration(precision)
     rate = flag_rate(calibration, f_low)
     bounds = flag_rate_interval(len(calibration.scores), len(e), ALPHA)
     low_bound, high_bound = (float(bound) for bound in bounds)
-    own = f"alpha {ALPHA}, its own calibration, Beta-binomial 99 % interval [{low_bound:.4f}, {high_bound:.4f}]"
-    yield row("flag_rate_clean", rate, len(e), own)
-    yield row("flag_rate_excess", max(low_bound - rate, rate - high_bound, 0.0), len(e), "distance from that interval")
-    yield row("flag_rate_clean_fp32_threshold", flag_rate(bundle.calibration(), f_low), len(e), f"alpha {ALPHA}, fp32's calibration")
+    own: dict[str, Any] = {"alpha": ALPHA, "calibration": precision, "expected": (low_bound, high_bound)}
+    yield row("flag_rate_clean", rate, len(e), **own)
+    yield row("flag_rate_excess", max(low_bound - rate, rate - high_bound, 0.0), len(e), **own)
+    by_fp32 = flag_rate(bundle.calibration(), f_low)
+    yield row("flag_rate_clean_fp32_threshold", by_fp32, len(e), alpha=ALPHA, calibration="fp32")
     if precision != "bf16":
-        yield row("graph_bytes", bundle.graph("classify", precision).stat().st_size, 1, "classify graph; weights.safetensors is shared")
+        yield row("graph_bytes", bundle.graph("classify", precision).stat().st_size, 1)
     for batch in (1, 32):
-        protocol = f"images/s over fp32's, batch {batch}, one CPU thread, calls interleaved, 20th percentile of 40 CPU times"
-        yield row(f"ratio_classify_batch{batch}", speed_ratio(fp32.engine, low, image[:batch]), 40, protocol)
+        yield row(f"ratio_classify_batch{batch}", speed_ratio(fp32.engine, low, image[:batch]), TIMES, batch=batch, threads=1)
 
 
 def through(engine: Engine, image: Floats) -> tuple[Floats, Floats]:
@@ -212,12 +220,12 @@ def flag_rate(calibration: Calibration, logits: Floats) -> float:
     return float(flagged.suspicious(flagged.p_value(ood_score(calibration.score, calibration.weight, logits))).mean())
 
 
-def costs(row: Any, metric: str, before: np.ndarray, after: np.ndarray, protocol: str) -> Iterator[Row]:
+def costs(row: Callable[..., Row], metric: str, before: np.ndarray, after: np.ndarray, images: Images) -> Iterator[Row]:
     """Yield the accuracy of a precision and what it lost against fp32 on the same images, (n,) bool each."""
     lost = before.astype(float) - after
-    yield row(metric, after.mean(), len(after), protocol, fp32=float(before.mean()))
+    yield row(metric, after.mean(), len(after), images, fp32=float(before.mean()))
     spread = float(lost.std() / len(lost) ** 0.5)
-    yield row(f"{metric}_drop", lost.mean(), len(after), f"{protocol}: fp32's accuracy minus this one's", stderr=spread)
+    yield row(f"{metric}_drop", lost.mean(), len(after), images, stderr=spread)
 
 
 def right(logits: Floats, label: Labels) -> np.ndarray:
@@ -237,7 +245,7 @@ def transferred(bundle: Bundle, image: Floats, label: Labels, eps: float) -> Flo
 
 
 def square_survivors(engine: Engine, image: Floats, label: Labels, eps: float, queries: int) -> np.ndarray:
-    """Return which images Square (arXiv 1912.00049, package pyautoattack) leaves standing, (N,) bool, asking the engine alone."""
+    """Return which images Square (arXiv 1912.00049, package pyautoattack) leaves right, (N,) bool, asking the engine alone."""
     from pyautoattack.square import SquareAttack
 
     def ask(x: torch.Tensor) -> torch.Tensor:
@@ -251,7 +259,7 @@ def square_survivors(engine: Engine, image: Floats, label: Labels, eps: float, q
 def speed_ratio(full: Engine, low: Engine, image: Floats) -> float:
     """Return how many times as many images a second ``low`` classifies as ``full``."""
     times: list[list[float]] = [[], []]
-    for _ in range(40):
+    for _ in range(TIMES):
         for engine, taken in zip((full, low), times, strict=True):
             started = time.process_time()  # this machine may do other things, which a short call meets seldom and a long one always
             engine.classify(image)
@@ -263,15 +271,12 @@ def table(rows: list[Row]) -> str:
     """Return what each precision costs as Markdown: a line a figure, a column a precision."""
     found = [precision for precision in LOWER if rows_of(rows, precision)]
     lines = [f"| figure | {' | '.join(found)} | n | protocol |", "|---" * (len(found) + 3) + "|"]
-    values = {row["metric"]: row["value"] for row in rows}
-    names: dict[str, Row] = {}
-    for precision in found:
-        for row in rows_of(rows, precision):
-            names.setdefault(row["metric"].removesuffix(f"_{precision}"), row)
-    for name, row in names.items():
-        cells = [f"{values[f'{name}_{p}']:.4g}" if f"{name}_{p}" in values else "" for p in found]
-        beside = f"; fp32 {row['fp32']:.4g}" if "fp32" in row else ""
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['n']} | {row['protocol']}{beside} |")
+    for name in FIGURES:
+        measured = [first(rows, f"{name}_{precision}") for precision in found]
+        if row := next((row for row in measured if row), None):
+            cells = [f"{each.value:.4g}" if each else "" for each in measured]
+            beside = f"; fp32 {row.fp32:.4g}" if row.fp32 is not None else ""
+            lines.append(f"| {name} | {' | '.join(cells)} | {row.n} | {protocol_words(row)}{beside} |")
     return "\n".join(lines)
 
 

@@ -1,17 +1,17 @@
-"""Every configuration that has a name: budgets (data, network, epochs) and methods; the command line overrides single fields.
+"""Named configurations: budgets (data, network, epochs), methods, and the presets that the refresh publishes; --set overrides fields.
 
 ``preset(method, budget)`` trains any method on any budget, so that methods can be compared on the same data, loop and number of
 labelled images: a method that continues a warm start gets the epochs that are left. What each reached is in docs/methods.md.
 """
 
-import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ebjdat_serve.sgld import Sampler
+from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
+from training.config import Preset
 from training.errors import TrainingError
 from training.methods import Method
 from training.methods.adversary import Attack, Threat
@@ -21,82 +21,12 @@ from training.methods.ebjdat import EbJdat
 from training.methods.jem import Jeat, Jem, pyld
 from training.methods.las import LasAt
 from training.methods.replay import ChainConfig
-from training.methods.sharpness import Asam, Awp, Sharpness
-
-CHOICES = {
-    "augment": ("none", "crop", "strong"),
-    "plain_augment": ("none", "crop", "strong"),
-    "optimiser": ("sgd", "adam"),
-    "schedule": ("linear", "cosine", "constant"),
-    "precision": ("auto", "fp32", "bf16"),
-}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One training stage. Lengths in pixels of [0,1], energies in nats, epochs of the labelled stream."""
-
-    name: str
-    dataset: str  # cifar10 | cifar100 | svhn | digits | the path of a folder of class sub-folders
-    method: Method[Any]
-    depth: int
-    width: int
-    epochs: float
-    seed: int = 0
-    warm_start: "Preset | None" = None  # the stage whose weights this one starts from
-    threat: Threat = Threat("linf", 8 / 255)
-
-    # data
-    size: int = 0  # side that a folder's images are squashed to, 0: their own
-    batch_size: int = 128
-    plain_batch: int = 64  # of the p(x) stream
-    augment: str = "crop"  # none | crop | strong: of the labelled stream
-    plain_augment: str = "none"  # of the p(x) stream
-    padding: int = 4  # pixels of the random crop
-    flip: bool = True  # mirror images, where the data set allows
-    extra: str = ""  # extra labelled images: an .npz or a folder
-    extra_fraction: float = 0.7  # their share of the labelled batch
-
-    # optimiser; the rate rises linearly up to lr_peak of the run, then follows the schedule
-    optimiser: str = "sgd"  # sgd (Nesterov) | adam
-    lr: float = 0.2
-    schedule: str = "linear"  # linear | cosine, to zero, or constant
-    lr_peak: float = 0.4
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    gradient_clip: float = 0.0  # global norm, 0: none
-    sharpness: Sharpness | None = None
-    frozen_norm: bool = False  # batch norm keeps the warm start's statistics
-    ema: float = 0.995
-    precision: str = "auto"  # auto (bf16 where the machine has it) | fp32 | bf16
-
-    # what generation uses by default in the bundle, and the rank of the prior
-    sample: Sampler = Sampler(steps=40, step_size=0.25, grad_clip=2.0, noise_std=0.005)
-    prior_rank: int = 48
-
-    # survival: a state is saved so often; beyond the limits the run has diverged, and rolls back so many times at most
-    save_seconds: float = 45.0
-    energy_gap_limit: float = 50.0  # nats between data and chains
-    saturation_limit: float = 0.5  # share of chain pixels at 0 or 1 beyond the data's own
-    rollbacks: int = 3
-
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("lr", "ema", "momentum", "weight_decay", "gradient_clip", "epochs", "padding", "plain_batch", "size"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number from 0 up, not {getattr(self, name)}")
-        for name in ("batch_size", "width", "prior_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if self.depth < 10 or (self.depth - 4) % 6 or self.size % 4 or not 0 <= self.lr_peak < 1 or not math.isfinite(self.threat.eps):
-            raise ValueError("depth must be 6n + 4 from 10 up, size a multiple of 4, lr_peak from 0 to below 1, and eps finite")
+from training.methods.sharpness import Asam, Awp
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Data, network and time that methods share."""
+    """Data, network and training time, the same for every method."""
 
     stage: Preset  # what all stages have in common; its own method is not used
     warm_epochs: float
@@ -104,20 +34,15 @@ class Budget:
     lr: float  # of a network trained from scratch
     joint_lr: float  # of one that continues
     chains: ChainConfig  # batch, buffer and restarts; a method sets steps and lengths
-    seeds_eta: float = 0.1  # DAT's step, an l2 length
-    curriculum: int = 40  # DAT's cap on T
-    window: int = 1000
-    strong: str = "strong"  # augmentation of DAT's labelled stream: eight pixels do not survive a cut-out
 
 
-CIFAR = Preset("", "cifar10", Standard(), depth=16, width=2, epochs=0)
+CIFAR = Preset("", "cifar10", Standard(), WideResNetArchitecture(16, 2), epochs=0)
 BUDGETS = {
     "digits": Budget(
         stage=replace(
             CIFAR,
             dataset="digits",
-            depth=10,
-            width=1,
+            architecture=WideResNetArchitecture(10, 1),
             batch_size=64,
             plain_batch=32,
             padding=1,
@@ -130,10 +55,6 @@ BUDGETS = {
         lr=0.2,
         joint_lr=0.02,
         chains=ChainConfig(batch=32, buffer_size=480, reinit=0.1),
-        seeds_eta=0.05,
-        curriculum=20,
-        window=256,
-        strong="crop",
     ),
     "small": Budget(
         stage=replace(CIFAR, sample=replace(CIFAR.sample, steps=80)),
@@ -144,7 +65,7 @@ BUDGETS = {
         chains=ChainConfig(buffer_size=2_000, reinit=0.1),
     ),
     "large": Budget(
-        stage=replace(CIFAR, width=4, sample=replace(CIFAR.sample, steps=80)),
+        stage=replace(CIFAR, architecture=WideResNetArchitecture(16, 4), sample=replace(CIFAR.sample, steps=80)),
         warm_epochs=25,
         joint_epochs=25,
         lr=0.2,
@@ -159,13 +80,13 @@ JEM_CHAINS = {"steps": 20, "grad_clip": 1e6, "noise_std": 0.005, "prior": "unifo
 
 
 def scratch(b: Budget, method: Method[Any], **changes: Any) -> Preset:
-    """Return a stage from random weights, of the whole budget."""
+    """Return a stage that trains from random weights for the whole budget."""
     settings = {"epochs": b.warm_epochs + b.joint_epochs, "lr": b.lr, **changes}
     return replace(b.stage, method=method, **settings)
 
 
 def continued(b: Budget, warm: str, method: Method[Any], **changes: Any) -> Preset:
-    """Return a stage that continues ``warm`` with its batch-norm statistics frozen (DAT's two stages)."""
+    """Return a stage that continues the method ``warm`` with frozen batch-norm statistics, as DAT's second stage does."""
     start = replace(METHODS[warm](b), name=f"{warm}-warm", epochs=b.warm_epochs)
     settings = {"epochs": b.joint_epochs, "lr": b.joint_lr, "lr_peak": 0.1, "gradient_clip": 5.0, "frozen_norm": True, **changes}
     return replace(b.stage, method=method, warm_start=start, **settings)
@@ -177,7 +98,7 @@ def chains(b: Budget, **changes: Any) -> ChainConfig:
 
 
 def hosts(b: Budget, steps: int) -> dict[str, tuple[ChainConfig, dict[str, Any]]]:
-    """Return the chains, streams and steps of the three joint models that EB-JDAT can stand on."""
+    """Return chains and settings of the three joint models that EB-JDAT can be built on."""
     plus = pyld(steps, 5, 0.2, b.chains)
     return {
         "jem": (chains(b, **{**JEM_CHAINS, "steps": steps}), {"plain_augment": "crop"}),
@@ -187,7 +108,7 @@ def hosts(b: Budget, steps: int) -> dict[str, tuple[ChainConfig, dict[str, Any]]
 
 
 def ebjdat_paper(host: str) -> Callable[[Budget], Preset]:
-    """Return the equations of the paper to the letter, from random weights: w = (1, 1, 1), E(x, y) climbed, the gap signed."""
+    """Return EB-JDAT as the paper writes it, from random weights: w = (1, 1, 1), x_adv raising E(x, y), a signed gap."""
 
     def build(b: Budget) -> Preset:
         sampler, changes = hosts(b, 10)[host]
@@ -200,7 +121,7 @@ def ebjdat_paper(host: str) -> Callable[[Budget], Preset]:
 
 
 def ebjdat_aligned(host: str) -> Callable[[Budget], Preset]:
-    """Return ours: a robust start with frozen norms, cross-entropy climbed, the gap relative to the spread (docs/decisions/0001)."""
+    """Return our EB-JDAT: a robust warm start, frozen norms, x_adv raising the cross-entropy, a relative gap (docs/decisions/0001)."""
 
     def build(b: Budget) -> Preset:
         sampler, changes = hosts(b, 5)[host]
@@ -215,7 +136,8 @@ def dat(b: Budget) -> Preset:
     Departures: the rate is five (CIFAR-10) or ten (digits) times the released .001, for budgets are short; weight decay spares norms
     and biases, theirs is on all; the ball is l-inf as every method's here, theirs is l2 0.5 (``--set threat.norm=l2 eps=0.5``).
     """
-    method = Dat(eta=b.seeds_eta, cap=b.curriculum, window=b.window)
+    tiny = b.stage.dataset == "digits"  # eight pixels: shorter ascents, fewer images a window, and a cut-out leaves nothing
+    method = Dat(eta=0.05, cap=20, window=256) if tiny else Dat()
     return continued(
         b,
         "pgd-at",
@@ -225,7 +147,7 @@ def dat(b: Budget) -> Preset:
         schedule="constant",
         gradient_clip=0.0,
         ema=0.999,
-        augment=b.strong,
+        augment="crop" if tiny else "strong",
         plain_augment="crop",
         plain_batch=b.stage.batch_size,
     )
@@ -259,11 +181,11 @@ METHODS: dict[str, Callable[[Budget], Preset]] = {
     "ebjdat-aligned-jem": ebjdat_aligned("jem"),
     "ebjdat-aligned-jem++": ebjdat_aligned("jem++"),
 }
-"""Every method by name, in the order of docs/methods.md. A new paper is one file in training/methods/ and one line here."""
+"""Every method by name, in the order of docs/methods.md. A new method is one file in training/methods/ and one line here."""
 
 
 def preset(method: str, budget: str, dataset: str | None = None) -> Preset:
-    """Return a method on a budget, named after both, or after the data when they are others; raise TrainingError for unknown names."""
+    """Return a method on a budget, named BUDGET-METHOD, or DATA-METHOD on other data; raise TrainingError for unknown names."""
     if method not in METHODS or budget not in BUDGETS:
         raise TrainingError(f"{method!r} on {budget!r}: methods are {', '.join(METHODS)}; budgets {', '.join(BUDGETS)}")
     stage = METHODS[method](BUDGETS[budget])
@@ -285,25 +207,3 @@ CIFAR10_SMALL = refreshed("small", "cifar10-small", "cifar10-fgsm")
 CIFAR10 = refreshed("large", "cifar10", "cifar10-fgsm-gpu")
 PRESETS = {stage.name: stage for stage in (CIFAR10_SMALL, CIFAR10, DIGITS)}
 """What the refresh publishes."""
-
-
-def stages(stage: Preset) -> list[Preset]:
-    """Return the warm start's stage, if there is one, on the same data, network and ball, and the stage itself."""
-    if stage.warm_start is None:
-        return [stage]
-    shared = ("seed", "dataset", "size", "flip", "depth", "width", "threat", "prior_rank", "sample", "precision", "extra", "extra_fraction")
-    changes: dict[str, Any] = {name: getattr(stage, name) for name in shared}
-    return [replace(stage.warm_start, **changes), stage]
-
-
-def describe(stage: Preset) -> dict[str, Any]:
-    """Return the preset as JSON: methods and sharpness carry their kind, the warm start only its name."""
-    plain = replace(stage, warm_start=None)
-    kinds = {"method": type(stage.method).__name__, "sharpness": type(stage.sharpness).__name__}
-    described = {
-        name: {"kind": kinds[name], **value} if name in kinds and value is not None else value for name, value in asdict(plain).items()
-    }
-    return {**described, "warm_start": stage.warm_start.name if stage.warm_start else None}
-
-
-__all__ = ["BUDGETS", "CIFAR10", "CIFAR10_SMALL", "DIGITS", "METHODS", "PRESETS", "Budget", "Preset", "describe", "preset", "stages"]

@@ -1,4 +1,4 @@
-"""The refresh: train (with its warm start) -> export -> parity -> calibrate -> evaluate -> gate -> publish, one step after the other."""
+"""The refresh: train (with its warm start) -> export -> parity -> calibrate -> evaluate -> gate -> publish, one after the other."""
 
 import json
 import logging
@@ -14,15 +14,18 @@ from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, wri
 from ebjdat_serve.card import retitled
 from ebjdat_serve.folders import folder, made, unwritable
 from ebjdat_serve.locking import Held, alone
+from ebjdat_serve.rows import rows_where
 from ebjdat_serve.store import next_revision, publish, withhold
+from training.config import Preset, describe, stages
 from training.data.datasets import Dataset, load, load_extra
 from training.distributed import Ranks
 from training.errors import HeldBack, TrainingError
 from training.loop.bundle_writer import Origin, draft_bundle, git_commit
 from training.loop.clock import Clock
+from training.loop.loop import total_steps, train
+from training.loop.start import check_images
 from training.loop.state import load_position
-from training.presets import Preset, describe, stages
-from training.train import total_steps, train
+from training.report import write_report
 
 log = logging.getLogger("training")
 
@@ -60,7 +63,8 @@ def refresh(
         if not first:
             ranks.wait()  # the first rank may have to download
         data = load(preset.dataset, (preset.size, preset.size) if preset.size else None)
-        todo = [fitted(stage, len(data.train), tells=first) for stage in ([preset] if init is not None else stages(preset))]
+        check_images(preset, data)
+        todo = [filled(stage, len(data.train), tells=first) for stage in ([preset] if init is not None else stages(preset))]
         origin = remember(run, todo, init, data) if first else None
         if first:
             ranks.wait()
@@ -96,8 +100,8 @@ def deliver(bundle: Bundle, data: Dataset, run: Path, store: Path, force: bool) 
     return publish(bundle, store, force=True, after=None if force else verdict.pointed)
 
 
-def fitted(stage: Preset, images: int, *, tells: bool) -> Preset:
-    """Return ``stage`` with a batch that so few images fill: half of them, in eights where that is possible."""
+def filled(stage: Preset, images: int, *, tells: bool) -> Preset:
+    """Return ``stage`` with a batch that ``images`` fill: half of them, a multiple of 8 where possible."""
     if images >= stage.batch_size:
         return stage
     half = max(1, images // 2)
@@ -124,6 +128,8 @@ def train_stages(
             share = (steps[i] - taken[0] + 1) / (sum(steps[i:]) - taken[0] + 1)
             clock.allot(share if len(taken) == 1 else min(share, 0.5))  # a step of a warm start is the cheaper one
             train(stage, data, folder, init=weights, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
+            if ranks.rank == 0:
+                write_report(folder, stage)
         weights = folder / "weights.safetensors"
     assert weights is not None
     return weights
@@ -179,14 +185,13 @@ def finished(home: Path, weights: Path, n: int) -> bool:
         return False
     bundle = Bundle.draft(home)
     entry = bundle.manifest.files.get("weights.safetensors")
-    clean = [row["n"] for row in bundle.metrics() if row["metric"] == "accuracy_clean"]
-    whole = {"README.md", *SERVED} <= set(bundle.manifest.files)  # an earlier version had fewer graphs
-    evaluated = {"clean", "robustness", "landscape"} <= {row.get("part") for row in bundle.metrics()}  # and earlier figures
-    return whole and evaluated and entry is not None and entry.sha256 == sha256(weights) and max(clean, default=0) >= n
+    clean = [row.n for row in rows_where(bundle.metrics(), "accuracy_clean")]
+    whole = {"README.md", *SERVED} <= set(bundle.manifest.files)
+    return whole and entry is not None and entry.sha256 == sha256(weights) and max(clean, default=0) >= n
 
 
 def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) -> Origin:
-    """Write down how a new run began and return it; refuse to continue a run under another configuration or on other data."""
+    """Return how a run began, written to its config.json; raise TrainingError for one of another configuration or other data."""
     run.mkdir(parents=True, exist_ok=True)
     file = run / "config.json"
     begun = {
@@ -206,5 +211,5 @@ def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) ->
 
 
 def say(text: str) -> None:
-    """Tell people what a run does now."""
+    """Log what a run does now."""
     log.info("%s", text)

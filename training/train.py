@@ -12,153 +12,33 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, get_args
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ebjdat_serve import logs
 from ebjdat_serve.bundle import read_json
 from ebjdat_serve.console import advice, parser_of
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.errors import EbjdatError
-from training.data.datasets import NAMED, Dataset
-from training.distributed import Ranks, connect
+from ebjdat_serve.networks import FAMILIES
+from training.config import Preset
+from training.data.sources import SOURCES
+from training.distributed import connect
 from training.errors import HeldBack, OutOfTime, TrainingError
 from training.loop.clock import Clock
-from training.loop.run_log import RunLogger, Validator, diverged, log, read, roll_back
-from training.loop.start import new_state
-from training.loop.state import load_position, save_weights
-from training.loop.stream import Stream, steps_per_epoch
-from training.methods import StepContext, Terms
-from training.methods.sharpness import perturbed
 from training.overrides import listing, override
-from training.presets import BUDGETS, METHODS, PRESETS, Preset, preset
-from training.report import write_report
+from training.presets import BUDGETS, METHODS, PRESETS, preset
+from training.refresh import log, refresh, runs_root
 
 HELD_BACK = 3
 """Exit status of a refresh whose model stays a candidate."""
 
 
-def train(
-    preset: Preset,
-    data: Dataset,
-    folder: Path,
-    *,
-    init: Path | None,
-    clock: Clock,
-    device: torch.device,
-    ranks: Ranks = Ranks(),
-    tensorboard: bool = False,
-) -> Path:
-    """Train one stage in ``folder``, resuming what is there, and return its weights file (EMA applied).
-
-    At the clock's deadline the stage ends cleanly with the weights it has. Raises TrainingDiverged after too many rollbacks,
-    and KeyboardInterrupt, with the state saved, when it was interrupted.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, saved = folder / "weights.safetensors", folder / "state.pt"
-    if ranks.rank == 0:
-        weights.unlink(missing_ok=True)  # what stands here at the end is of this state
-    state = new_state(preset, data, init, device, ranks)
-    stream = Stream(preset, data, device, state.noise)
-    model = DistributedDataParallel(state.model) if ranks.world > 1 else state.model
-    parameters = list(state.model.parameters())
-    judge, spare = Validator(preset, data, device), stream.saturation()
-    if ranks.agree(load_position(saved).step > 0):  # at step 0 ``init`` decides: it may have been trained on since
-        state.restore(saved)
-    else:
-        state.save(saved)  # there is always a good state to return to
-    total = total_steps(preset, len(data.train))
-    watch = RunLogger(folder, preset, total, state.step, writes=ranks.rank == 0, tensorboard=tensorboard)
-    since_save = time.monotonic()
-
-    with clock.listening():
-        while state.step < total and not ranks.any(clock.over(), device):
-            started = time.monotonic()
-            progress = state.step / total
-            for group in state.optimiser.param_groups:
-                group["lr"] = state.lr_scale * preset.lr * learning_rate(progress, preset.lr_peak, preset.schedule)
-            state.model.train(not preset.frozen_norm)
-            now = StepContext(preset.threat, state.noise, progress)
-            batch = preset.method.solve(state.model, stream.batch(state.step), state.memory, now)  # x_adv and x_neg
-            terms = descend(model, lambda: preset.method.loss(model, batch, state.memory, now), preset, progress)  # noqa: B023
-            length = torch.nn.utils.clip_grad_norm_(parameters, preset.gradient_clip or math.inf)
-            row = read(terms, length, ranks)  # waits for the device
-            if ranks.any(diverged(row, preset, spare), device):  # before the step, so that no weights are ever not finite
-                roll_back(state, saved, watch, row, preset.rollbacks)
-                continue
-            state.optimiser.step()
-            state.step += 1
-            state.update_ema(preset.ema)
-            state.seconds += time.monotonic() - started
-            if state.step % 20 == 0 or state.step == total:
-                speed = preset.batch_size * state.step / state.seconds
-                watch.write({"step": state.step, "of": total, **row, "images_per_second": round(speed, 1)})
-            if state.step % stream.steps_per_epoch == 0 or state.step == total:
-                state.save(saved)  # the look takes its time
-                figures, samples = judge.look(state.ema)
-                watch.write({"step": state.step, **figures})
-                watch.picture(state.step, samples)
-            if ranks.any(time.monotonic() - since_save > preset.save_seconds, device):
-                state.save(saved)
-                since_save = time.monotonic()
-
-        state.save(saved)
-        interrupted = ranks.any(clock.interrupted, device)
-    watch.close()
-    if interrupted:
-        raise KeyboardInterrupt
-    if state.step == 0:
-        raise OutOfTime(f"the time ran out before {preset.name} began")
-    if ranks.rank == 0:
-        save_weights(state.ema, weights)
-        write_report(folder, preset)
-    ranks.wait()  # others start their next stage from this file
-    return weights
-
-
-def descend(model: nn.Module, loss: Callable[[], Terms], preset: Preset, progress: float) -> Terms:
-    """Leave the gradient of ``loss`` in the parameters, taken at perturbed weights where the preset says so, and return its terms."""
-    if preset.sharpness is None or progress < preset.sharpness.after:
-        for parameter in model.parameters():
-            parameter.grad = None
-        terms = loss()
-        terms.loss.backward()  # type: ignore[no-untyped-call]
-        return terms
-    with perturbed(model, lambda: loss().loss.backward(), preset.sharpness):  # type: ignore[no-untyped-call]
-        terms = loss()
-        terms.loss.backward()  # type: ignore[no-untyped-call]
-    return terms
-
-
-def total_steps(preset: Preset, images: int) -> int:
-    """Return how many steps the preset's epochs over so many images are."""
-    return math.ceil(preset.epochs * steps_per_epoch(preset, images))
-
-
-def learning_rate(progress: float, peak: float, schedule: str) -> float:
-    """Return the fraction of the top rate: linear up to ``peak`` of the run, then linear or cosine to zero, or constant."""
-    if progress < peak:
-        return progress / peak
-    rest = (1 - progress) / (1 - peak)
-    match schedule:
-        case "linear":
-            return rest
-        case "cosine":
-            return 0.5 * (1 - math.cos(math.pi * rest))
-        case "constant":
-            return 1.0
-    raise TrainingError(f"schedule must be linear, cosine or constant, not {schedule!r}")
-
-
 def main() -> None:
-    """Run the refresh."""
-    from training.refresh import refresh, runs_root
-
+    """Train what the command line names, and publish it."""
     parser = arguments()
     options = parser.parse_args()
     logs.configure(options.log, "[%(asctime)s] %(message)s", sys.stdout)
@@ -169,13 +49,13 @@ def main() -> None:
     try:
         ranks = connect()
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        stage = override(chosen(options, device), options.set)
+        stage = override(on_network(chosen(options, device), options.network), options.set)
         run = runs_root() / ranks.agree(options.run or default_run(stage, runs_root(), options.resume))
         there = ranks.agree((run / "config.json").is_file())  # one whose data was refused has not begun
         if options.resume and not there:
             raise TrainingError(f"{run} has not begun: leave --resume out to start it")
-        if there and trained(run) not in ("", stage.name):
-            raise TrainingError(f"{run} is a run of {trained(run)}, not of {stage.name}: another --run starts afresh")
+        if there and preset_of(run) not in ("", stage.name):
+            raise TrainingError(f"{run} is a run of {preset_of(run)}, not of {stage.name}: another --run starts afresh")
         if there and not options.resume:
             raise TrainingError(f"{run} exists: --resume continues it, another --run starts afresh")
         suite = None if options.only_train else options.suite
@@ -192,25 +72,25 @@ def main() -> None:
             force=options.force,
         )
     except HeldBack as error:
-        failed(options, f"{error}\npublish it nevertheless: {again('--force', run)}", HELD_BACK)
+        failed(options, f"{error}\npublish it nevertheless: {resuming('--force', run)}", HELD_BACK)
     except OutOfTime as error:
-        failed(options, f"{error}; give more --max-minutes and go on with: {again('--resume', run)}")
+        failed(options, f"{error}; give more --max-minutes and go on with: {resuming('--resume', run)}")
     except EbjdatError as error:
         failed(options, advice(error, parser))
     except OSError as error:  # a full disk: its text names the file
         failed(options, str(error))
     except KeyboardInterrupt:
-        failed(options, f"interrupted; go on with: {again('--resume', run)}", 130)
+        failed(options, f"interrupted; go on with: {resuming('--resume', run)}", 130)
     if ranks.rank:
         return
     if options.only_train:
-        logs.announce(options.log, f"trained {home}; export, calibrate, evaluate and publish with: {again('--resume', run)}")
+        logs.announce(options.log, f"trained {home}; export, calibrate, evaluate and publish with: {resuming('--resume', run)}")
         return
     logs.announce(options.log, f"published {home}\nserve it: make serve MODEL={home.parent}", bundle=str(home))
 
 
 def failed(options: argparse.Namespace, text: str, status: int = 1) -> NoReturn:
-    """Say why nothing was published, in a line for people or a record for machines, and end with ``status``."""
+    """Exit with ``status``, saying why nothing was published: a line of text, or a JSON record."""
     if options.log == "json":
         log.error("%s", text)
     elif status == 1:
@@ -220,26 +100,27 @@ def failed(options: argparse.Namespace, text: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
-def trained(run: Path) -> str:
-    """Return the preset that a run is of, nothing before it has begun."""
+def preset_of(run: Path) -> str:
+    """Return the name of a run's preset, nothing before it has begun."""
     file = run / "config.json"
     return str(read_json(file)["stages"][-1]["name"]) if file.is_file() else ""
 
 
-def again(option: str, run: Path) -> str:
-    """Return this command as one that goes on with ``run``, training and what comes after it, with ``option``."""
+def resuming(option: str, run: Path) -> str:
+    """Return this command as one that continues ``run`` up to its publication, with ``option``."""
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--only-train", option)]
     named = [] if not run.name or any(word.split("=")[0] in ("--run", "--name") for word in words) else ["--run", run.name]
     return shlex.join([sys.executable, sys.argv[0], *words, *named, *dict.fromkeys(["--resume", option])])
 
 
 def arguments() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = parser_of(__doc__, epilog=listing(), formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = sorted({*PRESETS, *METHODS})
     parser.add_argument("preset", nargs="?", choices=choices, metavar="PRESET", help="a preset or a method; the best preset by default")
-    parser.add_argument("--data", help=f"for a method: {', '.join(NAMED)}, or a folder of class sub-folders (cifar10)")
+    parser.add_argument("--data", help=f"for a method: {', '.join(SOURCES)}, or a folder of class sub-folders (cifar10)")
     parser.add_argument("--budget", choices=sorted(BUDGETS), help="for a method: network and epochs; by data and device by default")
+    parser.add_argument("--network", choices=sorted(FAMILIES), help="family of networks, at its own default sizes; the budget's by default")
     # torchrun takes --run for its own --run-path, hence the second name
     parser.add_argument("--run", "--name", help="name of the run under EBJDAT_RUNS; PRESET-DATE-TIME by default")
     parser.add_argument("--resume", action="store_true", help="continue --run, or the newest run of the preset")
@@ -268,15 +149,21 @@ def chosen(options: argparse.Namespace, device: torch.device) -> Preset:
         if options.data or options.budget:
             raise TrainingError(f"{name} says its own data and budget: --data and --budget are for methods, {', '.join(METHODS)}")
         return PRESETS[name]
-    budget = options.budget or ("digits" if options.data == "digits" else "large" if gpu else "small")
+    usual = SOURCES[options.data].budget if options.data in SOURCES else None
+    budget = options.budget or usual or ("large" if gpu else "small")
     return preset(name, budget, options.data)
+
+
+def on_network(stage: Preset, family: str | None) -> Preset:
+    """Return the preset on a network of another family, with that family's default sizes."""
+    return replace(stage, architecture=FAMILIES[family]()) if family else stage
 
 
 def default_run(stage: Preset, root: Path, resume: bool) -> str:
     """Return the newest run of the preset to resume, or a new name."""
     if not resume:
         return f"{stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    known = [path.parent for path in root.glob("*/config.json") if trained(path.parent) == stage.name]
+    known = [path.parent for path in root.glob("*/config.json") if preset_of(path.parent) == stage.name]
     if not known:
         raise TrainingError(f"no run of {stage.name} in {root} to resume; leave --resume out, or name it with --run")
     return max(known, key=lambda path: path.stat().st_mtime).name

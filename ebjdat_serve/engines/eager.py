@@ -12,10 +12,9 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.energy import energy, score
 from ebjdat_serve.engines import Device, Floats, Labels, Precision
 from ebjdat_serve.errors import EngineError
-from ebjdat_serve.folding import folded
+from ebjdat_serve.networks import Network, architecture_of, build
 from ebjdat_serve.noise import normal
 from ebjdat_serve.sgld import Chains, Sampler, langevin_step
-from ebjdat_serve.wideresnet import WideResNet, build
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LARGEST = 256
@@ -25,10 +24,10 @@ DEVICE_LOCK = threading.RLock()
 capture one graph at a time."""
 
 
-def load_model(bundle: Bundle) -> WideResNet:
+def load_model(bundle: Bundle) -> Network:
     """Return the bundle's network in eval mode on the CPU, its parameters taking no gradient."""
     m = bundle.manifest
-    model = build(m.architecture.depth, m.architecture.width, len(m.labels), load_file(bundle.path / "weights.safetensors"))
+    model = build(architecture_of(m.architecture), len(m.labels), load_file(bundle.path / "weights.safetensors"))
     return model.requires_grad_(False)
 
 
@@ -51,7 +50,7 @@ class TorchEngine:
         self.precision: Precision = precision
         self.provider = f"torch {torch.__version__} {self._device.type}"
         model = load_model(bundle).to(self._device)
-        self._fast = folded(model, DTYPES[precision])
+        self._fast = model.folded(DTYPES[precision])
         # fp32 stays plain, norm after norm: what every other road is compared with
         self._model: Callable[[Tensor], Tensor] = model if precision == "fp32" else self._fast
         self._walks: dict[tuple[int, ...], Walk] = {}

@@ -1,7 +1,7 @@
-"""What the HTTP process and its workers say to each other, over one Unix socket a worker: a length, then a pickled message.
+"""Messages between the HTTP process and its workers, over one Unix socket per worker: a length, then a pickled message.
 
-LitServe's own queues go through a third process and cost half the throughput; a queue of multiprocessing's is locked for ever by a reader
-that was killed while it slept. A socket has neither fault, and its end tells of a worker's death at once.
+LitServe's own queues go through a third process and cost half the throughput; a multiprocessing queue stays locked when its reader is
+killed while it waits. A socket has neither fault, and its end tells of a worker's death at once.
 """
 
 import asyncio
@@ -10,122 +10,81 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-from ebjdat_serve.pixels import Pixels
-from ebjdat_serve.sgld import Sampler
+from typing import Any, Literal
 
 LENGTH = struct.Struct("!I")
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What a worker says of n images: logits-derived arrays with n rows, ready to be written as JSON."""
-
-    probability: NDArray[np.float32]
-    joint_energy: NDArray[np.float32]
-    energy: NDArray[np.float32]
-    suspicion: NDArray[np.float32]
-    p_value: NDArray[np.float64]
-    suspicious: NDArray[np.bool_]
-
-    def rows(self, chosen: slice) -> "Verdicts":
-        """Return what is said of the images at ``chosen``."""
-        return Verdicts(*(array[chosen] for array in vars(self).values()))
-
-
-def joined(parts: Sequence[Verdicts]) -> Verdicts:
-    """Return what is said of all images of ``parts``, in order."""
-    return Verdicts(*(np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts), strict=True)))
-
-
-@dataclass(frozen=True)
-class Job:
-    """One request to /generate; a preview of it is wanted ``every`` so many steps, 0: none."""
-
-    label: int
-    n: int
-    sampler: Sampler
-    seed: int
-    every: int = 0
-
-    @property
-    def work(self) -> int:
-        """Chain-steps."""
-        return self.n * self.sampler.steps
+Kind = Literal["classify", "generate"]
+"""The kinds of worker: one runs a forward pass per batch, the other moves chains."""
 
 
 @dataclass(frozen=True)
 class Hello:
-    """A worker is there, and which lane it serves."""
+    """First message of a worker: its kind and process id."""
 
-    lane: str
+    kind: Kind
     pid: int
 
 
 @dataclass(frozen=True)
-class Load:
-    """Open the bundle in ``folder`` whose bundle.json has the sha256 ``key``, which names it from now on."""
+class LoadModel:
+    """Open the bundle in ``folder``, whose bundle.json has the sha256 ``key``; later messages name it by ``key``."""
 
     key: str
     folder: Path
 
 
 @dataclass(frozen=True)
-class Drop:
-    """The bundle ``key`` is asked for no more."""
+class UnloadModel:
+    """Close the bundle ``key``: no request for it will follow."""
 
     key: str
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """The bundle is open, passed its self-test, and runs here."""
+class ModelLoaded:
+    """The bundle is open and passed its self-test; ``engine_info`` is engine, provider and precision."""
 
     key: str
-    about: dict[str, str]
+    engine_info: dict[str, str]
 
 
 @dataclass(frozen=True)
-class Refused:
-    """The bundle is not served, and why."""
+class ModelRefused:
+    """The bundle cannot be served, for ``reason``."""
 
     key: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Ask:
-    """Do this: classify pixels (n, H, W, 3), or draw a Job."""
+class Request:
+    """Run ``operation`` with the bundle ``key`` on ``payload``; ``number`` is unique per queue."""
 
     number: int
     key: str
+    operation: str
     payload: Any
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Nobody waits for the answer to ``number`` any more."""
+    """The response to request ``number`` is not wanted any more."""
 
     number: int
 
 
 @dataclass(frozen=True)
-class Show:
-    """The client has taken the last preview of ``number``: there may be another."""
+class PreviewTaken:
+    """The client has received the last preview of request ``number``; the next may be made."""
 
     number: int
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The last word on ``number``: Verdicts of pixels, Drawn for a Job."""
+class Response:
+    """The result of request ``number``."""
 
     number: int
     value: Any
@@ -133,45 +92,35 @@ class Answer:
 
 @dataclass(frozen=True)
 class Preview:
-    """How far a Job has come, and how it looks."""
+    """An intermediate result of request ``number``."""
 
     number: int
-    step: int
-    image: Pixels
-    verdicts: Verdicts
+    value: Any
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Chain-steps a second of late, what is left of each job in chain-steps, and the seconds that a chain waited longest for a step."""
+class Stats:
+    """Chain-steps per second, chain-steps left by request number, and the longest wait of a chain for a step in seconds."""
 
     rate: float
     left: dict[int, int]
-    longest: float = 0.0
+    longest_wait: float = 0.0
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """The answer to a Job: pixels (n, H, W, 3) and what the model says of them."""
-
-    image: Pixels
-    verdicts: Verdicts
-
-
-def pack(message: object) -> bytes:
-    """Return the message as it goes over the wire."""
+def encode(message: object) -> bytes:
+    """Return the message as bytes: its length, then its pickle."""
     body = pickle.dumps(message, protocol=5)
     return LENGTH.pack(len(body)) + body
 
 
 async def receive(reader: asyncio.StreamReader) -> Any:
-    """Return the next message; raise asyncio.IncompleteReadError or ConnectionError when the other end has gone."""
+    """Return the next message; raise asyncio.IncompleteReadError or ConnectionError when the worker has gone."""
     (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
     return pickle.loads(await reader.readexactly(length))
 
 
-class Line:
-    """A worker's end of the wire; several threads may send."""
+class Channel:
+    """The worker's end of the socket; several threads may send."""
 
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -181,11 +130,11 @@ class Line:
     def send(self, message: object) -> None:
         """Send a message; raise OSError when the HTTP process has gone."""
         with self._lock:
-            self._socket.sendall(pack(message))
+            self._socket.sendall(encode(message))
 
-    def waiting(self, seconds: float | None) -> bool:
-        """Return whether a message has begun to arrive, waiting so long for one; None: as long as it takes."""
-        return bool(select.select([self._socket], [], [], seconds)[0])
+    def poll(self, timeout: float | None) -> bool:
+        """Return whether a message can be received, waiting up to ``timeout`` seconds for one; None: without limit."""
+        return bool(select.select([self._socket], [], [], timeout)[0])
 
     def receive(self) -> Any:
         """Return the next message; raise EOFError when the HTTP process has gone."""

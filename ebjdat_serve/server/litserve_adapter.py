@@ -1,6 +1,6 @@
-"""The one place that knows LitServe's private names (0.2.19): its processes and its app, our wire, clean exits.
+"""The only module that uses LitServe's private names (0.2.19): its processes and its app, our sockets, clean exits.
 
-Each private name used here has a contract test in tests/test_seam.py; why it is so is in docs/decisions/0004 and 0011.
+Each private name has a contract test in tests/test_litserve_adapter.py; the reasons are in docs/decisions/0004 and 0011.
 """
 
 import asyncio
@@ -27,29 +27,29 @@ from fastapi import FastAPI
 
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.logs import adopt
-from ebjdat_serve.server.compute.memory import give_back_large_blocks
-from ebjdat_serve.server.read.http_protocol import BoundedProtocol, connections, hang_up
+from ebjdat_serve.server.memory import return_large_blocks
+from ebjdat_serve.server.read.http_protocol import bounded_protocol, connections, hang_up
 from ebjdat_serve.server.settings import Settings
 
 log = logging.getLogger("ebjdat_serve")
 
 
-class Nowhere:
-    """LitServe's transport of answers, which come over our own wire."""
+class NoTransport:
+    """In place of LitServe's transport: responses come over our own sockets."""
 
     async def areceive(self, consumer_id: int) -> None:
         """Never return."""
         await asyncio.Event().wait()
 
     def close(self, send_sentinel: bool = True) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 class NoManager:
-    """LitServe's third process, which kept its queues and flags; there are none left to keep."""
+    """In place of LitServe's third process, which holds its queues and flags: there are none left."""
 
     def shutdown(self) -> None:
-        """Nothing runs."""
+        """Do nothing: nothing runs."""
 
 
 class Server(ls.LitServer):
@@ -65,11 +65,11 @@ class Server(ls.LitServer):
         register: Callable[[FastAPI], None],
         serve: Callable[["Server"], Coroutine[Any, Any, None]],
         drain: Callable[[], Coroutine[Any, Any, None]],
-        wire: "Wire",
+        socket: "WorkerSocket",
         settings: Settings,
     ) -> None:
         self._register, self._serve, self._drain = register, serve, drain
-        self._wire, self.folder, self._settings = wire, wire.folder, settings
+        self._socket, self.folder, self._settings = socket, socket.folder, settings
         self.greeting: Callable[[], None] = lambda: None
         self.failed = ""
         self.stopping = False
@@ -80,7 +80,7 @@ class Server(ls.LitServer):
         self.uvicorn_graceful_timeout = math.ceil(max(settings.graceful_timeout, settings.generate_graceful_timeout)) + 8
 
     def register_endpoints(self) -> None:
-        """Put our routes on the app instead of LitServe's, and leave out its compression: images are compressed already."""
+        """Put our routes on the app instead of LitServe's, without its compression: images are compressed already."""
         self.app.router.redirect_slashes = False
         self.middlewares.clear()
         self._register(self.app)
@@ -88,19 +88,19 @@ class Server(ls.LitServer):
     # the main process --------------------------------------------------------------------------------------------------
 
     def _init_manager(self, num_api_servers: int) -> NoManager:
-        """Make LitServe's flags plain ones: workers say over the wire that they are ready."""
+        """Replace LitServe's shared flags by plain ones: workers tell the HTTP process that they are ready."""
         adopt()  # LitServe has just given its loggers handlers of their own
         self.workers_setup_status: dict[str, Any] = {}
         self._shutdown_event = threading.Event()
         self.litapi_request_queues = {api.api_path: None for api in self.litapi_connector}
-        self._transport = Nowhere()
+        self._transport = NoTransport()
         return NoManager()
 
     def verify_worker_status(self) -> None:
-        """Go on at once: the HTTP process waits for the workers."""
+        """Return at once: the HTTP process waits for the workers."""
 
     def launch_single_inference_worker(self, lit_api: ls.LitAPI, worker_id: int) -> Any:
-        """Start a worker again that died; before the server was ever ready, give up instead."""
+        """Restart a worker that died; before the server was ever ready, give up instead."""
         if not (self.folder / "ready").exists():
             self.fail("a worker failed to start; its error is above")
         return super().launch_single_inference_worker(lit_api, worker_id)
@@ -113,7 +113,7 @@ class Server(ls.LitServer):
     def _start_server(self, *arguments: Any, **options: Any) -> Any:
         """Start the HTTP process, and end the server should it die: LitServe watches workers only."""
         processes = super()._start_server(*arguments, **options)
-        self._wire.listener.close()  # the HTTP process has it: when that is gone, workers that still knock must hear so
+        self._socket.listener.close()  # the HTTP process has a copy: once that is gone, workers must fail to connect
         threading.Thread(target=self._watch, args=(list(processes.values()),), daemon=True, name="watch-http").start()
         return processes
 
@@ -124,13 +124,13 @@ class Server(ls.LitServer):
             self.fail(reason.read_text(encoding="utf-8") if reason.exists() else "the HTTP process died; the log above may say why")
 
     def _perform_graceful_shutdown(self, manager: Any, uvicorn_workers: dict[int, Any], *arguments: Any) -> None:
-        """Say first that this is the end, or the monitor would start terminated workers again.
+        """Set the shutdown flags first, or LitServe's monitor would restart the terminated workers.
 
-        A HTTP process that has ended is left out: LitServe would warn of it, before the error that says why.
+        An HTTP process that has ended is left out: LitServe would warn of it, before the error that says why.
         """
         self.stopping = True
         self._shutdown_event.set()
-        self._wire.listener.close()
+        self._socket.listener.close()
         alive = {i: process for i, process in uvicorn_workers.items() if process.is_alive()}
         super()._perform_graceful_shutdown(manager, alive, *arguments)
 
@@ -138,10 +138,10 @@ class Server(ls.LitServer):
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Run ``serve`` beside the requests, and ``drain`` when a stop signal comes."""
-        give_back_large_blocks()
+        """Run ``serve`` while requests are served, and ``drain`` on a stop signal."""
+        return_large_blocks()
         gc.collect()
-        gc.freeze()  # what is there now stays: a collection need not look at it, and takes a millisecond
+        gc.freeze()  # collections skip what exists now, and take a millisecond
         loop = asyncio.get_running_loop()
         serving = loop.create_task(self._serve(self))
         serving.add_done_callback(self._served)
@@ -171,17 +171,17 @@ class Server(ls.LitServer):
             self.give_up(f"the HTTP process cannot go on: {error}")
 
     async def _end(self) -> None:
-        """Let requests under way end, then hang up on whoever is left: half a request, or nobody to read the answer."""
+        """Let requests in progress end, then close the connections that are left: half a request, or nobody who reads the response."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         await self._drain()
-        end = max(began + self._settings.graceful_timeout, loop.time() + 1.0)  # who was told only now has a second to read it
+        end = max(began + self._settings.graceful_timeout, loop.time() + 1.0)  # a client that was answered only now has a second to read it
         while connections() and loop.time() < end:
             await asyncio.sleep(0.05)
         hang_up()
 
     def announce(self) -> None:
-        """Say that the server is ready, once."""
+        """Greet: the server is ready."""
         (self.folder / "ready").touch()
         self.greeting()
 
@@ -192,8 +192,8 @@ class Server(ls.LitServer):
 
 
 @dataclass(frozen=True)
-class Wire:
-    """Where workers call: a listening Unix socket in a folder that only this user can enter, since who can write to it is obeyed."""
+class WorkerSocket:
+    """The Unix socket that workers connect to, in a folder that only this user can enter: whoever can write to it is obeyed."""
 
     folder: Path
     listener: socket.socket
@@ -201,19 +201,20 @@ class Wire:
     @property
     def address(self) -> str:
         """The socket's path."""
-        return str(self.folder / "wire")
+        return str(self.folder / "workers")
 
     @staticmethod
-    def open() -> "Wire":
-        """Return a new one; a socket's path may have about a hundred characters, so a long TMPDIR is passed over."""
+    def open() -> "WorkerSocket":
+        """Return a new, listening socket; its path may have about a hundred characters, so a long TMPDIR is not used."""
         base = tempfile.gettempdir()
-        wire = Wire(Path(tempfile.mkdtemp(prefix="ebjdat-", dir=base if len(base) < 70 else "/tmp")), socket.socket(socket.AF_UNIX))
-        wire.listener.bind(wire.address)
-        wire.listener.listen(64)
-        return wire
+        folder = Path(tempfile.mkdtemp(prefix="ebjdat-", dir=base if len(base) < 70 else "/tmp"))
+        opened = WorkerSocket(folder, socket.socket(socket.AF_UNIX))
+        opened.listener.bind(opened.address)
+        opened.listener.listen(64)
+        return opened
 
 
-def run(server: Server, host: str, port: int, greeting: Callable[[], None]) -> None:
+def run(server: Server, settings: Settings, greeting: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM, then leave no process behind; call ``greeting`` when every worker is ready.
 
     LitServe orphans its workers on SIGTERM and, as PID 1, ignores it; here both signals end it the same way.
@@ -238,19 +239,19 @@ def run(server: Server, host: str, port: int, greeting: Callable[[], None]) -> N
         signal.signal(number, stop)
     signal.signal(signal.SIGALRM, again)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a thousand idle connections are no reason to refuse the next
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # idle connections must not use up the descriptors
     try:
         server.run(
-            http=BoundedProtocol,
-            host=host,
-            port=port,
+            http=bounded_protocol(settings),
+            host=settings.host,
+            port=settings.port,
             num_api_servers=1,
             log_level="warning",
             log_config=None,  # uvicorn's loggers write where ours do
             pretty_logs=False,
             generate_client_file=False,
             access_log=False,
-            timeout_keep_alive=30,
+            timeout_keep_alive=settings.keep_alive,
         )
     except KeyboardInterrupt:
         log.info("stopped while starting")
@@ -270,9 +271,7 @@ def run(server: Server, host: str, port: int, greeting: Callable[[], None]) -> N
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise EngineError when LitServe cannot listen there, before any worker is started."""
-    if not 1024 <= port <= 65535:
-        raise EngineError(f"port must be 1024 to 65535, not {port}")
+    """Raise EngineError when the server could not listen there, before any worker is started."""
     try:
         bind(host, port)
     except OSError as error:
@@ -280,14 +279,14 @@ def check_address(host: str, port: int) -> None:
 
 
 def bind(host: str, port: int) -> None:
-    """Listen on a port for a moment; raise OSError where that cannot be."""
+    """Bind a port for a moment; raise OSError if that cannot be done."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
 
 
 def free_port(host: str, port: int) -> tuple[str, ...]:
-    """Return the option of the next port that can be listened on, none where the host is what is wrong."""
+    """Return the option for the next free port, none if the host is what is wrong."""
     for other in (*range(port + 1, min(port + 20, 65536)), 8000):
         with contextlib.suppress(OSError):
             bind(host, other)

@@ -1,4 +1,4 @@
-"""The workers of all lanes and the bundle they serve: opened on all of them, then swapped in one move while requests go on."""
+"""The workers and the bundle they serve: a new bundle is opened on all of them, then swapped in one move while requests go on."""
 
 import asyncio
 import contextlib
@@ -7,106 +7,55 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, Calibration, resolve
-from ebjdat_serve.detection import Detector
+from ebjdat_serve.bundle import resolve
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.locking import hold
-from ebjdat_serve.server.ipc import Drop, Hello, Load, Loaded, Refused, receive
-from ebjdat_serve.server.queues.request_queue import Lane, Peer
+from ebjdat_serve.server import ipc
+from ebjdat_serve.server.queues.request_queue import RequestQueue, WorkerConnection
+from ebjdat_serve.server.served_model import ServedModel, fingerprint, open_bundle
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.store import reason_held_back
 
 log = logging.getLogger("ebjdat_serve")
-LOOK = 1.0
-"""Seconds between looks at the store's pointer, at the parent process, and at bundles that are no longer used."""
-OPENING = 1200.0
-"""Seconds that workers may take to open a bundle: TensorRT builds engines for minutes."""
-DEATHS = 3
-"""Workers that may die while a bundle is opened before it is held to be the cause."""
-AGAIN = 5.0
+MAX_DEATHS = 3
+"""Workers that may die while a bundle is opened before the bundle is held to be the cause."""
+RETRY_SECONDS = 5.0
 """Seconds until a worker that could not open the bundle being served tries again."""
 
 
-@dataclass(frozen=True)
-class Served:
-    """A verified bundle, as the HTTP process needs it; ``key`` is the sha256 of what decides its answers, ``Bundle.served``."""
+class ModelManager:
+    """Decides which bundle is served, and has the workers of all queues open and close bundles."""
 
-    key: str
-    bundle: Bundle
-    calibration: Calibration
-    metrics: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        """What answers call the model that made them."""
-        return f"{self.bundle.manifest.name}@{self.bundle.manifest.version}"
-
-
-def open_bundle(path: Path, settings: Settings) -> Served:
-    """Return the bundle at ``path``, or what a store there points at, with everything checked that needs no engine.
-
-    Raises BundleError, and EbjdatError for an alpha that its calibration cannot serve.
-    """
-    folder = resolve(path)
-    signed = ""
-    if settings.trust:
-        from ebjdat_serve.signing import check_signature  # cryptography costs 100 ms and memory
-
-        signed = check_signature(folder, settings.trust)
-    if reason := reason_held_back(folder):
-        raise BundleError(f"{folder} is a candidate and is not served: {reason}; ebjdat-serve publish {folder} STORE --force publishes it")
-    bundle = Bundle.load(folder)
-    if signed and bundle.key != signed:
-        raise BundleError(f"{folder} was changed while it was read; publish the change as a new version")
-    bundle.check_precision(settings.precision)
-    calibration = bundle.calibration(settings.precision)
-    Detector(np.asarray(calibration.scores), settings.alpha)
-    return Served(bundle.served, bundle, calibration, bundle.metrics())
-
-
-def fingerprint(folder: Path) -> tuple[Any, ...]:
-    """Return what changes when the bundle in a folder, or its signature, is replaced."""
-    times = [file.stat().st_mtime_ns if file.exists() else 0 for file in (folder / MANIFEST, folder / SIGNATURE)]
-    return (folder, *times)
-
-
-class Fleet:
-    """Which bundle is served, and the workers that serve it."""
-
-    def __init__(self, served: Served, settings: Settings, lanes: list[Lane], listener: socket.socket) -> None:
+    def __init__(self, served: ServedModel, settings: Settings, queues: list[RequestQueue], listener: socket.socket) -> None:
         self.active = served
         self.started = False
         self.refused: dict[str, str] = {}
         self._settings, self._listener = settings, listener
-        self._lanes = {lane.name: lane for lane in lanes}
-        self._candidate: Served | None = None
-        self._since = 0.0  # when the candidate was first to be opened
-        self._deaths = 0  # of workers, while it was
-        self._retiring: dict[str, Served] = {}
+        self._queues = {queue.kind: queue for queue in queues}
+        self._candidate: ServedModel | None = None
+        self._candidate_since = 0.0
+        self._deaths = 0  # of workers, while the candidate was opened
+        self._retiring: dict[str, ServedModel] = {}
         self._seen = fingerprint(served.bundle.path)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._held: dict[tuple[Path, int], int] = {}  # descriptors that mark bundles as served
 
     def ready(self) -> bool:
-        """Return whether every worker of every lane has the served bundle open."""
-        return all(lane.ready(self.active.key) for lane in self._lanes.values())
+        """Return whether every worker of every queue has the served bundle open."""
+        return all(queue.ready(self.active.key) for queue in self._queues.values())
 
-    def about(self) -> dict[str, str]:
-        """Return what runs the served bundle, as the first worker that opened it says."""
-        for lane in self._lanes.values():
-            for peer in lane.peers:
-                if self.active.key in peer.loaded:
-                    return peer.loaded[self.active.key].about
+    def engine_info(self) -> dict[str, str]:
+        """Return engine, provider and precision of the served bundle, of the first worker that opened it."""
+        for queue in self._queues.values():
+            for worker in queue.workers:
+                if self.active.key in worker.loaded:
+                    return worker.loaded[self.active.key].engine_info
         return {"engine": "none yet"}
 
-    def refresh(self) -> dict[str, Any]:
-        """Return how the refresh stands: a version being opened, the last one refused, and those kept for requests under way."""
+    def refresh_status(self) -> dict[str, Any]:
+        """Return the version being opened, the last one refused, and those kept for requests that began on them."""
         return {
             "opening": self._candidate.name if self._candidate else None,
             "refused": self.refused or None,
@@ -114,26 +63,26 @@ class Fleet:
         }
 
     async def run(self, announce: Callable[[], None], give_up: Callable[[str], None]) -> None:
-        """Welcome workers and follow the store, until cancelled.
+        """Accept workers and follow the store, until cancelled.
 
-        ``announce`` is called when all is ready for the first time, ``give_up`` with the reason should the first bundle be refused.
+        ``announce`` is called once, when all workers are ready; ``give_up`` with the reason if the first bundle is refused.
         """
         self._announce, self._give_up = announce, give_up
         # a task of ours for each worker: asyncio would log those of its own that are cancelled at the end
-        server = await asyncio.start_unix_server(lambda *ends: self._keep(self._welcome(*ends)), sock=self._listener)
+        server = await asyncio.start_unix_server(lambda *ends: self._start(self._accept(*ends)), sock=self._listener)
         parent = os.getppid()
         async with server:
-            for lane in self._lanes.values():
-                self._keep(lane.watch())
+            for queue in self._queues.values():
+                self._start(queue.watch())
             while True:
-                self._mark()
-                await asyncio.sleep(LOOK)
+                self._mark_served()
+                await asyncio.sleep(self._settings.refresh_interval)
                 if os.getppid() != parent:
                     return give_up("the main process has gone")
-                self._retire()
-                await self._look()
+                self._close_retired()
+                await self._check_store()
 
-    def _keep(self, work: Any) -> None:
+    def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -146,62 +95,60 @@ class Fleet:
 
     # workers ---------------------------------------------------------------------------------------------------------
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one worker's wire until it ends."""
-        peer: Peer | None = None
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # so a worker's death looks
-            hello: Hello = await receive(reader)
-            lane, peer = self._lanes[hello.lane], Peer(hello.pid, writer)
-            lane.peers.append(peer)
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one worker's connection until it ends."""
+        worker: WorkerConnection | None = None
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # raised when a worker dies
+            hello: ipc.Hello = await ipc.receive(reader)
+            queue, worker = self._queues[hello.kind], WorkerConnection(hello.pid, reader, writer)
+            queue.workers.append(worker)
             for served in self._open():
-                peer.send(Load(served.key, served.bundle.path))
-            while True:
-                self._hear(lane, peer, await receive(reader))
+                worker.send(ipc.LoadModel(served.key, served.bundle.path))
+            async for message in queue.serve(worker):
+                self._handle(queue, worker, message)
         writer.close()
-        if peer:
-            lane.lost(peer)
-            if not lane.closed:
-                log.warning("the %s worker %d died; another is starting", lane.name, peer.pid)
-            if self._candidate and self._candidate.key not in peer.loaded:
+        if worker:
+            queue.worker_lost(worker)
+            if not queue.closed:
+                log.warning("the %s worker %d died; another is starting", queue.kind, worker.pid)
+            if self._candidate and self._candidate.key not in worker.loaded:
                 self._deaths += 1
-                if self._deaths >= DEATHS:
+                if self._deaths >= MAX_DEATHS:
                     self._drop_candidate("workers died while opening it")
 
-    def _hear(self, lane: Lane, peer: Peer, message: Any) -> None:
-        peer.heard = time.monotonic()
+    def _handle(self, queue: RequestQueue, worker: WorkerConnection, message: ipc.ModelLoaded | ipc.ModelRefused) -> None:
         match message:
-            case Loaded(key) if all(key != served.key for served in self._open()):
-                peer.send(Drop(key))  # it was refused meanwhile
-            case Loaded(key):
-                peer.loaded[key] = message
-                lane.joined(peer)
+            case ipc.ModelLoaded(key) if all(key != served.key for served in self._open()):
+                worker.send(ipc.UnloadModel(key))  # it was refused meanwhile
+            case ipc.ModelLoaded(key):
+                worker.loaded[key] = message
+                queue.worker_ready(worker)
                 self._settle()
-            case Refused(key, reason):
-                self._refuse(lane, peer, key, reason)
-            case _:
-                lane.heard(peer, message)
+            case ipc.ModelRefused(key, reason):
+                self._refuse(queue, worker, key, reason)
 
-    def _open(self) -> list[Served]:
+    def _open(self) -> list[ServedModel]:
         """Return every bundle that workers have open or are to open, each once."""
         candidate = [self._candidate] if self._candidate else []
         return list({served.key: served for served in [*self._retiring.values(), self.active, *candidate]}.values())
 
-    def _refuse(self, lane: Lane, peer: Peer, key: str, reason: str) -> None:
+    def _refuse(self, queue: RequestQueue, worker: WorkerConnection, key: str, reason: str) -> None:
         if self._candidate and key == self._candidate.key:
             self._drop_candidate(reason)
         elif not self.started:
             self._give_up(reason)
         elif served := next((served for served in self._open() if served.key == key), None):
             log.error("a worker cannot open %s: %s", served.name, reason)
-            again = Load(key, served.bundle.path)
-            asyncio.get_running_loop().call_later(AGAIN, lambda: peer.send(again) if peer in lane.peers else None)
+            again = ipc.LoadModel(key, served.bundle.path)
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, lambda: worker.send(again) if worker in queue.workers else None)
 
     # refresh ---------------------------------------------------------------------------------------------------------
 
-    async def _look(self) -> None:
-        """Open what the store points at now, if it is another bundle than the last looked at."""
-        if self._candidate and time.monotonic() - self._since > OPENING:
-            self._drop_candidate(f"it was not open within {OPENING:g} s")
+    async def _check_store(self) -> None:
+        """Open the store's current bundle, if it is not the one last looked at."""
+        timeout = self._settings.open_timeout
+        if self._candidate and time.monotonic() - self._candidate_since > timeout:
+            self._drop_candidate(f"it was not open within {timeout:g} s (serve --open-timeout)")
         if self._candidate or not self.started:
             return
         try:
@@ -223,16 +170,16 @@ class Fleet:
         if served.key == self.active.key:
             self.active, self.refused = served, {}  # the same model, perhaps with more evidence: /info shows it, and nothing is opened
             return
-        self._candidate, self._since, self._deaths = served, time.monotonic(), 0
-        self._tell_all(Load(served.key, served.bundle.path), unless=served.key)
+        self._candidate, self._candidate_since, self._deaths = served, time.monotonic(), 0
+        self._send_all(ipc.LoadModel(served.key, served.bundle.path), unless=served.key)
         self._settle()  # it may be open still, for requests that began on it
 
     def _settle(self) -> None:
-        """Swap when every worker has the candidate open; from here on new requests are read for it, those under way end on the old."""
+        """Swap when every worker has the candidate open: new requests are read for it, those in progress end on the old one."""
         if not self.started and self.ready():
             self.started = True
             self._announce()
-        if self._candidate and all(lane.ready(self._candidate.key) for lane in self._lanes.values()):
+        if self._candidate and all(queue.ready(self._candidate.key) for queue in self._queues.values()):
             log.warning("now serving %s, before %s", self._candidate.name, self.active.name)
             self._retiring[self.active.key] = self.active
             self.active, self._candidate, self.refused = self._candidate, None, {}
@@ -248,14 +195,14 @@ class Fleet:
         self.refused = {"bundle": name, "reason": reason}
         log.error("%s is refused, %s goes on: %s", name, self.active.name, reason)
 
-    def _retire(self) -> None:
+    def _close_retired(self) -> None:
         """Close bundles that no request needs any more."""
-        for key in [key for key in self._retiring if not any(lane.uses[key] for lane in self._lanes.values())]:
+        for key in [key for key in self._retiring if not any(queue.uses[key] for queue in self._queues.values())]:
             del self._retiring[key]
             self._close(key)
 
-    def _mark(self) -> None:
-        """Mark the folders of open bundles as served, so that nobody changes one in passing, and no longer those that are closed."""
+    def _mark_served(self) -> None:
+        """Mark the folders of open bundles as served, so that nobody changes one by accident, and unmark those that are closed."""
         folders: dict[tuple[Path, int], Path] = {}
         for path in [served.bundle.path for served in self._open()]:
             with contextlib.suppress(OSError):  # it was taken away: what is open goes on
@@ -267,16 +214,16 @@ class Fleet:
                 self._held[mark] = held
 
     def _close(self, key: str) -> None:
-        """Have the workers forget a bundle, unless it is still needed in another part."""
+        """Have the workers close a bundle, unless it is also open for another reason."""
         if all(key != served.key for served in self._open()):
-            self._tell_all(Drop(key))
-            for lane in self._lanes.values():
-                for peer in lane.peers:
-                    peer.loaded.pop(key, None)
+            self._send_all(ipc.UnloadModel(key))
+            for queue in self._queues.values():
+                for worker in queue.workers:
+                    worker.loaded.pop(key, None)
 
-    def _tell_all(self, message: object, unless: str = "") -> None:
-        """Tell every worker, but not those that have the bundle ``unless`` open."""
-        for lane in self._lanes.values():
-            for peer in lane.peers:
-                if unless not in peer.loaded:
-                    peer.send(message)
+    def _send_all(self, message: object, unless: str = "") -> None:
+        """Send a message to every worker, except those that have the bundle ``unless`` open."""
+        for queue in self._queues.values():
+            for worker in queue.workers:
+                if unless not in worker.loaded:
+                    worker.send(message)

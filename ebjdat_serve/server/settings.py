@@ -1,66 +1,233 @@
-"""What an operator may set, and the limits that every request meets."""
+"""Server settings: one declaration from which flags, environment variables, checks, help and the table in docs/serving.md come.
 
-from dataclasses import dataclass
+A flag wins over its variable, a variable over the default; a variable that is set to nothing counts as not set.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.logs import Style
 
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
-TIMES = {
-    "classify_deadline": "seconds until a classify or energy request is answered 504",
-    "generate_deadline": "seconds until a generate request is answered 504",
-    "worker_timeout": "seconds without a word after which a worker that owes an answer is killed and replaced",
-    "graceful_timeout": "seconds that requests, but for drawings, get to end after a stop signal",
-    "generate_graceful_timeout": "seconds that drawings get",
-}
-"""The times that an operator may set, and what they are."""
+BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+MODEL, ADDRESS, WORKERS, REQUEST, LOAD, CONNECTION, OUTPUT = (
+    "model", "address", "workers", "limits of one request", "limits under load", "connections and shutdown", "output",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class About:
+    """What a setting is: the group of its option, help, unit, bounds, and how texts show a default that varies."""
+
+    group: str
+    help: str
+    unit: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    shown: str = ""
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words, "" without any."""
+        words = []
+        if self.at_least is not None:
+            words = [f"{self.at_least:g} to {self.at_most:g}" if self.at_most is not None else f"at least {self.at_least:g}"]
+        if self.above is not None:
+            words = [f"{'seconds ' if self.unit == 'seconds' else ''}above {self.above:g}"]
+        if self.below is not None:
+            words.append(f"below {self.below:g}")
+        return " and ".join(words)
+
+    def holds(self, value: float) -> bool:
+        """Return whether a number is within the bounds; NaN and infinity never are."""
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+
+def seconds(group: str, help: str) -> About:
+    """Return what a time is."""
+    return About(group, help, unit="seconds", above=0)
+
+
+def count(group: str, help: str, unit: str, at_least: int = 1) -> About:
+    """Return what a number of things is."""
+    return About(group, help, unit, at_least)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Lengths in bytes, times in seconds."""
+    """What an operator may set."""
 
-    model: Path = SHIPPED
-    host: str = "127.0.0.1"
-    port: int = 8000
-    engine: EngineKind = "auto"
-    device: Device = "auto"
-    precision: Precision = "fp32"
-    alpha: float = 0.05
-    threads: int = 1  # per worker process
-    log: Style = "text"
+    model: Annotated[Path, About(MODEL, "bundle or store to serve", shown="the shipped CIFAR-10 model")] = SHIPPED
+    engine: Annotated[EngineKind, About(MODEL, "engine that runs the model")] = "auto"
+    device: Annotated[Device, About(MODEL, "device; auto: CUDA if there is one, never TensorRT")] = "auto"
+    precision: Annotated[Precision, About(MODEL, "arithmetic of the model; bf16 needs the torch engine")] = "fp32"
+    alpha: Annotated[float, About(MODEL, "p-value below which an image is suspicious", above=0, below=1)] = 0.05
+    trust: Annotated[tuple[Path, ...], About(MODEL, "public key: serve only bundles that one of these keys signed; may be repeated")] = ()
 
-    trust: tuple[Path, ...] = ()  # public keys; with any, a bundle must be signed by one of them
+    host: Annotated[Literal["127.0.0.1", "localhost", "0.0.0.0", "::"], About(ADDRESS, "address to listen on")] = "127.0.0.1"
+    port: Annotated[int, About(ADDRESS, "port to listen on", at_least=1024, at_most=65535)] = 8000
 
-    classify_workers: int = 1
-    generate_workers: int = 1  # 0: no /generate, and less memory
+    threads: Annotated[int, About(WORKERS, "threads of each worker", "threads", at_least=1, shown="half of the CPUs")] = max(1, cpus() // 2)
+    classify_workers: Annotated[int, count(WORKERS, "workers for /classify and /energy", "processes")] = 1
+    generate_workers: Annotated[int, count(WORKERS, "workers for /generate; 0: no /generate, and less memory", "processes", 0)] = 1
+    max_batch: Annotated[int, count(WORKERS, "images in one forward pass, unless a single list has more", "images")] = 32
+    worker_timeout: Annotated[float, seconds(WORKERS, "silence after which a worker with requests is killed and replaced")] = 30.0
+    open_timeout: Annotated[float, seconds(WORKERS, "time to open a new version; TensorRT builds engines for minutes")] = 1200.0
+    refresh_interval: Annotated[float, seconds(WORKERS, "time between looks at the store")] = 1.0
 
-    max_body: int = 22 * 2**20  # an image of the largest size still fits as base64
-    max_images: int = 64  # in one JSON list
-    max_samples: int = 64  # n of one /generate
-    max_steps: int = 0  # of one /generate; 0: the bundle's own number, the horizon its sampler was tuned for
-    max_work: int = 8000  # n x steps of one /generate
-    max_streamed: int = 16  # n of one stream
-    max_previews: int = 20  # of one stream
-    max_scale: int = 16
-    max_sheet: int = 2**24  # pixels of one PNG
-    classify_queue: int = 256  # requests in flight beyond which the answer is 503
-    generate_queue: int = 256
-    generate_chains: int = 128  # chains under way beyond which the answer is 429
-    generate_backlog: float = 60.0  # estimated seconds of work under way beyond which the answer is 429
-    classify_deadline: float = 10.0
-    generate_deadline: float = 120.0
-    max_batch: int = 32
-    worker_timeout: float = 30.0  # without a word, owing an answer, after which a worker is taken for hung and killed
-    graceful_timeout: float = 6.0  # that requests get to end after a stop signal, but for drawings
-    generate_graceful_timeout: float = 50.0  # that drawings get
+    max_body: Annotated[int, count(REQUEST, "request body; the default holds the largest image as base64", "bytes")] = 22 * 2**20
+    max_images: Annotated[int, count(REQUEST, "images in one JSON list", "images")] = 64
+    max_samples: Annotated[int, count(REQUEST, "n of one /generate", "images")] = 64
+    max_steps: Annotated[
+        int,
+        count(REQUEST, "steps of a chain; 0: the number that the bundle's sampler was tuned for", "steps", 0),
+    ] = 0
+    max_work: Annotated[int, count(REQUEST, "n x steps of one /generate", "chain-steps")] = 8000
+    max_streamed: Annotated[int, count(REQUEST, "n of one stream", "images")] = 16
+    max_previews: Annotated[int, count(REQUEST, "previews in one stream", "previews")] = 20
+    max_scale: Annotated[int, count(REQUEST, "scale of a PNG, in its pixels per image pixel", "pixels")] = 16
+    max_sheet: Annotated[int, count(REQUEST, "size of one PNG", "pixels")] = 2**24
+
+    classify_queue: Annotated[int, count(LOAD, "requests in progress beyond which /classify and /energy answer 503", "requests")] = 256
+    generate_queue: Annotated[int, count(LOAD, "requests in progress beyond which /generate answers 503", "requests")] = 256
+    generate_chains: Annotated[int, count(LOAD, "chains in progress beyond which /generate answers 429", "chains")] = 128
+    generate_backlog: Annotated[float, seconds(LOAD, "estimated time of the work in progress beyond which /generate answers 429")] = 60.0
+    classify_deadline: Annotated[float, seconds(LOAD, "time until a classify or energy request is answered 504")] = 10.0
+    generate_deadline: Annotated[float, seconds(LOAD, "time until a generate request is answered 504")] = 120.0
+    upload_memory: Annotated[int, count(LOAD, "all bodies in memory, beyond which a large one is answered 503", "bytes")] = 256 * 2**20
+
+    max_headers: Annotated[int, count(CONNECTION, "request line and headers", "bytes")] = 64 * 2**10
+    header_timeout: Annotated[float, seconds(CONNECTION, "time for the headers of a request to arrive")] = 20.0
+    body_timeout: Annotated[float, seconds(CONNECTION, "time for a body to arrive")] = 30.0
+    upload_grace: Annotated[float, seconds(CONNECTION, "time after which a body must have come at --min-upload-rate")] = 10.0
+    min_upload_rate: Annotated[int, count(CONNECTION, "slowest upload, after --upload-grace", "bytes per second")] = 16 * 2**10
+    read_timeout: Annotated[float, seconds(CONNECTION, "time in which a client must read some more of its response")] = 60.0
+    keep_alive: Annotated[float, seconds(CONNECTION, "time that an idle connection is kept open")] = 30.0
+    stream_heartbeat: Annotated[float, seconds(CONNECTION, "silence after which a stream sends a comment")] = 15.0
+    graceful_timeout: Annotated[float, seconds(CONNECTION, "time that requests, except /generate, get to end after a stop signal")] = 6.0
+    generate_graceful_timeout: Annotated[float, seconds(CONNECTION, "time that /generate requests get to end after a stop signal")] = 50.0
+
+    log: Annotated[Style, About(OUTPUT, "text: for people; json: one object a line on standard output")] = "text"
+    stock: Annotated[bool, About(OUTPUT, "serve by LitServe's own routes, queues and loops instead (docs/decisions/0004)")] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("threads", 1), ("classify_workers", 1), ("generate_workers", 0), ("max_steps", 0)):
-            if getattr(self, name) < least:
-                raise EbjdatError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
-        for name in TIMES:
-            if not 0 < getattr(self, name) < float("inf"):
-                raise EbjdatError(f"--{name.replace('_', '-')} must be seconds above 0, not {getattr(self, name)}")
+        for declared in SETTINGS:
+            declared.check(getattr(self, declared.name), declared.flag)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of Settings."""
+
+    name: str
+    type: Any
+    default: Any
+    about: About
+
+    @property
+    def flag(self) -> str:
+        """The option of `serve`, or the name of its positional argument."""
+        return "MODEL" if self.name == "model" else f"--{self.name.replace('_', '-')}"
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return f"EBJDAT_{self.name.upper()}"
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that are allowed, none where any value of the type is."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    @property
+    def default_text(self) -> str:
+        """The default as help and docs show it."""
+        if self.about.shown or self.type is bool:
+            return self.about.shown or "no"
+        return "none" if self.default == () else f"{self.default:g}" if self.type is float else str(self.default)
+
+    def parse(self, text: str) -> Any:
+        """Return the value that a variable's text means; raise EbjdatError that names the variable."""
+        if self.type is bool:
+            if text.lower() not in BOOLEANS:
+                raise EbjdatError(f"{self.variable} must be one of {', '.join(BOOLEANS)}, not {text!r}")
+            return BOOLEANS[text.lower()]
+        if get_origin(self.type) is tuple:
+            return tuple(map(Path, text.split(":")))
+        try:
+            value = text if self.choices else self.type(text)
+        except ValueError:
+            raise EbjdatError(f"{self.variable} must be {'an integer' if self.type is int else 'a number'}, not {text!r}") from None
+        self.check(value, self.variable)
+        return value
+
+    def check(self, value: Any, called: str) -> None:
+        """Raise EbjdatError for a value out of bounds; ``called`` is the flag or variable that it was given by."""
+        if self.choices and value not in self.choices:
+            raise EbjdatError(f"{called} must be one of {', '.join(self.choices)}, not {value!r}")
+        if self.about.bounds and not self.about.holds(value):
+            raise EbjdatError(f"{called} must be {self.about.bounds}, not {value}")
+
+    def add_to(self, group: "argparse._ArgumentGroup") -> None:
+        """Add the option; where it is not given, the parsed arguments have no value for it."""
+        text = f"{self.about.help} ({self.default_text})"
+        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if self.type is bool:
+            group.add_argument(self.flag, action=argparse.BooleanOptionalAction, **common)
+        elif self.choices:
+            group.add_argument(self.flag, choices=self.choices, **common)
+        elif get_origin(self.type) is tuple:
+            group.add_argument(self.flag, action="append", type=Path, metavar="KEY.pub.pem", **common)
+        elif self.flag.startswith("--"):
+            metavar = self.about.unit.upper().replace(" PER SECOND", "/S") or "N"
+            group.add_argument(self.flag, type=self.type, metavar=metavar, **common)
+        else:
+            group.add_argument(self.name, nargs="?", type=self.type, metavar=self.flag, help=text)
+
+
+def declared() -> tuple[Setting, ...]:
+    """Return the fields of Settings as they are declared."""
+    types = get_type_hints(Settings, include_extras=True)
+    return tuple(Setting(one.name, kind, one.default, about) for one in fields(Settings) for kind, about in [get_args(types[one.name])])
+
+
+SETTINGS = declared()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for every setting to ``parser``, by groups."""
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(one.about.group for one in SETTINGS)}
+    for one in SETTINGS:
+        one.add_to(groups[one.about.group])
+
+
+def settings_of(options: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
+    """Return the settings of a command line and the variables in ``environment``; raise EbjdatError that names what is wrong."""
+    values: dict[str, Any] = {}
+    for one in SETTINGS:
+        if (given := getattr(options, one.name, None)) is not None:
+            values[one.name] = tuple(given) if isinstance(given, list) else given
+        elif text := environment.get(one.variable):
+            values[one.name] = one.parse(text)
+    return Settings(**values)
+
+
+def table() -> str:
+    """Return all settings as a table in Markdown."""
+    lines = [f"| `{one.flag}` | `{one.variable}` | {one.default_text} | {one.about.unit} | {one.about.help} |" for one in SETTINGS]
+    return "\n".join(["| option of `serve` | variable | default | unit | |", "|---|---|---|---|---|", *lines])

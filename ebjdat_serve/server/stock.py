@@ -1,8 +1,8 @@
 """`ebjdat-serve serve --stock`: the same models by LitServe's public hooks alone.
 
-Its routes, queues and loops, for the day that a LitServe to come moves what `seam` relies on, and to measure what `seam` is worth.
-POST /classify takes {"image": base64} and answers what /classify and /energy answer; POST /generate takes {"class", "n", "steps",
-"seed"}, one request at a time. Deadlines, cancellation, back-pressure, streams, refresh and other bodies are not to be had this way.
+LitServe's own routes, queues and loops, in case a later LitServe changes what litserve_adapter relies on, and to measure what that module
+is worth. POST /classify takes {"image": base64} and answers what /classify and /energy answer; POST /generate takes {"class", "n",
+"steps", "seed"}, one request at a time. There are no deadlines, cancellation, back-pressure, streams, refresh or other kinds of body.
 """
 
 import base64
@@ -14,7 +14,6 @@ from typing import Any
 import litserve as ls
 import numpy as np
 from fastapi import HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from ebjdat_serve import pixels
@@ -24,20 +23,25 @@ from ebjdat_serve.locking import hold
 from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.server import api_docs
-from ebjdat_serve.server.answer.problems import Problem
-from ebjdat_serve.server.answer.responses import Order, Words
-from ebjdat_serve.server.compute.workers import Model
-from ebjdat_serve.server.ipc import Drawn, Verdicts
-from ebjdat_serve.server.model_manager import Served, open_bundle
-from ebjdat_serve.server.read.generate_request import make_order
+from ebjdat_serve.server.answer.images import GenerateAnswers
+from ebjdat_serve.server.answer.predictions import ClassifyAnswer, EnergyAnswer, classify_answer, energy_answer
+from ebjdat_serve.server.compute.model import Model
+from ebjdat_serve.server.payloads import GeneratedImages, Predictions
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.read.generate_request import GenerateRequest, validate
+from ebjdat_serve.server.served_model import ServedModel, open_bundle
 from ebjdat_serve.server.settings import Settings
 
 BATCH_SECONDS = 0.002
-"""How long LitServe waits for company; with 0 it spins on an idle core."""
+"""Seconds that LitServe waits to fill a batch; with 0 it keeps an idle core busy."""
+
+
+class StockAnswer(EnergyAnswer, ClassifyAnswer):
+    """Answer of /classify: the fields of both."""
 
 
 class Stock(ls.LitAPI):
-    """What both have in common: the model, and the words for its answers."""
+    """What both APIs share: the model."""
 
     functions: tuple[str, ...] = ("classify",)
 
@@ -48,11 +52,10 @@ class Stock(ls.LitAPI):
     def setup(self, device: str) -> None:
         """Open the model."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.served: Served = open_bundle(self._settings.model, self._settings)
+        self.served: ServedModel = open_bundle(self._settings.model, self._settings)
         self.held = hold(self.served.bundle.path)
         self.model = Model(self.served.bundle.path, self._settings)
         verify(self.model.bundle, self.model.engine, self.functions)
-        self.words = Words(self.served, self._settings.alpha)
 
 
 class StockClassify(Stock):
@@ -78,21 +81,21 @@ class StockClassify(Stock):
         good = [i for i, one in enumerate(x) if not isinstance(one, str)]
         answers: list[Any] = list(x)
         if good:
-            said = self.model.verdicts(np.stack([x[i] for i in good]))
+            predictions = self.model.predict(np.stack([x[i] for i in good]))
             for row, i in enumerate(good):
-                answers[i] = said.rows(slice(row, row + 1))
+                answers[i] = predictions[row : row + 1]
         return answers
 
-    def unbatch(self, output: list[Verdicts | str]) -> list[Verdicts | str]:
+    def unbatch(self, output: list[Predictions | str]) -> list[Predictions | str]:
         """Return one a request."""
         return output
 
-    def encode_response(self, output: Verdicts | str) -> Any:
+    def encode_response(self, output: Predictions | str) -> Any:
         """Return the answer."""
         if isinstance(output, str):
             return JSONResponse({"detail": output}, 422)  # an exception would fail everyone in the batch
-        said = {**self.words.classified(output)[0], **self.words.energies(output)[0]}
-        return {**said, "alpha": self.words.alpha, "model": self.served.name}
+        parts = [answer(output, False, self.served, self._settings.alpha) for answer in (classify_answer, energy_answer)]
+        return StockAnswer(**vars(parts[0]) | vars(parts[1])).model_dump()
 
 
 class StockGenerate(Stock):
@@ -100,24 +103,25 @@ class StockGenerate(Stock):
 
     functions = ("classify", "step")
 
-    def decode_request(self, request: Request) -> Order:
-        """Return what is asked for."""
+    def decode_request(self, request: Request) -> GenerateRequest:
+        """Return the validated request."""
         document: Any = request
         if not isinstance(document, dict):
             raise HTTPException(422, 'send a JSON object such as {"class": 3, "n": 4}')
         try:
-            order = make_order({**document, "format": "json"}, self.words, self._settings)
-        except (Problem, RequestValidationError) as error:
-            raise HTTPException(422, str(error)) from error
-        if order.query.stream:
+            wanted = validate({**document, "format": "json"}, self.served.bundle.manifest, self._settings)
+        except Problem as problem:
+            raise HTTPException(422, problem.detail) from problem
+        if wanted.query.stream:
             raise HTTPException(422, "the stock mode has no streams: serve without --stock")
-        return order
+        return wanted
 
-    def predict(self, x: Order) -> dict[str, Any]:
-        """Draw."""
+    def predict(self, x: GenerateRequest) -> dict[str, Any]:
+        """Draw the images."""
         job = x.job
         samples = generate(self.model.engine, self.model.prior, job.sampler, np.full(job.n, job.label, np.int64), job.seed)
-        return x.document(Drawn(samples.image, self.model.verdicts(samples.image)))
+        answers = GenerateAnswers(self.served, job, x.query.temperature, x.query.scale, self._settings.alpha)
+        return answers.document(GeneratedImages(samples.image, self.model.predict(samples.image))).model_dump()
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
         """Return the answer."""

@@ -1,4 +1,4 @@
-"""The data sets that have a name, as their authors publish them, checksums and all."""
+"""Readers of published data sets, with their checksums: CIFAR-10, CIFAR-100, SVHN, digits."""
 
 import hashlib
 import io
@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import tarfile
+import tempfile
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.folders import made
 from ebjdat_serve.install import install
 from training.data.image_folders import SPLIT_SEED, Split, read_atlas, read_folder
 from training.errors import DataError
 
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DIGITS = tuple("0123456789")
 CIFAR10_BATCHES = {  # md5 of the uint8 pixels, height x width x channel, of the official batches
     "data_batch_1": "4e54456ff66eb84aa6dad699a3ccdde5",
     "data_batch_2": "48c284263cfe015b0a5fdaf4d1b48082",
@@ -38,14 +41,15 @@ log = logging.getLogger("training")
 # CIFAR-10 ----------------------------------------------------------------------------------------------------------
 
 
-def cifar10(root: Path) -> tuple[Split, Split]:
-    """Return train and test: the official python batches, WebP atlases or folders of PNG, downloaded when there is none of them."""
+def cifar10(root: Path) -> tuple[tuple[str, ...], Split, Split]:
+    """Return names, train and test: the official python batches, WebP atlases or folders of PNG; downloaded when there is none."""
     if (root / "cifar-10-batches-py").is_dir():
         batches = {name: _python_batch(root / "cifar-10-batches-py" / name) for name in CIFAR10_BATCHES}
     elif (root / "atlas" / "labels.json").is_file():
         batches = _atlases(root / "atlas")
     elif (root / "cifar10" / "train").is_dir():
-        return read_folder(root / "cifar10" / "train", CIFAR10_NAMES), read_folder(root / "cifar10" / "test", CIFAR10_NAMES)
+        train, test = (read_folder(root / "cifar10" / part, CIFAR10_NAMES) for part in ("train", "test"))
+        return CIFAR10_NAMES, train, test
     else:
         download(CIFAR10_URL, root / "cifar-10-python.tar.gz", "sha256", CIFAR10_SHA256)
         unpack(root / "cifar-10-python.tar.gz", root / "cifar-10-batches-py", tuple(CIFAR10_BATCHES))
@@ -55,11 +59,11 @@ def cifar10(root: Path) -> tuple[Split, Split]:
             raise DataError(f"{name}: its pixels are not the official ones; remove {root / 'cifar-10-batches-py'} and fetch it again")
     parts = [batches[name] for name in CIFAR10_BATCHES if name != "test_batch"]
     train = Split(np.concatenate([p.image for p in parts]), np.concatenate([p.label for p in parts]))
-    return train, batches["test_batch"]
+    return CIFAR10_NAMES, train, batches["test_batch"]
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles what a CIFAR-10 batch holds, dicts of bytes, ints and one NumPy array, and refuses everything else."""
+    """Unpickles the contents of a CIFAR-10 batch, dicts of bytes, ints and one NumPy array, and nothing else."""
 
     ALLOWED = frozenset(
         {
@@ -108,9 +112,8 @@ def download(url: str, archive: Path, digest: str, expected: str) -> None:
     if not archive.is_file():
         log.warning("%s is not under %s: downloading %s", archive.name, archive.parent, url)
         try:
-            partial = archive.with_suffix(".part")
-            urllib.request.urlretrieve(url, partial)
-            partial.rename(archive)
+            with replacing(archive) as partial:
+                urllib.request.urlretrieve(url, partial)
         except OSError as error:
             raise DataError(
                 f"{archive.name} is not under {archive.parent} and cannot be downloaded ({error}). Put {url} there, or set EBJDAT_DATA "
@@ -123,15 +126,15 @@ def download(url: str, archive: Path, digest: str, expected: str) -> None:
 
 def unpack(archive: Path, folder: Path, members: Sequence[str]) -> None:
     """Write the named members of ``archive``, and nothing else of it, into ``folder``."""
-    aside = folder.with_suffix(".part")
-    aside.mkdir(exist_ok=True)
-    with tarfile.open(archive) as tar:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent, tarfile.open(archive) as tar:
+        aside = Path(parent) / folder.name
+        aside.mkdir()
         for name in members:
             member = tar.extractfile(f"{folder.name}/{name}")
             if member is None:
                 raise DataError(f"{archive} holds no {name}")
             (aside / name).write_bytes(member.read())
-    aside.rename(folder)
+        aside.rename(folder)
 
 
 # CIFAR-100 and SVHN -------------------------------------------------------------------------------------------------
@@ -147,8 +150,8 @@ def cifar100(root: Path) -> tuple[tuple[str, ...], Split, Split]:
     return names, _python_batch(folder / "train", b"fine_labels"), _python_batch(folder / "test", b"fine_labels")
 
 
-def svhn(root: Path) -> tuple[Split, Split]:
-    """Return train and test from ``train_32x32.mat`` and ``test_32x32.mat``, downloaded when they are not there."""
+def svhn(root: Path) -> tuple[tuple[str, ...], Split, Split]:
+    """Return names, train and test from ``train_32x32.mat`` and ``test_32x32.mat``, downloaded when they are not there."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
@@ -160,14 +163,14 @@ def svhn(root: Path) -> tuple[Split, Split]:
         arrays = loadmat(root / name)
         image = np.ascontiguousarray(arrays["X"].transpose(3, 0, 1, 2))
         parts.append(Split(image, arrays["y"].ravel().astype(np.int64) % 10))  # the file calls the digit 0 class 10
-    return parts[0], parts[1]
+    return DIGITS, parts[0], parts[1]
 
 
 # digits ------------------------------------------------------------------------------------------------------------
 
 
-def digits() -> Split:
-    """Return scikit-learn's 1,797 digits, 8 x 8, grey as RGB, in a fixed shuffled order."""
+def digits(_: Path) -> tuple[tuple[str, ...], Split, Split]:
+    """Return the names of scikit-learn's 1,797 digits, 8 x 8, grey as RGB, in a fixed shuffled order: 1,497 to train on, 300 to test."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -177,4 +180,5 @@ def digits() -> Split:
     grey = np.rint(arrays.images * (255 / 16)).astype(np.uint8)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(grey))
     image = np.repeat(grey[..., None], 3, axis=3)
-    return Split(np.ascontiguousarray(image[order]), arrays.target.astype(np.int64)[order])
+    examples = Split(np.ascontiguousarray(image[order]), arrays.target.astype(np.int64)[order])
+    return DIGITS, examples.take(slice(0, 1497)), examples.take(slice(1497, None))

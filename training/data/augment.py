@@ -1,4 +1,4 @@
-"""Images on the device: uint8 there and back, and augmentation of whole batches without Python per image."""
+"""Images on the device, and augmentation of whole batches without a Python loop over images."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""A data set split once and for all: CIFAR-10, CIFAR-100, SVHN, digits, or a folder of class sub-folders.
+"""A data set and its splits: one that has a name (training/data/sources.py), or a folder of class sub-folders.
 
 Data is found under ``EBJDAT_DATA`` (default ``~/.cache/ebjdat_serve/data``).
 """
@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat_serve.listing import shown
-from training.data import archives
 from training.data.image_folders import (
     SPLIT_SEED,
     Labels,
@@ -29,20 +28,20 @@ from training.data.image_folders import (
     read_npz,
     tell,
 )
+from training.data.sources import SOURCES
 from training.errors import DataError
 
-NAMED = ("cifar10", "cifar100", "svhn", "digits")
 SMALLEST = 60
-"""Images of a folder, of which a sixth tests: fewer leave nothing to train on beside what must be held out."""
+"""The fewest images of a folder; a sixth of them is the test split."""
 RAREST = 8
-"""Images of a class: one each to choose on, to calibrate on and to test on, and some to train on."""
+"""The fewest images of a class: one in each held-out split, and some to train on."""
 FEW = 30
-"""Images of a class below which its name is printed."""
+"""A class of fewer images is named in a note."""
 LEAST_CALIBRATION = 20
-"""Images to calibrate on: of fewer, no p-value is below the usual alpha of 0.05."""
+"""The fewest images of the calibration split: with fewer, no p-value is below 0.05."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Four disjoint splits: train, selection (choices and tuning), calibration (p-values only) and test."""
 
@@ -55,6 +54,12 @@ class Dataset:
     flip: bool  # whether a mirror image is of the same class
     sha256: str
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its images."""
+        height, width = self.train.image.shape[1:3]
+        return height, width
+
 
 def load(name: str, size: tuple[int, int] | None = None) -> Dataset:
     """Return a data set by name, or a folder's by its path, split; ``size`` (height, width) is for folders alone.
@@ -63,19 +68,12 @@ def load(name: str, size: tuple[int, int] | None = None) -> Dataset:
     60 images are the least. Splits are stratified; what is left out, and classes of few images, are printed.
     Raises DataError when it is not there or does not match its checksum.
     """
-    root = data_root()
-    if name == "cifar10":
-        return _split(name, archives.CIFAR10_NAMES, *archives.cifar10(root), held_out=2500, flip=True)
-    if name == "cifar100":
-        return _split(name, *archives.cifar100(root), held_out=2500, flip=True)
-    if name == "svhn":
-        return _split(name, tuple("0123456789"), *archives.svhn(root), held_out=2500, flip=False)
-    if name == "digits":
-        examples = archives.digits()
-        return _split(name, tuple("0123456789"), examples.take(slice(0, 1497)), examples.take(slice(1497, None)), held_out=200, flip=False)
+    if name in SOURCES:
+        source = SOURCES[name]
+        return _split(name, *source.read(data_root()), source.held_out, source.flip)
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{name!r} is neither a data set ({', '.join(NAMED)}) nor a folder of class sub-folders that is there")
+        raise DataError(f"{name!r} is neither a data set ({', '.join(SOURCES)}) nor a folder of class sub-folders that is there")
     return _folder(folder, size)
 
 
@@ -87,10 +85,6 @@ def _folder(folder: Path, size: tuple[int, int] | None) -> Dataset:
         names = class_names(folder)
         train = read_folder(folder, names, size)
         test = train.take(slice(0, 0))
-    height, width = train.image.shape[1:3]
-    if height % 4 or width % 4 or min(height, width) < 8:
-        said = f"{folder}: {width} x {height} pixels; the network halves twice, so give a multiple of 4 from 8 up"
-        raise DataError(said, options=("--set size=32", "--size 32"))
     least = SMALLEST - SMALLEST // 6 if apart else SMALLEST
     if len(train) < least:
         what = f"{least} in train/" if apart else f"{least}"
@@ -99,7 +93,7 @@ def _folder(folder: Path, size: tuple[int, int] | None) -> Dataset:
     if rare:
         raise DataError(f"{folder}: fewer than {RAREST} training images of {', '.join(rare)}: add some, or leave the class out")
     name = shown(folder.resolve().name)
-    return _stratified(f"{name} (a folder)" if name in NAMED else name, names, train, test)
+    return _stratified(f"{name} (a folder)" if name in SOURCES else name, names, train, test)
 
 
 def _train_and_test(folder: Path, size: tuple[int, int] | None) -> tuple[tuple[str, ...], Split, Split]:

@@ -1,4 +1,4 @@
-"""Images and labels as arrays, read from folders, atlases and .npz files, whatever they are of."""
+"""Images and labels as arrays, from folders, atlases and .npz files."""
 
 import hashlib
 import sys
@@ -116,7 +116,7 @@ def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
 
 
 def beside(folder: Path, known: Sequence[str]) -> Listing:
-    """Return what lies in a folder beside what is read of it."""
+    """Return the entries of a folder that are not ``known``."""
     listing = Listing()
     for entry in sorted(folder.iterdir(), key=order):
         if entry.name not in known:
@@ -125,13 +125,13 @@ def beside(folder: Path, known: Sequence[str]) -> Listing:
 
 
 def tell(folder: Path, listing: Listing) -> None:
-    """Print what is left out of a folder."""
+    """Print what was skipped in a folder."""
     if said := listing.note():
         note(shown(folder), said)
 
 
 def note(where: str, said: str) -> None:
-    """Print something about the data that is no error."""
+    """Print a note about the data to stderr."""
     print(f"note: {where}: {said}", file=sys.stderr, flush=True)
 
 
@@ -195,7 +195,7 @@ def common_size(files: Sequence[Path], damaged: dict[Path, str]) -> tuple[int, i
 
 
 def reason(error: OSError | InvalidImage) -> str:
-    """Return in a few words why a file could not be read."""
+    """Return why a file could not be read."""
     return str((isinstance(error, OSError) and error.strerror) or error)
 
 

@@ -33,7 +33,6 @@ class ScoreAttack:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 6.0 * self.steps + self.queries
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
@@ -107,7 +106,6 @@ class Evade:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 2.0 * self.steps * (5.0 if self.variant == "orthogonal" else 3.0)
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
@@ -172,7 +170,6 @@ class EvadeBySquare:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return self.queries / 2
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:

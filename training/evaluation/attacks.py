@@ -1,6 +1,6 @@
 """The attacks of the evaluation as work on chunks: PGD of our own, transfer, and what gradients look like.
 
-Every ``standing`` means: right to begin with, and right in what is served at the point the attack ends on:
+Every ``robust_mask`` (N,) says which images were right to begin with, and are right in what is served at the point the attack ends on:
 the first that fooled the network, or its last.
 """
 
@@ -19,7 +19,7 @@ from training.evaluation.evaluated_model import EvaluatedModel, load_weights, op
 from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import SEED
 from training.evaluation.scores import margin
-from training.methods.adversary import Network, Objective, Threat, ascent, begin, cross_entropy, norm, project
+from training.methods.adversary import Classifier, Objective, Threat, ascent, begin, cross_entropy, norm, project
 
 OBJECTIVES: dict[str, Objective] = {"ce": cross_entropy, "margin": margin}
 
@@ -32,7 +32,6 @@ class Predict:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 4.0 if self.gradient else 1.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
@@ -57,20 +56,19 @@ class Pgd:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 3.0 * self.steps * self.restarts * self.eot * (0.7 if self.leave else 1.0)
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return standing (N,), and without ``leave`` the last iterate's logits (N, K) and gradient (N,)."""
+        """Return robust_mask (N,), and without ``leave`` the last iterate's logits (N, K) and gradient (N,)."""
         x, y = tensors(subject, image, label)
         noise, x_adv = Noise.seeded(SEED), x.clone()
-        standing = classes(subject, x) == y
+        robust_mask = classes(subject, x) == y
         for _ in range(self.restarts):
             start = begin(x.cpu(), self.threat, "uniform", noise).to(x.device)
             moved = self.search(subject, x, y, start)
-            x_adv = torch.where(standing[:, None, None, None], moved, x_adv) if self.leave else moved
-            standing = standing & (classes(subject, x_adv) == y)
-        result: Arrays = {"standing": standing.cpu().numpy()}
+            x_adv = torch.where(robust_mask[:, None, None, None], moved, x_adv) if self.leave else moved
+            robust_mask = robust_mask & (classes(subject, x_adv) == y)
+        result: Arrays = {"robust_mask": robust_mask.cpu().numpy()}
         if not self.leave:
             result["logits"] = subject.logits(x_adv.cpu().numpy())
             result["gradient"] = gradient_norm(subject, x_adv)
@@ -101,7 +99,6 @@ class Trace:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 3.0 * self.steps[-1] + 3.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
@@ -135,11 +132,10 @@ class Transfer:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 61.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return standing (N,), and the logits (N, K) and gradient (N,) of the transferred images."""
+        """Return robust_mask (N,), and the logits (N, K) and gradient (N,) of the transferred images."""
         other = surrogate(self.surrogate, subject.device)
         x, y = tensors(subject, image, label)
         x_adv = begin(x.cpu(), self.threat, "uniform", Noise.seeded(SEED)).to(x.device)
@@ -147,14 +143,14 @@ class Transfer:
             gradient, _ = input_gradient(other, x_adv, y, cross_entropy)
             x_adv = project(x_adv + self.threat.eps / 4 * ascent(gradient, self.threat.norm), x, self.threat)
         logits = subject.logits(x_adv.cpu().numpy())
-        standing = (subject.logits(image).argmax(axis=1) == label) & (logits.argmax(axis=1) == label)
-        return {"standing": standing, "logits": logits, "gradient": gradient_norm(subject, x_adv)}
+        robust_mask = (subject.logits(image).argmax(axis=1) == label) & (logits.argmax(axis=1) == label)
+        return {"robust_mask": robust_mask, "logits": logits, "gradient": gradient_norm(subject, x_adv)}
 
 
 @lru_cache(maxsize=2)
-def surrogate(file: str, device: torch.device) -> Network:
+def surrogate(file: str, device: torch.device) -> Classifier:
     """Return the surrogate's network on a device, read once a process."""
-    network: Network = load_weights(Path(file)).requires_grad_(False).to(device)
+    network: Classifier = load_weights(Path(file)).requires_grad_(False).to(device)
     return network
 
 
@@ -163,7 +159,7 @@ def tensors(subject: EvaluatedModel, image: Floats, label: Labels) -> tuple[Tens
     return torch.from_numpy(np.ascontiguousarray(image)).to(subject.device), torch.from_numpy(label).to(subject.device)
 
 
-def input_gradient(network: Network, x: Tensor, label: Tensor, objective: Objective, times: int = 1) -> tuple[Tensor, Tensor]:
+def input_gradient(network: Classifier, x: Tensor, label: Tensor, objective: Objective, times: int = 1) -> tuple[Tensor, Tensor]:
     """Return the objective's gradient (N, 3, H, W), averaged over ``times`` passes, and the last logits (N, K).
 
     Where the model gives none, through no_grad or a detour by NumPy, or one that is not a number, it is 0: a masked gradient is a
@@ -197,4 +193,4 @@ def survivors(model: nn.Module, image: Tensor, label: Tensor, threat: Threat, st
     """Return how many images no iterate of one PGD run on cross-entropy fools; the model is put in eval mode."""
     subject = open_module("model", model, "")
     parts = zip(torch.split(image, 500), torch.split(label, 500), strict=True)
-    return sum(int(Pgd(threat, steps).run(subject, x.cpu().numpy(), y.cpu().numpy())["standing"].sum()) for x, y in parts)
+    return sum(int(Pgd(threat, steps).run(subject, x.cpu().numpy(), y.cpu().numpy())["robust_mask"].sum()) for x, y in parts)

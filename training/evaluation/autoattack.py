@@ -39,7 +39,7 @@ class AutoAttack:
         return 1500.0 if self.attacks else 6000.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return standing (N,), logits (N, K) of the images it made, and notes: every warning of the package, and what each attack left."""
+        """Return robust_mask (N,), logits (N, K) of the images it made, and notes: the package's warnings, and what each attack left."""
         x, y = tensors(subject, image, label)
         count = subject.logits(image[:1]).shape[1]
         named = list(self.attacks) or ["apgd-ce", "apgd-t", "fab-t", "square"]
@@ -59,7 +59,7 @@ class AutoAttack:
         logits = subject.logits(x_adv.cpu().numpy())
         right = (subject.logits(image).argmax(axis=1) == label) & (logits.argmax(axis=1) == label)
         left_out = [f"{name} is not run: it needs four classes" for name in named if name not in chosen]
-        return {"standing": right, "logits": logits, "notes": notes([*summary(lines, len(label)), *left_out])}
+        return {"robust_mask": right, "logits": logits, "notes": notes([*summary(lines, len(label)), *left_out])}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Square:
         return self.queries / 2
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return standing (N,) and the logits (N, K) of the images it made."""
+        """Return robust_mask (N,) and the logits (N, K) of the images it made."""
         x, y = torch.from_numpy(image), torch.from_numpy(label)
         logits = subject.logits(image)
         right = logits.argmax(axis=1) == label
@@ -83,7 +83,7 @@ class Square:
             attack = square(lambda z: torch.from_numpy(subject.logits(z.numpy()).copy()), self.threat, self.queries)
             logits = logits.copy()
             logits[right] = subject.logits(attack.perturb(x[right], y[right]).numpy())
-        return {"standing": right & (logits.argmax(axis=1) == label), "logits": logits}
+        return {"robust_mask": right & (logits.argmax(axis=1) == label), "logits": logits}
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,10 @@ class ReleasedAutoAttack:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 2500.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return standing (N,)."""
+        """Return robust_mask (N,)."""
         package()
         from pyautoattack.autopgd_base import APGDAttack
         from pyautoattack.fab_pt import FABAttack_PT
@@ -127,17 +126,17 @@ class ReleasedAutoAttack:
         makers = [attack.perturb for attack in apgd]
         makers.append(lambda x, y: (fab.perturb(2 * x - 1, y) + 1) / 2)
         makers.append(square(model, threat, self.queries, x.device).perturb)
-        standing = torch.from_numpy(subject.logits(image).argmax(axis=1) == label).to(x.device)
+        robust_mask = torch.from_numpy(subject.logits(image).argmax(axis=1) == label).to(x.device)
         with said() as lines:
             for perturb in makers:
-                left = standing.nonzero().flatten()
+                left = robust_mask.nonzero().flatten()
                 if not len(left):
                     break
                 x_adv = perturb(x[left].clone(), y[left].clone()).detach()
                 inside = (x_adv - x[left]).abs().flatten(1).amax(dim=1) <= self.eps + 1e-5
                 fooled = torch.from_numpy(subject.logits(x_adv.cpu().numpy()).argmax(axis=1)).to(x.device) != y[left]
-                standing[left] = ~(fooled & inside)
-        return {"standing": standing.cpu().numpy(), "notes": notes(summary(lines, len(label)))}
+                robust_mask[left] = ~(fooled & inside)
+        return {"robust_mask": robust_mask.cpu().numpy(), "notes": notes(summary(lines, len(label)))}
 
 
 class Logits(nn.Module):
@@ -148,7 +147,6 @@ class Logits(nn.Module):
         self.network = subject.network
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, K)."""
         logits: Tensor = self.network(Contiguous.apply(x)).float()  # type: ignore[no-untyped-call]
         # the package asks for a gradient also where the model has none: zero, which it warns of
         return logits if logits.requires_grad or not x.requires_grad else logits + 0.0 * x.sum()
@@ -159,7 +157,6 @@ class Contiguous(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Return x."""
         return x.view_as(x)
 
     @staticmethod
@@ -222,15 +219,15 @@ def said() -> Iterator[list[tuple[int, str]]]:
 
 
 def summary(lines: list[tuple[int, str]], n: int) -> list[str]:
-    """Return every warning once with how often it was said, and how many images each attack left standing."""
+    """Return every warning once with how often it was said, and how many images each attack left right."""
     warned = Counter(re.sub(r"\s*See flags_doc.md for details.", "", text) for level, text in lines if level >= logging.WARNING)
     left = [re.search(r"robust accuracy after (\S+): ([\d.]+)%", text) for _, text in lines]
     stages = [f"{found[1].lower()} left {round(float(found[2]) / 100 * n)}" for found in left if found]
     return [f"warning ({count} times): {text}" for text, count in warned.items()] + stages
 
 
-def tally(stages: np.ndarray) -> list[str]:
-    """Return the notes of all chunks added up: warnings by kind, and what each attack left of all images."""
+def tally(stages: np.ndarray) -> tuple[list[str], int]:
+    """Return the notes of all chunks added up: warnings by kind, and what each attack left of all images; and how often it warned."""
     warned: Counter[str] = Counter()
     left: Counter[str] = Counter()  # a chunk of which none is left says nothing of the later attacks, which adds nothing
     for line in stages.tolist():
@@ -241,4 +238,4 @@ def tally(stages: np.ndarray) -> list[str]:
         elif found := re.match(r"warning \((\d+) times\): (.*)$", line):
             warned[re.sub(r"\d+(\.\d+)?", "#", found[2])] += int(found[1])
     told = [f"AutoAttack warned {count} times: {text}" for text, count in warned.items()]
-    return told + [f"{name} left {kept}" for name, kept in left.items()]
+    return told + [f"{name} left {kept}" for name, kept in left.items()], warned.total()

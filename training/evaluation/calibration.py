@@ -1,13 +1,15 @@
 """How far the probabilities can be believed: likelihood and Brier first, ECE beside its floor, clean, corrupted and re-collected images."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Labels
 from ebjdat_serve.pixels import Pixels, to_unit
-from training.calibrate import fit_temperature
+from ebjdat_serve.rows import Images, Row
+from ebjdat_serve.sentences import images_name
 from training.data.datasets import data_root
 from training.errors import DataError
 from training.evaluation.attacks import Predict
@@ -16,20 +18,23 @@ from training.evaluation.metrics import (
     brier,
     calibration_floor,
     expected_calibration_error,
+    fit_temperature,
     mean_interval,
     negative_log_likelihood,
     reliability,
 )
-from training.evaluation.rows import Row, estimate, number
+from training.evaluation.rows import estimate, number
 from training.evaluation.shifts import CORRUPTIONS, corrupted
 
 SEVERITIES = (1, 3, 5)
+BINS, DRAWS = 15, 100
+"""Of the calibration error, and of its floor."""
 
 
 def clean_rows(c: Context) -> Iterator[Row]:
     """Yield clean accuracy and the energies' mean and deviation."""
     image, label = c.test(c.suite.test)
-    found = c.look("clean", Predict(gradient=True), image, label)
+    found = c.look(c.where, Predict(gradient=True), image, label)
     logits = found["logits"].astype(np.float64)
     energy = -np.logaddexp.reduce(logits, axis=1)
     if energy.std() < 1e-4 * max(1.0, float(np.abs(logits).max())):
@@ -38,9 +43,9 @@ def clean_rows(c: Context) -> Iterator[Row]:
         )
     if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1.0, atol=1e-4):
         c.say("the model returns probabilities, not logits: cross-entropy and energies are of their softmax, and its gradients are small")
-    yield c.share("accuracy_clean", logits.argmax(axis=1) == label, c.where, "what is served", c.subject.weights)
-    yield estimate("energy_mean", energy.mean(), mean_interval(energy), len(label), c.where, "nats", c.subject.graph)
-    yield number("energy_sd", energy.std(), len(label), c.where, "nats", c.subject.graph)
+    yield c.share("accuracy_clean", logits.argmax(axis=1) == label, c.where, c.subject.weights)
+    yield estimate("energy_mean", energy.mean(), mean_interval(energy), len(label), c.where, c.subject.graph)
+    yield number("energy_sd", energy.std(), len(label), c.where, c.subject.graph)
 
 
 def calibration_rows(c: Context) -> Iterator[Row]:
@@ -50,51 +55,48 @@ def calibration_rows(c: Context) -> Iterator[Row]:
     stored = c.bundle.calibration() if c.bundle is not None and "calibration.json" in c.bundle.manifest.files else None
     temperature = stored.temperature if stored else fit_temperature(held_out["logits"], c.data.selection.label)
     n, of = len(c.data.selection), c.subject.graph
-    yield number("temperature", temperature, n, f"{c.data.name} selection split", "fitted to p(y|x)", of)
+    yield number("temperature", temperature, n, Images(dataset=c.data.name, split="selection"), of)
     (found,) = c.ledger.run("calibration", [(Predict(), image, label)])
-    yield from quality(c, [(found["logits"], label)], c.where, {"temperature 1": 1.0, "fitted temperature": temperature})
+    yield from quality(c, [(found["logits"], label)], c.where, {"1": 1.0, "fitted": temperature})
     if temperature != 1.0:
         c.drawings["reliability"] = {
             name: np.asarray(reliability(probabilities(found["logits"], t), label)) for name, t in (("before", 1.0), ("after", temperature))
         }
-    severities: dict[str, list[tuple[np.ndarray, Labels]]] = {}
-    for kind, name, pixels, labels in shifted_sets(c):
-        (found,) = c.ledger.run(name, [(Predict(), to_unit(pixels), labels)])
-        yield c.share("accuracy_corrupted", found["logits"].argmax(axis=1) == labels, name, "what is served", of)
-        severities.setdefault(kind, []).append((found["logits"], labels))
-    for kind, parts in severities.items():
+    severities: dict[Images, list[tuple[np.ndarray, Labels]]] = {}
+    for images, pixels, labels in shifted_sets(c):
+        (found,) = c.ledger.run(images_name(images), [(Predict(), to_unit(pixels), labels)])
+        yield c.share("accuracy_corrupted", found["logits"].argmax(axis=1) == labels, images, of)
+        severities.setdefault(replace(images, corruption=None), []).append((found["logits"], labels))
+    for severity, parts in severities.items():
+        every = replace(severity, kinds=len(parts)) if len(parts) > 1 else severity
         if len(parts) > 1:  # the kinds are of the same images, so an interval is over images
             right = np.mean([logits.argmax(axis=1) == labels for logits, labels in parts], axis=0)
-            row = estimate(
-                "accuracy_corrupted_mean", right.mean(), mean_interval(right), len(right), kind, f"{len(parts)} kinds of each image", of
-            )
-            yield row
-        yield from quality(c, parts, kind, {"fitted temperature": temperature})
+            yield estimate("accuracy_corrupted_mean", right.mean(), mean_interval(right), len(right), every, of)
+        yield from quality(c, parts, every, {"fitted": temperature})
 
 
-def quality(c: Context, parts: list[tuple[np.ndarray, Labels]], where: str, temperatures: dict[str, float]) -> Iterator[Row]:
+def quality(c: Context, parts: list[tuple[np.ndarray, Labels]], images: Images, temperatures: dict[str, float]) -> Iterator[Row]:
     """Yield likelihood, Brier score, ECE and the ECE that a calibrated model would show at this n; ``parts`` are of the same images."""
     for name, temperature in temperatures.items():
         of, n = c.subject.graph, len(parts[0][1])
         each = [(probabilities(logits.astype(np.float32), temperature), label) for logits, label in parts]
         for metric, score in (("nll", negative_log_likelihood), ("brier", brier)):
             values = np.mean([score(p, label) for p, label in each], axis=0)
-            yield estimate(metric, values.mean(), mean_interval(values), n, where, f"{name}, normal 95 % interval", of)
+            yield estimate(metric, values.mean(), mean_interval(values), n, images, of, temperature=name)
         p, label = np.concatenate([p for p, _ in each]), np.concatenate([label for _, label in each])
-        metric = "ece_uncalibrated" if name == "temperature 1" else "ece"
-        yield number(metric, expected_calibration_error(p, label), n, where, f"15 bins, {name}", of)
-        yield number(
-            f"{metric}_floor", calibration_floor(p), n, where, f"15 bins, {name}: labels drawn from p itself, mean of 100 draws", of
-        )
+        metric = "ece_uncalibrated" if name == "1" else "ece"
+        yield number(metric, expected_calibration_error(p, label, BINS), n, images, of, temperature=name, bins=BINS)
+        floor = calibration_floor(p, BINS, DRAWS)
+        yield number(f"{metric}_floor", floor, n, images, of, temperature=name, bins=BINS, draws=DRAWS)
 
 
-def shifted_sets(c: Context) -> Iterator[tuple[str, str, Pixels, Labels]]:
-    """Yield (kind, name, images, labels): test images corrupted by shifts.py, CIFAR-10-C and CIFAR-10.1 where present."""
+def shifted_sets(c: Context) -> Iterator[tuple[Images, Pixels, Labels]]:
+    """Yield (what they are, images, labels): test images corrupted by shifts.py, CIFAR-10-C and CIFAR-10.1 where present."""
     some = c.data.test.first(c.suite.shifted)
     for name in CORRUPTIONS:
         for severity in SEVERITIES:
-            kind = f"{c.where} corrupted by our own recipe, severity {severity}"
-            yield kind, f"{c.where}, {name}, severity {severity}, own recipe", corrupted(some.image, name, severity), some.label
+            images = replace(c.where, corruption=name, severity=severity, recipe="own")
+            yield images, corrupted(some.image, name, severity), some.label
     if c.data.name != "cifar10":
         return
     for version in ("v6", "v4"):
@@ -103,7 +105,7 @@ def shifted_sets(c: Context) -> Iterator[tuple[str, str, Pixels, Labels]]:
             image, label = (np.load(file, allow_pickle=False) for file in files)
             if image.dtype != np.uint8 or image.shape[1:] != (32, 32, 3) or len(label) != len(image):
                 raise DataError(f"{files[0]}: {image.dtype} {image.shape} is not CIFAR-10.1: uint8 (N, 32, 32, 3)")
-            yield f"CIFAR-10.1 {version}", f"CIFAR-10.1 {version}", image, label.astype(np.int64)
+            yield Images(dataset=f"CIFAR-10.1 {version}"), image, label.astype(np.int64)
     if not any((data_root() / f"cifar10.1_{version}_data.npy").is_file() for version in ("v6", "v4")):
         c.say("CIFAR-10.1: not measured, cifar10.1_v6_data.npy and cifar10.1_v6_labels.npy are not in the data folder")
     folder = data_root() / "CIFAR-10-C"
@@ -116,9 +118,5 @@ def shifted_sets(c: Context) -> Iterator[tuple[str, str, Pixels, Labels]]:
         image, label = np.load(file, mmap_mode="r", allow_pickle=False), np.load(folder / "labels.npy", allow_pickle=False)
         for severity in SEVERITIES:
             rows = slice(10_000 * (severity - 1), 10_000 * (severity - 1) + c.suite.shifted)
-            yield (
-                f"CIFAR-10-C, severity {severity}",
-                f"CIFAR-10-C {file.stem}, severity {severity}",
-                np.asarray(image[rows]),
-                label[rows].astype(np.int64),
-            )
+            images = Images(dataset="CIFAR-10-C", corruption=file.stem, severity=severity)
+            yield images, np.asarray(image[rows]), label[rows].astype(np.int64)

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,15 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.rows import Images, Row
+from ebjdat_serve.sentences import set_name
 from training.data.datasets import Dataset
 from training.data.image_folders import Split
 from training.errors import TrainingError
 from training.evaluation.autoattack import tally
 from training.evaluation.evaluated_model import EvaluatedModel
 from training.evaluation.result_cache import Arrays, ResultCache, Task
-from training.evaluation.rows import Ball, Row, proportion
+from training.evaluation.rows import Ball, proportion
 
 log = logging.getLogger("training")
 
@@ -97,16 +100,16 @@ class Context:
     surrogate_sha256: str = ""
     controls: tuple[Path, ...] = ()  # weights that are sampled with the same prior, steps and seeds
     buffer: Path | None = None  # a run's state.pt, whose replay buffer is measured beside fresh chains
-    images: dict[str, NDArray[np.bool_]] = field(default_factory=dict)  # per image: what each proportion was counted from
-    arrays: dict[str, Arrays] = field(default_factory=dict)  # per set of images: logits, label, perhaps gradient
+    images: dict[str, NDArray[np.bool_]] = field(default_factory=dict)  # per row's key and image: what its proportion was counted from
+    arrays: dict[Images, Arrays] = field(default_factory=dict)  # per set of images: logits, label, perhaps gradient
     drawings: dict[str, Arrays] = field(default_factory=dict)  # what images are made of beside those
     part: str = ""  # that is being measured
     warnings: dict[str, list[str]] = field(default_factory=dict)  # of each part
 
     @property
-    def where(self) -> str:
-        """Return the data set in words."""
-        return f"{self.data.name} test"
+    def where(self) -> Images:
+        """Return the clean test images."""
+        return Images(dataset=self.data.name, split="test")
 
     def test(self, n: int) -> tuple[Floats, Labels]:
         """Return the first n test images (N, 3, H, W) in [0,1] and their labels; chunks of one count are shared by all parts."""
@@ -117,18 +120,19 @@ class Context:
         image, label = self.test(n)
         return self.ledger.run(title, [(work, image, label) for work in works])
 
-    def look(self, name: str, work: Task, image: Floats, label: Labels | None = None) -> Arrays:
-        """Return what ``work`` says of a set of images, and keep it under ``name`` for the landscape."""
+    def look(self, images: Images, work: Task, image: Floats, label: Labels | None = None) -> Arrays:
+        """Return what ``work`` says of a set of images, and keep it for the landscape."""
         nothing = np.zeros(len(image), np.int64)
-        (result,) = self.ledger.run(name, [(work, image, nothing if label is None else label)])
+        (result,) = self.ledger.run(set_name(images), [(work, image, nothing if label is None else label)])
         own = result["logits"].argmax(axis=1) if label is None else label  # strange images have no class but the one the model names
-        self.arrays[name] = {**result, "label": own}
-        return self.arrays[name]
+        self.arrays[images] = {**result, "label": own}
+        return self.arrays[images]
 
-    def share(self, metric: str, good: NDArray[np.bool_], where: str, protocol: str, of: str) -> Row:
-        """Return the row of a proportion, its images kept for paired tests."""
-        self.images[f"{metric} | {where} | {protocol}"] = good
-        return proportion(metric, int(good.sum()), len(good), where, protocol, of)
+    def share(self, metric: str, good: NDArray[np.bool_], images: Images, of: str, **more: Any) -> Row:
+        """Return the row of a proportion, which of its images count kept for paired tests; ``more`` are fields of the row."""
+        row = proportion(metric, int(good.sum()), len(good), images, of, **more)
+        self.images[row.key] = good
+        return row
 
     def say(self, text: str) -> None:
         """Keep a warning of this part for the report, and log it; the same one is kept once."""
@@ -160,20 +164,24 @@ class Context:
 
     def tell(self, found: Arrays, what: str) -> int:
         """Keep what the attack package warned of, and return how often it did."""
-        lines = tally(found.get("notes", np.empty(0, np.str_)))
+        lines, times = tally(found.get("notes", np.empty(0, np.str_)))
         for line in lines:
             self.say(f"{what}: {line}")
-        return sum(int(line.split()[2]) for line in lines if line.startswith("AutoAttack warned "))
+        return times
+
+
+FORM = "fields"
+"""How the files of an evaluation are written: another's are not read."""
 
 
 def claim(folder: Path, subject: dict[str, str]) -> None:
-    """Write into a folder whose evaluation it holds; what is there of the same weights through another graph is removed.
+    """Write into a folder whose evaluation it holds; what is there of the same weights, but of another graph or form, is removed.
 
     Raises TrainingError for a folder of another model or other data.
     """
     file = folder / "subject.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else subject
-    if {**known, "graph": subject["graph"]} != subject:
+    if {**known, "graph": subject["graph"], "form": subject["form"]} != subject:
         text = f"{folder} holds the evaluation of another model or other data: name another folder"
         raise TrainingError(text, options=("--folder FOLDER",))
     if known != subject:

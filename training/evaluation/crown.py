@@ -31,7 +31,6 @@ class Block(nn.Module):
         self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride)) if stride > 1 else nn.Sequential()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's activations."""
         return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
 
 
@@ -57,7 +56,6 @@ class CrownResNet(nn.Module):
         return F.relu(self.linear1(x.flatten(1)))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return logits (N, 10)."""
         logits: Tensor = self.linear2(self.features(image))
         return logits
 

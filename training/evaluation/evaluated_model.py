@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from ebjdat_serve.bundle import Bundle, sha256
 from ebjdat_serve.engines import Floats, load_engine
 from ebjdat_serve.engines.eager import Walk, exact, load_model
-from ebjdat_serve.folding import folded
 from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.networks import Network, network_of
 from ebjdat_serve.sgld import Chains
-from ebjdat_serve.wideresnet import WideResNet, build
 from training.errors import DataError
 
 
@@ -59,7 +58,7 @@ def open_bundle(path: Path) -> EvaluatedModel:
         return np.concatenate([f for f, _ in classify_in_chunks(engine, np.ascontiguousarray(image))])
 
     with torch.no_grad():
-        network = folded(model)  # the same function to rounding, in four fifths of the time
+        network = model.folded()  # the same function to rounding, in four fifths of the time
     of = [files[name].sha256 for name in ("weights.safetensors", "classify.onnx", "step.onnx")]
     served = of[1] if engine.name == "onnx" else of[0]  # without ONNX Runtime no graph was measured
     return EvaluatedModel(
@@ -165,7 +164,7 @@ def source(kind: type) -> str:
 
 
 def weights_spec(file: Path, device: torch.device) -> Spec:
-    """Return how to open weights that the trainer wrote, a WideResNet whose shape its tensors tell."""
+    """Return how to open weights that the trainer wrote, of a network that their names and shapes tell."""
     return partial(open_weights, file, device)
 
 
@@ -174,14 +173,12 @@ def open_weights(file: Path, device: torch.device) -> EvaluatedModel:
     return open_module(file.parent.name, load_weights(file).to(device), sha256(file))
 
 
-def load_weights(file: Path) -> WideResNet:
-    """Return the WideResNet of a weights file in eval mode; raise DataError when it is not one."""
+def load_weights(file: Path) -> Network:
+    """Return the network of a weights file in eval mode; raise DataError when no family knows it."""
     if not file.is_file():
         raise DataError(f"{file} is not there: name a safetensors file that the trainer wrote, or a bundle")
     try:
         state = {name: value.float() if value.is_floating_point() else value for name, value in load_file(file).items()}
-        blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-        width = state["blocks.0.conv1.weight"].shape[0] // 16
-        return build(2 * blocks + 4, width, state["head.weight"].shape[0], state)
-    except (KeyError, RuntimeError, IndexError, OSError, SafetensorError) as error:
-        raise DataError(f"{file} holds no WideResNet of this project: {error}") from error
+        return network_of(state)
+    except (KeyError, RuntimeError, ValueError, IndexError, OSError, SafetensorError) as error:
+        raise DataError(f"{file} holds no network of this project: {error}") from error

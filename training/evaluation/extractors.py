@@ -29,25 +29,21 @@ Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature space by name; ``classes``: its logits are of the data's own classes; without ``distances`` it judges classes alone."""
+    """A feature space, a key of ``sentences.EXTRACTORS``.
+
+    ``classes``: its logits are of the data's own classes; without ``distances`` it judges classes alone.
+    """
 
     name: str
-    said: str
     cost: float
     classes: bool = False
     distances: bool = True
 
 
-RESNET20 = Extractor("resnet20", "64 features of ResNet-20, trained on CIFAR-10", 0.4, classes=True)
-RESNET4B = Extractor(
-    "resnet4b",
-    "a robust judge independent of the model: ResNet-4b of alpha-beta-CROWN, adversarially trained at l-inf 2/255",
-    0.2,
-    classes=True,
-    distances=False,
-)
-LITE0 = Extractor("efficientnet_lite0", "1,280 features of EfficientNet-Lite0 at 128 pixels, trained on ImageNet, never on CIFAR", 8.0)
-INCEPTION_V3 = Extractor("inception", "2,048 features of Inception-v3, the standard weights of FID", 300.0)
+RESNET20 = Extractor("resnet20", 0.4, classes=True)
+RESNET4B = Extractor("resnet4b", 0.2, classes=True, distances=False)
+LITE0 = Extractor("efficientnet_lite0", 8.0)
+INCEPTION_V3 = Extractor("inception", 300.0)
 
 
 def available(dataset: str) -> tuple[list[Extractor], list[str]]:
@@ -91,7 +87,6 @@ class Features:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return self.extractor.cost
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:

@@ -1,8 +1,8 @@
 """The images of an evaluation, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito 2008)."""
 
-import base64
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import matplotlib as mpl
@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ebjdat_serve.pixels import Pixels, grid
-from training.evaluation.landscape import energies, sets_shown
-from training.evaluation.ood import COMPARED
+from ebjdat_serve.rows import COMPARED, Images, Row, rows_where
+from ebjdat_serve.sentences import attack_name, eps_name, images_name
+from training.evaluation.landscape import clean_of, energies, sets_shown
 from training.evaluation.result_cache import Arrays
-from training.evaluation.rows import Row
 
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#000000")
 LOOKS = {  # one colour and line a set, whichever others are there
@@ -31,6 +31,7 @@ LOOKS = {  # one colour and line a set, whichever others are there
     "CIFAR-100": (COLOURS[5], "-."),
     "noise": (COLOURS[6], "-"),
 }
+FILLED = ("clean", "PGD-20")
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -49,17 +50,7 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
-def inline(figure: Figure, alt: str) -> str:
-    """Return a figure as an <img> that carries its own bytes, and close it."""
-    return picture(png(figure, 110), alt)
-
-
-def picture(content: bytes, alt: str) -> str:
-    """Return PNG bytes as an <img>."""
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
-
-
-def landscape(arrays: dict[str, Arrays], eps: float, title: str = "") -> Figure:
+def landscape(arrays: dict[Images, Arrays], eps: float, title: str = "") -> Figure:
     """Return histograms of E(x) and of E(x, y), overlaid: clean, adversarial, drawn, strange."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
@@ -73,15 +64,17 @@ def landscape(arrays: dict[str, Arrays], eps: float, title: str = "") -> Figure:
     return figure
 
 
-def landscapes(models: Sequence[tuple[str, dict[str, Arrays]]], eps: float) -> Figure:
+def landscapes(models: Sequence[tuple[str, dict[Images, Arrays]]], eps: float) -> Figure:
     """Return the landscapes of several models, one above the other, on one axis: deviations of each model's own clean energies."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(models), 2, figsize=(9.2, 1.9 * len(models) + 0.6), layout="constrained", sharex="col", squeeze=False
         )
         for row, (name, arrays) in zip(axes, models, strict=True):
+            images = clean_of(arrays)
+            assert images is not None, f"{name} has no clean images"
             for axis, kind in zip(row, ("energy", "joint_energy"), strict=True):
-                clean = energies(arrays["clean"])[kind]
+                clean = energies(arrays[images])[kind]
                 sets = [(short, (energies(found)[kind] - clean.mean()) / clean.std()) for _, short, found in sets_shown(arrays, eps)]
                 overlay(axis, sets, (-6.0, 5.0))
             row[0].set_ylabel(name)
@@ -93,8 +86,10 @@ def landscapes(models: Sequence[tuple[str, dict[str, Arrays]]], eps: float) -> F
     return figure
 
 
-def overlay(axis: Axes, sets: Sequence[tuple[str, np.ndarray]], limits: tuple[float, float] | None = None) -> None:
-    """Draw histograms of several samples as densities, clean and PGD filled; the bins at ``limits`` hold all beyond."""
+def overlay(
+    axis: Axes, sets: Sequence[tuple[str, np.ndarray]], limits: tuple[float, float] | None = None, filled: Sequence[str] = FILLED
+) -> None:
+    """Draw histograms of several samples as densities, those named by ``filled`` filled; the bins at ``limits`` hold all beyond."""
     joined = np.concatenate([values for _, values in sets])
     low, high = limits or (float(np.quantile(joined, 0.002)), float(np.quantile(joined, 0.998)))
     top = 0.0
@@ -105,7 +100,7 @@ def overlay(axis: Axes, sets: Sequence[tuple[str, np.ndarray]], limits: tuple[fl
         heights = density / max(len(values), 1) / np.diff(edges)
         inner = float(heights[1:-1].max())
         top = inner if i == 0 else max(top, min(inner, 2.2 * top))  # a narrow peak must not flatten the rest
-        axis.stairs(heights, edges, color=colour, alpha=0.22 if name.startswith(("clean", "PGD-20")) else 0.0, fill=True)
+        axis.stairs(heights, edges, color=colour, alpha=0.22 if name in filled else 0.0, fill=True)
         axis.stairs(heights, edges, color=colour, lw=1.7, ls=line, label=name)
     axis.set_ylim(0, 1.1 * top)
     axis.set_yticks([])
@@ -133,16 +128,16 @@ def ground(found: Arrays, eps: float, names: Sequence[str]) -> Figure:
     return figure
 
 
-def differences(arrays: dict[str, Arrays]) -> Figure | None:
+def differences(arrays: dict[Images, Arrays]) -> Figure | None:
     """Return per-image E(x_adv) - E(x) under PGD of several strengths."""
-    sets = [(name.split(" on ")[0], found) for name, found in arrays.items() if name.startswith("PGD-20 ")]
-    if not sets or "clean" not in arrays:
+    sets = [(attacked_name(images), found) for images, found in arrays.items() if images.attack == "pgd"]
+    if not sets or (images := clean_of(arrays)) is None:
         return None
-    clean = energies(arrays["clean"])["energy"]
+    clean = energies(arrays[images])["energy"]
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
         both = [(name, energies(found)["energy"], min(len(clean), len(found["logits"]))) for name, found in sets]
-        overlay(axis, [(name, values[:n] - clean[:n]) for name, values, n in both])
+        overlay(axis, [(name, values[:n] - clean[:n]) for name, values, n in both], filled=[name for name, _, _ in both])
         axis.axvline(0, color="#999999", lw=1)
         axis.set_xlabel("E(x_adv) - E(x) of each image, nats")
         axis.legend(fontsize=9)
@@ -163,18 +158,26 @@ def reliability(found: Arrays) -> Figure:
     return figure
 
 
+def attacked_name(images: Images) -> str:
+    """Return the label of a set: its attack where it is under one, else its name."""
+    if images.attack is None or images.eps is None:
+        return images_name(images)
+    return ", ".join(part for part in (f"{attack_name(images)} {eps_name(images.eps)}", images.subset) if part)
+
+
 def curves(rows: Sequence[Row]) -> Figure | None:
     """Return accuracy against eps and loss against steps: both must fall and rise."""
-    eps = [(row["protocol"].split("l-inf ")[1].split(",")[0], row) for row in rows if row["metric"] == "accuracy_at_eps"]
-    loss = [(int(row["protocol"].split("after ")[1].split()[0]), row["value"]) for row in rows if row["metric"] == "loss_at_steps"]
+    eps = [row for row in rows_where(rows, "accuracy_at_eps") if row.eps is not None and row.interval is not None]
+    loss = [(row.steps, row.value) for row in rows_where(rows, "loss_at_steps") if row.steps is not None]
     if not eps or not loss:
         return None
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.0), layout="constrained")
-        values = np.asarray([row["value"] for _, row in eps])
-        bars = np.asarray([row["interval"] for _, row in eps])
+        values = np.asarray([row.value for row in eps])
+        bars = np.asarray([row.interval for row in eps])
         spread = np.abs(bars.T - values).clip(0)
-        left.errorbar([name for name, _ in eps], values, yerr=spread, fmt="o-", color=COLOURS[0], capsize=3)
+        left.errorbar(range(len(eps)), values, yerr=spread, fmt="o-", color=COLOURS[0], capsize=3)
+        left.set_xticks(range(len(eps)), [eps_name(row.eps or 0.0) for row in eps])
         left.set_ylim(-0.02, 1)
         left.set_xlabel("l-inf eps")
         left.set_ylabel("accuracy under PGD-20")
@@ -187,23 +190,21 @@ def curves(rows: Sequence[Row]) -> Figure | None:
 
 def separations(rows: Sequence[Row]) -> Figure | None:
     """Return the AUROC of each score on each set."""
-    kinds = COMPARED
-    table: dict[str, dict[str, float]] = {}
+    table: dict[Images, dict[str, float]] = {}
     for row in rows:
-        kind = row["metric"].removeprefix("auroc_")
-        if row["metric"].startswith("auroc_") and kind in kinds and " vs " in row["dataset"]:
-            where, name = row["dataset"].split(" vs ", 1)
-            table.setdefault(name.replace(f" on {where}", ""), {})[kind] = row["value"]
-    table = {name: values for name, values in table.items() if f"{name}, fooled" not in table}  # counted apart, not pooled
+        if row.score and row.metric == f"auroc_{row.score}":
+            table.setdefault(row.images, {})[row.score] = row.value
+    # what an attack fooled is counted apart, not pooled
+    table = {images: values for images, values in table.items() if replace(images, subset="fooled") not in table or images.subset}
     if not table:
         return None
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.2, 0.34 * len(table) + 1.2), layout="constrained")
-        for i, kind in enumerate(kinds):
+        for i, kind in enumerate(COMPARED):
             at = [(y, values[kind]) for y, values in enumerate(table.values()) if kind in values]
             axis.plot([v for _, v in at], [y for y, _ in at], "osD^"[i], color=COLOURS[i], ms=6, label=kind)
         axis.axvline(0.5, color="#999999", lw=1)
-        axis.set_yticks(range(len(table)), list(table))
+        axis.set_yticks(range(len(table)), [attacked_name(images) for images in table])
         axis.set_xlabel("AUROC against clean test images (0.5: blind; below: likelier than clean)")
         axis.set_xlim(0, 1.02)
         axis.invert_yaxis()

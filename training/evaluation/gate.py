@@ -4,7 +4,7 @@ Both see the same selection images, which neither was trained on; the test set i
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.rows import Images, to_json
 from ebjdat_serve.scores import ood_score
+from ebjdat_serve.sentences import images_name, threat_name
 from ebjdat_serve.store import EMPTY, pointed_at
 from training.data.datasets import Dataset
 from training.evaluate import work_root
@@ -25,7 +27,7 @@ from training.evaluation.evaluated_model import bundle_spec
 from training.evaluation.metrics import auroc, auroc_difference_stderr, paired_interval
 from training.evaluation.ood import strange_images
 from training.evaluation.result_cache import Arrays, ResultCache
-from training.evaluation.rows import ALPHAS, ball_of, eps_name
+from training.evaluation.rows import ALPHAS, ball_of
 from training.methods.adversary import Threat
 
 MARGIN = 0.02
@@ -39,12 +41,13 @@ class Compared:
     """One figure of both models on the same images; ``gain`` is above 0 where the new one is better."""
 
     metric: str
-    dataset: str
+    images: Images
     n: int
     new: float
     current: float
     gain: float
     interval: tuple[float, float]
+    against: Images | None = None  # what they are told apart from
 
     @property
     def worse(self) -> bool:
@@ -53,8 +56,10 @@ class Compared:
 
     def __str__(self) -> str:
         low, high = self.interval
-        said = f"{self.metric} {self.new:.3f} against {self.current:.3f} (gain {self.gain:+.3f} [{low:+.3f}, {high:+.3f}]"
-        return f"{said}, n = {self.n}, {self.dataset})"
+        where = " vs ".join(images_name(images) for images in (self.images, self.against) if images)
+        how = ", ".join(part for part in (self.metric, threat_name(self.images.norm, self.images.eps)) if part)
+        said = f"{how} {self.new:.3f} against {self.current:.3f} (gain {self.gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return f"{said}, n = {self.n}, {where})"
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,10 @@ class Verdict:
 
     def comparison(self) -> list[dict[str, Any]]:
         """Return the figures as JSON."""
-        return [{**asdict(row), "interval": list(row.interval), "margin": MARGIN, "worse": row.worse} for row in self.rows]
+        names = ("metric", "n", "new", "current", "gain", "interval", "worse")
+        plain = [{**to_json(row.images), **{name: getattr(row, name) for name in names}, "margin": MARGIN} for row in self.rows]
+        others = [{"against": row.against.dataset, "against_split": row.against.split} if row.against else {} for row in self.rows]
+        return [{**row, **other} for row, other in zip(plain, others, strict=True)]
 
 
 def judge(new: Bundle, store: Path, data: Dataset) -> Verdict:
@@ -111,11 +119,11 @@ def difference(new: Bundle, current: Bundle) -> str:
 
 def compare(new: Bundle, current: Bundle, data: Dataset) -> Iterator[Compared]:
     """Yield every figure of the gate: clean and PGD-20 accuracy, clean flag rate, AUROC on each strange set at hand."""
-    where = f"{data.name} selection split"
+    where, eps = Images(dataset=data.name, split="selection"), ball_of(data.name).linf
     strange = dict(strange_images(data.name, data.selection.image, lambda text: None))
     mine, its = (seen(bundle, data, strange) for bundle in (new, current))
     yield proportions("accuracy_clean", where, mine.right, its.right)
-    yield proportions(f"accuracy_pgd20, l-inf {eps_name(ball_of(data.name).linf)}", where, mine.standing, its.standing)
+    yield proportions("accuracy_pgd20", replace(where, attack="pgd", norm="linf", eps=eps, steps=20), mine.robust_mask, its.robust_mask)
     if mine.flagged is not None and its.flagged is not None:
         passed = proportions("flag_rate_clean", where, ~mine.flagged, ~its.flagged)
         yield Compared(passed.metric, where, passed.n, 1 - passed.new, 1 - passed.current, passed.gain, passed.interval)
@@ -124,13 +132,13 @@ def compare(new: Bundle, current: Bundle, data: Dataset) -> Iterator[Compared]:
         value, known = auroc(a, a_strange), auroc(b, b_strange)
         half = 1.96 * auroc_difference_stderr(a, a_strange, b, b_strange)
         gain, n = value - known, len(a) + len(a_strange)
-        yield Compared("auroc of the flag", f"{where} vs {name}", n, value, known, gain, (gain - half, gain + half))
+        yield Compared("auroc_flag", Images(dataset=name), n, value, known, gain, (gain - half, gain + half), where)
 
 
-def proportions(metric: str, dataset: str, new: NDArray[np.bool_], current: NDArray[np.bool_]) -> Compared:
+def proportions(metric: str, images: Images, new: NDArray[np.bool_], current: NDArray[np.bool_]) -> Compared:
     """Return two proportions of the same images, their difference with its paired interval."""
     a, b = float(new.mean()), float(current.mean())
-    return Compared(metric, dataset, len(new), a, b, a - b, paired_interval(new, current))
+    return Compared(metric, images, len(new), a, b, a - b, paired_interval(new, current))
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ class Seen:
     """What one model does with the held-out images, (N,) each, and (its clean scores, its scores) of each strange set."""
 
     right: NDArray[np.bool_]
-    standing: NDArray[np.bool_]
+    robust_mask: NDArray[np.bool_]
     flagged: NDArray[np.bool_] | None  # None where the calibration set is too small for ALPHA
     scores: dict[str, tuple[Floats, Floats]]
 
@@ -162,4 +170,4 @@ def seen(bundle: Bundle, data: Dataset, strange: dict[str, Floats]) -> Seen:
     none = [np.zeros(len(images), np.int64) for images in strange.values()]
     looked = ledger.run("gate", [(Predict(), images, zero) for images, zero in zip(strange.values(), none, strict=True)])
     scores = {name: (mine, score(found)) for name, found in zip(strange, looked, strict=True)}
-    return Seen(clean["logits"].argmax(axis=1) == label, attacked["standing"], flagged, scores)
+    return Seen(clean["logits"].argmax(axis=1) == label, attacked["robust_mask"], flagged, scores)

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from ebjdat_serve.bundle import sha256
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import Pixels, to_unit
+from ebjdat_serve.rows import BUFFER, CONTROL, FRESH, PRIOR, Images, Row
 from ebjdat_serve.sgld import Chains, Prior, Sampler
 from training.errors import TrainingError
 from training.evaluation.attacks import Predict
@@ -22,13 +24,15 @@ from training.evaluation.distances import frechet_distance, frechet_infinity, in
 from training.evaluation.evaluated_model import EvaluatedModel, open_weights, weights_spec
 from training.evaluation.extractors import Extractor, Features, available
 from training.evaluation.result_cache import Arrays, ResultCache
-from training.evaluation.rows import SEED, Row, number, proportion
+from training.evaluation.rows import SEED, compared_with, number, proportion
 from training.methods.replay import fit_prior
 
 TOGETHER, TOGETHER_GPU = 20, 256
 """Chains moved at once; each chain's noise depends on its own seed, so their number changes nothing."""
-Shown = tuple[Pixels, Labels, str]
-"""Images, their classes, and how they came to be."""
+NEAREST = 3
+"""Neighbours of precision and recall."""
+Shown = tuple[Pixels, Labels]
+"""Images and their classes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,6 @@ class Draw:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image."""
         return 3.0 * max(self.sampler.steps, 0) + 1.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
@@ -69,19 +72,19 @@ def generation_rows(c: Context) -> Iterator[Row]:
     label = np.arange(n, dtype=np.int64) % classes
     index = np.arange(n, dtype=np.float32)[:, None]
     work = Draw(sampler, str(prior), sha256(prior))
-    how = f"{sampler.steps} SGLD steps of {sampler.step_size}, gradient clip {sampler.grad_clip}, noise {sampler.noise_std}, from the prior"
+    by_sampler = Images(dataset=FRESH, **vars(sampler))
     (drawn,) = c.ledger.run("fresh samples", [(work, index, label)])
     (start,) = c.ledger.run("the prior alone", [(Draw(Sampler(0, 0.0, 0.0, 0.0), work.prior, work.prior_sha256), index, label)])
     fresh: Pixels = drawn["image"]
-    found = c.look("generated, fresh", Predict(), to_unit(fresh), label)
+    found = c.look(Images(dataset=FRESH), Predict(), to_unit(fresh), label)
     of = c.subject.graph
-    yield c.share("class_agreement_own", found["logits"].argmax(axis=1) == label, f"{n} fresh samples", how, of)
+    yield c.share("class_agreement_own", found["logits"].argmax(axis=1) == label, by_sampler, of)
     energy = -np.logaddexp.reduce(found["logits"].astype(np.float64), axis=1)
-    yield number("energy_samples", energy.mean(), n, f"{n} fresh samples", how, of)
-    yield seconds_row(c, work, how)
-    sets = {"fresh samples": (fresh, label, how), "prior draws": (start["image"], label, "no step"), **beside(c, work, index, label, how)}
+    yield number("energy_samples", energy.mean(), n, by_sampler, of)
+    yield seconds_row(c, work, by_sampler)
+    sets = {by_sampler: (fresh, label), Images(dataset=PRIOR): (start["image"], label), **beside(c, work, index, label, by_sampler)}
     yield from distance_rows(c, sets, n)
-    yield from neighbour_rows(c, fresh, how)
+    yield from neighbour_rows(c, fresh, by_sampler)
     c.drawings["fresh"] = {"image": fresh, "label": label}
     c.drawings["samples"] = {"image": fresh[: 10 * classes], "label": label[: 10 * classes]}
 
@@ -97,17 +100,16 @@ def start_of(c: Context) -> tuple[Sampler, Path]:
     return Sampler(steps=80, step_size=0.25, grad_clip=2.0, noise_std=0.005), file
 
 
-def beside(c: Context, work: Draw, index: Floats, label: Labels, how: str) -> dict[str, Shown]:
+def beside(c: Context, work: Draw, index: Floats, label: Labels, by_sampler: Images) -> dict[Images, Shown]:
     """Return the controls' samples, by the same prior, steps and seeds, and the replay buffer's chains where a run's state is given."""
-    sets: dict[str, Shown] = {}
+    sets: dict[Images, Shown] = {}
     for file in c.controls:
         control = open_weights(file, c.subject.device)
         ledger = ResultCache(c.ledger.folder, weights_spec(file, c.subject.device), control, c.ledger.processes)
         (drawn,) = ledger.run(f"control {file.parent.name}", [(work, index, label)])
-        sets[f"samples of the control {file.parent.name} ({control.weights[:8]})"] = (drawn["image"], label, f"{how}; same seeds")
+        sets[replace(by_sampler, dataset=CONTROL, control=file.parent.name, control_of=control.weights)] = (drawn["image"], label)
     if c.buffer is not None:
-        kept, of = buffer_images(c.buffer, len(label), len(c.data.names))
-        sets["chains of the replay buffer"] = (kept, of, "persistent chains of training, none fresh")
+        sets[Images(dataset=BUFFER)] = buffer_images(c.buffer, len(label), len(c.data.names))
     return sets
 
 
@@ -130,7 +132,7 @@ def buffer_images(file: Path, n: int, classes: int) -> tuple[Pixels, Labels]:
     return pixels.to_bytes(chains[chosen].float().numpy()), (chosen * classes // len(chains)).numpy()
 
 
-def distance_rows(c: Context, sets: dict[str, Shown], n: int) -> Iterator[Row]:
+def distance_rows(c: Context, sets: dict[Images, Shown], n: int) -> Iterator[Row]:
     """Yield, in every extractor at hand, distances to training images, and the floor: test images at the same n."""
     found, lacking = available(c.data.name)
     for text in lacking:
@@ -138,42 +140,42 @@ def distance_rows(c: Context, sets: dict[str, Shown], n: int) -> Iterator[Row]:
     if not found:
         c.say("no distance, precision or class agreement of samples: there is no extractor for this data")
     real = c.data.train.image[: min(10_000, max(2_000, 5 * n), len(c.data.train))]
-    reference = f"{len(real)} training images"
     test = c.data.test.first(n)
-    floor: dict[str, Shown] = {f"test images, the floor at n = {len(test)}": (test.image, test.label, "real against real")}
+    floor: dict[Images, Shown] = {Images(dataset=c.data.name, split="test"): (test.image, test.label)}
     for extractor in found:
         known = features(c, extractor, real)["features"] if extractor.distances else None
-        for name, (image, label, how) in {**sets, **floor}.items():
+        for images, (image, label) in {**sets, **floor}.items():
             got = features(c, extractor, image)
             if known is not None:
-                yield from rows_of(c, extractor, f"{len(image)} {name} vs {reference}", got, known, how)
+                yield from rows_of(c, extractor, images, got, known)
             if extractor.classes:
                 agree = got["logits"].argmax(axis=1) == label
-                judge = "" if extractor.distances else f"{extractor.said}; "
-                yield c.share(f"class_agreement_{extractor.name}", agree, f"{len(image)} {name}", f"{judge}{how}", c.subject.graph)
+                yield c.share(f"class_agreement_{extractor.name}", agree, images, c.subject.graph, extractor=extractor.name)
 
 
-def rows_of(c: Context, extractor: Extractor, where: str, got: Arrays, known: Floats, how: str) -> Iterator[Row]:
+def rows_of(c: Context, extractor: Extractor, images: Images, got: Arrays, known: Floats) -> Iterator[Row]:
     """Yield one set's rows in one extractor."""
-    fake, of = got["features"], c.subject.graph
-    n, protocol = len(fake), f"{extractor.said}; {how}"
-    name = extractor.name
+    fake, name = got["features"], extractor.name
+    n, real = len(fake), compared_with(c.data.name, "train", len(known))
+
+    def row(metric: str, value: float, **more: Any) -> Row:
+        return number(metric, value, n, images, c.subject.graph, extractor=name, **real, **more)
+
     if name == "inception":
-        yield number("fid", frechet_distance(fake, known), n, where, protocol, of)
+        yield row("fid", frechet_distance(fake, known))
         mean, error, splits = inception_score(probabilities(got["logits"], 1.0))
-        yield {**number("inception_score", mean, n, where, f"{protocol}, {splits} splits", of), "stderr": error}
+        yield row("inception_score", mean, splits=splits, stderr=error)
     else:
-        yield number(f"frechet_{name}", frechet_distance(fake, known), n, where, protocol, of)
+        yield row(f"frechet_{name}", frechet_distance(fake, known))
     if n // 4 > fake.shape[1]:  # below, the covariance is singular and the line no line
         value, error = frechet_infinity(fake, known)
-        beyond = f"{protocol}; extrapolated to infinitely many of these, not of the {len(known)} reals: read it beside the floor"
-        yield {**number(f"frechet_infinity_{name}", value, n, where, beyond, of), "stderr": error}
+        yield row(f"frechet_infinity_{name}", value, stderr=error)
     value, error, blocks = kernel_distance(fake, known)
-    kernel = f"{protocol}; cubic kernel, unbiased, mean of {blocks} disjoint blocks"
-    yield {**number(f"kernel_distance_{name}", value, n, where, kernel, of), "stderr": error}
-    precision, recall = precision_recall(fake, known[: max(n, 1000)])
-    yield number(f"precision_{name}", precision, n, where, f"{protocol}; k = 3, {len(known[: max(n, 1000)])} reals", of)
-    yield number(f"recall_{name}", recall, n, where, f"{protocol}; k = 3, {len(known[: max(n, 1000)])} reals", of)
+    yield row(f"kernel_distance_{name}", value, blocks=blocks, stderr=error)
+    some = known[: max(n, 1000)]
+    precision, recall = precision_recall(fake, some, NEAREST)
+    yield row(f"precision_{name}", precision, k=NEAREST, reals=len(some))
+    yield row(f"recall_{name}", recall, k=NEAREST, reals=len(some))
 
 
 def features(c: Context, extractor: Extractor, image: Pixels) -> Arrays:
@@ -182,28 +184,26 @@ def features(c: Context, extractor: Extractor, image: Pixels) -> Arrays:
     return found
 
 
-def neighbour_rows(c: Context, fresh: Pixels, how: str) -> Iterator[Row]:
+def neighbour_rows(c: Context, fresh: Pixels, images: Images) -> Iterator[Row]:
     """Yield how near samples lie to training images against how near test images do: a memorised image would lie much nearer."""
     known = to_unit(c.data.train.image).reshape(len(c.data.train), -1)
     some, real = fresh[:500], c.data.test.image[:500]
     distance, index = nearest(to_unit(some).reshape(len(some), -1), known)
     test, _ = nearest(to_unit(real).reshape(len(real), -1), known)
-    where, of = f"{len(some)} fresh samples vs {len(known)} training images", c.subject.graph
+    about = compared_with(c.data.name, "train", len(known))
     ratio = float(np.median(distance) / np.median(test))
-    yield number(
-        "neighbour_distance_ratio", ratio, len(some), where, f"median l2 distance to the nearest over test images' ({len(real)}); {how}", of
-    )
+    yield number("neighbour_distance_ratio", ratio, len(some), images, c.subject.graph, reals=len(real), **about)
     closest = float(test.min())
     hits = int((distance < 0.5 * closest).sum())
-    protocol = f"share nearer than half of the nearest test image's distance, {closest:.2f} in pixels of [0,1]; {how}"
-    yield proportion("memorised", hits, len(some), where, protocol, of)
+    yield proportion("memorised", hits, len(some), images, c.subject.graph, observed={"nearest_test": closest}, **about)
     c.drawings["neighbours"] = {"image": some[:10], "nearest": c.data.train.image[index[:10]], "distance": distance[:10]}
 
 
-def seconds_row(c: Context, work: Draw, how: str) -> Row:
+def seconds_row(c: Context, work: Draw, images: Images) -> Row:
     """Return the seconds that one sample takes, of ``TOGETHER`` drawn at once."""
     label = np.arange(TOGETHER, dtype=np.int64) % len(c.data.names)
     began = time.perf_counter()
     work.run(c.subject, np.zeros((TOGETHER, 1), np.float32), label)
     taken = (time.perf_counter() - began) / TOGETHER
-    return number("seconds_per_sample", taken, TOGETHER, f"{TOGETHER} at once, {c.subject.device.type}", how, c.subject.graph)
+    device = c.subject.device.type
+    return number("seconds_per_sample", taken, TOGETHER, images, c.subject.graph, batch=TOGETHER, device=device)

@@ -28,7 +28,6 @@ class Conv(nn.Module):
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(norm(conv(x)))."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -49,7 +48,6 @@ class A(nn.Module):
         self.branch_pool = Conv(inputs, pool, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the four branches joined."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(pooled(x))], dim=1)
 
@@ -64,7 +62,6 @@ class B(nn.Module):
         self.branch3x3dbl_3 = Conv(96, 96, 3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the three branches joined."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, 2)], dim=1)
 
@@ -84,7 +81,6 @@ class C(nn.Module):
         self.branch_pool = Conv(inputs, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the four branches joined."""
         once = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         twice = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         twice = self.branch7x7dbl_5(self.branch7x7dbl_4(twice))
@@ -101,7 +97,6 @@ class D(nn.Module):
         self.branch7x7x3_3, self.branch7x7x3_4 = Conv(192, 192, (7, 1), padding=(3, 0)), Conv(192, 192, 3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the three branches joined."""
         seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
         return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, F.max_pool2d(x, 3, 2)], dim=1)
 
@@ -120,7 +115,6 @@ class E(nn.Module):
         self.branch_pool = Conv(inputs, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the four branches joined."""
         three, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pool = self.branch_pool(F.max_pool2d(x, 3, 1, 1) if self.last else pooled(x))
         parts = [self.branch3x3_2a(three), self.branch3x3_2b(three), self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]

@@ -1,6 +1,7 @@
 """The energy landscape of a classifier: energies of clean, adversarial, generated and strange images, and the ground around one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,17 +9,19 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import sha256
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.rows import FRESH, Images, Row
 from training.distributed import Noise
 from training.evaluation.attacks import Pgd, Predict, tensors
 from training.evaluation.context import Context
 from training.evaluation.generation import Draw, start_of
 from training.evaluation.metrics import mean_interval, overlap, wasserstein
-from training.evaluation.ood import attacked, is_attack, strange
+from training.evaluation.ood import NEAR, attacked, strange
 from training.evaluation.result_cache import Arrays
-from training.evaluation.rows import SEED, Row, eps_name, estimate, number
+from training.evaluation.rows import SEED, compared_with, estimate, number
 from training.methods.adversary import Threat, begin
 
 SIDE = 41
+DRAWN = Images(dataset=FRESH)
 REACH = 2.0
 """The slice reaches so many times the length of the attack, either way."""
 
@@ -26,11 +29,11 @@ REACH = 2.0
 def landscape_rows(c: Context) -> Iterator[Row]:
     """Yield gaps, distances and overlaps of every set's energies with the clean ones', in deviations of the clean energies."""
     image, label = c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack))
-    clean = c.look("clean", Predict(gradient=True), image, label)
-    sets = {**attacked(c), **({"generated, fresh": generated(c)} if c.suite.samples and c.samplable() else {}), **strange(c)}
+    clean = c.look(c.where, Predict(gradient=True), image, label)
+    sets = {**attacked(c), **({DRAWN: generated(c)} if c.suite.samples and c.samplable() else {}), **strange(c)}
     yield from floor_rows(c, clean)
-    for name, found in sets.items():
-        yield from gap_rows(c, name, clean, found)
+    for images, found in sets.items():
+        yield from gap_rows(c, images, clean, found)
     c.drawings["slice"] = around(c)
 
 
@@ -41,41 +44,34 @@ def generated(c: Context) -> Arrays:
     label = np.arange(n, dtype=np.int64) % len(c.data.names)
     work = Draw(sampler, str(prior), sha256(prior))
     (drawn,) = c.ledger.run("generated", [(work, np.arange(n, dtype=np.float32)[:, None], label)])
-    return c.look("generated, fresh", Predict(), to_unit(drawn["image"]), label)
+    return c.look(DRAWN, Predict(), to_unit(drawn["image"]), label)
 
 
 def floor_rows(c: Context, clean: Arrays) -> Iterator[Row]:
     """Yield what two halves of the clean images show: nothing can overlap more than data with itself at this n."""
     n = min(c.suite.looked, len(clean["label"])) // 2
     for kind, values in energies(clean).items():
-        yield number(
-            f"{kind}_overlap",
-            overlap(values[:n], values[n : 2 * n]),
-            n,
-            "the other half of the clean images",
-            "floor of overlaps",
-            c.subject.graph,
-        )
+        images, other = replace(c.where, subset="one half"), compared_with(c.data.name, "test", n)
+        yield number(f"{kind}_overlap", overlap(values[:n], values[n : 2 * n]), n, images, c.subject.graph, **other)
 
 
-def gap_rows(c: Context, name: str, clean: Arrays, found: Arrays) -> Iterator[Row]:
+def gap_rows(c: Context, images: Images, clean: Arrays, found: Arrays) -> Iterator[Row]:
     """Yield one set's rows; an attack is compared with the clean energies of the very images it was made from."""
     n, of = len(found["label"]), c.subject.graph
+    about = compared_with(c.data.name, "test", len(clean["label"]))
     for kind in ("energy", "joint_energy"):
         before, after = energies(clean)[kind], energies(found)[kind]
         spread = float(before.std()) or 1.0
-        if is_attack(name):
+        if images.attack:
             moved = after - before[:n]
-            low, high = mean_interval(moved)
-            yield estimate(f"{kind}_gap", moved.mean(), (low, high), n, name, "mean of E(x_adv) - E(x) on the same images, nats", of)
+            yield estimate(f"{kind}_gap", moved.mean(), mean_interval(moved), n, images, of, **about)
             before = before[:n]
         else:
             moved = np.asarray([after.mean() - before.mean()])
-            yield number(f"{kind}_gap", moved.mean(), n, name, "mean energy less that of clean test images, nats", of)
-        unit = "in deviations of the clean energies"
-        yield number(f"{kind}_gap_over_sd", abs(float(moved.mean())) / spread, n, name, f"|gap| {unit}", of)
-        yield number(f"{kind}_w1_over_sd", wasserstein(before, after) / spread, n, name, f"Wasserstein-1 {unit}", of)
-        yield number(f"{kind}_overlap", overlap(before, after), n, name, "overlap of histograms, square root of n bins", of)
+            yield number(f"{kind}_gap", moved.mean(), n, images, of, **about)
+        yield number(f"{kind}_gap_over_sd", abs(float(moved.mean())) / spread, n, images, of, **about)
+        yield number(f"{kind}_w1_over_sd", wasserstein(before, after) / spread, n, images, of, **about)
+        yield number(f"{kind}_overlap", overlap(before, after), n, images, of, **about)
 
 
 def energies(found: Arrays) -> dict[str, NDArray[np.float64]]:
@@ -112,14 +108,21 @@ def around(c: Context) -> Arrays:
     return {"energy": energy, "class": logits.argmax(axis=1).reshape(SIDE, SIDE), "step": step, "image": where}
 
 
-def sets_shown(arrays: dict[str, Arrays], eps: float) -> list[tuple[str, str, Arrays]]:
+def clean_of(sets: Iterable[Images]) -> Images | None:
+    """Return the clean test images among some sets, None where they are not there."""
+    return next((images for images in sets if images.split == "test" and images.attack is None), None)
+
+
+def sets_shown(arrays: dict[Images, Arrays], eps: float) -> list[tuple[Images, str, Arrays]]:
     """Return (set, its short name, what the model says) of what the image overlays, in order: at most six."""
-    names = [("clean", "clean"), *[(name, "PGD-20") for name in arrays if name.startswith(f"PGD-20 {eps_name(eps)} ")]]
-    names += [(name, "transferred") for name in arrays if name.startswith("transferred ")]
-    names += [(name, "AutoAttack") for name in arrays if name.startswith("AutoAttack ")]
-    names += [("generated, fresh", "drawn by the model")]
-    names += [
-        (name, short) for name, short in (("svhn_train_first1080", "SVHN"), ("cifar100_test_3000", "CIFAR-100"), ("uniform noise", "noise"))
-    ]
-    shown = [(name, short, arrays[name]) for name, short in names if name in arrays]
-    return shown[:6]
+    names: dict[str, Callable[[Images], bool]] = {
+        "clean": lambda images: images == clean_of(arrays),
+        "PGD-20": lambda images: images.attack == "pgd" and images.eps == eps,
+        "transferred": lambda images: images.attack == "transfer",
+        "AutoAttack": lambda images: images.attack == "autoattack",
+        "drawn by the model": lambda images: images.dataset == FRESH,
+        "SVHN": lambda images: images.dataset == "svhn_train_first1080",
+        "CIFAR-100": lambda images: images.dataset == NEAR,
+        "noise": lambda images: images.dataset == "uniform noise",
+    }
+    return [(images, short, found) for short, fits in names.items() for images, found in arrays.items() if fits(images)][:6]

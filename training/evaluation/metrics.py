@@ -2,7 +2,11 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from scipy.stats import betabinom, binomtest, norm, rankdata, wasserstein_distance
+
+from ebjdat_serve.engines import Floats, Labels
 
 Array = NDArray[np.floating]
 
@@ -132,12 +136,23 @@ def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
+def fit_temperature(logits: Floats, label: Labels) -> float:
+    """Return the temperature in [0.05, 20] that minimises the negative log-likelihood of the labels (Guo et al., arXiv 1706.04599).
+
+    Brent's method in log temperature: the likelihood is unimodal there.
+    """
+    f, index = logits.astype(np.float64), np.arange(len(label))  # float32 would hide the minimum in 1e-3 of noise
+
+    def nll(log_temperature: float) -> float:
+        return float(-log_softmax(f / np.exp(log_temperature), axis=1)[index, label].mean())
+
+    return float(np.exp(minimize_scalar(nll, bounds=np.log([0.05, 20.0]), method="bounded", options={"xatol": 1e-6}).x))
+
+
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval of a proportion."""
-    z = float(norm.ppf(0.5 + level / 2))
-    p = successes / n
-    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return float((centre - half) / (1 + z**2 / n)), float((centre + half) / (1 + z**2 / n))
+    interval = binomtest(successes, n).proportion_ci(level, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 def flag_rate_interval(calibration_n: int, test_n: int, alpha: float, level: float = 0.99) -> tuple[float, float]:

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import Pixels, to_unit
+from ebjdat_serve.rows import ALL_SETS, COMPARED, Images, Row
 from ebjdat_serve.scores import BASELINE, DEFAULT, SCORES, ood_score
+from ebjdat_serve.sentences import set_name
 from training.data.datasets import data_root, read_atlas
 from training.data.image_folders import load_images
 from training.errors import DataError
@@ -18,15 +21,13 @@ from training.evaluation.autoattack import APGD, AutoAttack
 from training.evaluation.context import Context, unit
 from training.evaluation.metrics import auroc, auroc_stderr, average_precision, flag_rate_interval, fpr_at_95
 from training.evaluation.result_cache import Arrays, Task
-from training.evaluation.rows import ALPHAS, SEED, Row, eps_name, number, proportion, threat_name
+from training.evaluation.rows import ALPHAS, SEED, compared_with, number, proportion
 from training.evaluation.shifts import SHIFTS, shifted
 from training.methods.adversary import Threat
 
-OOD_ATLASES = ("svhn_train_first1080", "cifar100_test_3000")
-COMPARED = (*SCORES, "gradient_norm")
-"""The scores that are compared: those that can be served, and the norm of the input gradient."""
+OOD_ATLASES = {"svhn_train_first1080": "svhn", "cifar100_test_3000": "cifar100"}  # and the data set that each is of
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of eps, PGD's strength: 2/255 to 16/255
-BLANK = "blank pictures"  # every pixel of one colour, drawn uniformly
+BLANK = "blank images"  # every pixel of one colour, drawn uniformly
 NEAR = "cifar100_test_3000"
 QUERIES = 1000  # of Square on the flag, at most
 
@@ -84,24 +85,24 @@ def suspicion_rows(c: Context) -> Iterator[Row]:
     Of an attack the images that it fooled are counted apart from the rest, which look like clean ones to any score.
     """
     flag, every = flags_of(c)
-    clean = c.look("clean", Predict(gradient=True), *c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack)))
+    clean = c.look(c.where, Predict(gradient=True), *c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack)))
     flags = with_baseline(flag, every)
     for shown in flags:
         for alpha in alphas(shown):
             yield from clean_rows(c, shown, clean, alpha)
     sets = {**strange(c), **attacked(c)}
-    for name, found in sets.items():
+    for images, found in sets.items():
         for other in able(every, found):
-            yield from separation_rows(c, other, name, like(name, clean, found), found)
+            yield from separation_rows(c, other, images, like(images, clean, found), found)
         for shown in flags:
-            yield from power_rows(c, shown, name, found)
-        if is_attack(name):
-            yield from fooled_rows(c, flags, every, name, like(name, clean, found), found)
+            yield from power_rows(c, shown, images, found)
+        if images.attack:
+            yield from fooled_rows(c, flags, every, images, like(images, clean, found), found)
     pairs = list(compared(clean, sets))
     for reference in ("energy", BASELINE):
         for other in every:
             if other.score != reference:
-                yield versus(c, other, next(flag for flag in every if flag.score == reference), pairs)
+                yield versus(c, other, next(flag for flag in every if flag.score == reference), pairs, len(clean["label"]))
 
 
 def able(every: list[Flag], found: Arrays) -> list[Flag]:
@@ -121,44 +122,47 @@ def part_of(found: Arrays, chosen: np.ndarray) -> Arrays:
     return {key: found[key][chosen] for key in ("logits", "gradient") if key in found}
 
 
-def compared(clean: Arrays, sets: dict[str, Arrays]) -> Iterator[tuple[Arrays, Arrays]]:
+def compared(clean: Arrays, sets: dict[Images, Arrays]) -> Iterator[tuple[Arrays, Arrays]]:
     """Yield (clean images, others) of each set; of an attack the images that it fooled, where it fooled any."""
-    for name, found in sets.items():
-        own = like(name, clean, found)
-        if not is_attack(name):
+    for images, found in sets.items():
+        own = like(images, clean, found)
+        if not images.attack:
             yield own, found
         elif (hit := fooled(own, found)).any():
             yield own, part_of(found, hit)
 
 
-def fooled_rows(c: Context, flags: list[Flag], every: list[Flag], name: str, clean: Arrays, found: Arrays) -> Iterator[Row]:
+def fooled_rows(c: Context, flags: list[Flag], every: list[Flag], images: Images, clean: Arrays, found: Arrays) -> Iterator[Row]:
     """Yield how many images an attack fooled, and AUROC and flag rate of those and of the rest, against all of their clean images."""
     hit, of = fooled(clean, found), c.subject.graph
     right = int((clean["logits"].argmax(axis=1) == found["label"]).sum())
     if right:
-        yield proportion("attack_success", int(hit.sum()), right, name, "wrong after the attack, of the images right before it", of)
+        yield proportion("attack_success", int(hit.sum()), right, images, of)
     for which, chosen in (("fooled", hit), ("not fooled", ~hit)):
-        part = part_of(found, chosen)
+        part, subset = part_of(found, chosen), replace(images, subset=which)
         if not chosen.any():
-            c.say(f"{name}: no image is {which}, so no rate is of those")
+            c.say(f"{set_name(images)}: no image is {which}, so no rate is of those")
             continue
         for other in able(every, found):
-            a, b = other.value(clean), other.value(part)
-            protocol = f"score {other.score}, positives are the {which}, negatives all clean images of the attack"
-            row = number(f"auroc_{other.score}", auroc(a, b), len(a) + len(b), f"{c.where} vs {name}, {which}", protocol, of)
-            yield {**row, "stderr": auroc_stderr(a, b)}
+            yield auroc_row(c, f"auroc_{other.score}", other, subset, other.value(clean), other.value(part))
         for flag in flags:
             # not kept for paired tests: another model's fooled images are other images
             for alpha in alphas(flag):
                 hits = flag.flags(part, alpha)
-                protocol = f"alpha {alpha}, score {flag.score}"
-                yield proportion("flag_power", int(hits.sum()), len(hits), f"{name}, {which}", protocol, of)
+                yield proportion("flag_power", int(hits.sum()), len(hits), subset, of, alpha=alpha, score=flag.score)
 
 
-def power_rows(c: Context, flag: Flag, name: str, found: Arrays) -> Iterator[Row]:
+def auroc_row(c: Context, metric: str, flag: Flag, images: Images, clean: np.ndarray, other: np.ndarray, **more: Any) -> Row:
+    """Return the AUROC of a score's values on images, the positives, against those on clean ones."""
+    n, error = len(clean) + len(other), auroc_stderr(clean, other)
+    against = compared_with(c.data.name, "test", len(clean))
+    return number(metric, auroc(clean, other), n, images, c.subject.graph, stderr=error, score=flag.score, **against, **more)
+
+
+def power_rows(c: Context, flag: Flag, images: Images, found: Arrays) -> Iterator[Row]:
     """Yield the share of a set that is flagged, at each alpha."""
     for alpha in alphas(flag):
-        yield c.share("flag_power", flag.flags(found, alpha), name, f"alpha {alpha}, score {flag.score}", c.subject.graph)
+        yield c.share("flag_power", flag.flags(found, alpha), images, c.subject.graph, alpha=alpha, score=flag.score)
 
 
 def clean_rows(c: Context, flag: Flag, clean: Arrays, alpha: float) -> Iterator[Row]:
@@ -166,46 +170,41 @@ def clean_rows(c: Context, flag: Flag, clean: Arrays, alpha: float) -> Iterator[
     n, of = len(clean["logits"]), c.subject.graph
     hits = flag.flags(clean, alpha)
     low, high = flag_rate_interval(len(flag.clean), n, alpha)
-    yield c.share("flag_rate_clean", hits, c.where, f"alpha {alpha}, score {flag.score}", of)
-    inside = f"alpha {alpha}, score {flag.score}, Beta-binomial 99 % interval [{low:.4f}, {high:.4f}]"
-    yield number("flag_rate_clean_in_interval", float(low <= hits.mean() <= high), n, c.where, inside, of)
+    yield c.share("flag_rate_clean", hits, c.where, of, alpha=alpha, score=flag.score)
+    inside, about = float(low <= hits.mean() <= high), {"alpha": alpha, "score": flag.score, "expected": (low, high)}
+    yield number("flag_rate_clean_in_interval", inside, n, c.where, of, **about)
 
 
-def separation_rows(c: Context, flag: Flag, name: str, clean: Arrays, found: Arrays) -> Iterator[Row]:
+def separation_rows(c: Context, flag: Flag, images: Images, clean: Arrays, found: Arrays) -> Iterator[Row]:
     """Yield AUROC, AUPR and FPR@95 of one score on one set against clean test images; the set is the positive class."""
     a, b = flag.value(clean), flag.value(found)
-    where, n, of = f"{c.where} vs {name}", len(a) + len(b), c.subject.graph
-    protocol = f"score {flag.score}, positives are the other set"
-    yield {**number(f"auroc_{flag.score}", auroc(a, b), n, where, protocol, of), "stderr": auroc_stderr(a, b)}
-    share = f"{protocol}, {len(b) / n:.3f} of all"
-    yield number(f"aupr_{flag.score}", average_precision(a, b), n, where, share, of)
+    n, of = len(a) + len(b), c.subject.graph
+    against = {"score": flag.score, **compared_with(c.data.name, "test", len(a))}
+    yield auroc_row(c, f"auroc_{flag.score}", flag, images, a, b)
+    yield number(f"aupr_{flag.score}", average_precision(a, b), n, images, of, **against)
     passed = round(fpr_at_95(a, b) * len(b))
-    accepted = "share of the other set that passes as clean when 95 % of clean images do"
-    yield proportion(f"fpr95_{flag.score}", passed, len(b), where, accepted, of)
+    yield proportion(f"fpr95_{flag.score}", passed, len(b), images, of, **against)
 
 
-def versus(c: Context, flag: Flag, reference: Flag, pairs: list[tuple[Arrays, Arrays]]) -> Row:
+def versus(c: Context, flag: Flag, reference: Flag, pairs: list[tuple[Arrays, Arrays]], clean: int) -> Row:
     """Return on how many sets a score separates better than another does: what decides the default. Of attacks: the fooled images."""
     can = [pair for pair in pairs if len(able([flag, reference], pair[1])) == 2]
     wins = sum(auroc(flag.value(a), flag.value(b)) > auroc(reference.value(a), reference.value(b)) for a, b in can)
     metric = f"sets_better_than_{reference.score}_{flag.score}"
-    where = "all sets above, of attacks the fooled images"
-    return proportion(metric, wins, len(can), where, "share with the higher AUROC", c.subject.graph)
+    images = Images(dataset=ALL_SETS, subset="fooled")
+    about = {"score": flag.score, "baseline": reference.score, **compared_with(c.data.name, "test", clean)}
+    return proportion(metric, wins, len(can), images, c.subject.graph, **about)
 
 
-def like(name: str, clean: Arrays, found: Arrays) -> Arrays:
-    """Return the clean images that a set is compared with: an attack's own, else all."""
-    return {key: value[: len(found["logits"])] for key, value in clean.items()} if is_attack(name) else clean
+def like(images: Images, clean: Arrays, found: Arrays) -> Arrays:
+    """Return the clean images that a set is compared with: those that an attack was made from, else all."""
+    return {key: value[: len(found["logits"])] for key, value in clean.items()} if images.attack else clean
 
 
-def is_attack(name: str) -> bool:
-    """Return whether a set is made of the first clean test images."""
-    return name.startswith(("PGD-20 ", "AutoAttack ", "transferred "))
-
-
-def strange(c: Context) -> dict[str, Arrays]:
+def strange(c: Context) -> dict[Images, Arrays]:
     """Return what the model says of the sets that are not like its data."""
-    return {name: c.look(name, Predict(gradient=True), image[: c.suite.test]) for name, image in ood_sets(c)}
+    sets = {Images(dataset=name): image[: c.suite.test] for name, image in ood_sets(c)}
+    return {images: c.look(images, Predict(gradient=True), image) for images, image in sets.items()}
 
 
 def ood_sets(c: Context) -> Iterator[tuple[str, Floats]]:
@@ -224,37 +223,37 @@ def strange_images(dataset: str, some: Pixels, say: Callable[[str], None]) -> It
     yield "interpolations", to_unit(((some.astype(np.uint16) + some[partner]) // 2).astype(np.uint8))
     colour = np.random.default_rng(SEED).integers(0, 256, (1000, 1, 1, 3), dtype=np.uint8)
     yield BLANK, to_unit(np.broadcast_to(colour, (1000, height, width, 3)))
-    for name in OOD_ATLASES:
-        if name.startswith(f"{dataset}_"):
+    for name, source in OOD_ATLASES.items():
+        if source == dataset:
             continue  # a data set is not out of its own distribution
         file = data_root() / f"{name}.webp"
         if (height, width) == (32, 32) and file.is_file():
             yield name, to_unit(read_atlas(file, 32))
         else:
             say(f"{name}: not measured, {name}.webp is not in the data folder or the model's size is not 32 x 32")
-    for source in sorted((data_root() / "ood").glob("*")):
+    for folder in sorted((data_root() / "ood").glob("*")):
         try:
-            yield source.stem, to_unit(load_images(str(source), height, width))
+            yield folder.stem, to_unit(load_images(str(folder), height, width))
         except DataError as error:
-            say(f"{source.name}: not measured, {error}")
+            say(f"{folder.name}: not measured, {error}")
 
 
-def attacked(c: Context) -> dict[str, Arrays]:
+def attacked(c: Context) -> dict[Images, Arrays]:
     """Return what the model says of the first test images under PGD of four strengths, and of images made on the surrogate."""
     n, eps = c.suite.looked, c.ball.linf
     image, label = c.test(n)
     sets = {}
     for factor in FACTORS:
-        name = f"PGD-20 {eps_name(eps * factor)} on {c.where}"
-        sets[name] = c.look(name, Pgd(Threat("linf", eps * factor), leave=False, eot=c.eot), image, label)
+        images = replace(c.where, attack="pgd", norm="linf", eps=eps * factor, steps=20)
+        sets[images] = c.look(images, Pgd(Threat("linf", eps * factor), leave=False, eot=c.eot), image, label)
     if c.surrogate is not None:
-        name = f"transferred {eps_name(eps)} on {c.where}"
-        sets[name] = c.look(name, Transfer(Threat("linf", eps), str(c.surrogate), c.surrogate_sha256), image, label)
+        images = replace(c.where, attack="transfer", norm="linf", eps=eps)
+        sets[images] = c.look(images, Transfer(Threat("linf", eps), str(c.surrogate), c.surrogate_sha256), image, label)
     if c.suite.autoattack and c.attackers():
         few = c.test(c.suite.autoattack)
-        name = f"AutoAttack {eps_name(eps)} on {c.where}"
-        sets[name] = c.look(name, AutoAttack(Threat("linf", eps), rand=c.subject.random), *few)
-        c.tell(sets[name], name)
+        images = replace(c.where, attack="autoattack", norm="linf", eps=eps)
+        sets[images] = c.look(images, AutoAttack(Threat("linf", eps), rand=c.subject.random), *few)
+        c.tell(sets[images], set_name(images))
     return sets
 
 
@@ -267,15 +266,15 @@ def hostile_rows(c: Context) -> Iterator[Row]:
     for other in with_baseline(flag, every) + energy:
         yield from robust_ood_rows(c, other)
         yield from rejection_rows(c, other)
-    (found,) = c.run("at half of eps", Pgd(c.ball.threats()[1], objective="margin", restarts=2, eot=c.eot), n=c.suite.hostile)
-    how = f"PGD-20 on the margin, {threat_name(c.ball.threats()[1])}, 2 random starts"
-    protocol = f"a detector robust at eps implies some classifier robust at eps/2 (arXiv 2107.11630); this one under {how}"
-    yield c.share("accuracy_at_half_eps", found["standing"], c.where, protocol, c.subject.weights)
+    half = c.ball.threats()[1]
+    (found,) = c.run("at half of eps", Pgd(half, objective="margin", restarts=2, eot=c.eot), n=c.suite.hostile)
+    images = replace(c.where, attack="pgd", norm=half.norm, eps=half.eps, objective="margin", steps=20, restarts=2)
+    yield c.share("accuracy_at_half_eps", found["robust_mask"], images, c.subject.weights)
 
 
 def robust_ood_rows(c: Context, flag: Flag) -> Iterator[Row]:
     """Yield the AUROC when junk is perturbed to look normal, when clean images are perturbed to look strange, and when both are."""
-    threat, n, of = c.ball.threats()[0], c.suite.hostile, c.subject.graph
+    threat, n = c.ball.threats()[0], c.suite.hostile
     image, label = c.test(n)
     found = dict(ood_sets(c))
     name = NEAR if NEAR in found else "interpolations"
@@ -288,13 +287,11 @@ def robust_ood_rows(c: Context, flag: Flag) -> Iterator[Row]:
     by_square = float(np.mean([parts[i]["square"].mean() for i in (1, 3)]))
     if by_square > 0.2:
         c.say(f"Square moved the score {flag.score} further than PGD on {by_square:.2f} of the images: its gradient is probably masked")
-    cases = {"nothing": (clean, strange_), "junk": (clean, lowered), "clean images": (raised, strange_), "both": (raised, lowered)}
+    cases = {"none": (clean, strange_), "ood": (clean, lowered), "clean": (raised, strange_), "both": (raised, lowered)}
+    attack: dict[str, Any] = {"attack": "score", "norm": threat.norm, "eps": threat.eps, "steps": down.steps, "restarts": 2}
+    images = Images(dataset=name, queries=queries, **attack)
     for moved, (a, b) in cases.items():
-        protocol = (
-            f"score {flag.score}; PGD-40 from 2 starts and Square of {queries} queries on the score, {threat_name(threat)}, moves {moved}"
-        )
-        row = number("auroc_robust_ood", auroc(a, b), len(a) + len(b), f"{c.where} vs {name}", protocol, of)
-        yield {**row, "stderr": auroc_stderr(a, b)}
+        yield auroc_row(c, "auroc_robust_ood", flag, images, a, b, moved=moved)
 
 
 def rejection_rows(c: Context, flag: Flag) -> Iterator[Row]:
@@ -313,11 +310,9 @@ def rejection_rows(c: Context, flag: Flag) -> Iterator[Row]:
         todo = [(work, image, label) for work in works]
         holds = np.logical_and.reduce([part["holds"] for part in c.ledger.run(f"rejection, {flag.score}, alpha {alpha}", todo)])
         holds &= ~unseen(c, flag, alpha, n)
-        protocol = (
-            f"alpha {alpha}, score {flag.score}; {threat_name(threat)}, PGD-50 joint, selective and orthogonal, 2 starts each, "
-            f"and Square of {queries} queries on both aims; points of APGD-CE and APGD-T that pass"
-        )
-        yield c.share("accuracy_with_rejection", holds, c.where, protocol, of)
+        attack: dict[str, Any] = {"attack": "evasion", "norm": threat.norm, "eps": threat.eps, "steps": Evade.steps, "restarts": 2}
+        images = replace(c.where, queries=queries, **attack)
+        yield c.share("accuracy_with_rejection", holds, images, of, alpha=alpha, score=flag.score)
 
 
 def unseen(c: Context, flag: Flag, alpha: float, n: int) -> np.ndarray:
@@ -336,7 +331,7 @@ def shift_rows(c: Context) -> Iterator[Row]:
     for name, shift in {"none": None, **SHIFTS}.items():
         image = to_unit(some.image if shift is None else shifted(some.image, shift))
         (found,) = c.ledger.run(f"shift {name}", [(Predict(), image, some.label)])
-        where = f"{c.where} after {name}" if shift else c.where
+        where = replace(c.where, shift=name) if shift else c.where
         for flag in flags:
-            yield c.share("flag_rate_shifted", flag.flags(found, alpha), where, f"alpha {alpha}, score {flag.score}", of)
-        yield c.share("accuracy_shifted", found["logits"].argmax(axis=1) == some.label, where, "served", of)
+            yield c.share("flag_rate_shifted", flag.flags(found, alpha), where, of, alpha=alpha, score=flag.score)
+        yield c.share("accuracy_shifted", found["logits"].argmax(axis=1) == some.label, where, of)

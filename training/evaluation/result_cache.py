@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.rows import Images, parse_images
 from training.errors import TrainingError
 from training.evaluation.evaluated_model import EvaluatedModel, Spec
 from training.loop.clock import duration
@@ -35,7 +37,7 @@ EVERY = 60.0
 """Seconds between two lines of progress for people who want a line a stage."""
 WORTH_PROCESSES = 20.0
 """Seconds of work for which worker processes are started: they take some themselves."""
-FORMAT = 1
+FORMAT = 2
 """Raised when a kind of work changes what it computes: older results are then not found."""
 
 log = logging.getLogger("training")
@@ -176,10 +178,9 @@ class Progress:
 
 
 def write(file: Path, arrays: Arrays) -> None:
-    """Write a result aside and rename it, so that what is there is whole."""
-    aside = file.with_name(f".{file.stem}.{os.getpid()}.npz")
-    np.savez_compressed(aside, **arrays)  # type: ignore[arg-type]
-    os.replace(aside, file)
+    """Write a result, so that what is there is whole; others may write the same one."""
+    with replacing(file, shared=True) as aside, aside.open("wb") as opened:
+        np.savez_compressed(opened, **arrays)  # type: ignore[arg-type]
 
 
 def read(file: Path) -> Arrays | None:
@@ -192,6 +193,25 @@ def read(file: Path) -> Arrays | None:
     except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         print(f"{file} is damaged ({error}): done again", file=sys.stderr)
         return None
+
+
+def load_arrays(folder: Path) -> dict[Images, Arrays]:
+    """Return what an evaluation kept of each set of images, nothing where it kept none."""
+    return {parse_images(key): found for key, found in unflattened(load_flat(folder / "arrays.npz")).items()}
+
+
+def load_flat(file: Path) -> Arrays:
+    """Return stored arrays, none when there are none."""
+    return read(file) or {}
+
+
+def unflattened(flat: Arrays) -> dict[str, Arrays]:
+    """Return arrays that are named "set|field" by set and field."""
+    found: dict[str, Arrays] = {}
+    for key, value in flat.items():
+        name, _, field = key.rpartition("|")
+        found.setdefault(name, {})[field] = value
+    return found
 
 
 def join(parts: Sequence[Arrays | None]) -> Arrays:

@@ -1,17 +1,17 @@
-"""The rows of metrics.json: one measurement each, with n, protocol, seed and the sha256 of what was measured."""
+"""How the evaluation makes rows (ebjdat_serve/rows.py says what is in one), and the threats that figures are quoted at."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
+from ebjdat_serve.rows import Images, Row
+from training.data.sources import balls
 from training.evaluation.metrics import wilson
 from training.methods.adversary import Threat
 
 SEED = 0
-COMPARING = ("suspicion", "landscape")
-"""Parts whose rows compare a set of images, n, with clean test images, which each row counts under ``clean``."""
 ALPHAS = (0.05, 0.01)
-Row = dict[str, Any]
+BASELINE = "max_softmax"
+"""The score that needs no energy (Hendrycks and Gimpel, arXiv 1610.02136): it stands beside every figure of the served one."""
 
 
 @dataclass(frozen=True)
@@ -26,41 +26,27 @@ class Ball:
         return Threat("linf", self.linf), Threat("linf", self.linf / 2), Threat("l2", self.l2)
 
 
-BALLS = {"digits": Ball(51 / 255, 1.0)}
-BALL = Ball(8 / 255, 0.5)
-
-
 def ball_of(dataset: str) -> Ball:
     """Return the ball of a data set: 8/255 and l2 0.5, on eight-pixel digits 51/255 and 1."""
-    return BALLS.get(dataset, BALL)
+    return Ball(*balls(dataset))
 
 
-def number(metric: str, value: float, n: int, dataset: str, protocol: str, of: str) -> Row:
-    """Return one row of metrics.json."""
-    return {"metric": metric, "value": float(value), "n": int(n), "dataset": dataset, "protocol": protocol, "seed": SEED, "of": of}
+def number(metric: str, value: float, n: int, images: Images, of: str, **more: Any) -> Row:
+    """Return a row; ``more`` are fields of it."""
+    return Row(metric=metric, value=float(value), n=int(n), of=of, seed=SEED, **vars(images), **more)
 
 
-def proportion(metric: str, successes: int, n: int, dataset: str, protocol: str, of: str) -> Row:
-    """Return one row of metrics.json with Wilson's 95 % interval: a target is met by its lower bound."""
-    return {**number(metric, successes / n, n, dataset, protocol, of), "interval": list(wilson(int(successes), n))}
+def proportion(metric: str, successes: int, n: int, images: Images, of: str, **more: Any) -> Row:
+    """Return a row with Wilson's 95 % interval: a target is met by its lower bound."""
+    return number(metric, successes / n, n, images, of, interval=wilson(int(successes), n), interval_kind="wilson", **more)
 
 
-def estimate(metric: str, value: float, interval: tuple[float, float], n: int, dataset: str, protocol: str, of: str) -> Row:
-    """Return one row of metrics.json with an interval of its own kind, which the protocol names."""
-    return {**number(metric, value, n, dataset, protocol, of), "interval": [float(bound) for bound in interval]}
+def compared_with(dataset: str, split: str, n: int) -> dict[str, Any]:
+    """Return the fields that say what images are compared with: n of a data set's split."""
+    return {"against": dataset, "against_split": split, "against_n": n}
 
 
-def eps_name(eps: float) -> str:
-    """Return eps as the field writes it: 8/255."""
-    units = eps * 255
-    return f"{units:.0f}/255" if abs(units - round(units)) < 1e-6 else f"{eps:g}"
-
-
-def threat_name(threat: Threat) -> str:
-    """Return a threat in words: l-inf 8/255, l2 0.5."""
-    return f"l-inf {eps_name(threat.eps)}" if threat.norm == "linf" else f"l2 {threat.eps:g}"
-
-
-def outcome_free(row: Row) -> str:
-    """Return a row's protocol without what it says of one model's own outcome."""
-    return "" if row["metric"].startswith("check_") else re.sub(r"interval \[[^]]*\]|, 0\.\d{3} of all", "", row["protocol"])
+def estimate(metric: str, value: float, interval: tuple[float, float], n: int, images: Images, of: str, **more: Any) -> Row:
+    """Return the row of a mean with its normal 95 % interval."""
+    low, high = interval
+    return number(metric, value, n, images, of, interval=(float(low), float(high)), interval_kind="normal", **more)

@@ -1,1 +1,1 @@
-"""The training loop: stages, state, log and what becomes of the weights."""
+"""The training loop and what surrounds a step: batches, checkpoints, log, validation, and the bundle at the end."""

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ebjdat_serve.bundle import Architecture, Bundle, Input, Manifest, Provenance, sha256, write_json
+from ebjdat_serve.bundle import Bundle, Input, Manifest, Provenance, sha256, write_json
 from ebjdat_serve.pixels import to_unit
 from export.reference import write_selftest
+from training.config import Preset, describe
 from training.data.datasets import Dataset
 from training.loop.state import Position
-from training.methods.replay import fit_prior
-from training.presets import Preset, describe
+from training.methods.replay import prior_of
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, ori
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copyfile(weights, folder / "weights.safetensors")
-    fit_prior(data.train, len(data.names), preset.prior_rank).save(folder / "prior.safetensors")
+    prior_of(data, preset.prior_rank).save(folder / "prior.safetensors")
     now = datetime.now(UTC)
     manifest = Manifest(
         name=preset.name,
         version=f"{now:%Y.%m.%d}-{sha256(folder / 'weights.safetensors')[:8]}",
-        architecture=Architecture("wideresnet", preset.depth, preset.width),
+        architecture=preset.architecture.described(),
         labels=list(data.names),
-        input=Input(*data.train.image.shape[1:3]),
+        input=Input(*data.size),
         sampler=preset.sample,
         provenance=Provenance(
             git=origin.git,
@@ -62,7 +62,7 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, ori
 
 
 def without_paths(configuration: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with folders and files by their last name: a published bundle says nothing of whose machine it was."""
+    """Return the configuration with every path cut to its last part: a published bundle names no folder of the machine."""
     return {
         name: without_paths(value) if isinstance(value, dict) else Path(value).name if isinstance(value, str) and os.sep in value else value
         for name, value in configuration.items()

@@ -1,4 +1,4 @@
-"""When training must end, and durations in words."""
+"""Time limits, and durations in words."""
 
 import math
 import signal
@@ -9,24 +9,24 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """When training must end: at its deadline, or as soon as the step is done after Ctrl-C or SIGTERM."""
+    """The deadline of training; Ctrl-C and SIGTERM end it after the current step."""
 
     def __init__(self, minutes: float = math.inf) -> None:
         self.deadline, self.interrupted = time.monotonic() + 60 * minutes, False
         self.stage_end = self.deadline
 
     def allot(self, share: float) -> None:
-        """Give the stage at hand a share of the time that is left, so that those after it get theirs."""
+        """Limit the current stage to a share of the time left."""
         now = time.monotonic()
         self.stage_end = now + share * (self.deadline - now)
 
     def interrupt(self, *_: object) -> None:
-        """Take note of a signal."""
+        """Handle a signal: end after the current step."""
         self.interrupted = True
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end training after the step at hand; before and after, however it ends, they act as usual."""
+        """Handle Ctrl-C and SIGTERM within the block; the usual handlers are restored at its end."""
         here = threading.current_thread() is threading.main_thread()
         usual = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)} if here else {}
         try:

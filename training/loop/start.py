@@ -1,4 +1,4 @@
-"""How a stage begins: network, optimiser and memory from a preset, weights from a file."""
+"""The state before a stage's first step: network, optimiser and method state from a preset, weights from a file."""
 
 from pathlib import Path
 
@@ -6,30 +6,38 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks import Network
+from training.config import Preset
 from training.data.datasets import Dataset
 from training.distributed import Noise, Ranks
-from training.errors import TrainingError
+from training.errors import DataError, TrainingError
 from training.loop.state import State, load_weights
 from training.methods import RunContext
-from training.presets import Preset
 
 
 def new_state(preset: Preset, data: Dataset, init: Path | None, device: torch.device, ranks: Ranks = Ranks()) -> State:
-    """Return a fresh state: seeded weights, or those of ``init``, an untouched optimiser, and the method's memory."""
+    """Return a fresh state: seeded weights, or those of ``init``, a new optimiser, and the method's first state."""
     torch.manual_seed(preset.seed)
-    model = WideResNet(preset.depth, preset.width, len(data.names))
+    model = preset.architecture.build(len(data.names))
     if init is not None:
-        load(model, init)
+        load_init(model, init)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.autocast = precision(preset, device)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     noise = Noise.seeded(preset.seed, device, ranks)
-    memory = preset.method.begin(RunContext(data, preset.threat, noise, device, preset.prior_rank))
-    return State(model, ema, new_optimiser(preset, model), memory, noise)
+    method_state = preset.method.begin(RunContext(data, preset.threat, noise, device, preset.prior_rank))
+    return State(model, ema, new_optimiser(preset, model), method_state, noise)
 
 
-def load(model: WideResNet, init: Path) -> None:
+def check_images(preset: Preset, data: Dataset) -> None:
+    """Raise DataError when the preset's network cannot take images of the data's size."""
+    try:
+        preset.architecture.check_images(*data.size)
+    except ValueError as error:
+        raise DataError(f"{preset.dataset}: {error}", options=("--set size=32",)) from error
+
+
+def load_init(model: Network, init: Path) -> None:
     """Load ``init`` into ``model``; raise TrainingError when it is not weights of this network."""
     try:
         problems = model.load_state_dict(load_weights(init), strict=False)

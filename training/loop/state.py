@@ -1,4 +1,4 @@
-"""Everything that a training stage must not lose: weights, EMA, optimiser, chains, random state, position."""
+"""The checkpoint of a training stage: weights, EMA, optimiser, the method's state, random state, position."""
 
 import os
 import pickle
@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.atomic import replacing
+from ebjdat_serve.networks import Network
 from training.distributed import Noise
 from training.errors import TrainingError
 from training.methods import MethodState
@@ -19,12 +20,12 @@ from training.methods import MethodState
 
 @dataclass
 class State:
-    """The moving parts of one stage; ``save`` and ``restore`` make a restart bit-identical on a CPU."""
+    """Everything that changes during a stage; ``save`` and ``restore`` make a restart bit-identical on a CPU."""
 
-    model: WideResNet
+    model: Network
     ema: dict[str, Tensor]
     optimiser: torch.optim.Optimizer
-    memory: MethodState
+    method_state: MethodState
     noise: Noise
     step: int = 0
     seconds: float = 0.0
@@ -33,7 +34,7 @@ class State:
     fell_back: bool = False  # since the last save of its own
 
     def update_ema(self, decay: float) -> None:
-        """Move the average towards the weights; it starts fast and settles at ``decay``."""
+        """Update the moving average; its decay starts low and rises to ``decay``."""
         decay = min(decay, (1 + self.step) / (10 + self.step))
         for name, value in self.model.state_dict().items():
             if value.is_floating_point():
@@ -42,7 +43,7 @@ class State:
                 self.ema[name].copy_(value)
 
     def save(self, path: Path, *, keep: bool = True) -> None:
-        """Write the state aside, then rename, so that a kill at any moment leaves a whole file; every rank calls, the first writes.
+        """Replace the state, so that a kill at any moment leaves a whole file; every rank calls, the first writes.
 
         The state before it is kept beside it, unless ``keep`` is false: then this one takes the place of a bad one.
         """
@@ -51,38 +52,35 @@ class State:
             "model": self.model.state_dict(),
             "ema": self.ema,
             "optimiser": self.optimiser.state_dict(),
-            "memory": self.memory.state(),
+            "method_state": self.method_state.state_dict(),
             "generator": self.noise.generator.get_state(),
             "position": [self.step, self.seconds, self.rollbacks, self.lr_scale],
         }
         if self.noise.ranks.rank == 0:
-            aside = path.with_suffix(".part")
-            torch.save(payload, aside)
-            if keep and path.is_file():
-                spare = path.with_suffix(".link")
-                spare.unlink(missing_ok=True)
-                try:
-                    os.link(path, spare)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(path, spare)
-                os.replace(spare, previous(path))
-            os.replace(aside, path)
+            with replacing(path) as aside:
+                torch.save(payload, aside)
+                if keep and path.is_file():
+                    with replacing(previous(path)) as spare:
+                        try:
+                            os.link(path, spare)
+                        except OSError:  # a file system without hard links
+                            shutil.copyfile(path, spare)
 
     def restore(self, path: Path) -> None:
-        """Take everything back from ``path``; raise TrainingError when it is damaged."""
+        """Restore everything from ``path``; raise TrainingError when it is damaged."""
         payload = read_state(path)
         self.model.load_state_dict(payload["model"])
         for name, value in payload["ema"].items():
             self.ema[name].copy_(value)
         self.optimiser.load_state_dict(payload["optimiser"])
-        self.memory.load_state(payload["memory"])
+        self.method_state.load_state_dict(payload["method_state"])
         self.noise.generator.set_state(payload["generator"])
         step, self.seconds, rollbacks, self.lr_scale = payload["position"]
         self.step, self.rollbacks = int(step), int(rollbacks)
 
 
 def previous(path: Path) -> Path:
-    """Return where the state before the last one is kept."""
+    """Return the path of the checkpoint before the last one."""
     return path.with_suffix(".previous.pt")
 
 
@@ -99,7 +97,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a stage stands."""
+    """The progress of a stage."""
 
     step: int
     seconds: float
@@ -107,7 +105,7 @@ class Position:
 
 
 def load_position(path: Path) -> Position:
-    """Return the position in a saved state; the start of everything when there is none."""
+    """Return the position in a checkpoint; step 0 when there is none."""
     if not path.is_file():
         return Position(0, 0.0, 0)
     step, seconds, rollbacks, _ = read_state(path)["position"]
@@ -117,9 +115,8 @@ def load_position(path: Path) -> Position:
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write parameters and batch-norm statistics as safetensors, atomically; step counters are left out."""
     kept = {name: value.detach().float().contiguous() for name, value in weights.items() if value.is_floating_point()}
-    aside = path.with_suffix(".part")
-    save_file(kept, aside)
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        save_file(kept, aside)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

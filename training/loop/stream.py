@@ -2,16 +2,16 @@
 
 import torch
 
+from training.config import Preset
 from training.data.augment import augment, to_device
 from training.data.datasets import Dataset, load_extra
 from training.distributed import Noise
 from training.errors import TrainingError
 from training.methods import Batch
-from training.presets import Preset
 
 
 class Stream:
-    """Batches of a preset's data; with extra images a fixed share of every labelled batch is theirs."""
+    """Batches of a preset's data; extra images are a fixed share of every labelled batch."""
 
     def __init__(self, preset: Preset, data: Dataset, device: torch.device, noise: Noise) -> None:
         self.preset, self.noise, self.flip = preset, noise, preset.flip and data.flip
@@ -36,7 +36,7 @@ class Stream:
         self.cycle, self.order = -1, torch.empty(0)
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of ``step``: one cycle visits every image of the data once, in an order that (seed, cycle) fixes."""
+        """Return the batch of ``step``: a cycle visits every image of the data once, in an order fixed by (seed, cycle)."""
         p, noise = self.preset, self.noise
         own = p.batch_size - self.extra_batch
         cycle, place = divmod(step, self.images // own)
@@ -56,13 +56,13 @@ class Stream:
         return Batch(image, label, plain, self.label[drawn])
 
     def saturation(self) -> float:
-        """Return the share of the data's pixels at 0 or 1, which chains may reach without having run away."""
+        """Return the share of the data's pixels at 0 or 1, which chains may reach without having diverged."""
         some = self.image[: self.images : max(1, self.images // 1000)]
         return float(((some == 0) | (some == 255)).float().mean())
 
 
 def steps_per_epoch(preset: Preset, images: int) -> int:
-    """Return how many steps an epoch over so many images is."""
+    """Return the number of steps of an epoch; raise TrainingError when the images do not fill a batch."""
     if images < preset.batch_size:
         raise TrainingError(f"batch_size={preset.batch_size} is more than the {images} training images")
     return images // preset.batch_size

@@ -1,7 +1,7 @@
-"""A method is an inner problem and a loss; this is what every one of them takes and returns.
+"""The interface of a training method: an inner problem, which finds x_adv and x_neg, and a loss.
 
-The two are apart because a step may need the loss more than once for the same x_adv and x_neg: sharpness-aware minimisation and
-adversarial weight perturbation do.
+They are two functions because sharpness-aware minimisation and adversarial weight perturbation evaluate the loss twice on the same
+x_adv and x_neg.
 """
 
 from abc import ABC, abstractmethod
@@ -38,7 +38,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a method is given when a run begins."""
+    """Per-run context passed to a method when a stage begins."""
 
     data: Dataset
     threat: Threat
@@ -46,10 +46,15 @@ class RunContext:
     device: torch.device
     prior_rank: int
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape of one image, (3, H, W)."""
+        return (3, *self.data.size)
+
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step may use beside model and batch; ``progress`` runs from 0 to 1."""
+    """Per-step context passed to a method; ``progress`` runs from 0 to 1."""
 
     threat: Threat
     noise: Noise
@@ -57,55 +62,53 @@ class StepContext:
 
     @property
     def ranks(self) -> Ranks:
-        """This process's place among the run's."""
+        """This process's rank, and the number of processes."""
         return self.noise.ranks
 
 
 class MethodState(Protocol):
-    """What a method keeps between steps, and what must survive a restart."""
+    """What a method keeps between steps."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Return it as tensors, the same on every rank."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a restart needs, the same on every rank."""
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what ``state`` returned."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what ``state_dict`` returned."""
 
 
 class NoState:
-    """The memory of a method that keeps none."""
+    """The state of a method that keeps none."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing."""
+    def state_dict(self) -> dict[str, Tensor]:
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back nothing."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
 
 
-M = TypeVar("M", bound=MethodState)
+S = TypeVar("S", bound=MethodState)
 
 
-class Method(ABC, Generic[M]):
-    """The numbers of one method, as a frozen dataclass, and its step."""
+class Method(ABC, Generic[S]):
+    """A training method: a frozen dataclass of its hyperparameters, with an inner problem and a loss."""
 
     @abstractmethod
-    def begin(self, setting: RunContext) -> M:
-        """Return the memory that a run of this method begins with."""
+    def begin(self, context: RunContext) -> S:
+        """Return the state before the first step."""
 
-    def solve(self, model: nn.Module, batch: Batch, memory: M, now: StepContext) -> Batch:
-        """Return ``batch`` with x_adv and x_neg found; parameters, batch-norm statistics and ``.grad`` are left alone."""
+    def solve(self, model: nn.Module, batch: Batch, state: S, context: StepContext) -> Batch:
+        """Return ``batch`` with x_adv and x_neg; parameters, batch-norm statistics and ``.grad`` are not touched."""
         return batch
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, memory: M, now: StepContext) -> Terms:
-        """Return the loss of one step, given what ``solve`` found."""
+    def loss(self, model: nn.Module, batch: Batch, state: S, context: StepContext) -> Terms:
+        """Return the loss of a batch that ``solve`` returned."""
 
 
 class Stateless(Method[NoState]):
-    """A method whose steps are independent of each other."""
+    """A method that keeps nothing between steps."""
 
-    def begin(self, setting: RunContext) -> NoState:
-        """Return nothing."""
+    def begin(self, context: RunContext) -> NoState:
         return NoState()
 
 

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy, joint_energy
-from ebjdat_serve.folding import folded
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks import Network
 from training.distributed import Noise
 
-Network = Callable[[Tensor], Tensor]
+Classifier = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W) in [0,1] -> logits (N, K)."""
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +67,7 @@ class Attack:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[Network]:
+def frozen(model: nn.Module) -> Iterator[Classifier]:
     """Put ``model`` in eval mode with parameters that take no gradient, yield it as a function, and restore both on exit.
 
     Batch-norm statistics are read and never written, and no ``.grad`` is touched. What computes in bf16 is yielded with its norms
@@ -79,7 +78,7 @@ def frozen(model: nn.Module) -> Iterator[Network]:
     model.eval().requires_grad_(False)
     try:
         with torch.no_grad():
-            function = folded(model) if isinstance(model, WideResNet) and model.autocast is not None else model
+            function = model.folded() if isinstance(model, Network) and model.autocast is not None else model
         yield function
     finally:
         for module, mode in training.items():
@@ -141,7 +140,7 @@ def pgd(model: nn.Module, image: Tensor, label: Tensor, *, objective: Objective,
 
 
 def climb(
-    network: Network,
+    network: Classifier,
     x: Tensor,
     label: Tensor,
     objective: Objective,

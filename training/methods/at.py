@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
 from training.methods import Batch, NoState, Stateless, StepContext, Terms, accuracy, detached, forward
-from training.methods.adversary import Attack, cross_entropy, divergence, frozen, pgd
+from training.methods.adversary import Attack, Objective, cross_entropy, divergence, frozen, pgd
 
 
 @dataclass(frozen=True)
 class Standard(Stateless):
     """min CE(f(x), y): no defence."""
 
-    def loss(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Terms:
-        """Return the loss of one step."""
+    def loss(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Terms:
         logits = model(batch.image)
         return detached(cross_entropy(logits, batch.label).mean(), accuracy=accuracy(logits, batch.label))
 
@@ -31,12 +30,10 @@ class AdversarialTraining(Stateless):
 
     attack: Attack = Attack()
 
-    def solve(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Batch:
-        """Find x_adv by raising the cross-entropy."""
-        return replace(batch, x_adv=cross_entropy_adversary(model, batch, self.attack, now))
+    def solve(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Batch:
+        return replace(batch, x_adv=cross_entropy_adversary(model, batch, self.attack, context))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Terms:
-        """Return CE(f(x_adv), y)."""
+    def loss(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Terms:
         logits_adv = model(batch.x_adv)
         return detached(cross_entropy(logits_adv, batch.label).mean(), accuracy_adv=accuracy(logits_adv, batch.label))
 
@@ -48,11 +45,11 @@ class Trades(Stateless):
     beta: float = 6.0
     attack: Attack = Attack(start="gaussian")
 
-    def solve(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Batch:
-        """Find x_adv by raising KL(p || q); at x itself its gradient is zero, hence the gaussian start."""
-        return replace(batch, x_adv=divergence_adversary(model, batch, self.attack, now))
+    def solve(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Batch:
+        """Add x_adv, which raises KL(p || q); at x itself its gradient is zero, hence the gaussian start."""
+        return replace(batch, x_adv=divergence_adversary(model, batch, self.attack, context))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Terms:
+    def loss(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Terms:
         """Return CE(f(x), y) + beta KL(p || q); neither side is held constant."""
         logits, logits_adv = forward(model, batch.image, batch.x_adv)
         ce, kl = trades(logits, logits_adv, batch.label)
@@ -66,12 +63,10 @@ class Mart(Stateless):
     beta: float = 5.0
     attack: Attack = Attack()
 
-    def solve(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Batch:
-        """Find x_adv by raising the cross-entropy."""
-        return replace(batch, x_adv=cross_entropy_adversary(model, batch, self.attack, now))
+    def solve(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Batch:
+        return replace(batch, x_adv=cross_entropy_adversary(model, batch, self.attack, context))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Terms:
-        """Return BCE(q, y) + beta KL(p || q) (1 - p_y)."""
+    def loss(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Terms:
         logits, logits_adv = forward(model, batch.image, batch.x_adv)
         bce, kl = mart(logits, logits_adv, batch.label)
         return detached(bce + self.beta * kl, bce=bce, kl=kl, **accuracies(logits, logits_adv, batch.label))
@@ -88,12 +83,10 @@ class Weat(Stateless):
     adversarial: bool = False
     attack: Attack = Attack(start="gaussian")
 
-    def solve(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Batch:
-        """Find x_adv by raising KL(p || q)."""
-        return replace(batch, x_adv=divergence_adversary(model, batch, self.attack, now))
+    def solve(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Batch:
+        return replace(batch, x_adv=divergence_adversary(model, batch, self.attack, context))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: NoState, now: StepContext) -> Terms:
-        """Return the two weighted terms."""
+    def loss(self, model: nn.Module, batch: Batch, state: NoState, context: StepContext) -> Terms:
         logits, logits_adv = forward(model, batch.image, batch.x_adv)
         ce, kl = weat(logits, logits_adv, batch.label, adversarial=self.adversarial)
         return detached(ce + self.beta * kl, ce=ce, kl=kl, energy=energy(logits).mean(), **accuracies(logits, logits_adv, batch.label))
@@ -124,24 +117,21 @@ def weat(logits: Tensor, logits_adv: Tensor, label: Tensor, *, adversarial: bool
     return (weight * ce).mean(), (weight * divergence(logits, logits_adv)).mean()
 
 
-def cross_entropy_adversary(model: nn.Module, batch: Batch, attack: Attack, now: StepContext) -> Tensor:
+def cross_entropy_adversary(model: nn.Module, batch: Batch, attack: Attack, context: StepContext) -> Tensor:
     """Return x_adv that raises CE(f(x_adv), y)."""
-    return pgd(model, batch.image, batch.label, objective=cross_entropy, threat=now.threat, attack=attack, noise=now.noise)
+    return objective_adversary(model, batch, cross_entropy, attack, context)
 
 
-def divergence_adversary(model: nn.Module, batch: Batch, attack: Attack, now: StepContext) -> Tensor:
+def divergence_adversary(model: nn.Module, batch: Batch, attack: Attack, context: StepContext) -> Tensor:
     """Return x_adv that raises KL(p || q), p held at the clean image."""
     with frozen(model) as network, torch.no_grad():
         logits = network(batch.image)
-    return pgd(
-        model,
-        batch.image,
-        batch.label,
-        objective=lambda logits_adv, _: divergence(logits, logits_adv),
-        threat=now.threat,
-        attack=attack,
-        noise=now.noise,
-    )
+    return objective_adversary(model, batch, lambda logits_adv, _: divergence(logits, logits_adv), attack, context)
+
+
+def objective_adversary(model: nn.Module, batch: Batch, objective: Objective, attack: Attack, context: StepContext) -> Tensor:
+    """Return x_adv in the ball that raises ``objective``."""
+    return pgd(model, batch.image, batch.label, objective=objective, threat=context.threat, attack=attack, noise=context.noise)
 
 
 def accuracies(logits: Tensor, logits_adv: Tensor, label: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""DAT's curriculum: the negatives take one step more whenever they have become easy to tell from data (arXiv 2510.13872)."""
+"""DAT's curriculum: one more ascent step whenever the negatives are easily told from data (arXiv 2510.13872)."""
 
 import math
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class AucGate:
     recent: list[float] = field(default_factory=list)
 
     def update(self, auc: float, images: int) -> None:
-        """Take note of one batch's AUC, over so many images."""
+        """Record the AUC of one batch of ``images``."""
         if self.steps >= self.cap:
             return
         self.waited += 1
@@ -33,12 +33,10 @@ class AucGate:
         if passed or (self.patience and self.waited >= self.patience):
             self.steps, self.waited, self.recent = self.steps + 1, 0, []
 
-    def state(self) -> dict[str, Tensor]:
-        """Return where the curriculum stands."""
+    def state_dict(self) -> dict[str, Tensor]:
         return {"gate": torch.tensor([self.steps, self.waited, *self.recent], dtype=torch.float64)}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what ``state`` returned."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         steps, waited, *recent = state["gate"].tolist()
         self.steps, self.waited, self.recent = int(steps), int(waited), recent
 

@@ -18,19 +18,19 @@ from training.methods import Batch, Method, RunContext, StepContext, Terms, accu
 from training.methods.adversary import INNER, Attack, Threat, climb, cross_entropy, frozen
 from training.methods.at import cross_entropy_adversary
 from training.methods.curriculum import AucGate, auc
-from training.methods.replay import Starts, fit_prior
+from training.methods.replay import Starts, prior_of
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Where negatives begin, on the device: images of an OOD source, the data's Gaussians, or uniform noise."""
+    """Starting points of the negatives, on the device: images of an OOD source, class Gaussians, or uniform noise."""
 
     pool: Tensor  # uint8 (M, 3, H, W), empty unless there is an OOD source
     starts: Starts
     classes: int
 
     def draw(self, label: Tensor, noise: Noise) -> Tensor:
-        """Return one seed per label, (N, 3, H, W) in [0,1], of any class or none: the label is where it must go."""
+        """Return one seed per label, (N, 3, H, W) in [0,1], of a random class: the label is the target of its ascent."""
         if len(self.pool):
             return to_float(self.pool[noise.integers(len(self.pool), len(label))])
         return self.starts.draw(noise.integers(self.classes, len(label)), noise)
@@ -38,18 +38,16 @@ class Seeds:
 
 @dataclass
 class DatState:
-    """The curriculum, which must survive a restart, and the seeds, which are drawn anew."""
+    """The curriculum, which a checkpoint holds, and the seeds, which are drawn again."""
 
     gate: AucGate
     seeds: Seeds
 
-    def state(self) -> dict[str, Tensor]:
-        """Return where the curriculum stands."""
-        return self.gate.state()
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.gate.state_dict()
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what ``state`` returned."""
-        self.gate.load_state(state)
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.gate.load_state_dict(state)
 
 
 @dataclass(frozen=True)
@@ -73,37 +71,36 @@ class Dat(Method[DatState]):
         if self.window < 1 or self.cap < 0 or not self.seeds:
             raise ValueError("window must be 1 or more, cap 0 or more, and seeds gaussian, noise or a path")
 
-    def begin(self, setting: RunContext) -> DatState:
+    def begin(self, context: RunContext) -> DatState:
         """Return the curriculum at T = 0 and the seeds."""
-        shape = (3, *setting.data.train.image.shape[1:3])
+        shape = context.image_shape
         pool = torch.empty(0, dtype=torch.uint8)
         prior = None
         if self.seeds == "gaussian":
-            prior = fit_prior(setting.data.train, len(setting.data.names), setting.prior_rank)
+            prior = prior_of(context.data, context.prior_rank)
         elif self.seeds != "noise":
-            pool = to_device(load_images(self.seeds, shape[1], shape[2]), setting.device)
+            pool = to_device(load_images(self.seeds, shape[1], shape[2]), context.device)
             if not len(pool):
                 raise TrainingError(f"seeds={self.seeds} holds no image")
         gate = AucGate(self.auc_threshold, self.cap, self.window, self.patience)
-        return DatState(gate, Seeds(pool, Starts(prior, shape, setting.device), len(setting.data.names)))
+        return DatState(gate, Seeds(pool, Starts(prior, shape, context.device), len(context.data.names)))
 
-    def solve(self, model: nn.Module, batch: Batch, memory: DatState, now: StepContext) -> Batch:
-        """Find x_adv by raising the cross-entropy; and, unless BCE weighs nothing, move negatives and ask the curriculum."""
-        x_adv = cross_entropy_adversary(model, batch, self.attack, now)
+    def solve(self, model: nn.Module, batch: Batch, state: DatState, context: StepContext) -> Batch:
+        """Add x_adv, and x_neg unless ``bce_weight`` is zero; update the curriculum."""
+        x_adv = cross_entropy_adversary(model, batch, self.attack, context)
         if not self.bce_weight:
             return replace(batch, x_adv=x_adv)
         label = batch.plain_label
-        seeds = memory.seeds.draw(label, now.noise)
+        seeds = state.seeds.draw(label, context.noise)
         with frozen(model) as network:
-            x_neg = climb(network, seeds, label, INNER["class_logit"], Threat("l2", torch.inf), memory.gate.steps, self.eta)
+            x_neg = climb(network, seeds, label, INNER["class_logit"], Threat("l2", torch.inf), state.gate.steps, self.eta)
             with torch.no_grad():
                 score, score_neg = (-joint_energy(network(x), label) for x in (batch.plain, x_neg))
-        area = float(auc(now.ranks.gather(score_neg), now.ranks.gather(score)))
-        memory.gate.update(area, len(label) * now.ranks.world)
+        area = float(auc(context.ranks.gather(score_neg), context.ranks.gather(score)))
+        state.gate.update(area, len(label) * context.ranks.world)
         return replace(batch, x_adv=x_adv, x_neg=x_neg)
 
-    def loss(self, model: nn.Module, batch: Batch, memory: DatState, now: StepContext) -> Terms:
-        """Return CE(f(x_adv), y) + bce_weight BCE(s)."""
+    def loss(self, model: nn.Module, batch: Batch, state: DatState, context: StepContext) -> Terms:
         if not self.bce_weight:
             logits_adv = model(batch.x_adv)
             return detached(cross_entropy(logits_adv, batch.label).mean(), accuracy_adv=accuracy(logits_adv, batch.label))
@@ -115,7 +112,7 @@ class Dat(Method[DatState]):
             ce + self.bce_weight * bce,
             ce_adv=ce,
             bce=bce,
-            attack_steps=torch.tensor(float(memory.gate.steps)),
+            attack_steps=torch.tensor(float(state.gate.steps)),
             auc_energy=auc(-energy_neg, -energy_plain),
             energy=energy_plain.mean(),
             energy_sd=energy_plain.std(),

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
 from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached, forward
-from training.methods.adversary import INNER, Attack, cross_entropy, divergence, pgd
-from training.methods.at import divergence_adversary
+from training.methods.adversary import INNER, Attack, cross_entropy, divergence
+from training.methods.at import divergence_adversary, objective_adversary
 from training.methods.jem import blurred, energy_log, generative, penalty, ramp, start_chains
 from training.methods.replay import ChainConfig, ReplayBuffer
 
@@ -65,24 +65,22 @@ class EbJdat(Method[ReplayBuffer]):
                 f"alignment is one of {', '.join(ALIGNMENTS)}, inner of {', '.join(inners)}: not {self.alignment}, {self.inner}"
             )
 
-    def begin(self, setting: RunContext) -> ReplayBuffer:
-        """Return the chains."""
-        return start_chains(self.chains, setting)
+    def begin(self, context: RunContext) -> ReplayBuffer:
+        return start_chains(self.chains, context)
 
-    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Batch:
-        """Find x_adv in the ball and x_neg from the chains, and blur the p(x) stream a little."""
-        x_adv = self.adversary(model, batch, now)
-        x_neg = memory.advance(model, now.noise)
-        return replace(batch, x_adv=x_adv, x_neg=x_neg, plain=blurred(batch.plain, self.data_noise, now))
+    def solve(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Batch:
+        """Add x_adv and x_neg, and Gaussian noise to the p(x) stream."""
+        x_adv = self.adversary(model, batch, context)
+        x_neg = state.advance(model, context.noise)
+        return replace(batch, x_adv=x_adv, x_neg=x_neg, plain=blurred(batch.plain, self.data_noise, context))
 
-    def adversary(self, model: nn.Module, batch: Batch, now: StepContext) -> Tensor:
+    def adversary(self, model: nn.Module, batch: Batch, context: StepContext) -> Tensor:
         """Return x_adv in the ball."""
         if self.inner == "kl":
-            return divergence_adversary(model, batch, self.attack, now)
-        return pgd(model, batch.image, batch.label, objective=INNER[self.inner], threat=now.threat, attack=self.attack, noise=now.noise)
+            return divergence_adversary(model, batch, self.attack, context)
+        return objective_adversary(model, batch, INNER[self.inner], self.attack, context)
 
-    def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Terms:
-        """Return w1 (-h1) + w2 (-h2) + w3 (-h3) + energy_penalty (...) from one concatenated forward."""
+    def loss(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Terms:
         label = batch.label
         logits, logits_adv, logits_plain, logits_neg = forward(model, batch.image, batch.x_adv, batch.plain, batch.x_neg)
         energy_x, energy_adv = energy(logits), energy(logits_adv)
@@ -92,9 +90,9 @@ class EbJdat(Method[ReplayBuffer]):
         if self.alignment == "kl":  # TRADES aligns E(x) and E(x_adv) by itself (arXiv 2407.06315)
             h2 = divergence(logits, logits_adv).mean()
         else:  # of the whole batch: a quotient of its statistics is no mean over ranks
-            h2 = alignment(now.ranks.everywhere(energy_x), now.ranks.everywhere(energy_adv), self.alignment)
+            h2 = alignment(context.ranks.everywhere(energy_x), context.ranks.everywhere(energy_adv), self.alignment)
         h3 = classification(logits, logits_adv, label, self.clean_weight)
-        loss = ramp(self.w1, self.w1_ramp, now) * h1 + self.w2 * h2 + self.w3 * h3
+        loss = ramp(self.w1, self.w1_ramp, context) * h1 + self.w2 * h2 + self.w3 * h3
         loss = loss + self.energy_penalty * penalty(energy_plain, energy_neg)
 
         return detached(
@@ -104,5 +102,5 @@ class EbJdat(Method[ReplayBuffer]):
             energy_gap_adv=(energy_adv - energy_x).mean(),
             accuracy=accuracy(logits, label),
             accuracy_adv=accuracy(logits_adv, label),
-            **energy_log(energy_plain, energy_neg, memory),
+            **energy_log(energy_plain, energy_neg, state),
         )

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
 from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached, forward
-from training.methods.adversary import INNER, Attack, cross_entropy, pgd
-from training.methods.replay import ChainConfig, ReplayBuffer, Starts, fit_prior
+from training.methods.adversary import INNER, Attack, cross_entropy
+from training.methods.at import objective_adversary
+from training.methods.replay import ChainConfig, ReplayBuffer, Starts, prior_of
 
 
 def pyld(outer: int, inner: int, alpha: float, chains: ChainConfig) -> ChainConfig:
@@ -33,22 +34,20 @@ class Jem(Method[ReplayBuffer]):
     data_noise: float = 0.015  # on the p(x) stream
     chains: ChainConfig = ChainConfig()
 
-    def begin(self, setting: RunContext) -> ReplayBuffer:
-        """Return the chains."""
-        return start_chains(self.chains, setting)
+    def begin(self, context: RunContext) -> ReplayBuffer:
+        return start_chains(self.chains, context)
 
-    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Batch:
-        """Move chains from the model's energy, and blur the p(x) stream a little."""
-        return replace(batch, x_neg=memory.advance(model, now.noise), plain=blurred(batch.plain, self.data_noise, now))
+    def solve(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Batch:
+        """Add x_neg from the chains, and Gaussian noise to the p(x) stream."""
+        return replace(batch, x_neg=state.advance(model, context.noise), plain=blurred(batch.plain, self.data_noise, context))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Terms:
-        """Return -log p(y|x) and the contrast of energies."""
+    def loss(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Terms:
         logits, logits_plain, logits_neg = forward(model, batch.image, batch.plain, batch.x_neg)
         energy_plain, energy_neg = energy(logits_plain), energy(logits_neg)
         ce = cross_entropy(logits, batch.label).mean()
-        loss = ce + ramp(self.w1, self.w1_ramp, now) * generative(energy_plain, energy_neg)
+        loss = ce + ramp(self.w1, self.w1_ramp, context) * generative(energy_plain, energy_neg)
         loss = loss + self.energy_penalty * penalty(energy_plain, energy_neg)
-        log = energy_log(energy_plain, energy_neg, memory)
+        log = energy_log(energy_plain, energy_neg, state)
         return detached(loss, ce=ce, accuracy=accuracy(logits, batch.label), **log)
 
 
@@ -71,23 +70,20 @@ class Jeat(Method[ReplayBuffer]):
         if self.inner not in INNER:
             raise ValueError(f"inner is one of {', '.join(INNER)}, not {self.inner!r}")
 
-    def begin(self, setting: RunContext) -> ReplayBuffer:
-        """Return the chains."""
-        return start_chains(self.chains, setting)
+    def begin(self, context: RunContext) -> ReplayBuffer:
+        return start_chains(self.chains, context)
 
-    def solve(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Batch:
-        """Find x_adv by raising the joint energy, and move chains."""
-        x_adv = pgd(model, batch.image, batch.label, objective=INNER[self.inner], threat=now.threat, attack=self.attack, noise=now.noise)
-        return replace(batch, x_adv=x_adv, x_neg=memory.advance(model, now.noise))
+    def solve(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Batch:
+        x_adv = objective_adversary(model, batch, INNER[self.inner], self.attack, context)
+        return replace(batch, x_adv=x_adv, x_neg=state.advance(model, context.noise))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: ReplayBuffer, now: StepContext) -> Terms:
-        """Return the loss of one step."""
+    def loss(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Terms:
         logits_adv, logits_neg = forward(model, batch.x_adv, batch.x_neg)
         energy_adv, energy_neg = energy(logits_adv), energy(logits_neg)
         ce = cross_entropy(logits_adv, batch.label).mean()
-        loss = ce + ramp(self.w1, self.w1_ramp, now) * generative(energy_adv, energy_neg)
+        loss = ce + ramp(self.w1, self.w1_ramp, context) * generative(energy_adv, energy_neg)
         loss = loss + self.energy_penalty * penalty(energy_adv, energy_neg)
-        log = energy_log(energy_adv, energy_neg, memory)
+        log = energy_log(energy_adv, energy_neg, state)
         return detached(loss, ce_adv=ce, accuracy_adv=accuracy(logits_adv, batch.label), **log)
 
 
@@ -104,25 +100,24 @@ def penalty(energy_x: Tensor, energy_neg: Tensor) -> Tensor:
     return energy_x.square().mean() + energy_neg.square().mean()
 
 
-def ramp(weight: float, share: float, now: StepContext) -> float:
-    """Return ``weight`` risen linearly from 0 over the first ``share`` of the run: maximum likelihood from step 0 is unstable."""
-    return weight * min(1.0, now.progress / share) if share else weight
+def ramp(weight: float, share: float, context: StepContext) -> float:
+    """Return ``weight`` after a linear warm-up over the first ``share`` of the run: maximum likelihood from step 0 is unstable."""
+    return weight * min(1.0, context.progress / share) if share else weight
 
 
-def blurred(image: Tensor, sd: float, now: StepContext) -> Tensor:
-    """Return the images with Gaussian noise, clipped to [0,1]."""
-    return (image + sd * now.noise.normal(*image.shape)).clamp(0.0, 1.0) if sd else image
+def blurred(image: Tensor, sd: float, context: StepContext) -> Tensor:
+    """Return the images plus Gaussian noise, clipped to [0,1]."""
+    return (image + sd * context.noise.normal(*image.shape)).clamp(0.0, 1.0) if sd else image
 
 
-def start_chains(chains: ChainConfig, setting: RunContext) -> ReplayBuffer:
-    """Return a buffer filled from the prior that ``chains`` names."""
-    classes = len(setting.data.names)
-    shape = (3, *setting.data.train.image.shape[1:3])
-    prior = fit_prior(setting.data.train, classes, setting.prior_rank) if chains.prior == "gaussian" else None
-    return ReplayBuffer(chains, Starts(prior, shape, setting.device), classes, setting.noise, setting.device)
+def start_chains(chains: ChainConfig, context: RunContext) -> ReplayBuffer:
+    """Return a replay buffer filled from the prior of ``chains``."""
+    prior = prior_of(context.data, context.prior_rank) if chains.prior == "gaussian" else None
+    starts = Starts(prior, context.image_shape, context.device)
+    return ReplayBuffer(chains, starts, len(context.data.names), context.noise, context.device)
 
 
-def energy_log(energy_x: Tensor, energy_neg: Tensor, memory: ReplayBuffer) -> dict[str, Tensor]:
-    """Return what to watch of a likelihood step."""
+def energy_log(energy_x: Tensor, energy_neg: Tensor, buffer: ReplayBuffer) -> dict[str, Tensor]:
+    """Return the energies of data and chains, and how far the chains have run, for the log."""
     gap = energy_neg.mean() - energy_x.mean()
-    return {"energy": energy_x.mean(), "energy_sd": energy_x.std(), "energy_gap_neg": gap, "saturation": memory.saturation()}
+    return {"energy": energy_x.mean(), "energy_sd": energy_x.std(), "energy_gap_neg": gap, "saturation": buffer.saturation()}

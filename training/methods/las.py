@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebjdat_serve.wideresnet import WideResNet
+from ebjdat_serve.networks.wideresnet import WideResNet
 from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached
-from training.methods.adversary import Attack, Threat, ascent, begin, cross_entropy, frozen, norm, pgd
+from training.methods.adversary import Attack, Threat, ascent, begin, cross_entropy, frozen, norm
+from training.methods.at import cross_entropy_adversary
 
 
 @dataclass
 class Strategy:
-    """The strategy network, its heads' sizes, and how many steps were taken."""
+    """The strategy network, the sizes of its heads, and the number of steps taken."""
 
     network: WideResNet
     heads: list[int]
@@ -29,12 +30,10 @@ class Strategy:
         """Return log pi(. | x) of each head, (N, options) each."""
         return [F.log_softmax(part, dim=1) for part in self.network(image).split(self.heads, dim=1)]
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the network and the count."""
+    def state_dict(self) -> dict[str, Tensor]:
         return {"steps": torch.tensor(self.steps), **{f"strategy.{name}": value for name, value in self.network.state_dict().items()}}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what ``state`` returned."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.steps = int(state["steps"])
         weights = {name.removeprefix("strategy."): value for name, value in state.items() if name.startswith("strategy.")}
         self.network.load_state_dict(weights)
@@ -59,50 +58,49 @@ class LasAt(Method[Strategy]):
         if self.interval < 1:
             raise ValueError("interval must be 1 or more")
 
-    def begin(self, setting: RunContext) -> Strategy:
+    def begin(self, context: RunContext) -> Strategy:
         """Return a fresh strategy network, the same on every rank."""
         heads = [high - low + 1 for low, high in (self.eps, self.steps, self.step)]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(setting.noise.generator.initial_seed())
+            torch.manual_seed(context.noise.generator.initial_seed())
             network = WideResNet(10, 1, sum(heads))
-        return Strategy(network.to(setting.device).eval(), heads)
+        return Strategy(network.to(context.device).eval(), heads)
 
-    def solve(self, model: nn.Module, batch: Batch, memory: Strategy, now: StepContext) -> Batch:
-        """Find x_adv by each image's own attack; now and then improve the strategy first."""
-        if memory.steps % self.interval == 0:
-            self.improve(model, batch, memory, now)
-        memory.steps += 1
+    def solve(self, model: nn.Module, batch: Batch, state: Strategy, context: StepContext) -> Batch:
+        """Add x_adv, by a sampled attack for each image; every ``interval`` steps update the strategy first."""
+        if state.steps % self.interval == 0:
+            self.improve(model, batch, state, context)
+        state.steps += 1
         with torch.no_grad():
-            choice = self.choose(memory.log_probabilities(batch.image), now)
-        return replace(batch, x_adv=self.attacked(model, batch, choice, now))
+            choice = self.choose(state.log_probabilities(batch.image), context)
+        return replace(batch, x_adv=self.attacked(model, batch, choice, context))
 
-    def loss(self, model: nn.Module, batch: Batch, memory: Strategy, now: StepContext) -> Terms:
-        """Return the smoothed cross-entropy of x_adv."""
+    def loss(self, model: nn.Module, batch: Batch, state: Strategy, context: StepContext) -> Terms:
         logits_adv = model(batch.x_adv)
         return detached(self.smoothed(logits_adv, batch.label), accuracy_adv=accuracy(logits_adv, batch.label))
 
     def smoothed(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Return the cross-entropy with 1 - smoothing on the label and the rest shared by the other classes."""
+        """Return the cross-entropy with weight 1 - smoothing on the label and the rest spread over the other classes."""
         classes = logits.shape[1]
         # torch's smoothing shares among all classes, the label too
         return F.cross_entropy(logits, label, label_smoothing=self.smoothing * classes / (classes - 1))
 
-    def choose(self, log_pi: list[Tensor], now: StepContext) -> list[Tensor]:
+    def choose(self, log_pi: list[Tensor], context: StepContext) -> list[Tensor]:
         """Return one sampled option per head and image, by the Gumbel trick, so that the run's own noise decides."""
-        return [(p - torch.log(-torch.log(now.noise.uniform(*p.shape).clamp(1e-7, 1 - 1e-7)))).argmax(dim=1) for p in log_pi]
+        return [(p - torch.log(-torch.log(context.noise.uniform(*p.shape).clamp(1e-7, 1 - 1e-7)))).argmax(dim=1) for p in log_pi]
 
-    def attacked(self, model: nn.Module, batch: Batch, choice: list[Tensor], now: StepContext) -> Tensor:
+    def attacked(self, model: nn.Module, batch: Batch, choice: list[Tensor], context: StepContext) -> Tensor:
         """Return x_adv: sign (or l2) ascents of the cross-entropy, image i with its own radius, number and length of steps."""
-        unit = now.threat.eps / 8
+        unit = context.threat.eps / 8
         eps, steps, step = (option + low for option, (low, _) in zip(choice, (self.eps, self.steps, self.step), strict=True))
         with frozen(model) as network:
-            x = begin(batch.image, now.threat, "uniform", now.noise)
+            x = begin(batch.image, context.threat, "uniform", context.noise)
             for t in range(self.steps[1]):
                 x = x.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(cross_entropy(network(x).float(), batch.label).sum(), x)
                 length = (unit * step * (t < steps))[:, None, None, None]
-                x = x.detach() + length * ascent(gradient, now.threat.norm)
-                x = self.within(x, batch.image, unit * eps, now.threat)
+                x = x.detach() + length * ascent(gradient, context.threat.norm)
+                x = self.within(x, batch.image, unit * eps, context.threat)
         return x.detach()
 
     def within(self, x: Tensor, image: Tensor, eps: Tensor, threat: Threat) -> Tensor:
@@ -112,25 +110,25 @@ class LasAt(Method[Strategy]):
             return (image + torch.maximum(torch.minimum(delta, radius), -radius)).clamp(0.0, 1.0)
         return (image + delta * (radius / norm(delta).clamp_min(1e-12)).clamp(max=1.0)).clamp(0.0, 1.0)
 
-    def improve(self, model: nn.Module, batch: Batch, memory: Strategy, now: StepContext) -> None:
+    def improve(self, model: nn.Module, batch: Batch, state: Strategy, context: StepContext) -> None:
         """Take one REINFORCE step: theta_pi += lr R grad sum over heads of mean log pi(a | x), gradient norm at most 1."""
-        memory.network.train()
-        log_pi = memory.log_probabilities(batch.image)
-        choice = self.choose([p.detach() for p in log_pi], now)
-        reward = now.ranks.mean(self.reward(model, batch, self.attacked(model, batch, choice, now), now))
+        state.network.train()
+        log_pi = state.log_probabilities(batch.image)
+        choice = self.choose([p.detach() for p in log_pi], context)
+        reward = context.ranks.mean(self.reward(model, batch, self.attacked(model, batch, choice, context), context))
         chosen = [p.gather(1, a[:, None]).mean() for p, a in zip(log_pi, choice, strict=True)]
-        weights = list(memory.network.parameters())
-        gradient = [now.ranks.mean(g) for g in torch.autograd.grad(torch.stack(chosen).sum() * reward, weights)]
+        weights = list(state.network.parameters())
+        gradient = [context.ranks.mean(g) for g in torch.autograd.grad(torch.stack(chosen).sum() * reward, weights)]
         length = torch.stack([g.norm() for g in gradient]).norm()
         with torch.no_grad():
             for w, g in zip(weights, gradient, strict=True):
                 w.add_(self.strategy_lr * g * (1.0 / length.clamp_min(1.0)))
-        for statistic in memory.network.buffers():
+        for statistic in state.network.buffers():
             if statistic.is_floating_point():
-                statistic.copy_(now.ranks.mean(statistic))  # every rank saw its own images
-        memory.network.eval()
+                statistic.copy_(context.ranks.mean(statistic))  # every rank saw its own images
+        state.network.eval()
 
-    def reward(self, model: nn.Module, batch: Batch, x_adv: Tensor, now: StepContext) -> Tensor:
+    def reward(self, model: nn.Module, batch: Batch, x_adv: Tensor, context: StepContext) -> Tensor:
         """Return R = min(CE(x_adv), 10) + 4 robust accuracy + 2 clean accuracy, the two of a copy that took one step on x_adv."""
         with frozen(model) as network, torch.no_grad():
             difficulty = cross_entropy(network(x_adv), batch.label).mean().clamp(0.0, 10.0)
@@ -140,7 +138,7 @@ class LasAt(Method[Strategy]):
         with torch.no_grad():
             for w, g in zip(weights, gradient, strict=True):
                 w.sub_(self.lookahead_lr * g)
-        x_new = pgd(ahead, batch.image, batch.label, objective=cross_entropy, threat=now.threat, attack=Attack(steps=10), noise=now.noise)
+        x_new = cross_entropy_adversary(ahead, batch, Attack(steps=10), context)
         with frozen(ahead) as network, torch.no_grad():
             robust, clean = accuracy(network(x_new), batch.label), accuracy(network(batch.image), batch.label)
         return difficulty + 4.0 * robust + 2.0 * clean

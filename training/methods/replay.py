@@ -1,6 +1,7 @@
 """The class-informative prior and the replay buffer of persistent chains (JEM++, arXiv 2109.09032)."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import MARGINAL, score
 from ebjdat_serve.sgld import Prior, Sampler, sgld
+from training.data.datasets import Dataset
 from training.data.image_folders import Split
 from training.distributed import Noise
 from training.errors import TrainingError
@@ -19,7 +21,7 @@ SHARDS = 8
 
 @dataclass(frozen=True)
 class ChainConfig:
-    """Where the negatives of maximum likelihood come from; lengths in pixels of [0,1].
+    """The chains that draw the negatives of maximum likelihood; lengths in pixels of [0,1].
 
     ``prior`` gaussian (class-informative, JEM++) | uniform (JEM). ``conditional``: chains follow dE(x,y)/dx of their class, else
     the marginal dE(x)/dx. In [-1,1] units a step of 1 clipped at +-1 is step_size 0.25 and grad_clip 2 here.
@@ -40,12 +42,12 @@ class ChainConfig:
             raise ValueError(f"prior must be gaussian or uniform, not {self.prior!r}")
 
     def sampler(self) -> Sampler:
-        """Return the chain's numbers as the sampler takes them."""
+        """Return the sampler of these chains."""
         return Sampler(self.steps, self.step_size, self.grad_clip, self.noise_std)
 
 
 def fit_prior(split: Split, classes: int, rank: int) -> Prior:
-    """Return the per-class Gaussian of the images, its covariance cut to the ``rank`` largest principal components."""
+    """Return a Gaussian per class, its covariance truncated to the ``rank`` largest principal components."""
     means, factors = [], []
     shape = (3, *split.image.shape[1:3])
     with torch.random.fork_rng(devices=[]):
@@ -59,6 +61,12 @@ def fit_prior(split: Split, classes: int, rank: int) -> Prior:
             means.append(mean.reshape(shape).numpy())
             factors.append(factor.reshape(-1, *shape).numpy())
     return Prior(np.stack(means).astype(np.float32), np.stack(factors).astype(np.float32))
+
+
+@lru_cache(maxsize=1)
+def prior_of(data: Dataset, rank: int) -> Prior:
+    """Return the prior of the training images, fitted once for a data set: chains, validation, DAT's seeds and the bundle share it."""
+    return fit_prior(data.train, len(data.names), rank)
 
 
 class Starts:
@@ -83,7 +91,7 @@ class Starts:
 
 
 class ReplayBuffer:
-    """This rank's persistent chains, (parts, size, 3, H, W), in class blocks: over all parts every class has its equal share."""
+    """This rank's persistent chains, (parts, size, 3, H, W), in class blocks; over all parts the classes are balanced."""
 
     def __init__(self, chains: ChainConfig, starts: Starts, classes: int, noise: Noise, device: torch.device) -> None:
         ranks = noise.ranks
@@ -127,14 +135,13 @@ class ReplayBuffer:
         return x_neg
 
     def saturation(self) -> Tensor:
-        """Return the share of pixels at 0 or 1: near one when chains have run away."""
+        """Return the share of pixels at 0 or 1: near one when chains have diverged."""
         sample = self.chain.flatten(0, 1)[:: max(1, self.label.numel() // 200)]
         return ((sample <= 0.0) | (sample >= 1.0)).float().mean()
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return the chains of all ranks."""
         return {"chain": self.ranks.gather(self.chain)}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's chains back."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.chain.copy_(self.ranks.share(state["chain"]))

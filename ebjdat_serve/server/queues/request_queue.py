@@ -1,4 +1,4 @@
-"""One kind of worker as the HTTP process sees it: requests wait here, bounded, with a deadline, and cancelled with their client."""
+"""Requests that wait for one kind of worker: bounded, with a deadline each, and cancelled when their client leaves."""
 
 import asyncio
 import contextlib
@@ -8,245 +8,195 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from fastapi import Request
 
-from ebjdat_serve.server.answer.problems import Problem
-from ebjdat_serve.server.ipc import Answer, Ask, Loaded, Preview, Verdicts, pack
+from ebjdat_serve.server import ipc
+from ebjdat_serve.server.problems import Problem
 
 log = logging.getLogger("ebjdat_serve")
-POLL = 0.1
-"""Seconds between looks at whether clients are still there."""
-DEPTH = 2
-"""Batches under way in one worker: it finds the next when it has finished one."""
+POLL_SECONDS = 0.1
+"""Seconds between checks that clients are still connected."""
 
 
 @dataclass(eq=False)
-class Item:
-    """A request that waits for its answer; ``key`` is the bundle it was read for."""
+class PendingRequest:
+    """A request that waits for its result; ``key`` is the bundle it was read for, ``deadline`` a time of time.monotonic()."""
 
     key: str
+    operation: str
     payload: Any
     request: Request
-    late: float
+    deadline: float
     future: "asyncio.Future[Any]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     since: float = field(default_factory=time.monotonic)
-    preview: "Preview | None" = None  # the newest
-    shown: asyncio.Event = field(default_factory=asyncio.Event)  # set when there is something to show, or it is over
+    preview: Any = None  # the newest, None when the client has it
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # set when there is a preview or the result
 
-    def answer(self, value: Any) -> None:
-        """End the wait with a value, unless it has ended."""
+    def resolve(self, value: Any) -> None:
+        """End the wait with a result, unless it has ended."""
         if not self.future.done():
             self.future.set_result(value)
-        self.shown.set()
+        self.changed.set()
 
     def fail(self, problem: Problem) -> None:
         """End the wait with an error, unless it has ended."""
         if not self.future.done():
             self.future.set_exception(problem)
-        self.shown.set()
+        self.changed.set()
 
 
 @dataclass(eq=False)
-class Peer:
-    """A worker at the other end of a wire: the bundles it has open, and the items it owes, by the number of the message."""
+class WorkerConnection:
+    """A connected worker: the bundles it has open, and the requests that each message sent to it answers, by the message's number."""
 
     pid: int
+    reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    loaded: dict[str, Loaded] = field(default_factory=dict)
-    owes: dict[int, list[Item]] = field(default_factory=dict)
-    heard: float = field(default_factory=time.monotonic)
+    loaded: dict[str, ipc.ModelLoaded] = field(default_factory=dict)
+    in_flight: dict[int, list[PendingRequest]] = field(default_factory=dict)
+    last_heard: float = field(default_factory=time.monotonic)
 
     def send(self, message: object) -> None:
-        """Send a message; a worker that has gone is found out by its reader."""
+        """Send a message; the reader of a worker that has gone finds that out."""
         if not self.writer.is_closing():
-            self.writer.write(pack(message))
+            self.writer.write(ipc.encode(message))
 
 
-class Lane(ABC):
-    """What both lanes share: places, deadlines, clients that leave, workers that die or hang."""
+class RequestQueue(ABC):
+    """What both queues share: slots, deadlines, clients that leave, workers that die or hang."""
 
-    def __init__(self, name: str, *, workers: int, deadline: float, worker_timeout: float) -> None:
-        self.name, self.workers, self.deadline, self.worker_timeout = name, workers, deadline, worker_timeout
-        self.peers: list[Peer] = []
-        self.items: set[Item] = set()
-        self.in_flight = 0
-        self.uses: Counter[str] = Counter()  # requests that read, wait or are worded for a bundle
+    kind: ipc.Kind
+
+    def __init__(self, *, workers: int, size: int, deadline: float, worker_timeout: float) -> None:
+        self._worker_count, self._size, self._deadline, self._worker_timeout = workers, size, deadline, worker_timeout
+        self.workers: list[WorkerConnection] = []
+        self.pending: set[PendingRequest] = set()
+        self.active = 0  # requests that hold a slot
+        self.uses: Counter[str] = Counter()  # of them, by the bundle they are read for
         self.closed = ""
         self._numbers = itertools.count(1)
 
     def ready(self, key: str) -> bool:
         """Return whether every worker has the bundle open."""
-        return sum(key in peer.loaded for peer in self.peers) >= self.workers
+        return sum(key in worker.loaded for worker in self.workers) >= self._worker_count
 
-    def check_room(self, limit: int, limit_name: str) -> None:
-        """Raise Problem 503 when there is no place."""
-        if self.in_flight >= limit:
-            detail = f"{limit} requests are already waiting ({limit_name}); try again in a second"
+    def check_room(self) -> None:
+        """Raise Problem 503 when every slot is taken."""
+        if self.active >= self._size:
+            detail = f"{self._size} requests are already waiting (serve --{self.kind}-queue); try again in a second"
             raise Problem(503, detail, headers={"Retry-After": "1"})
 
     @contextlib.contextmanager
-    def place(self, limit: int, limit_name: str, key: str) -> Iterator[float]:
-        """Hold one of ``limit`` places, from the body's being there to the answer, and the bundle ``key``; give the time of the deadline.
+    def slot(self, key: str) -> Iterator[float]:
+        """Hold a slot and the bundle ``key``, from the end of the body to the response; give the deadline.
 
-        Raises Problem 503 when the lane is full.
+        Raises Problem 503 when every slot is taken.
         """
-        self.check_room(limit, limit_name)
-        self.in_flight += 1
+        self.check_room()
+        self.active += 1
         self.uses[key] += 1
         try:
-            yield time.monotonic() + self.deadline
+            yield time.monotonic() + self._deadline
         finally:
-            self.in_flight -= 1
+            self.active -= 1
             self.uses[key] -= 1
 
     @contextlib.contextmanager
-    def entered(self, item: Item) -> Iterator[None]:
-        """Take ``item`` in until the block ends: it fails at its deadline, and is taken back should nobody wait any more."""
+    def waiting(self, pending: PendingRequest) -> Iterator[None]:
+        """Queue ``pending`` until the block ends: it fails at its deadline, and is withdrawn when nobody waits for it any more."""
         if self.closed:
             raise Problem(503, self.closed, headers={"Retry-After": "5"})
-        late = Problem(
-            504, f"no answer within {self.deadline:g} s; try again, or ask for less", headers={"Retry-After": str(self.retry_after())}
+        overdue = Problem(
+            504, f"no answer within {self._deadline:g} s; try again, or ask for less", headers={"Retry-After": str(self.retry_after())}
         )
-        timer = asyncio.get_running_loop().call_later(max(0.0, item.late - time.monotonic()), item.fail, late)
-        self.items.add(item)
-        item.future.add_done_callback(lambda _: self.leave(item))  # a stream that nobody reads on is over all the same
+        timer = asyncio.get_running_loop().call_later(max(0.0, pending.deadline - time.monotonic()), pending.fail, overdue)
+        self.pending.add(pending)
+        pending.future.add_done_callback(lambda _: self.withdraw(pending))  # also when nobody reads a stream to its end
         try:
-            self.enter(item)
+            self.enqueue(pending)
             yield
         finally:
             timer.cancel()
-            self.items.discard(item)
-            if not item.future.cancel() and not item.future.cancelled():
-                item.future.exception()  # it has been seen, whoever waited
+            self.pending.discard(pending)
+            if not pending.future.cancel() and not pending.future.cancelled():
+                pending.future.exception()  # asyncio logs an exception that nobody retrieved
 
-    async def submit(self, key: str, payload: Any, request: Request, late: float) -> Any:
-        """Return the worker's answer to ``payload``.
+    async def submit(self, pending: PendingRequest) -> Any:
+        """Return the result of ``pending``.
 
-        Raises Problem: 504 at ``late``, 499 when the client has gone, 503 when the worker died on it.
+        Raises Problem: 504 at its deadline, 499 when the client has left, 503 when the worker died on it.
         """
-        item = Item(key, payload, request, late)
-        with self.entered(item):
-            return await item.future
+        with self.waiting(pending):
+            return await pending.future
 
     @abstractmethod
-    def enter(self, item: Item) -> None:
-        """Give a new item to a worker, or keep it until one has time."""
+    def enqueue(self, pending: PendingRequest) -> None:
+        """Give a new request to a worker, or keep it until one is free."""
 
     @abstractmethod
-    def leave(self, item: Item) -> None:
-        """Take back what can be taken back of an item that is over; it may have been answered."""
-
-    def retry_after(self) -> int:
-        """Return in how many seconds it is worth trying again."""
-        return 1
+    def withdraw(self, pending: PendingRequest) -> None:
+        """Drop a request that is over; it may have been answered."""
 
     @abstractmethod
-    def joined(self, peer: Peer) -> None:
+    def resolve(self, requests: list[PendingRequest], value: Any) -> None:
+        """Give each request of one message its part of the response."""
+
+    @abstractmethod
+    def worker_ready(self, worker: WorkerConnection) -> None:
         """Start to use a worker that has just opened a bundle."""
 
-    def heard(self, peer: Peer, message: Any) -> None:
-        """Take in a worker's message."""
-        if isinstance(message, Answer):
-            self.answered(peer.owes.pop(message.number, []), message.value)
+    def retry_after(self) -> int:
+        """Return after how many seconds a refused client should try again."""
+        return 1
 
-    @abstractmethod
-    def answered(self, items: list[Item], value: Any) -> None:
-        """Hand out the answer to the items of one message."""
+    async def serve(self, worker: WorkerConnection) -> AsyncIterator[ipc.ModelLoaded | ipc.ModelRefused]:
+        """Handle a worker's messages until it is gone, and yield those that are about models.
 
-    def lost(self, peer: Peer) -> None:
-        """Tell those whose requests the worker had that it died; those it had not got wait for the next."""
-        self.peers.remove(peer)
-        for item in itertools.chain(*peer.owes.values()):
-            item.fail(Problem(503, "the worker died on this request and is starting again; try again", headers={"Retry-After": "3"}))
+        Raises asyncio.IncompleteReadError or ConnectionError when the worker has gone.
+        """
+        while True:
+            message = await ipc.receive(worker.reader)
+            worker.last_heard = time.monotonic()
+            if isinstance(message, ipc.ModelLoaded | ipc.ModelRefused):
+                yield message
+            else:
+                self.handle(worker, message)
+
+    def handle(self, worker: WorkerConnection, message: Any) -> None:
+        """Handle a worker's message about a request."""
+        if isinstance(message, ipc.Response):
+            self.resolve(worker.in_flight.pop(message.number, []), message.value)
+
+    def worker_lost(self, worker: WorkerConnection) -> None:
+        """Fail the requests that a dead worker had; those that wait go to the next."""
+        self.workers.remove(worker)
+        for pending in itertools.chain(*worker.in_flight.values()):
+            pending.fail(Problem(503, "the worker died on this request and is starting again; try again", headers={"Retry-After": "3"}))
 
     def close(self, why: str) -> None:
-        """Answer everyone who waits with 503, and everyone to come."""
+        """Fail all requests, and those to come, with Problem 503."""
         self.closed = why
-        for item in list(self.items):
-            item.fail(Problem(503, why, headers={"Retry-After": "5"}))
+        for pending in list(self.pending):
+            pending.fail(Problem(503, why, headers={"Retry-After": "5"}))
 
     async def watch(self) -> None:
-        """Look after clients that leave and workers that hang, for ever."""
+        """Cancel the requests of clients that left and kill workers that hang, for ever."""
         while True:
-            await asyncio.sleep(POLL if self.items else 5 * POLL)
+            await asyncio.sleep(POLL_SECONDS if self.pending else 5 * POLL_SECONDS)
             now = time.monotonic()
-            for item in list(self.items):
-                if now - item.since > POLL and await item.request.is_disconnected():
-                    item.fail(Problem(499, "the client closed the connection"))
-            for peer in self.peers:
-                if not peer.owes:
-                    peer.heard = now
-                elif (silent := now - peer.heard) > self.worker_timeout:
-                    log.error("the %s worker %d has not said a word for %.0f s: killed, another will start", self.name, peer.pid, silent)
+            for pending in list(self.pending):
+                if now - pending.since > POLL_SECONDS and await pending.request.is_disconnected():
+                    pending.fail(Problem(499, "the client closed the connection"))
+            for worker in self.workers:
+                if not worker.in_flight:
+                    worker.last_heard = now
+                elif (silent := now - worker.last_heard) > self._worker_timeout:
+                    log.error("the %s worker %d has not said a word for %.0f s: killed, another will start", self.kind, worker.pid, silent)
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(peer.pid, signal.SIGKILL)
-                    peer.heard = now
-
-
-class ClassifyLane(Lane):
-    """Whoever waits when a worker has time shares one forward."""
-
-    def __init__(self, *, workers: int, deadline: float, worker_timeout: float, max_batch: int) -> None:
-        super().__init__("classify", workers=workers, deadline=deadline, worker_timeout=worker_timeout)
-        self._waiting: deque[Item] = deque()
-        self._max_batch = max_batch
-        self._pumping = False
-
-    def enter(self, item: Item) -> None:
-        """Wait for a worker, at least until the event loop has read what else has come."""
-        self._waiting.append(item)
-        self._pump_soon()
-
-    def leave(self, item: Item) -> None:
-        """Forget the item; a batch under way is computed to its end, some milliseconds."""
-        if item in self._waiting:
-            self._waiting.remove(item)
-            self._pump_soon()
-
-    def joined(self, peer: Peer) -> None:
-        """Give the new worker what waits."""
-        self._pump_soon()
-
-    def answered(self, items: list[Item], value: Verdicts) -> None:
-        """Cut the batch's answer into its items'."""
-        start = 0
-        for item in items:
-            item.answer(value.rows(slice(start, start := start + len(item.payload))))
-        self._pump_soon()
-
-    def lost(self, peer: Peer) -> None:
-        """Go on with the other workers."""
-        super().lost(peer)
-        self._pump_soon()
-
-    def _pump_soon(self) -> None:
-        if not self._pumping:
-            self._pumping = True
-            asyncio.get_running_loop().call_soon(self._pump)
-
-    def _pump(self) -> None:
-        self._pumping = False
-        for key in dict.fromkeys(item.key for item in self._waiting):  # a bundle that no worker has open keeps nobody else waiting
-            while waiting := [item for item in self._waiting if item.key == key]:
-                able = [peer for peer in self.peers if key in peer.loaded and len(peer.owes) < DEPTH]
-                if not able:
-                    break
-                peer = min(able, key=lambda peer: len(peer.owes))
-                number, batch = next(self._numbers), self._batch(waiting)
-                peer.owes[number] = batch
-                peer.send(Ask(number, key, np.concatenate([item.payload for item in batch]) if len(batch) > 1 else batch[0].payload))
-
-    def _batch(self, waiting: list[Item]) -> list[Item]:
-        """Take as many items as one batch holds, at least one."""
-        size, n = len(waiting[0].payload), 1
-        while n < len(waiting) and size + len(waiting[n].payload) <= self._max_batch:
-            size, n = size + len(waiting[n].payload), n + 1
-        taken = set(map(id, waiting[:n]))
-        self._waiting = deque(item for item in self._waiting if id(item) not in taken)
-        return waiting[:n]
+                        os.kill(worker.pid, signal.SIGKILL)
+                    worker.last_heard = now

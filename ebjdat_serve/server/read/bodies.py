@@ -19,33 +19,30 @@ from starlette.requests import ClientDisconnect
 from ebjdat_serve.bundle import Input
 from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS, Pixels, load, peek
-from ebjdat_serve.server.answer.problems import Problem
+from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
 RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")  # the last is curl --data-binary's own
 ACCEPTED = "an image body, multipart/form-data with a field image, or application/json with image or images (base64)"
 DRAIN_FACTOR = 5
-READ_SECONDS = 30.0
-PATIENCE, SLOWEST = 10.0, 16 * 1024
-"""Seconds that any body may take, and bytes a second that it must come at from then on."""
-SMALL_PIXELS, SMALL_BYTES = 2**16, 2**18
-"""Pixels and bytes of a request that are decoded in the event loop: some milliseconds, of hostile bytes some tens."""
-HELD_BYTES = 256 * 2**20
-SPARED_BYTES = 2**20
-"""Bytes of bodies held at a time by this process; beyond it a request that has sent more than the latter is asked to come back."""
+"""Multiples of the limit of a body that are read on, without keeping them, before the connection is closed."""
+INLINE_PIXELS, INLINE_BYTES = 2**16, 2**18
+"""Pixels and bytes of a request that are decoded in the event loop: this takes milliseconds, tens of them for hostile bytes."""
+SMALL_BODY = 2**20
+"""Bytes of a body that is read even when the memory for bodies is full."""
 
 
-class Held:
-    """How many bytes of bodies are in memory now."""
+class BodyMemory:
+    """Bytes of bodies in memory."""
 
-    bytes = 0
+    used = 0
 
 
 @contextlib.asynccontextmanager
 async def read_upload(request: Request, settings: Settings) -> AsyncIterator[tuple[str, bytes | bytearray]]:
     """Give (content type, body) of a request that sends images.
 
-    Raises Problem: 408 too slow, 413 too large, 415 another content type, 503 when too many are being read.
+    Raises Problem: 408 too slow, 413 too large, 415 another content type, 503 when the memory for bodies is full.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     encoding = request.headers.get("content-encoding", "identity").lower()
@@ -53,7 +50,7 @@ async def read_upload(request: Request, settings: Settings) -> AsyncIterator[tup
         raise Problem(415, f"content encoding {encoding[:40]!r} is not accepted; send the body as it is")
     if not (kind in RAW_TYPES or kind.startswith("image/") or kind in ("multipart/form-data", "application/json")):
         raise Problem(415, f"content type {kind!r} is not accepted; send {ACCEPTED}")
-    async with read_body(request, settings.max_body) as body:
+    async with read_body(request, settings.max_body, settings) as body:
         yield kind, body
 
 
@@ -66,24 +63,24 @@ async def decode_upload(
     """
     kind, body = upload
     if kind == "application/json":
-        pictures, listed = from_json(body, settings.max_images)
+        images, listed = from_json(body, settings.max_images)
     elif kind == "multipart/form-data":
-        pictures, listed = [await from_form(request, body)], False
+        images, listed = [await from_form(request, body)], False
     else:
-        pictures, listed = [bytes(body)], False
-    ask = asyncio.get_running_loop().run_in_executor
-    small = sum(map(len, pictures)) <= SMALL_BYTES
-    # small ones are quicker done than handed to another thread
-    opened = [attempt(peek, one) for one in pictures] if small else [await ask(pool, attempt, peek, one) for one in pictures]
+        images, listed = [bytes(body)], False
+    run = asyncio.get_running_loop().run_in_executor
+    small = sum(map(len, images)) <= INLINE_BYTES
+    # to hand a small one to another thread would take longer
+    opened = [attempt(peek, one) for one in images] if small else [await run(pool, attempt, peek, one) for one in images]
     for index, one in enumerate(opened):
         refuse_invalid(one, index if listed else None)
     total = sum(one.width * one.height for one in opened)
     if listed and total > MAX_PIXELS:
         raise Problem(413, f"the images of one list may have {MAX_PIXELS} pixels in all, these have {total}; send them one by one")
-    if small and total <= SMALL_PIXELS:
+    if small and total <= INLINE_PIXELS:
         decoded = [attempt(load, one, contract.height, contract.width) for one in opened]
     else:
-        decoded = await asyncio.gather(*(ask(pool, attempt, load, one, contract.height, contract.width) for one in opened))
+        decoded = await asyncio.gather(*(run(pool, attempt, load, one, contract.height, contract.width) for one in opened))
     for index, one in enumerate(decoded):
         refuse_invalid(one, index if listed else None)
     return np.stack(decoded), listed
@@ -109,33 +106,34 @@ def refuse_invalid(error: Any, index: int | None) -> None:
 
 
 @contextlib.asynccontextmanager
-async def read_body(request: Request, limit: int) -> AsyncIterator[bytes | bytearray]:
-    """Give the body; beyond ``limit`` read on without keeping it, so that the client gets its 413 and no reset.
+async def read_body(request: Request, limit: int, settings: Settings) -> AsyncIterator[bytes | bytearray]:
+    """Give the body; beyond ``limit`` bytes it is read on without keeping it, so that the client gets its 413 and no reset.
 
-    Raises Problem: 408 when the body does not arrive in time, 413 when it is too large, 503 when too many are being read.
+    Raises Problem: 408 when the body does not arrive in time, 413 when it is too large, 503 when the memory for bodies is full.
     """
-    held = bytearray()  # one block: as a list of chunks large bodies leave memory in pieces
+    s = settings
+    held = bytearray()  # one block: a list of chunks would fragment the memory
     size = kept = 0
     began = time.monotonic()
-    slow = Problem(408, f"the body did not arrive within {READ_SECONDS:g} s, or came too slowly", headers={"Connection": "close"})
+    slow = Problem(408, f"the body did not arrive within {s.body_timeout:g} s, or came too slowly", headers={"Connection": "close"})
     try:
         try:
-            async with asyncio.timeout(READ_SECONDS):
+            async with asyncio.timeout(s.body_timeout):
                 async for chunk in request.stream():
                     size += len(chunk)
                     if size <= limit:
                         held += chunk
                         kept += len(chunk)
-                        Held.bytes += len(chunk)
-                        if Held.bytes > HELD_BYTES and kept > SPARED_BYTES:
+                        BodyMemory.used += len(chunk)
+                        if BodyMemory.used > s.upload_memory and kept > SMALL_BODY:
                             raise Problem(503, "too many bytes are being uploaded; try again in a second", headers={"Retry-After": "1"})
                     elif size > DRAIN_FACTOR * limit:
                         break
                     else:
                         held.clear()
-                        Held.bytes -= kept
+                        BodyMemory.used -= kept
                         kept = 0
-                    if size < SLOWEST * (time.monotonic() - began - PATIENCE):
+                    if size < s.min_upload_rate * (time.monotonic() - began - s.upload_grace):
                         raise slow
         except TimeoutError:
             raise slow from None
@@ -146,9 +144,9 @@ async def read_body(request: Request, limit: int) -> AsyncIterator[bytes | bytea
             raise Problem(413, f"the body is larger than the limit of {limit} bytes; {image}")
         yield held
     finally:
-        Held.bytes -= kept
-        if size > SPARED_BYTES:
-            # the error that a refused body ended in may refer to it, in a cycle that is collected when thousands more have come
+        BodyMemory.used -= kept
+        if size > SMALL_BODY:
+            # the error for a refused body refers to it in a cycle, which would be collected only after thousands more
             asyncio.get_running_loop().call_later(0.1, gc.collect)
 
 

@@ -1,68 +1,78 @@
-"""Requests to /generate: from a query or a body to a validated order, each limit named."""
+"""Requests to /generate: from a query or a body to a validated job, each limit named."""
 
 import contextlib
 import math
 import secrets
 import unicodedata
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from ebjdat_serve.bundle import Manifest
-from ebjdat_serve.server.answer.problems import Problem
-from ebjdat_serve.server.answer.responses import Order, Words
-from ebjdat_serve.server.answer.schemas import GenerateQuery
-from ebjdat_serve.server.ipc import Job
+from ebjdat_serve.server.payloads import GenerateJob
+from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import parse_json, read_body
 from ebjdat_serve.server.settings import Settings
 
 PREVIEWS = 10
+"""Previews of a stream that does not say how many."""
 MAX_BODY = 64 * 1024
+"""Bytes of a request body, which holds a few numbers."""
 
 
-async def read_values(request: Request) -> dict[str, Any]:
+class GenerateQuery(BaseModel):
+    """What to draw; GET takes it as query parameters, POST as query parameters or as a JSON object."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    class_: Annotated[StrictStr | StrictInt, Field(alias="class", description="class index or name")]
+    n: Annotated[int, Field(description="how many images")] = 1
+    steps: Annotated[int | None, Field(description="Langevin steps; the bundle's own number by default, and at most")] = None
+    step_size: Annotated[
+        float | None, Field(gt=0, le=100, description="step size in pixel units of [0,1]; the bundle's own by default")
+    ] = None
+    temperature: Annotated[float, Field(ge=0, le=1e4, description="noise variance in units of the bundle's own; 0: no noise")] = 1.0
+    seed: Annotated[
+        int | None, Field(ge=0, le=2**31 - 1, description="image i's noise depends on seed + i; drawn at random when absent")
+    ] = None
+    format: Literal["png", "json"] = "png"
+    stream: Annotated[bool, Field(description="server-sent events: previews with energies, then what format=json answers")] = False
+    every: Annotated[int | None, Field(ge=1, description="steps between previews; a tenth of all by default")] = None
+    scale: Annotated[int, Field(description="PNG pixels per image pixel")] = 1
+
+    @field_validator("n", "steps", "step_size", "temperature", "seed", "every", "scale", mode="before")
+    @classmethod
+    def refuse_boolean(cls, value: Any) -> Any:
+        """Refuse true and false, which pydantic takes for 1 and 0."""
+        if isinstance(value, bool):
+            raise PydanticCustomError("boolean", "a number is needed, not true or false")
+        return value
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A validated request: what the client asked for, and the job for a worker."""
+
+    query: GenerateQuery
+    job: GenerateJob
+
+
+async def read_values(request: Request, settings: Settings) -> dict[str, Any]:
     """Return query parameters and body as one object.
 
     Raises Problem: 400 not JSON, 413 too large, 415 another content type, 422 no object.
     """
     values: dict[str, Any] = dict(request.query_params)
     if request.method == "POST":
-        async with read_body(request, MAX_BODY) as body:
-            values |= document(request, body) if body else {}
+        async with read_body(request, MAX_BODY, settings) as body:
+            values |= parse_body(request, body) if body else {}
     return values
 
 
-def make_order(values: dict[str, Any], words: Words, settings: Settings) -> Order:
-    """Return what is asked for.
-
-    Raises Problem 422 beyond a limit, RequestValidationError for a number that is none.
-    """
-    manifest, names = words.served.bundle.manifest, words.names
-    if "class" not in values:
-        raise Problem(422, f"class is missing: an index 0 to {len(names) - 1} or a name, {', '.join(names)}")
-    try:
-        query = GenerateQuery.model_validate(values)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors(include_context=False)) from None
-    label = find_label(query.class_, names)
-    steps = min(manifest.sampler.steps, horizon_of(manifest, settings)) if query.steps is None else query.steps
-    check_work(query, steps, manifest, settings)
-    seed = secrets.randbelow(2**31 - settings.max_samples) if query.seed is None else query.seed
-    every = 0 if not query.stream else query.every or max(1, steps // PREVIEWS)
-    sampler = replace(
-        manifest.sampler,
-        steps=steps,
-        step_size=manifest.sampler.step_size if query.step_size is None else query.step_size,
-        noise_std=manifest.sampler.noise_std * math.sqrt(query.temperature),
-    )
-    return Order(words, query, Job(label, query.n, sampler, seed, every))
-
-
-def document(request: Request, body: bytes | bytearray) -> dict[str, Any]:
+def parse_body(request: Request, body: bytes | bytearray) -> dict[str, Any]:
     """Return the body of a POST as an object."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/x-www-form-urlencoded":  # curl -d class=3
@@ -75,27 +85,67 @@ def document(request: Request, body: bytes | bytearray) -> dict[str, Any]:
     return found
 
 
-def find_label(wanted: str | int, names: list[str]) -> int:
+def validate(values: dict[str, Any], manifest: Manifest, settings: Settings) -> GenerateRequest:
+    """Return the request that ``values`` describe; raise Problem 422 for a wrong type, an unknown name or a number beyond its limit."""
+    labels = manifest.labels
+    if "class" not in values:
+        raise Problem(422, f"class is missing: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
+    try:
+        query = GenerateQuery.model_validate(values)
+    except ValidationError as error:
+        raise Problem(422, explain(error)) from None
+    label = find_label(query.class_, labels)
+    steps = min(manifest.sampler.steps, max_steps(manifest, settings)) if query.steps is None else query.steps
+    check_limits(query, steps, manifest, settings)
+    seed = secrets.randbelow(2**31 - settings.max_samples) if query.seed is None else query.seed
+    every = 0 if not query.stream else query.every or max(1, steps // PREVIEWS)
+    sampler = replace(
+        manifest.sampler,
+        steps=steps,
+        step_size=manifest.sampler.step_size if query.step_size is None else query.step_size,
+        noise_std=manifest.sampler.noise_std * math.sqrt(query.temperature),
+    )
+    return GenerateRequest(query, GenerateJob(label, query.n, sampler, seed, every))
+
+
+def explain(error: ValidationError) -> str:
+    """Return pydantic's findings as one readable line."""
+    found = []
+    for item in error.errors(include_context=False):
+        place = ".".join(str(part) for part in item["loc"] if part not in ("str", "int"))
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(field.alias or name for name, field in GenerateQuery.model_fields.items())
+            found.append(f"{place[:40]} is unknown; known are {known}")
+        else:
+            found.append(f"{place}: {item['msg']}" if place else item["msg"])
+    return "; ".join(found)
+
+
+def find_label(wanted: str | int, labels: list[str]) -> int:
     """Return the class index that an index or a name means; a name in any case and either of Unicode's normal forms."""
     text = unicodedata.normalize("NFC", str(wanted).strip())
     if not isinstance(wanted, int):
-        known = [unicodedata.normalize("NFC", name) for name in names]
-        folded = [name.casefold() for name in known]
+        known = [unicodedata.normalize("NFC", label) for label in labels]
+        folded = [label.casefold() for label in known]
         for name, among in ((text, known), (text.casefold(), folded)):
             if name in among:
                 return among.index(name)
     with contextlib.suppress(ValueError):
-        if text.isascii() and 0 <= int(text) < len(names):
+        if text.isascii() and 0 <= int(text) < len(labels):
             return int(text)
-    raise Problem(422, f"class {text[:40]!r} is unknown: an index 0 to {len(names) - 1} or a name, {', '.join(names)}")
+    raise Problem(422, f"class {text[:40]!r} is unknown: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
 
 
-def check_work(query: GenerateQuery, steps: int, manifest: Manifest, settings: Settings) -> None:
+def check_limits(query: GenerateQuery, steps: int, manifest: Manifest, settings: Settings) -> None:
     """Raise Problem 422 for a number beyond its limit."""
-    s, horizon = settings, horizon_of(manifest, settings)
-    for name, value, limit in (("n", query.n, s.max_samples), ("steps", steps, horizon), ("scale", query.scale, s.max_scale)):
+    s = settings
+    for name, value, limit in (
+        ("n", query.n, s.max_samples),
+        ("steps", steps, max_steps(manifest, s)),
+        ("scale", query.scale, s.max_scale),
+    ):
         if not 1 <= value <= limit:
-            tuned = ", the horizon this model's sampler was tuned for; serve --max-steps raises it" if name == "steps" else ""
+            tuned = ", the number this model's sampler was tuned for; serve --max-steps raises it" if name == "steps" else ""
             raise Problem(422, f"{name} must be 1 to {limit}, not {value}{tuned if not s.max_steps else ''}")
     size = manifest.input
     if query.n * query.scale**2 * size.height * size.width > s.max_sheet and (query.format == "png" or query.stream):
@@ -111,6 +161,6 @@ def check_work(query: GenerateQuery, steps: int, manifest: Manifest, settings: S
         raise Problem(422, f"n must be 1 to {s.max_streamed} with stream=true, not {query.n}")
 
 
-def horizon_of(manifest: Manifest, settings: Settings) -> int:
+def max_steps(manifest: Manifest, settings: Settings) -> int:
     """Return the most steps of a chain."""
     return settings.max_steps or manifest.sampler.steps

@@ -5,47 +5,46 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEADER_BYTES = 64 * 1024
-HEADER_SECONDS = 20.0
-"""Seconds from the connection, or from the first byte of a later request, to the end of its headers."""
-STALL_SECONDS = 60.0
-"""Seconds in which a client must take some more of its answer."""
+from ebjdat_serve.server.settings import Settings
+
 _open: "set[BoundedProtocol]" = set()
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """httptools takes headers and trailers without limit; uvicorn waits for ever, for the rest of them and for a client that reads nothing.
+    """uvicorn's protocol with the bounds that it lacks: on header bytes, and on the time for headers and for a client to read its response.
 
-    A request that is sent before the last one is answered ends the connection: uvicorn would keep any number of them in memory, and
-    would no longer see that the client of the first has left. Browsers, curl and client libraries do not pipeline.
+    A request that is sent before the last one is answered (pipelining) ends the connection: uvicorn would keep any number of them in
+    memory, and would no longer see that the client of the first has left. Browsers, curl and client libraries do not pipeline.
     """
+
+    settings: Settings
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._header_bytes = 0
-        self._waiting: asyncio.TimerHandle | None = None
-        self._stall: asyncio.TimerHandle | None = None
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Start to wait for a request."""
+        """Start the timer for the headers of the first request."""
         super().connection_made(transport)
         _open.add(self)
-        self._waiting = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+        self._header_timer = self.loop.call_later(self.settings.header_timeout, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the timers."""
-        self._waiting = stop(self._waiting)
-        self._stall = stop(self._stall)
+        """Stop the timers."""
+        self._header_timer = stop(self._header_timer)
+        self._read_timer = stop(self._read_timer)
         _open.discard(self)
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        """Give the next request so long, and refuse it before the last one is answered."""
+        """Start the timer for the headers of the next request; end the connection if the last request is not answered."""
         self._header_bytes = 0
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()
-        elif self._waiting is None:
-            self._waiting = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.settings.header_timeout, self.transport.abort)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -59,53 +58,58 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The request may start; the bounds on its body are the application's."""
-        self._waiting = stop(self._waiting)
+        """Pass the request on; the bounds on its body are in bodies.py."""
+        self._header_timer = stop(self._header_timer)
         if not self.transport.is_closing():
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Pass on the body, unless the connection is being ended."""
+        """Pass the body on, unless the connection is being closed."""
         if not self.transport.is_closing() and self.cycle is not None:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Likewise."""
+        """Pass the end of the request on, unless the connection is being closed."""
         if not self.transport.is_closing() and self.cycle is not None:
             super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser, but not with what comes after the answer to a request that never ends: a body's rest, or trailers."""
+        """Parse what has come; end the connection when a request goes on after its response: the rest of a body, or trailers."""
         if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
             self.transport.abort()
             return
         super().data_received(data)
 
     def pause_writing(self) -> None:
-        """Give the client so long to read some more."""
-        self._stall = self.loop.call_later(STALL_SECONDS, self._look, self.transport.get_write_buffer_size())
+        """Start the timer for the client to read some more."""
+        self._read_timer = self.loop.call_later(self.settings.read_timeout, self._check_read, self.transport.get_write_buffer_size())
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """It did."""
-        self._stall = stop(self._stall)
+        """Stop the timer: the client has read some more."""
+        self._read_timer = stop(self._read_timer)
         super().resume_writing()
 
-    def _look(self, unread: int) -> None:
+    def _check_read(self, unread: int) -> None:
         left = self.transport.get_write_buffer_size()
         if left >= unread:
             self.transport.abort()
         else:
-            self._stall = self.loop.call_later(STALL_SECONDS, self._look, left)
+            self._read_timer = self.loop.call_later(self.settings.read_timeout, self._check_read, left)
 
     def _count(self, size: int) -> None:
         self._header_bytes += size
-        if self._header_bytes > MAX_HEADER_BYTES:
+        if self._header_bytes > self.settings.max_headers:
             self.transport.abort()
 
 
+def bounded_protocol(settings: Settings) -> type[BoundedProtocol]:
+    """Return the protocol with the bounds of ``settings``; uvicorn takes a class."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"settings": settings})
+
+
 def stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """Cancel a timer, if there is one; return none."""
+    """Cancel a timer, if there is one; return None to put in its place."""
     if timer is not None:
         timer.cancel()
     return None

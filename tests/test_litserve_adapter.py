@@ -88,7 +88,8 @@ def test_a_stop_that_python_drops_is_given_again(tmp_path):
     script = tmp_path / "lost.py"
     script.write_text(
         "import os, pathlib, signal, sys, time\n"
-        "from ebjdat_serve.server import seam\n"
+        "from ebjdat_serve.server import litserve_adapter\n"
+        "from ebjdat_serve.server.settings import Settings\n"
         "class Lossy:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -99,7 +100,7 @@ def test_a_stop_that_python_drops_is_given_again(tmp_path):
         "        Lossy()\n"
         "        print('lost', flush=True)\n"
         "        time.sleep(30)\n"
-        "seam.run(Server(), '127.0.0.1', 1, '')\n"
+        "litserve_adapter.run(Server(), Settings(), '')\n"
         "print('stopped')\n"
     )
     (tmp_path / "private").mkdir()

@@ -1,0 +1,44 @@
+"""The networks, one file a family: `build` by the family's name, as a manifest has it. A new family is a file and a line of FAMILIES."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ebjdat_serve.bundle import parse
+from ebjdat_serve.errors import BundleError
+from ebjdat_serve.networks.network import Architecture, Network
+from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
+
+FAMILIES: dict[str, type[Architecture]] = {kind.family: kind for kind in (WideResNetArchitecture,)}
+
+
+def architecture_of(described: Mapping[str, Any]) -> Architecture:
+    """Return the architecture that a manifest describes; raise BundleError for an unknown family, and for sizes it cannot have."""
+    sizes = dict(described)
+    family = sizes.pop("family", None)
+    if family not in FAMILIES:
+        raise BundleError(f"architecture: {family!r} is no family of networks that is known here: {', '.join(FAMILIES)}")
+    try:
+        return parse(FAMILIES[family], sizes, f"architecture of {family}")
+    except ValueError as error:
+        raise BundleError(f"architecture of {family}: {error}") from error
+
+
+def build(architecture: Architecture, classes: int, weights: Mapping[str, Tensor] | None = None) -> Network:
+    """Return a network in eval mode, with ``weights`` loaded strictly when given; RuntimeError says what does not fit."""
+    network = architecture.build(classes)
+    if weights is not None:
+        network.load_state_dict(weights)
+    return network.eval()
+
+
+def network_of(weights: Mapping[str, Tensor]) -> Network:
+    """Return the network that ``weights`` are of by their names and shapes, in eval mode; raise ValueError where no family knows them."""
+    for kind in FAMILIES.values():
+        if (found := kind.of_weights(weights)) is not None:
+            return build(*found, weights)
+    raise ValueError(f"its tensors are of no network of {', '.join(FAMILIES)}")
+
+
+__all__ = ["FAMILIES", "Architecture", "Network", "architecture_of", "build", "network_of"]

@@ -1,0 +1,69 @@
+"""What every network is: a module from images to logits, and the sizes of its family, which build it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Network(nn.Module, ABC):
+    """Images (N, 3, H, W) in [0,1] to logits (N, classes): ``head`` of ``features``, pixels normalised inside.
+
+    With ``autocast`` set to a dtype the features are computed in it, channels_last; logits, and so energies, are always fp32.
+    """
+
+    autocast: torch.dtype | None = None
+    head: nn.Linear
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    @abstractmethod
+    def features(self, image: Tensor) -> Tensor:
+        """Return what the head takes, (N, F)."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.logits(image, self.autocast or torch.float32)
+
+    def logits(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the logits, features computed in ``dtype``."""
+        if dtype == torch.float32:
+            features = self.features(image)
+        else:
+            with torch.autocast(image.device.type, dtype):
+                features = self.features(image.contiguous(memory_format=torch.channels_last)).float()
+        logits: Tensor = self.head(features)
+        return logits
+
+    def folded(self, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
+        """Return x -> logits in ``dtype`` (by default that of ``autocast``) for samplers, attacks and graphs; eval mode is assumed.
+
+        A family may return the same function in a faster form. Parameters must not change while it is used, and take no gradient.
+        """
+        return partial(self.logits, dtype=dtype or self.autocast or torch.float32)
+
+
+class Architecture(ABC):
+    """The sizes of a family's networks, a frozen dataclass that checks them."""
+
+    family = ""  # its name in manifests; no annotation, which would make it a size
+
+    @abstractmethod
+    def build(self, classes: int) -> Network:
+        """Return a network in train mode, its weights drawn from torch's global generator."""
+
+    def check_images(self, height: int, width: int) -> None:  # noqa: B027 (most networks take any size)
+        """Raise ValueError, which says what to give instead, for images that the network cannot take."""
+
+    @classmethod
+    def of_weights(cls, weights: Mapping[str, Tensor]) -> "tuple[Architecture, int] | None":
+        """Return the architecture that ``weights`` are of, and how many classes; None where they are of another family, or do not tell."""
+        return None
+
+    def described(self) -> dict[str, Any]:
+        """Return family and sizes as a manifest holds them."""
+        return {"family": self.family, **vars(self)}

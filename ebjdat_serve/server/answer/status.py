@@ -1,0 +1,142 @@
+"""Answers of /health, /info and /."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ebjdat_serve import __version__, pixels
+from ebjdat_serve.bundle import Input, Provenance
+from ebjdat_serve.server.answer import Schema
+from ebjdat_serve.server.served_model import ServedModel
+from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.sgld import Sampler
+
+
+class Health(Schema):
+    """Whether every worker is ready."""
+
+    status: Literal["ok", "not ready"]
+
+
+class Index(Schema):
+    """Where to go from here."""
+
+    model: str
+    paths: list[str]
+
+
+class CalibrationInfo(Schema):
+    """What ``suspicious`` is decided by."""
+
+    n: int
+    of: str
+    dataset: str
+    score: str
+    weight: float
+
+
+class Limits(Schema):
+    """Limits of one request, and of the work in progress."""
+
+    body_bytes: int
+    image_bytes: int
+    image_pixels: int
+    images: int
+    n: int
+    steps: int
+    n_times_steps: int
+    scale: int
+    chains: int
+    backlog_seconds: float
+
+
+class ClassifyLoad(Schema):
+    """Requests to /classify and /energy in progress."""
+
+    requests: int
+    workers: int
+
+
+class GenerateLoad(ClassifyLoad):
+    """Requests to /generate in progress."""
+
+    chains: int
+    chain_steps_left: int
+    chain_steps_per_second: float
+    longest_wait_seconds: float
+
+
+class Load(Schema):
+    """What is in progress."""
+
+    classify: ClassifyLoad
+    generate: Annotated[GenerateLoad | None, Field(description="absent on a server that draws nothing")] = None
+
+
+class Refresh(Schema):
+    """The version being opened, the last one refused, and those kept for requests that began on them."""
+
+    opening: str | None
+    refused: dict[str, str] | None
+    retiring: list[str]
+
+
+class Info(Schema):
+    """The model, what runs it, the limits, what is in progress, and the measured figures."""
+
+    model: str
+    architecture: dict[str, Any]
+    labels: list[str]
+    input: Input
+    sampler: Sampler
+    provenance: Provenance
+    engine: str
+    provider: Annotated[str, Field(description="absent until a worker is ready")] = ""
+    precision: Annotated[str, Field(description="absent until a worker is ready")] = ""
+    alpha: float
+    calibration: CalibrationInfo
+    limits: Limits
+    load: Load
+    refresh: Refresh
+    metrics: Annotated[list[Any], Field(description="rows of the bundle's metrics.json")]
+    version: str
+
+
+def info_answer(
+    served: ServedModel, settings: Settings, *, steps: int, engine_info: dict[str, str], load: Load, refresh: dict[str, Any]
+) -> Info:
+    """Return the answer of /info; ``steps`` is the most steps of a chain."""
+    manifest, calibration, s = served.bundle.manifest, served.calibration, settings
+    return Info(
+        model=served.name,
+        architecture=manifest.architecture,
+        labels=manifest.labels,
+        input=manifest.input,
+        sampler=manifest.sampler,
+        provenance=manifest.provenance,
+        **engine_info,
+        alpha=s.alpha,
+        calibration=CalibrationInfo(
+            n=len(calibration.scores),
+            of=calibration.of,
+            dataset=calibration.dataset,
+            score=calibration.score,
+            weight=calibration.weight,
+        ),
+        limits=Limits(
+            body_bytes=s.max_body,
+            image_bytes=pixels.MAX_BYTES,
+            image_pixels=pixels.MAX_PIXELS,
+            images=s.max_images,
+            n=s.max_samples,
+            steps=steps,
+            n_times_steps=s.max_work,
+            scale=s.max_scale,
+            chains=s.generate_chains,
+            backlog_seconds=s.generate_backlog,
+        ),
+        load=load,
+        refresh=Refresh(**refresh),
+        metrics=served.metrics,
+        version=__version__,
+    )

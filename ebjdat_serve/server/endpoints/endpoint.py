@@ -1,0 +1,166 @@
+"""What an endpoint is, and what its handler works with."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from starlette.routing import request_response
+
+from ebjdat_serve import __version__
+from ebjdat_serve.server import api_docs, problems
+from ebjdat_serve.server.compute.model import Operation
+from ebjdat_serve.server.model_manager import ModelManager
+from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
+from ebjdat_serve.server.queues.generate_queue import GenerateQueue
+from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueue
+from ebjdat_serve.server.read.auth import ApiKeyMiddleware, HeadMiddleware, api_key
+from ebjdat_serve.server.read.bodies import decode_upload, read_upload
+from ebjdat_serve.server.read.http_protocol import connections
+from ebjdat_serve.server.served_model import ServedModel
+from ebjdat_serve.server.settings import Settings
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"model": problems.ProblemDocument, "description": problems.TITLES[code]}
+    for code in (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
+}
+
+BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
+
+
+def json_object(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an object with one field."""
+    return {"type": "object", "required": [name], "properties": {name: schema}}
+
+
+IMAGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": BINARY},
+            "multipart/form-data": {"schema": json_object("image", BINARY)},
+            "application/json": {
+                "schema": {"oneOf": [json_object("image", BASE64), json_object("images", {"type": "array", "items": BASE64})]}
+            },
+        },
+    }
+}
+"""OpenAPI's description of a body with one image or several, for every endpoint that uses Service.run_on_images."""
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What a worker says of the images of one request; ``listed``: they came as a list."""
+
+    value: Any
+    listed: bool
+    model: ServedModel
+
+
+class Service:
+    """The served model, the queues, and threads that decode and encode images."""
+
+    def __init__(
+        self,
+        manager: ModelManager,
+        settings: Settings,
+        classify: ClassifyQueue,
+        generate: GenerateQueue | None,
+        endpoints: Sequence["Endpoint"],
+    ) -> None:
+        self.manager, self.settings = manager, settings
+        self.classify_queue, self.generate_queue = classify, generate
+        self.endpoints = endpoints
+        # two pools: large sheets delay no image that is to be decoded
+        self.decoders, self.encoders = (ThreadPoolExecutor(2, thread_name_prefix=name) for name in ("decode", "encode"))
+
+    async def run_on_images(self, request: Request, operation: Operation) -> ImageResult:
+        """Read and decode the images of ``request``, and return what a classify worker makes of them by ``operation``.
+
+        Raises Problem for whatever is wrong with the request, and when it cannot be answered in time.
+        """
+        queue = self.classify_queue
+        queue.check_room()  # before the body is read; a slow body takes no slot
+        with contextlib.ExitStack() as stack:
+            async with read_upload(request, self.settings) as upload:
+                model = self.manager.active
+                deadline = stack.enter_context(queue.slot(model.key))
+                images, listed = await decode_upload(request, upload, model.bundle.manifest.input, self.settings, self.decoders)
+            value = await queue.submit(PendingRequest(model.key, operation.name, images, request, deadline))
+            return ImageResult(value, listed, model)
+
+    async def drain(self) -> None:
+        """Wait for the requests in progress, longer for /generate than for others; then fail those that are left."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        queues: list[RequestQueue] = [self.classify_queue, *([self.generate_queue] if self.generate_queue else [])]
+        while any(queue.active for queue in queues) or connections():  # uvicorn has closed the idle connections
+            await asyncio.sleep(0.1)
+            drawing = self.generate_queue and self.generate_queue.chains
+            if loop.time() - began > (self.settings.generate_graceful_timeout if drawing else self.settings.graceful_timeout):
+                break
+        for queue in queues:
+            queue.close("the server is stopping; try again when it is back")
+
+    def install(self, app: FastAPI) -> None:
+        """Add the endpoints, middleware and error pages to ``app``."""
+        app.title, app.version = "ebjdat_serve", __version__
+        problems.install(app)
+        api_docs.install(app)
+        app.add_middleware(HeadMiddleware)
+        if key := api_key():
+            app.add_middleware(ApiKeyMiddleware, key=key)
+        for endpoint in self.endpoints:
+            endpoint.install(app, self)
+
+
+Handler = Callable[[Service, Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A path, its handler, the operations that the handler has workers run, and what the OpenAPI document says of it.
+
+    The handler's docstring is the description; ``answer`` is the schema of a 200, ``responses`` are further ones by status.
+    """
+
+    path: str
+    handler: Handler
+    answer: Any = None
+    method: str = "POST"
+    operations: Sequence[Operation] = ()
+    responses: Mapping[int | str, dict[str, Any]] = field(default_factory=lambda: ERRORS)
+    openapi: Mapping[str, Any] = field(default_factory=dict)
+    example: str = ""  # an address to try
+    hidden: bool = False  # from the document and the index
+
+    def install(self, app: FastAPI, service: Service) -> None:
+        """Add the endpoint to ``app``."""
+
+        async def endpoint(request: Request) -> Response:
+            return await self.handler(service, request)
+
+        app.router.add_api_route(
+            self.path,
+            endpoint,
+            methods=[self.method],
+            name=self.handler.__name__,
+            description=self.handler.__doc__,
+            response_model=self.answer,
+            responses=dict(self.responses),
+            openapi_extra=dict(self.openapi) or None,
+            include_in_schema=not self.hidden,
+            route_class_override=DirectRoute,
+        )
+
+
+class DirectRoute(APIRoute):
+    """A route that FastAPI documents and Starlette runs: handlers parse requests and build responses themselves."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        self.app = request_response(endpoint)

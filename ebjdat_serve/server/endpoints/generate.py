@@ -1,0 +1,117 @@
+"""/generate."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+
+from ebjdat_serve.server.answer import Schema, respond
+from ebjdat_serve.server.answer.images import GenerateAnswer, GenerateAnswers, GeneratePreviewEvent, PngHeaders, event
+from ebjdat_serve.server.compute.generate_task import GENERATE
+from ebjdat_serve.server.endpoints.endpoint import ERRORS, Endpoint, Service
+from ebjdat_serve.server.payloads import GeneratedImages
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.queues.generate_queue import GenerateQueue
+from ebjdat_serve.server.queues.request_queue import PendingRequest
+from ebjdat_serve.server.read.generate_request import GenerateQuery, read_values, validate
+
+Made = TypeVar("Made")
+
+
+async def generate(service: Service, request: Request) -> Response:
+    """Draw images of one class by conditional short-run SGLD, marked as AI-made, as a PNG (grid), as JSON, or as a stream of events."""
+    queue, settings = service.generate_queue, service.settings
+    if queue is None:
+        raise Problem(404, "this server draws nothing: it was started by serve --generate-workers 0")
+    values = await read_values(request, settings)
+    with contextlib.ExitStack() as stack:
+        model = service.manager.active
+        deadline = stack.enter_context(queue.slot(model.key))
+        wanted = validate(values, model.bundle.manifest, settings)
+        queue.admit(wanted.job)
+        pending = PendingRequest(model.key, GENERATE.name, wanted.job, request, deadline)
+        stack.enter_context(queue.waiting(pending))
+        answers = GenerateAnswers(model, wanted.job, wanted.query.temperature, wanted.query.scale, settings.alpha)
+        if wanted.query.stream:
+            return EventStream(events(service, queue, pending, answers), stack.pop_all())
+        result: GeneratedImages = await pending.future
+        if wanted.query.format == "json":
+            return await in_encoder(service, lambda: respond(answers.document(result)))
+        return await in_encoder(service, lambda: answers.sheet(result))
+
+
+async def events(service: Service, queue: GenerateQueue, pending: PendingRequest, answers: GenerateAnswers) -> AsyncIterator[bytes]:
+    """Yield the newest preview whenever the client has received the last one, then the images, or the error."""
+    yield b": drawing\n\n"
+    while not pending.future.done():
+        try:
+            async with asyncio.timeout(service.settings.stream_heartbeat):
+                await pending.changed.wait()
+        except TimeoutError:
+            yield b": still there\n\n"
+            continue
+        pending.changed.clear()
+        if pending.preview and not pending.future.done():
+            preview, pending.preview = pending.preview, None
+            yield await in_encoder(service, encode_event("preview", answers.preview, preview))
+            queue.preview_taken(pending)
+    try:
+        yield await in_encoder(service, encode_event("done", answers.document, pending.future.result()))
+    except Problem as problem:
+        yield event("error", problem.document())
+
+
+def encode_event(kind: str, make: Callable[[Any], Schema], value: Any) -> Callable[[], bytes]:
+    """Return a function that makes the event of a preview or a result."""
+    return lambda: event(kind, make(value).model_dump_json())
+
+
+async def in_encoder(service: Service, make: Callable[[], Made]) -> Made:
+    """Return what ``make`` returns in a thread: to write a PNG takes time."""
+    return await asyncio.get_running_loop().run_in_executor(service.encoders, make)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; ``held`` is closed when the last event is sent, or the client leaves."""
+
+    def __init__(self, stream: AsyncIterator[bytes], held: contextlib.ExitStack) -> None:
+        super().__init__(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._held = held
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events."""
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+QUERY = GenerateQuery.model_json_schema()
+PARAMETERS = [
+    {"name": name, "in": "query", "required": name in QUERY["required"], "schema": schema} for name, schema in QUERY["properties"].items()
+]
+PNG_HEADERS = {
+    name: {"schema": {"type": schema["type"]}, "description": schema.get("description", "")}
+    for name, schema in PngHeaders.model_json_schema(mode="serialization")["properties"].items()
+}
+IMAGES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "image/png": {"schema": {"type": "string", "format": "binary"}},
+            "text/event-stream": {"schema": GeneratePreviewEvent.model_json_schema()},
+        },
+        "headers": PNG_HEADERS,
+        "description": "a PNG, JSON with format=json, or events with stream=true: preview, then done, which has what format=json answers",
+    }
+}
+SHARED: dict[str, Any] = {
+    "answer": GenerateAnswer, "operations": [GENERATE], "responses": {**ERRORS, **IMAGES}, "example": "/generate?class=3",
+}  # fmt: skip
+GENERATE_GET = Endpoint("/generate", generate, method="GET", openapi={"parameters": PARAMETERS}, **SHARED)
+GENERATE_POST = Endpoint(
+    "/generate",
+    generate,
+    openapi={"requestBody": {"required": False, "content": {"application/json": {"schema": QUERY}}}},
+    **SHARED,
+)

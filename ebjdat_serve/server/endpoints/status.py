@@ -1,0 +1,60 @@
+"""/health, /info and /."""
+
+from fastapi import Request, Response
+
+from ebjdat_serve.server.answer import respond
+from ebjdat_serve.server.answer.status import ClassifyLoad, GenerateLoad, Health, Index, Info, Load, info_answer
+from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
+from ebjdat_serve.server.read.generate_request import max_steps
+
+
+async def health(service: Service, request: Request) -> Response:
+    """Return ok when every worker is ready."""
+    return respond(Health(status="ok")) if service.manager.ready() else respond(Health(status="not ready"), 503)
+
+
+async def info(service: Service, request: Request) -> Response:
+    """Return the model, what runs it, the limits, what is in progress, and the measured figures."""
+    served = service.manager.active
+    return respond(
+        info_answer(
+            served,
+            service.settings,
+            steps=max_steps(served.bundle.manifest, service.settings),
+            engine_info=service.manager.engine_info(),
+            load=load(service),
+            refresh=service.manager.refresh_status(),
+        )
+    )
+
+
+def load(service: Service) -> Load:
+    """Return what is in progress."""
+    classify, generate = service.classify_queue, service.generate_queue
+    requests = ClassifyLoad(requests=classify.active, workers=len(classify.workers))
+    if generate is None:
+        return Load(classify=requests)
+    return Load(
+        classify=requests,
+        generate=GenerateLoad(
+            requests=generate.active,
+            workers=len(generate.workers),
+            chains=generate.chains,
+            chain_steps_left=generate.work,
+            chain_steps_per_second=round(generate.rate, 1),
+            longest_wait_seconds=round(generate.longest_wait, 3),
+        ),
+    )
+
+
+async def index(service: Service, request: Request) -> Response:
+    """Return where to go from here."""
+    kinds = {queue.kind for queue in (service.classify_queue, service.generate_queue) if queue}
+    offered = [one for one in service.endpoints if not one.hidden and all(operation.kind in kinds for operation in one.operations)]
+    paths = [*dict.fromkeys(one.example or one.path for one in offered), "/docs"]
+    return respond(Index(model=service.manager.active.name, paths=paths))
+
+
+HEALTH = Endpoint("/health", health, Health, method="GET", responses={503: {"model": Health}})
+INFO = Endpoint("/info", info, Info, method="GET", responses={})
+INDEX = Endpoint("/", index, Index, method="GET", responses={}, hidden=True)

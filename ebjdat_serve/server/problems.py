@@ -1,0 +1,75 @@
+"""Errors as RFC 9457 problem documents: what is wrong, which limit or fix, and never a traceback."""
+
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+TITLES = {
+    400: "Bad request",
+    401: "Not allowed",
+    404: "Not found",
+    405: "Method not allowed",
+    408: "Body too slow",
+    413: "Too large",
+    415: "Unsupported content type",
+    422: "Invalid input",
+    429: "Too much at once",
+    500: "Internal error",
+    503: "Busy",
+    504: "Deadline exceeded",
+}
+
+
+class ProblemDocument(BaseModel):
+    """RFC 9457."""
+
+    title: str
+    status: int
+    detail: str
+    index: Annotated[int | None, Field(description="of the invalid image in a list; absent otherwise")] = None
+
+
+class Problem(Exception):
+    """An error response: HTTP status, a sentence that names the limit or the fix, headers, and further fields of ProblemDocument."""
+
+    def __init__(self, status: int, detail: str, *, headers: dict[str, str] | None = None, **extra: Any) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers, self.extra = status, detail, headers, extra
+
+    def document(self) -> str:
+        """Return the ProblemDocument as JSON."""
+        title = TITLES.get(self.status, "Error")
+        return ProblemDocument(title=title, status=self.status, detail=self.detail, **self.extra).model_dump_json(exclude_unset=True)
+
+    def response(self) -> Response:
+        """Return the problem as a response."""
+        return Response(self.document(), self.status, headers=self.headers, media_type="application/problem+json")
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of ``app`` a problem document."""
+
+    @app.exception_handler(Problem)
+    async def problem(_: Request, error: Problem) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        path = request.scope["path"]
+        if error.status_code == 404:
+            return Problem(404, f"no such path {path}; see /docs").response()
+        if error.status_code == 405:
+            allowed = ", ".join(sorted(methods_of(app, path)))
+            return Problem(405, f"{path} does not take {request.method}; use {allowed}", headers={"Allow": allowed}).response()
+        return Problem(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, __: Exception) -> Response:
+        return Problem(500, "the server failed on this request; its log has the cause").response()
+
+
+def methods_of(app: FastAPI, path: str) -> set[str]:
+    """Return the methods of every route at ``path``."""
+    return {method for route in app.routes if getattr(route, "path", None) == path for method in getattr(route, "methods", ())}

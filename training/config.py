@@ -1,0 +1,101 @@
+"""The configuration of a training stage; training/presets.py holds the named ones."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ebjdat_serve.networks import Architecture
+from ebjdat_serve.sgld import Sampler
+from training.methods import Method
+from training.methods.adversary import Threat
+from training.methods.sharpness import Sharpness
+
+CHOICES = {
+    "augment": ("none", "crop", "strong"),
+    "plain_augment": ("none", "crop", "strong"),
+    "optimiser": ("sgd", "adam"),
+    "schedule": ("linear", "cosine", "constant"),
+    "precision": ("auto", "fp32", "bf16"),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One training stage. Lengths in pixels of [0,1], energies in nats, epochs of the labelled stream."""
+
+    name: str
+    dataset: str  # a name of training/data/sources.py, or the path of a folder of class sub-folders
+    method: Method[Any]
+    architecture: Architecture
+    epochs: float
+    seed: int = 0
+    warm_start: "Preset | None" = None  # the stage whose weights this one starts from
+    threat: Threat = Threat("linf", 8 / 255)
+
+    # data
+    size: int = 0  # side that a folder's images are squashed to, 0: their own
+    batch_size: int = 128
+    plain_batch: int = 64  # of the p(x) stream
+    augment: str = "crop"  # none | crop | strong: of the labelled stream
+    plain_augment: str = "none"  # of the p(x) stream
+    padding: int = 4  # pixels of the random crop
+    flip: bool = True  # mirror images, where the data set allows
+    extra: str = ""  # extra labelled images: an .npz or a folder
+    extra_fraction: float = 0.7  # their share of the labelled batch
+
+    # optimiser; the rate rises linearly up to lr_peak of the run, then follows the schedule
+    optimiser: str = "sgd"  # sgd (Nesterov) | adam
+    lr: float = 0.2
+    schedule: str = "linear"  # linear | cosine, to zero, or constant
+    lr_peak: float = 0.4
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    gradient_clip: float = 0.0  # global norm, 0: none
+    sharpness: Sharpness | None = None
+    frozen_norm: bool = False  # batch norm keeps the warm start's statistics
+    ema: float = 0.995
+    precision: str = "auto"  # auto (bf16 where the machine has it) | fp32 | bf16
+
+    # what generation uses by default in the bundle, and the rank of the prior
+    sample: Sampler = Sampler(steps=40, step_size=0.25, grad_clip=2.0, noise_std=0.005)
+    prior_rank: int = 48
+
+    # survival: a state is saved so often; beyond the limits the run has diverged, and rolls back so many times at most
+    save_seconds: float = 45.0
+    energy_gap_limit: float = 50.0  # nats between data and chains
+    saturation_limit: float = 0.5  # share of chain pixels at 0 or 1 beyond the data's own
+    rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("lr", "ema", "momentum", "weight_decay", "gradient_clip", "epochs", "padding", "plain_batch", "size"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number from 0 up, not {getattr(self, name)}")
+        for name in ("batch_size", "prior_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if not 0 <= self.lr_peak < 1 or not math.isfinite(self.threat.eps):
+            raise ValueError("lr_peak must be from 0 to below 1, and eps finite")
+        if self.size:
+            self.architecture.check_images(self.size, self.size)
+
+
+def stages(stage: Preset) -> list[Preset]:
+    """Return the warm start's stage, if there is one, on the same data, network and ball, and the stage itself."""
+    if stage.warm_start is None:
+        return [stage]
+    shared = ("seed", "dataset", "size", "flip", "architecture", "threat", "prior_rank", "sample", "precision", "extra", "extra_fraction")
+    changes: dict[str, Any] = {name: getattr(stage, name) for name in shared}
+    return [replace(stage.warm_start, **changes), stage]
+
+
+def describe(stage: Preset) -> dict[str, Any]:
+    """Return the preset as JSON: methods and sharpness carry their kind, the network its family, the warm start only its name."""
+    described = asdict(replace(stage, warm_start=None))
+    for name in ("method", "sharpness"):
+        if described[name] is not None:
+            described[name] = {"kind": type(getattr(stage, name)).__name__, **described[name]}
+    described["architecture"] = stage.architecture.described()
+    return {**described, "warm_start": stage.warm_start.name if stage.warm_start else None}

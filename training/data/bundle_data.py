@@ -1,0 +1,22 @@
+"""The data set that a bundle was trained on."""
+
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.errors import BundleError
+from training.data.datasets import Dataset, load
+
+
+def check_data(bundle: Bundle, data: Dataset) -> None:
+    """Raise BundleError unless ``data`` is, split for split, what the bundle was trained on: else splits would overlap."""
+    bundle.check_files()
+    if data.sha256 != bundle.manifest.provenance.data_sha256:
+        raise BundleError(
+            f"{data.name} here (sha256 {data.sha256[:12]}) is not, in this order, what {bundle.path} was trained on "
+            f"({bundle.manifest.provenance.data_sha256[:12]}): its calibration split would hold training images"
+        )
+
+
+def dataset_of(bundle: Bundle, moved: str | None = None) -> Dataset:
+    """Return the data set that the bundle names, a folder's images at the bundle's size; ``moved``: where the folder is now."""
+    manifest = bundle.manifest
+    source = moved or manifest.provenance.configuration.get("dataset", manifest.provenance.dataset)
+    return load(source, (manifest.input.height, manifest.input.width))

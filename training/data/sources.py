@@ -1,0 +1,57 @@
+"""Named data sets. A new one is a reader (see training/data/archives.py) and one entry of SOURCES."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.data import archives
+from training.data.image_folders import Split
+
+Read = Callable[[Path], tuple[tuple[str, ...], Split, Split]]
+"""The data folder -> class names, train and test; a reader downloads what is missing where it can."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a data set is read and split, and the properties of models trained on it."""
+
+    read: Read
+    held_out: int = 2500  # images of the selection split, and of the calibration split
+    flip: bool = True  # a mirror image is of the same class
+    linf: float = 8 / 255  # the l-inf eps that robustness is quoted at, its half beside it; pixels of [0,1]
+    l2: float = 0.5  # and the l2 eps
+    budget: str | None = None  # of training/presets.py; None: small or large, by the device
+    licence: str = ""  # of weights trained on it, for the model card
+
+
+SOURCES: dict[str, Source] = {
+    "cifar10": Source(
+        archives.cifar10,
+        licence="Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, "
+        "non-commercial, is used for evaluation only.",
+    ),
+    "cifar100": Source(
+        archives.cifar100,
+        licence="Weights: Apache-2.0. CIFAR-100 (Krizhevsky 2009) states no licence; its use here follows research custom.",
+    ),
+    "svhn": Source(
+        archives.svhn,
+        flip=False,
+        licence="Weights of a model trained on SVHN (Netzer et al. 2011), which is for non-commercial use only.",
+    ),
+    "digits": Source(
+        archives.digits,
+        held_out=200,
+        flip=False,
+        linf=51 / 255,
+        l2=1.0,
+        budget="digits",
+        licence="Weights: Apache-2.0. Digits: UCI, Alpaydin and Kaynak 1998, as scikit-learn ships them (CC BY 4.0).",
+    ),
+}
+
+
+def balls(name: str) -> tuple[float, float]:
+    """Return the l-inf and the l2 eps of a data set; those of CIFAR-10 for a folder of one's own."""
+    source = SOURCES.get(name, SOURCES["cifar10"])
+    return source.linf, source.l2
