@@ -10,7 +10,10 @@ from ebjdat_serve.errors import BundleError
 from ebjdat_serve.networks.network import Architecture, Network
 from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
 
-FAMILIES: dict[str, type[Architecture]] = {kind.family: kind for kind in (WideResNetArchitecture,)}
+FAMILIES: dict[str, type[Architecture]] = {
+    WideResNetArchitecture.family: WideResNetArchitecture,
+}
+"""Every family by its name in manifests."""
 
 
 def architecture_of(described: Mapping[str, Any]) -> Architecture:
