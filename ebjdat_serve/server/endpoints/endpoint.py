@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +12,14 @@ from fastapi.routing import APIRoute
 from starlette.routing import request_response
 
 from ebjdat_serve import __version__
+from ebjdat_serve.keys import Scope
 from ebjdat_serve.server import api_docs, problems
 from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueue
-from ebjdat_serve.server.read.auth import ApiKeyMiddleware, HeadMiddleware, api_key
+from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware, HeadMiddleware
 from ebjdat_serve.server.read.bodies import decode_upload, read_upload
 from ebjdat_serve.server.read.http_protocol import connections
 from ebjdat_serve.server.served_model import ServedModel
@@ -26,7 +27,7 @@ from ebjdat_serve.server.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": problems.ProblemDocument, "description": problems.TITLES[code]}
-    for code in (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
+    for code in (400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
 }
 
 BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
@@ -71,8 +72,9 @@ class Service:
         classify: ClassifyQueue,
         generate: GenerateQueue | None,
         endpoints: Sequence["Endpoint"],
+        access: Access,
     ) -> None:
-        self.manager, self.settings = manager, settings
+        self.manager, self.settings, self.access = manager, settings, access
         self.classify_queue, self.generate_queue = classify, generate
         self.endpoints = endpoints
         # two pools: large sheets delay no image that is to be decoded
@@ -106,14 +108,18 @@ class Service:
         for queue in queues:
             queue.close("the server is stopping; try again when it is back")
 
+    def scopes(self) -> dict[str, Collection[Scope]]:
+        """Return, by path, the scopes of which an API key needs one."""
+        operate: Collection[Scope] = {"operate"}
+        return dict.fromkeys(api_docs.PATHS, operate) | {one.path: one.key_scopes for one in self.endpoints}
+
     def install(self, app: FastAPI) -> None:
         """Add the endpoints, middleware and error pages to ``app``."""
         app.title, app.version = "ebjdat_serve", __version__
         problems.install(app)
         api_docs.install(app)
         app.add_middleware(HeadMiddleware, paths={*api_docs.PATHS, *(one.path for one in self.endpoints if one.takes_head)})
-        if key := api_key():
-            app.add_middleware(ApiKeyMiddleware, key=key, keyless={one.path for one in self.endpoints if one.keyless})
+        app.add_middleware(ApiKeyMiddleware, access=self.access, scopes=self.scopes())
         for endpoint in self.endpoints:
             endpoint.install(app, self)
 
@@ -137,7 +143,14 @@ class Endpoint:
     openapi: Mapping[str, Any] = field(default_factory=dict)
     example: str = ""  # an address to try
     hidden: bool = False  # from the document and the index
-    keyless: bool = False  # answered without the server's API key
+    scopes: Collection[Scope] | None = None  # an API key needs one of these; none: no key is needed; None: as the operations say
+
+    @property
+    def key_scopes(self) -> Collection[Scope]:
+        """The scopes of which an API key needs one: that of the workers it has compute something, ``operate`` where there are none."""
+        if self.scopes is not None:
+            return self.scopes
+        return {operation.kind for operation in self.operations} or {"operate"}
 
     @property
     def takes_head(self) -> bool:
