@@ -75,7 +75,7 @@ def count(group: str, help: str, unit: str, at_least: int = 1) -> About:
 
 def per_client(help: str, unit: str, most: int) -> About:
     """Return what a limit of each client is; ``most`` where others than this machine's programs are clients."""
-    shown = f"{most} beyond loopback or with --trusted-proxy, else 0"
+    shown = f"{most} beyond loopback or behind trusted proxies, else 0"
     return About(CLIENTS, f"{help}, of one client, beyond which it is answered 429; 0: no limit", unit, at_least=0, shown=shown)
 
 

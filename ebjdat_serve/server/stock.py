@@ -132,7 +132,7 @@ class StockGenerate(Stock):
 def run(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; raise EngineError when a worker cannot start, EbjdatError for keys, which this mode does not check."""
     if settings.keys or os.environ.get(VARIABLE) is not None:
-        raise EbjdatError(f"--stock checks no keys: leave it out, or --keys and {VARIABLE}")
+        raise EbjdatError(f"serve --stock checks no keys: leave it out, or --keys and {VARIABLE}")
     classify = StockClassify(settings, max_batch_size=settings.max_batch, batch_timeout=BATCH_SECONDS, api_path="/classify")
     apis: list[ls.LitAPI] = [classify]
     if settings.generate_workers:
