@@ -108,10 +108,15 @@ class Service:
         for queue in queues:
             queue.close("the server is stopping; try again when it is back")
 
-    def scopes(self) -> dict[str, Collection[Scope]]:
-        """Return, by path, the scopes of which an API key needs one."""
-        operate: Collection[Scope] = {"operate"}
-        return dict.fromkeys(api_docs.PATHS, operate) | {one.path: one.key_scopes for one in self.endpoints}
+    def scopes(self) -> dict[str, set[Scope]]:
+        """Return, by path, the scopes of which an API key needs one; none where no key is needed."""
+        found: dict[str, set[Scope]] = {path: {"operate"} for path in api_docs.PATHS}
+        for path in {one.path for one in self.endpoints}:
+            here = [one for one in self.endpoints if one.path == path]
+            said = [one.scopes for one in here if one.scopes is not None]
+            kinds: set[Scope] = {operation.kind for one in here for operation in one.operations}
+            found[path] = set().union(*said) if said else kinds or {"operate"}
+        return found
 
     def install(self, app: FastAPI) -> None:
         """Add the endpoints, middleware and error pages to ``app``."""
@@ -143,14 +148,7 @@ class Endpoint:
     openapi: Mapping[str, Any] = field(default_factory=dict)
     example: str = ""  # an address to try
     hidden: bool = False  # from the document and the index
-    scopes: Collection[Scope] | None = None  # an API key needs one of these; none: no key is needed; None: as the operations say
-
-    @property
-    def key_scopes(self) -> Collection[Scope]:
-        """The scopes of which an API key needs one: that of the workers it has compute something, ``operate`` where there are none."""
-        if self.scopes is not None:
-            return self.scopes
-        return {operation.kind for operation in self.operations} or {"operate"}
+    scopes: Collection[Scope] | None = None  # an API key needs one of these, no key if there is none; None: as operations say, or operate
 
     @property
     def takes_head(self) -> bool:

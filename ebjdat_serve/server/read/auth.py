@@ -51,7 +51,7 @@ class Access:
 
     def chains(self, request: Request, n: int) -> AbstractContextManager[None]:
         """Count ``n`` chains of the client that sends ``request`` until the block ends; raise Problem 429 beyond its limit."""
-        return self.counts.held(request.scope["client"], "chains", request.state.limits, n)
+        return self.counts.held(request.scope["client"], "chains", request.scope["limits"], n)
 
 
 class HeadMiddleware:
@@ -71,8 +71,8 @@ class ApiKeyMiddleware:
     """Names the client of a request, and refuses what its key or its limits do not allow.
 
     A server with keys answers 401 without a known X-API-Key and 403 for a key without the path's scope; any server 429 beyond a limit of
-    the client. What is passed on has the client's name (str) in ``scope["client"]``, where servers put the address of the connection, and
-    ``key`` (Key | None) and ``limits`` (Limits) in ``request.state``.
+    the client. The scope that is passed on has the client's name (str) as ``client``, where servers put the address of the connection, the
+    scopes of its key as ``scopes``, none without one, and its Limits as ``limits``.
     """
 
     def __init__(self, app: ASGI, access: Access, scopes: Mapping[str, Collection[Scope]]) -> None:
@@ -100,8 +100,8 @@ class ApiKeyMiddleware:
                     body.close()  # it is here, or the client has gone
                 return message
 
-            state = {**scope.get("state", {}), "key": key, "limits": limits}
-            return await self._app({**scope, "client": client, "state": state}, receive_body, send)
+            known = {"client": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
+            return await self._app(scope | known, receive_body, send)
 
     async def _identify(self, scope: Any) -> tuple[str, Key | None, Limits]:
         """Return the client's name, its key if the server has keys, and its limits. Raises Problem 400, 401, 403, 404 or 429."""
