@@ -218,7 +218,7 @@ class Setting:
 
     def add_to(self, group: "argparse._ArgumentGroup") -> None:
         """Add the option; where it is not given, the parsed arguments have no value for it."""
-        here = f": {self.default}" if self.about.shown and self.type is int else ""  # what it is on this machine
+        here = f": {self.default}" if self.about.shown and isinstance(self.default, int) else ""  # what it is on this machine
         text = f"{self.about.help} ({self.default_text}{here})"
         common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if self.type is bool:

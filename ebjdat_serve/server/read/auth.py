@@ -20,6 +20,7 @@ from ebjdat_serve.server.read.client_limits import ClientLimits, Limits, limits_
 from ebjdat_serve.server.settings import Settings
 
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
+Receive = Callable[[], Awaitable[Any]]
 LOOK_SECONDS = 1.0
 """Seconds between looks at the key file."""
 
@@ -86,22 +87,33 @@ class ApiKeyMiddleware:
         with ExitStack() as held:
             try:
                 client, key, limits = await self._identify(scope)
-                self._access.counts.request(client, limits)
-                held.enter_context(self._access.counts.held(client, "requests", limits))
-                body = held.enter_context(ExitStack())
-                if has_body(scope["headers"]):
-                    body.enter_context(self._access.counts.held(client, "bodies", limits))
+                if limits.on_requests:
+                    receive = self._count(client, limits, scope["headers"], receive, held)
             except Problem as problem:
                 return await problem.response()(scope, receive, send)
-
-            async def receive_body() -> Any:
-                message = await receive()
-                if not message.get("more_body"):
-                    body.close()  # it is here, or the client has gone
-                return message
-
             known = {"client": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
-            return await self._app(scope | known, receive_body, send)
+            return await self._app(scope | known, receive, send)
+
+    def _count(self, client: str, limits: Limits, headers: list[tuple[bytes, bytes]], receive: Receive, held: ExitStack) -> Receive:
+        """Count a request until ``held`` is closed, and its body until the returned ``receive`` has given all of it.
+
+        Raises Problem 429 beyond a limit.
+        """
+        counts = self._access.counts
+        counts.request(client, limits)
+        held.enter_context(counts.held(client, "requests", limits))
+        if not has_body(headers):
+            return receive
+        body = held.enter_context(ExitStack())
+        body.enter_context(counts.held(client, "bodies", limits))
+
+        async def receive_body() -> Any:
+            message = await receive()
+            if not message.get("more_body"):
+                body.close()  # it is here, or the client has gone
+            return message
+
+        return receive_body
 
     async def _identify(self, scope: Any) -> tuple[str, Key | None, Limits]:
         """Return the client's name, its key if the server has keys, and its limits. Raises Problem 400, 401, 403, 404 or 429."""

@@ -43,7 +43,12 @@ class Limits:
             changes["burst"] = burst
         if concurrency is not None:
             changes["requests"] = concurrency
-        return replace(self, **changes, own=frozenset(changes))  # type: ignore[arg-type]
+        return replace(self, **changes, own=frozenset(changes)) if changes else self  # type: ignore[arg-type]
+
+    @property
+    def on_requests(self) -> bool:
+        """Whether requests or their bodies are limited."""
+        return not (self.rate is None and self.requests is None and self.bodies is None)
 
     @property
     def tolerance(self) -> float:
