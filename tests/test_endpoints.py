@@ -1,4 +1,4 @@
-"""A new endpoint is a handler, an operation and an entry; what the OpenAPI document says of answers is what they hold."""
+"""Tests that a new endpoint takes a handler and an operation, and that responses match the OpenAPI document."""
 
 import base64
 import sys

@@ -1,4 +1,4 @@
-"""A network, a method and a data set, each added by one entry of its registry and nothing else."""
+"""Tests that a network, a method and a data set are each added by one registry entry."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def documented(document, header):
 def test_every_network_data_set_and_endpoint_is_documented():
     assert documented("docs/training.md", "| family | sizes | images | |")[1] == list(FAMILIES)
     assert documented("docs/training.md", "| `--data` | classes | images | source |")[1] == list(SOURCES)
-    paths = re.findall(r"/\w+", " ".join(documented("README.md", "| | request | response |")[1]))
+    paths = re.findall(r"/\w+", " ".join(documented("docs/serving.md", "| path | answer | computed by |")[1]))
     assert set(paths) == {one.path for one in ENDPOINTS if not one.hidden} | {DOCS}
 
 
@@ -134,8 +134,8 @@ def test_a_network_of_another_family_is_trained_exported_and_served(monkeypatch,
 
 def test_a_family_says_what_it_cannot_be_and_which_weights_are_its_own():
     for described, said in (
-        ({"family": "resnet", "depth": 10}, "'resnet' is no family"),
-        ({"depth": 10, "width": 1}, "None is no family"),
+        ({"family": "resnet", "depth": 10}, "'resnet' is not a known family"),
+        ({"depth": 10, "width": 1}, "None is not a known family"),
         ({"family": "wideresnet", "depth": 12, "width": 1}, r"depth must be 6n \+ 4"),
         ({"family": "wideresnet", "depth": 10}, "missing keys"),
         ({"family": "wideresnet", "depth": 10, "width": "1"}, "is not a int"),
@@ -145,7 +145,7 @@ def test_a_family_says_what_it_cannot_be_and_which_weights_are_its_own():
     sizes = WideResNetArchitecture(16, 2)
     found = network_of(sizes.build(7).state_dict())
     assert (found.classes, type(found), len(found.blocks)) == (7, type(sizes.build(7)), 6)
-    with pytest.raises(ValueError, match="of no network of wideresnet"):
+    with pytest.raises(ValueError, match="match no network family: wideresnet"):
         network_of(TinyArchitecture().build(7).state_dict())
 
 

@@ -1,4 +1,4 @@
-"""The live server through real HTTP: what it answers, and that bad input harms nobody."""
+"""Tests of the live server over HTTP: its responses, and that bad input does not affect other requests."""
 
 import asyncio
 import base64
