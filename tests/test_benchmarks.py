@@ -231,6 +231,7 @@ def test_a_folder_without_rows_has_no_table(tmp_path, monkeypatch, capsys):
     assert "holds no wrn28-NAME/metrics.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_gpu_are_compared_with_one_alone(tmp_path, monkeypatch, capsys):
     words = ["gpu_parallel.py", "--network", "10", "1", "--batch", "8", "--seconds", "0.2", "--start", "0.01"]
     monkeypatch.setattr(sys, "argv", [*words, "--processes", "2"])

@@ -89,6 +89,7 @@ def test_without_a_server_they_say_how_to_start_one(folder, name, arguments):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_curl_script(live, folder, tmp_path):
     done = client("curl.sh", folder / "real0.png", f"{live.url}/", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

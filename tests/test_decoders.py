@@ -18,7 +18,7 @@ from benchmarks.hostile_images import encoded, jpeg_of_scans, png, webp
 from ebjdat_serve import pixels
 from ebjdat_serve.decoding import pool, wire
 from ebjdat_serve.decoding.header import Limits
-from ebjdat_serve.decoding.jobs import DecoderLost, FairQueue
+from ebjdat_serve.decoding.jobs import DecoderLost
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.decoding.pool import Decoders, PoolSettings
 from ebjdat_serve.errors import EbjdatError, InvalidImage
@@ -375,19 +375,6 @@ def test_heavy_decodes_wait_for_memory_in_turn_and_others_pass_them(monkeypatch)
     assert done.index("small") < done.index("a1")
     assert done.index("light") < done.index("a3")
     assert done.index("b") < done.index("a3")  # one client's four do not all come first
-
-
-def test_clients_take_turns():
-    queue = FairQueue()
-    for client, item in [("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5), ("b", 6)]:
-        queue.put(client, item)
-    queue.remove("b", 6)
-    queue.remove("b", 7)
-    queue.remove("d", 1)
-    assert len(queue) == 5
-    assert queue.head() == 1
-    assert [queue.pop() for _ in range(5)] == [1, 4, 5, 2, 3]
-    assert queue.head() is None
 
 
 def test_memory_that_is_too_little_for_one_image_is_refused_at_the_start():

@@ -340,6 +340,7 @@ def test_evidence_is_no_part_of_what_is_served(bundle):
     assert bundle.update("calibration.json").served != before
 
 
+@pytest.mark.slow
 def test_a_running_server_does_not_swap_because_somebody_measured(bundle, tmp_path, picture):
     log = tmp_path / "log"
     with serving(bundle.path, log) as server:

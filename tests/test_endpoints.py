@@ -8,7 +8,10 @@ import httpx2
 import numpy as np
 import pytest
 
+from ebjdat_serve.server.app import operations_of
+from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.endpoints import ENDPOINTS
+from ebjdat_serve.server.endpoints.endpoint import Endpoint
 from ebjdat_serve.server.settings import SHIPPED
 from tests.conftest import serving
 
@@ -68,7 +71,7 @@ async def unlisted_chains(service, request):
 
 ENDPOINTS += [
     Endpoint("/forward", forward, Outputs, operations=[FORWARD], openapi=IMAGE_BODY),
-    Endpoint("/labels", labels, method="GET", keyless=True, responses={}),
+    Endpoint("/labels", labels, method="GET", scopes=(), responses={}),
     Endpoint("/unlisted", unlisted, hidden=True),
     Endpoint("/unlisted-chains", unlisted_chains, hidden=True),
 ]
@@ -158,6 +161,13 @@ def test_operations_that_come_at_once_are_not_mixed_up(client, picture):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_two_operations_of_one_name_are_refused():
+    same = [Endpoint(path, None, operations=[Operation("sum", "classify", max)]) for path in ("/a", "/b")]
+    assert [operation.name for operation in operations_of(same)] == ["sum"]
+    with pytest.raises(ValueError, match="two operations are named 'sum'"):
+        operations_of([*same, Endpoint("/c", None, operations=[Operation("sum", "classify", min)])])
 
 
 # answers and their document ------------------------------------------------------------------------------------------

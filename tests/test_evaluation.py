@@ -467,7 +467,7 @@ def test_a_killed_run_goes_on_and_says_the_same(golden, tmp_path):
     assert {name: (chunks / name).stat().st_mtime_ns for name in before} == before  # nothing was done twice
     (file,) = chunks.parent.glob("*/metrics.json")
     resumed = json.loads(file.read_text())
-    assert {row.part for row in resumed} == {"robustness"}
+    assert {row["part"] for row in resumed} == {"robustness"}
     assert f"{len(resumed)} rows in {file}" in done.stdout
     assert file.with_name("report.html").is_file()
     words, environment = command(bundle.path, tmp_path / "afresh", *options[:-1], "1")
@@ -565,6 +565,7 @@ def test_pgd_and_the_score_attack_stay_in_their_ball(threat, digits, weights):
     assert ood_score("energy", 0.0, raised).mean() > clean.mean() + 1
 
 
+@pytest.mark.slow
 def test_evasion_is_the_plain_attack_without_a_flag_and_nothing_against_a_flag_on_all(digits, weights):
     subject = module_spec(made(Net, weights), "net")()
     image, label = to_unit(digits.test.image[:30]), digits.test.label[:30]
@@ -759,7 +760,7 @@ def test_bounds_below_zero_are_shown():
 def test_what_cannot_be_compared_says_why(tmp_path, weights, runs, capsys):
     measured(Net, weights, runs, parts=("clean",))
     for words, said in (
-        ([str(runs / "Net")], "two models"),
+        ([str(runs / "Net")], "two or more models"),
         ([str(runs / "Net"), str(tmp_path)], "neither a bundle nor the folder"),
     ):
         done = subprocess.run([sys.executable, str(ROOT / "training" / "compare.py"), *words], capture_output=True, text=True, check=False)

@@ -234,6 +234,7 @@ def test_clients_that_leave_take_their_chains_along(long_live):
     assert time.monotonic() - begin < 2
 
 
+@pytest.mark.slow
 def test_a_short_request_does_not_wait_for_long_ones(long_live):
     def draw(**query):
         begin = time.monotonic()
@@ -516,6 +517,7 @@ def test_a_stream_that_nobody_reads_costs_no_previews_and_ends_at_its_deadline(l
         assert httpx2.get(f"{long_live.url}/generate", params={"class": 0, "steps": 2}, timeout=30).status_code == 200
 
 
+@pytest.mark.slow
 def test_half_sent_requests_and_slow_readers_do_not_keep_the_server_from_stopping(tmp_path):
     with serving(SHIPPED, tmp_path / "log", *LONG, "--graceful-timeout", "1") as server, contextlib.ExitStack() as stack:
         tree = [server.process.pid, *server.children()]
@@ -554,6 +556,7 @@ def test_long_chains_are_cut_off_with_an_answer(tmp_path):
         assert 2 < time.monotonic() - begin < 7
 
 
+@pytest.mark.slow
 def test_the_death_of_the_main_process_ends_the_others(tmp_path):
     with serving(SHIPPED, tmp_path / "log") as server:
         tree = [server.process.pid, *server.children()]

@@ -138,6 +138,7 @@ def test_other_data_than_it_was_trained_on_is_refused(golden):
         evaluate(Bundle.load(golden), shuffled, SUITES["quick"])
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_run_says_why(tmp_path):
     for script in ("export/to_onnx.py", "export/parity.py", "training/calibrate.py", "training/evaluate.py"):
         done = subprocess.run([sys.executable, str(ROOT / script), str(tmp_path)], capture_output=True, text=True, check=False)

@@ -215,6 +215,7 @@ def broken(store, name, **files):
     return bundle
 
 
+@pytest.mark.slow
 def test_no_bundle_however_strange_stops_the_server(followed, shipped, picture):
     store, server = followed
     rows = json.loads((SHIPPED / "calibration.json").read_text())

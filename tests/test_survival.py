@@ -85,6 +85,7 @@ def test_a_state_that_was_bad_when_it_was_saved_sends_the_run_back_once_more(tmp
     assert load_position(tmp_path / "state.pt").rollbacks == 2
 
 
+@pytest.mark.slow
 def test_too_many_divergences_exit_with_an_error_and_a_code(tmp_path):
     command = [sys.executable, str(ROOT / "training" / "train.py"), "jem++", "--data", "digits", "--threads", "1", "--run", "wild"]
     done = subprocess.run(
@@ -99,6 +100,7 @@ def test_too_many_divergences_exit_with_an_error_and_a_code(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_stage_two_begins_with_the_warm_start_that_was_finished_after_all(tmp_path):
     stage = replace(DIGITS, epochs=0.2, lr=0.0, warm_start=replace(WARM, epochs=1.0))
     with pytest.raises(OutOfTime, match="the time ran out before digits began"):

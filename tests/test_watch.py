@@ -91,6 +91,7 @@ def test_a_step_taken_twice_counts_once_and_what_diverged_does_not_count(tmp_pat
     assert "Step 20 of 60, rolled back for divergence 1 times" in report
 
 
+@pytest.mark.slow
 def test_the_report_also_runs_alone_and_says_what_it_wants(stage, tmp_path):
     script = [sys.executable, str(ROOT / "training" / "report.py")]
     assert subprocess.run([*script, str(stage)], capture_output=True, text=True, check=True).stdout.strip().endswith("report.html")

@@ -1,17 +1,17 @@
 """What waits for a decoder, in which order, and how it is answered."""
 
 import asyncio
-from collections import deque
-from collections.abc import Hashable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from ebjdat_serve.decoding.header import Header
 from ebjdat_serve.errors import EbjdatError, InvalidImage
+from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
 
 T = TypeVar("T")
+TURN_SECONDS = 0.05
+"""What a turn at a decoder of large images is taken to cost before it is over."""
 
 
 class DecoderLost(EbjdatError):
@@ -27,6 +27,7 @@ class Small:
     height: int
     width: int
     future: "asyncio.Future[Pixels]"
+    client: str
 
 
 @dataclass(eq=False)
@@ -37,45 +38,22 @@ class Large:
     height: int
     width: int
     future: "asyncio.Future[list[Pixels]]"
-    client: Hashable = None
+    client: str
+    suspect: bool = False  # it was one of the small images of a message that was never answered
     need: int = 0
     granted: int = 0  # bytes of those for heavy decodes
     tries: int = 0
+    queue: "FairQueue[Large] | None" = None
+    number: int = 0  # in the queue
 
+    def wait_in(self, queue: "FairQueue[Large]") -> None:
+        """Queue behind the client's others; what it costs is known when its turn is over."""
+        self.queue, self.number = queue, queue.push(self.client, self, TURN_SECONDS)
 
-class FairQueue(Generic[T]):
-    """A queue for each client; they take turns."""
-
-    def __init__(self) -> None:
-        self.queues: dict[Hashable, deque[T]] = {}
-
-    def put(self, client: Hashable, item: T) -> None:
-        """Add an item behind the client's others."""
-        self.queues.setdefault(client, deque()).append(item)
-
-    def head(self) -> T | None:
-        """Return whose turn it is, or nothing."""
-        return next(iter(self.queues.values()))[0] if self.queues else None
-
-    def pop(self) -> T:
-        """Take out whose turn it is; the client's next turn comes after those of all others."""
-        client = next(iter(self.queues))
-        queue = self.queues.pop(client)
-        item = queue.popleft()
-        if queue:
-            self.queues[client] = queue
-        return item
-
-    def remove(self, client: Hashable, item: T) -> None:
-        """Take out an item, if it is there."""
-        queue = self.queues.get(client, deque())
-        with suppress(ValueError):
-            queue.remove(item)
-            if not queue:
-                del self.queues[client]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.queues.values()))
+    def withdraw(self) -> None:
+        """Leave the queue, if it is in one."""
+        if self.queue is not None:
+            self.queue.remove(self.number)
 
 
 def settle(future: "asyncio.Future[T]", result: "T | InvalidImage") -> None:

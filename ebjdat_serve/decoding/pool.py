@@ -9,16 +9,16 @@ import logging
 import os
 import signal
 import socket
-from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Header, Limits
-from ebjdat_serve.decoding.jobs import DecoderLost, FairQueue, Large, Small, hand_on, refuse, settle
+from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, hand_on, refuse, settle
 from ebjdat_serve.decoding.judge import judge_all
 from ebjdat_serve.decoding.processes import Line, Zygote
 from ebjdat_serve.errors import EbjdatError, InvalidImage
+from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ LIGHT = 64 * 2**20
 """Bytes that each decoder of large images may use without leave."""
 PATIENCE = 1.0
 """Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
+SUSPICION_SECONDS = 60.0
+"""Seconds for which a client's small images are decoded as large ones, after one of them has cost a decoder of small ones."""
 START_SECONDS = 20.0
 """Seconds that a zygote has to fork a decoder, its own start included."""
 STOPPING = "the server is stopping; try again when it is back"
@@ -64,7 +66,7 @@ class Decoders:
 
     def __init__(self, settings: PoolSettings) -> None:
         self.settings, self.limits = settings, settings.limits
-        self.small: deque[Small] = deque()
+        self.small: FairQueue[Small] = FairQueue()
         self.fresh: FairQueue[Large] = FairQueue()  # not judged, or light
         self.heavy: FairQueue[Large] = FairQueue()  # judged, and waiting for memory
         self.free = settings.heavy_memory
@@ -74,6 +76,7 @@ class Decoders:
         self.starting = asyncio.Lock()
         self.numbers = 0
         self.tasks: list[asyncio.Task[None]] = []
+        self.suspects: dict[str, float] = {}  # clients, and until when
         self.closed = False
 
     async def start(self) -> None:
@@ -91,13 +94,13 @@ class Decoders:
         await asyncio.gather(*self.tasks, return_exceptions=True)
         if self.zygote:
             self.zygote.close()
-        for item in self.small:
-            refuse(item.future, DecoderLost(STOPPING))
+        while len(self.small):
+            refuse(self.small.pop().future, DecoderLost(STOPPING))
         for queue in (self.fresh, self.heavy):
             while len(queue):
                 refuse(queue.pop().future, DecoderLost(STOPPING))
 
-    async def decode(self, images: Sequence[bytes], height: int, width: int, client: Hashable = None) -> list[Pixels]:
+    async def decode(self, images: Sequence[bytes], height: int, width: int, client: str = "") -> list[Pixels]:
         """Return each image as (height, width, 3) uint8.
 
         Raises InvalidImage: the first that is refused, with its index; DecoderLost: an image's decoder ended, or the server does.
@@ -105,16 +108,17 @@ class Decoders:
         """
         if self.closed:
             raise DecoderLost(STOPPING)
-        if sum(map(len, images)) <= SMALL_BYTES:
+        if sum(map(len, images)) <= SMALL_BYTES and not self._is_suspect(client):
             headers = judge_all(images, height, width, self.limits)
             if all(one.work <= SMALL_WORK for one in headers):
-                return await self._decode_small(images, headers, height, width)
+                return await self._decode_small(images, headers, height, width, client)
         return await self._decode_large(list(images), height, width, client)
 
-    async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int) -> list[Pixels]:
+    async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int, client: str) -> list[Pixels]:
         loop = asyncio.get_running_loop()
-        items = [Small(data, header, height, width, loop.create_future()) for data, header in zip(images, headers, strict=True)]
-        self.small.extend(items)
+        items = [Small(data, header, height, width, loop.create_future(), client) for data, header in zip(images, headers, strict=True)]
+        for item in items:
+            self.small.push(client, item, item.header.work)
         self.arrived.set()
         decoded = []
         try:
@@ -130,15 +134,14 @@ class Decoders:
                     item.future.exception()  # seen: one refusal a request is enough
         return decoded
 
-    async def _decode_large(self, images: list[bytes], height: int, width: int, client: Hashable) -> list[Pixels]:
+    async def _decode_large(self, images: list[bytes], height: int, width: int, client: str) -> list[Pixels]:
         job = Large(images, height, width, asyncio.get_running_loop().create_future(), client)
-        self.fresh.put(client, job)
+        job.wait_in(self.fresh)
         self.changed.set()
         try:
             return await job.future
         finally:
-            self.fresh.remove(client, job)
-            self.heavy.remove(client, job)
+            job.withdraw()
 
     # the decoders
 
@@ -194,7 +197,7 @@ class Decoders:
 
     async def _next_small(self, line: Line) -> None:
         """Have the small images that wait decoded, as many as one message takes."""
-        while not self.small:
+        while not len(self.small):
             self.arrived.clear()
             await self.arrived.wait()
             if line.lost:
@@ -225,11 +228,10 @@ class Decoders:
         """Take out small images of one size of result, up to the limits of a message."""
         batch: list[Small] = []
         work = 0
-        while self.small and len(batch) < MESSAGE_IMAGES and work < MESSAGE_WORK:
-            item = self.small[0]
+        while (item := self.small.peek()) and len(batch) < MESSAGE_IMAGES and work < MESSAGE_WORK:
             if batch and (item.height, item.width) != (batch[0].height, batch[0].width):
                 break
-            self.small.popleft()
+            self.small.pop()
             if not item.future.done():  # its client has gone
                 batch.append(item)
                 work += item.header.work
@@ -241,7 +243,7 @@ class Decoders:
         for item in batch:
             alone: asyncio.Future[list[Pixels]] = asyncio.get_running_loop().create_future()
             hand_on(alone, item.future)
-            self.fresh.put(None, Large([item.data], item.height, item.width, alone))
+            Large([item.data], item.height, item.width, alone, item.client, suspect=True).wait_in(self.fresh)
         self.changed.set()
 
     async def _next_large(self, zygote: Zygote, line: Line) -> None:
@@ -255,6 +257,7 @@ class Decoders:
             return
         if job.need > LIGHT:
             self._grant(job)
+        queue, began = job.queue, asyncio.get_running_loop().time()
 
         def end_decoder(future: "asyncio.Future[list[Pixels]]") -> None:
             if future.cancelled():
@@ -277,6 +280,19 @@ class Decoders:
             job.future.remove_done_callback(end_decoder)
             line.lost |= job.future.cancelled()
             self._give_back(job)
+            took = asyncio.get_running_loop().time() - began
+            if queue is not None:
+                queue.charge(job.client, took - TURN_SECONDS)
+            if job.suspect and (line.lost or took > self.settings.small_timeout):
+                self._suspect_client(job.client)
+
+    def _suspect_client(self, client: str) -> None:
+        """Have no image of a client decoded among small ones for a while: one of its own was at fault when they were lost."""
+        now = asyncio.get_running_loop().time()
+        self.suspects = {name: end for name, end in self.suspects.items() if end > now} | {client: now + SUSPICION_SECONDS}
+
+    def _is_suspect(self, client: str) -> bool:
+        return self.suspects.get(client, 0.0) > asyncio.get_running_loop().time()
 
     async def _explain(self, zygote: Zygote, line: Line, job: Large) -> None:
         """Answer a request whose decoder is gone, or have it decoded again if it is not to blame."""
@@ -292,7 +308,7 @@ class Decoders:
             refuse(job.future, InvalidImage(f"the image takes longer to decode than the limit of {limit:g} s: save it anew, or smaller"))
         elif zygote.gone and not job.tries:
             job.tries, job.need = 1, 0
-            self.fresh.put(job.client, job)
+            job.wait_in(self.fresh)
         else:
             log.warning("a decoder of large images ended with status %d", status)
             refuse(job.future, DecoderLost("the process that decoded the image was ended; try again, or send another image"))
@@ -311,7 +327,7 @@ class Decoders:
 
     def _eligible(self) -> Large | None:
         """Take out the next request: one that waits for memory and may have it, else the next of those that wait for nothing."""
-        head = self.heavy.head()
+        head = self.heavy.peek()
         if head is not None and (head.future.done() or self._fits(head.need)):
             return self.heavy.pop()
         return self.fresh.pop() if len(self.fresh) else None
@@ -333,7 +349,7 @@ class Decoders:
             job.need = need
             if len(self.heavy) or not self._fits(need):
                 line.transport.write(wire.packed(wire.Park()))
-                self.heavy.put(job.client, job)
+                job.wait_in(self.heavy)
                 self.changed.set()
                 return
             self._grant(job)

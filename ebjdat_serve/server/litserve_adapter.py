@@ -53,12 +53,12 @@ class NoManager:
 
 
 class Shutdown(threading.Event):
-    """An event whose waiting thread looks for signals each second: one that the system gives to another thread does not wake it."""
+    """An event whose waiting thread looks for signals all the time: one that the system gives to another thread does not wake it."""
 
     def wait(self, timeout: float | None = None) -> bool:
         if timeout is not None:
             return super().wait(timeout)
-        while not super().wait(1.0):
+        while not super().wait(0.2):
             pass
         return True
 
@@ -262,6 +262,7 @@ def run(server: Server, settings: Settings, greeting: Callable[[], None]) -> Non
             pretty_logs=False,
             generate_client_file=False,
             access_log=False,
+            proxy_headers=False,  # uvicorn would believe X-Forwarded-For of every client on this machine
             timeout_keep_alive=settings.keep_alive,
         )
     except KeyboardInterrupt:

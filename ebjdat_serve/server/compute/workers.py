@@ -114,11 +114,9 @@ class Worker(ls.LitAPI):
         return request
 
     def predict(self, x: Any) -> Any:
-        """Return the input."""
         return x
 
     def encode_response(self, output: Any) -> Any:
-        """Return the output."""
         return output
 
 

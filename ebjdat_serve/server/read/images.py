@@ -87,7 +87,7 @@ class ImageDecoder:
                 one = Decode(request, now, timeout)
                 self.under_way.add(one)
                 try:
-                    return np.stack(await self.decoders.decode(images, contract.height, contract.width, client_of(request)))
+                    return np.stack(await self.decoders.decode(images, contract.height, contract.width, request.scope["client"]))
                 finally:
                     self.under_way.discard(one)
         except InvalidImage as error:
@@ -99,11 +99,6 @@ class ImageDecoder:
                 raise Problem(499, "the client closed the connection") from None
             late = "the image was not decoded by the deadline; try again, or send it smaller"
             raise Problem(504, late, headers={"Retry-After": "1"}) from None
-
-
-def client_of(request: Request) -> str:
-    """Return whose turn a request takes: the address that it came from."""
-    return request.client.host if request.client else ""
 
 
 def refusal(error: InvalidImage, *, listed: bool) -> Problem:
