@@ -48,6 +48,38 @@ def jpeg_of_segments(n: int) -> bytes:
     return whole[:-2] + b"\xff\xfe\x00\x02" * n + whole[-2:]
 
 
+def exif_of_tags(n: int, size: int) -> bytes:
+    """Return EXIF that turns an image, and has ``n`` tags that all name the same ``size`` bytes as their value."""
+    tags = [(0x0112, 3, 1, 6)] + [(0x8000 + i, 7, size, 8) for i in range(n)]
+    block = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return block.ljust(size + 8, b"\0")
+
+
+def png_of_tags(n: int, size: int) -> bytes:
+    """Return a whole PNG with such EXIF."""
+    return png(32, 32, chunk(b"eXIf", exif_of_tags(n, size)), pixels=bytes(32 * 97))
+
+
+def webp_of_tags(n: int, size: int) -> bytes:
+    """Return a whole WebP with such EXIF."""
+    return encoded(Image.new("RGB", (64, 64)), "WEBP", exif=exif_of_tags(n, size))
+
+
+def jpeg_of_tags(n: int, size: int, marker: bytes = b"\xff\xe1", name: bytes = b"Exif\0\0") -> bytes:
+    """Return a whole JPEG with such EXIF, or with a list of pictures of this form."""
+    body = name + exif_of_tags(n, size)
+    whole = encoded(Image.new("RGB", (64, 64)), "JPEG")
+    return whole[:2] + marker + struct.pack(">H", len(body) + 2) + body + whole[2:]
+
+
+def avif_that_lies(size: tuple[int, int], promised: tuple[int, int]) -> bytes:
+    """Return an AVIF whose coded frame is larger than it promises: libavif decodes all of it, and makes it smaller."""
+    data = bytearray(encoded(Image.new("RGB", size, (9, 90, 3)), "AVIF", speed=10))
+    place = data.index(b"ispe") + 8
+    data[place : place + 8] = struct.pack(">II", *promised)
+    return bytes(data)
+
+
 def png_of_texts(n: int) -> bytes:
     """Return a PNG with ``n`` texts, each of which inflates to 1 MiB."""
     return png(32, 32, *[chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**20), 9))] * n)

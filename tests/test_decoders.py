@@ -237,6 +237,63 @@ def test_a_small_image_that_hangs_its_decoder_delays_the_others_of_its_message_b
     asyncio.run(main())
 
 
+def test_a_client_whose_image_costs_the_decoder_of_small_ones_is_kept_from_it(monkeypatch):
+    monkeypatch.setattr(pool, "SMALL_WORK", 10**15)  # so that this one is taken for small
+    bomb = jpeg_of_scans(120, (3000, 3000))
+    assert len(bomb) <= pool.SMALL_BYTES
+
+    async def main():
+        async with decoders(replace(PATIENT, small_timeout=0.2)) as running:
+            await running.decode([SMALL], 32, 32)
+            first = running.zygote.pids[1]
+            tasks = [running.decode([data], 32, 32, client) for data, client in ((bomb, "guilty"), (SMALL, "innocent"))]
+            assert [len(one) for one in await asyncio.gather(*tasks)] == [1, 1]
+            assert first not in running.zygote.pids.values()
+            assert list(running.suspects) == ["guilty"]
+            await until(lambda: max(running.zygote.pids) == 4)
+            os.kill(running.zygote.pids[4], signal.SIGSTOP)  # the new decoder of small images
+            async with asyncio.timeout(5):
+                assert len(await running.decode([SMALL], 32, 32, "guilty")) == 1  # which this one does not need
+
+    asyncio.run(main())
+
+
+def test_clients_take_turns_however_much_one_sends():
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await running.decode([MEDIUM], 32, 32)
+            done = []
+
+            async def one(data, client):
+                await running.decode([data], 32, 32, client)
+                done.append(client)
+
+            for data, many, others in ((MEDIUM, 12, 3), (SMALL, 1000, 200)):
+                done.clear()
+                tasks = [asyncio.create_task(one(data, "greedy")) for _ in range(many)]
+                await asyncio.sleep(0)
+                await asyncio.gather(*tasks, one(data, "polite"))
+                assert done.index("polite") <= others
+
+    asyncio.run(main())
+
+
+def test_what_libraries_say_of_a_damaged_image_is_not_logged(capfd):
+    fax = bytearray(encoded(Image.effect_noise((1000, 1000), 60).convert("1"), "TIFF", compression="group4"))
+    fax[2000:20_000:50] = bytes(360)
+    with suppress(InvalidImage):
+        pixels.decode(bytes(fax), 32, 32)
+    assert "Fax4Decode" in capfd.readouterr().err
+
+    async def main():
+        async with decoders() as running:
+            with suppress(InvalidImage):
+                await running.decode([bytes(fax)], 32, 32)
+
+    asyncio.run(main())
+    assert capfd.readouterr().err == ""
+
+
 def test_the_decoder_of_a_client_that_has_gone_is_ended_at_once():
     async def main():
         async with decoders(replace(PATIENT, large=1)) as running:
@@ -330,7 +387,7 @@ def test_a_decoder_inherits_nothing_and_may_open_nothing_new():
                 await asyncio.sleep(0.1)
                 opened = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
                 assert sum(each.startswith("socket:") for each in opened) == 1
-                assert len(opened) <= 4  # and the three streams
+                assert len(opened) <= 5  # and the three streams, and the standard error that images cannot write to
                 limits = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
                 assert "Max file size             0" in limits
                 assert "Max core file size        0" in limits

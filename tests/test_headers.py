@@ -15,8 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.hostile_images import chunk, encoded, jpeg_of_scans, jpeg_of_segments, png, png_of_texts, webp
+from benchmarks.hostile_images import (
+    avif_that_lies,
+    chunk,
+    encoded,
+    jpeg_of_scans,
+    jpeg_of_segments,
+    jpeg_of_tags,
+    png,
+    png_of_tags,
+    png_of_texts,
+    webp,
+    webp_of_tags,
+)
 from ebjdat_serve.decoding import judge as judging
+from ebjdat_serve.decoding import pool
+from ebjdat_serve.decoding.exif import exif_work
 from ebjdat_serve.decoding.header import Header, Limits
 from ebjdat_serve.decoding.judge import accepted, format_of, judge
 from ebjdat_serve.errors import InvalidImage
@@ -41,6 +55,41 @@ HOSTILE = {
     "a JPEG of segments after its scan": (jpeg_of_segments(2**18), "too many segments, or bytes between them, more than 1000"),
     "a PNG of sixty texts": (png_of_texts(60), "too many compressed texts or profiles, more than 16"),
 }
+
+
+COSTLY = {
+    "a PNG of 252 kB of tags": png_of_tags(21_000, 4),
+    "a PNG of tags with one value": png_of_tags(30_000, 130_000),
+    "a WebP of tags with one value": webp_of_tags(30_000, 130_000),
+    "a JPEG of tags with one value": jpeg_of_tags(4000, 12_000),
+    "a JPEG of a list of pictures": jpeg_of_tags(4000, 12_000, b"\xff\xe2", b"MPF\0"),
+    "an AVIF larger than it says": avif_that_lies((4900, 4900), (64, 64)),
+    "a TIFF that holds a JPEG": encoded(colour(), "TIFF", compression="jpeg"),
+    "a PNG of tiny chunks of pixels": png(200, 200, chunk(b"IDAT", bytes(256)) * 1900),
+    "a PNG of texts": png_of_texts(16),
+}
+"""What costs a decoder more than its pixels: files of a few kilobytes that are accepted, and took up to .6 s of processor time."""
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_what_costs_more_than_its_pixels_is_kept_from_small_images(name):
+    data = COSTLY[name]
+    assert len(data) <= pool.SMALL_BYTES
+    header = judge(data, 32, 32, LIMITS)
+    assert header.pixels <= pool.SMALL_WORK
+    assert not header.sure or header.work > pool.SMALL_WORK
+
+
+def test_exif_as_cameras_write_it_costs_nothing_to_speak_of():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif.get_ifd(0x8769).update({0x9000 + i: b"a" * 500 for i in range(60)})
+    exif.get_ifd(0x8825).update(dict.fromkeys((1, 3, 16, 29), "a" * 20))
+    for kind in ("PNG", "JPEG", "WEBP"):
+        plain, tagged = (judge(encoded(colour(), kind, **options), 32, 32, LIMITS) for options in ({}, {"exif": exif}))
+        assert plain.work <= tagged.work <= pool.SMALL_WORK // 2
+    for rubbish in (b"", b"II*\0", b"MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0", os.urandom(300)):
+        assert exif_work(rubbish, len(rubbish)) >= 0
 
 
 def test_the_webp_has_46_bytes():
@@ -90,6 +139,11 @@ def test_what_pillow_writes_is_judged_as_pillow_reads_it(kind, mode, options):
     assert header.memory(32, 32, LIMITS) < 32 * 2**20
 
 
+def tiff_of_colours(n):
+    tags = [(256, 4, 1, 8), (257, 4, 1, 8), (273, 4, 1, 8), (279, 4, 1, 64), (320, 3, n, 8)]
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+
+
 @needs_heic
 def test_heic_is_judged():
     import pillow_heif
@@ -129,7 +183,9 @@ def test_heic_without_its_extra_names_it(monkeypatch):
         (b"\xff\xd8\xff" + bytes(2000), "too many segments, or bytes between them"),
         (b"GIF89a" + bytes(7) + b"!\xfe" + b"\x01a" * 2000, "too many blocks before its first frame"),
         (b"BM" + bytes(12) + struct.pack("<IiiHHI", 40, 8, 8, 1, 8, 1) + bytes(30), r"compressed \(RLE8\); send it uncompressed"),
+        (b"BM" + bytes(12) + struct.pack("<IiiHHIIIIII", 40, 8, 8, 1, 8, 0, 0, 0, 0, 257, 0), "257 colours, and pixels of 8 bits"),
         (b"II*\0\x08\0\0\0\xff\xff" + bytes(12 * 65535), "too many tags"),
+        (tiff_of_colours(200_000), "its palette has more than 196608 numbers"),
         (encoded(Image.new("F", (8, 8)), "TIFF"), "samples of 32 bits or of floating point"),
         (encoded(colour(), "TIFF", compression="zstd"), "compression 50000; send none"),
         (b"\0\0\0\x14ftypavif\0\0\0\0avif" + b"\0\0\0\x08free" * 1001, "too many boxes"),

@@ -41,7 +41,10 @@ def brands(data: Bytes) -> set[bytes]:
 
 
 def judge_bmff(data: Bytes, limits: Limits) -> Header:
-    """Return what an AVIF or HEIC promises of its primary image, or of its track if it is a sequence. Raises InvalidImage."""
+    """Return what an AVIF or HEIC promises of its primary image, or of its track if it is a sequence. Raises InvalidImage.
+
+    The coded frame has a size of its own, which may be another: libavif scales it.
+    """
     names = brands(data)
     kind = "AVIF" if names & AVIF else "HEIC"
     pieces = Count(limits.max_pieces, kind, "boxes and properties")
@@ -64,7 +67,7 @@ def judge_bmff(data: Bytes, limits: Limits) -> Header:
     depth = int(-(-planes // 1)) + 8
     fixed = max((size[0] * size[1] for size in sizes), default=0) * depth // 4 if found.tiles else 0
     work = (pieces.n + items.n) * CHUNK_WORK // 64
-    return Header(kind, width, height, found.frames, depth, fixed + len(data), passes=3.0, extra_work=work)
+    return Header(kind, width, height, found.frames, depth, fixed + len(data), passes=3.0, extra_work=work, sure=False)
 
 
 def _boxes(data: Bytes, at: int, end: int, kind: str, pieces: Count) -> Iterator[tuple[bytes, int, int]]:

@@ -24,4 +24,7 @@ def judge_bmp(data: Bytes, limits: Limits) -> Header:
         raise InvalidImage(f"the BMP has {bits} bits per pixel; send 1, 4, 8, 16, 24 or 32")
     if compression not in (0, 3):
         raise InvalidImage(f"the BMP is compressed ({COMPRESSIONS.get(compression, compression)}); send it uncompressed, or as a PNG")
+    colours = int.from_bytes(data[46:50], "little") if bits <= 8 else 0
+    if colours > 2**bits:
+        damaged("BMP", f"it has {colours} colours, and pixels of {bits} bits")
     return Header("BMP", width, height, 1, 8 if bits > 8 else 5)

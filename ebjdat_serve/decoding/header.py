@@ -49,6 +49,7 @@ class Header:
     fixed: int = 0  # bytes that do not shrink with a draft
     passes: float = 1.0  # over all pixels
     extra_work: int = 0  # in pixels
+    sure: bool = True  # whether the decoder cannot be given more pixels than the header promises
 
     @property
     def pixels(self) -> int:

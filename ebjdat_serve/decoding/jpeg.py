@@ -4,10 +4,11 @@ import re
 
 import numpy as np
 
+from ebjdat_serve.decoding.exif import BYTES_PER_PIXEL, exif_work
 from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, damaged
 from ebjdat_serve.errors import InvalidImage
 
-SOI, EOI, SOS, TEM, DHP, EXP = 0xD8, 0xD9, 0xDA, 0x01, 0xDE, 0xDF
+SOI, EOI, SOS, APP1, APP2, TEM, DHP, EXP = 0xD8, 0xD9, 0xDA, 0xE1, 0xE2, 0x01, 0xDE, 0xDF
 FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 HIERARCHICAL = {0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, DHP, EXP}
@@ -22,7 +23,7 @@ def judge_jpeg(data: Bytes, limits: Limits) -> Header:
     pieces = Count(limits.max_pieces, "JPEG", "segments, or bytes between them")
     scans = Count(limits.max_scans, "JPEG", "scans")
     frame: tuple[int, int, int, bytes] | None = None
-    at, partial, metadata = 2, False, 0
+    at, partial, metadata, exif, parts = 2, False, 0, 0, 0
     while at + 2 <= len(data):
         if data[at] != 0xFF or data[at + 1] == 0xFF:
             pieces.add()  # fill, or rubbish between segments
@@ -40,6 +41,9 @@ def judge_jpeg(data: Bytes, limits: Limits) -> Header:
             frame = _frame(data, at, length, frame)
         start, at = at, at + 2 + max(length, 2)
         metadata += length
+        if code in (APP1, APP2) and data[start + 4 : start + 8] in (b"Exif", b"MPF\0"):
+            parts += length  # Pillow puts together those that come after the first
+            exif += exif_work(data[start + (4 if code == APP1 else 8) : at], parts) + parts // BYTES_PER_PIXEL
         if code == SOS:
             if frame is None:
                 damaged("JPEG", "a scan comes before its frame")
@@ -47,7 +51,7 @@ def judge_jpeg(data: Bytes, limits: Limits) -> Header:
             at = next_marker(data, at)
     if frame is None or not scans.n:
         damaged("JPEG", "it has no frame and scan")
-    return _header(*frame, partial, scans.n, metadata + pieces.n * CHUNK_WORK // 16)
+    return _header(*frame, partial, scans.n, metadata + exif + pieces.n * CHUNK_WORK // 16)
 
 
 def _frame(data: Bytes, at: int, length: int, before: tuple[int, int, int, bytes] | None) -> tuple[int, int, int, bytes]:

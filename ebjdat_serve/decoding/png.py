@@ -2,6 +2,7 @@
 
 import re
 
+from ebjdat_serve.decoding.exif import exif_work
 from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, damaged
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -24,7 +25,7 @@ def judge_png(data: Bytes, limits: Limits) -> Header:
     pieces = Count(limits.max_pieces, "PNG", "chunks that are no pixels, or are tiny")
     pixel_chunks = Count(limits.max_strips, "PNG", "chunks of pixels")
     packed = Count(limits.max_compressed, "PNG", "compressed texts or profiles")
-    frames, at, seen = 1, 33, False
+    frames, at, seen, exif = 1, 33, False, 0
     while at + 8 <= len(data):
         kind, length = bytes(data[at + 4 : at + 8]), int.from_bytes(data[at : at + 4])
         if kind == b"IEND" or not NAME.fullmatch(kind):
@@ -42,11 +43,13 @@ def judge_png(data: Bytes, limits: Limits) -> Header:
                 packed.add()
             elif kind == b"acTL":
                 frames = int.from_bytes(data[at + 8 : at + 12])
+            elif kind == b"eXIf":
+                exif += exif_work(data[at + 8 : at + 8 + min(length, 2**17)], length)
         at += 12 + length
     if not seen and frames == 1:
         damaged("PNG", "it has no IDAT chunk")
     depth = 8 if colour in (2, 4, 6) else 6 if bits == 16 else 5
-    work = packed.n * CHUNK_WORK + pieces.n * CHUNK_WORK // 8
+    work = packed.n * CHUNK_WORK + pieces.n * CHUNK_WORK // 8 + pixel_chunks.n * CHUNK_WORK // 64 + exif
     return Header("PNG", width, height, max(frames, 1), depth, passes=1.5 if interlaced else 1.0, extra_work=work)
 
 

@@ -110,7 +110,7 @@ class Decoders:
             raise DecoderLost(STOPPING)
         if sum(map(len, images)) <= SMALL_BYTES and not self._is_suspect(client):
             headers = judge_all(images, height, width, self.limits)
-            if all(one.work <= SMALL_WORK for one in headers):
+            if all(one.sure and one.work <= SMALL_WORK for one in headers):
                 return await self._decode_small(images, headers, height, width, client)
         return await self._decode_large(list(images), height, width, client)
 

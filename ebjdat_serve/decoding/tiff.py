@@ -8,6 +8,8 @@ TILE_WIDTH, TILE_HEIGHT, TILES, FORMAT = 322, 323, 324, 339
 COMPRESSIONS = {1: "none", 2: "CCITT", 3: "fax 3", 4: "fax 4", 5: "LZW", 7: "JPEG", 8: "deflate", 32773: "PackBits", 32946: "deflate"}
 WIDTHS = {1: 1, 3: 2, 4: 4, 16: 8}
 """Bytes of the types of whole numbers: BYTE, SHORT, LONG, LONG8."""
+COLOURS, MAX_COLOURS = 320, 3 * 2**16
+"""The tag of the palette, and how many numbers 16 bits of pixels can choose from."""
 MAX_PAGES = 1000
 
 
@@ -30,6 +32,8 @@ def judge_tiff(data: Bytes, limits: Limits) -> Header:
     strips.add(max(tags[tag][1] for tag in (STRIPS, TILES) if tag in tags) if STRIPS in tags or TILES in tags else 0)
     if not strips.n:
         damaged("TIFF", "it has no strips and no tiles")
+    if tags.get(COLOURS, (0, 0, 0))[1] > MAX_COLOURS:
+        damaged("TIFF", f"its palette has more than {MAX_COLOURS} numbers")
     per_sample = 2 if bits > 8 else 1
     tile = reader.first(tags, TILE_WIDTH, width) * reader.first(tags, TILE_HEIGHT, min(reader.first(tags, ROWS, height), height))
     # libtiff reads YCbCr as RGBA
@@ -37,7 +41,7 @@ def judge_tiff(data: Bytes, limits: Limits) -> Header:
     depth = 8 if samples > 1 or compression == 7 else 6 if bits > 8 else 5
     pages = reader.pages(following, limits)
     work = strips.n * CHUNK_WORK // 32
-    return Header("TIFF", width, height, pages, depth, fixed=buffer + len(data), passes=1.5, extra_work=work)
+    return Header("TIFF", width, height, pages, depth, fixed=buffer + len(data), passes=1.5, extra_work=work, sure=compression != 7)
 
 
 class Reader:

@@ -1,5 +1,6 @@
 """Headers of WebP."""
 
+from ebjdat_serve.decoding.exif import exif_work
 from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, damaged
 
 DEPTH = 16
@@ -10,10 +11,15 @@ def judge_webp(data: Bytes, limits: Limits) -> Header:
     """Return what a WebP promises: the canvas, which must hold every frame. Raises InvalidImage."""
     pieces = Count(limits.max_pieces, "WebP", "chunks")
     end = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
-    canvas, frames, lossless, at = (0, 0), 0, False, 12
+    canvas, frames, lossless, at, exif = (0, 0), 0, False, 12, 0
     while at + 8 <= end:
         pieces.add()
         kind, length = bytes(data[at : at + 4]), int.from_bytes(data[at + 4 : at + 8], "little")
+        if kind == b"ANMF":
+            frames += 1
+            _check_animation(bytes(data[at + 8 : min(at + 24, end)]), canvas)
+            at += 8 + length + length % 2
+            continue
         body = bytes(data[at + 8 : min(at + 18, end)])
         if kind == b"VP8X" and at == 12:
             if len(body) < 10:
@@ -26,13 +32,12 @@ def judge_webp(data: Bytes, limits: Limits) -> Header:
             if canvas != (0, 0) and size != canvas:
                 damaged("WebP", f"its frame of {size[0]} x {size[1]} is not its canvas of {canvas[0]} x {canvas[1]}")
             canvas = size
-        elif kind == b"ANMF":
-            frames += 1
-            _check_animation(bytes(data[at + 8 : min(at + 24, end)]), canvas)
+        elif kind == b"EXIF":
+            exif += exif_work(data[at + 8 : min(at + 8 + length, at + 2**17, end)], length)
         at += 8 + length + length % 2
     if not frames or canvas == (0, 0):
         damaged("WebP", "it has no frame")
-    return Header("WEBP", *canvas, frames, DEPTH, passes=2.0 if lossless else 1.5, extra_work=pieces.n * CHUNK_WORK // 64)
+    return Header("WEBP", *canvas, frames, DEPTH, passes=2.0 if lossless else 1.5, extra_work=pieces.n * CHUNK_WORK // 64 + exif)
 
 
 def _frame_size(kind: bytes, body: bytes) -> tuple[int, int]:

@@ -115,6 +115,7 @@ def be_a_decoder(line: socket.socket, limits: Limits, large: bool) -> NoReturn:
         prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        hush()
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
             resource.setrlimit(kind, (0, 0))
         with suppress(OSError):  # so that memory that is short costs a decoder before it costs a worker
@@ -132,6 +133,15 @@ def be_a_decoder(line: socket.socket, limits: Limits, large: bool) -> NoReturn:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def hush() -> None:
+    """Keep the standard error for our own words: libtiff writes a line there for each damaged row of a fax."""
+    own = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    sys.stderr = os.fdopen(own, "w", buffering=1)
 
 
 class Decoder:
