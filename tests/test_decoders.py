@@ -249,7 +249,7 @@ def test_a_client_whose_image_costs_the_decoder_of_small_ones_is_kept_from_it(mo
             tasks = [running.decode([data], 32, 32, client) for data, client in ((bomb, "guilty"), (SMALL, "innocent"))]
             assert [len(one) for one in await asyncio.gather(*tasks)] == [1, 1]
             assert first not in running.zygote.pids.values()
-            assert list(running.suspects) == ["guilty"]
+            assert list(running.suspects.until) == ["guilty"]
             await until(lambda: max(running.zygote.pids) == 4)
             os.kill(running.zygote.pids[4], signal.SIGSTOP)  # the new decoder of small images
             async with asyncio.timeout(5):

@@ -1,6 +1,7 @@
 """What waits for a decoder, in which order, and how it is answered."""
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
 
 T = TypeVar("T")
+SUSPICION_SECONDS = 60.0
 TURN_SECONDS = 0.05
 """What a turn at a decoder of large images is taken to cost before it is over."""
 
@@ -54,6 +56,21 @@ class Large:
         """Leave the queue, if it is in one."""
         if self.queue is not None:
             self.queue.remove(self.number)
+
+
+class Suspects:
+    """Clients one of whose small images has cost the decoder of small ones: for a while all of theirs are decoded as large ones."""
+
+    def __init__(self) -> None:
+        self.until: dict[str, float] = {}
+
+    def add(self, client: str) -> None:
+        """Suspect a client from now on."""
+        now = time.monotonic()
+        self.until = {name: end for name, end in self.until.items() if end > now} | {client: now + SUSPICION_SECONDS}
+
+    def __contains__(self, client: str) -> bool:
+        return self.until.get(client, 0.0) > time.monotonic()
 
 
 def settle(future: "asyncio.Future[T]", result: "T | InvalidImage") -> None:

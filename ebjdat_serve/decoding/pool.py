@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Header, Limits
-from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, hand_on, refuse, settle
+from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
 from ebjdat_serve.decoding.judge import judge_all
 from ebjdat_serve.decoding.processes import Line, Zygote
 from ebjdat_serve.errors import EbjdatError, InvalidImage
@@ -30,8 +30,6 @@ LIGHT = 64 * 2**20
 """Bytes that each decoder of large images may use without leave."""
 PATIENCE = 1.0
 """Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
-SUSPICION_SECONDS = 60.0
-"""Seconds for which a client's small images are decoded as large ones, after one of them has cost a decoder of small ones."""
 START_SECONDS = 20.0
 """Seconds that a zygote has to fork a decoder, its own start included."""
 STOPPING = "the server is stopping; try again when it is back"
@@ -76,15 +74,13 @@ class Decoders:
         self.starting = asyncio.Lock()
         self.numbers = 0
         self.tasks: list[asyncio.Task[None]] = []
-        self.suspects: dict[str, float] = {}  # clients, and until when
+        self.suspects = Suspects()
         self.closed = False
 
     async def start(self) -> None:
         """Start the processes."""
-        for _ in range(self.settings.small):
-            self.tasks.append(asyncio.create_task(self._tend(large=False)))
-        for _ in range(self.settings.large):
-            self.tasks.append(asyncio.create_task(self._tend(large=True)))
+        for large in [False] * self.settings.small + [True] * self.settings.large:
+            self.tasks.append(asyncio.create_task(self._tend(large=large)))
 
     async def close(self) -> None:
         """End the processes, and refuse what is left and what comes."""
@@ -96,9 +92,8 @@ class Decoders:
             self.zygote.close()
         while len(self.small):
             refuse(self.small.pop().future, DecoderLost(STOPPING))
-        for queue in (self.fresh, self.heavy):
-            while len(queue):
-                refuse(queue.pop().future, DecoderLost(STOPPING))
+        while len(self.fresh) or len(self.heavy):
+            refuse((self.fresh if len(self.fresh) else self.heavy).pop().future, DecoderLost(STOPPING))
 
     async def decode(self, images: Sequence[bytes], height: int, width: int, client: str = "") -> list[Pixels]:
         """Return each image as (height, width, 3) uint8.
@@ -108,7 +103,7 @@ class Decoders:
         """
         if self.closed:
             raise DecoderLost(STOPPING)
-        if sum(map(len, images)) <= SMALL_BYTES and not self._is_suspect(client):
+        if sum(map(len, images)) <= SMALL_BYTES and client not in self.suspects:
             headers = judge_all(images, height, width, self.limits)
             if all(one.sure and one.work <= SMALL_WORK for one in headers):
                 return await self._decode_small(images, headers, height, width, client)
@@ -180,12 +175,10 @@ class Decoders:
             with theirs:
                 async with asyncio.timeout(START_SECONDS):
                     await zygote.fork(number, theirs, large=large)
-        except TimeoutError:  # an OSError
+        except BaseException as error:
             ours.close()
-            zygote.close()  # it hears nothing
-            raise
-        except BaseException:
-            ours.close()
+            if isinstance(error, TimeoutError):  # an OSError
+                zygote.close()  # it hears nothing
             raise
         _, line = await asyncio.get_running_loop().create_unix_connection(lambda: Line(number, self._wake), sock=ours)
         return line
@@ -257,6 +250,7 @@ class Decoders:
             return
         if job.need > LIGHT:
             self._grant(job)
+        assert job.queue is not None
         queue, began = job.queue, asyncio.get_running_loop().time()
 
         def end_decoder(future: "asyncio.Future[list[Pixels]]") -> None:
@@ -281,18 +275,9 @@ class Decoders:
             line.lost |= job.future.cancelled()
             self._give_back(job)
             took = asyncio.get_running_loop().time() - began
-            if queue is not None:
-                queue.charge(job.client, took - TURN_SECONDS)
+            queue.charge(job.client, took - TURN_SECONDS)
             if job.suspect and (line.lost or took > self.settings.small_timeout):
-                self._suspect_client(job.client)
-
-    def _suspect_client(self, client: str) -> None:
-        """Have no image of a client decoded among small ones for a while: one of its own was at fault when they were lost."""
-        now = asyncio.get_running_loop().time()
-        self.suspects = {name: end for name, end in self.suspects.items() if end > now} | {client: now + SUSPICION_SECONDS}
-
-    def _is_suspect(self, client: str) -> bool:
-        return self.suspects.get(client, 0.0) > asyncio.get_running_loop().time()
+                self.suspects.add(job.client)
 
     async def _explain(self, zygote: Zygote, line: Line, job: Large) -> None:
         """Answer a request whose decoder is gone, or have it decoded again if it is not to blame."""
