@@ -97,6 +97,8 @@ def serve(options: argparse.Namespace) -> None:
     if settings.stock:
         if settings.log == "json":
             raise EbjdatError("--stock logs as LitServe does: leave out --log json, or --stock")
+        if settings.profile == "public":
+            raise EbjdatError("--stock answers everything that the model says: leave out --profile public, or --stock")
         from ebjdat_serve.server import stock
 
         stock.run(settings)

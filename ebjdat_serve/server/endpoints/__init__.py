@@ -6,6 +6,7 @@ ENDPOINTS = [
     predict.CLASSIFY,
     predict.ENERGY,
     generate.GENERATE_GET,
+    generate.GENERATE_HEAD,
     generate.GENERATE_POST,
     status.HEALTH,
     status.INFO,

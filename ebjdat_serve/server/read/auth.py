@@ -1,4 +1,4 @@
-"""Middleware for API keys and for HEAD.
+"""Middleware for API keys.
 
 The key is in LIT_SERVER_API_KEY, LitServe's own variable. LitServe's check would leave our routes open, close the probes, and compare
 with !=.
@@ -13,7 +13,6 @@ from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.server.problems import Problem
 
 KEYLESS_PATHS = ("/health",)
-HEAD_PATHS = ("/", "/health", "/info", "/docs", "/openapi.json")
 VARIABLE = "LIT_SERVER_API_KEY"
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -32,19 +31,6 @@ def api_key() -> str | None:
     if not (key.isascii() and key.isprintable()):
         raise EbjdatError(f"{VARIABLE} has characters that are not printable ASCII, which no header can carry: choose another key")
     return key
-
-
-class HeadMiddleware:
-    """Answers HEAD, which load balancers probe with, as GET without a body; not on /generate, which would draw an image for nothing."""
-
-    def __init__(self, app: ASGI) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass HEAD on as GET; uvicorn sends no body in response to HEAD."""
-        if scope["type"] == "http" and scope["method"] == "HEAD" and scope["path"] in HEAD_PATHS:
-            scope = {**scope, "method": "GET"}
-        return await self._app(scope, receive, send)
 
 
 class ApiKeyMiddleware:
