@@ -9,20 +9,24 @@ from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
 from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
+from ebjdat_serve.server.read import browsers
 from ebjdat_serve.server.read.auth import api_key
 from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.worker_sockets import WorkerSockets
 
 
 def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) -> tuple[litserve_adapter.Server, str]:
     """Return a server for the bundle in ``settings``, and the model's name; nothing runs yet.
 
-    Raises BundleError when the bundle cannot be served, EbjdatError for an API key that no client could send. An engine that cannot run
+    Raises BundleError when the bundle cannot be served, EbjdatError for an API key that no client could send
+    and for a setting that means nothing. An engine that cannot run
     is found by the workers, and ends the server.
     """
-    api_key()  # an error is raised here, not later in the HTTP process
+    api_key()  # errors are raised here, not later in the HTTP process
+    browsers.check(settings)
     served = open_bundle(settings.model, settings)
-    socket, s = litserve_adapter.WorkerSocket.open(), settings
+    sockets, s = WorkerSockets(), settings
     operations = list({operation.name: operation for endpoint in endpoints for operation in endpoint.operations}.values())
     classify = ClassifyQueue(
         workers=s.classify_workers,
@@ -31,7 +35,7 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
         worker_timeout=s.worker_timeout,
         max_batch=s.max_batch,
     )
-    workers: list[tuple[Worker, int]] = [(ClassifyWorker(socket.address, settings, operations), s.classify_workers)]
+    workers: list[tuple[Worker, int]] = [(ClassifyWorker(settings, operations), s.classify_workers)]
     generate = None
     if s.generate_workers:
         generate = GenerateQueue(
@@ -42,11 +46,11 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
             max_chains=s.generate_chains,
             max_backlog=s.generate_backlog,
         )
-        workers.append((GenerateWorker(socket.address, settings, operations), s.generate_workers))
-    manager = ModelManager(served, settings, [classify, generate] if generate else [classify], socket.listener)
+        workers.append((GenerateWorker(settings, operations), s.generate_workers))
+    manager = ModelManager(served, settings, [classify, generate] if generate else [classify], sockets)
     service = Service(manager, settings, classify, generate, endpoints)
 
     async def serve(server: litserve_adapter.Server) -> None:
         await manager.run(server.announce, server.give_up)
 
-    return litserve_adapter.Server(workers, service.install, serve, service.drain, socket, settings), served.name
+    return litserve_adapter.Server(workers, service.install, serve, service.begin_drain, service.drain, sockets, settings), served.name
