@@ -21,11 +21,10 @@ from ebjdat_serve.rows import Images, to_json
 from ebjdat_serve.sentences import protocol_words
 from training.data.datasets import data_root, load
 from training.errors import DataError
-from training.evaluate import work_root
 from training.evaluation.autoattack import APGD, AutoAttack
 from training.evaluation.crown import FILES, CrownResNet, load_crown
 from training.evaluation.evaluated_model import module_spec
-from training.evaluation.result_cache import ResultCache
+from training.evaluation.result_cache import ResultCache, work_root
 from training.evaluation.rows import proportion
 from training.methods.adversary import Threat
 

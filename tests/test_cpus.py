@@ -93,7 +93,7 @@ def test_a_command_on_one_cpu_of_many_takes_one_thread(words):
     )
     assert done.returncode == 0, done.stderr
     option = "--processes" if "evaluate" in words[0] else "--threads"
-    said = re.search(rf"  {option} [A-Z]+\s+[^-]*\((\d+)\)", done.stdout)
+    said = re.search(rf"  {option} [A-Z]+\s+[^-]*\([^)]*\b(\d+)\)", done.stdout)
     assert said, done.stdout
     assert said[1] == "1"
 

@@ -22,12 +22,12 @@ from ebjdat_serve.rows import GENERATED, Images, Row
 from ebjdat_serve.sentences import data_words, protocol_words
 from training.card import refuse_stale
 from training.errors import TrainingError
-from training.evaluate import PARTS, folder_name, work_root
+from training.evaluate import PARTS, folder_name
 from training.evaluation.evidence import merge
 from training.evaluation.landscape import clean_of
 from training.evaluation.metrics import mcnemar
 from training.evaluation.report import HEADINGS
-from training.evaluation.result_cache import Arrays, load_arrays, load_flat
+from training.evaluation.result_cache import Arrays, load_arrays, load_flat, work_root
 from training.evaluation.rows import ball_of
 from training.pages import render
 

@@ -34,7 +34,6 @@ from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.editing import FORCED, check_editable, edit, guarded, tracked
 from ebjdat_serve.engines import Floats
-from ebjdat_serve.folders import folder as place
 from ebjdat_serve.folders import made
 from ebjdat_serve.logs import configure
 from ebjdat_serve.rows import Row, images_key, to_json
@@ -50,7 +49,7 @@ from training.evaluation.generation import generation_rows
 from training.evaluation.landscape import landscape_rows
 from training.evaluation.ood import hostile_rows, shift_rows, suspicion_rows
 from training.evaluation.report import write_evaluation_report
-from training.evaluation.result_cache import ResultCache, load_arrays, load_flat, unflattened, write
+from training.evaluation.result_cache import ResultCache, load_arrays, load_flat, unflattened, work_root, write
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
 from training.evaluation.rows import ball_of
 
@@ -172,11 +171,6 @@ def context(
 def folder_name(name: str, weights: str, data_sha256: str) -> str:
     """Return the name of the folder that a subject's evaluation on some data is kept in."""
     return f"{name}-{weights[:12]}-{data_sha256[:8]}"
-
-
-def work_root() -> Path:
-    """Return the folder that evaluations are kept in, under EBJDAT_RUNS."""
-    return place("EBJDAT_RUNS", "runs") / "evaluation"
 
 
 def known_parts(parts: Sequence[str]) -> Sequence[str]:

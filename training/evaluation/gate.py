@@ -20,13 +20,12 @@ from ebjdat_serve.scores import ood_score
 from ebjdat_serve.sentences import images_name, threat_name
 from ebjdat_serve.store import EMPTY, pointed_at
 from training.data.datasets import Dataset
-from training.evaluate import work_root
 from training.evaluation.attacks import Pgd, Predict
 from training.evaluation.context import unit
 from training.evaluation.evaluated_model import bundle_spec
 from training.evaluation.metrics import auroc, auroc_difference_stderr, paired_interval
 from training.evaluation.ood import strange_images
-from training.evaluation.result_cache import Arrays, ResultCache
+from training.evaluation.result_cache import Arrays, ResultCache, work_root
 from training.evaluation.rows import ALPHAS, ball_of
 from training.methods.adversary import Threat
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.folders import folder as place
 from ebjdat_serve.rows import Images, parse_images
 from training.errors import TrainingError
 from training.evaluation.evaluated_model import EvaluatedModel, Spec
@@ -53,6 +54,11 @@ class Task(Protocol):
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return arrays whose first axis is the images, and ``notes`` (strings) where there is something to say."""
+
+
+def work_root() -> Path:
+    """Return the folder that evaluations are kept in, under EBJDAT_RUNS."""
+    return place("EBJDAT_RUNS", "runs") / "evaluation"
 
 
 @dataclass(frozen=True)
