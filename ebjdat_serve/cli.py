@@ -18,6 +18,12 @@ from ebjdat_serve.errors import EbjdatError
 
 SERVE_EPILOG = "Each option has an environment variable, EBJDAT_ and its name: EBJDAT_PORT for --port. An option wins over its variable."
 
+EVERYWHERE = ("0.0.0.0", "::")
+OPEN = (
+    "whoever reaches this port gets exact energies and p-values, which help an attacker: give clients keys, or serve --profile public "
+    "(docs/security.md)"
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 2 with the error on stderr."""
@@ -85,6 +91,7 @@ def serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
     from ebjdat_serve.server import litserve_adapter
     from ebjdat_serve.server.app import build_server
+    from ebjdat_serve.server.read.auth import api_key
     from ebjdat_serve.server.settings import settings_of
 
     settings = settings_of(options, os.environ)
@@ -93,6 +100,8 @@ def serve(options: argparse.Namespace) -> None:
     options.log = settings.log  # main() reports errors there
     logs.configure(settings.log)
     litserve_adapter.check_address(settings.host, settings.port)
+    if settings.host in EVERYWHERE and settings.profile == "full" and not api_key():
+        logging.getLogger("ebjdat_serve").warning("%s", OPEN)
     logs.announce(settings.log, f"starting {settings.model}")
     if settings.stock:
         if settings.log == "json":

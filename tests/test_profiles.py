@@ -4,6 +4,8 @@ import base64
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import httpx2
 import pytest
@@ -13,7 +15,7 @@ from ebjdat_serve.server.answer.public import PUBLIC, PUBLIC_DATASETS, of_public
 from ebjdat_serve.server.answer.status import Load
 from ebjdat_serve.server.endpoints import ENDPOINTS
 from ebjdat_serve.server.settings import SHIPPED, Settings
-from tests.conftest import DIGITS, serving
+from tests.conftest import DIGITS, ROOT, free_port, serving
 from tests.test_endpoints import check
 from training.data.sources import SOURCES
 
@@ -152,3 +154,18 @@ def test_public_data_are_the_data_sets_that_training_knows_by_name():
     assert of_public_data(provenance)
     for field, value in (("dataset", "cifar10 (a folder)"), ("init_sha256", "0" * 64), ("configuration", {"extra": "mine"})):
         assert not of_public_data(dataclasses.replace(provenance, **{field: value}))
+
+
+def test_a_server_that_is_open_to_all_says_so_in_one_line(tmp_path):
+    """The bundle is none, so the server ends where it would open it."""
+    command = [sys.executable, "-m", "ebjdat_serve.cli", "serve", str(tmp_path), "--port", str(free_port())]
+    for options, key, said in (
+        (["--host", "0.0.0.0"], "", 1),
+        (["--host", "0.0.0.0", "--profile", "public"], "", 0),
+        (["--host", "0.0.0.0"], "secret", 0),
+        ([], "", 0),
+    ):
+        environment = {"PATH": "/usr/bin", "PYTHONPATH": str(ROOT), **({"LIT_SERVER_API_KEY": key} if key else {})}
+        done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 2
+        assert len([line for line in done.stderr.splitlines() if "--profile public" in line]) == said, done.stderr
