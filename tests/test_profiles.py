@@ -169,3 +169,18 @@ def test_a_server_that_is_open_to_all_says_so_in_one_line(tmp_path):
         done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 2
         assert len([line for line in done.stderr.splitlines() if "--profile public" in line]) == said, done.stderr
+
+
+def test_the_clients_take_what_they_are_told(public, tmp_path, picture):
+    (tmp_path / "a.png").write_bytes(picture)
+    said = httpx2.post(f"{public.url}/classify", content=picture).json()
+    for name, arguments, printed in (
+        ("classify.py", [tmp_path / "a.png"], said["label"]),
+        ("screen.py", [tmp_path / "a.png"], f"{said['label']},{said['probability']},,,{said['suspicious']},"),
+        ("generate.py", ["3", "--steps", "2", "-o", tmp_path / "drawn.png"], "class 3"),
+    ):
+        command = [sys.executable, str(ROOT / "clients" / name), *map(str, arguments), "--url", public.url]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode in (0, 3), done.stderr
+        assert printed in done.stdout
+        assert "energy" not in "".join(done.stdout.splitlines()[1 if name == "screen.py" else 0 :])
