@@ -1,4 +1,4 @@
-"""The clients, as a user runs them, against a live server."""
+"""Tests of the clients, run as by a user, against a live server."""
 
 import csv
 import json

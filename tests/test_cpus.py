@@ -1,4 +1,4 @@
-"""Threads follow what the process may use: affinity, then the cgroup's quota."""
+"""Tests of the available CPUs: affinity, then the cgroup's quota."""
 
 import math
 import os

@@ -122,9 +122,9 @@ class Service:
         app.title, app.version = "ebjdat_serve", __version__
         problems.install(app, self.settings)
         api_docs.install(app, self.settings)
-        app.add_middleware(HeadMiddleware)
+        app.add_middleware(HeadMiddleware, own={one.path for one in self.endpoints if one.operations})
         if key := api_key():
-            app.add_middleware(ApiKeyMiddleware, key=key)
+            app.add_middleware(ApiKeyMiddleware, key=key, keyless={one.path for one in self.endpoints if one.keyless})
         browsers.install(app, self.settings, exposed=[field.alias or name for name, field in PngHeaders.model_fields.items()])
         app.add_middleware(ResponseHeadersMiddleware, draining=lambda: self.draining)
         app.add_middleware(RootPathMiddleware, settings=self.settings)
@@ -154,6 +154,7 @@ class Endpoint:
     openapi: Mapping[str, Any] = field(default_factory=dict)
     example: str = ""  # an address to try
     hidden: bool = False  # from the document and the index
+    keyless: bool = False  # answered without the server's API key
 
     @property
     def public(self) -> bool:

@@ -158,7 +158,7 @@ SHARED: dict[str, Any] = {
     "example": "/generate?class=3",
 }
 GENERATE_GET = Endpoint("/generate", generate, method="GET", openapi={"parameters": PARAMETERS}, **SHARED)
-GENERATE_HEAD = Endpoint("/generate", generate_head, method="HEAD", public_answer=PublicGenerateAnswer, hidden=True)
+GENERATE_HEAD = Endpoint("/generate", generate_head, method="HEAD", public_answer=PublicGenerateAnswer, operations=[GENERATE], hidden=True)
 GENERATE_POST = Endpoint(
     "/generate",
     generate,

@@ -60,6 +60,6 @@ async def index(service: Service, request: Request) -> Response:
     return respond(Index(model=service.manager.active.name, paths=paths))
 
 
-HEALTH = Endpoint("/health", health, Health, public_answer=Health, method="GET", responses={503: {"model": Health}})
+HEALTH = Endpoint("/health", health, Health, public_answer=Health, method="GET", responses={503: {"model": Health}}, keyless=True)
 INFO = Endpoint("/info", info, Info, public_answer=PublicInfo, method="GET", responses={})
 INDEX = Endpoint("/", index, Index, public_answer=Index, method="GET", responses={}, hidden=True)
