@@ -11,8 +11,8 @@ from ebjdat_serve.server.settings import Settings
 
 TITLES = {
     400: "Bad request",
-    401: "Not allowed",
-    403: "Forbidden",
+    401: "No valid API key",
+    403: "Not allowed",
     404: "Not found",
     405: "Method not allowed",
     408: "Body too slow",
