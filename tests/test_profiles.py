@@ -120,6 +120,24 @@ def test_a_refusal_for_load_tells_no_load(public):
     assert not [digit for digit in refused.json()["detail"] if digit.isdigit()]
 
 
+def test_a_key_of_scope_operate_is_told_everything(tmp_path, picture):
+    keys = tmp_path / "keys.json"
+    sent = {}
+    for name, scopes in (("ops", ["--scope", "classify", "--scope", "operate"]), ("app", ["--scope", "classify"])):
+        command = [sys.executable, "-m", "ebjdat_serve.cli", "key", "new", name, "--file", str(keys), *scopes]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
+        sent[name] = {"X-API-Key": done.stdout.strip()}
+    options = ("--device", "cpu", "--profile", "public", "--generate-workers", "0", "--keys", str(keys))
+    with serving(SHIPPED, tmp_path / "log", *options) as server:
+        assert "load" in httpx2.get(f"{server.url}/info", headers=sent["ops"]).json()
+        assert httpx2.post(f"{server.url}/energy", content=picture, headers=sent["ops"]).status_code == 200
+        assert "energy" in httpx2.post(f"{server.url}/classify", content=picture, headers=sent["ops"]).json()
+        assert "energy" not in httpx2.post(f"{server.url}/classify", content=picture, headers=sent["app"]).json()
+        assert httpx2.post(f"{server.url}/energy", content=picture, headers=sent["app"]).status_code == 403
+        assert httpx2.get(f"{server.url}/info").status_code == 401
+
+
 def test_an_endpoint_without_a_public_answer_is_refused_and_an_answer_without_one_is_not_sent(public):
     assert [one.path for one in ENDPOINTS if not one.public] == ["/energy"]
     with pytest.raises(KeyError):
