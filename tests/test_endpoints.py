@@ -123,7 +123,8 @@ def test_a_new_endpoint_answers_head_and_needs_no_key_as_it_says(extended, clien
     assert httpx2.get(bare).text.splitlines()[3] == "cat"
     assert (httpx2.head(bare).status_code, httpx2.head(bare).content) == (200, b"")
     assert httpx2.post(f"{extended.url}/forward").status_code == 401
-    assert client.head("/forward").status_code == client.head("/generate", params={"class": 3}).status_code == 405
+    assert client.head("/forward").status_code == 405
+    assert client.head("/generate", params={"class": 3}).status_code == 200
 
 
 @pytest.mark.parametrize(
