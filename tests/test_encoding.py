@@ -135,7 +135,7 @@ def test_a_folder_that_onnx_runtime_cannot_open_is_said(shipped, tmp_path):
     done = run("C", "-m", "ebjdat_serve.cli", "verify", folder)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert r"caf\xe9" in done.stderr
-    assert "path in UTF-8" in done.stderr
+    assert "paths in UTF-8" in done.stderr
 
 
 @pytest.mark.slow

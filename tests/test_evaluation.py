@@ -334,7 +334,7 @@ def test_what_cannot_be_measured_says_why(weights, runs, digits):
         ({"module": made(Pair, weights), "data": "digits"}, "it returns tuple: wrap it"),
         ({"module": nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), "data": "digits"}, r"must return logits \(8, 10\)"),
         ({"module": net, "data": "digits", "parts": "clean"}, "parts is a tuple"),
-        ({"module": net, "data": "digits", "parts": ("bogus",)}, "not 'bogus'"),
+        ({"module": net, "data": "digits", "parts": ("bogus",)}, "unknown part 'bogus'"),
         ({"module": net, "data": "digits", "suite": "ful"}, "quick, full"),
         ({"module": net, "data": "digits", "n": -5}, "give 1 or more"),
         ({"module": net, "data": "digits", "surrogate": ROOT / "nothing.safetensors"}, "does not exist"),

@@ -105,6 +105,7 @@ def run_train(monkeypatch, tmp_path, *words):
     return tmp_path / "new"
 
 
+@pytest.mark.slow
 def test_a_network_of_another_family_is_trained_exported_and_served(monkeypatch, tmp_path):
     monkeypatch.setitem(FAMILIES, "tiny", TinyArchitecture)
     data, sizes = load("digits"), ["channels=8", "eps=0.05", "warm_start.epochs=4", "epochs=0.3", "chains.steps=2", "attack.steps=2"]
