@@ -20,6 +20,11 @@ from ebjdat_serve.keys import VARIABLE
 log = logging.getLogger("ebjdat_serve")
 SERVE_EPILOG = "Each option has an environment variable, EBJDAT_ and its name: EBJDAT_PORT for --port. An option wins over its variable."
 
+OPEN = (
+    "whoever reaches this port gets exact energies and p-values, which help an attacker: give clients keys, or serve --profile public "
+    "(docs/security.md)"
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 2 with the error on stderr."""
@@ -87,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
+    from ebjdat_serve.keys import environment_key
     from ebjdat_serve.server import litserve_adapter
     from ebjdat_serve.server.app import build_server
     from ebjdat_serve.server.settings import settings_of
@@ -97,12 +103,16 @@ def serve(options: argparse.Namespace) -> None:
     options.log = settings.log  # main() reports errors there
     logs.configure(settings.log)
     litserve_adapter.check_address(settings.host, settings.port)
+    if settings.exposed and settings.profile == "full" and not (settings.keys or environment_key()):
+        logging.getLogger("ebjdat_serve").warning("%s", OPEN)
     logs.announce(settings.log, f"starting {settings.model}")
     if settings.exposed and not settings.keys and not os.environ.get(VARIABLE):
         log.warning("whoever can reach this server can use it: give it --keys FILE (ebjdat-serve key new), or set %s", VARIABLE)
     if settings.stock:
         if settings.log == "json":
             raise EbjdatError("--stock logs as LitServe does: leave out --log json, or --stock")
+        if settings.profile == "public":
+            raise EbjdatError("--stock answers everything that the model says: leave out --profile public, or --stock")
         from ebjdat_serve.server import stock
 
         stock.run(settings)

@@ -377,7 +377,9 @@ def test_nothing_is_left_when_the_process_that_uses_decoders_dies(tmp_path):
     asyncio.run(main())
 
 
-def test_a_decoder_inherits_nothing_and_may_open_nothing_new():
+def test_a_decoder_inherits_nothing_and_may_open_nothing_new(monkeypatch):
+    monkeypatch.setenv("LIT_SERVER_API_KEY", "a key that no image may read")
+
     async def main():
         async with decoders() as running:
             await running.decode([SMALL], 32, 32)
@@ -387,6 +389,7 @@ def test_a_decoder_inherits_nothing_and_may_open_nothing_new():
                 await asyncio.sleep(0.1)
                 opened = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
                 assert sum(each.startswith("socket:") for each in opened) == 1
+                assert b"API_KEY" not in Path(f"/proc/{pid}/environ").read_bytes()
                 assert len(opened) <= 5  # and the three streams, and the standard error that images cannot write to
                 limits = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
                 assert "Max file size             0" in limits

@@ -15,6 +15,8 @@ from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.decoding.jobs import refuse, settle
 
+SECRETS = ("LIT_", "EBJDAT_")
+"""Variables that decoders do not get: the key is in one."""
 UNKNOWN = -1
 """The fate of a decoder whose zygote ended first."""
 
@@ -83,7 +85,7 @@ class Zygote:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={**os.environ, **quiet},
+                env={name: value for name, value in os.environ.items() if not name.startswith(SECRETS)} | quiet,
             )
         ours.setblocking(False)
         ours.send(pickle.dumps(limits))

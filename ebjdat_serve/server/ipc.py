@@ -130,9 +130,8 @@ async def receive(reader: asyncio.StreamReader) -> Any:
 class Channel:
     """The worker's end of the socket; several threads may send."""
 
-    def __init__(self, address: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(address)
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
         self._lock = threading.Lock()
 
     def send(self, message: object) -> None:

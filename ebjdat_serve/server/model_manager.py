@@ -17,6 +17,7 @@ from ebjdat_serve.server import ipc
 from ebjdat_serve.server.queues.request_queue import RequestQueue, WorkerConnection
 from ebjdat_serve.server.served_model import ServedModel, fingerprint, open_bundle
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.worker_sockets import WorkerSockets
 
 log = logging.getLogger("ebjdat_serve")
 MAX_DEATHS = 3
@@ -28,11 +29,11 @@ RETRY_SECONDS = 5.0
 class ModelManager:
     """Decides which bundle is served, and has the workers of all queues open and close bundles."""
 
-    def __init__(self, served: ServedModel, settings: Settings, queues: list[RequestQueue], listener: socket.socket) -> None:
+    def __init__(self, served: ServedModel, settings: Settings, queues: list[RequestQueue], sockets: WorkerSockets) -> None:
         self.active = served
         self.started = False
         self.refused: dict[str, str] = {}
-        self._settings, self._listener = settings, listener
+        self._settings, self._sockets = settings, sockets
         self._queues = {queue.kind: queue for queue in queues}
         self._candidate: ServedModel | None = None
         self._candidate_since = 0.0
@@ -71,10 +72,8 @@ class ModelManager:
         ``beside`` fails.
         """
         self._announce, self._give_up = announce, give_up
-        # a task of ours for each worker: asyncio would log those of its own that are cancelled at the end
-        server = await asyncio.start_unix_server(lambda *ends: self._start(self._accept(*ends)), sock=self._listener)
         parent = os.getppid()
-        async with server:
+        with self._sockets.accepting(lambda connection: self._start(self._accept(connection))):
             for queue in self._queues.values():
                 self._start(queue.watch())
             for work in beside:
@@ -100,8 +99,9 @@ class ModelManager:
 
     # workers ---------------------------------------------------------------------------------------------------------
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, connection: socket.socket) -> None:
         """Serve one worker's connection until it ends."""
+        reader, writer = await asyncio.open_unix_connection(sock=connection)
         worker: WorkerConnection | None = None
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # raised when a worker dies
             hello: ipc.Hello = await ipc.receive(reader)

@@ -18,8 +18,13 @@ from ebjdat_serve.logs import Style
 
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
 BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-MODEL, ADDRESS, CLIENTS, WORKERS, REQUEST, LOAD, CONNECTION, OUTPUT = (
-    "model", "address", "keys and clients", "workers", "limits of one request", "limits under load", "connections and shutdown", "output",
+Profile = Literal["full", "public"]
+"""What answers tell: everything, or what answer/public.py leaves."""
+OPERATE = "operate"
+"""The scope of a key whose answers are full under any profile."""
+MODEL, ADDRESS, CLIENTS, WORKERS, PUBLISHING, REQUEST, LOAD, CONNECTION, OUTPUT = (
+    "model", "address", "keys and clients", "workers", "answers and browsers", "limits of one request", "limits under load",
+    "connections and shutdown", "output",
 )  # fmt: skip
 Header = Literal["x-forwarded-for", "forwarded"]
 SEPARATORS = {Path: ":", str: ","}
@@ -115,11 +120,23 @@ class Settings:
     open_timeout: Annotated[float, seconds(WORKERS, "time to open a new version; TensorRT builds engines for minutes")] = 1200.0
     refresh_interval: Annotated[float, seconds(WORKERS, "time between looks at the store")] = 1.0
 
+    profile: Annotated[Profile, About(PUBLISHING, "public: no energies, p-values or load without a key of scope operate")] = "full"
+    allow_generate: Annotated[bool, About(PUBLISHING, "with --profile public, /generate also of a model of private data")] = False
+    root_path: Annotated[str, About(PUBLISHING, "path prefix under which a proxy serves this server, such as /ebjdat", metavar="PATH")] = ""
+    cors_origin: Annotated[
+        tuple[str, ...],
+        About(PUBLISHING, "origin whose pages may call this server, such as https://example.org, or *; may be repeated", metavar="ORIGIN"),
+    ] = ()
+    allowed_host: Annotated[
+        tuple[str, ...],
+        About(PUBLISHING, "host name that requests may be for, such as api.example.org; may be repeated", shown="any", metavar="HOST"),
+    ] = ()
+
     max_body: Annotated[int, count(REQUEST, "request body; the default holds the largest image as base64", "bytes")] = 22 * 2**20
     max_images: Annotated[int, count(REQUEST, "images in one JSON list", "images")] = 64
     max_pixels: Annotated[int, count(REQUEST, "one image, and a list in all; a JPEG decoded by --jpeg-draft: twice", "pixels")] = 25_000_000
     decode_seconds: Annotated[float, seconds(REQUEST, "processor time that decoding one image may take")] = 5.0
-    jpeg_draft: Annotated[bool, About(REQUEST, "decode JPEGs above 2 megapixels at 1/2 to 1/8 of their size (docs/decisions/0021)")] = True
+    jpeg_draft: Annotated[bool, About(REQUEST, "decode JPEGs above 2 megapixels at 1/2 to 1/8 of their size (docs/decisions/0022)")] = True
     max_samples: Annotated[int, count(REQUEST, "n of one /generate", "images")] = 64
     max_steps: Annotated[
         int,
@@ -148,8 +165,11 @@ class Settings:
     upload_grace: Annotated[float, seconds(CONNECTION, "time after which a body must have come at --min-upload-rate")] = 10.0
     min_upload_rate: Annotated[int, count(CONNECTION, "slowest upload, after --upload-grace", "bytes per second")] = 16 * 2**10
     read_timeout: Annotated[float, seconds(CONNECTION, "time in which a client must read some more of its response")] = 60.0
-    keep_alive: Annotated[float, seconds(CONNECTION, "time that an idle connection is kept open")] = 30.0
+    keep_alive: Annotated[float, seconds(CONNECTION, "time that an idle connection is kept open; longer than proxies keep theirs")] = 75.0
     stream_heartbeat: Annotated[float, seconds(CONNECTION, "silence after which a stream sends a comment")] = 15.0
+    drain_delay: Annotated[
+        float, About(CONNECTION, "time that /health answers 503 after SIGTERM while requests are still accepted", "seconds", at_least=0)
+    ] = 0.0
     graceful_timeout: Annotated[float, seconds(CONNECTION, "time that requests, except /generate, get to end after a stop signal")] = 6.0
     generate_graceful_timeout: Annotated[float, seconds(CONNECTION, "time that /generate requests get to end after a stop signal")] = 50.0
 
@@ -164,6 +184,10 @@ class Settings:
     def exposed(self) -> bool:
         """Whether others than this machine's programs can be clients: beyond loopback, and through a proxy."""
         return self.host not in ("127.0.0.1", "localhost") or bool(self.trusted_proxy)
+
+    def profile_for(self, scope: Mapping[str, Any]) -> Profile:
+        """Return the profile of the answer to a request's ASGI scope: a key of scope ``operate`` is told everything."""
+        return "full" if OPERATE in scope.get("scopes", ()) else self.profile
 
 
 @dataclass(frozen=True)
@@ -195,7 +219,7 @@ class Setting:
         """The default as help and docs show it."""
         if self.about.shown or self.type is bool:
             return self.about.shown or ("yes" if self.default else "no")
-        return "none" if self.default in ((), None) else f"{self.default:g}" if self.type is float else str(self.default)
+        return "none" if self.default in ((), None, "") else f"{self.default:g}" if self.type is float else str(self.default)
 
     def parse(self, text: str) -> Any:
         """Return the value that a variable's text means; raise EbjdatError that names the variable."""

@@ -140,7 +140,7 @@ def run(settings: Settings) -> None:
         apis.append(StockGenerate(settings, api_path="/generate"))
     served = open_bundle(settings.model, settings)
     server = ls.LitServer(apis, accelerator="cpu", devices=1, timeout=settings.generate_deadline, model_metadata={"model": served.name})
-    api_docs.install(server.app)
+    api_docs.install(server.app, settings)
 
     owner = os.getpid()
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from abc import abstractmethod
@@ -40,9 +41,10 @@ class Worker(ls.LitAPI):
     kind: ipc.Kind
     functions: tuple[str, ...]  # of the engine, which the self-test covers
 
-    def __init__(self, address: str, settings: Settings, operations: Sequence[Operation]) -> None:
+    def __init__(self, settings: Settings, operations: Sequence[Operation]) -> None:
         super().__init__(api_path=f"/{self.kind}", loop=WorkerLoop())
-        self._address, self._settings = address, settings
+        self.connection: socket.socket | None = None  # to the HTTP process; the main process sets it as it starts this one
+        self._settings = settings
         self.operations = {operation.name: operation.run for operation in operations if operation.kind == self.kind}
 
     def setup(self, device: str) -> None:
@@ -58,7 +60,8 @@ class Worker(ls.LitAPI):
         """Serve until the HTTP process closes the connection."""
         self.models: dict[str, Model] = {}
         self._loading: list[threading.Thread] = []
-        self.channel = ipc.Channel(self._address)
+        assert self.connection
+        self.channel = ipc.Channel(self.connection)
         self.channel.send(ipc.Hello(self.kind, os.getpid()))
         try:
             while True:

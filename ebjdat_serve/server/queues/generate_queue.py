@@ -12,6 +12,8 @@ from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueu
 
 WAIT_WINDOW = 60.0
 """Seconds over which the longest wait of a chain is kept."""
+BUSY = "the server has too much to draw; try again after the seconds in Retry-After, or ask for less"
+"""A refusal that does not tell the load."""
 
 
 class ChainJob(Protocol):
@@ -66,14 +68,15 @@ class GenerateQueue(RequestQueue):
         """Raise Problem 429 when there are too many chains, or more work than can be done in the allowed time."""
         if self.chains + job.n > self._max_chains:
             detail = f"{self.chains} chains are running and at most {self._max_chains} may (serve --generate-chains)"
-            raise Problem(429, f"{detail}; try again later, or ask for fewer", headers={"Retry-After": str(self.retry_after())})
+            headers = {"Retry-After": str(self.retry_after())}
+            raise Problem(429, f"{detail}; try again later, or ask for fewer", headers=headers, public=BUSY)
         if self.work and self.rate and (seconds := self._estimate(job)) > self._max_backlog:
             wait = max(1, min(60, math.ceil(seconds - self._max_backlog)))
             detail = (
                 f"it would take about {seconds:.0f} s with {self.work} chain-steps to go, more than {self._max_backlog:g} s "
                 f"(serve --generate-backlog); try again in {wait} s, or ask for less"
             )
-            raise Problem(429, detail, headers={"Retry-After": str(wait)})
+            raise Problem(429, detail, headers={"Retry-After": str(wait)}, public=BUSY)
 
     def _estimate(self, job: ChainJob) -> float:
         """Return the seconds until a job would be done: all jobs share the machine, but only those of its size or less delay it."""

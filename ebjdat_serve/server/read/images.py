@@ -49,7 +49,9 @@ class ImageDecoder:
     def __init__(self, settings: Settings) -> None:
         least = LIGHT * settings.decoders
         if settings.decode_memory < least:
-            raise EbjdatError(f"--decode-memory must be at least {least} for {settings.decoders} decoders, not {settings.decode_memory}")
+            raise EbjdatError(
+                f"serve --decode-memory must be at least {least} for {settings.decoders} decoders, not {settings.decode_memory}"
+            )
         self.limits = limits(settings)
         self.decoders = Decoders(PoolSettings(self.limits, large=settings.decoders, memory=settings.decode_memory))
         self.under_way: set[Decode] = set()
