@@ -57,7 +57,7 @@ async def rate(one: Callable[[], Awaitable[object]], connections: int, seconds: 
 async def measure(seconds: float) -> list[dict[str, object]]:
     """Return the rows."""
     limits = Limits(jpeg_draft=True)
-    images = {"png 32": photo(32, 32, "PNG"), "png 300": photo(300, 300, "PNG"), "jpeg 12 MP": photo(4000, 3000, "JPEG")}
+    images = {"png 32": photo(SIDE, SIDE, "PNG"), "png 300": photo(300, 300, "PNG"), "jpeg 12 MP": photo(4000, 3000, "JPEG")}
     rows: list[dict[str, object]] = []
     exact, draft = (Decoders(PoolSettings(Limits(jpeg_draft=each), large=1)) for each in (False, True))
     for each in (exact, draft):

@@ -57,7 +57,7 @@ def exif_of_tags(n: int, size: int) -> bytes:
 
 def png_of_tags(n: int, size: int) -> bytes:
     """Return a whole PNG with such EXIF."""
-    return png(32, 32, chunk(b"eXIf", exif_of_tags(n, size)), pixels=bytes(32 * 97))
+    return png(40, 40, chunk(b"eXIf", exif_of_tags(n, size)), pixels=bytes(40 * 121))
 
 
 def webp_of_tags(n: int, size: int) -> bytes:
@@ -82,4 +82,4 @@ def avif_that_lies(size: tuple[int, int], promised: tuple[int, int]) -> bytes:
 
 def png_of_texts(n: int) -> bytes:
     """Return a PNG with ``n`` texts, each of which inflates to 1 MiB."""
-    return png(32, 32, *[chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**20), 9))] * n)
+    return png(40, 40, *[chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**20), 9))] * n)
