@@ -21,7 +21,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.hostile_images import encoded, jpeg_of_scans, jpeg_of_segments, png, png_of_texts, webp
+from benchmarks.hostile_images import (
+    avif_that_lies,
+    encoded,
+    jpeg_of_scans,
+    jpeg_of_segments,
+    jpeg_of_tags,
+    png,
+    png_of_tags,
+    png_of_texts,
+    webp,
+    webp_of_tags,
+)
 from benchmarks.load import Connection, Served, open_loop, pin, request, serving
 from ebjdat_serve.bundle import write_json
 from ebjdat_serve.server.settings import SHIPPED
@@ -43,6 +54,10 @@ def hostile() -> list[bytes]:
         jpeg_of_scans(64, (4000, 4000)),
         png(5000, 5000, pixels=bytes(5000 * 15001)),
         encoded(Image.new("RGB", (5000, 5000), (1, 2, 3)), "WEBP", method=0),
+        webp_of_tags(30_000, 400_000),
+        png_of_tags(30_000, 4_000_000),
+        jpeg_of_tags(4000, 12_000),
+        avif_that_lies((4900, 4900), (64, 64)),
     ]
 
 

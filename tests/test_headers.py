@@ -57,12 +57,19 @@ HOSTILE = {
 }
 
 
+def tiff_of_colours(n):
+    tags = [(256, 4, 1, 8), (257, 4, 1, 8), (273, 4, 1, 8), (279, 4, 1, 64), (320, 3, n, 8)]
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+
+
 COSTLY = {
     "a PNG of 252 kB of tags": png_of_tags(21_000, 4),
     "a PNG of tags with one value": png_of_tags(30_000, 130_000),
     "a WebP of tags with one value": webp_of_tags(30_000, 130_000),
     "a JPEG of tags with one value": jpeg_of_tags(4000, 12_000),
     "a JPEG of a list of pictures": jpeg_of_tags(4000, 12_000, b"\xff\xe2", b"MPF\0"),
+    "a PNG of large tags": png_of_tags(120, 500_000),
+    "a TIFF of a long palette": tiff_of_colours(60_000),
     "an AVIF larger than it says": avif_that_lies((4900, 4900), (64, 64)),
     "a TIFF that holds a JPEG": encoded(colour(), "TIFF", compression="jpeg"),
     "a PNG of tiny chunks of pixels": png(200, 200, chunk(b"IDAT", bytes(256)) * 1900),
@@ -137,11 +144,6 @@ def test_what_pillow_writes_is_judged_as_pillow_reads_it(kind, mode, options):
         assert (header.format, header.width, header.height) == (picture.format, *picture.size)
         assert header.frames == getattr(picture, "n_frames", 1)
     assert header.memory(32, 32, LIMITS) < 32 * 2**20
-
-
-def tiff_of_colours(n):
-    tags = [(256, 4, 1, 8), (257, 4, 1, 8), (273, 4, 1, 8), (279, 4, 1, 64), (320, 3, n, 8)]
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
 
 
 @needs_heic

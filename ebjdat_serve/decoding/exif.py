@@ -10,7 +10,7 @@ FREE_TAGS = 128
 """More than cameras write into these directories."""
 TAG_WORK = 1500
 """Pixels whose decoding takes about as long as Pillow's reading of one tag."""
-BYTES_PER_PIXEL = 256
+BYTES_PER_PIXEL = 64
 """Bytes that are copied in the time of one pixel."""
 
 

@@ -10,6 +10,8 @@ WIDTHS = {1: 1, 3: 2, 4: 4, 16: 8}
 """Bytes of the types of whole numbers: BYTE, SHORT, LONG, LONG8."""
 COLOURS, MAX_COLOURS = 320, 3 * 2**16
 """The tag of the palette, and how many numbers 16 bits of pixels can choose from."""
+COLOUR_WORK = 8
+"""Pixels whose decoding takes about as long as Pillow's reading of one of them."""
 MAX_PAGES = 1000
 
 
@@ -32,7 +34,8 @@ def judge_tiff(data: Bytes, limits: Limits) -> Header:
     strips.add(max(tags[tag][1] for tag in (STRIPS, TILES) if tag in tags) if STRIPS in tags or TILES in tags else 0)
     if not strips.n:
         damaged("TIFF", "it has no strips and no tiles")
-    if tags.get(COLOURS, (0, 0, 0))[1] > MAX_COLOURS:
+    colours = tags.get(COLOURS, (0, 0, 0))[1]
+    if colours > MAX_COLOURS:
         damaged("TIFF", f"its palette has more than {MAX_COLOURS} numbers")
     per_sample = 2 if bits > 8 else 1
     tile = reader.first(tags, TILE_WIDTH, width) * reader.first(tags, TILE_HEIGHT, min(reader.first(tags, ROWS, height), height))
@@ -40,7 +43,7 @@ def judge_tiff(data: Bytes, limits: Limits) -> Header:
     buffer = 0 if compression == 1 else tile * max(samples * per_sample, 4 if reader.first(tags, PHOTOMETRIC, 0) == 6 else 1)
     depth = 8 if samples > 1 or compression == 7 else 6 if bits > 8 else 5
     pages = reader.pages(following, limits)
-    work = strips.n * CHUNK_WORK // 32
+    work = strips.n * CHUNK_WORK // 32 + colours * COLOUR_WORK
     return Header("TIFF", width, height, pages, depth, fixed=buffer + len(data), passes=1.5, extra_work=work, sure=compression != 7)
 
 
