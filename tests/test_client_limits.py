@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebjdat_serve.server.answer.problems import Problem
+from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues import client_limits
 from ebjdat_serve.server.queues.client_limits import OPTIONS, PUBLIC, ClientLimits, Limits, default_limits
 

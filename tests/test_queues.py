@@ -43,8 +43,8 @@ def job(n, steps):
     return GenerateJob(0, n, Sampler(steps, 0.25, 2.0, 0.005), seed=0)
 
 
-def pending(payload, key="k", operation="predict"):
-    return PendingRequest(key, operation, payload, None, time.monotonic() + 60)
+def pending(payload, key="k", operation="predict", client="one"):
+    return PendingRequest(key, operation, payload, None, client, time.monotonic() + 60)
 
 
 def classify_queue(max_batch=4):
@@ -56,19 +56,19 @@ def test_a_long_job_is_refused_where_a_short_one_that_overtakes_is_not():
         queue = GenerateQueue(workers=1, size=256, deadline=120.0, worker_timeout=30.0, max_chains=128, max_backlog=60.0)
         worker = connected(queue, "k")
         queue.handle(worker, ipc.Stats(100.0, {}))  # chain-steps a second
-        queue.admit(job(8, 1000))  # when nothing is in progress, whatever the limits of a request allow
+        queue.admit("one", job(8, 1000))  # when nothing is in progress, whatever the limits of a request allow
         queue.enqueue(pending(job(8, 1000), operation="generate"))
         assert queue.work == 8000
-        queue.admit(job(1, 20))
+        queue.admit("one", job(1, 20))
         with pytest.raises(Problem) as refused:
-            queue.admit(job(8, 900))
+            queue.admit("one", job(8, 900))
         assert refused.value.status == 429
         assert int(refused.value.headers["Retry-After"]) == 60  # it would be 92
         (number,) = worker.in_flight
         queue.handle(worker, ipc.Stats(100.0, {number: 1000}))
-        queue.admit(job(4, 900))
+        queue.admit("one", job(4, 900))
         with pytest.raises(Problem, match="at most 128"):
-            queue.admit(job(129, 1))
+            queue.admit("one", job(129, 1))
 
     asyncio.run(run())
 

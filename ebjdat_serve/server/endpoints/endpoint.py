@@ -20,6 +20,7 @@ from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueue
 from ebjdat_serve.server.read.auth import ApiKeyMiddleware, HeadMiddleware, api_key
 from ebjdat_serve.server.read.bodies import decode_upload, read_upload
+from ebjdat_serve.server.read.client_address import client_of
 from ebjdat_serve.server.read.http_protocol import connections
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Settings
@@ -84,13 +85,14 @@ class Service:
         Raises Problem for whatever is wrong with the request, and when it cannot be answered in time.
         """
         queue = self.classify_queue
-        queue.check_room()  # before the body is read; a slow body takes no slot
+        client = client_of(request)
+        queue.check_room(client)  # before the body is read; a slow body takes no slot
         with contextlib.ExitStack() as stack:
             async with read_upload(request, self.settings) as upload:
                 model = self.manager.active
-                deadline = stack.enter_context(queue.slot(model.key))
+                deadline = stack.enter_context(queue.slot(model.key, client))
                 images, listed = await decode_upload(request, upload, model.bundle.manifest.input, self.settings, self.decoders)
-            value = await queue.submit(PendingRequest(model.key, operation.name, images, request, deadline))
+            value = await queue.submit(PendingRequest(model.key, operation.name, images, request, client, deadline))
             return ImageResult(value, listed, model)
 
     async def drain(self) -> None:

@@ -16,6 +16,7 @@ from ebjdat_serve.server.payloads import GeneratedImages
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest
+from ebjdat_serve.server.read.client_address import client_of
 from ebjdat_serve.server.read.generate_request import GenerateQuery, read_values, validate
 
 Made = TypeVar("Made")
@@ -26,13 +27,13 @@ async def generate(service: Service, request: Request) -> Response:
     queue, settings = service.generate_queue, service.settings
     if queue is None:
         raise Problem(404, "this server draws nothing: it was started by serve --generate-workers 0")
-    values = await read_values(request, settings)
+    client, values = client_of(request), await read_values(request, settings)
     with contextlib.ExitStack() as stack:
         model = service.manager.active
-        deadline = stack.enter_context(queue.slot(model.key))
+        deadline = stack.enter_context(queue.slot(model.key, client))
         wanted = validate(values, model.bundle.manifest, settings)
-        queue.admit(wanted.job)
-        pending = PendingRequest(model.key, GENERATE.name, wanted.job, request, deadline)
+        queue.admit(client, wanted.job)
+        pending = PendingRequest(model.key, GENERATE.name, wanted.job, request, client, deadline)
         stack.enter_context(queue.waiting(pending))
         answers = GenerateAnswers(model, wanted.job, wanted.query.temperature, wanted.query.scale, settings.alpha)
         if wanted.query.stream:

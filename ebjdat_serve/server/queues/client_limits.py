@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Literal
 
-from ebjdat_serve.server.answer.problems import Problem
+from ebjdat_serve.server.problems import Problem
 
 Counted = Literal["requests", "bodies", "chains"]
 OPTIONS = {"rate": "--client-rate", "requests": "--client-requests", "bodies": "--client-bodies", "chains": "--client-chains"}
