@@ -1,4 +1,4 @@
-"""Which chains take the next Langevin step: clients share it, short groups overtake long ones, none starves; groups come and go."""
+"""Continuous batching of Langevin chains: clients share the engine, short groups overtake long ones, none starves."""
 
 import heapq
 import math
@@ -52,8 +52,8 @@ class ChainGroup:
     client: str = ""  # whose share of the engine they use
     left: int = field(init=False)  # chain-steps still to take
     size_class: int = field(init=False)
-    turn: Rows = field(init=False)  # (n,) the turn in which each chain last took a step
-    moved: NDArray[np.float64] = field(init=False)  # (n,) and when, in seconds of the scheduler's clock
+    turn: Rows = field(init=False)  # (n,) turn in which each chain last took a step
+    moved: NDArray[np.float64] = field(init=False)  # (n,) time of that step, in seconds of the scheduler's clock
 
     def __post_init__(self) -> None:
         n = len(self.chains.label)
@@ -64,7 +64,7 @@ class ChainGroup:
     def unfinished(self) -> Rows:
         """Return the rows that have steps left, the longest waiting first."""
         if len(self.turn) == 1:
-            return np.zeros(1, np.int64)  # the one row there is: a finished group has left
+            return np.zeros(1, np.int64)  # its only row: a finished group has left
         rows = np.flatnonzero(self.chains.step < self.steps)
         return rows if len(rows) < 2 else rows[self.turn[rows].argsort(kind="stable")]
 
@@ -109,22 +109,22 @@ class Moved:
 class Scheduler:
     """Shares an engine among groups of chains, a turn at a time.
 
-    A turn is one batch of at most ``width`` chains moved by one step, or by several where steps are short. ClientShares says how many of
-    them are each client's.
+    A turn is one batch of at most ``width`` chains moved by one step, or by several where steps are short. ClientShares divides it between
+    clients.
 
-    Of a client, chains of the smallest size class lead, those with the fewest steps left first. For each chain that leads, FAIRNESS_QUOTA
-    chains that have waited longest are added, of whichever of its groups. So where there is one client, a short group overtakes long ones
-    in at most 1 + FAIRNESS_QUOTA times the time it takes alone, and with N chains none waits longer for its next step than about
-    N (1 + 1 / FAIRNESS_QUOTA) / rate seconds, rate in chain-steps a second, times the number of engines in use.
+    Of the chains of one client, those of the smallest size class lead, those with the fewest steps left first. For each leading chain, the
+    FAIRNESS_QUOTA chains that have waited longest are added, from any of the client's groups. So with one client, a short group overtakes
+    long ones in at most 1 + FAIRNESS_QUOTA times the time it takes alone, and with N chains none waits longer for its next step than about
+    N (1 + 1 / FAIRNESS_QUOTA) / rate seconds, rate in chain-steps per second, times the number of engines in use.
 
-    With C clients that always have work, that is C times as long with N the chains of the client, however many the others have; where
-    others come from pauses all the time, and so lead, 1 + 1 / CLIENT_QUOTA times that.
+    With C clients that always have work, that is C times as long, N being the chains of the client itself; where others return from pauses
+    all the time and so lead, 1 + 1 / CLIENT_QUOTA times that.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self.groups: list[ChainGroup] = []
-        self.longest_wait = 0.0  # seconds that any chain waited between two steps; whoever reports it resets it
+        self.longest_wait = 0.0  # longest time, in seconds, that a chain waited between two steps; reset by the caller that reports it
         self._turn = 0
         self._shares = ClientShares()
         self._quota: dict[str, float] = {}  # by client, the fraction of a chain left over from the last turn's quota
@@ -132,7 +132,7 @@ class Scheduler:
 
     def join(self, group: ChainGroup) -> None:
         """Add ``group`` from the next turn on."""
-        # a newcomer has not waited: the fairness quota is for those that have
+        # a new group has not waited: the fairness quota is for groups that have
         group.turn[:] = self._turn
         group.moved[:] = self._clock()
         self.groups.append(group)
@@ -181,7 +181,7 @@ class Scheduler:
         shortest = [group for group in groups if not policy.linear or group.size_class == groups[0].size_class]
         lead = leaders(shortest, unfinished, max(1, int(policy.width / (1 + FAIRNESS_QUOTA))))
         leading = sum(map(len, lead.values()))
-        # a quota that nobody waits to use is not saved up: it would fill a later turn with long chains
+        # an unused quota is not saved up: it would fill a later turn with long chains
         quota = self._whole_quota(groups[0].client, FAIRNESS_QUOTA * leading)
         return with_longest_waiting(lead, groups, unfinished, min(quota, policy.width - leading))
 
@@ -197,7 +197,7 @@ class Scheduler:
         return int(whole)
 
     def _steps_per_turn(self, n: int) -> int:
-        """Return how many steps of n chains fit into a turn."""
+        """Return the number of steps of n chains that fit into a turn."""
         seconds = self._step_seconds.get(n)
         return 1 if not seconds else max(1, int(TURN_SECONDS / seconds))
 

@@ -1,4 +1,4 @@
-"""Chains are scheduled: the same images as alone, shared by clients, short before long, nobody starves, whoever leaves is gone at once."""
+"""Tests of the scheduler: the same images as unscheduled, short groups first, shares of clients, no starvation, no step after removal."""
 
 import heapq
 from collections import Counter

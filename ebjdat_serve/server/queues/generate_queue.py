@@ -161,7 +161,7 @@ class GenerateQueue(RequestQueue):
                 for number, steps in left.items():
                     if number in self._work:
                         self._work[number].left = steps
-            case ipc.Response(number):
+            case ipc.Response(number, _) | ipc.UnknownOperation(number, _):
                 self._work.pop(number, None)
                 super().handle(worker, message)
 
