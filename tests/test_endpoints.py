@@ -23,7 +23,6 @@ from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.endpoints import ENDPOINTS
 from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint
 from ebjdat_serve.server.queues.request_queue import PendingRequest
-from ebjdat_serve.server.read.client_address import client_of
 from ebjdat_serve.server.read.generate_request import validate
 
 
@@ -63,14 +62,14 @@ async def unlisted_chains(service, request):
     """Ask for an operation on chains that the endpoint does not list."""
     model, queue = service.manager.active, service.generate_queue
     job = validate({"class": "cat", "n": "1", "steps": "2"}, model.bundle.manifest, service.settings).job
-    client = client_of(request)
+    client = request.scope["client"]
     with queue.slot(model.key, client) as deadline:
         return respond(await queue.submit(PendingRequest(model.key, UNLISTED_CHAINS.name, job, request, client, deadline)))
 
 
 ENDPOINTS += [
     Endpoint("/forward", forward, Outputs, operations=[FORWARD], openapi=IMAGE_BODY),
-    Endpoint("/labels", labels, method="GET", keyless=True, responses={}),
+    Endpoint("/labels", labels, method="GET", scopes=(), responses={}),
     Endpoint("/unlisted", unlisted, hidden=True),
     Endpoint("/unlisted-chains", unlisted_chains, hidden=True),
 ]

@@ -16,7 +16,6 @@ from ebjdat_serve.server.payloads import GeneratedImages
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest
-from ebjdat_serve.server.read.client_address import client_of
 from ebjdat_serve.server.read.generate_request import GenerateQuery, read_values, validate
 
 Made = TypeVar("Made")
@@ -27,11 +26,12 @@ async def generate(service: Service, request: Request) -> Response:
     queue, settings = service.generate_queue, service.settings
     if queue is None:
         raise Problem(404, "this server draws nothing: it was started by serve --generate-workers 0")
-    client, values = client_of(request), await read_values(request, settings)
+    client, values = request.scope["client"], await read_values(request, settings)
     with contextlib.ExitStack() as stack:
         model = service.manager.active
         deadline = stack.enter_context(queue.slot(model.key, client))
         wanted = validate(values, model.bundle.manifest, settings)
+        stack.enter_context(service.access.chains(request, wanted.job.n))
         queue.admit(client, wanted.job)
         pending = PendingRequest(model.key, GENERATE.name, wanted.job, request, client, deadline)
         stack.enter_context(queue.waiting(pending))

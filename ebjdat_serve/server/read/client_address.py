@@ -8,14 +8,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Literal
-
-from fastapi import Request
 
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.server.settings import Header
 
 Address = IPv4Address | IPv6Address
-Header = Literal["x-forwarded-for", "forwarded"]
 LONGEST = 64
 """Characters of an address with its port; no longer text is parsed."""
 MOST_HOPS = 32
@@ -80,12 +77,6 @@ def network_name(address: Address | None) -> str:
 def client_name(key: str | None, address: Address | None) -> str:
     """Return the name under which a client's work is counted: its key's, else its network's; no key is called like a network."""
     return f"key:{key}" if key else network_name(address)
-
-
-def client_of(request: Request) -> str:
-    """Return the name of the client that sent ``request``: what authentication wrote into its scope, else its address."""
-    client = request.scope.get("client")
-    return client if isinstance(client, str) else network_name(parse_address(client[0]) if client else None)
 
 
 class ClientAddress:
