@@ -24,7 +24,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.locking import alone
+from ebjdat_serve.locking import exclusive_lock
 
 log = logging.getLogger("ebjdat_serve")
 Scope = Literal["classify", "generate", "operate"]
@@ -164,7 +164,7 @@ def write(file: Path, keys: tuple[Key, ...]) -> None:
 def edited(file: Path) -> Iterator[dict[str, Key]]:
     """Yield the keys of ``file`` by name, none where it is missing, and write them back; one process at a time."""
     target = Path(os.path.realpath(file))
-    with alone(target.with_name(f".{target.name}.lock")):
+    with exclusive_lock(target.with_name(f".{target.name}.lock")):
         keys = {key.name: key for key in parse(read(target)[0], file)} if target.exists() else {}
         yield keys
         if len(keys) > MOST_KEYS:
