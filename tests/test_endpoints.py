@@ -65,8 +65,9 @@ async def unlisted_chains(service, request):
     """Ask for an operation on chains that the endpoint does not list."""
     model, queue = service.manager.active, service.generate_queue
     job = validate({"class": "cat", "n": "1", "steps": "2"}, model.bundle.manifest, service.settings).job
-    with queue.slot(model.key) as deadline:
-        return respond(await queue.submit(PendingRequest(model.key, UNLISTED_CHAINS.name, job, request, deadline)))
+    client = request.scope["client"]
+    with queue.slot(model.key, client) as deadline:
+        return respond(await queue.submit(PendingRequest(model.key, UNLISTED_CHAINS.name, job, request, client, deadline)))
 
 
 ENDPOINTS += [

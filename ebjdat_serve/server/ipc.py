@@ -60,12 +60,16 @@ class ModelRefused:
 
 @dataclass(frozen=True)
 class Request:
-    """Run ``operation`` with the bundle ``key`` on ``payload``; ``number`` is unique per queue."""
+    """Run ``operation`` with the bundle ``key`` on ``payload``; ``number`` is unique per queue.
+
+    A generate worker counts the work for ``client``; a batch has no client, since images of several may be in it.
+    """
 
     number: int
     key: str
     operation: str
     payload: Any
+    client: str = ""
 
 
 @dataclass(frozen=True)

@@ -148,9 +148,16 @@ class Settings:
     max_scale: Annotated[int, count(REQUEST, "scale of a PNG, in its pixels per image pixel", "pixels")] = 16
     max_sheet: Annotated[int, count(REQUEST, "size of one PNG", "pixels")] = 2**24
 
-    classify_queue: Annotated[int, count(LOAD, "requests in progress beyond which /classify and /energy answer 503", "requests")] = 256
-    generate_queue: Annotated[int, count(LOAD, "requests in progress beyond which /generate answers 503", "requests")] = 256
-    generate_chains: Annotated[int, count(LOAD, "chains in progress beyond which /generate answers 429", "chains")] = 128
+    classify_queue: Annotated[
+        int,
+        count(LOAD, "requests in progress of one client, twice as many of all, beyond which /classify and /energy answer 503", "requests"),
+    ] = 256
+    generate_queue: Annotated[
+        int, count(LOAD, "requests in progress of one client, twice as many of all, beyond which /generate answers 503", "requests")
+    ] = 256
+    generate_chains: Annotated[
+        int, count(LOAD, "chains in progress of one client, twice as many of all, beyond which /generate answers 429", "chains")
+    ] = 128
     generate_backlog: Annotated[float, seconds(LOAD, "estimated time of the work in progress beyond which /generate answers 429")] = 60.0
     classify_deadline: Annotated[float, seconds(LOAD, "time until a classify or energy request is answered 504")] = 10.0
     generate_deadline: Annotated[float, seconds(LOAD, "time until a generate request is answered 504")] = 120.0

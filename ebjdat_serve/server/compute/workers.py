@@ -201,10 +201,11 @@ class GenerateWorker(Worker):
     def handle(self, message: Any) -> None:
         """Start or drop a task, or allow its next preview."""
         match message:
-            case ipc.Request(number, key, operation, payload) if operation in self.operations:
+            case ipc.Request(number, key, operation, payload, client) if operation in self.operations:
                 if not self.scheduler.groups:
                     self.steps_taken, self.rate_since = 0, time.monotonic()  # idle time does not count for the rate
                 task: ChainTask = self.operations[operation](self.models[key], payload)
+                task.group.client = client
                 self.tasks[number], self.numbers[task.group] = task, number
                 self.scheduler.join(task.group)
             case ipc.Cancel(number) if number in self.tasks:  # it may have been answered meanwhile

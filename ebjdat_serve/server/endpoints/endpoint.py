@@ -97,14 +97,15 @@ class Service:
         Raises Problem for whatever is wrong with the request, and when it cannot be answered in time.
         """
         queue = self.classify_queue
-        queue.check_room()  # before the body is read; a slow body takes no slot
+        client = request.scope["client"]
+        queue.check_room(client)  # before the body is read; a slow body takes no slot
         with contextlib.ExitStack() as stack:
             async with read_upload(request, self.settings) as upload:
                 model = self.manager.active
-                deadline = stack.enter_context(queue.slot(model.key))
+                deadline = stack.enter_context(queue.slot(model.key, client))
                 encoded, listed = await encoded_images(request, upload, self.settings)
                 images = await self.decoder.decode(request, encoded, model.bundle.manifest.input, deadline, listed=listed)
-            value = await queue.submit(PendingRequest(model.key, operation.name, images, request, deadline))
+            value = await queue.submit(PendingRequest(model.key, operation.name, images, request, client, deadline))
             return ImageResult(value, listed, model)
 
     def begin_drain(self) -> None:

@@ -36,16 +36,16 @@ async def generate(service: Service, request: Request) -> Response:
     queue, settings = service.generate_queue, service.settings
     if queue is None:
         raise Problem(404, NO_WORKERS)
-    profile = settings.profile_for(request.scope)
+    profile, client = settings.profile_for(request.scope), request.scope["client"]
     values = await read_values(request, settings)
     with contextlib.ExitStack() as stack:
         model = service.manager.active
         check_data(model, profile, settings)
-        deadline = stack.enter_context(queue.slot(model.key))
+        deadline = stack.enter_context(queue.slot(model.key, client))
         wanted = validate(values, model.bundle.manifest, settings)
         stack.enter_context(service.access.chains(request, wanted.job.n))
-        queue.admit(wanted.job)
-        pending = PendingRequest(model.key, GENERATE.name, wanted.job, request, deadline)
+        queue.admit(client, wanted.job)
+        pending = PendingRequest(model.key, GENERATE.name, wanted.job, request, client, deadline)
         stack.enter_context(queue.waiting(pending))
         answers = GenerateAnswers(model, wanted.job, wanted.query.temperature, wanted.query.scale, settings.alpha)
         if wanted.query.stream:
