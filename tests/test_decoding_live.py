@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -188,6 +189,23 @@ def test_the_decode_of_a_client_that_leaves_is_ended(server):
     until(lambda: server.info()["load"]["classify"]["requests"] == 0, 3)
     gone(large)
     assert classify(server, LARGE).status_code == 200
+
+
+def test_a_client_with_many_large_images_delays_anothers_by_no_more_than_one_of_them(server):
+    port = int(server.url.rsplit(":", 1)[1])
+    heavy = png(5000, 5000, pixels=bytes(5000 * 15_001))  # half a second or more, each
+    greedy = [socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0)) for _ in range(40)]
+    try:
+        for client in greedy:
+            client.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(heavy), heavy))
+        until(lambda: server.info()["load"]["classify"]["requests"] == 40)
+        for data in (LARGE, SMALL, heavy):
+            assert classify(server, data).status_code == 200
+        assert server.info()["load"]["classify"]["requests"] > 20  # of the 40, which came first
+    finally:
+        for client in greedy:
+            client.close()
+    until(lambda: server.info()["load"]["classify"]["requests"] == 0, 3)
 
 
 def test_a_decode_ends_at_the_deadline(tmp_path):
