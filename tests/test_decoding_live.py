@@ -115,6 +115,7 @@ def test_the_largest_images_are_answered_alone(server, width, kind, options):
     assert max(resident(server)) < 512
 
 
+@pytest.mark.slow
 def test_a_server_without_draft_ends_jpegs_where_it_ends_all_images(tmp_path):
     with serving(
         SHIPPED, tmp_path / "log", "--device", "cpu", "--generate-workers", "0", "--no-jpeg-draft", "--max-pixels", "1000000"
@@ -220,7 +221,7 @@ def test_a_decode_ends_at_the_deadline(tmp_path):
         until(lambda: sum(map(alive, large)) == 1)
 
 
-@pytest.mark.parametrize("victim", ["main", "http"])
+@pytest.mark.parametrize("victim", [pytest.param("main", marks=pytest.mark.slow), "http"])
 def test_no_decoder_survives_its_server(tmp_path, victim):
     with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--generate-workers", "0") as server:
         of_large(server)
