@@ -278,6 +278,20 @@ def test_clients_take_turns_however_much_one_sends():
     asyncio.run(main())
 
 
+def test_what_is_too_long_or_no_image_is_refused_before_it_takes_a_turn():
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await running.decode([MEDIUM], 32, 32)
+            os.kill(of_large(running), signal.SIGSTOP)
+            for data, said in ((bytes(20_000_000), "20000000 bytes; the limit is"), (b"%PDF" + bytes(10**6), "it is a PDF")):
+                with pytest.raises(InvalidImage, match=said) as refused:
+                    async with asyncio.timeout(1):
+                        await running.decode([MEDIUM, data], 32, 32)
+                assert refused.value.index == 1
+
+    asyncio.run(main())
+
+
 def test_what_libraries_say_of_a_damaged_image_is_not_logged(capfd):
     fax = bytearray(encoded(Image.effect_noise((1000, 1000), 60).convert("1"), "TIFF", compression="group4"))
     fax[2000:20_000:50] = bytes(360)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ebjdat_serve.decoding.header import Header
@@ -45,8 +45,8 @@ class Large:
     need: int = 0
     granted: int = 0  # bytes of those for heavy decodes
     tries: int = 0
-    queue: "FairQueue[Large] | None" = None
-    number: int = 0  # in the queue
+    queue: "FairQueue[Large]" = field(default_factory=FairQueue)
+    number: int = 0  # in the queue, the last that it waited in
 
     def wait_in(self, queue: "FairQueue[Large]") -> None:
         """Queue behind the client's others; what it costs is known when its turn is over."""
@@ -54,8 +54,7 @@ class Large:
 
     def withdraw(self) -> None:
         """Leave the queue, if it is in one."""
-        if self.queue is not None:
-            self.queue.remove(self.number)
+        self.queue.remove(self.number)
 
 
 class Suspects:

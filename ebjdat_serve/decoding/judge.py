@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import TypeVar
 
 from ebjdat_serve.decoding import bmff, bmp, gif, jpeg, png, tiff, webp
 from ebjdat_serve.decoding.header import Bytes, Header, Limits
 from ebjdat_serve.errors import InvalidImage
 
+T = TypeVar("T")
 JUDGES: dict[str, Callable[[Bytes, Limits], Header]] = {
     "PNG": png.judge_png,
     "JPEG": jpeg.judge_jpeg,
@@ -46,6 +48,13 @@ def judge(data: Bytes, height: int, width: int, limits: Limits) -> Header:
 
     Raises InvalidImage: what arrived, and the limit or the fix. Takes about 1 ms per MiB at the most.
     """
+    header = JUDGES[judge_kind(data, limits)](data, limits)
+    header.check(height, width, limits)
+    return header
+
+
+def judge_kind(data: Bytes, limits: Limits) -> str:
+    """Return the format of ``data``, by its first bytes. Raises InvalidImage: not one that is read here, or too long."""
     if not data:
         raise InvalidImage("the image is empty (0 bytes)")
     if len(data) > limits.max_bytes:
@@ -57,20 +66,24 @@ def judge(data: Bytes, height: int, width: int, limits: Limits) -> Header:
         )
     if kind not in JUDGES:
         raise InvalidImage(f"not an image this server reads{f': it is {kind}' if kind else ''}; send {', '.join(accepted())}")
-    header = JUDGES[kind](data, limits)
-    header.check(height, width, limits)
-    return header
+    return kind
+
+
+def each(images: Sequence[Bytes], verdict: Callable[[Bytes], T]) -> list[T]:
+    """Return a verdict on each image of one request. Raises InvalidImage, with the index of the first that is refused."""
+    verdicts = []
+    for index, data in enumerate(images):
+        try:
+            verdicts.append(verdict(data))
+        except InvalidImage as error:
+            error.index = index
+            raise
+    return verdicts
 
 
 def judge_all(images: Sequence[Bytes], height: int, width: int, limits: Limits) -> tuple[Header, ...]:
     """Return the headers of the images of one request. Raises InvalidImage, with the index of the first that is refused."""
-    headers = []
-    for index, data in enumerate(images):
-        try:
-            headers.append(judge(data, height, width, limits))
-        except InvalidImage as error:
-            error.index = index
-            raise
+    headers = each(images, lambda data: judge(data, height, width, limits))
     total = sum(one.pixels for one in headers)
     if len(headers) > 1 and total > limits.max_pixels:
         raise InvalidImage(f"the images of one list have {total} pixels; the limit is {limits.max_pixels} in all: send them one by one")

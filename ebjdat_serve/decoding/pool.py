@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Header, Limits
 from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
-from ebjdat_serve.decoding.judge import judge_all
+from ebjdat_serve.decoding.judge import each, judge_all, judge_kind
 from ebjdat_serve.decoding.processes import Line, Zygote
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.fairness import FairQueue
@@ -107,6 +107,7 @@ class Decoders:
             headers = judge_all(images, height, width, self.limits)
             if all(one.sure and one.work <= SMALL_WORK for one in headers):
                 return await self._decode_small(images, headers, height, width, client)
+        each(images, lambda data: judge_kind(data, self.limits))  # at once, before anything of it is held and sent
         return await self._decode_large(list(images), height, width, client)
 
     async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int, client: str) -> list[Pixels]:
@@ -250,7 +251,6 @@ class Decoders:
             return
         if job.need > LIGHT:
             self._grant(job)
-        assert job.queue is not None
         queue, began = job.queue, asyncio.get_running_loop().time()
 
         def end_decoder(future: "asyncio.Future[list[Pixels]]") -> None:
