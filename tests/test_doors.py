@@ -1,0 +1,176 @@
+"""What leaves HTTP/1.1 as we bound it is refused with an answer; nothing that grows with a body runs in the event loop for long."""
+
+import contextlib
+import json
+import select
+import time
+
+import httpx2
+import pytest
+
+from ebjdat_serve.server.settings import SHIPPED
+from tests.conftest import serving, until
+from tests.test_faults import connect, http_process, memory
+
+KEY = "a-key-of-the-tests"
+GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /classify HTTP/1.1\r\nHost: x\r\nX-API-Key: " + KEY.encode() + b"\r\n"
+
+DOORS = {
+    "websocket": (GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: a\r\nSec-WebSocket-Version: 13\r\n\r\n", 400),
+    "websocket without Connection": (GET + b"Upgrade: WebSocket\r\n\r\n", 400),
+    "websocket with a body": (POST + b"Connection: upgrade\r\nUpgrade: websocket\r\nContent-Length: 3\r\n\r\nabc", 400),
+    "h2c": (GET + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n\r\n", 400),
+    "HTTP2-Settings alone": (GET + b"HTTP2-Settings: AAMAAABkAAQ\r\n\r\n", 400),
+    "a preface of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(100), 400),
+    "HTTP/2.0 by name": (b"GET /health HTTP/2.0\r\nHost: x\r\n\r\n", 400),
+    "HTTP/0.9": (b"GET /health\r\n\r\n", 400),
+    "HTTP/1.2": (b"GET /health HTTP/1.2\r\nHost: x\r\n\r\n", 400),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), 400),
+    "CONNECT": (b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+    "TRACE": (b"TRACE /health HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+    "RTSP": (b"DESCRIBE /health RTSP/1.0\r\n\r\n", 405),
+    "ICE": (b"SOURCE /health ICE/1.0\r\n\r\n", 405),
+    "absolute form": (b"GET http://x/health HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "asterisk form": (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "a long target": (b"GET /health?" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+    "long headers": (GET + b"X-A: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+    "many headers": (GET + b"a:\r\n" * 3000 + b"\r\n", 431),
+    "no Host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
+    "two Hosts": (GET + b"Host: y\r\n\r\n", 400),
+    "another expectation": (POST + b"Expect: 200-ok\r\nContent-Length: 3\r\n\r\nabc", 417),
+    "chunks in HTTP/1.0": (b"POST /classify HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n", 400),
+    "another transfer encoding": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n", 400),
+    "two lengths": (POST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", 400),
+    "a length and chunks": (POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "GET with a body": (b"GET /generate?class=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + bytes(60_000), 400),
+    "GET with chunks": (GET + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunks of one byte": (POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 40_000, 400),
+    "endless extensions of a chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * 500_000, 400),
+    "line ends for ever": (b"\r\n" * 150_000, 400),
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A server with a key and little memory for bodies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIT_SERVER_API_KEY", KEY)
+        log = tmp_path_factory.mktemp("guarded") / "log"
+        with serving(SHIPPED, log, "--device", "cpu", "--generate-workers", "0", "--upload-memory", str(32 * 2**20)) as server:
+            yield server
+
+
+def talk(server, sent, seconds=10):
+    """Send bytes, and return the status, the headers and the body of all that comes until the server closes the connection."""
+    with connect(server, seconds) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(sent)
+        received = b""
+        while data := client.recv(2**16):  # an error where the answer was lost to a reset
+            received += data
+    head, _, body = received.partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    return int(lines[0].split()[1]), dict(line.lower().split(": ", 1) for line in lines[1:]), body
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_what_leaves_http_as_we_bound_it_is_refused_at_once_and_the_refusal_arrives(guarded, name):
+    sent, expected = DOORS[name]
+    begin = time.monotonic()
+    status, headers, body = talk(guarded, sent)
+    assert time.monotonic() - begin < 4
+    assert status == expected
+    assert headers["content-type"] == "application/problem+json"
+    assert headers["connection"] == "close"
+    document = json.loads(body)  # one answer, and nothing behind it
+    assert (document["status"], bool(document["detail"])) == (expected, True)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /health HTTP/1.0\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nUpgrade-Insecure-Requests: 1\r\n\r\n",
+    ],
+)
+def test_what_is_http_passes(guarded, sent):
+    assert talk(guarded, sent)[0] == 200
+
+
+def upload(size, kind="image/png"):
+    """Return the headers of an upload."""
+    return POST + b"Content-Type: %b\r\nContent-Length: %d\r\n\r\n" % (kind.encode(), size)
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (upload(99_000_000) + bytes(30_000_000), 413),
+        (upload(5_000_000, "text/plain") + bytes(5_000_000), 415),
+        (upload(5_000_000).replace(KEY.encode(), b"another") + bytes(5_000_000), 401),
+        (upload(5_000_000).replace(b"/classify", b"/nowhere") + bytes(5_000_000), 404),
+        (upload(5_000_000).replace(b"POST", b"PUT") + bytes(5_000_000), 405),
+    ],
+    ids=["too large", "content type", "key", "path", "method"],
+)
+def test_a_refusal_before_the_end_of_a_body_reaches_a_client_that_sends_all_of_it_first(guarded, sent, expected):
+    begin = time.monotonic()
+    with connect(guarded, 20) as client:
+        client.sendall(sent)  # no reset meanwhile
+        received = b""
+        while data := client.recv(2**16):
+            received += data
+    assert int(received.split()[1]) == expected
+    assert b"\r\nconnection: close\r\n" in received.lower()
+    assert received.endswith(b"}")
+    assert time.monotonic() - begin < 10
+
+
+def refusals(server, n):
+    """Have so many requests refused, of every kind in turn."""
+    kinds = [sent for sent, _ in DOORS.values() if len(sent) < 1000]
+    for i in range(n):
+        with connect(server) as client:
+            client.sendall(kinds[i % len(kinds)])
+            assert client.recv(100).startswith(b"HTTP/1.1 4")
+
+
+@pytest.mark.parametrize("rounds", [1500, pytest.param(15_000, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_refusals(guarded, rounds):
+    pid = http_process(guarded)
+    refusals(guarded, 500)
+    before = memory(pid)
+    refusals(guarded, rounds)
+    grown = (memory(pid) - before) * 2**20 / rounds
+    print(f"{grown:.0f} bytes of RSS for each of {rounds} refusals")
+    assert grown < (1500 if rounds < 15_000 else 150)
+
+
+@pytest.mark.parametrize("size", [1000, 60_000, 2**20 - 1000])
+def test_unfinished_bodies_of_any_size_stay_within_the_memory_for_bodies(guarded, picture, size):
+    """800 of 1 MiB took 927 MB."""
+    pid = http_process(guarded)
+    before = memory(pid)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(guarded)) for _ in range(800)]
+        for client in clients:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(upload(size + 1) + bytes(size))
+        answers = []
+
+        def answered(enough):
+            for client in select.select(clients, [], [], 0)[0]:
+                answers.append(client.recv(2**16))
+                clients.remove(client)
+            return len(answers) >= enough
+
+        until(lambda: answered(800 - 32 * 2**20 // size))
+        grown = memory(pid) - before
+        print(f"{grown:.0f} MB for 800 unfinished bodies of {size} bytes")
+        assert grown < 32 + 50
+        assert all(answer.startswith(b"HTTP/1.1 503") and b"\r\nretry-after: 1\r\n" in answer.lower() for answer in answers)
+    time.sleep(0.5)
+    assert httpx2.post(f"{guarded.url}/classify", content=picture, headers={"X-API-Key": KEY}).status_code == 200
