@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The live server under load, beside the bare session, LitServe's own loops, and plain FastAPI with PyTorch: `make bench`.
+"""Load test of the server's /classify against the bare session, stock LitServe, and FastAPI with PyTorch: `make bench`.
 
-Servers run on core 0, one after the other, this load generator on core 1. Every ratio to the bare session is to one measured on
+Servers run on core 0, one at a time, this load generator on core 1. Every ratio to the bare session is to one measured on
 core 0 just before and just after. `--json FILE` writes a flat list of rows.
 """
 
@@ -43,12 +43,12 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="medians are of so many")
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of each measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds, of which medians are taken")
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--device", default="auto", choices=get_args(Device))
     parser.add_argument("--precision", default="fp32", choices=get_args(Precision))
-    parser.add_argument("--alone", action="store_true", help="our server only, not what it is compared with")
+    parser.add_argument("--alone", action="store_true", help="measure only our server, not the ones it is compared with")
     parser.add_argument("--bare", type=float, help=argparse.SUPPRESS)  # this script runs itself on core 0 for the bare session
     options = parser.parse_args()
     if options.bare:
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """Return the rows, and what our server ran on."""
+    """Return the rows, and the provider and precision of our server."""
     pictures = [encode_png(image) for image in np.random.default_rng(0).integers(0, 256, (MANY, 32, 32, 3), dtype=np.uint8)]
     single = request("/classify", pictures[0])
     encoded = [base64.b64encode(picture).decode() for picture in pictures]
@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
             name = f"server, open loop at {share:.0%} of its closed-loop rate"
             rows += [{"name": f"{name}, p{q}", "value": came.quantile(q / 100), "unit": "ms", "refused": came.refused} for q in (50, 99)]
         rows.append({"name": "memory after load, PSS of the whole tree", "value": server.pss(), "unit": "MB"})
-    if not options.alone and options.precision == "fp32":  # what it is compared with knows no other
+    if not options.alone and options.precision == "fp32":  # the other servers support only fp32
         for kind in ("torch", "onnx"):
             plain = [sys.executable, str(Path(__file__).parent / "plain.py")]
             with serving(lambda port, plain=plain, kind=kind: [*plain, str(port), str(options.model), kind]) as server:  # type: ignore[misc]
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
 
 
 def at_rest(server: Served) -> list[Row]:
-    """Return what a server costs that nobody asks anything: seconds to be ready, share of a core, memory."""
+    """Return the cost of an idle server: seconds until ready, share of a core, memory."""
     before = server.cpu()
     time.sleep(10)
     idle = (server.cpu() - before) / 10
@@ -144,7 +144,7 @@ def compared(
 
 
 def ratios(rows: list[Row]) -> list[Row]:
-    """Return our server's share of the bare session over each of the others'."""
+    """Return the ratio of our server's share of the bare session to each other server's."""
     shares = {row["name"].removeprefix("ratio to bare session: "): row["value"] for row in rows if row["name"].startswith("ratio to bare")}
     found = []
     for name, share in shares.items():
@@ -156,7 +156,7 @@ def ratios(rows: list[Row]) -> list[Row]:
 
 
 def bare(options: argparse.Namespace, server: Served) -> float:
-    """Return images/s of the session alone on core 0, in a process of its own, while the server sleeps: some never do of themselves."""
+    """Return images/s of the bare session on core 0, in its own process, with the server stopped, since some servers are never idle."""
     command = [sys.executable, __file__, "--bare", "2", "--model", str(options.model), "--device", options.device]
     command += ["--precision", options.precision]
     with server.asleep():
@@ -165,7 +165,7 @@ def bare(options: argparse.Namespace, server: Served) -> float:
 
 
 def bare_rate(model: Path, device: Device, precision: Precision, seconds: float) -> float:
-    """Return images per second of the session alone at batch 32, one thread."""
+    """Return images per second of the bare session at batch 32, one thread."""
     bundle = Bundle.load(model)
     engine, size = load_engine(bundle, "auto", device, 1, precision), bundle.manifest.input
     image = np.random.default_rng(0).random((MANY, 3, size.height, size.width), dtype=np.float32)
@@ -178,7 +178,7 @@ def bare_rate(model: Path, device: Device, precision: Precision, seconds: float)
 
 
 def what_runs(port: int) -> dict[str, str]:
-    """Return the provider and precision that the server names."""
+    """Return the provider and precision that the server reports."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/info") as answer:
         info = json.loads(answer.read())
     return {"provider": info["provider"], "precision": info["precision"]}

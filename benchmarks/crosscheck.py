@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Our figures against independent libraries' on the same arrays: `python benchmarks/crosscheck.py EVALUATION [--json FILE]`.
+"""Cross-check of metrics against independent libraries on the same arrays: `python benchmarks/crosscheck.py EVALUATION [--json FILE]`.
 
 EVALUATION is the folder that training/evaluate.py keeps under EBJDAT_RUNS/evaluation. AUROC, AUPR and FPR@95 against scikit-learn and
-pytorch-ood (pip install --no-deps pytorch-ood: it wants torchvision, which its metrics do not need), ECE and, on ResNet-20's features
-of CIFAR-10 images, Frechet distance and KID against torchmetrics, p-values against a count by hand. What is not installed is said.
+pytorch-ood (pip install --no-deps pytorch-ood: its metrics do not need its dependency torchvision), ECE and, on ResNet-20's features
+of CIFAR-10 images, Frechet distance and KID against torchmetrics, p-values against a direct count. Missing libraries are reported.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def compared(name: str, ours: float, other: float, n: int, library: str) -> Row:
-    """Return one row: the other library's value, ours beside it."""
+    """Return one row with the other library's value and ours."""
     return {
         "name": f"{name}, {library}",
         "value": float(other),
@@ -86,7 +86,7 @@ def separation(arrays: dict[Images, Any]) -> list[Row]:
         if metrics is not None:
             said = metrics(torch.from_numpy(value), torch.from_numpy(np.where(truth == 1, -1, 1)))
             rows.append(compared(f"auroc {name}", auroc(clean, other), said["AUROC"], n, "pytorch-ood"))
-            # pytorch-ood's FPR95 takes the outliers as the class to be found; ours accepts 95 % of clean images
+            # in pytorch-ood's FPR95 outliers are the positive class; ours accepts 95 % of clean images
             rows.append(compared(f"fpr95 {name}", fpr_at_95(-other, -clean), said["FPR95TPR"], n, "pytorch-ood, outliers to be found"))
     known = np.sort(clean[: len(clean) // 2]).astype(np.float64)
     asked = clean[len(clean) // 2 :][:200]
@@ -102,7 +102,7 @@ def pytorch_ood() -> Callable[[Tensor, Tensor], dict[str, float]] | None:
     if spec is not None and spec.submodule_search_locations:
         (home,) = spec.submodule_search_locations
         for name, folder in (("pytorch_ood", home), ("pytorch_ood.utils", f"{home}/utils")):
-            sys.modules[name] = types.ModuleType(name)  # a package whose own __init__ is not run
+            sys.modules[name] = types.ModuleType(name)  # a package whose __init__ is not run
             sys.modules[name].__path__ = [folder]
     try:
         metrics = importlib.import_module("pytorch_ood.metrics")
@@ -133,7 +133,7 @@ def calibration(arrays: dict[Images, Any]) -> list[Row]:
 
 
 class Given(nn.Module):
-    """Features that were computed before, which torchmetrics takes for an extractor's."""
+    """An extractor for torchmetrics that returns precomputed features."""
 
     num_features = 64
 
@@ -144,7 +144,7 @@ class Given(nn.Module):
 def features() -> list[Row]:
     """Return Frechet distance and KID of CIFAR-10 test images to training images by torchmetrics."""
     if load_extractor() is None or find_spec("torchmetrics") is None:
-        print("Frechet distance and KID: not compared, resnet20-12fca82f.th or torchmetrics is not here", file=sys.stderr)
+        print("Frechet distance and KID: not compared, resnet20-12fca82f.th or torchmetrics is missing", file=sys.stderr)
         return []
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -156,7 +156,7 @@ def features() -> list[Row]:
             for part in (data.test, data.train)
         ]
     a, b = (part.double().clone() for part in sets)
-    # it tries its extractor on an image of this shape: features are given as 64 x 1 x 1
+    # it probes its extractor with an image of this shape: features are passed as 64 x 1 x 1
     frechet = FrechetInceptionDistance(feature=Given(), input_img_size=(64, 1, 1), normalize=False).set_dtype(torch.float64)
     kernel = KernelInceptionDistance(feature=Given(), subsets=1, subset_size=IMAGES, normalize=False)
     for metric in (frechet, kernel):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How fast each engine is: `python benchmarks/engines.py [--json FILE] [--network DEPTH WIDTH]`.
+"""Speed of the engines: `python benchmarks/engines.py [--json FILE] [--network DEPTH WIDTH]`.
 
 Images per second of classify and chain steps per second of generation, by engine, provider, precision and batch, against plain eager
 torch in fp32 (contiguous, norms unfolded, noise by randn) and against the floor: the floating-point operations of the function over the
-rate at which the device multiplies matrices in that precision. All roads take turns and the 20th percentile of their times is kept; on one
-CPU thread it is CPU time, since another process delays long calls always and short ones seldom. A road that cannot run here is listed with
-the reason.
+device's rate of matrix products in that precision. All combinations take turns, and the 20th percentile of their times is kept; on one
+CPU thread it is CPU time, since other processes delay long calls always and short ones seldom. A combination that cannot run here is
+listed with the reason.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # on a machine where nothing can be installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for machines where the package cannot be installed
 
 from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.energy import energy, score
@@ -50,24 +50,24 @@ ON_GPU: list[Road] = [
     ("onnx", "tensorrt", "fp16"),
 ]
 STEPS = 4
-"""Langevin steps of one timed call, whose images come back to the host at the end as a server's do."""
+"""Langevin steps per timed call; images are copied to the host at the end, as in a server."""
 
 
 class Eager:
-    """The baseline: the model as it is written, contiguous, one operator after the other."""
+    """The baseline: the unmodified model in eager mode, contiguous."""
 
     def __init__(self, bundle: Bundle, device: torch.device, *, tf32: bool) -> None:
         self.model, self.device, self.tf32 = load_model(bundle).to(device), device, tf32
 
     def classify(self, image: np.ndarray) -> None:
-        """Classify and bring the answer back."""
+        """Classify and copy the result to the host."""
         with torch.inference_mode(), self.context():
             logits = self.model(torch.from_numpy(image).to(self.device))
             energy(logits).cpu()
             logits.cpu()
 
     def advance(self, chains: Chains, steps: int) -> None:
-        """Take Langevin steps and bring the images back."""
+        """Take Langevin steps and copy the images to the host."""
         x, y = torch.from_numpy(chains.image).to(self.device), torch.from_numpy(chains.label).to(self.device)
         with self.context():
             for _ in range(steps):
@@ -75,12 +75,12 @@ class Eager:
         x.cpu()
 
     def context(self) -> Any:
-        """Return the context that says whether cuDNN may use TF32."""
+        """Return the context that sets whether cuDNN may use TF32."""
         return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=not self.tf32, allow_tf32=self.tf32)
 
 
 def roads(bundle: Bundle, wanted: list[Road]) -> tuple[dict[str, Engine], list[Row]]:
-    """Return the engines that run here by name, and a row with the reason for each that does not."""
+    """Return the engines that run here by name, and a row with the reason for each other."""
     found: dict[str, Engine] = {}
     missing: list[Row] = []
     for kind, device, precision in wanted:
@@ -92,14 +92,14 @@ def roads(bundle: Bundle, wanted: list[Road]) -> tuple[dict[str, Engine], list[R
             engine.classify(image)
             engine.advance(Chains.at(image, SAMPLER, label, seed=0), 1)
             found[name] = engine
-        except Exception as error:  # noqa: BLE001 (no memory, no kernel; ONNX Runtime's errors have no class in common)
+        except Exception as error:  # noqa: BLE001 (no memory, no kernel; ONNX Runtime's errors have no common class)
             why = (str(error).splitlines() or [type(error).__name__])[0]
             missing.append({"name": name, "value": None, "unit": "unmeasured", "why": why})
     return found, missing
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Return what time is read from: CPU time where one thread of the CPU does all."""
+    """Return the clock: CPU time if one CPU thread does all the work."""
     return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -119,7 +119,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, devic
 
 
 def measure(bundle: Bundle, batches: list[int], wanted: list[Road], device: torch.device, seconds: float) -> list[Row]:
-    """Return the rows of every road, batch and function."""
+    """Return the rows of every engine, batch and function."""
     engines, rows = roads(bundle, wanted)
     size = bundle.manifest.input
     baselines = {"eager torch fp32": Eager(bundle, device, tf32=False)}
@@ -136,7 +136,7 @@ def measure(bundle: Bundle, batches: list[int], wanted: list[Road], device: torc
         everything: dict[str, Any] = {**baselines, **engines}
         calls = {
             "classify": {name: partial(engine.classify, image) for name, engine in everything.items()},
-            # the steps of int8 are those of fp32
+            # int8 takes its steps in fp32
             "step": {name: partial(engine.advance, chains, STEPS) for name, engine in everything.items() if not name.endswith("int8")},
         }
         for function, unit, per_call in (("classify", "images/s", 1), ("step", "chain steps/s", STEPS)):
@@ -150,7 +150,7 @@ def measure(bundle: Bundle, batches: list[int], wanted: list[Road], device: torc
                     {"name": f"ratio {label} / {base}", "value": timed[base] / taken, "unit": "ratio"} for base in baselines if base != name
                 ]
                 precision = name.rsplit(" ", 1)[1]
-                if precision in rates and not (device.type == "cpu" and precision == "fp16"):  # which a CPU computes in fp32
+                if precision in rates and not (device.type == "cpu" and precision == "fp16"):  # a CPU computes fp16 in fp32
                     share = work[function] * batch / rates[precision] / each
                     rows.append({"name": f"ratio floor / {label}", "value": share, "unit": "ratio"})
             report(rows, function, batch)
@@ -170,7 +170,7 @@ def report(rows: list[Row], function: str, batch: int) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Return the figures as Markdown: a line a road, a column a function and batch; images or chain steps a second, and x eager."""
+    """Return a Markdown table: a line per engine, a column per function and batch; images or chain steps per second, and x eager."""
     values = {row["name"]: row["value"] for row in rows}
     cases = list(dict.fromkeys(row["name"].split(" ", 3)[-1] for row in rows if row["unit"] in ("images/s", "chain steps/s")))
     roads = list(dict.fromkeys(row["name"].rsplit(" ", 3)[0] for row in rows if row["unit"] in ("images/s", "chain steps/s")))
@@ -185,7 +185,7 @@ def table(rows: list[Row]) -> str:
 
 
 def document(text: str, rows: list[Row], bundle: Bundle) -> str:
-    """Return docs/engines.md with the tables between its markers written from ``rows`` and from the bundle's metrics.json."""
+    """Return docs/engines.md with its tables generated from ``rows`` and the bundle's metrics.json."""
     from training.precision import table as costs
 
     for name, content in (("speed", table(rows)), ("precision", costs(bundle.metrics()))):
@@ -205,7 +205,7 @@ def operations(bundle: Bundle) -> dict[str, float]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return floating-point operations a second of the fastest of some square matrix products, TF32 off."""
+    """Return floating-point operations per second of the fastest of several square matrix products, TF32 off."""
     best, now = 0.0, clock(device)
     torch.backends.cuda.matmul.allow_tf32 = False
     for n in (4096, 8192) if device.type == "cuda" else (384, 768, 1536):
@@ -222,7 +222,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def random_bundle(folder: Path, depth: int, width: int) -> Bundle:
-    """Return a bundle of the shipped one's shape whose network has another depth and width, its weights random: only time is measured."""
+    """Return the shipped bundle with a random network of another depth and width, to measure time only."""
     from safetensors.torch import save_file
 
     from ebjdat_serve.networks import architecture_of
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, nargs="+", help="1 8 32 on a CPU, 1 32 256 on a GPU")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each batch and function")
-    parser.add_argument("--docs", type=Path, help="the document whose tables are written anew from --json and the bundle's metrics")
+    parser.add_argument("--docs", type=Path, help="the document whose tables are generated from --json and the bundle's metrics")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What the energy buys: rows that continue one warm start at equal budget, and their evaluation: `python benchmarks/equal_budget.py OUT`.
+"""Compare objectives that continue one warm start at equal budget: `python benchmarks/equal_budget.py OUT`.
 
 One warm start W, WRN-28-2: FGSM-RS, then PGD-7. Each row continues W with another objective for about the same number of passes (a
-forward and a backward of one labelled image): PGD-7 alone is the control. Rows run side by side, so many at a time as --together says:
-a small network leaves a GPU idle between launches. What is finished is not done again. OUT gets config, log, fp16 weights, metrics.json
-and the per-image results of every row. Needs CIFAR-10 under EBJDAT_DATA, and what `training/train.py --only-train` needs.
+forward and a backward of one labelled image): PGD-7 alone is the control. --together rows run in parallel, since a small network leaves
+a GPU idle between launches. Finished work is not repeated. OUT gets config, log, fp16 weights, metrics.json and the per-image results
+of every row. Needs CIFAR-10 under EBJDAT_DATA, and the requirements of `training/train.py --only-train`.
 """
 
 import argparse
@@ -31,11 +31,11 @@ EVALUATED = ("clean", "robustness", "generation")
 
 @dataclass(frozen=True)
 class Entry:
-    """One training run: a method or preset of training/train.py, what it starts from, and its settings."""
+    """One training run: a method or preset of training/train.py, its initial weights, and its settings."""
 
     method: str
     init: str  # another entry's name, "" for none; centred: its head's bias shifted so that mean E(x) = 0
-    passes: float  # of one labelled image and step
+    passes: float  # per labelled image and step
     settings: tuple[str, ...] = ()
     centred: bool = False
     epochs: float = 0.0  # 0: the budget over the passes
@@ -64,10 +64,10 @@ ENTRIES: dict[str, Entry] = {
     ),
     "trades": Entry("trades", "warm", 9.3, (*CONTINUED, *PGD)),
     "dat": Entry("dat", "warm", 21, ("ema=0.999", "gradient_clip=5", "lr_peak=0.1", "cap=15", "eta=0.25", *PGD), centred=True),
-    # what shipped until now, the likelihood alone, and recipe 5
+    # the recipe of the shipped model, the likelihood alone, and recipe 5
     "ebjdat-full": Entry("cifar10-small", "warm", 10.5, JOINT),
     "ebjdat-w1": Entry("cifar10-small", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0", "clean_weight=0")),
-    # half of eps, as the released code attacks: plain adversarial training, and the paper's own signs and weights
+    # half of eps, as in the released code: plain adversarial training, and the paper's signs and weights
     "pgd7-half": Entry("pgd-at", "warm", 8, (*CONTINUED, *PGD, "threat.eps=0.01568627450980392")),
     "ebjdat-paper-half": Entry("cifar10-small", "warm", 10.5, (*JOINT, *PAPER)),
 }
@@ -76,12 +76,12 @@ ENTRIES: dict[str, Entry] = {
 BUDGET = 56.0
 """Passes of a row."""
 CONTROL, PREFIX = "pgd7", "wrn28-"
-"""What differences are taken from, and how rows are called in benchmarks/models/."""
+"""The row that differences are taken from, and the prefix of rows in benchmarks/models/."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of the table: its heading, its metric and fields; ``paired``: its difference from the control."""
+    """A column of the table: its heading, metric and fields; ``paired``: the difference from the control."""
 
     heading: str
     metric: str
@@ -103,17 +103,17 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """Where runs are kept, how long they are, and what is measured of them."""
+    """The output folder, length and evaluation of the runs."""
 
     out: Path
     passes: float
     network: tuple[int, int]
     amounts: tuple[str, ...]
     shorter: float  # every stage's epochs are multiplied by it
-    end: float  # time.monotonic() after which nothing new begins
+    end: float  # time.monotonic() after which nothing new is started
 
     def claim(self) -> None:
-        """Write the plan into OUT; raise ValueError where another plan's rows are kept: they would be taken for this one's."""
+        """Write the plan into OUT; raise ValueError if OUT holds rows of another plan, which would be mixed with these."""
         file = self.out / "plan.json"
         said = {"passes": self.passes, "network": list(self.network), "amounts": list(self.amounts), "shorter": self.shorter}
         if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))) != said:
@@ -122,7 +122,7 @@ class Plan:
         file.write_text(json.dumps(said) + "\n", encoding="utf-8")
 
     def train(self, name: str) -> Path:
-        """Train one entry and return its weights; what is there is kept."""
+        """Train one entry and return its weights, unless they exist."""
         entry = ENTRIES[name]
         if found := weights_of(self.out / "runs" / name):
             return found
@@ -142,7 +142,7 @@ class Plan:
         return found
 
     def evaluate(self, name: str) -> None:
-        """Measure one entry's weights in the parts that are dear, and keep what later work needs."""
+        """Evaluate one entry's weights in the expensive parts, and keep the results that later work needs."""
         weights = self.train(name)
         kept = self.out / "kept" / f"{PREFIX}{name}"
         if (kept / "metrics.json").is_file():
@@ -151,11 +151,11 @@ class Plan:
         halve(weights, kept / "weights.safetensors")
         for file in (weights.parent / "log.jsonl", weights.parent.parent / "config.json"):
             shutil.copy(file, kept)
-        # of the fp16 weights: those are what is kept
+        # evaluates the fp16 weights, which are the ones kept
         words = ["training/evaluate.py", str(kept / "weights.safetensors"), "--processes", "1", "--part", *EVALUATED]
         folder = self.out / "measured" / name
         self.call([*words, "--folder", str(folder), "--amount", *self.amounts], name, "evaluate")
-        for kind in ("arrays.npz", "images.npz", "drawings.npz", "subject.json", "metrics.json"):  # the last says that all are there
+        for kind in ("arrays.npz", "images.npz", "drawings.npz", "subject.json", "metrics.json"):  # the last marks that all exist
             if (folder / kind).is_file():
                 shutil.copy(folder / kind, kept)
 
@@ -167,7 +167,7 @@ class Plan:
         log = self.out / "logs" / f"{name}.{what}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))  # carried packages lie on the latter
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))  # which may hold further packages
         environment = {**os.environ, "EBJDAT_RUNS": str(self.out / "runs"), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         with log.open("a", encoding="utf-8") as sink:
             done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, check=False)
@@ -183,7 +183,7 @@ def weights_of(run: Path) -> Path | None:
 
 
 def centred(weights: Path) -> Path:
-    """Return ``weights`` with the mean of E(x) on held-out training images taken out of the head's bias: DAT asks for E about 0."""
+    """Return ``weights`` with the mean of E(x) on held-out training images subtracted by the head's bias: DAT needs E about 0."""
     import torch
 
     from ebjdat_serve.energy import energy
@@ -209,7 +209,7 @@ def halve(weights: Path, file: Path) -> None:
 
 
 def table(kept: Path) -> list[str]:
-    """Return what was kept of the rows as Markdown, each beside its paired difference from the control, with a 95 % interval."""
+    """Return a Markdown table of the kept rows with their paired difference from the control and its 95 % interval."""
     lines = [f"| | {' | '.join(column.heading for column in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name in ENTRIES:
         folder = kept / f"{PREFIX}{name}"
@@ -220,7 +220,7 @@ def table(kept: Path) -> list[str]:
 
 
 def cell(rows: list[Row], column: Column, folder: Path, kept: Path) -> str:
-    """Return one figure of a row, of the most images there are; empty where it was not measured."""
+    """Return one figure of a row, the one of most images; empty if it was not measured."""
     found = rows_where(rows, column.metric, **column.fields)
     if not found:
         return ""
@@ -235,7 +235,7 @@ def cell(rows: list[Row], column: Column, folder: Path, kept: Path) -> str:
 
 
 def difference(images: Path, control: Path, key: str) -> str:
-    """Return the mean difference of two proportions on the same images, with its normal 95 % interval; empty where it cannot be had.
+    """Return the mean difference of two proportions on the same images, with its normal 95 % interval; empty if it is not available.
 
     ``images`` and ``control`` are the per-image results of two evaluations, images.npz.
     """
@@ -252,7 +252,7 @@ def difference(images: Path, control: Path, key: str) -> str:
 
 
 def main() -> int:
-    """Train and measure the rows asked for, as many at once as may be; return 1 when one failed."""
+    """Train and evaluate the requested rows in parallel; return 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None, epilog=f"entries: {', '.join(ENTRIES)}")
     parser.add_argument("out", type=Path)
     parser.add_argument("--table", action="store_true", help="train nothing: OUT holds kept rows; print their table")
@@ -260,10 +260,10 @@ def main() -> int:
     parser.add_argument("--passes", type=float, default=BUDGET, help="budget of a row (%(default)s: 7 epochs of PGD-7)")
     parser.add_argument("--network", type=int, nargs=2, default=(28, 2), metavar=("DEPTH", "WIDTH"))
     parser.add_argument("--together", type=int, default=12, help="processes at a time (%(default)s)")
-    parser.add_argument("--shorter", type=float, default=1.0, help="multiplies all epochs: for a rehearsal")
-    parser.add_argument("--max-minutes", type=float, default=1e9, help="nothing new begins after so long")
+    parser.add_argument("--shorter", type=float, default=1.0, help="multiplies all epochs, for a trial run")
+    parser.add_argument("--max-minutes", type=float, default=1e9, help="start nothing new after this time")
     amounts = ["test=10000", "attacked=10000", "attacked_other=100", "strong=1000", "samples=500", "queries=300"]
-    parser.add_argument("--amount", nargs="+", default=amounts, help="what evaluate.py measures on how many images (%(default)s)")
+    parser.add_argument("--amount", nargs="+", default=amounts, help="numbers of images for evaluate.py (%(default)s)")
     options = parser.parse_args()
     if options.table:
         _, _, *rows = lines = table(options.out)
@@ -282,7 +282,7 @@ def main() -> int:
     def attempt(name: str, work: Callable[[str], object] = plan.evaluate) -> None:
         try:
             work(name)
-        except Exception as error:  # noqa: BLE001 (the others go on)
+        except Exception as error:  # noqa: BLE001 (the others continue)
             failed.append(f"{name}: {error}")
             print(failed[-1], file=sys.stderr, flush=True)
 

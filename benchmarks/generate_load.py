@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Short drawings while long ones run: what they wait, and what the machine does in all, beside the engine alone: `make bench`.
+"""Load test of /generate: latency of short requests while long ones run, and throughput against the bare engine: `make bench`.
 
-The server runs on core 0, this load generator on core 1; the engine alone on core 0, before and after, while the server sleeps.
+The server runs on core 0, this load generator on core 1; the bare engine on core 0, before and after, with the server stopped.
 `--json FILE` writes a flat list of rows.
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--device", default="cpu", choices=get_args(Device))
-    parser.add_argument("--alone", type=int, default=30, help="short drawings on an idle server")
+    parser.add_argument("--alone", type=int, default=30, help="number of short requests on an idle server")
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)  # this script runs itself on core 0 for the engine alone
     options = parser.parse_args()
     if options.engine:
@@ -80,7 +80,7 @@ def measure(server: Served, options: argparse.Namespace) -> Iterator[Row]:
 
 
 async def draw(connection: Connection, steps: int, seed: int) -> float:
-    """Return the seconds that one drawing took."""
+    """Return the seconds of one request."""
     began = time.monotonic()
     status = await connection.ask(request(f"/generate?class={seed % 10}&steps={steps}&seed={seed}"))
     if status != 200:
@@ -89,13 +89,13 @@ async def draw(connection: Connection, steps: int, seed: int) -> float:
 
 
 async def shorts(port: int, n: int) -> list[float]:
-    """Return the seconds of ``n`` short drawings, one after the other."""
+    """Return the seconds of ``n`` short requests, one after the other."""
     connection = Connection(port)
     return [await draw(connection, SHORT_STEPS, seed) for seed in range(n)]
 
 
 async def mixed(port: int, pause: float) -> tuple[list[float], float, float]:
-    """Return the seconds of short drawings while the long ones run, chain-steps/s in all, and the longest wait of any chain."""
+    """Return the seconds of short requests while the long ones run, total chain-steps/s, and the longest wait of a chain."""
     began = time.monotonic()
     long = [asyncio.create_task(draw(Connection(port), LONG_STEPS, seed)) for seed in range(LONG)]
     await asyncio.sleep(1)
@@ -112,13 +112,13 @@ async def mixed(port: int, pause: float) -> tuple[list[float], float, float]:
 
 
 def longest_wait(port: int) -> float:
-    """Return what the server says a chain has waited lately."""
+    """Return the longest recent wait of a chain, as reported by the server."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/info") as answer:
         return float(json.loads(answer.read())["load"]["generate"]["longest_wait_seconds"])
 
 
 def alone(server: Served, options: argparse.Namespace) -> dict[int, float]:
-    """Return the engine's chain-steps/s by batch size, in a process of its own on core 0, while the server sleeps."""
+    """Return the bare engine's chain-steps/s by batch size, in its own process on core 0, with the server stopped."""
     command = [sys.executable, __file__, "--engine", "--model", str(options.model), "--device", options.device]
     with server.asleep():
         done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, preexec_fn=lambda: pin(0))

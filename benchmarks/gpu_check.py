@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""On a GPU machine, measure every engine and run the tests marked gpu, and write what happened: `make gpu-check PYTHON=python3`.
+"""Benchmark every engine and run the tests marked gpu on a GPU machine, and write a report: `make gpu-check PYTHON=python3`.
 
-Needs torch, NumPy, Pillow, safetensors and an NVIDIA GPU; what else is missing (onnxruntime-gpu, TensorRT, onnxscript, pytest) is named in
-the report, and its lines stay unmeasured; nothing is installed. Ends within ten minutes: what there is no time for is named too.
+Needs torch, NumPy, Pillow, safetensors and an NVIDIA GPU; nothing is installed. The report names other missing packages (onnxruntime-gpu,
+TensorRT, onnxscript, pytest), whose lines stay unmeasured, and the lines for which ten minutes are not enough.
 """
 
 import argparse
@@ -29,9 +29,9 @@ BATCHES = [1, 32, 256]
 def main() -> int:
     """Write the report; return 2 where there is no GPU to check, 1 where a test failed or the tests could not run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--write", type=Path, help="the report, Markdown")
-    parser.add_argument("--json", type=Path, help="the rows, a flat list")
-    parser.add_argument("--minutes", type=float, default=9.3, help="for everything (%(default)s)")
+    parser.add_argument("--write", type=Path, help="write the report, in Markdown")
+    parser.add_argument("--json", type=Path, help="write the rows, a flat list")
+    parser.add_argument("--minutes", type=float, default=9.3, help="time limit of the whole run (%(default)s)")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     missing = [name for name in NEEDED if find_spec(name) is None]
@@ -52,14 +52,14 @@ def main() -> int:
         if options.json:
             rowed = json.dumps([{**row, "device": device, "torch": torch.__version__} for row in rows], indent=1)
             options.json.write_text(rowed + "\n", encoding="utf-8")
-        if options.write:  # as they come: a machine that is taken away leaves what was measured
+        if options.write:  # written block by block, so that an interrupted run keeps its rows
             options.write.write_text(report, encoding="utf-8")
     print(report)
     return 0 if passed else 1
 
 
 def measured(end: float) -> Iterator[list[Row]]:
-    """Yield the rows of benchmarks/engines.py, block by block while there is time; TensorRT, which builds for minutes, last."""
+    """Yield the rows of benchmarks/engines.py, block by block until the time is up; TensorRT, which builds for minutes, last."""
     import torch
 
     from benchmarks.engines import ON_GPU, measure, random_bundle
@@ -82,7 +82,7 @@ def measured(end: float) -> Iterator[list[Row]]:
 
 
 def named(name: str, network: str) -> str:
-    """Return a row's name with its network in it, the word ratio still first."""
+    """Return a row's name with its network, after the word ratio if there is one."""
     return f"ratio {network} {name[6:]}" if name.startswith("ratio ") else f"{network} {name}"
 
 
@@ -111,7 +111,7 @@ def document(device: str, rows: list[Row], said: list[str]) -> str:
 
 
 def versions() -> str:
-    """Return the versions of what matters."""
+    """Return the versions of the relevant packages."""
     found = []
     for name in NAMED:
         try:
@@ -122,11 +122,11 @@ def versions() -> str:
 
 
 def tests(end: float) -> tuple[bool, list[str]]:
-    """Run the tests marked gpu; return whether they ran and none failed, and their closing line or why they did not run."""
+    """Run the tests marked gpu; return whether they ran and none failed, and their summary line or why they did not run."""
     absent = [name for name in ("pytest", "hypothesis", "sklearn") if find_spec(name) is None]
     if absent:
         return False, [f"Tests marked gpu: not run, {', '.join(absent)} not installed here."]
-    # newer and older torch warn of other things than ours does, which would fail the tests
+    # other versions of torch emit other warnings, which would fail the tests
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "tests/test_gpu.py"]
     try:
         done = subprocess.run(

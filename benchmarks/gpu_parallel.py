@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""How many training runs one GPU carries side by side: `python benchmarks/gpu_parallel.py --processes 1 4 8 [--json FILE]`.
+"""Throughput of parallel training runs on one GPU: `python benchmarks/gpu_parallel.py --processes 1 4 8 [--json FILE]`.
 
-Each process takes steps of a method on random images; the row is the labelled images a second of all of them together, and its ratio to
+Each process takes steps of a method on random images; the row is the total labelled images per second, and its ratio to
 one process alone. A small network leaves a GPU idle between launches, which other processes fill.
 """
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def work(method: str, network: list[int], batch: int, begin: float, seconds: float) -> None:
-    """Take steps from ``begin`` on, a time.time() that all processes share, and print the labelled images a second."""
+    """Take steps from ``begin``, a time.time() that all processes share, and print the labelled images per second."""
     from dataclasses import replace
 
     import torch
@@ -43,15 +43,15 @@ def work(method: str, network: list[int], batch: int, begin: float, seconds: flo
 
 
 def main() -> int:
-    """Print and write the figures; return 1 when a process failed: what the others did together is then no figure of so many."""
+    """Print and write the figures; return 1 when a process failed, since the total is then of fewer processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--method", default="pgd-at")
     parser.add_argument("--network", type=int, nargs=2, default=[28, 2])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--start", type=float, default=20.0, help="seconds that starting takes")
-    parser.add_argument("--note", default="", help="added to every name")
+    parser.add_argument("--start", type=float, default=20.0, help="seconds until all processes start")
+    parser.add_argument("--note", default="", help="text appended to every row's name")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -59,7 +59,7 @@ def main() -> int:
         work(options.method, options.network, options.batch, options.work, options.seconds)
         return 0
     if options.processes[0] != 1:
-        parser.error("--processes begins with 1, which the others are compared with")
+        parser.error("--processes must begin with 1, the baseline")
     rows: list[dict[str, object]] = []
     alone = 0.0
     for count in options.processes:

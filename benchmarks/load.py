@@ -1,4 +1,4 @@
-"""A load generator small enough not to be what is measured: HTTP/1.1 over kept connections, closed and open loop, and servers to aim at."""
+"""A minimal load generator: HTTP/1.1 over persistent connections, closed and open loop, and the servers under test."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds each answered request took, how many were refused (not 200), and how long it all took."""
+    """Seconds of each answered request, the number refused (not 200), and the total time."""
 
     seconds: list[float]
     refused: int
@@ -26,11 +26,11 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """Answers a second."""
+        """Responses per second."""
         return len(self.seconds) / self.elapsed
 
     def quantile(self, q: float) -> float:
-        """Return a quantile of the time an answer took, in ms."""
+        """Return a quantile of the response time, in ms."""
         return float(np.quantile(self.seconds, q)) * 1e3 if self.seconds else float("nan")
 
 
@@ -42,14 +42,14 @@ def request(path: str, body: bytes = b"", kind: str = "image/png") -> bytes:
 
 
 class Connection:
-    """One kept connection."""
+    """One persistent connection."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._ends: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, data: bytes) -> int:
-        """Send a request, read the answer to its end, return its status."""
+        """Send a request, read the whole response, return its status."""
         if not self._ends:
             self._ends = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._ends
@@ -65,7 +65,7 @@ class Connection:
 
 
 def closed_loop(port: int, data: bytes, connections: int, seconds: float) -> Result:
-    """Return what ``connections`` clients saw that ask again as soon as they are answered."""
+    """Return the result of ``connections`` clients that send the next request on each response."""
     times: list[float] = []
     refused = 0
     end = time.monotonic() + seconds
@@ -88,7 +88,7 @@ def closed_loop(port: int, data: bytes, connections: int, seconds: float) -> Res
 
 
 def open_loop(port: int, data: bytes, rate: float, seconds: float, seed: int = 0) -> Result:
-    """Return what clients saw that come at random, ``rate`` a second, whoever is still waiting; times count from when they came."""
+    """Return the result of Poisson arrivals at ``rate`` per second, however many are waiting; times count from arrival."""
     times: list[float] = []
     refused = 0
     idle: list[Connection] = []
@@ -118,14 +118,14 @@ def open_loop(port: int, data: bytes, rate: float, seconds: float, seed: int = 0
 
 @dataclass
 class Served:
-    """A server under test; ``ready`` is how many seconds it took to answer /health."""
+    """A server under test; ``ready``: seconds until it answered /health."""
 
     process: subprocess.Popen[bytes]
     port: int
     ready: float
 
     def tree(self) -> list[int]:
-        """Return the process ids of the server and all below it."""
+        """Return the process ids of the server and its descendants."""
         return [self.process.pid, *descendants(self.process.pid)]
 
     def pss(self) -> float:
@@ -173,7 +173,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -181,7 +181,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(command: Callable[[int], list[str]], core: int = 0) -> Iterator[Served]:
-    """Run the server of ``command(port)`` on one core, from its being ready to the end of the block."""
+    """Run the server of ``command(port)`` on one core; yield it when it is ready, stop it at the end of the block."""
     port = free_port()
     began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -206,6 +206,6 @@ CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 
 
 def pin(core: int) -> None:
-    """Run this process on one of the cores it had at first, where there are several."""
+    """Pin this process to one of its original cores, if there are several."""
     if len(CORES) > core:
         os.sched_setaffinity(0, {CORES[core]})

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train every method on digits with three seeds and write docs/methods.md: `python benchmarks/methods.py`.
 
-Rows go to benchmarks/methods.json as they come, so that an interrupted comparison goes on where it stopped; --only NAME trains some
-again, --only alone writes the page. Figures are of the test split, which no choice was made on. All methods see the same number of
-labelled images.
+Rows are written to benchmarks/methods.json one by one, so that an interrupted comparison continues where it stopped; --only NAME trains
+some methods, --only without names just writes the page. Figures are of the test split, which no choice was based on. All methods see
+the same number of labelled images.
 """
 
 import argparse
@@ -47,7 +47,7 @@ ATTACK = Images(
 
 
 def run(method: str, seed: int, data: Dataset) -> dict[str, Any]:
-    """Return one row: a method trained from its own warm start with one seed, measured on the test split."""
+    """Return one row: a method trained from its own warm start with one seed, evaluated on the test split."""
     *warm, stage = stages(override(preset(method, "digits"), [f"seed={seed}"]))
     began, init = time.process_time(), None
     row: dict[str, Any] = {"method": method, "seed": seed, "configuration": describe(stage)}
@@ -81,7 +81,7 @@ def measure(model: torch.nn.Module, data: Dataset) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean and the range over seeds of what one method reached, and a line for --help."""
+    """Return the mean of one method's figures over seeds, and a line for --help."""
     done = [row for row in rows if "failed" not in row]
     minutes = np.mean([row["seconds"] for row in rows]) / 60
     if not done:
@@ -123,10 +123,10 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Train what is missing and write the page's table."""
+    """Train the missing methods and write the page's table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--again", action="store_true", help="train those named by --only even if they were measured")
+    parser.add_argument("--again", action="store_true", help="train the methods of --only again even if they were measured")
     parser.add_argument("--json", type=Path, default=MEASURED)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

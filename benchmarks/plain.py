@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What one would write in an afternoon, to measure the server against: FastAPI and Pillow, the forward in the handler.
+"""Baseline server for benchmarks: plain FastAPI and Pillow, with the forward in the request handler.
 
 `python benchmarks/plain.py PORT [BUNDLE [torch|onnx]]`: POST /classify takes an image body, or {"images": [base64, ...]}.
 """

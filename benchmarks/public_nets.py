@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Our attacks on two public robust nets whose figures are known: `python benchmarks/public_nets.py [--json FILE]`.
+"""Check our attacks on two public robust networks with known figures: `python benchmarks/public_nets.py [--json FILE]`.
 
-alpha-beta-CROWN's resnet2b and resnet4b, adversarially trained at l-inf 2/255, must come out at 69.25 and 77.20 clean, at most 55.0 and
-60.9 under APGD-CE + APGD-T on the first 1,000 test images, and where torchattacks is installed (pip install --no-deps torchattacks), full
+alpha-beta-CROWN's resnet2b and resnet4b, adversarially trained at l-inf 2/255, must reach 69.25 and 77.20 % clean, at most 55.0 and
+60.9 % under APGD-CE + APGD-T on the first 1,000 test images, and if torchattacks is installed (pip install --no-deps torchattacks), full
 AutoAttack must leave as many of the same 100 images as its independent implementation. The weights come from the data folder.
 """
 
@@ -21,11 +21,10 @@ from ebjdat_serve.rows import Images, to_json
 from ebjdat_serve.sentences import protocol_words
 from training.data.datasets import data_root, load
 from training.errors import DataError
-from training.evaluate import work_root
 from training.evaluation.autoattack import APGD, AutoAttack
 from training.evaluation.crown import FILES, CrownResNet, load_crown
 from training.evaluation.evaluated_model import module_spec
-from training.evaluation.result_cache import ResultCache
+from training.evaluation.result_cache import ResultCache, work_root
 from training.evaluation.rows import proportion
 from training.methods.adversary import Threat
 
@@ -34,15 +33,15 @@ THREAT = Threat("linf", 2 / 255)
 
 
 def opened(name: str) -> CrownResNet:
-    """Return a net in eval mode with its weights."""
+    """Return a network in eval mode with its weights."""
     model = load_crown(name)
     if model is None:
-        raise DataError(f"{FILES[name]} is not in {data_root()}: it is Verified-Intelligence/alpha-beta-CROWN's, copy it there")
+        raise DataError(f"{FILES[name]} is not in {data_root()}: copy it there from Verified-Intelligence/alpha-beta-CROWN")
     return model
 
 
 def measure(name: str, n: int, few: int, processes: int) -> list[dict[str, Any]]:
-    """Return the rows of one net: clean, APGD, AutoAttack by both implementations."""
+    """Return the rows of one network: clean, APGD, AutoAttack by both implementations."""
     model, test, of = opened(name), load("cifar10").test, sha256(data_root() / FILES[name])
     spec = module_spec(model, name)
     ledger = ResultCache(work_root() / "chunks", spec, spec(), processes)
@@ -76,7 +75,7 @@ def measure(name: str, n: int, few: int, processes: int) -> list[dict[str, Any]]
 
 
 def main() -> None:
-    """Measure both nets."""
+    """Evaluate both networks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--n", type=int, default=1000)
@@ -86,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(1)
     missing = [file for file in FILES.values() if not (data_root() / file).is_file()]
     if missing:
-        sys.exit(f"{', '.join(missing)} not in {data_root()}: they are Verified-Intelligence/alpha-beta-CROWN's, copy them there")
+        sys.exit(f"{', '.join(missing)} not in {data_root()}: copy them there from Verified-Intelligence/alpha-beta-CROWN")
     rows = [row for name in FILES for row in measure(name, options.n, options.autoattack, options.processes)]
     if options.json:
         write_json(options.json, rows)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tables of docs/serving.md and docs/evaluation.md from the JSON files they come from: `python benchmarks/tables.py`."""
+"""Generate the tables of docs/serving.md and docs/evaluation.md from the benchmarks' JSON files: `python benchmarks/tables.py`."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def serving(text: str) -> str:
-    """Return ``text`` with the tables of classify_load.json and generate_load.json, and that of the settings, in their places."""
+    """Return ``text`` with the generated tables of classify_load.json, generate_load.json and the settings."""
     text = placed(text, "settings", settings.table())
     for name in ("classify", "generate"):
         text = placed(text, name, table(json.loads((HERE / f"{name}_load.json").read_text(encoding="utf-8"))))
@@ -31,7 +31,7 @@ def serving(text: str) -> str:
 
 
 def evaluation(text: str) -> str:
-    """Return ``text`` with the tables of public_nets.json and crosscheck.json, and the comparison of the kept models, in their places."""
+    """Return ``text`` with the generated tables of public_nets.json, crosscheck.json and the comparison of the kept models."""
     public: list[Row] = json.loads((HERE / "public_nets.json").read_text(encoding="utf-8"))
     rows = [
         f"| {row['name']} | {row['value']:.4f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}] | {row['n']} | {public_protocol(row)} |"
@@ -45,7 +45,7 @@ def evaluation(text: str) -> str:
 
 
 def public_protocol(row: Row) -> str:
-    """Return how a figure of a public net was made, in words; the first n test images are attacked."""
+    """Return the protocol of a public network's figure; the first n test images are attacked."""
     said = protocol_words(parse_row({name: value for name, value in row.items() if name in KINDS}, row["name"]))
     by = f", by {row['implementation']}" if "implementation" in row else ""
     known = f"; known: at most {row['known_at_most']}" if "known_at_most" in row else ""
@@ -66,7 +66,7 @@ def table(rows: list[Row]) -> str:
 
 
 def number(row: Row) -> str:
-    """Return a value as it is printed: shares and ratios with two decimals, the rest with three digits."""
+    """Return a value as text: shares and ratios with two decimals, others with four digits."""
     return f"{row['value']:.2f}" if not row["unit"] else f"{row['value']:.4g}"
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""How fast a training step is: `python benchmarks/train_step.py [--json FILE]`.
+"""Speed of a training step: `python benchmarks/train_step.py [--json FILE]`.
 
-Three tables: EB-JDAT against a fixed baseline written here, one change after the other; images per second and the share of each part
+Three tables: EB-JDAT against a fixed baseline written here, change by change; images per second and the share of each part
 for every method; and, on a GPU, the time of an epoch over its floating-point floor. Images are random: only time is measured.
 The baseline is batch 128 + 64, fp32, contiguous, parameters that require gradients throughout, separate forwards for x, x_adv, x+ and
 x-, class-Gaussian draws only for re-initialised chains, no SAM, and the same threads.
@@ -39,9 +39,9 @@ from training.methods.replay import Starts, fit_prior
 from training.presets import METHODS, preset
 
 Row = dict[str, Any]
-FLOOR = 400e12  # floating-point operations a second, bf16, that an epoch is compared with
+FLOOR = 400e12  # floating-point operations per second, bf16, of the floor of an epoch
 CHANGES = ("frozen parameters", "one forward", "channels_last", "bf16")
-"""In the order in which they are added to the baseline; the full step adds folded norms while sampling, and its own overheads."""
+"""Changes in the order they are added to the baseline; the full step adds folded norms while sampling, and overheads."""
 
 
 def random_data(n: int = 4096, side: int = 32, classes: int = 10) -> Dataset:
@@ -54,7 +54,7 @@ def random_data(n: int = 4096, side: int = 32, classes: int = 10) -> Dataset:
 
 @dataclass
 class Baseline:
-    """One EB-JDAT step without any of our care, and with as many of ``CHANGES`` as asked for."""
+    """An unoptimised EB-JDAT step with some of ``CHANGES``."""
 
     stage: Preset
     data: Dataset
@@ -154,14 +154,14 @@ class Step:
             self.parts[name] = self.parts.get(name, 0.0) + after - before
 
     def clock(self) -> float:
-        """Return the time once the device is done."""
+        """Return the time after the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
 def fastest(step: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Return the seconds of the fastest of so many steps, after one that warms up."""
+    """Return the seconds of the fastest of ``repeats`` steps, after a warm-up step."""
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -173,7 +173,7 @@ def fastest(step: Callable[[], None], repeats: int, device: torch.device) -> flo
 
 
 def ladder(stage: Preset, data: Dataset, device: torch.device, repeats: int) -> list[Row]:
-    """Return the baseline, each change added to those before it, and the real step, interleaved so that all see the same noise."""
+    """Return the baseline, each change added to those before it, and the real step, interleaved so that all see the same machine load."""
     steps: dict[str, Callable[[], None]] = {"baseline": Baseline(stage, data, device).step}
     for i, change in enumerate(CHANGES):
         if change == "bf16" and precision(stage, device) is None:
@@ -209,7 +209,7 @@ def by_method(names: list[str], change: Callable[[Preset], Preset], data: Datase
 
 
 def operations(stage: Preset, images: int) -> float:
-    """Return the floating-point operations of one EB-JDAT epoch: forward 1, input gradient 2, training pass 3 forwards' worth."""
+    """Return the floating-point operations of one EB-JDAT epoch: forward 1, input gradient 2, training pass 3, in forwards."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = stage.architecture.build(10).eval()

@@ -1,4 +1,4 @@
-"""Files replaced whole: written aside in the same folder, then renamed, so that neither a reader nor a kill meets half of one."""
+"""Atomic file replacement: write to a temporary file in the same folder, then rename, so that no reader or kill leaves half a file."""
 
 import os
 from collections.abc import Iterator
@@ -8,16 +8,16 @@ from pathlib import Path
 
 @contextmanager
 def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield a path beside ``file`` to write to; at the end it takes the place of ``file``, on an error it is removed.
+    """Yield a temporary path in the folder of ``file``; on success it replaces ``file``, on an error it is removed.
 
-    A link is replaced, not followed. ``shared``: other processes may replace ``file`` at the same time, so each writes under a name of
-    its own, which stays behind if it is killed; otherwise the next call removes it. Raises what writing and renaming raise.
+    A link is replaced, not followed. ``shared``: other processes may replace ``file`` at the same time, so the temporary name contains
+    the process id, and a killed process leaves it behind; otherwise the next call removes it. Raises OSError.
     """
-    aside = file.with_name(f".{file.name}.{os.getpid()}.part" if shared else f".{file.name}.part")
-    aside.unlink(missing_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part" if shared else f".{file.name}.part")
+    temporary.unlink(missing_ok=True)
     try:
-        yield aside
-        os.replace(aside, file)
+        yield temporary
+        os.replace(temporary, file)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -2,8 +2,8 @@
 
 bundle.json          this manifest        weights.safetensors  parameters and batch-norm statistics
 prior.safetensors    where chains start   classify.onnx, score.onnx, step.onnx   graphs; their weights are weights.safetensors
-calibration.json     clean energies       metrics.json, README.md, samples.png, landscape.png   the evidence
-selftest.safetensors eight images and what torch said of them   bundle.json.sig      a signature of the manifest, if there is one
+calibration.json     clean energies       metrics.json, README.md, samples.png, landscape.png   the evaluation
+selftest.safetensors eight images and torch's outputs on them   bundle.json.sig      a signature of the manifest, optional
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file of the bundle must be."""
+    """The expected size and sha256 of one file."""
 
     sha256: str
     bytes: int
@@ -86,7 +86,7 @@ class Manifest:
 class Calibration:
     """Clean energies and scores taken through one served graph, each sorted, and the temperature of p(y|x) (the others keep 1).
 
-    ``score`` and ``weight`` say which score ``suspicious`` is decided by: scores.ood_score.
+    ``score`` and ``weight`` define the score that ``suspicious`` thresholds: scores.ood_score.
     """
 
     of: str
@@ -105,13 +105,13 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    key: str = ""  # sha256 of bundle.json as it was read, and so of all it vouches for
+    key: str = ""  # sha256 of bundle.json as read, and so of every file it lists
 
     @staticmethod
     def load(path: Path) -> "Bundle":
-        """Return the bundle at ``path``, a bundle or a store of them, with every file's hash checked.
+        """Return the bundle at ``path``, a bundle or a store, with every file's hash checked.
 
-        Raises BundleError that names the file: missing, damaged, of an unknown schema, or with unknown keys.
+        Raises BundleError naming a file that is missing, damaged, of an unknown schema, or has unknown keys.
         """
         bundle = Bundle.draft(path)
         missing = [name for name in SERVED if name not in bundle.manifest.files]
@@ -126,7 +126,7 @@ class Bundle:
 
     @staticmethod
     def draft(path: Path) -> "Bundle":
-        """Return the bundle at ``path`` even if steps are still missing; only its manifest is checked."""
+        """Return the bundle at ``path`` even if it is unfinished; only the manifest is checked."""
         path = resolve(path)
         content = read_bytes(path / MANIFEST)
         manifest = parse(Manifest, parse_json(content, path / MANIFEST), MANIFEST)
@@ -139,17 +139,19 @@ class Bundle:
             raise BundleError(f"{path / MANIFEST}: architecture must name the network's family")
         for what in (manifest.name, manifest.version):
             if not NAME.fullmatch(what):
-                raise BundleError(f"{path / MANIFEST}: {what[:40]!r} is no name or version: letters, digits and . _ + - after the first")
+                raise BundleError(
+                    f"{path / MANIFEST}: {what[:40]!r} is not a valid name or version: letters, digits and, after the first, . _ + -"
+                )
         return Bundle(path, manifest, hashlib.sha256(content).hexdigest())
 
     @property
     def served(self) -> str:
-        """Return the sha256 of what decides answers: the manifest without its evidence, which may grow without any answer changing."""
+        """Return the sha256 of the manifest without evaluation files, which do not affect responses."""
         files = {name: entry for name, entry in self.manifest.files.items() if name not in EVIDENCE}
         return hashlib.sha256(json.dumps(asdict(replace(self.manifest, files=files)), sort_keys=True).encode()).hexdigest()
 
     def check_files(self) -> None:
-        """Raise BundleError naming the first file that is not the manifest's, lies elsewhere, or is a graph that takes from elsewhere."""
+        """Raise BundleError naming the first file that does not match the manifest or refers to a file outside the bundle."""
         home = self.path.resolve()
         for name, entry in self.manifest.files.items():
             file = self.path / name
@@ -167,7 +169,7 @@ class Bundle:
                 check_graph(file, self.manifest.files)
 
     def graph(self, function: str, precision: str = "fp32") -> Path:
-        """Return the graph of ``function`` (classify, score, step): a precision's own, else the fp32 one.
+        """Return the path of the graph of ``function`` (classify, score, step) in ``precision``, or in fp32 where that precision has none.
 
         Raises BundleError when the bundle does not classify in ``precision`` at all.
         """
@@ -176,28 +178,28 @@ class Bundle:
             return self.path / own
         if function == "classify":
             raise BundleError(
-                f"{self.path} has no {own}; python training/precision.py BUNDLE --precision {precision} makes and measures one",
+                f"{self.path} has no {own}; python training/precision.py BUNDLE --precision {precision} creates and measures it",
                 options=("--precision fp32",),
             )
         return self.path / graph_name(function, "fp32")
 
     def measured(self, precision: str) -> str:
-        """Return the sha256 that figures of ``precision`` must be of: its graph's; bf16 is torch's and has none, so the weights'."""
+        """Return the sha256 that figures of ``precision`` refer to: its graph's; for bf16, which has no graph, the weights'."""
         name = "weights.safetensors" if precision == "bf16" else self.graph("classify", precision).name
         return self.manifest.files[name].sha256
 
     def check_precision(self, precision: str) -> None:
-        """Raise BundleError when ``precision`` has no figures of its graphs in this bundle, or one beyond its limit; fp32 needs none."""
+        """Raise BundleError when a figure of ``precision`` is missing or beyond its limit; fp32 needs none."""
         if precision != "fp32":
             step = "weights.safetensors" if precision == "bf16" else self.graph("step", precision).name
             check(self.metrics(), precision, {self.measured(precision), self.manifest.files[step].sha256})
 
     def holds(self, of: str) -> bool:
-        """Return whether ``of`` is the sha256 of one of the bundle's files: what was measured of anything else is stale."""
+        """Return whether ``of`` is the sha256 of one of the bundle's files; figures of any other file are stale."""
         return any(entry.sha256 == of for entry in self.manifest.files.values())
 
     def calibrations(self) -> list[Calibration]:
-        """Return every precision's calibration, stale or not, in the file's order."""
+        """Return the calibrations of all precisions, stale or not, in file order."""
         file = self.path / "calibration.json"
         found = read_json(file) if file.is_file() else []
         if not isinstance(found, list):
@@ -205,30 +207,30 @@ class Bundle:
         return [parse(Calibration, calibration, "calibration.json") for calibration in found]
 
     def calibration(self, precision: str = "fp32") -> Calibration:
-        """Return the calibration of ``precision``; raise BundleError when there is none or it was measured on another graph."""
+        """Return the calibration of ``precision``; raise BundleError when it is missing or measured on another graph."""
         found = next((row for row in self.calibrations() if row.precision == precision), None)
         if found is None:
             how = "training/calibrate.py BUNDLE" if precision == "fp32" else f"training/precision.py BUNDLE --precision {precision}"
             raise BundleError(f"{self.path / 'calibration.json'} holds no {precision} calibration; run python {how}")
         if found.of != self.measured(precision):
             raise BundleError(
-                f"{self.path / 'calibration.json'} is stale: {precision} was measured on {found.of[:12]}, served is "
+                f"{self.path / 'calibration.json'} is stale: {precision} was measured on {found.of[:12]}, the served graph is "
                 f"{self.measured(precision)[:12]}; calibrate again"
             )
         for values in (found.energies, found.scores):
             if values != sorted(values) or not all(map(math.isfinite, values)) or len(values) != len(found.energies):
-                raise BundleError(f"{self.path / 'calibration.json'}: energies and scores must be finite, sorted and equally many")
+                raise BundleError(f"{self.path / 'calibration.json'}: energies and scores must be finite, sorted and of equal number")
         if found.score not in SCORES or not math.isfinite(found.weight) or not 0 < found.temperature < math.inf:
             raise BundleError(f"{self.path / 'calibration.json'}: score must be one of {', '.join(SCORES)}, and the temperature positive")
         return found
 
     def metrics(self) -> list[Row]:
-        """Return the rows of metrics.json, an empty list when it was never evaluated; raise BundleError for what is no row."""
+        """Return the rows of metrics.json, or an empty list when the bundle was not evaluated; raise BundleError for an invalid row."""
         file = self.path / "metrics.json"
         return read_rows(file) if file.is_file() else []
 
     def update(self, *names: str, **changes: Any) -> "Bundle":
-        """Record the files ``names``, just written in the bundle, and any manifest ``changes``; the manifest is replaced atomically."""
+        """Record the newly written files ``names`` and manifest ``changes``; replace the manifest atomically."""
         files = dict(self.manifest.files)
         for name in names:
             files[name] = FileEntry(sha256(self.path / name), (self.path / name).stat().st_size)
@@ -238,20 +240,20 @@ class Bundle:
 
 
 def network_name(architecture: Mapping[str, Any]) -> str:
-    """Return family and sizes in a word or two: wideresnet 16-2."""
+    """Return family and sizes as a short name: wideresnet 16-2."""
     sizes = "-".join(str(value) for name, value in architecture.items() if name != "family")
     return f"{architecture['family']} {sizes}".strip()
 
 
 def graph_name(function: str, precision: str) -> str:
-    """Return the file name of a function's graph in a precision."""
+    """Return the file name of the graph of ``function`` in ``precision``."""
     return f"{function}.onnx" if precision == "fp32" else f"{function}.{precision}.onnx"
 
 
 def resolve(path: Path) -> Path:
-    """Return the bundle folder meant by ``path``: itself, or what a store's ``current`` points at."""
+    """Return the bundle folder at ``path``: itself, or the target of a store's ``current``."""
     if (path / MANIFEST).is_file():
-        return path.resolve()  # so that store/current names the version it stands for now
+        return path.resolve()  # so that later changes of store/current have no effect
     if (path / "current" / MANIFEST).is_file():
         return (path / "current").resolve()
     raise BundleError(f"{path} is neither a bundle (no {MANIFEST}) nor a store (no current/{MANIFEST})")
@@ -296,7 +298,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Return the rows of a metrics.json; raise BundleError that names the file, the row and the key of what is none."""
+    """Return the rows of a metrics.json; raise BundleError naming the file, row and key of an invalid one."""
     return parse_rows(read_json(file), file)
 
 
@@ -306,7 +308,7 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
 
 
 def read_bytes(file: Path) -> bytes:
-    """Return the file's content; raise BundleError when it cannot be read, or is too large to be what it should be."""
+    """Return the file's content; raise BundleError when it cannot be read or exceeds LARGEST_JSON bytes."""
     try:
         if file.stat().st_size > LARGEST_JSON:
             raise BundleError(f"{file} is larger than {LARGEST_JSON} bytes")
@@ -316,7 +318,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def parse_json(content: bytes, file: Path) -> Any:
-    """Return the document in ``content``; raise BundleError that names ``file`` when it is not JSON."""
+    """Return the JSON document in ``content``; raise BundleError naming ``file`` when it is not JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -324,6 +326,6 @@ def parse_json(content: bytes, file: Path) -> Any:
 
 
 def write_json(file: Path, data: Mapping[str, Any] | list[Any]) -> None:
-    """Write ``data`` indented; a reader never sees half a file."""
-    with replacing(file) as aside:
-        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    """Write ``data`` as indented JSON, atomically."""
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

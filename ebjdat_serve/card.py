@@ -1,4 +1,4 @@
-"""The bundle in words: the summary that `inspect` prints and the model card that the bundle carries, both from its JSON."""
+"""Text renderings of a bundle's JSON: the summary that `inspect` prints, and the title and tables of the model card."""
 
 from ebjdat_serve.bundle import Bundle, Manifest, network_name
 from ebjdat_serve.rows import Row
@@ -7,7 +7,7 @@ from ebjdat_serve.store import reason_held_back
 
 
 def summary(bundle: Bundle) -> str:
-    """Return what `ebjdat-serve inspect` prints."""
+    """Return the summary that `ebjdat-serve inspect` prints."""
     m, p, s = bundle.manifest, bundle.manifest.provenance, bundle.manifest.sampler
     lines = [
         f"{m.name}@{m.version}",
@@ -35,12 +35,12 @@ def summary(bundle: Bundle) -> str:
 
 
 def title(manifest: Manifest) -> str:
-    """Return the first line of a bundle's card."""
+    """Return the title line of a bundle's card."""
     return f"# {manifest.name}@{manifest.version}\n"
 
 
 def retitled(bundle: Bundle, version: str) -> Bundle:
-    """Record another ``version``, in the title of the bundle's card too, where it has one."""
+    """Set the bundle's ``version``, in the manifest and in the title of its card."""
     before, done = title(bundle.manifest), bundle.update(version=version)
     file = bundle.path / "README.md"
     text = file.read_text(encoding="utf-8") if "README.md" in bundle.manifest.files else ""
@@ -62,19 +62,19 @@ def figure(row: Row) -> str:
 
 
 def table(rows: list[Row], baseline: list[Row]) -> str:
-    """Return a Markdown table of ``rows``, with the same measurement of the warm start beside each, if there is any."""
+    """Return a Markdown table of ``rows``, with a column for the warm start's measurements if there are any."""
     known = {key(row): row for row in baseline}
     paired = any(key(row) in known for row in rows)
     names = ["figure", "this model", *(["warm start"] if paired else []), "n", "data", "protocol"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
-        beside = known.get(key(row))
-        other = [figure(beside) if beside else ""] if paired else []
+        reference = known.get(key(row))
+        other = [figure(reference) if reference else ""] if paired else []
         cells = (row.metric, figure(row), *other, row.n, data_words(row), f"{protocol_words(row)}; seed {row.seed}".removeprefix("; "))
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
 def key(row: Row) -> tuple[str, int]:
-    """Return what makes two rows the same measurement of two models, on as many images."""
+    """Return the key that two models' rows of the same measurement and n share."""
     return row.key, row.n

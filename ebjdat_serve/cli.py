@@ -1,4 +1,4 @@
-"""`ebjdat-serve serve | inspect | verify | list | publish | rollback | sign`."""
+"""The command line: `ebjdat-serve serve | inspect | verify | list | publish | rollback | sign`."""
 
 import argparse
 import logging
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve_parser.set_defaults(command=serve)
 
     for name, command, text in (
-        ("inspect", inspect, "print a bundle readably"),
+        ("inspect", inspect, "print a summary of a bundle"),
         ("verify", verify, "check hashes and replay the self-test"),
     ):
         sub = commands.add_parser(name, help=text)
@@ -45,16 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify_parser.add_argument("--device", default="cpu", choices=get_args(Device))
     verify_parser.add_argument("--precision", default="fp32", choices=get_args(Precision))
 
-    list_parser = commands.add_parser("list", help="print a store's versions, and its candidates with why each was held back")
+    list_parser = commands.add_parser("list", help="print a store's versions, and its candidates with the reason each was held back")
     list_parser.add_argument("store", type=Path)
     list_parser.set_defaults(command=list_store)
     publish_parser = commands.add_parser("publish", help="copy a bundle into a store and point the store at it")
     publish_parser.add_argument("bundle", type=Path)
     publish_parser.add_argument("store", type=Path)
-    publish_parser.add_argument("--key", type=Path, help="sign it with this private key")
-    publish_parser.add_argument("--force", action="store_true", help="even a candidate that a refresh held back")
+    publish_parser.add_argument("--key", type=Path, help="private key to sign the bundle with")
+    publish_parser.add_argument("--force", action="store_true", help="publish even a candidate that a refresh held back")
     publish_parser.set_defaults(command=publish)
-    rollback_parser = commands.add_parser("rollback", help="point a store at the version before, or at another")
+    rollback_parser = commands.add_parser("rollback", help="point a store at its previous version, or at a named one")
     rollback_parser.add_argument("store", type=Path)
     rollback_parser.add_argument("version", nargs="?", default="")
     rollback_parser.set_defaults(command=rollback)
@@ -89,7 +89,7 @@ def serve(options: argparse.Namespace) -> None:
 
     settings = settings_of(options, os.environ)
     if settings.host == "localhost":
-        settings = replace(settings, host="127.0.0.1")  # LitServe takes addresses alone
+        settings = replace(settings, host="127.0.0.1")  # LitServe takes addresses only
     options.log = settings.log  # main() reports errors there
     logs.configure(settings.log)
     litserve_adapter.check_address(settings.host, settings.port)
@@ -108,7 +108,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def publish(options: argparse.Namespace) -> None:
-    """Publish a bundle; servers of the store change over by themselves."""
+    """Publish a bundle; servers of the store load it without a restart."""
     from ebjdat_serve import store
 
     home = store.publish(Bundle.load(options.bundle), options.store, options.key, force=options.force)
@@ -116,7 +116,7 @@ def publish(options: argparse.Namespace) -> None:
 
 
 def list_store(options: argparse.Namespace) -> None:
-    """Print what a store holds."""
+    """Print a store's versions and candidates."""
     from ebjdat_serve import store
 
     print(store.listing(options.store))
@@ -137,7 +137,7 @@ def sign(options: argparse.Namespace) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Print what a bundle is, where it comes from and what was measured of it."""
+    """Print a bundle's manifest, provenance and figures."""
     from ebjdat_serve.card import summary
 
     print(summary(Bundle.load(options.model)))

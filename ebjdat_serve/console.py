@@ -1,4 +1,4 @@
-"""What every command does with its text and its errors."""
+"""Error handling and output of every command-line program."""
 
 import argparse
 import io
@@ -13,9 +13,9 @@ from ebjdat_serve.errors import EbjdatError
 
 @contextmanager
 def command(parser: argparse.ArgumentParser, interrupted: str = "interrupted") -> Iterator[None]:
-    """Run a command's body: an EbjdatError ends the process with status 1, its text, and the options of ``parser`` that mend it.
+    """Run a command's body: an EbjdatError exits with status 1, its message, and the options of ``parser`` that fix it.
 
-    Ctrl-C ends it with the text ``interrupted``.
+    Ctrl-C exits with the message ``interrupted``.
     """
     try:
         yield
@@ -24,37 +24,37 @@ def command(parser: argparse.ArgumentParser, interrupted: str = "interrupted") -
         sys.exit(advice(error, parser))
     except BrokenPipeError:
         sys.exit(unread())
-    except OSError as error:  # a full disk, a file that may not be read: its text names the file
+    except OSError as error:  # a full disk, an unreadable file: its message names the file
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(interrupted)
 
 
 def flush() -> None:
-    """Write out what was printed, while a closed pipe or a full disk can still be told; nothing where there is no standard output."""
+    """Flush standard output, if there is one, while a closed pipe or a full disk can still be reported."""
     if sys.stdout:
         sys.stdout.flush()
 
 
 def unread() -> int:
-    """Return the status, 1, of a command whose reader had enough, as `| head` has; nothing more is said, nor by Python at its end."""
+    """Return status 1 for a closed output pipe, as after `| head`, and silence the interpreter's own error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
 def parser_of(doc: str | None, **options: Any) -> argparse.ArgumentParser:
-    """Return a command's parser, described by the first line of its module's docstring; from here on any text can be printed."""
+    """Return a command's parser, described by the first line of its module's docstring, and make any text printable."""
     print_anything()
     return argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None, **options)
 
 
 def print_anything() -> None:
-    """Let standard output escape what its encoding lacks, as standard error does: no print may end a run."""
+    """Let standard output escape characters missing from its encoding, as standard error does: no print may end a run."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def advice(error: EbjdatError, parser: argparse.ArgumentParser) -> str:
-    """Return an error's text and, of the options that it names, those that ``parser`` has."""
+    """Return an error's message with those of its options that ``parser`` has."""
     return error.advised({name for action in parser._actions for name in action.option_strings})

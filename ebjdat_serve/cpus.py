@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: never the host's count."""
+"""The number of CPUs available to this process, by affinity and cgroup quota, not the host's count."""
 
 import math
 import os
@@ -8,17 +8,17 @@ ROOT = Path("/")
 
 
 def cpus(root: Path = ROOT) -> int:
-    """Return the CPUs that affinity and the cgroup's quota leave to this process, at least one; ``root`` is where /proc and /sys are."""
+    """Return the number of CPUs that affinity and the cgroup quota allow, at least one; /proc and /sys are under ``root``."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(allowed, quota(root))))
 
 
 def quota(root: Path) -> float:
-    """Return the CPUs' worth of time that the process's cgroup and those above it may use; infinite where nothing limits it."""
+    """Return the CPU quota, in CPUs, of the process's cgroup and its ancestors; infinite without a limit."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return math.inf  # no Linux
+        return math.inf  # not Linux
     smallest = math.inf
     for line in lines:
         _, controllers, path = line.split(":", 2)
@@ -29,7 +29,7 @@ def quota(root: Path) -> float:
         else:
             continue
         group = home / path.lstrip("/")
-        # in a container the path may be the host's, and what is mounted at home the container's own
+        # in a container the path may be the host's, while the mount root is the container's own cgroup
         while group != home.parent:
             smallest = min(smallest, _of_two(group) if not controllers else _of_one(group))
             group = group.parent
@@ -37,13 +37,13 @@ def quota(root: Path) -> float:
 
 
 def _of_two(group: Path) -> float:
-    """Return the limit of a cgroup of version 2: ``cpu.max`` holds a quota, or max, and a period in microseconds."""
+    """Return the limit of a version 2 cgroup: ``cpu.max`` holds a quota, or max, and a period in microseconds."""
     most, _, period = _read(group / "cpu.max").partition(" ")
     return _share(most, period)
 
 
 def _of_one(group: Path) -> float:
-    """Return the limit of a cgroup of version 1: a quota of -1 is none."""
+    """Return the limit of a version 1 cgroup: a quota of -1 means none."""
     return _share(_read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us"))
 
 
@@ -59,6 +59,6 @@ def _read(file: Path) -> str:
 
 
 def threads() -> int:
-    """Return how many threads to compute with: OMP_NUM_THREADS where it is set to a number, else every CPU that there is."""
+    """Return the number of compute threads: OMP_NUM_THREADS if it is set to a number, else every available CPU."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(wanted) if wanted.isdigit() and int(wanted) else cpus()

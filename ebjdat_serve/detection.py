@@ -1,4 +1,4 @@
-"""From an OOD score to a conformal p-value to a flag (split conformal; Vovk et al. 2005, Bates et al. arXiv 2104.08279)."""
+"""Conformal p-values of OOD scores, and the flag (split conformal; Vovk et al. 2005, Bates et al. arXiv 2104.08279)."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ class Detector:
     """p = (1 + #{clean calibration scores >= s(x)}) / (n + 1); suspicious when p < alpha.
 
     For any model, if calibration images are exchangeable with traffic, a clean image is flagged with probability at
-    most alpha on average over calibration draws. Given one calibration set the rate is Beta-distributed around it. It
-    bounds false alarms; it is no defence against an adaptive attacker.
+    most alpha on average over calibration draws. Given one calibration set the rate is Beta-distributed around it. This
+    bounds false alarms; it does not defend against an adaptive attacker.
     """
 
     scores: NDArray[np.float64]  # (n,), sorted ascending, nats

@@ -1,4 +1,4 @@
-"""Who may write into a bundle: a draft is open to every step, what others read or rely on only to who says so."""
+"""Write permission for bundles: drafts are writable; tracked, installed, published and served bundles need --force."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from ebjdat_serve.locking import is_held
 from ebjdat_serve.store import next_revision, publish, reason_held_back, store_of
 
 FORCED = "also one that is tracked by git, installed or being served; in a store it becomes a new version"
-"""What --force of whoever edits means."""
+"""The help of --force of commands that change a bundle."""
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -21,7 +21,7 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
     """Return the bundle at ``path``, a bundle or a store, after ``change`` has written into it.
 
     A version of a store never changes: ``change`` gets a copy, which is published as the next revision. Raises BundleError as
-    ``check_editable`` does, for a store that points at another version by then, and for a disk that refuses.
+    ``check_editable`` does, when the store points at another version by then, and when writing fails.
     """
     bundle = check_editable(path, force=force)
     store = store_of(bundle.path)
@@ -38,14 +38,14 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
 
 
 def check_editable(path: Path, *, force: bool = False) -> Bundle:
-    """Return the bundle at ``path``; raise BundleError for one that is tracked, installed, published or being served, without ``force``.
+    """Return the bundle at ``path``; raise BundleError without ``force`` if it is tracked, installed, published or being served.
 
     A candidate, an earlier version of a store and a signed bundle are refused either way.
     """
     bundle = Bundle.draft(path)
     home, store = bundle.path, store_of(bundle.path)
     if reason_held_back(home):
-        raise BundleError(f"{home} is a candidate, which is published or deleted as it is; change the bundle that it was made of")
+        raise BundleError(f"{home} is a candidate, which is published or deleted unchanged; change the bundle it was made from")
     if store and home != (store / "current").resolve():
         raise BundleError(f"{home} is a version of {store} and not the current one: versions never change; roll back to it, or copy it")
     if (home / SIGNATURE).is_file():
@@ -57,7 +57,7 @@ def check_editable(path: Path, *, force: bool = False) -> Bundle:
 
 
 def guarded(folder: Path) -> str:
-    """Return why the bundle in ``folder`` is not to be changed in passing, or nothing."""
+    """Return why changing the bundle in ``folder`` needs ``force``, or an empty string."""
     if store := store_of(folder):
         return f"is the current version of the store {store}, where a change becomes a new version"
     if tracked(folder / MANIFEST):
@@ -69,7 +69,7 @@ def guarded(folder: Path) -> str:
 
 def tracked(file: Path) -> bool:
     """Return whether git tracks ``file``; without git, or outside a repository, it does not."""
-    # who owns the checkout is no question of ours
+    # a checkout owned by another user is read all the same
     command = ["git", "-c", "safe.directory=*", "-C", str(file.parent), "ls-files", "--error-unmatch", "--", file.name]
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0

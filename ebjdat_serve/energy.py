@@ -1,4 +1,4 @@
-"""The energies of a classifier and their gradient: the only place where these equations are written in torch.
+"""The energies of a classifier and their gradient in torch; no other module repeats these equations.
 
 A classifier with logits f(x) in R^K is read as an energy-based model (Grathwohl et al., arXiv 1912.03263):
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MARGINAL = -1
-"""The label that asks for the marginal E(x) where a joint E(x, y) could stand."""
+"""The label that selects the marginal E(x) instead of the joint E(x, y)."""
 
 
 def energy(logits: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def logit_weights(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def one_hot(label: Tensor, logits: Tensor) -> Tensor:
-    """Return the (N, K) indicator of ``label``; the row of ``MARGINAL`` is zero. It holds no gather, so it exports."""
+    """Return the (N, K) indicator of ``label``; the row of ``MARGINAL`` is zero. It uses no gather, so it exports."""
     classes = torch.arange(logits.shape[1], device=label.device)
     return (label[:, None] == classes).to(logits.dtype)
 
@@ -46,7 +46,7 @@ def one_hot(label: Tensor, logits: Tensor) -> Tensor:
 def score(model: Callable[[Tensor], Tensor], image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Return (score, energy): -dE(x,y)/dx of shape (N, 3, H, W) and E(x,y) (N,), or the marginal's for ``MARGINAL``.
 
-    Parameters receive no gradient, and the model's mode is the caller's business.
+    Parameters receive no gradient; the caller sets the model's mode.
     """
     with torch.enable_grad():
         x = image.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""The exceptions a caller may want to tell apart; every message says what is wrong, where, and what to do."""
+"""Exceptions of the serving package; every message names the problem, its place and the fix."""
 
 from collections.abc import Collection
 
@@ -6,7 +6,7 @@ from collections.abc import Collection
 class EbjdatError(Exception):
     """Base of every error this package raises on purpose.
 
-    ``options`` are what may be given on a command line to mend it: a command names those that it has (console.py), code none.
+    ``options`` are command-line options that fix it: a command appends those it has (console.py); as a library, none are shown.
     """
 
     def __init__(self, message: str = "", *, options: tuple[str, ...] = ()) -> None:
@@ -14,7 +14,7 @@ class EbjdatError(Exception):
         self.options = options
 
     def advised(self, known: Collection[str] | None = None) -> str:
-        """Return the text with the options that mend it: all, or those of which ``known`` holds every flag."""
+        """Return the message with the options that fix it: all, or those whose flags are all in ``known``."""
         fit = [option for option in self.options if known is None or {word for word in option.split() if word[:2] == "--"} <= set(known)]
         return f"{self}; or give {' or '.join(fit)}" if fit else str(self)
 
@@ -24,7 +24,7 @@ class BundleError(EbjdatError):
 
 
 class EngineError(EbjdatError):
-    """The engine or provider that was asked for cannot run here."""
+    """The requested engine or provider cannot run here."""
 
 
 class InvalidImage(EbjdatError):

@@ -1,4 +1,4 @@
-"""Where files are kept beside bundles: under ~/.cache/ebjdat_serve, or where an environment variable says."""
+"""Cache, data and run folders: under ~/.cache/ebjdat_serve, or where an environment variable points."""
 
 import os
 from pathlib import Path
@@ -7,15 +7,15 @@ from ebjdat_serve.errors import EbjdatError
 
 
 def folder(variable: str, name: str = "") -> Path:
-    """Return the folder that ``variable`` names, or ``name`` in the cache; raise EbjdatError where there is neither it nor a home."""
+    """Return the folder that ``variable`` names, or ``name`` in the cache; raise EbjdatError without both the variable and a home."""
     try:
         return Path(os.environ.get(variable) or Path("~/.cache/ebjdat_serve") / name).expanduser()
     except RuntimeError as error:
         raise EbjdatError(f"there is no home folder to keep files in: set {variable} to a folder") from error
 
 
-def made(path: Path, variable: str) -> Path:
-    """Return ``path``, made where it was not there; raise EbjdatError naming ``variable`` where it cannot be written."""
+def ensure_folder(path: Path, variable: str) -> Path:
+    """Create ``path`` if it is missing and return it; raise EbjdatError naming ``variable`` when it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

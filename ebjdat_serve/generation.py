@@ -1,4 +1,4 @@
-"""Conditional generation: prior, Langevin steps along an engine's score, pixels, and what the model says of them."""
+"""Conditional generation: prior, Langevin steps along an engine's score, and the logits and energy of the delivered pixels."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from ebjdat_serve.engines import Engine, Floats, Labels
 from ebjdat_serve.sgld import Chains, Prior, Sampler
 
 CHUNK = 16
-"""Chains moved at once: on a CPU a step's time is linear in the batch, and memory stays bounded."""
+"""Chains per batch: on a CPU a step's time is linear in the batch, and memory stays bounded."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Delivered pixels (N, H, W, 3) uint8, and the logits (N, K) and energy (N,) of exactly those pixels."""
+    """Delivered pixels (N, H, W, 3) uint8, and the logits (N, K) and energy (N,) of those pixels."""
 
     image: pixels.Pixels
     logits: Floats
@@ -25,7 +25,7 @@ class Samples:
 def generate(engine: Engine, prior: Prior, sampler: Sampler, label: Labels, seed: int) -> Samples:
     """Return one sample per label by ``sampler.steps`` Langevin steps on E(x,y) from the prior.
 
-    Image i's start and noise depend on seed + i only.
+    The start and noise of image i depend only on seed + i.
     """
     parts = [
         engine.advance(Chains.start(prior, sampler, label[i : i + CHUNK], seed + i), sampler.steps).image

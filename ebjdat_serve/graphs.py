@@ -1,4 +1,4 @@
-"""What an ONNX file refers to, read without the onnx package: files its tensors lie in, and operators that load engines from elsewhere.
+"""Read an ONNX file's references without the onnx package: external data files, and operators that load engines.
 
 A protobuf message is a row of (field number, wire type, value); only the fields that lead to tensors and operators are followed.
 https://protobuf.dev/programming-guides/encoding/, https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
@@ -21,20 +21,20 @@ FOLLOWED = {
     "tensor": {13: "entry"},
 }
 FOREIGN = ("EPContext",)
-"""Operators that run a compiled engine out of the file or beside it, which nobody has checked."""
+"""Operators that run a compiled engine, embedded or in another file, whose code cannot be checked."""
 DEEPEST = 64
 
 
 @dataclass(frozen=True)
 class References:
-    """The names of the files that tensors lie in, and of the operators used."""
+    """The names of the external data files and of the operators used."""
 
     files: frozenset[str]
     operators: frozenset[str]
 
 
 def references(data: bytes) -> References:
-    """Return what the ONNX model in ``data`` refers to; raise ValueError when it is no such thing."""
+    """Return the references of the ONNX model in ``data``; raise ValueError when it is not an ONNX model."""
     files: set[str] = set()
     operators: set[str] = set()
 
@@ -61,7 +61,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     at = 0
     while at < len(message):
         tag, at = varint(message, at)
-        if not 8 <= tag < 2**32:  # other readers cut longer ones off, and read another field
+        if not 8 <= tag < 2**32:  # other readers truncate longer ones, and read another field
             raise ValueError("no such field")
         match tag & 7:
             case 0:
@@ -81,7 +81,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def varint(message: memoryview, at: int) -> tuple[int, int]:
-    """Return the number that begins at ``at``, seven bits a byte, and where it ends."""
+    """Return the varint at ``at``, seven bits a byte, and the offset after it."""
     value = shift = 0
     while shift < 70:
         if at >= len(message):
@@ -94,7 +94,7 @@ def varint(message: memoryview, at: int) -> tuple[int, int]:
 
 
 def check_graph(file: Path, allowed: Collection[str]) -> None:
-    """Raise BundleError when a graph takes tensors from a file that is not in ``allowed``, or runs an engine compiled elsewhere."""
+    """Raise BundleError when a graph takes tensors from a file not in ``allowed``, or runs a compiled engine."""
     try:
         found = references(file.read_bytes())
     except (ValueError, UnicodeDecodeError) as error:
@@ -104,4 +104,4 @@ def check_graph(file: Path, allowed: Collection[str]) -> None:
         raise BundleError(f"{file} takes its weights from {strange[0]!r}, which is not a file of the bundle")
     foreign = sorted(found.operators & set(FOREIGN))
     if foreign:
-        raise BundleError(f"{file} holds a compiled engine ({foreign[0]}), and none is loaded from a bundle: export the graph itself")
+        raise BundleError(f"{file} holds a compiled engine ({foreign[0]}), which is never loaded from a bundle: export the graph itself")

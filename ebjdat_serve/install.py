@@ -1,4 +1,4 @@
-"""How what is lacking is installed here: into this Python, and from the checkout where this is one."""
+"""Install commands for missing packages, for this Python and, in a checkout, from it."""
 
 import shlex
 import sys
@@ -13,12 +13,12 @@ def checkout() -> bool:
 
 
 def pip(*words: str) -> str:
-    """Return the command that has this Python's pip do something."""
+    """Return a command for this Python's pip."""
     return shlex.join([sys.executable, "-m", "pip", *words])
 
 
 def install(extras: str) -> str:
-    """Return the command that installs extras of the package, ``gpu`` or ``gpu,tensorrt``."""
+    """Return the command that installs extras of this package, ``gpu`` or ``gpu,tensorrt``."""
     if checkout():
         home = "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
         return pip("install", "-e", f"{home}[{extras}]")

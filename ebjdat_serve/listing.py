@@ -1,4 +1,4 @@
-"""The images of a folder, told by their content whatever they are called; what is no image is named, never dropped in silence."""
+"""List the image files of a folder, recognised by their first bytes; other files are reported, never skipped silently."""
 
 import os
 import unicodedata
@@ -15,46 +15,46 @@ SHOWN = 20
 
 @dataclass
 class Listing:
-    """Images in the order of their names, and what else lies there: files by the reason for which they are left out."""
+    """Image files sorted by name, and the other files by the reason they are left out."""
 
-    pictures: list[Path] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
     skipped: dict[str, list[Path]] = field(default_factory=dict)
 
     def skip(self, reason: str, file: Path) -> None:
-        """Leave a file out."""
+        """Record a file as left out for ``reason``."""
         self.skipped.setdefault(reason, []).append(file)
 
     def note(self) -> str:
-        """Return a line that counts and names what is left out; nothing when that is nothing."""
+        """Return a line that counts and names the files left out, or an empty string."""
         count = sum(map(len, self.skipped.values()))
         parts = [f"{len(files)} {reason} ({some(files)})" for reason, files in sorted(self.skipped.items())]
-        among = f" of {count + len(self.pictures)} files" if self.pictures else ""
+        among = f" of {count + len(self.images)} files" if self.images else ""
         return f"left out {count}{among}: {'; '.join(parts)}" if count else ""
 
 
-def list_pictures(folder: Path, listing: Listing | None = None) -> Listing:
+def list_images(folder: Path, listing: Listing | None = None) -> Listing:
     """Return the images in ``folder`` and its sub-folders, added to ``listing`` if there is one; links are followed, each folder once.
 
-    A file that is called an image but does not begin as one counts as one: whoever reads it will find it damaged. Raises OSError.
+    A file with an image's name but not its first bytes is listed too: reading it reports the damage. Raises OSError.
     """
     found = listing or Listing()
     for file in walk(folder):
         if any(part.startswith(".") for part in file.relative_to(folder).parts):
-            found.skip("hidden", file)  # such as a Mac's ._a.png, or what lies in .ipynb_checkpoints
+            found.skip("hidden", file)  # such as a Mac's ._a.png, or files in .ipynb_checkpoints
             continue
-        if not file.is_file():  # a pipe would keep whoever opens it waiting
+        if not file.is_file():  # opening a pipe blocks
             found.skip("neither file nor folder" if file.exists() else "broken link", file)
             continue
         kind = format_of(file)
         if kind in FORMATS or (not kind and Image.registered_extensions().get(file.suffix.lower()) in FORMATS):
-            found.pictures.append(file)
+            found.images.append(file)
         else:
-            found.skip(f"{kind}, which is not read" if kind else "not of an image", file)
+            found.skip(f"{kind}, which is not supported" if kind else "not an image", file)
     return found
 
 
 def walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
-    """Yield all below ``folder`` that is no folder, in the order of names, which is the same on every machine."""
+    """Yield everything below ``folder`` but folders, sorted by name, in the same order on every machine."""
     seen = set() if seen is None else seen
     about = folder.stat()
     if (about.st_dev, about.st_ino) in seen:
@@ -68,13 +68,13 @@ def walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[Pat
 
 
 def format_of(file: Path) -> str:
-    """Return what Pillow takes a file for by its first bytes, as PNG or BMP; nothing for what is no image."""
+    """Return the format that Pillow recognises by a file's first bytes, such as PNG or BMP, or an empty string."""
     Image.init()
     try:
         with file.open("rb") as opened:
             head = opened.read(16)
     except OSError:
-        return ""  # whoever reads it says why
+        return ""  # reading it reports why
     if len(head) < 16:
         return ""
     for name in (*FORMATS, *Image.OPEN):
@@ -85,11 +85,11 @@ def format_of(file: Path) -> str:
 
 
 def order(path: Path) -> tuple[str, str]:
-    """Return the key by which files are sorted: the name in its normal form."""
-    return unicodedata.normalize("NFC", shown(path.name)), shown(path.name)
+    """Return the sort key of a file: its name in Unicode's normal form."""
+    return unicodedata.normalize("NFC", printable(path.name)), printable(path.name)
 
 
-def shown(path: Path | str) -> str:
+def printable(path: Path | str) -> str:
     """Return a path as text that can be printed and stored: bytes that are not UTF-8 as escapes."""
     try:
         return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -98,9 +98,9 @@ def shown(path: Path | str) -> str:
 
 
 def some(files: Sequence[Path]) -> str:
-    """Return the names of files, of many the first ones."""
+    """Return the names of files, the first SHOWN of many."""
     more = f", and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-    return ", ".join(shown(file.name) for file in files[:SHOWN]) + more
+    return ", ".join(printable(file.name) for file in files[:SHOWN]) + more
 
 
 def class_name(folder: Path) -> str:

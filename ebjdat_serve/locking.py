@@ -1,6 +1,6 @@
-"""One process at a time: flock, and a marker file where the file system has no flock, as some network file systems have none.
+"""Exclusive locks between processes, and a shared flock that marks a folder as in use.
 
-And a mark on a folder that is in use, shared by all that use it: a shared flock, for which no file is written.
+The exclusive lock is a flock, or a marker file where the file system, as some network file systems, has no flock.
 """
 
 import errno
@@ -22,13 +22,13 @@ class Held(EbjdatError):
 
 
 @contextmanager
-def alone(file: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold ``file`` as a lock, after the process that has it unless ``wait`` is false.
+def exclusive_lock(file: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on ``file``; wait for the process that holds it unless ``wait`` is false.
 
-    Without flock a file beside it, named after it, stands for the lock; one that a process of this machine left behind when it died is
-    taken over. Raises Held, OSError.
+    Without flock the lock is a marker file named after ``file``; one left behind by a dead process of this machine is taken over.
+    Raises Held, OSError.
     """
-    if not file.parent.is_dir():  # filelock would make it
+    if not file.parent.is_dir():  # filelock would create it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file.parent))
     marker = file.with_name(f"{file.name}.held")
     lock: BaseFileLock = FileLock(file, blocking=wait, fallback_to_soft=False)
@@ -41,7 +41,7 @@ def alone(file: Path, *, wait: bool = True) -> Iterator[None]:
             lock = SoftFileLock(marker, blocking=wait)
             lock.acquire()
     except Timeout as error:
-        gone = f", or remove {marker} if no process is left that made it" if isinstance(lock, SoftFileLock) else ""
+        gone = f", or remove {marker} if the process that created it is gone" if isinstance(lock, SoftFileLock) else ""
         raise Held(f"another process holds {file.parent}: wait for it{gone}") from error
     try:
         yield
@@ -50,7 +50,7 @@ def alone(file: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def hold(folder: Path) -> int | None:
-    """Return a descriptor that marks ``folder`` as served until it is closed, if only by the process's death; None without locks."""
+    """Return a descriptor that marks ``folder`` as served until it is closed or the process dies; None without flock."""
     try:
         held = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -64,14 +64,14 @@ def hold(folder: Path) -> int | None:
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a running server serves the bundle in ``folder``, as far as its file system can tell."""
+    """Return whether a running server serves the bundle in ``folder``; false where the file system has no flock."""
     probe = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return False  # no locks here, so nobody can hold one
+        return False  # no flock here, so none can be held
     finally:
         os.close(probe)
     return False

@@ -1,4 +1,4 @@
-"""How logs are written: lines for people, or one JSON object a line for machines (`--log json`)."""
+"""Logging configuration: text for people, or one JSON object per line for machines (`--log json`)."""
 
 import json
 import logging
@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 Style = Literal["text", "json"]
-STYLE = "text: for people; json: one object a line on standard output, every line of it (%(default)s)"
+STYLE = "text for people, or json: every line of standard output is one JSON object (%(default)s)"
 """The help of --log."""
 LIBRARIES = ("litserve", "uvicorn", "uvicorn.error", "uvicorn.access", "py.warnings")
 """Loggers that bring handlers of their own."""
 
 
 class JsonLines(logging.Formatter):
-    """A record as a JSON object: time (UTC), level, logger, message, the fields it was given, and the traceback of an exception."""
+    """A record as a JSON object: time (UTC), level, logger, message, extra fields, and the traceback of an exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         row: dict[str, Any] = {
@@ -30,7 +30,7 @@ class JsonLines(logging.Formatter):
 
 
 def configure(style: Style, text: str = "%(levelname)s: %(message)s", stream: TextIO | None = None) -> None:
-    """Send the log of this process where ``style`` says: as JSON to standard output, or as ``text`` to ``stream`` (standard error)."""
+    """Write this process's log as JSON to standard output, or in the format ``text`` to ``stream`` (standard error)."""
     handler = logging.StreamHandler(sys.stdout if style == "json" else stream or sys.stderr)
     handler.setFormatter(JsonLines() if style == "json" else logging.Formatter(text, "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], force=True)
@@ -40,7 +40,7 @@ def configure(style: Style, text: str = "%(levelname)s: %(message)s", stream: Te
 
 
 def adopt() -> None:
-    """Let libraries that configured their own logs write where ours go."""
+    """Redirect libraries that configure their own log handlers to ours."""
     for name in LIBRARIES:
         logger = logging.getLogger(name)
         logger.handlers.clear()
@@ -48,7 +48,7 @@ def adopt() -> None:
 
 
 def announce(style: Style, text: str, **fields: object) -> None:
-    """Tell people on standard output, or machines in the log."""
+    """Print ``text`` on standard output, or log it as JSON with ``fields``."""
     if style == "text":
         print(text, flush=True)
     else:

@@ -1,4 +1,4 @@
-"""Normal noise that an engine makes where its chains live, from a few integers: no state, no table, the same in every engine."""
+"""Stateless normal noise, computed inside the engine from sixteen integers per chain; the same in every engine up to rounding."""
 
 import math
 
@@ -9,13 +9,13 @@ from ebjdat_serve.sgld import PRIME
 
 
 def uniform(key: Tensor, step: Tensor, n: int) -> Tensor:
-    """Return u (N, n) float32 in [0, 1]: row i a polynomial in the place j whose coefficients are polynomials in the step t.
+    """Return u (N, n) float32 in [0, 1]: row i is a polynomial in the position j whose coefficients are polynomials in the step t.
 
         u[j] = (sum_m c_m(t) j^m mod P) / P,   c_m(t) = sum_l key[m, l] t^l mod P,   P = 2^31 - 1
 
-    ``key`` (N, 4, 4) int64 is uniform below P, ``step`` (N,) int64. Any four places of any four steps are independent and uniform
-    (Wegman & Carter 1981); longer runs of one chain obey linear relations modulo one, which a sampler does not see. Products, sums
-    and remainders of int64 are all it takes, which every engine has: bit shifts are not.
+    ``key`` (N, 4, 4) int64 is uniform below P, ``step`` (N,) int64. Any four positions of any four steps are independent and uniform
+    (Wegman & Carter 1981); longer runs of one chain obey linear relations modulo one, which do not affect a sampler. It needs only
+    products, sums and remainders of int64, which every engine has, unlike bit shifts.
     """
     coefficient = horner(key, step[:, None])
     place = torch.arange(n, device=key.device)
@@ -33,7 +33,7 @@ def horner(coefficient: Tensor, at: Tensor) -> Tensor:
 def normal(key: Tensor, step: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return standard normal noise (N, *shape), an even number of values a row, by Box-Muller: row i from ``key[i]`` and ``step[i]``.
 
-    Two places of u make a value, so any two values are independent.
+    Two positions of u make one value, so any two values are independent.
     """
     n = math.prod(shape)
     u = uniform(key, step, n)

@@ -1,7 +1,7 @@
-"""Bytes to pixels and back: what is accepted, what is refused, and the only user of Pillow in the server.
+"""Decode images to pixels and encode them as PNG; the only module of the server that uses Pillow.
 
-An image of any size is squashed to height x width by area averaging (aspect ratio is not kept); transparency is laid
-on white; 16-bit images are scaled to 8; EXIF rotation is applied; of an animation the first frame counts.
+An image of any size is resized to height x width by area averaging (aspect ratio is not kept); transparent pixels are
+composited on white; 16-bit images are scaled to 8; EXIF rotation is applied; of an animation the first frame is used.
 """
 
 import io
@@ -21,7 +21,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 Pixels = NDArray[np.uint8]
 
 AI_ORIGIN = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""IPTC's term for media made by a trained model: what readers of provenance look for."""
+"""IPTC's digital source type of media made by a trained model, for tools that read provenance."""
 
 
 def decode(data: bytes | bytearray, height: int, width: int) -> Pixels:
@@ -33,35 +33,35 @@ def decode(data: bytes | bytearray, height: int, width: int) -> Pixels:
 
 
 def peek(data: bytes | bytearray) -> Image.Image:
-    """Return the image in ``data`` with only its header read: its ``size`` says what ``load`` will cost. Raises InvalidImage."""
+    """Return the image in ``data`` with only its header read, so that ``size`` bounds the cost of ``load``. Raises InvalidImage."""
     if not data:
         raise InvalidImage("the image is empty (0 bytes)")
     if len(data) > MAX_BYTES:
         raise InvalidImage(f"the image has {len(data)} bytes; the limit is {MAX_BYTES}")
     if pieces(data) > MAX_PIECES:
-        raise InvalidImage(f"the image is made of more than {MAX_PIECES} pieces, which no camera or program does; save it anew")
+        raise InvalidImage(f"the image is made of more than {MAX_PIECES} pieces, more than any camera or program writes; save it again")
     with _hostile():
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    columns, rows = picture.size
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    columns, rows = image.size
     if columns * rows > MAX_PIXELS:
-        raise InvalidImage(f"the image has {columns} x {rows} pixels; the limit is {MAX_PIXELS} in all")
-    return picture
+        raise InvalidImage(f"the image has {columns} x {rows} pixels; the limit is {MAX_PIXELS} in total")
+    return image
 
 
 def upright_size(data: bytes | bytearray) -> tuple[int, int]:
     """Return the (height, width) of the image in ``data``, EXIF rotation applied, from its header alone. Raises InvalidImage."""
-    picture = peek(data)
+    image = peek(data)
     try:
-        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except Exception:  # an image with broken EXIF is still an image
         turned = False
-    return picture.size if turned else (picture.height, picture.width)
+    return image.size if turned else (image.height, image.width)
 
 
 def pieces(data: bytes | bytearray) -> int:
-    """Return how many chunks that are no pixels a PNG has, or segments before a JPEG's pixels; beyond MAX_PIECES it stops counting.
+    """Return the number of non-pixel chunks of a PNG, or of segments before a JPEG's pixels; counting stops beyond MAX_PIECES.
 
-    Pillow reads each of them in Python, and inflates some: 16 MiB of nothing else takes it up to a minute.
+    Pillow reads each of them in Python, and inflates some: 16 MiB of them take up to a minute.
     """
     count = at = 0
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -77,55 +77,55 @@ def pieces(data: bytes | bytearray) -> int:
         while at + 4 <= len(data) and count <= MAX_PIECES and data[at + 1] != 0xDA:
             count += 1
             if data[at] != 0xFF or data[at + 1] == 0xFF:
-                at += 1  # fill, or rubbish between segments
+                at += 1  # padding or garbage between segments
             else:
                 at += 2 + int.from_bytes(data[at + 2 : at + 4])
     return count
 
 
-def load(picture: Image.Image, height: int, width: int) -> Pixels:
-    """Return an image that was peeked at as (height, width, 3) uint8. Raises InvalidImage."""
-    with _hostile(), picture:
-        upright = _rgb(_upright(_eight_bit(picture)))
+def load(image: Image.Image, height: int, width: int) -> Pixels:
+    """Return an image from ``peek`` as (height, width, 3) uint8. Raises InvalidImage."""
+    with _hostile(), image:
+        upright = _rgb(_upright(_eight_bit(image)))
         return np.asarray(upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BOX))
 
 
 @contextmanager
 def _hostile() -> Iterator[None]:
-    """Turn whatever Pillow raises on hostile bytes into InvalidImage."""
+    """Turn any exception that Pillow raises on hostile bytes into InvalidImage."""
     try:
         yield
     except Image.DecompressionBombError as error:
         raise InvalidImage(f"the image has too many pixels; the limit is {MAX_PIXELS}") from error
     except UnidentifiedImageError as error:
         raise InvalidImage(f"not an image this server reads; send {', '.join(FORMATS)}") from error
-    except Exception as error:  # Pillow's decoders raise what they like; none of it may pass this line
+    except Exception as error:  # Pillow's decoders raise arbitrary exceptions; none may pass this line
         raise InvalidImage(f"the image is truncated or damaged ({type(error).__name__})") from error
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    picture.load()
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
     try:
-        return ImageOps.exif_transpose(picture)
+        return ImageOps.exif_transpose(image)
     except Exception:  # an image with broken EXIF is still an image
-        return picture
+        return image
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        shallow = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-        # the orientation is kept; a transparent grey level is of 16 bits and means nothing here
-        shallow.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        shallow = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        # the orientation is kept; a transparent grey level has 16 bits and is meaningless here
+        shallow.info = {key: value for key, value in image.info.items() if key != "transparency"}
         return shallow
-    return picture
+    return image
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 def to_unit(image: Pixels) -> NDArray[np.float32]:
@@ -139,7 +139,7 @@ def to_bytes(image: NDArray[np.float32]) -> Pixels:
 
 
 def grid(images: Pixels, scale: int, columns: int | None = None) -> Pixels:
-    """Return (N, H, W, 3) laid out in rows, near a square unless ``columns`` is given, each pixel ``scale`` wide."""
+    """Return images (N, H, W, 3) tiled in a grid, about square unless ``columns`` is given, each pixel enlarged ``scale`` times."""
     n, height, width, _ = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
@@ -150,7 +150,7 @@ def grid(images: Pixels, scale: int, columns: int | None = None) -> Pixels:
 
 
 def encode_png(image: Pixels, text: Sequence[tuple[str, str]] = (), *, generated: bool = False) -> bytes:
-    """Return a PNG of (H, W, 3); ``generated`` adds the XMP mark of AI origin that machines read."""
+    """Return a PNG of (H, W, 3); ``generated`` adds the machine-readable XMP mark of AI origin."""
     info = PngImagePlugin.PngInfo()
     for key, value in text:
         info.add_text(key, value)

@@ -1,4 +1,4 @@
-"""What a lower precision may cost before a bundle may carry it: limits on figures that training/precision.py measures."""
+"""Limits on the loss of accuracy of a lower precision; a bundle beyond them is refused. training/precision.py measures the figures."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ LOWER = ("fp16", "bf16", "int8")
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a precision may lose against fp32 on the same images; a row's metric is the field's name, _ and the precision."""
+    """Largest loss of a precision against fp32 on the same images; a row's metric is the field's name, _ and the precision."""
 
     label_disagreement: float = 0.02
     accuracy_clean_drop: float = 0.01
@@ -19,30 +19,32 @@ class Limits:
     accuracy_square_drop: float = 0.03
     energy_error_mean_over_sd: float = 0.1
     step_error_max: float = 0.02  # pixels of [0,1], after two Langevin steps
-    flag_rate_excess: float = 0.0  # how far the clean flag rate, its own calibration, lies outside its 99 % interval
+    flag_rate_excess: float = 0.0  # distance of the clean flag rate, with its own calibration, from its 99 % interval
 
 
 LIMITS = Limits()
 FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, FEWEST_STEPPED = 200, 100, 50, 8
-"""Images that a figure must rest on: in general, under PGD, under Square, after Langevin steps."""
+"""Smallest number of images of a figure: in general, under PGD, under Square, after Langevin steps."""
 LEAST = {"accuracy_pgd20_transfer_drop": FEWEST_ATTACKED, "accuracy_square_drop": FEWEST_SQUARE, "step_error_max": FEWEST_STEPPED}
 
 
 def rows_of(rows: Iterable[Row], precision: str) -> list[Row]:
-    """Return the rows that speak of ``precision``."""
+    """Return the rows of ``precision``."""
     return [row for row in rows if row.precision == precision]
 
 
 def check(rows: Iterable[Row], precision: str, of: Collection[str], limits: Limits = LIMITS) -> None:
-    """Raise BundleError unless every figure of ``precision``, measured on one of ``of``, is there, within its limit, of enough images."""
+    """Raise BundleError unless every figure of ``precision`` is measured on one of ``of``, on enough images, and within its limit."""
     found = {row.metric: row for row in rows_of(rows, precision) if row.of in of}
     for name, limit in asdict(limits).items():
         row = found.get(f"{name}_{precision}")
         if row is None:
             raise BundleError(
-                f"precision {precision} has no figure {name}_{precision} of the graph that is there: training/precision.py measures it"
+                f"precision {precision} has no figure {name}_{precision} of its current graph: training/precision.py measures it"
             )
         if row.n < LEAST.get(name, FEWEST):
-            raise BundleError(f"precision {precision} is refused: {name} rests on {row.n} images, {LEAST.get(name, FEWEST)} are the fewest")
+            raise BundleError(
+                f"precision {precision} is refused: {name} is of {row.n} images; at least {LEAST.get(name, FEWEST)} are needed"
+            )
         if not row.value <= limit:
             raise BundleError(f"precision {precision} is refused: {name} is {row.value:.4g} (n = {row.n}), the limit is {limit:g}")

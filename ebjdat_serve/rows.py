@@ -1,6 +1,6 @@
-"""A row of metrics.json: one figure, and in fields all that it depends on. ebjdat_serve/sentences.py renders the fields in words.
+"""Rows of metrics.json: one figure, and fields for everything it depends on. ebjdat_serve/sentences.py renders the fields as text.
 
-Code selects rows by ``metric`` and fields. It never looks into a sentence, a ``note`` or a part of a metric's name.
+Code selects rows by ``metric`` and fields, and never parses a sentence, a ``note`` or a metric's name.
 """
 
 import json
@@ -15,16 +15,16 @@ from ebjdat_serve.errors import BundleError
 from ebjdat_serve.scores import SCORES
 
 COMPARED = (*SCORES, "gradient_norm")
-"""The OOD scores that figures are of: those that can be served, and the norm of the input gradient."""
+"""The OOD scores that are evaluated: those that can be served, and the norm of the input gradient."""
 FRESH, PRIOR, CONTROL, BUFFER = "fresh samples", "prior draws", "control samples", "replay buffer"
 GENERATED = (FRESH, PRIOR, CONTROL, BUFFER)
-"""Sets of images that were drawn: another model's are other images."""
+"""Sets of generated images, which differ from model to model."""
 ALL_SETS = "all sets"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """A set of images, by all that makes it what it is; a field that does not apply is None.
+    """The identity of a set of images; a field that does not apply is None.
 
     dataset         data set or set by name: cifar10, svhn_train_first1080, blank images, fresh samples, all sets
     split           test, selection, calibration, train
@@ -39,13 +39,13 @@ class Images:
     step_over_eps   step size of the attack over eps
     restarts        random starts
     iterate         each: an image counts as fooled by any iterate; last: by the last one
-    eot, answers    passes that a gradient is averaged over, and that an answer is the mean of: models that answer at random
+    eot, answers    passes that a gradient and an output are averaged over, for models with random outputs
     version         of AutoAttack: standard or rand
     queries         of Square
-    surrogate       network that the attack was made on; surrogate_of: sha256 of its weights
-    attacks         metrics of the attacks that a worst case is over
-    control         model that the control samples are of; control_of: sha256 of its weights
-    step_size, grad_clip, noise_std   of the sampler: pixels of [0,1], but the clip, of a gradient's components
+    surrogate       network that was attacked; surrogate_of: sha256 of its weights
+    attacks         metrics of the attacks of a worst case
+    control         model that generated the control samples; control_of: sha256 of its weights
+    step_size, grad_clip, noise_std   of the sampler, in pixels of [0,1]; grad_clip bounds a gradient's components
     """
 
     dataset: str
@@ -80,27 +80,27 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Images):
-    """One figure of some images; its keys in metrics.json are these fields, those that do not apply are left out.
+    """One figure of a set of images; its keys in metrics.json are these fields, without those that do not apply.
 
-    metric, value   what was measured
-    n               images that it rests on
-    of              sha256 of the weights or the graph that was measured
+    metric, value   name and value
+    n               number of images
+    of              sha256 of the measured weights or graph
     seed            of every random choice
     interval        95 % interval; interval_kind: wilson (of a proportion) or normal (of a mean); or stderr, the standard error
-    part            of the evaluation that measures it
+    part            of the evaluation
     against         data set that the images are compared with; against_split: the split; against_n: how many images of it
-    score, alpha    OOD score; level that its flag is set at
+    score, alpha    OOD score; level of its flag
     baseline        score that ``score`` is compared with
     moved           which images an attack on the score perturbs: none, ood, clean, both
-    expected        interval that the value, or the rate that it is about, should lie in
+    expected        interval in which the value, or the rate it is about, should lie
     temperature     of p(y|x): 1 or fitted; bins, draws: of the calibration error and of its floor
-    extractor       network whose features or classes judge the images; k: of the nearest neighbours
-    reals           real images that the figure is relative to, beside ``against``
-    blocks, splits  parts that a mean is over
+    extractor       network whose features or classes are used; k: number of nearest neighbours
+    reals           number of real images that the figure is relative to, besides ``against``
+    blocks, splits  number of parts that a mean is over
     precision       of the graph: fp16, bf16, int8; calibration: precision whose calibration sets the flag; fp32: value of fp32
-    provider, device, batch, threads   what computed it, and how
-    check, limit    name of a check on gradients; what ``observed`` may be at most
-    observed        figures by name that decided the value
+    provider, device, batch, threads   of the computation
+    check, limit    name of a check on gradients; upper limit of ``observed``
+    observed        figures by name that determined the value
     note            text to show
     """
 
@@ -142,20 +142,20 @@ class Row(Images):
     note: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an interval and a standard error at once, or an interval of no kind."""
+        """Raise ValueError for both an interval and a standard error, or an interval without a kind."""
         if self.interval is not None and self.stderr is not None:
-            raise ValueError("interval and stderr are not both given")
+            raise ValueError("give interval or stderr, not both")
         if (self.interval is None) != (self.interval_kind is None):
-            raise ValueError("interval and interval_kind are given together")
+            raise ValueError("give interval and interval_kind together")
 
     @cached_property
     def images(self) -> Images:
-        """Return the set of images that the figure is of."""
+        """Return the set of images of the figure."""
         return Images(**{field.name: getattr(self, field.name) for field in fields(Images)})
 
     @cached_property
     def key(self) -> str:
-        """Return what makes two rows the same measurement, whoever is measured, on however many images, and whatever came out."""
+        """Return the key of the measurement, which does not depend on the model, the number of images or the result."""
         return json.dumps({name: value for name, value in to_json(self).items() if name not in OUTCOME}, sort_keys=True)
 
 
@@ -163,9 +163,9 @@ OUTCOME = {
     *("value", "n", "of", "seed", "interval", "interval_kind", "stderr", "part", "against_n", "reals", "blocks", "splits"),
     *("expected", "fp32", "provider", "observed", "note"),
 }
-"""Fields that do not tell one measurement from another."""
+"""Fields that are not part of a measurement's key."""
 FIRST = ("metric", "value", "interval", "interval_kind", "stderr", "n")
-"""Keys that a reader of the JSON meets first."""
+"""Keys that come first in the JSON."""
 KINDS: dict[str, Any] = {
     name: next((kind for kind in get_args(hint) if kind is not NoneType), hint) if NoneType in get_args(hint) else hint
     for name, hint in get_type_hints(Row).items()
@@ -174,7 +174,7 @@ REQUIRED = ("metric", "value", "n", "dataset", "of", "seed")
 
 
 def to_json(images: Images) -> dict[str, Any]:
-    """Return the fields that apply, of images or a row, as plain JSON types."""
+    """Return the fields of images or a row that apply, as plain JSON types."""
     names = [field.name for field in fields(images)]
     ordered = [*(name for name in FIRST if name in names), *(name for name in names if name not in FIRST)]
     found = {name: getattr(images, name) for name in ordered}
@@ -187,7 +187,7 @@ def parse_row(data: Any, where: str) -> Row:
         raise BundleError(f"{where}: expected an object, found {type(data).__name__}")
     unknown, missing = sorted(set(data) - set(KINDS)), sorted(set(REQUIRED) - set(data))
     if unknown or missing:
-        raise BundleError(f"{where}: unknown keys {unknown}, missing keys {missing}; python training/evaluate.py measures such rows anew")
+        raise BundleError(f"{where}: unknown keys {unknown}, missing keys {missing}; python training/evaluate.py writes such rows again")
     try:
         return Row(**{name: _value(KINDS[name], value, f"{where}: {name}") for name, value in data.items()})
     except ValueError as error:
@@ -195,19 +195,19 @@ def parse_row(data: Any, where: str) -> Row:
 
 
 def parse_rows(data: Any, file: Path) -> list[Row]:
-    """Return the rows of a parsed ``file``; raise BundleError naming the file, the row and the key of what is none."""
+    """Return the rows of a parsed ``file``; raise BundleError naming the file, row and key of an invalid one."""
     if not isinstance(data, list):
         raise BundleError(f"{file} must be a list of rows")
     return [parse_row(row, f"{file}: row {i}") for i, row in enumerate(data)]
 
 
 def parse_images(text: str) -> Images:
-    """Return the images that ``images_key`` wrote."""
+    """Return the images of a key from ``images_key``."""
     return Images(**{name: _value(KINDS[name], value, name) for name, value in json.loads(text).items()})
 
 
 def images_key(images: Images) -> str:
-    """Return images as text that a file can be keyed by."""
+    """Return images as a string key for files."""
     return json.dumps(to_json(images), sort_keys=True)
 
 
@@ -225,10 +225,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 
 def rows_where(rows: Iterable[Row], metric: str, **wanted: Any) -> list[Row]:
-    """Return the rows of a metric whose fields are those ``wanted``; None is a field that does not apply."""
+    """Return the rows of a metric whose fields equal ``wanted``; None matches a field that does not apply."""
     return [row for row in rows if row.metric == metric and all(getattr(row, name) == value for name, value in wanted.items())]
 
 
 def first(rows: Iterable[Row], metric: str, **wanted: Any) -> Row | None:
-    """Return the first row of ``rows_where``, None where there is none."""
+    """Return the first row of ``rows_where``, or None."""
     return next(iter(rows_where(rows, metric, **wanted)), None)

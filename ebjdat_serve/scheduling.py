@@ -1,4 +1,4 @@
-"""Which chains take the next Langevin step: groups join and leave a running batch, short ones overtake long ones, none starves."""
+"""Continuous batching of Langevin chains: groups join and leave between steps, short ones overtake long ones, none starves."""
 
 import heapq
 import math
@@ -50,8 +50,8 @@ class ChainGroup:
     steps: int
     left: int = field(init=False)  # chain-steps still to take
     size_class: int = field(init=False)
-    turn: Rows = field(init=False)  # (n,) the turn in which each chain last took a step
-    moved: NDArray[np.float64] = field(init=False)  # (n,) and when, in seconds of the scheduler's clock
+    turn: Rows = field(init=False)  # (n,) turn in which each chain last took a step
+    moved: NDArray[np.float64] = field(init=False)  # (n,) time of that step, in seconds of the scheduler's clock
 
     def __post_init__(self) -> None:
         n = len(self.chains.label)
@@ -62,7 +62,7 @@ class ChainGroup:
     def unfinished(self) -> Rows:
         """Return the rows that have steps left, the longest waiting first."""
         if len(self.turn) == 1:
-            return np.zeros(1, np.int64)  # the one row there is: a finished group has left
+            return np.zeros(1, np.int64)  # its only row: a finished group has left
         rows = np.flatnonzero(self.chains.step < self.steps)
         return rows if len(rows) < 2 else rows[self.turn[rows].argsort(kind="stable")]
 
@@ -81,23 +81,23 @@ class Scheduler:
     """Shares an engine among groups of chains, a turn at a time.
 
     A turn is one batch of at most ``width`` chains moved by one step, or by several where steps are short. Chains of the smallest size
-    class lead it, those with the fewest steps left first. For each chain that leads, FAIRNESS_QUOTA chains that have waited longest are
-    added, of whichever group. So a short group overtakes long ones in at most 1 + FAIRNESS_QUOTA times the time it takes alone, and with
-    N chains none waits longer for its next step than about N (1 + 1 / FAIRNESS_QUOTA) / rate seconds, rate in chain-steps a second,
+    class lead it, those with the fewest steps left first. For each leading chain, the FAIRNESS_QUOTA chains that have waited longest are
+    added, from any group. So a short group overtakes long ones in at most 1 + FAIRNESS_QUOTA times the time it takes alone, and with
+    N chains none waits longer for its next step than about N (1 + 1 / FAIRNESS_QUOTA) / rate seconds, rate in chain-steps per second,
     times the number of engines in use.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self.groups: list[ChainGroup] = []
-        self.longest_wait = 0.0  # seconds that any chain waited between two steps; whoever reports it resets it
+        self.longest_wait = 0.0  # longest time, in seconds, that a chain waited between two steps; reset by the caller that reports it
         self._turn = 0
-        self._quota = 0.0  # the fraction of a chain left over from the last turn's quota
+        self._quota = 0.0  # fraction of a chain left over from the last turn's quota
         self._step_seconds: dict[int, float] = {}
 
     def join(self, group: ChainGroup) -> None:
         """Add ``group`` from the next turn on."""
-        # a newcomer has not waited: the fairness quota is for those that have
+        # a new group has not waited: the fairness quota is for groups that have
         group.turn[:] = self._turn
         group.moved[:] = self._clock()
         self.groups.append(group)
@@ -136,7 +136,7 @@ class Scheduler:
             lead[group] = unfinished[group][:room]
             room -= len(lead[group])
         leading = sum(map(len, lead.values()))
-        # a quota that nobody waits to use is not saved up: it would fill a later turn with long chains
+        # an unused quota is not saved up: it would fill a later turn with long chains
         quota, self._quota = divmod(self._quota + FAIRNESS_QUOTA * leading, 1.0)
         waiting = (
             (int(group.turn[row]), -group.left, i, row)
@@ -148,7 +148,7 @@ class Scheduler:
         return [(group, np.asarray(rows)) for group, rows in lead.items()]
 
     def _steps_per_turn(self, n: int) -> int:
-        """Return how many steps of n chains fit into a turn."""
+        """Return the number of steps of n chains that fit into a turn."""
         seconds = self._step_seconds.get(n)
         return 1 if not seconds else max(1, int(TURN_SECONDS / seconds))
 

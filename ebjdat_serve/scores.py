@@ -1,6 +1,6 @@
-"""OOD scores: functions of the logits, higher = less like the data. A new one is a function and a line of ``SCORES`` here.
+"""OOD scores: functions of the logits, higher = less like the data. To add a score, write a function and add it to ``SCORES``.
 
-Each is written once, for NumPy arrays (serving, calibration) and torch tensors (attacks on the flag) alike: ``xp`` is the module.
+Each works on NumPy arrays (serving, calibration) and torch tensors (attacks on the flag): ``xp`` is the array module.
 """
 
 from collections.abc import Callable
@@ -42,11 +42,11 @@ def equal_spread(logits: Floats) -> float:
 
 @dataclass(frozen=True)
 class OodScore:
-    """A score of E(x) (N,), log p(y|x) (N, K), a weight and the array module; how its weight is fitted on clean logits, if it has one."""
+    """A score of E(x) (N,), log p(y|x) (N, K), a weight and the array module; and the fit of its weight on clean logits, if any."""
 
     function: Callable[[Any, Any, float, Any], Any]
     equation: str
-    """The score in words; {weight} is replaced."""
+    """Its formula as text; {weight} is replaced."""
     fit: Callable[[Floats], float] = lambda logits: 0.0
 
 
@@ -57,15 +57,15 @@ SCORES = {
         energy_entropy, "E(x) + {weight:.2f} H(p(.|x)), the energy and the entropy of the class at equal spread", equal_spread
     ),
 }
-"""What may be calibrated and served, by name."""
+"""The scores that can be calibrated and served, by name."""
 DEFAULT = "energy_entropy"
-"""What ``suspicious`` is decided by unless another is asked for: docs/decisions/0012 says why not by the energy alone."""
+"""The default score of ``suspicious``; docs/decisions/0012 says why it is not the energy alone."""
 BASELINE = "max_softmax"
-"""The score that needs no energy: it is reported with every result of the served one."""
+"""The baseline, which needs no energy, reported with every result of the served score."""
 
 
 def score_named(name: str) -> OodScore:
-    """Return the score; raise EbjdatError for one that this version does not know."""
+    """Return the score; raise EbjdatError for an unknown one."""
     if name not in SCORES:
         raise EbjdatError(f"score {name!r} is unknown; this version knows {', '.join(SCORES)}: calibrate again")
     return SCORES[name]

@@ -1,4 +1,4 @@
-"""Eight images, their labels and what torch said of them: how a server without torch checks itself, and export's gate."""
+"""The self-test: eight images with torch's outputs, which servers and exports are checked against."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ from ebjdat_serve.sgld import Chains, Prior, Sampler
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1, "int8": 1e-1}
 TOLERANCE = TOLERANCES["fp32"]
 PROBE = Sampler(steps=2, step_size=0.25, grad_clip=2.0, noise_std=0.005)
-"""The steps that every engine is compared on."""
+"""The sampler of the Langevin steps that engines are compared on."""
 
 
-def worst(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return max|found - expected| / max|expected|; infinite when something is not finite."""
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return max|found - expected| / max|expected|; infinite for a wrong shape or values that are not finite."""
     if found.shape != expected.shape or not np.isfinite(found).all():
         return float("inf")
     return float(np.abs(found - expected).max() / np.abs(expected).max())
@@ -30,13 +30,13 @@ FUNCTIONS = ("classify", "score", "step")
 def compare(
     engine: Engine, image: np.ndarray, label: np.ndarray, expected: dict[str, np.ndarray], functions: Sequence[str] = FUNCTIONS
 ) -> dict[str, float]:
-    """Return the worst relative difference of an engine's answers from ``expected``, by name."""
-    found = answers(engine, image, label, functions)
-    return {name: worst(value, expected[name]) for name, value in found.items()}
+    """Return the relative error of each output of an engine, by name."""
+    found = outputs(engine, image, label, functions)
+    return {name: relative_error(value, expected[name]) for name, value in found.items()}
 
 
-def answers(engine: Engine, image: np.ndarray, label: np.ndarray, functions: Sequence[str] = FUNCTIONS) -> dict[str, np.ndarray]:
-    """Return all that an engine's ``functions`` say of ``image`` and ``label``: every output, and where two Langevin steps lead."""
+def outputs(engine: Engine, image: np.ndarray, label: np.ndarray, functions: Sequence[str] = FUNCTIONS) -> dict[str, np.ndarray]:
+    """Return every output of an engine's ``functions`` on ``image`` and ``label``, and the images after two Langevin steps."""
     found: dict[str, np.ndarray] = {}
     if "classify" in functions:
         found["logits"], found["energy"] = engine.classify(image)
@@ -48,12 +48,12 @@ def answers(engine: Engine, image: np.ndarray, label: np.ndarray, functions: Seq
 
 
 def replay(bundle: Bundle, kind: EngineKind = "onnx", device: Device = "cpu", precision: Precision = "fp32") -> dict[str, float]:
-    """Return the worst difference by output; raise BundleError when one is beyond its precision's share of the largest value."""
+    """Return the relative error of each output; raise BundleError when one is beyond the tolerance of its precision."""
     return verify(bundle, load_engine(bundle, kind, device, 1, precision))
 
 
 def verify(bundle: Bundle, engine: Engine, functions: Sequence[str] = FUNCTIONS) -> dict[str, float]:
-    """Do as ``replay`` with an engine that is open, for some of its functions."""
+    """Replay the self-test on an open engine, for some of its functions."""
     tolerance, m = TOLERANCES[engine.precision], bundle.manifest
     try:
         expected = load_file(bundle.path / "selftest.safetensors")
@@ -61,11 +61,11 @@ def verify(bundle: Bundle, engine: Engine, functions: Sequence[str] = FUNCTIONS)
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"{bundle.path}: selftest.safetensors or prior.safetensors cannot be read: {error}") from error
     if missing := {"image", "label", "logits", "energy", "score", "joint_energy", "moved"} - set(expected):
-        made = "the self-test was made by an earlier version; python export/to_onnx.py BUNDLE makes it anew"
+        made = "the self-test was written by an earlier version; python export/to_onnx.py BUNDLE writes it again"
         raise BundleError(f"{bundle.path}: {made} ({', '.join(sorted(missing))} missing)")
     size, classes = (3, m.input.height, m.input.width), len(m.labels)
     if expected["logits"].shape[1:] != (classes,) or expected["image"].shape[1:] != size or prior.mean.shape != (classes, *size):
-        raise BundleError(f"{bundle.path}: self-test failed, labels, image size, prior and graphs are not of one model")
+        raise BundleError(f"{bundle.path}: self-test failed, labels, image size, prior and graphs are not from one model")
     differences = compare(engine, expected["image"], expected["label"], expected, functions)
     for name, value in differences.items():
         if not value <= tolerance:

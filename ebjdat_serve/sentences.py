@@ -1,4 +1,4 @@
-"""Rows in words, rendered from their fields, here and nowhere else. Nothing reads a sentence back."""
+"""Text renderings of rows: data set, attack, protocol and definition from a row's fields. No code parses them."""
 
 from collections.abc import Callable, Iterable
 
@@ -15,20 +15,20 @@ MOVED = {"none": "nothing", "ood": "the OOD images", "clean": "the clean images"
 
 
 def eps_name(eps: float) -> str:
-    """Return eps as the field writes it: 8/255."""
+    """Return eps in the usual notation: 8/255."""
     units = eps * 255
     return f"{units:.0f}/255" if abs(units - round(units)) < 1e-6 else f"{eps:g}"
 
 
 def threat_name(norm: str | None, eps: float | None) -> str:
-    """Return a threat in words: l-inf 8/255, l2 0.5; nothing where there is none."""
+    """Return the name of a threat, l-inf 8/255 or l2 0.5, or an empty string."""
     if eps is None:
         return ""
     return f"l2 {eps:g}" if norm == "l2" else f"l-inf {eps_name(eps)}"
 
 
 def images_name(images: Images) -> str:
-    """Return a set of images in words, without the attack that it is under."""
+    """Return the name of a set of images, without its attack."""
     text = f"{images.dataset} {images.split}" if images.split else images.dataset
     if images.control:
         text += f" of {images.control} ({(images.control_of or '')[:8]})"
@@ -41,7 +41,7 @@ def images_name(images: Images) -> str:
 
 
 def set_name(images: Images) -> str:
-    """Return a set of images in words, with the attack that it is under: PGD-20 8/255 on cifar10 test."""
+    """Return the name of a set of images with its attack: PGD-20 8/255 on cifar10 test."""
     if images.attack is None or images.eps is None:
         return images_name(images)
     return f"{attack_name(images)} {eps_name(images.eps)} on {images_name(images)}"
@@ -64,7 +64,7 @@ def attack_name(images: Images) -> str:
 
 
 def data_words(row: Row) -> str:
-    """Return what the figure is of, in words: the column "data"."""
+    """Return the text of the column "data": the images of the figure."""
     name = set_name(row) if names_attack(row) else images_name(row)
     if row.against is None:
         return name
@@ -73,23 +73,23 @@ def data_words(row: Row) -> str:
 
 
 def protocol_words(row: Row) -> str:
-    """Return how the figure was made, in words: the column "protocol"."""
+    """Return the text of the column "protocol": how the figure was measured."""
     words = [say(row) for say in WORDS if not (say is attack_words and names_attack(row))]
     return "; ".join(part for part in (*words, row.note) if part)
 
 
 def names_attack(row: Row) -> bool:
-    """Return whether the column "data" names the attack: images under it are compared with others."""
+    """Return whether the column "data" names the attack, as it does when attacked images are compared with others."""
     return row.attack is not None and row.against is not None and row.moved is None
 
 
 def definition(row: Row) -> str:
-    """Return what the metric is, where its name does not say it."""
+    """Return the definition of the metric, or an empty string if its name is enough."""
     return DEFINITIONS[row.metric](row) if row.metric in DEFINITIONS else ""
 
 
 def attack_words(row: Images) -> str:
-    """Return the attack in words, with its numbers."""
+    """Return the attack with its parameters as text."""
     threat = threat_name(row.norm, row.eps)
     match row.attack:
         case None:
@@ -97,12 +97,12 @@ def attack_words(row: Images) -> str:
         case "pgd":
             parts = [attack_name(row) + (f" on {OBJECTIVES[row.objective]}" if row.objective else ""), threat]
         case "square":
-            parts = [f"Square alone on what is served, {row.queries} queries", threat]
+            parts = [f"Square on the served model, {row.queries} queries", threat]
         case "transfer":
             by = f"the surrogate {row.surrogate} ({row.surrogate_of[:8]})" if row.surrogate_of else f"the {row.surrogate} network"
             parts = [f"PGD-{row.steps} on {by}" if row.surrogate else "transferred from a surrogate", threat]
         case "worst_case":
-            parts = [f"left by every one of {', '.join(row.attacks or ())}", threat]
+            parts = [f"right under every one of {', '.join(row.attacks or ())}", threat]
         case "released_autoattack":
             listed = f"APGD-CE {row.steps}, untargeted APGD-DLR {row.steps}, FAB-T {row.steps} clamped to the wrong box"
             parts = [f"{listed}, Square {row.queries:,}", threat]
@@ -123,14 +123,14 @@ def attack_words(row: Images) -> str:
 
 
 def calibration_words(row: Row) -> str:
-    """Return whose calibration sets the flag of a lower precision, in words."""
+    """Return the text for the precision whose calibration sets the flag."""
     if row.calibration is None:
         return ""
     return "its own calibration" if row.calibration == row.precision else f"{row.calibration}'s calibration"
 
 
 def flag_words(row: Row) -> str:
-    """Return the OOD score and the level of its flag in words."""
+    """Return the OOD score and the level of its flag as text."""
     parts = [f"alpha {row.alpha:g}" if row.alpha is not None else "", f"score {row.score}" if row.score else ""]
     parts += [calibration_words(row), f"moves {MOVED[row.moved]}" if row.moved else ""]
     parts.append("Beta-binomial 99 % interval [{:.4f}, {:.4f}]".format(*row.expected) if row.expected else "")
@@ -138,19 +138,19 @@ def flag_words(row: Row) -> str:
 
 
 def probability_words(row: Row) -> str:
-    """Return bins and temperature of a figure of p(y|x) in words."""
+    """Return bins and temperature of a figure of p(y|x) as text."""
     parts = [f"{row.bins} bins" if row.bins else "", {"1": "temperature 1", "fitted": "fitted temperature"}.get(row.temperature or "", "")]
     parts.append(f"labels drawn from p itself, mean of {row.draws} draws" if row.draws else "")
     return ", ".join(part for part in parts if part)
 
 
 def judge_words(row: Row) -> str:
-    """Return the network that judges images in words."""
+    """Return the name of the network that judges images."""
     return EXTRACTORS.get(row.extractor, row.extractor) if row.extractor else ""
 
 
 def sampler_words(row: Row) -> str:
-    """Return how images were drawn, in words."""
+    """Return the sampler that generated the images as text."""
     if row.dataset == PRIOR:
         return "no step"
     if row.dataset == BUFFER:
@@ -165,13 +165,13 @@ def sampler_words(row: Row) -> str:
 
 
 def place_words(row: Row) -> str:
-    """Return what computed the figure, in words."""
+    """Return batch, threads and device of the computation as text."""
     parts = [f"batch {row.batch}" if row.batch else "", f"{row.threads} CPU thread" if row.threads else "", row.device or ""]
     return ", ".join(part for part in parts if part)
 
 
 def interval_words(row: Row) -> str:
-    """Return the kind of an interval that is no proportion's."""
+    """Return the kind of an interval, unless it is the Wilson interval of a proportion."""
     return "normal 95 % interval" if row.interval_kind == "normal" else ""
 
 
@@ -185,62 +185,62 @@ WORDS: tuple[Callable[[Row], str], ...] = (
     place_words,
     interval_words,
 )
-"""A protocol's parts, in the order that they are read in."""
+"""The parts of a protocol, in reading order."""
 
 
 def observed(row: Row, name: str) -> float:
-    """Return one of the figures that decided the value."""
+    """Return one of the row's observed figures."""
     return (row.observed or {}).get(name, float("nan"))
 
 
 def beats(row: Row) -> str:
-    """Return in words whether a black box breaks images that the gradient does not."""
+    """Return the text of the check that no black-box attack breaks images that the gradient does not."""
     box = {"white_box_beats_square": "square", "white_box_beats_transfer": "transfer"}[row.check or ""]
     alone = f"{box} breaks {observed(row, 'alone'):.3f} of the images that PGD-20 on both objectives leaves, at most {row.limit:g}"
     return f"{alone}; {box} {observed(row, 'black_box'):.3f}, white box {observed(row, 'white_box'):.3f}"
 
 
 def positives(row: Row) -> str:
-    """Return in words which images a separation takes for positives."""
+    """Return the text for the positives of a separation."""
     if row.subset is None:
         return "positives are the first set"
     return f"positives are the {row.subset}, negatives all clean images of the attack"
 
 
 def gap(row: Row) -> str:
-    """Return in words what the mean energy is compared with."""
+    """Return the text for the reference of an energy gap."""
     return "mean of E(x_adv) - E(x) on the same images, nats" if row.attack else "mean energy less that of clean test images, nats"
 
 
-def said(text: str) -> Callable[[Row], str]:
+def constant(text: str) -> Callable[[Row], str]:
     """Return a definition that is the same for every row."""
     return lambda row: text
 
 
 def of_every(name: str, kinds: Iterable[str], words: Callable[[Row], str]) -> dict[str, Callable[[Row], str]]:
-    """Return the definition of a metric that has a name for each of some kinds."""
+    """Return the definitions of a metric with a name for each of ``kinds``."""
     return {name.format(kind): words for kind in kinds}
 
 
 def speed(row: Row) -> str:
-    """Return in words how two engines' speeds were compared."""
+    """Return the text for how two engines' speeds were compared."""
     return f"images/s over fp32's, calls interleaved, 20th percentile of {row.n} CPU times"
 
 
 def of_precisions() -> dict[str, Callable[[Row], str]]:
-    """Return the definitions of what a lower precision costs."""
+    """Return the definitions of the metrics of a lower precision."""
     every: dict[str, Callable[[Row], str]] = {
-        "logit_error_max": said("largest difference from fp32's logits over the largest logit"),
-        "energy_error_max": said("largest difference from fp32's energy, nats"),
-        "energy_error_mean_over_sd": said("mean distance from fp32's energy over the deviation of fp32's energies"),
-        "label_disagreement": said("share of images whose class differs from fp32's"),
-        "accuracy_clean": said("what is served"),
-        "accuracy_clean_drop": said("fp32's accuracy minus this one's"),
-        "accuracy_pgd20_transfer_drop": said("fp32's accuracy minus this one's"),
-        "accuracy_square_drop": said("fp32's accuracy minus this one's"),
+        "logit_error_max": constant("largest difference from fp32's logits over the largest logit"),
+        "energy_error_max": constant("largest difference from fp32's energy, nats"),
+        "energy_error_mean_over_sd": constant("mean distance from fp32's energy over the deviation of fp32's energies"),
+        "label_disagreement": constant("share of images whose class differs from fp32's"),
+        "accuracy_clean": constant("of the served model"),
+        "accuracy_clean_drop": constant("fp32's accuracy minus this one's"),
+        "accuracy_pgd20_transfer_drop": constant("fp32's accuracy minus this one's"),
+        "accuracy_square_drop": constant("fp32's accuracy minus this one's"),
         "step_error_max": lambda row: f"pixels of [0,1], after {row.steps} Langevin steps",
-        "flag_rate_excess": said("distance from the interval that the flag rate should lie in"),
-        "graph_bytes": said("classify graph; weights.safetensors is shared"),
+        "flag_rate_excess": constant("distance from the interval that the flag rate should lie in"),
+        "graph_bytes": constant("classify graph; weights.safetensors is shared"),
         "ratio_classify_batch1": speed,
         "ratio_classify_batch32": speed,
     }
@@ -248,14 +248,14 @@ def of_precisions() -> dict[str, Callable[[Row], str]]:
 
 
 DEFINITIONS: dict[str, Callable[[Row], str]] = {
-    **dict.fromkeys(("accuracy_clean", "accuracy_corrupted", "accuracy_shifted"), said("what is served")),
-    **dict.fromkeys(("energy_mean", "energy_sd", "energy_samples"), said("nats")),
-    "temperature": said("fitted to p(y|x)"),
+    **dict.fromkeys(("accuracy_clean", "accuracy_corrupted", "accuracy_shifted"), constant("of the served model")),
+    **dict.fromkeys(("energy_mean", "energy_sd", "energy_samples"), constant("nats")),
+    "temperature": constant("fitted to p(y|x)"),
     "accuracy_corrupted_mean": lambda row: f"{row.kinds} kinds of each image",
-    "autoattack_warnings": said("times that the package warned"),
+    "autoattack_warnings": constant("warnings of the package"),
     "accuracy_pgd20_released_code": lambda row: f"released-code: {eps_name(2 * (row.eps or 0))} of [-1,1]",
     "accuracy_autoattack_released_code": lambda row: f"released-code: {eps_name(2 * (row.eps or 0))} of [-1,1]",
-    "loss_at_steps": said("mean cross-entropy after so many steps"),
+    "loss_at_steps": constant("mean cross-entropy after so many steps"),
     "check_falls_to_zero": lambda row: f"accuracy is {observed(row, 'accuracy'):.3f}, at most {row.limit:g}",
     "check_loss_rises_with_steps": lambda row: (
         f"mean cross-entropy from 1 to {row.steps} steps: {observed(row, 'first'):.3g} to {observed(row, 'last'):.3g}, never falling"
@@ -269,24 +269,24 @@ DEFINITIONS: dict[str, Callable[[Row], str]] = {
     ),
     "check_white_box_beats_square": beats,
     "check_white_box_beats_transfer": beats,
-    "masking_suspected": said("1 when any check but determinism failed"),
-    "accuracy_unmasked": said("because masking is suspected; an upper bound"),
-    "attack_success": said("wrong after the attack, of the images right before it"),
+    "masking_suspected": constant("1 when any check but determinism failed"),
+    "accuracy_unmasked": constant("because masking is suspected; an upper bound"),
+    "attack_success": constant("wrong after the attack, of the images right before it"),
     **of_every("auroc_{}", COMPARED, positives),
     **of_every("aupr_{}", COMPARED, lambda row: positives(row) + (f", {1 - row.against_n / row.n:.3f} of all" if row.against_n else "")),
-    **of_every("fpr95_{}", COMPARED, said("share of the first set that passes as clean when 95 % of clean images do")),
+    **of_every("fpr95_{}", COMPARED, constant("share of the first set that passes as clean when 95 % of clean images do")),
     **{
-        f"sets_better_than_{a}_{b}": said("share of the sets with the higher AUROC; of attacks, the subset")
+        f"sets_better_than_{a}_{b}": constant("share of the sets with the higher AUROC; of attacks, the subset")
         for a in COMPARED
         for b in COMPARED
     },
-    "accuracy_with_rejection": said("no point of the ball was found that is wrong and not flagged"),
-    "accuracy_at_half_eps": said("a detector robust at eps implies some classifier robust at eps/2 (arXiv 2107.11630); this one under"),
+    "accuracy_with_rejection": constant("no misclassified, unflagged point of the ball was found"),
+    "accuracy_at_half_eps": constant("a detector robust at eps implies some classifier robust at eps/2 (arXiv 2107.11630); this one under"),
     "inception_score": lambda row: f"mean of {row.splits} splits",
     **of_every(
         "frechet_infinity_{}",
         EXTRACTORS,
-        lambda row: f"extrapolated to infinitely many of these, not of the {row.against_n} reals: read it beside the floor",
+        lambda row: f"extrapolated to infinitely many of these, not of the {row.against_n} reals: compare it with the floor",
     ),
     **of_every("kernel_distance_{}", EXTRACTORS, lambda row: f"cubic kernel, unbiased, mean of {row.blocks} disjoint blocks"),
     **of_every("precision_{}", EXTRACTORS, lambda row: f"k = {row.k}, {row.reals} reals"),
@@ -296,15 +296,15 @@ DEFINITIONS: dict[str, Callable[[Row], str]] = {
         f"share nearer than half of the nearest test image's distance, {observed(row, 'nearest_test'):.2f} in pixels of [0,1]"
     ),
     **of_every("{}_gap", ("energy", "joint_energy"), gap),
-    **of_every("{}_gap_over_sd", ("energy", "joint_energy"), said("|gap| in deviations of the clean energies")),
-    **of_every("{}_w1_over_sd", ("energy", "joint_energy"), said("Wasserstein-1 in deviations of the clean energies")),
+    **of_every("{}_gap_over_sd", ("energy", "joint_energy"), constant("|gap| in deviations of the clean energies")),
+    **of_every("{}_w1_over_sd", ("energy", "joint_energy"), constant("Wasserstein-1 in deviations of the clean energies")),
     **of_every(
         "{}_overlap",
         ("energy", "joint_energy"),
         lambda row: "overlap of histograms, square root of n bins" + (", the floor of overlaps" if row.subset else ""),
     ),
-    "energy_gap_adv": said("mean E(x_adv) - E(x), nats"),
-    "energy_gap_adv_over_sd": said("|mean E(x_adv) - E(x)| / sd E(x)"),
+    "energy_gap_adv": constant("mean E(x_adv) - E(x), nats"),
+    "energy_gap_adv_over_sd": constant("|mean E(x_adv) - E(x)| / sd E(x)"),
     **of_precisions(),
 }
-"""What a metric is, by its whole name."""
+"""Definitions of metrics, by full name."""

@@ -1,4 +1,4 @@
-"""The Langevin loop and the prior its chains start from, for NumPy arrays and torch tensors alike."""
+"""Langevin sampling (SGLD) and the prior that chains start from, for NumPy arrays and torch tensors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 Array = TypeVar("Array", bound=Any)
 Floats = NDArray[np.float32]
 PRIME = 2**31 - 1
-"""The field that noise keys are drawn from."""
+"""Modulus of the prime field of noise keys."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Numbers of one proximal SGLD chain; lengths in pixel units of [0,1].
+    """Parameters of one proximal SGLD chain; lengths in pixel units of [0,1].
 
     With an affine first layer this is also JEM++'s PYLD(M, N): steps = M, step_size = N alpha.
     """
@@ -31,7 +31,7 @@ class Sampler:
 def langevin_step(x: Array, score: Array, noise: Array, sampler: Sampler) -> Array:
     """Return x <- clip01(x + step_size clip(score, +-grad_clip) + noise_std noise), shapes (N, 3, H, W).
 
-    It is short-run sampling with large, clipped, nearly noiseless steps, as the JEM lineage does (arXiv 2109.09032,
+    This is short-run sampling with large, clipped, nearly noiseless steps, as in the JEM lineage (arXiv 2109.09032,
     2209.07959): not an exact draw from p(x|y).
     """
     drift = sampler.step_size * score.clip(-sampler.grad_clip, sampler.grad_clip)
@@ -54,7 +54,7 @@ class Prior:
     factor: Floats
 
     def sample(self, label: NDArray[np.int64], noises: "Sequence[np.random.Generator]") -> Floats:
-        """Return one start per label, (N, 3, H, W) float32 in [0,1]; image i depends on ``noises[i]`` alone."""
+        """Return one start per label, (N, 3, H, W) float32 in [0,1]; image i depends only on ``noises[i]``."""
         rank = self.factor.shape[1]
         starts = [
             self.mean[y] + np.tensordot(noise.standard_normal(rank, dtype=np.float32), self.factor[y], axes=1)
@@ -64,42 +64,42 @@ class Prior:
 
     def save(self, path: Path) -> None:
         """Write the prior as safetensors: mean in fp32, factor in fp16."""
-        # safetensors writes the bytes as they lie in memory: an array in Fortran order would come back scrambled
+        # safetensors writes the bytes as they lie in memory: an array in Fortran order would be read back scrambled
         mean, factor = np.ascontiguousarray(self.mean), np.ascontiguousarray(self.factor, dtype=np.float16)
         save_file({"mean": mean, "factor": factor}, path)
 
     @staticmethod
     def load(path: Path) -> "Prior":
-        """Read what ``save`` wrote."""
+        """Read a prior written by ``save``."""
         tensors = load_file(path)
         return Prior(tensors["mean"], tensors["factor"].astype(np.float32))
 
 
 def noises(seed: int, n: int) -> list[np.random.Generator]:
-    """Return one noise source per image: image i's depends on ``seed + i`` and on nothing else."""
+    """Return one noise source per image; that of image i depends only on ``seed + i``."""
     return [np.random.default_rng(seed + i) for i in range(n)]
 
 
 @dataclass(frozen=True)
 class Chains:
-    """N running chains, all that their next step depends on; rows are independent, so chains may be joined and parted at any step."""
+    """The complete state of N chains; rows are independent, so chains can be joined and split at any step."""
 
     image: Floats  # (N, 3, H, W) in [0,1]
-    label: NDArray[np.int64]  # (N,); -1 walks on the marginal E(x)
-    key: NDArray[np.int64]  # (N, 4, 4) below PRIME: where a chain's noise comes from
+    label: NDArray[np.int64]  # (N,); -1 samples from the marginal E(x)
+    key: NDArray[np.int64]  # (N, 4, 4) below PRIME: the key of a chain's noise
     step: NDArray[np.int64]  # (N,) steps taken
-    step_size: Floats  # (N,), and so the next two
+    step_size: Floats  # (N,), as are the next two
     grad_clip: Floats
     noise_std: Floats
 
     @staticmethod
     def start(prior: Prior, sampler: Sampler, label: NDArray[np.int64], seed: int) -> "Chains":
-        """Return chains drawn from the prior before their first step; chain i depends on ``label[i]`` and ``seed + i`` alone."""
+        """Return chains drawn from the prior before their first step; chain i depends only on ``label[i]`` and ``seed + i``."""
         return Chains.at(prior.sample(label, noises(seed, len(label))), sampler, label, seed)
 
     @staticmethod
     def at(image: Floats, sampler: Sampler, label: NDArray[np.int64], seed: int) -> "Chains":
-        """Return chains that stand at ``image`` before their first step; chain i's noise depends on ``seed + i`` alone."""
+        """Return chains at ``image`` before their first step; the noise of chain i depends only on ``seed + i``."""
         n = len(label)
         # a stream of its own: the prior draws from default_rng(seed + i)
         key = np.stack([np.random.default_rng((seed + i, 1)).integers(0, PRIME, (4, 4)) for i in range(n)])
@@ -107,7 +107,7 @@ class Chains:
         return Chains(image, label.astype(np.int64, copy=False), key, np.zeros(n, np.int64), *each)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays by name, as the step graph names them."""
+        """Return the arrays by the names of the step graph's inputs."""
         return dict(vars(self))
 
     def rows(self, chosen: Any) -> "Chains":
@@ -122,5 +122,5 @@ class Chains:
         return Chains(*(np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts), strict=True)))
 
     def moved(self, image: Floats, steps: int) -> "Chains":
-        """Return these chains ``steps`` later, at ``image``."""
+        """Return these chains at ``image``, advanced by ``steps``."""
         return replace(self, image=image, step=self.step + steps)

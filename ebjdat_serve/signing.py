@@ -1,12 +1,12 @@
-"""Signatures of bundles: ed25519 over the bytes of bundle.json, which holds the sha256 of every other file.
+"""Bundle signatures: ed25519 over the bytes of bundle.json, which holds the sha256 of every other file.
 
-Keys are PEM files as OpenSSL writes them:
+Keys are PEM files, as written by OpenSSL:
 
     openssl genpkey -algorithm ed25519 -out key.pem && openssl pkey -in key.pem -pubout -out key.pub.pem
     ebjdat-serve sign BUNDLE --key key.pem
     ebjdat-serve serve STORE --trust key.pub.pem
 
-``bundle.json.sig`` is the bare signature, 64 bytes, so that OpenSSL can check it too.
+``bundle.json.sig`` is the bare 64-byte signature, so that OpenSSL can verify it too.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ SIGNATURE_BYTES = 64
 
 
 def sign(folder: Path, key: Path) -> Path:
-    """Write ``bundle.json.sig`` into the bundle at ``folder``; raise EbjdatError when ``key`` is no private ed25519 key."""
+    """Write ``bundle.json.sig`` into the bundle at ``folder``; raise EbjdatError when ``key`` is not a private ed25519 key."""
     try:
         private = load_pem_private_key(key.read_bytes(), password=None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -34,23 +34,23 @@ def sign(folder: Path, key: Path) -> Path:
         raise EbjdatError(f"{key} is not an ed25519 key: openssl genpkey -algorithm ed25519 -out NEW.pem makes one")
     file = folder / SIGNATURE
     try:
-        with replacing(file) as aside:
-            aside.write_bytes(private.sign((folder / MANIFEST).read_bytes()))
+        with replacing(file) as temporary:
+            temporary.write_bytes(private.sign((folder / MANIFEST).read_bytes()))
     except OSError as error:
         raise EbjdatError(f"{file} cannot be written: {error.strerror}") from error
     return file
 
 
 def public_key(file: Path) -> Ed25519PublicKey:
-    """Return the public key in a PEM file; raise EbjdatError when it holds none."""
+    """Return the public key in a PEM file; raise EbjdatError when it does not contain one."""
     try:
         content = file.read_bytes()
         key = load_pem_public_key(content)
     except OSError as error:
         raise EbjdatError(f"{file} cannot be read as a public key: {error.strerror}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        what = "holds a private key, which belongs on no server" if b"PRIVATE KEY" in content else "cannot be read as a public key"
-        # never into this file: it may be the only copy of something
+        what = "holds a private key, which does not belong on a server" if b"PRIVATE KEY" in content else "cannot be read as a public key"
+        # not into this file: it may be the only copy of the private key
         raise EbjdatError(f"{file} {what}: openssl pkey -in PRIVATE.pem -pubout -out NEW.pub.pem makes a public key") from error
     if not isinstance(key, Ed25519PublicKey):
         raise EbjdatError(f"{file} is not an ed25519 public key")
@@ -64,7 +64,7 @@ def check_signature(folder: Path, trust: Sequence[Path]) -> str:
     if not file.is_file():
         raise BundleError(f"{folder} is not signed ({SIGNATURE} is missing) but serve --trust is set: ebjdat-serve sign BUNDLE --key KEY")
     if file.stat().st_size != SIGNATURE_BYTES:
-        raise BundleError(f"{file} is no ed25519 signature: it must have {SIGNATURE_BYTES} bytes")
+        raise BundleError(f"{file} is not an ed25519 signature: it must have {SIGNATURE_BYTES} bytes")
     content, signature = read_bytes(folder / MANIFEST), read_bytes(file)
     for key in keys:
         try:

@@ -1,4 +1,4 @@
-"""A store of bundles: a folder for each version, never changed, and `current`, a link that is moved in one step.
+"""A store of bundles: an immutable folder per version, and `current`, a link that is replaced atomically.
 
 store/cifar10-2026.11.21-a3e1/     store/current -> cifar10-2026.11.21-a3e1     store/previous -> the one before
 store/candidates/cifar10-2026.11.28-77f0/     held back by a refresh's gate, with the reason in candidate.json; never served
@@ -16,38 +16,38 @@ from typing import Any
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, read_json, write_json
 from ebjdat_serve.errors import BundleError
-from ebjdat_serve.locking import alone
+from ebjdat_serve.locking import exclusive_lock
 
 CURRENT, PREVIOUS = "current", "previous"
 CANDIDATES = "candidates"
-CANDIDATE = "candidate.json"  # beside a held-back bundle's manifest and no part of it: {"reason", "comparison"}
+CANDIDATE = "candidate.json"  # in the folder of a held-back bundle, not in its manifest: {"reason", "comparison"}
 REVISION = re.compile(r"(.*)\.r(\d+)")
 
 
 EMPTY = Path()
-"""What a store that points at nothing points at."""
+"""The target of a store without a current version."""
 
 
 def pointed_at(store: Path) -> Path:
-    """Return the folder that ``store`` points at, EMPTY where there is none."""
+    """Return the folder that ``store`` points at, or EMPTY."""
     return (store / CURRENT).resolve() if (store / CURRENT).is_symlink() else EMPTY
 
 
 def publish(bundle: Bundle, store: Path, key: Path | None = None, *, force: bool = False, after: Path | None = None) -> Path:
     """Copy a verified bundle into ``store``, signed with ``key`` if there is one, and point ``current`` at it.
 
-    A reader sees the old one or the new one, whole. Raises BundleError for a damaged bundle, a version that is there with other content,
-    a candidate without ``force``, a precision beyond its limits, and a full disk; and, where ``after`` says what the store pointed at
-    when the bundle was made of it or compared with it, for a ``current`` that is another by now. ``current`` is then what it was.
+    Readers see either the old bundle or the new one. Raises BundleError, with ``current`` unchanged, for a damaged bundle, an existing
+    version with other content, a candidate without ``force``, a precision beyond its limits, and a full disk; and when ``current`` is no
+    longer ``after``, the folder that the bundle was made from or compared with.
     """
     bundle = Bundle.load(bundle.path)
     for calibration in bundle.calibrations():
         bundle.check_precision(calibration.precision)
-    with _alone(store, create=True):
+    with _locked(store, create=True):
         now = pointed_at(store)
         if after is not None and now != after:
-            said = f"{now.name or 'nothing'} now, no longer at {after.name or 'nothing'}"
-            raise BundleError(f"{store} points at {said}: nothing was published, do it again with what is current")
+            change = f"{now.name or 'nothing'} now, no longer at {after.name or 'nothing'}"
+            raise BundleError(f"{store} points at {change}: nothing was published, repeat it with the current version")
         home = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
         candidate = store / CANDIDATES / home.name
         if (reason := reason_held_back(candidate)) and not force:
@@ -69,12 +69,12 @@ def publish(bundle: Bundle, store: Path, key: Path | None = None, *, force: bool
 
 
 def withhold(bundle: Bundle, store: Path, reason: str, comparison: list[dict[str, Any]]) -> Path:
-    """Copy a verified bundle among the candidates of ``store``, with the reason and the figures behind it; ``current`` stays.
+    """Copy a verified bundle to the candidates of ``store``, with the reason and its figures; ``current`` stays unchanged.
 
     Raises BundleError for a damaged bundle and a full disk.
     """
     bundle = Bundle.load(bundle.path)
-    with _alone(store, create=True):
+    with _locked(store, create=True):
         home = store / CANDIDATES / f"{bundle.manifest.name}-{bundle.manifest.version}"
         home.parent.mkdir(exist_ok=True)
         if home.resolve() != bundle.path.resolve():
@@ -84,11 +84,11 @@ def withhold(bundle: Bundle, store: Path, reason: str, comparison: list[dict[str
 
 
 def rollback(store: Path, version: str = "") -> Path:
-    """Point ``current`` at the version before, or at ``version`` (its folder's name, or what follows the name in it); return its folder.
+    """Point ``current`` at the previous version, or at ``version`` (a folder name, or the part after the bundle's name); return its folder.
 
-    Raises BundleError when there is none, or it is damaged.
+    Raises BundleError when the version is missing or damaged.
     """
-    with _alone(store):
+    with _locked(store):
         name = version or (os.readlink(store / PREVIOUS) if (store / PREVIOUS).is_symlink() else "")
         found = [folder for folder in versions(store) if folder.name == name or (version and folder.name.endswith(f"-{version}"))]
         if len(found) != 1:
@@ -109,17 +109,17 @@ def versions(store: Path) -> list[Path]:
 
 
 def candidates(store: Path) -> list[Path]:
-    """Return the folders of what a refresh held back, by name."""
+    """Return the folders of bundles that a refresh held back, by name."""
     return sorted(file.parent for file in store.glob(f"{CANDIDATES}/*/{CANDIDATE}") if not file.parent.name.startswith("."))
 
 
 def reason_held_back(folder: Path) -> str:
-    """Return why the bundle in ``folder`` is a candidate, or nothing when it is none."""
+    """Return why the bundle in ``folder`` was held back, or an empty string when it is not a candidate."""
     return str(read_json(folder / CANDIDATE)["reason"]) if (folder / CANDIDATE).is_file() else ""
 
 
 def listing(store: Path) -> str:
-    """Return what a store holds, a line each: `current` and `previous` marked, candidates with the reason; BundleError for no store."""
+    """Return a line per version, `current` and `previous` marked, and per candidate, with its reason; raise BundleError for no store."""
     if not (store / CURRENT).is_symlink() and not candidates(store):
         raise BundleError(f"{store} is no store: it has neither {CURRENT} nor {CANDIDATES}")
     marks = {os.readlink(store / mark): mark for mark in (PREVIOUS, CURRENT) if (store / mark).is_symlink()}
@@ -128,12 +128,12 @@ def listing(store: Path) -> str:
 
 
 def store_of(folder: Path) -> Path | None:
-    """Return the store that the bundle in ``folder`` is a version of, if it is one."""
+    """Return the store that contains the version in ``folder``, or None."""
     return folder.parent if (folder.parent / CURRENT).is_symlink() and folder in versions(folder.parent) else None
 
 
 def next_revision(bundle: Bundle, store: Path | None = None) -> str:
-    """Return the bundle's version with the next number behind ``.r`` that ``store`` does not have yet."""
+    """Return the bundle's version with the next revision number, ``.rN``, that ``store`` does not have yet."""
     name, version = bundle.manifest.name, bundle.manifest.version
     base, number = found.groups() if (found := REVISION.fullmatch(version)) else (version, "0")
     taken = {folder.name for folder in (*versions(store), *candidates(store))} if store else set()
@@ -143,30 +143,30 @@ def next_revision(bundle: Bundle, store: Path | None = None) -> str:
     return f"{base}.r{revision}"
 
 
-def _copy(bundle: Bundle, home: Path, beside: dict[str, Any] | None = None) -> None:
+def _copy(bundle: Bundle, home: Path, extra: dict[str, Any] | None = None) -> None:
     for left in home.parent.glob(".incoming-*"):
         shutil.rmtree(left)  # of a publisher that was killed: the lock is ours
-    aside = Path(tempfile.mkdtemp(prefix=".incoming-", dir=home.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=".incoming-", dir=home.parent))
     try:
         for name in (MANIFEST, *bundle.manifest.files):
-            shutil.copyfile(bundle.path / name, aside / name)
-            with (aside / name).open("rb") as copy:
+            shutil.copyfile(bundle.path / name, temporary / name)
+            with (temporary / name).open("rb") as copy:
                 os.fsync(copy.fileno())
-            (aside / name).chmod(0o444)  # a server has it mapped: who writes into it changes or kills what is served
-        for name, content in (beside or {}).items():
-            write_json(aside / name, content)
-        _copy_signature(bundle.path, aside)
-        aside.chmod(0o755)
-        Bundle.load(aside)  # what was copied is what was verified
-        aside.rename(home)
+            (temporary / name).chmod(0o444)  # a server maps it: a write would change or crash the served model
+        for name, content in (extra or {}).items():
+            write_json(temporary / name, content)
+        _copy_signature(bundle.path, temporary)
+        temporary.chmod(0o755)
+        Bundle.load(temporary)  # verify the copy
+        temporary.rename(home)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _copy_signature(source: Path, target: Path) -> None:
     if (source / SIGNATURE).is_file() and source.resolve() != target.resolve():
-        with replacing(target / SIGNATURE) as aside:
-            shutil.copyfile(source / SIGNATURE, aside)
+        with replacing(target / SIGNATURE) as temporary:
+            shutil.copyfile(source / SIGNATURE, temporary)
 
 
 def _point(store: Path, name: str) -> None:
@@ -181,12 +181,12 @@ def _point(store: Path, name: str) -> None:
 
 
 @contextmanager
-def _alone(store: Path, *, create: bool = False) -> Iterator[None]:
-    """Hold the store's lock, so that two publishers take turns; what the disk refuses is a BundleError."""
+def _locked(store: Path, *, create: bool = False) -> Iterator[None]:
+    """Hold the store's lock, so that publishers take turns; raise BundleError when writing fails."""
     try:
         if create:
             store.mkdir(parents=True, exist_ok=True)
-        with alone(store / ".lock"):
+        with exclusive_lock(store / ".lock"):
             yield
     except OSError as error:
-        raise BundleError(f"{store} cannot be changed: {error.strerror or error}; what it pointed at, it points at still") from error
+        raise BundleError(f"{store} cannot be changed: {error.strerror or error}; its current version is unchanged") from error

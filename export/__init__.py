@@ -1,3 +1,3 @@
-"""From a bundle's weights to its graphs; never imports training."""
+"""Export of a bundle's weights to ONNX graphs; never imports training."""
 
-import ebjdat_serve  # noqa: F401  before anything here imports ONNX Runtime: it turns telemetry off
+import ebjdat_serve  # noqa: F401  it turns telemetry off, before anything here imports ONNX Runtime

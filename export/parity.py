@@ -19,16 +19,16 @@ from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.listing import list_pictures, shown
+from ebjdat_serve.listing import list_images, printable
 from ebjdat_serve.pixels import FORMATS, decode, to_unit
-from ebjdat_serve.selftest import TOLERANCE, answers, compare
+from ebjdat_serve.selftest import TOLERANCE, compare, outputs
 from ebjdat_serve.sgld import Chains, Prior
 
 BATCHES = (1, 3, 32)
 
 
 def check(bundle: Bundle, real: Floats | None = None) -> dict[str, float]:
-    """Return {output, batch, kind of image: worst difference}; raise EbjdatError when one is beyond 1e-4."""
+    """Return the relative error by output, batch and kind of image; raise EbjdatError when one is beyond 1e-4."""
     torch_engine, onnx_engine = TorchEngine(bundle, "cpu", torch.get_num_threads()), OnnxEngine(bundle, "cpu")
     if real is None:
         real = load_file(bundle.path / "selftest.safetensors")["image"]
@@ -37,7 +37,7 @@ def check(bundle: Bundle, real: Floats | None = None) -> dict[str, float]:
         for batch in BATCHES:
             image = np.resize(images, (batch, *images.shape[1:]))
             label = (np.arange(batch, dtype=np.int64) % (len(bundle.manifest.labels) + 1)) - 1
-            for name, value in compare(onnx_engine, image, label, answers(torch_engine, image, label)).items():
+            for name, value in compare(onnx_engine, image, label, outputs(torch_engine, image, label)).items():
                 found[f"{name} batch {batch} {kind}"] = value
     bad = {name: value for name, value in found.items() if not value <= TOLERANCE}
     if bad:
@@ -53,21 +53,21 @@ def chains(bundle: Bundle, engine: Engine, n: int) -> Floats:
 
 
 def read_images(bundle: Bundle, folder: Path) -> Floats:
-    """Return every image in ``folder``, decoded as the server decodes it."""
+    """Return the images in ``folder``, (N, 3, H, W) in [0,1], decoded as in the server."""
     size = bundle.manifest.input
-    listing = list_pictures(folder)
-    if not listing.pictures:
-        raise EbjdatError(f"{shown(folder)} holds no images ({', '.join(FORMATS)})")
-    if said := listing.note():
-        print(f"note: {shown(folder)}: {said}", file=sys.stderr)
-    return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in listing.pictures]))
+    listing = list_images(folder)
+    if not listing.images:
+        raise EbjdatError(f"{printable(folder)} holds no images ({', '.join(FORMATS)})")
+    if skipped := listing.note():
+        print(f"note: {printable(folder)}: {skipped}", file=sys.stderr)
+    return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in listing.images]))
 
 
 def main() -> None:
     """Check the bundle named on the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--images", type=Path, help="a folder of images to compare on, beside the self-test's")
+    parser.add_argument("--images", type=Path, help="a folder of images to compare on, besides the self-test's")
     options = parser.parse_args()
     torch.set_num_threads(threads())
     with command(parser):

@@ -1,4 +1,4 @@
-"""What torch says of eight images: the self-test that a bundle carries, and that every engine is checked against."""
+"""Write a bundle's self-test: torch's outputs on eight images."""
 
 import numpy as np
 import torch
@@ -7,12 +7,12 @@ from safetensors.numpy import save_file
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.engines.eager import TorchEngine
-from ebjdat_serve.selftest import answers
+from ebjdat_serve.selftest import outputs
 
 
 def write_selftest(bundle: Bundle, image: Floats) -> None:
-    """Write images (8, 3, H, W), labels with the marginal among them, and the answers of torch in fp32."""
+    """Write selftest.safetensors: images (8, 3, H, W), labels including the marginal's, and torch's fp32 outputs."""
     engine = TorchEngine(bundle, "cpu", torch.get_num_threads())
     label = np.arange(-1, len(image) - 1, dtype=np.int64)
-    expected = {"image": image, "label": label, **answers(engine, image, label)}
+    expected = {"image": image, "label": label, **outputs(engine, image, label)}
     save_file({name: np.ascontiguousarray(value) for name, value in expected.items()}, bundle.path / "selftest.safetensors")

@@ -1,7 +1,7 @@
-"""classify.int8.onnx from classify.onnx: convolutions quantised with ranges taken on training images (ONNX Runtime's static quantiser).
+"""Quantise classify.onnx to int8: convolutions, with ranges from training images (ONNX Runtime's static quantiser).
 
-Weights stay the fp32 ones of weights.safetensors; the graph says how they are rounded (a scale per output channel), and engines round
-them once, at load. The head, the pooling and both energies stay in fp32: with them in int8 energies moved by 0.7 of their deviation.
+Weights stay in fp32 in weights.safetensors; the graph holds their quantisation (a scale per output channel), and engines quantise them
+once, at load. The head, the pooling and both energies stay in fp32: in int8 they shifted energies by 0.7 standard deviations.
 """
 
 import logging
@@ -18,11 +18,11 @@ from export.to_onnx import finish, title
 
 BATCH = 32
 SCALES_BYTES = 16 * 1024
-"""Scales and zero points, one a channel, are the graph's own."""
+"""Constants up to this size (scales and zero points, one per channel) stay in the graph."""
 
 
 class Batches(CalibrationDataReader):  # type: ignore[misc]
-    """Hands the quantiser images (N, 3, H, W) a batch at a time."""
+    """Calibration batches of images (N, 3, H, W) for the quantiser."""
 
     def __init__(self, image: Floats) -> None:
         self._parts: Iterator[Floats] = (image[i : i + BATCH] for i in range(0, len(image), BATCH))
@@ -33,13 +33,13 @@ class Batches(CalibrationDataReader):  # type: ignore[misc]
 
 
 def write_int8(bundle: Bundle, image: Floats) -> str:
-    """Write classify.int8.onnx, its activations' ranges the smallest and largest seen on ``image``, and return its name."""
+    """Write classify.int8.onnx, with the ranges of its activations on ``image``, and return its name."""
     file = graph_name("classify", "int8")
-    # beside the weights that the graph points into
-    with tempfile.NamedTemporaryFile(dir=bundle.path, suffix=".onnx") as aside, quiet_quantiser():
+    # in the folder of the weights that the graph refers to
+    with tempfile.NamedTemporaryFile(dir=bundle.path, suffix=".onnx") as temporary, quiet_quantiser():
         quantize_static(
             bundle.path / "classify.onnx",
-            aside.name,
+            temporary.name,
             Batches(image),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv"],
@@ -49,20 +49,20 @@ def write_int8(bundle: Bundle, image: Floats) -> str:
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"AddQDQPairToWeight": True},
         )
-        model = onnx.load(aside.name)
+        model = onnx.load(temporary.name)
     finish(model, bundle.path / file, title(bundle, "int8"), inline=SCALES_BYTES)
     return file
 
 
 @contextmanager
 def quiet_quantiser() -> Iterator[None]:
-    """Keep back its advice to pre-process the graph, given twice on the root logger: that would write the weights a second time."""
+    """Suppress its advice, on the root logger, to pre-process the graph, which would write a second copy of the weights."""
     root = logging.getLogger()
 
     def errors(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    root.addFilter(errors)  # of what is logged on the root itself alone
+    root.addFilter(errors)  # filters only records logged on the root itself
     try:
         yield
     finally:

@@ -35,7 +35,7 @@ from export.tracing import Classify, Function, Score, Step, program
 
 log = logging.getLogger("export")
 INLINE_BYTES = 1024
-"""Constants up to this size (shapes, scalars) stay in the graph; a larger one must be found in the weights file."""
+"""Constants up to this size (shapes, scalars) stay in the graph; larger ones must be tensors of the weights file."""
 OPSET = 20
 KINDS: dict[str, type[Function]] = {"classify": Classify, "score": Score, "step": Step}
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
@@ -45,7 +45,7 @@ NAMES: dict[type[Function], tuple[list[str], list[str]]] = {
     Step: (["image", "label", "key", "step", "step_size", "grad_clip", "noise_std"], ["next_image", "energy", "next_step"]),
 }
 KEEP = ("Transpose", "Slice", "Add", "Sub", "Mul", "Div", "Sqrt", "Unsqueeze", "Reshape", "Cast")
-"""Operators on weights that stay in the graph, so that one copy of the weights is true for all graphs; engines fold them at load."""
+"""Operators on weights that stay in the graph, so that all graphs share one copy of the weights; engines fold them at load."""
 
 
 def export(bundle: Bundle) -> Bundle:
@@ -55,20 +55,20 @@ def export(bundle: Bundle) -> Bundle:
 
 
 def without_strangers(bundle: Bundle) -> Bundle:
-    """Return ``bundle`` without graphs of other weights: those of lower precisions hold none, and would go on with these unseen."""
+    """Return ``bundle`` without lower-precision graphs of other weights, which would silently run with the new ones."""
     weights, strangers = bundle.manifest.files["weights.safetensors"].sha256, []
     for name in bundle.manifest.files:
         if name.endswith(".onnx") and name not in GRAPHS:
             model = onnx.load(bundle.path / name, load_external_data=False)
             if weights not in (entry.value for entry in model.metadata_props):
                 strangers.append(name)
-                log.warning("%s was made from other weights and is dropped: training/precision.py makes it anew", name)
+                log.warning("%s is of other weights and is dropped: training/precision.py creates it again", name)
     files = {name: entry for name, entry in bundle.manifest.files.items() if name not in strangers}
     return Bundle(bundle.path, replace(bundle.manifest, files=files))
 
 
 def write(bundle: Bundle, function: str, precision: Precision) -> str:
-    """Write the graph of one function, its blocks in fp32 or fp16, everything outside them in fp32, and return the file's name."""
+    """Write the graph of one function, its blocks in fp32 or fp16, the rest in fp32, and return the file's name."""
     kind, file = KINDS[function], graph_name(function, precision)
     m = bundle.manifest
     model = load_model(bundle)
@@ -86,7 +86,7 @@ def write(bundle: Bundle, function: str, precision: Precision) -> str:
 
 
 def title(bundle: Bundle, precision: str) -> dict[str, str]:
-    """Return what a graph says of itself."""
+    """Return a graph's metadata."""
     m = bundle.manifest
     return {"name": m.name, "version": m.version, "weights": m.files["weights.safetensors"].sha256, "precision": precision}
 
@@ -98,7 +98,7 @@ def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[
             program, (), dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, optimize=False, verbose=False
         )
     assert converted is not None
-    # Not optimize(): it would write folded weights, and the one copy of the weights would be two.
+    # Not optimize(): it would write folded weights, a second copy.
     optimizer.fold_constants(converted.model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type in KEEP else None)
     passes = (
         common.CommonSubexpressionEliminationPass(),
@@ -111,7 +111,7 @@ def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Keep back what the exporter warns of: its own internals, and operators of a torchvision that nothing here needs."""
+    """Suppress the exporter's warnings about its own internals and about a torchvision that nothing here needs."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -124,7 +124,7 @@ def quiet_exporter() -> Iterator[None]:
 
 
 def finish(model: onnx.ModelProto, file: Path, about: dict[str, str], inline: int = INLINE_BYTES) -> None:
-    """Write ``model`` without weights of its own, without traces of the machine that made it, and checked."""
+    """Write ``model`` with external weights and without traces of the exporting machine, and check it."""
     point_into(model, file.with_name("weights.safetensors"), inline)
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, about)
@@ -135,7 +135,7 @@ def finish(model: onnx.ModelProto, file: Path, about: dict[str, str], inline: in
 
 
 def clear_traces(graph: onnx.GraphProto) -> None:
-    """Remove stack traces and tracing notes, which name files of the machine that exported."""
+    """Remove stack traces and tracing notes, which name files of the exporting machine."""
     graph.doc_string = ""
     del graph.metadata_props[:]
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
@@ -153,7 +153,7 @@ def point_into(model: onnx.ModelProto, weights: Path, inline: int) -> None:
         place = places.get(data.tobytes())
         if place is None:
             raise EbjdatError(
-                f"graph constant {tensor.name} {data.dtype}{list(data.shape)} is not a tensor of {weights.name}: the exporter rewrote it"
+                f"graph constant {tensor.name} {data.dtype}{list(data.shape)} is not a tensor of {weights.name}: the exporter changed it"
             )
         offset, length = place
         tensor.ClearField("raw_data")

@@ -2,9 +2,9 @@
 """Build TensorRT engines of a bundle for the GPU at hand: `python export/to_tensorrt.py BUNDLE [--precision fp16]`.
 
 Through ONNX Runtime's TensorRT provider, with its cache outside the bundle: one engine per graph, one optimisation profile over batches
-1, 32 and 256, precision as the graph has it. `ebjdat-serve serve BUNDLE --device tensorrt` builds what is missing too, but takes minutes
-to be ready then. An engine is kept under the hash of GPU, driver, TensorRT, ONNX Runtime, graph, weights, precision and batches; one
-that was made under others, or whose files changed, is built anew.
+1, 32 and 256, in the graph's precision. `ebjdat-serve serve BUNDLE --device tensorrt` also builds missing engines, but is not ready for
+minutes then. The cache key is a hash of GPU, driver, TensorRT, ONNX Runtime, graph, weights, precision and batches; an engine with
+changed files is rebuilt.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""From the model and its score to programs of forward operators alone, which torch.onnx can write."""
+"""Trace the model and its score into programs of forward operators only, which torch.onnx can export."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ BATCH = torch.export.Dim("batch", min=1, max=4096)
 
 
 class Function(nn.Module):
-    """What one graph computes; blocks in ``dtype``, everything outside them in fp32."""
+    """The function of one graph; blocks in ``dtype``, the rest in fp32."""
 
     def __init__(self, model: Network, dtype: torch.dtype) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Function(nn.Module):
 
 
 class Classify(Function):
-    """image -> f(x), E(x); in fp32 norm after norm as the model is written, which engines fold and quantisation needs whole."""
+    """image -> f(x), E(x); in fp32 with unfolded norms, which engines fold and quantisation needs."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model(image) if self.dtype == torch.float32 else self.model.folded(self.dtype)(image)
@@ -41,7 +41,7 @@ class Score(Function):
 
 
 class Step(Function):
-    """A chain -> the chain one Langevin step later, and E(x,y) where it was; every number of the sampler is per chain."""
+    """A chain -> the chain one Langevin step later, and E(x,y) before the step; sampler parameters are per chain."""
 
     def forward(
         self, image: Tensor, label: Tensor, key: Tensor, step: Tensor, step_size: Tensor, grad_clip: Tensor, noise_std: Tensor
@@ -62,10 +62,10 @@ def program(module: Function, arguments: tuple[Tensor, ...]) -> torch.export.Exp
 
 
 def traced(module: Function, arguments: tuple[Tensor, ...]) -> "Weighted":
-    """Return ``module`` with its autograd traced and written in forward operators alone.
+    """Return ``module`` with its autograd traced into forward operators only.
 
     torch.export cannot trace autograd.grad, and ONNX has no convolution_backward: docs/decisions/0003. Parameters are arguments
-    while tracing, so that what is computed from them (folded norms, flipped kernels) is written as operators on the one copy.
+    while tracing, so that values computed from them (folded norms, flipped kernels) become operators on the one copy.
     """
     names, values = zip(*{**dict(module.named_parameters()), **dict(module.named_buffers())}.items(), strict=True)
     values = tuple(value.detach() for value in values)
@@ -101,7 +101,7 @@ class Weighted(nn.Module):
 
 
 def silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of y = x sigmoid(x) in x, in terms of y: sigmoid and y are the forward's own, and are not computed twice."""
+    """Return the gradient of y = x sigmoid(x) in x, in terms of y: sigmoid and y are reused from the forward."""
     sigmoid = torch.sigmoid(x)
     return gradient * (sigmoid + x * sigmoid * (1 - sigmoid))
 
@@ -121,7 +121,7 @@ def convolution_backward(
 ) -> tuple[Tensor, None, None]:
     """Return the gradient of a convolution in its input, as a convolution where the stride is one, else as a transposed one.
 
-    A convolution with the kernel turned round is the same sum, and engines have faster code for it.
+    A convolution with the flipped kernel is the same sum, and engines run it faster.
     """
     size = [int(weight.shape[2 + i]) for i in (0, 1)]
     if list(stride) == [1, 1] and all(2 * pad == k - 1 for pad, k in zip(padding, size, strict=True)) and groups == 1:

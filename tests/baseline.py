@@ -1,4 +1,4 @@
-"""Wherever a detection score has a figure, max softmax has one beside it."""
+"""Assertion that every figure of a detection score has one of max softmax to compare with."""
 
 from dataclasses import replace
 

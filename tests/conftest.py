@@ -1,4 +1,4 @@
-"""Tiers, progress, and fixtures: the digits bundle, the shipped bundle, and live servers in processes of their own."""
+"""Test tiers, progress lines, and fixtures: the digits bundle, the shipped bundle, and live servers in their own processes."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The inner maximum: in the ball and the box, raising what it says, leaving the network alone."""
+"""Tests of the inner maximisation: it stays in the ball and the box, raises its objective, and does not change the network."""
 
 import pytest
 import torch

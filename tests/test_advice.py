@@ -1,4 +1,4 @@
-"""What an error advises can be done: each option is one of the command that ends with it, each command and each extra exists."""
+"""Tests that errors give valid advice: each option belongs to the command that prints it, each command and extra exists."""
 
 import argparse
 import ast

@@ -1,4 +1,4 @@
-"""Files that are replaced: whole or as they were, whatever happens between writing and renaming."""
+"""Tests of atomic file replacement: the new or the old file, whatever happens between writing and renaming."""
 
 import errno
 import os

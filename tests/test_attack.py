@@ -1,4 +1,4 @@
-"""Our PGD against a public robust network whose figures are known (alpha-beta-CROWN's cifar resnet2b, BSD-3)."""
+"""Tests of our PGD on a public robust network with known figures (alpha-beta-CROWN's cifar resnet2b, BSD-3)."""
 
 import pytest
 import torch

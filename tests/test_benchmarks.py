@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: what is written where, and what happens when a road or the time is missing."""
+"""Tests of the benchmarks' own logic: output files, and missing engines or time."""
 
 import json
 import os
@@ -236,7 +236,7 @@ def test_processes_that_share_a_gpu_are_compared_with_one_alone(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", [*words, "--processes", "2"])
     with pytest.raises(SystemExit):
         gpu_parallel.main()
-    assert "begins with 1" in capsys.readouterr().err
+    assert "must begin with 1" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*words, "--processes", "1"])
     assert gpu_parallel.main() == 1  # it was not ready within a hundredth of a second
     assert "of 1 processes 1 failed" in capsys.readouterr().err

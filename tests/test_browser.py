@@ -1,4 +1,4 @@
-"""The graphs in a browser: clients/browser's page in a headless Chromium, against ONNX Runtime on the same machine."""
+"""Tests of the graphs in a browser: clients/browser's page in a headless Chromium, against ONNX Runtime on the same machine."""
 
 import json
 import os

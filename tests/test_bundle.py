@@ -1,4 +1,4 @@
-"""The bundle: what is refused, and that a reader never sees half of one."""
+"""Tests of bundles: what is refused, and that readers never see a partial one."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What the README and the model card claim, against the rows that they come from."""
+"""Tests of the claims of the README and the model card against their rows."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
 from training import card
 from training.card import about_baseline, baseline_of, costs, flag_sentence, readme_limits, readme_table, worse, write_sections
-from training.evaluation.chosen import Model, beside, chief, model_of, readme_figures, readme_rows, served_score, worse_than_chance
+from training.evaluation.chosen import Model, chief, comparisons, model_of, readme_figures, readme_rows, served_score, worse_than_chance
 
 GENERATED = ("limits", "figures")
 
@@ -103,8 +103,8 @@ def test_worse_than_chance_is_said_only_where_the_interval_says_so(bundle):
 
 def test_the_warm_start_is_spoken_of_as_far_as_it_was_measured(bundle):
     rows, other = [row("accuracy_clean", 0.7)], row("accuracy_clean", 0.8, of="b" * 64)
-    assert "was not evaluated beside it" in about_baseline(bundle, rows, [])
-    assert "was not evaluated beside it" in about_baseline(bundle, rows, [replace(other, n=11)])
+    assert "which was not evaluated" in about_baseline(bundle, rows, [])
+    assert "which was not evaluated" in about_baseline(bundle, rows, [replace(other, n=11)])
     assert "bbbbbbbbbbbb" in about_baseline(bundle, rows, [other])
     card = (bundle.path / "README.md").read_text(encoding="utf-8")
     assert "evaluated identically" not in card
@@ -123,12 +123,14 @@ def test_a_row_stands_beside_its_own_kind(bundle):
         row("class_agreement_resnet4b", 0.5, split="test"),
     ]
     assert first(rows, served[5].metric, **served[5].fields) is rows[1]
-    assert list(beside(served[5], plain[5], rows[1], rows, [])) == [("max softmax", rows[2])]
+    assert list(comparisons(served[5], plain[5], rows[1], rows, [])) == [("max softmax", rows[2])]
     assert first(rows, served[7].metric, **served[7].fields) is rows[3]
-    assert list(beside(served[7], plain[7], rows[3], rows, [])) == [("test images", rows[4])]
+    assert list(comparisons(served[7], plain[7], rows[3], rows, [])) == [("test images", rows[4])]
     clean = row("accuracy_clean", 0.7)
-    assert list(beside(served[0], plain[0], clean, [clean], [replace(clean, value=0.8)])) == [("warm start", replace(clean, value=0.8))]
-    assert not list(beside(served[0], plain[0], clean, [clean], [replace(clean, value=0.8, n=11)]))
+    assert list(comparisons(served[0], plain[0], clean, [clean], [replace(clean, value=0.8)])) == [
+        ("warm start", replace(clean, value=0.8))
+    ]
+    assert not list(comparisons(served[0], plain[0], clean, [clean], [replace(clean, value=0.8, n=11)]))
 
 
 def test_the_card_shows_what_was_fooled_and_not_all_attacked(bundle):
@@ -152,7 +154,7 @@ def test_a_readme_that_cannot_be_written_is_told_before_the_bundle_is_changed(go
     copy = copied(Bundle.load(golden), tmp_path / "digits")
     before = (copy.path / "README.md").read_bytes()
     monkeypatch.setattr(sys, "argv", ["card.py", str(copy.path), "--readme", str(tmp_path / "none.md")])
-    with pytest.raises(SystemExit, match=r"none\.md|must hold <!-- figures -->"):
+    with pytest.raises(SystemExit, match=r"none\.md|must contain <!-- figures -->"):
         card.main()
     assert (copy.path / "README.md").read_bytes() == before
 

@@ -1,4 +1,4 @@
-"""Chains: where they start, which move, and what is kept."""
+"""Tests of training's persistent chains: their start, which of them move, and the replay buffer."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a clone holds, whatever Git was told to do with line ends."""
+"""Tests of a clone's files under every line-ending setting of Git."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The clients, as a user runs them, against a live server."""
+"""Tests of the clients, run as by a user, against a live server."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def test_the_readmes_first_curl_finds_its_cat_and_gets_the_answer_that_stands_th
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     command = re.search(r"^curl --data-binary @cat.png .*$", readme, re.M).group().replace("http://localhost:8000", live.url)
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-    said, shown = json.loads(done.stdout), json.loads(re.search(r"^{.class.:3.*}$", readme, re.M).group().replace(", …", ""))
+    said, shown = json.loads(done.stdout), json.loads(re.search(r"^# ({.class.:3.*})$", readme, re.M)[1].replace(", …", ""))
     assert (said["label"], said["suspicious"], said["model"]) == ("cat", False, shown["model"])
     for name in ("class", "label", "probability", "energy", "suspicion", "p_value", "suspicious", "alpha"):
         assert said[name] == (pytest.approx(shown[name], abs=1e-3) if isinstance(shown[name], float) else shown[name]), name

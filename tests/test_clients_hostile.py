@@ -1,4 +1,4 @@
-"""The clients against servers, proxies, files and names that are not what they hope for."""
+"""Tests of the clients against unexpected servers, proxies, files and names."""
 
 import ast
 import csv

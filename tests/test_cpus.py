@@ -1,4 +1,4 @@
-"""Threads follow what the process may use: affinity, then the cgroup's quota."""
+"""Tests of the available CPUs: affinity, then the cgroup's quota."""
 
 import math
 import os
@@ -93,7 +93,7 @@ def test_a_command_on_one_cpu_of_many_takes_one_thread(words):
     )
     assert done.returncode == 0, done.stderr
     option = "--processes" if "evaluate" in words[0] else "--threads"
-    said = re.search(rf"  {option} [A-Z]+\s+[^-]*\((\d+)\)", done.stdout)
+    said = re.search(rf"  {option} [A-Z]+\s+[^-]*\([^)]*\b(\d+)\)", done.stdout)
     assert said, done.stdout
     assert said[1] == "1"
 

@@ -1,4 +1,4 @@
-"""Conformal p-values and the figures about them."""
+"""Tests of conformal p-values and of their figures."""
 
 import json
 import shutil

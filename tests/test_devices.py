@@ -1,4 +1,4 @@
-"""The evaluation's networks and images go where the subject is: seen on torch's meta device, which holds no numbers and no CPU tensor."""
+"""Tests that the evaluation uses the subject's device, on torch's meta device, which accepts no CPU tensor."""
 
 from dataclasses import replace
 

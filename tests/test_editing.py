@@ -1,4 +1,4 @@
-"""Measuring never publishes: what others rely on is written into only by who says so, and a row gets no poorer."""
+"""Tests of write permission for bundles, and that a row is never replaced by one of fewer images."""
 
 import json
 import os
@@ -228,7 +228,7 @@ def test_a_row_of_fewer_images_never_takes_the_place_of_one_of_more():
         ("accuracy_clean_int8", 0.5, 10),
     ]
     assert [(a.n, b.n) for a, b in merged.kept] == [(100, 99)]
-    assert "kept accuracy_clean of n = 100 (measured now: n = 99)" in merged.said()
+    assert "kept accuracy_clean of n = 100 (measured now: n = 99)" in merged.summary()
 
 
 def test_counts_of_images_do_not_make_another_measurement():

@@ -1,4 +1,4 @@
-"""Text is UTF-8, whatever the locale says, and nothing that is printed can end a command."""
+"""Tests that text is UTF-8 in every locale, and that printing never ends a command."""
 
 import ast
 import os

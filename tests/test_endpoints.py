@@ -1,4 +1,4 @@
-"""A new endpoint is a handler and an operation; what the OpenAPI document says of answers is what they hold."""
+"""Tests that a new endpoint takes a handler and an operation, and that responses match the OpenAPI document."""
 
 import base64
 import sys
@@ -8,84 +8,147 @@ import httpx2
 import numpy as np
 import pytest
 
+from ebjdat_serve.server.endpoints import ENDPOINTS
 from ebjdat_serve.server.settings import SHIPPED
 from tests.conftest import serving
 
 NEW_ENDPOINTS = '''
 import sys
 
+from fastapi import Response
+
 from ebjdat_serve.cli import main
 from ebjdat_serve.server.answer import Schema, respond
 from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.endpoints import ENDPOINTS
 from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint
+from ebjdat_serve.server.queues.request_queue import PendingRequest
+from ebjdat_serve.server.read.generate_request import validate
 
 
-class Logits(Schema):
-    """Logits of each image."""
+class Outputs(Schema):
+    """Outputs of the network for each image."""
 
     results: list[list[float]]
     model: str
 
 
-def forward(model, image):
+def run_forward(model, image):
     return model.forward(image)[0]
 
 
-FORWARD = Operation("forward", "classify", forward)
+FORWARD = Operation("forward", "classify", run_forward)
+UNLISTED = Operation("unlisted", "classify", run_forward)
+UNLISTED_CHAINS = Operation("unlisted-chains", "generate", run_forward)
 
 
-async def logits(service, request):
-    """Return the logits of one image or of a list."""
+async def forward(service, request):
+    """Return the outputs of the network for one image or a list."""
     result = await service.run_on_images(request, FORWARD)
-    return respond(Logits(results=result.value.tolist(), model=result.model.name))
+    return respond(Outputs(results=result.value.tolist(), model=result.model.name))
 
 
-ENDPOINTS.append(Endpoint("/logits", logits, Logits, operations=[FORWARD], openapi=IMAGE_BODY))
+async def labels(service, request):
+    """Return the labels of the classes."""
+    return Response("\\n".join(service.manager.active.labels), media_type="text/plain")
+
+
+async def unlisted(service, request):
+    """Ask for an operation that the endpoint does not list."""
+    return respond((await service.run_on_images(request, UNLISTED)).value)
+
+
+async def unlisted_chains(service, request):
+    """Ask for an operation on chains that the endpoint does not list."""
+    model, queue = service.manager.active, service.generate_queue
+    job = validate({"class": "cat", "n": "1", "steps": "2"}, model.bundle.manifest, service.settings).job
+    with queue.slot(model.key) as deadline:
+        return respond(await queue.submit(PendingRequest(model.key, UNLISTED_CHAINS.name, job, request, deadline)))
+
+
+ENDPOINTS += [
+    Endpoint("/forward", forward, Outputs, operations=[FORWARD], openapi=IMAGE_BODY),
+    Endpoint("/labels", labels, method="GET", keyless=True, responses={}),
+    Endpoint("/unlisted", unlisted, hidden=True),
+    Endpoint("/unlisted-chains", unlisted_chains, hidden=True),
+]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 '''
 
 
+KEY = "secret"
+
+
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    """A server with one endpoint more, started by the script above: LitServe's workers import it too."""
+    """A server with more endpoints and a key, started by the script above: LitServe's workers import it too."""
     folder = tmp_path_factory.mktemp("extended")
     (folder / "script.py").write_text(NEW_ENDPOINTS, encoding="utf-8")
-    command = (sys.executable, str(folder / "script.py"))
-    with serving(SHIPPED, folder / "log", "--device", "cpu", "--generate-workers", "0", executable=command) as server:
+    command = ("env", f"LIT_SERVER_API_KEY={KEY}", sys.executable, str(folder / "script.py"))
+    with serving(SHIPPED, folder / "log", "--device", "cpu", executable=command) as server:
         yield server
 
 
-def test_a_new_endpoint_is_a_handler_and_an_operation(extended, picture):
-    said = httpx2.post(f"{extended.url}/logits", content=picture).json()
-    energies = httpx2.post(f"{extended.url}/energy", content=picture).json()
+@pytest.fixture(scope="module")
+def client(extended):
+    with httpx2.Client(base_url=extended.url, headers={"X-API-Key": KEY}, timeout=30) as client:
+        yield client
+
+
+def test_a_new_endpoint_is_a_handler_an_operation_and_an_entry(client, picture):
+    said = client.post("/forward", content=picture).json()
+    energies = client.post("/energy", content=picture).json()
     np.testing.assert_allclose(said["results"], [[-energy for energy in energies["joint_energy"]]], rtol=1e-5, atol=1e-5)
     assert said["model"] == energies["model"]
 
 
-def test_it_is_documented_listed_and_refuses_as_the_others(extended):
-    document = httpx2.get(f"{extended.url}/openapi.json").json()
-    described = document["paths"]["/logits"]["post"]
-    assert described["description"] == "Return the logits of one image or of a list."
-    assert described["responses"]["200"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Logits"}
-    assert set(document["components"]["schemas"]["Logits"]["properties"]) == {"results", "model"}
+def test_it_is_documented_listed_and_refuses_as_the_others(client):
+    document = client.get("/openapi.json").json()
+    described = document["paths"]["/forward"]["post"]
+    assert described["description"] == "Return the outputs of the network for one image or a list."
+    assert described["responses"]["200"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Outputs"}
+    assert set(document["components"]["schemas"]["Outputs"]["properties"]) == {"results", "model"}
     assert "image/*" in described["requestBody"]["content"]
-    assert httpx2.get(f"{extended.url}/").json()["paths"] == ["/classify", "/energy", "/health", "/info", "/logits", "/docs"]
-    refused = httpx2.post(f"{extended.url}/logits", content=b"no image")
+    known = dict.fromkeys(one.example or one.path for one in ENDPOINTS if not one.hidden)
+    assert client.get("/").json()["paths"] == [*known, "/forward", "/labels", "/docs"]
+    refused = client.post("/forward", content=b"no image")
     assert (refused.status_code, refused.headers["content-type"]) == (422, "application/problem+json")
-    assert httpx2.get(f"{extended.url}/logits").headers["allow"] == "POST"
+    assert client.get("/forward").headers["allow"] == "POST"
 
 
-def test_operations_that_come_at_once_are_not_mixed_up(extended, picture):
-    expected = {path: httpx2.post(f"{extended.url}{path}", content=picture).json() for path in ("/logits", "/energy", "/classify")}
+def test_a_new_endpoint_answers_head_and_needs_no_key_as_it_says(extended, client):
+    bare = f"{extended.url}/labels"
+    assert httpx2.get(bare).text.splitlines()[3] == "cat"
+    assert (httpx2.head(bare).status_code, httpx2.head(bare).content) == (200, b"")
+    assert httpx2.post(f"{extended.url}/forward").status_code == 401
+    assert client.head("/forward").status_code == client.head("/generate", params={"class": 3}).status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "operation"), [("/unlisted", "classify", "unlisted"), ("/unlisted-chains", "generate", "unlisted-chains")]
+)
+def test_an_operation_that_no_endpoint_lists_is_an_error_and_ends_no_worker(extended, client, picture, path, kind, operation):
+    workers = extended.children()
+    refused = client.post(path, content=picture)
+    assert (refused.status_code, refused.headers["content-type"]) == (500, "application/problem+json")
+    assert refused.json()["detail"] == f"no {kind} worker has the operation {operation!r}: list it in the endpoint's operations"
+    assert client.post("/classify", content=picture).status_code == 200
+    assert client.get("/generate", params={"class": 3, "steps": 1}).status_code == 200
+    assert extended.children() == workers
+    load = client.get("/info").json()["load"]
+    assert (load["generate"]["chains"], load["generate"]["requests"]) == (0, 0)
+
+
+def test_operations_that_come_at_once_are_not_mixed_up(client, picture):
+    expected = {path: client.post(path, content=picture).json() for path in ("/forward", "/energy", "/classify")}
     wrong = []
 
     def ask(path):
         for _ in range(10):
-            said = httpx2.post(f"{extended.url}{path}", content=picture, timeout=30).json()
-            numbers, known = (one["results"][0] if path == "/logits" else [one["energy"]] for one in (said, expected[path]))
+            said = client.post(path, content=picture).json()
+            numbers, known = (one["results"][0] if path == "/forward" else [one["energy"]] for one in (said, expected[path]))
             if said.keys() != expected[path].keys() or not np.allclose(numbers, known, atol=1e-4):
                 wrong.append((path, said))
 

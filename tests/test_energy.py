@@ -1,4 +1,4 @@
-"""The equations of energy.py."""
+"""Tests of the equations of energy.py."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Engines: the same chain on every road, providers that are what they say, and TensorRT's engines that are what they were made from."""
+"""Tests of engines: equal chains on every engine, the provider in use, and the cache of TensorRT engines."""
 
 import json
 import shutil
@@ -247,7 +247,7 @@ def test_no_session_goes_on_with_other_providers_on_its_own(roads):
 
 def test_a_graph_of_other_weights_is_not_run(shipped):
     files = {**shipped.manifest.files, "weights.safetensors": shipped.manifest.files["prior.safetensors"]}
-    with pytest.raises(BundleError, match="made from other weights"):
+    with pytest.raises(BundleError, match="exported from other weights"):
         OnnxEngine(Bundle(shipped.path, replace(shipped.manifest, files=files)), "cpu")
 
 

@@ -1,4 +1,4 @@
-"""The evaluator on models with known answers: undefended, masked in two ways, random; killed and resumed; recomputed from its arrays."""
+"""Tests of the evaluation on models with known results: undefended, masked in two ways, random; resumed; recomputed from its arrays."""
 
 import json
 import os
@@ -337,7 +337,7 @@ def test_what_cannot_be_measured_says_why(weights, runs, digits):
         ({"module": net, "data": "digits", "parts": ("bogus",)}, "not 'bogus'"),
         ({"module": net, "data": "digits", "suite": "ful"}, "quick, full"),
         ({"module": net, "data": "digits", "n": -5}, "give 1 or more"),
-        ({"module": net, "data": "digits", "surrogate": ROOT / "nothing.safetensors"}, "is not there"),
+        ({"module": net, "data": "digits", "surrogate": ROOT / "nothing.safetensors"}, "does not exist"),
     ):
         with pytest.raises((TrainingError, DataError), match=said):
             evaluate_module(**words)
@@ -517,7 +517,7 @@ def test_two_processes_say_what_one_says(tmp_path, digits, monkeypatch):
 def test_a_dead_worker_is_told_with_what_to_do(tmp_path, digits, monkeypatch):
     monkeypatch.setattr("training.evaluation.result_cache.WORTH_PROCESSES", 0.0)
     image, label = to_unit(digits.test.image), digits.test.label
-    with pytest.raises(TrainingError, match="goes on where this stopped"):
+    with pytest.raises(TrainingError, match="run the same command to continue"):
         ledger(nn.Flatten(), tmp_path, 2).run("fatal", [(Fatal(), image, label)])
 
 

@@ -1,4 +1,4 @@
-"""Faults: a killed worker, a client that leaves, a full queue, a stop signal, wrong wishes at the prompt."""
+"""Tests of faults: a killed worker, a disconnected client, a full queue, a stop signal, invalid command lines."""
 
 import asyncio
 import contextlib
@@ -633,7 +633,7 @@ def test_a_taken_port_is_named_before_anything_starts():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("weights.safetensors", "a graph was made from other weights"), ("selftest.safetensors", "self-test failed")]
+    ("name", "said"), [("weights.safetensors", "a graph was exported from other weights"), ("selftest.safetensors", "self-test failed")]
 )
 def test_what_does_not_belong_together_fails_verification(tmp_path, name, said):
     folder = tmp_path / "bundle"

@@ -1,4 +1,4 @@
-"""A home that cannot be written, or none at all: what needs a folder names the variable that says where, the rest works."""
+"""Tests of a read-only or missing home: whatever needs a folder names its environment variable, the rest works."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.folders import folder, made
+from ebjdat_serve.folders import ensure_folder, folder
 from tests.conftest import ROOT
 
 NO_HOME = "/dev/null/home"
@@ -33,9 +33,9 @@ def test_a_folder_is_the_variables_or_the_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("EBJDAT_RUNS", "")  # set and empty is not set
     monkeypatch.setenv("HOME", str(tmp_path))
     assert folder("EBJDAT_RUNS", "runs") == tmp_path / ".cache" / "ebjdat_serve" / "runs"
-    assert made(tmp_path / "a" / "b", "EBJDAT_RUNS").is_dir()
+    assert ensure_folder(tmp_path / "a" / "b", "EBJDAT_RUNS").is_dir()
     with pytest.raises(EbjdatError, match="set EBJDAT_RUNS to a folder that can"):
-        made(Path(NO_HOME), "EBJDAT_RUNS")
+        ensure_folder(Path(NO_HOME), "EBJDAT_RUNS")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # a user id without an entry in passwd
     with pytest.raises(EbjdatError, match=r"no home folder .* set EBJDAT_RUNS"):

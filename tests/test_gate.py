@@ -1,4 +1,4 @@
-"""A refresh has a gate: what is worse than the store's `current` stays a candidate, named with the reason, until --force."""
+"""Tests of the gate of a refresh: a model worse than the store's `current` stays a candidate, with the reason, unless --force."""
 
 import json
 import shlex
@@ -107,7 +107,7 @@ def test_a_candidate_is_listed_never_served_and_published_by_force(good, worse, 
         open_bundle(home, Settings())
     with pytest.raises(BundleError, match="no version"):
         rollback(store, "spoiled")
-    with pytest.raises(BundleError, match="published or deleted as it is"):
+    with pytest.raises(BundleError, match="published or deleted unchanged"):
         check_editable(home, force=True)
     for source in (home, worse.path):  # nor is it published by another way
         done = subprocess.run([*command, "publish", str(source), str(store)], capture_output=True, text=True, check=False)

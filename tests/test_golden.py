@@ -1,4 +1,4 @@
-"""The golden path on small real data: digits -> train -> export -> parity -> calibrate -> evaluate -> publish -> serve -> curl."""
+"""Tests of the golden path on small real data: digits -> train -> export -> parity -> calibrate -> evaluate -> publish -> serve -> curl."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""On a GPU: the same answers as the CPU, on every road that is installed."""
+"""Tests on a GPU: the same results as on the CPU, on every installed engine."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""What is the same as what: PYLD and proximal SGLD, the curriculum on a script, DAT's negatives, presets and their papers."""
+"""Tests of identities: PYLD and proximal SGLD, the curriculum on scripted values, DAT's negatives, presets and their papers."""
 
 from dataclasses import replace
 

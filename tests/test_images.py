@@ -1,4 +1,4 @@
-"""Data: what is accepted as CIFAR-10, and the splits."""
+"""Tests of data: CIFAR-10, users' folders, and the splits."""
 
 import hashlib
 import io
@@ -54,7 +54,7 @@ def test_canonical_batches_are_read_and_checked(tmp_path, monkeypatch):
 
 def test_changed_pixels_are_refused(tmp_path, monkeypatch):
     small_cifar(tmp_path, monkeypatch, tamper=True)
-    with pytest.raises(DataError, match="not the official ones"):
+    with pytest.raises(DataError, match="differ from the official ones"):
         datasets.load("cifar10")
 
 
@@ -226,8 +226,8 @@ def test_what_is_a_picture_is_told_by_its_content_and_what_is_none_is_named(tmp_
     counts = np.bincount(np.concatenate([part.label for part in (data.train, data.selection, data.calibration, data.test)]))
     assert counts.tolist() == [30 + 1, 30 + 2]  # the JPEG; the link and the odd name
     said = capsys.readouterr().err
-    assert "left out 4 of 67 files: 1 BMP, which is not read (x.bmp); 1 hidden (._8.png); 1 in no class folder (labels.csv)" in said
-    assert "1 not of an image (Thumbs.db)" in said
+    assert "left out 4 of 67 files: 1 BMP, which is not supported (x.bmp); 1 hidden (._8.png); 1 in no class folder (labels.csv)" in said
+    assert "1 not an image (Thumbs.db)" in said
     said.encode("ascii")  # nothing here is printed that a terminal may lack
 
 
@@ -309,7 +309,7 @@ def test_few_of_a_class_are_in_every_split_and_are_named(tmp_path, capsys):
     parts = [np.bincount(part.label, minlength=2).tolist() for part in (data.train, data.selection, data.calibration, data.test)]
     assert parts == [[268, 8], [33, 1], [33, 1], [66, 2]]
     said = capsys.readouterr().err
-    assert "few images of birch (train 8, selection 1, calibration 1, test 2): what is measured of it is uncertain" in said
+    assert "few images of birch (train 8, selection 1, calibration 1, test 2): figures of it are uncertain" in said
     assert "34 images calibrate the flag: p-values are multiples of 1/35" in said
 
 
@@ -384,7 +384,7 @@ def test_extra_images_fill_their_share_of_every_batch(tmp_path):
     for arrays, said in (
         ({"image": np.zeros((5, 8, 8, 3), np.uint8)}, "pseudo_label"),
         ({"image": np.zeros((5, 8, 8, 3)), "label": np.zeros(5)}, "must be uint8"),
-        ({"image": np.zeros((5, 8, 8, 3), np.uint8), "label": np.full(5, 10)}, "labels must lie in 0 to 9"),
+        ({"image": np.zeros((5, 8, 8, 3), np.uint8), "label": np.full(5, 10)}, "labels must be from 0 to 9"),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(DataError, match=said):

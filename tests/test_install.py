@@ -1,4 +1,4 @@
-"""A second, temporary environment: the wheel with [cpu] serves without torch; without an extra the error names both."""
+"""Tests of the wheel in a temporary environment: with [cpu] it serves without torch; without an extra the error names both."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Contracts with LitServe's private names: if an upgrade moves one, this says which."""
+"""Tests of our contracts with LitServe's private names, which name the one that an upgrade breaks."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Locks: only a real rival is a rival, whatever the file system lacks."""
+"""Tests of locks: only another live process blocks, with and without flock."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.locking import Held, alone
+from ebjdat_serve.locking import Held, exclusive_lock
 from training.data.datasets import load
 from training.errors import TrainingError
 from training.loop.start import new_state
@@ -25,9 +25,9 @@ from training.refresh import lock
 RIVAL = """
 import sys
 from pathlib import Path
-from ebjdat_serve.locking import alone
+from ebjdat_serve.locking import exclusive_lock
 {lacking}
-with alone(Path(sys.argv[1])):
+with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -50,7 +50,7 @@ def test_one_at_a_time_and_the_next_after_it(lacking, tmp_path):
     order = []
 
     def work(name):
-        with alone(tmp_path / ".lock"):
+        with exclusive_lock(tmp_path / ".lock"):
             order.append(name)
             time.sleep(0.1)
             order.append(name)
@@ -69,7 +69,7 @@ def test_a_rival_is_one_only_while_it_lives(lacking, tmp_path):
     rival = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         assert rival.stdout.readline() == "held\n"
-        with pytest.raises(Held, match="another process holds"), alone(file, wait=False):
+        with pytest.raises(Held, match="another process holds"), exclusive_lock(file, wait=False):
             pass
         with pytest.raises(TrainingError, match="another process holds") as error, lock(tmp_path):
             pass
@@ -100,7 +100,7 @@ def test_what_is_no_rival_is_said_as_it_is(tmp_path, monkeypatch):
 
 
 def test_a_lock_makes_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError), alone(tmp_path / "absent" / ".lock"):
+    with pytest.raises(FileNotFoundError), exclusive_lock(tmp_path / "absent" / ".lock"):
         pass
     assert not (tmp_path / "absent").exists()
 

@@ -1,4 +1,4 @@
-"""Figures about arrays against independent implementations and cases that can be done by hand."""
+"""Tests of metrics against independent implementations and cases computed by hand."""
 
 import numpy as np
 import pytest
@@ -190,7 +190,7 @@ def test_inception_takes_its_own_file_and_no_other(tmp_path):
     )  # torchvision's 27,161,264 less the auxiliary head, with 1,008 classes
     file = tmp_path / "weights.pth"
     torch.save(net.state_dict(), file)
-    with pytest.raises(DataError, match="no figure of another file may be called FID"):
+    with pytest.raises(DataError, match="figures of another file are not FID"):
         load_inception(file)
     import hashlib
 

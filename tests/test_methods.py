@@ -1,4 +1,4 @@
-"""Every method against its equations: float64 NumPy, signs by finite differences, and the identities between methods."""
+"""Tests of every method against its equations: float64 NumPy, signs by finite differences, and the identities between methods."""
 
 from dataclasses import replace
 

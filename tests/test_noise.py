@@ -1,4 +1,4 @@
-"""A person reads one line a stage; a machine reads JSON (`--log json`); and nobody reads what a library says of itself."""
+"""Tests of log output: one line per stage for people, JSON for machines (`--log json`), no messages of libraries."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Nothing acts behind the user's back: what is served looks up no name, leaves no file, and its pages load nothing from elsewhere."""
+"""Tests of offline operation: serving makes no DNS lookup, leaves no file, and its pages load nothing from elsewhere."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""Bytes to pixels: every mode, and nothing but InvalidImage for hostile bytes."""
+"""Tests of image decoding: every mode, and only InvalidImage for hostile bytes."""
 
 import io
 import struct

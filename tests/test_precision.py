@@ -1,4 +1,4 @@
-"""Precisions: graphs on the same weights, each with its own calibration and evidence, or none at all."""
+"""Tests of precisions: graphs on the same weights, each with its own calibration and figures, or refused."""
 
 import os
 import shutil
@@ -236,7 +236,7 @@ def test_the_gate_refuses_each_figure_beyond_its_limit(name, value):
 
 
 def test_the_gate_wants_enough_images():
-    with pytest.raises(BundleError, match="rests on 7 images, 50 are the fewest"):
+    with pytest.raises(BundleError, match="is of 7 images; at least 50 are needed"):
         check([replace(r, n=7) if r.metric == "accuracy_square_drop_int8" else r for r in WITHIN], "int8", {"ab"})
 
 

@@ -1,4 +1,4 @@
-"""What waits in the HTTP process: admission by estimated seconds, batches by bundle and operation, what is given back."""
+"""Tests of the HTTP process's queues: admission by estimated seconds, batches by bundle and operation, the rows of each request."""
 
 import asyncio
 import pickle

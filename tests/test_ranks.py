@@ -1,4 +1,4 @@
-"""Two gloo processes with half the batch each against one with the whole batch, on frozen norms: the same trajectory."""
+"""Tests of multi-process training: two gloo processes with half the batch each follow the trajectory of one, on frozen norms."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""A store is refreshed under load: nobody is refused, every answer is one model's, and what is not right is not served."""
+"""Tests of refreshing a store under load: no request fails, each response is of one model, and invalid bundles are not served."""
 
 import contextlib
 import errno
@@ -243,7 +243,7 @@ def test_no_bundle_however_strange_stops_the_server(followed, shipped, picture):
     labels = copied(SHIPPED, store / "labels", version="labels")
     labels.update(labels=["a", "b"])
     point("labels")
-    until(lambda: "not of one model" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
+    until(lambda: "not from one model" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
     rollback(store, shipped.manifest.version)
     until(lambda: info(server)["refresh"]["refused"] is None)
     assert httpx2.post(f"{server.url}/classify", content=picture).json() == before
@@ -390,7 +390,7 @@ def test_a_name_that_is_no_name_is_published_nowhere(tmp_path, name):
         bundle = copied(SHIPPED, tmp_path / field)
         manifest = json.loads((bundle.path / MANIFEST).read_text())
         (bundle.path / MANIFEST).write_text(json.dumps({**manifest, field: name}))
-        with pytest.raises(BundleError, match="no name or version"):
+        with pytest.raises(BundleError, match="not a valid name or version"):
             publish(bundle, tmp_path / "store")
         shutil.rmtree(bundle.path)
 

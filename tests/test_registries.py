@@ -1,6 +1,7 @@
-"""A network, a method and a data set, each added by one entry of its registry and nothing else."""
+"""Tests that a network, a method and a data set are each added by one registry entry."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass, replace
 
@@ -18,8 +19,12 @@ from ebjdat_serve.errors import BundleError
 from ebjdat_serve.networks import FAMILIES, Architecture, Network, architecture_of, build, network_of
 from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.scores import SCORES
+from ebjdat_serve.server.api_docs import DOCS
+from ebjdat_serve.server.endpoints import ENDPOINTS
 from export.parity import check
 from export.to_onnx import export
+from tests.conftest import ROOT
 from training import train
 from training.calibrate import calibrate
 from training.card import licence
@@ -34,6 +39,33 @@ from training.methods import Stateless, accuracy, detached
 from training.methods.adversary import Threat
 from training.overrides import listing, override
 from training.presets import METHODS, preset, scratch
+
+
+def documented(document, header):
+    """Return the rows of the table under ``header``, and the names in back quotes of their first cells."""
+    rows = (ROOT / document).read_text(encoding="utf-8").split(f"\n{header}\n")[1].split("\n\n")[0].splitlines()[1:]
+    return rows, [name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+
+
+def test_every_network_data_set_and_endpoint_is_documented():
+    assert documented("docs/training.md", "| family | sizes | images | |")[1] == list(FAMILIES)
+    assert documented("docs/training.md", "| `--data` | classes | images | source |")[1] == list(SOURCES)
+    paths = re.findall(r"/\w+", " ".join(documented("docs/serving.md", "| path | answer | computed by |")[1]))
+    assert set(paths) == {one.path for one in ENDPOINTS if not one.hidden} | {DOCS}
+
+
+def test_every_score_is_documented_by_its_equation():
+    rows, names = documented("docs/evaluation.md", "| name | score | |")
+    assert names == list(SCORES)
+    for name, row in zip(names, rows, strict=True):
+        equation = SCORES[name].equation.split(",")[0].replace("{weight:.2f}", "w")
+        assert row.replace("\\|", "|").startswith(f"| `{name}` | {equation} |")
+
+
+def test_every_method_is_documented_by_its_loss():
+    _, names = documented("docs/methods.md", "| method | loss | inner problem | step |")
+    on_other_hosts = {f"{name}-{host}" for name in ("ebjdat-paper", "ebjdat-aligned") for host in ("jem", "jem++")}
+    assert [name for name in METHODS if name not in on_other_hosts] == names
 
 
 class Tiny(Network):
@@ -102,8 +134,8 @@ def test_a_network_of_another_family_is_trained_exported_and_served(monkeypatch,
 
 def test_a_family_says_what_it_cannot_be_and_which_weights_are_its_own():
     for described, said in (
-        ({"family": "resnet", "depth": 10}, "'resnet' is no family"),
-        ({"depth": 10, "width": 1}, "None is no family"),
+        ({"family": "resnet", "depth": 10}, "'resnet' is not a known family"),
+        ({"depth": 10, "width": 1}, "None is not a known family"),
         ({"family": "wideresnet", "depth": 12, "width": 1}, r"depth must be 6n \+ 4"),
         ({"family": "wideresnet", "depth": 10}, "missing keys"),
         ({"family": "wideresnet", "depth": 10, "width": "1"}, "is not a int"),
@@ -113,7 +145,7 @@ def test_a_family_says_what_it_cannot_be_and_which_weights_are_its_own():
     sizes = WideResNetArchitecture(16, 2)
     found = network_of(sizes.build(7).state_dict())
     assert (found.classes, type(found), len(found.blocks)) == (7, type(sizes.build(7)), 6)
-    with pytest.raises(ValueError, match="of no network of wideresnet"):
+    with pytest.raises(ValueError, match="match no network family: wideresnet"):
         network_of(TinyArchitecture().build(7).state_dict())
 
 

@@ -1,4 +1,4 @@
-"""The repository itself: names, the README's claims and commands, the preset list."""
+"""Tests of the repository: names, the README's claims and commands, the preset list."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""The pages of an evaluation and of a comparison: what they show, that texts are escaped, and that nothing is loaded from elsewhere."""
+"""Tests of the report and comparison pages: their content, escaping, and that nothing is loaded from elsewhere."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Rows are data: what is in one, that names and fields agree, and that no sentence decides anything."""
+"""Tests of rows: their fields, that names and fields agree, and that no code depends on a sentence."""
 
 import ast
 import inspect
@@ -80,8 +80,8 @@ def test_a_file_of_rows_round_trips(tmp_path):
         ({"n": True}, "row 1: n: True is not int"),
         ({"expected": [0.1]}, r"row 1: expected: \[0.1\] is not tuple"),
         ({"attacks": [1]}, "row 1: attacks: 1 is not str"),
-        ({"interval": [0.1, 0.2], "interval_kind": "wilson", "stderr": 0.1}, "row 1: interval and stderr are not both given"),
-        ({"interval": [0.1, 0.2]}, "row 1: interval and interval_kind are given together"),
+        ({"interval": [0.1, 0.2], "interval_kind": "wilson", "stderr": 0.1}, "row 1: give interval or stderr, not both"),
+        ({"interval": [0.1, 0.2]}, "row 1: give interval and interval_kind together"),
     ],
 )
 def test_what_is_no_row_is_refused_with_file_row_and_key(shipped, tmp_path, change, said):

@@ -1,4 +1,4 @@
-"""Chains are scheduled: the same images as alone, short before long, nobody starves, whoever leaves is gone at the next step."""
+"""Tests of the scheduler: the same images as unscheduled, short groups first, no starvation, removed groups take no further step."""
 
 from dataclasses import replace
 

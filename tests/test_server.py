@@ -1,4 +1,4 @@
-"""The live server through real HTTP: what it answers, and that bad input harms nobody."""
+"""Tests of the live server over HTTP: its responses, and that bad input does not affect other requests."""
 
 import asyncio
 import base64
@@ -445,7 +445,7 @@ def test_pictures_in_company_are_those_alone(live):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(one["png"])))), picture)
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/info", "/docs", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/", "/health", "/info", "/docs", "/redoc", "/openapi.json"])
 def test_head_is_get_without_the_body(live, path):
     """What balancers probe with."""
     answer, whole = httpx2.head(f"{live.url}{path}"), httpx2.get(f"{live.url}{path}")

@@ -1,4 +1,4 @@
-"""Settings: one declaration from which options, variables, checks, help and docs come."""
+"""Tests of settings: options, variables, validation, help and docs from one declaration."""
 
 import argparse
 import ast

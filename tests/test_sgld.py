@@ -1,4 +1,4 @@
-"""The Langevin loop and the prior."""
+"""Tests of Langevin sampling and the prior."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The model in the wheel: whole, small, and as good on real images as its card says."""
+"""Tests of the model in the wheel: complete, small, and as accurate on real images as its card states."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Mixed load while workers are killed at random and the store moves: no answer lost but the stated errors, none wrong, nothing leaks."""
+"""Soak test under mixed load, with workers killed at random and a changing store: only documented errors, no wrong response, no leak."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""What a run survives: bad gradients, a state on its way out, deadlines between stages, a second process, changed data, bad settings."""
+"""Tests of training's robustness: bad gradients, bad checkpoints, deadlines, a second process, changed data, bad settings."""
 
 import json
 import os
@@ -152,7 +152,7 @@ def test_a_damaged_state_and_absent_weights_name_what_to_do(tmp_path):
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(TrainingError, match=r"state\.previous\.pt"):
         state.restore(tmp_path / "state.pt")
-    with pytest.raises(TrainingError, match="is not there"):
+    with pytest.raises(TrainingError, match="does not exist"):
         refresh(WARM, tmp_path / "run", init=tmp_path / "absent.safetensors", clock=Clock(), suite=None, device=CPU)
 
 
@@ -175,7 +175,7 @@ def test_bad_settings_that_need_the_data_are_refused_too(tmp_path):
     for settings in (["window=0"], ["cap=-1"], ["seeds="]):
         with pytest.raises(TrainingError, match="window must be"):
             override(preset("dat", "digits"), settings)
-    with pytest.raises(DataError, match="no folder of images"):
+    with pytest.raises(DataError, match="not a folder of images"):
         new_state(override(preset("dat", "digits"), [f"seeds={ROOT / 'README.md'}"]), load("digits"), None, CPU)
 
 

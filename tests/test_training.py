@@ -1,4 +1,4 @@
-"""The loop: stopped, killed and resumed, out of time, diverged, on other data, and what the command line may change."""
+"""Tests of the training loop: stopped, killed and resumed, out of time, diverged, on other data, and command-line overrides."""
 
 import json
 import os

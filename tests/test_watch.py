@@ -1,4 +1,4 @@
-"""What people see: the log, the report, TensorBoard, the listing."""
+"""Tests of a run's output: the log, the report, TensorBoard, the list of presets."""
 
 import base64
 import html

@@ -1,1 +1,1 @@
-"""The laboratory: run from the checkout, never in the wheel."""
+"""Training and evaluation: run from the checkout, not part of the wheel."""

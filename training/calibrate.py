@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write calibration.json of a bundle: `python training/calibrate.py BUNDLE`.
+"""Calibrate a bundle (calibration.json): `python training/calibrate.py BUNDLE`.
 
-Clean energies and scores are taken through the served engine, from images that travel through the server's own decoder; the
-temperature of p(y|x), and the weight of a score that has one, are fitted on the selection split.
+Clean energies and scores are computed by the served engine on images decoded by the server's decoder; the temperature of
+p(y|x), and the weight of a score that has one, are fitted on the selection split.
 """
 
 import logging
@@ -27,9 +27,9 @@ log = logging.getLogger("training")
 
 
 def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", score: str | None = None) -> Bundle:
-    """Record the calibration split's energies and scores and the temperature, in ``precision``, beside the others'.
+    """Record the calibration split's energies and scores and the temperature in ``precision``; other precisions are kept.
 
-    Without a ``score`` fp32's own is kept, so that every precision flags by the same; others that were calibrated by another are dropped.
+    Without a ``score`` fp32's is used, so that every precision flags by the same score; calibrations by another score are dropped.
     """
     check_data(bundle, data)
     engine = load_engine(bundle, "auto", "cpu", 1, precision)
@@ -51,18 +51,18 @@ def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", scor
     kept = [row for row in bundle.calibrations() if row.precision != precision and bundle.holds(row.of)]
     others = [row for row in kept if row.score == score]
     if lost := sorted({row.precision for row in kept} - {row.precision for row in others}):
-        log.warning("dropped what was calibrated by another score: %s; training/precision.py makes them anew", ", ".join(lost))
+        log.warning("dropped calibrations by another score: %s; training/precision.py calibrates again", ", ".join(lost))
     write_json(bundle.path / "calibration.json", [asdict(row) for row in sorted([calibration, *others], key=lambda row: row.precision)])
     return bundle.update("calibration.json")
 
 
 def carded(bundle: Bundle) -> Bundle:
-    """Return the bundle with its card, if it has one, written anew: it says by what score the flag is decided."""
+    """Return the bundle with its card, if it has one, written again, since it names the score of the flag."""
     return rewrite(bundle) if "README.md" in bundle.manifest.files else bundle
 
 
 def served(engine: Engine, image: Pixels) -> tuple[Floats, Floats]:
-    """Return logits (N, K) and energy (N,) of uint8 images (N, H, W, 3) sent as PNG through the server's decoder."""
+    """Return logits (N, K) and energy (N,) of uint8 images (N, H, W, 3), encoded as PNG and decoded by the server's decoder."""
     height, width = image.shape[1:3]
     decoded = np.stack([decode(encode_png(one), height, width) for one in image])
     logits, energy = (np.concatenate(part) for part in zip(*classify_in_chunks(engine, to_unit(decoded)), strict=True))
@@ -74,7 +74,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
-    parser.add_argument("--score", choices=SCORES, default=DEFAULT, help="what suspicious is decided by (%(default)s)")
+    parser.add_argument("--score", choices=SCORES, default=DEFAULT, help="score of the suspicious flag (%(default)s)")
     parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):
@@ -82,8 +82,8 @@ def main() -> None:
         done = edit(options.bundle, lambda draft: carded(calibrate(draft, data, score=options.score)), force=options.force)
         calibration = done.calibration()
         energies = calibration.energies
-        said = f"score {calibration.score}, weight {calibration.weight:.3f}"
-        print(f"{len(energies)} energies, median {np.median(energies):.3f} nats; temperature {calibration.temperature:.3f}; {said}")
+        score = f"score {calibration.score}, weight {calibration.weight:.3f}"
+        print(f"{len(energies)} energies, median {np.median(energies):.3f} nats; temperature {calibration.temperature:.3f}; {score}")
         print(f"into {done.path / 'calibration.json'}")
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The model card and its images, generated from the bundle's JSON: nothing in it is typed by hand.
+"""Write the model card and its images from a bundle's JSON: `python training/card.py BUNDLE`.
 
-`python training/card.py BUNDLE` writes the card again, of the shipped bundle with `--force`; `--readme README.md` also writes the figures between its markers.
+The shipped bundle needs `--force`; `--readme README.md` also writes the README's generated sections. Nothing is typed by hand.
 """
 
 import re
@@ -30,16 +30,16 @@ from training.evaluation.rows import ball_of
 
 
 def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[Images, Any], *, samples: bool = True) -> list[str]:
-    """Write README.md, samples.png unless it is not to be drawn again, landscape.png and, when given, baseline.json; return their names.
+    """Write README.md, landscape.png, samples.png if ``samples``, and baseline.json if there is one; return their names.
 
-    Raises BundleError for figures that were measured on other files than the bundle's.
+    Raises BundleError for figures that were not measured on the bundle's files.
     """
     refuse_stale(bundle, rows)
     names = ["README.md"]
     if samples:
         write_samples(bundle)
         names.append("samples.png")
-    # without arrays an earlier image stays while the figures that it shows stand
+    # without arrays an earlier image is kept as long as its rows are
     if not write_landscape(bundle, arrays) and not any(row.part == "landscape" for row in rows):
         (bundle.path / "landscape.png").unlink(missing_ok=True)
     if (bundle.path / "landscape.png").is_file():
@@ -52,14 +52,14 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
 
 
 def renew_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[Images, Any], *, samples: bool = True) -> Bundle:
-    """Write the card as ``write_card`` does and record its files; an image that it took away is no longer the bundle's."""
+    """Write the card and record its files in the manifest; remove an image that ``write_card`` deleted."""
     names = write_card(bundle, rows, baseline, arrays, samples=samples)
     files = {name: entry for name, entry in bundle.manifest.files.items() if name != "landscape.png"}
     return Bundle(bundle.path, replace(bundle.manifest, files=files)).update(*names)
 
 
 def refuse_stale(bundle: Bundle, rows: list[Row]) -> None:
-    """Raise BundleError that names the first figure that is not of the bundle's files."""
+    """Raise BundleError naming the first figure that was not measured on the bundle's files."""
     stale = [row for row in rows if not bundle.holds(row.of)]
     if stale:
         raise BundleError(
@@ -76,7 +76,7 @@ def licence(dataset: str) -> str:
 
 
 def write_samples(bundle: Bundle) -> None:
-    """Write samples.png: one column a class, seeds 0 upwards, none chosen."""
+    """Write samples.png: one column per class, seeds from 0, not selected."""
     classes = len(bundle.manifest.labels)
     label = np.tile(np.arange(classes, dtype=np.int64), 6)
     samples = generate(
@@ -86,7 +86,7 @@ def write_samples(bundle: Bundle) -> None:
 
 
 def write_landscape(bundle: Bundle, arrays: dict[Images, Any]) -> bool:
-    """Write landscape.png: E(x) and E(x, y) of clean, adversarial, drawn and strange images; False when not measured."""
+    """Write landscape.png: E(x) and E(x, y) of clean, adversarial, generated and OOD images; return False when not measured."""
     if not arrays:
         return False
     from training.evaluation.figures import landscape, png  # matplotlib takes a second
@@ -100,13 +100,13 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     """Return the model card."""
     m, p = bundle.manifest, bundle.manifest.provenance
     drawn = (bundle.path / "landscape.png").is_file()
-    picture = "![energies of clean, adversarial, drawn and strange images](landscape.png)" if drawn else ""
+    landscape = "![energies of clean, adversarial, generated and OOD images](landscape.png)" if drawn else ""
     return f"""{title(m)}
 {network_name(m.architecture)} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
-Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, begun {p.started}:
+Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, started {p.started}:
 {p.steps} of {p.planned_steps} planned steps, rolled back for divergence {p.rollbacks} times. Data sha256 {p.data_sha256[:16]}.
 
-![samples: one column a class, seeds in order, none chosen](samples.png)
+![samples: one column per class, seeds in order, not selected](samples.png)
 
 Generation is short-run conditional sampling ({m.sampler.steps} steps of {m.sampler.step_size}, gradient clip {m.sampler.grad_clip}, noise {m.sampler.noise_std}) from a
 class Gaussian; it is not an exact draw from p(x|y).
@@ -117,7 +117,7 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 {table(chief(bundle, rows), baseline)}
 
-{picture}
+{landscape}
 {worse(bundle, rows)}
 <details><summary>All {len(rows)} figures</summary>
 
@@ -136,13 +136,13 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 
 def about_baseline(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
-    """Return what the warm start is, and whether a column shows it."""
+    """Return a sentence on the warm start and its column of the table."""
     warm = bundle.manifest.provenance.configuration.get("warm_start")
     if not warm:
         return ""
     known = {key(row) for row in baseline}
     if not any(key(row) in known for row in rows):
-        return f"It was continued from `{warm}`, the warm start, which was not evaluated beside it.\n"
+        return f"It was continued from `{warm}`, the warm start, which was not evaluated.\n"
     of = next(row.of for row in rows_where(baseline, "accuracy_clean"))
     return (
         f"The column `warm start` is of `{warm}`, which this model was continued from (weights sha256 {of[:12]}), by the same protocol on the\n"
@@ -151,7 +151,7 @@ def about_baseline(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
 
 
 def worse(bundle: Bundle, rows: list[Row]) -> str:
-    """Return the sets that a score ranks worse than chance, as far as the interval tells."""
+    """Return a sentence on the sets whose AUROC is worse than chance, by its interval."""
     names = dict.fromkeys(("energy", served_score(bundle), BASELINE))
     found = [row for name in names for row in rows_where(rows, f"auroc_{name}") if worse_than_chance(row)]
     poor = "; ".join(f"{row.score} on {set_name(row)} ({row.value:.3f})" for row in found)
@@ -159,10 +159,10 @@ def worse(bundle: Bundle, rows: list[Row]) -> str:
 
 
 def about_fid(rows: list[Row]) -> str:
-    """Return what may be called FID here."""
+    """Return a sentence on whether a figure is FID."""
     if rows_where(rows, "fid"):
         return "`fid` is of Inception-v3 with its standard weights; other distances name their extractor."
-    return "No figure here is FID: no Inception weights were at hand, and every distance names its extractor."
+    return "No figure here is FID: no Inception weights were available, and every distance names its extractor."
 
 
 def method_kind(bundle: Bundle) -> str:
@@ -172,13 +172,13 @@ def method_kind(bundle: Bundle) -> str:
 
 
 def short(git: str) -> str:
-    """Return an abbreviated commit that still says when the tree differed from it."""
+    """Return an abbreviated commit that keeps the mark of a modified tree."""
     commit, dirty, _ = git.partition("-dirty")
     return commit[:12] + dirty
 
 
 def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
-    """Return what the flag bounds and what it does not, with the figures of a hostile user."""
+    """Return the section on the flag: what it bounds, and its figures under adaptive attack."""
     if "calibration.json" not in bundle.manifest.files:
         return "The bundle is not calibrated yet, so nothing is flagged."
     calibration = bundle.calibration()
@@ -187,46 +187,46 @@ def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
     m = model_of(bundle)
     eps, flag = eps_name(m.eps), {"alpha": ALPHA}
 
-    def said(metric: str, **wanted: Any) -> str:
+    def figures(metric: str, **wanted: Any) -> str:
         row, plain = (first(rows, metric, score=name, **wanted) for name in (calibration.score, BASELINE))
         text = figure(row) if row else "not measured"
         return text if calibration.score == BASELINE else f"{text} (max softmax: {figure(plain) if plain else 'not measured'})"
 
     def flagged(dataset: str) -> str:
-        return said("flag_power", dataset=dataset, **flag)
+        return figures("flag_power", dataset=dataset, **flag)
 
-    fooled, others = (said("flag_power", subset=subset, **m.test, **m.pgd, **flag) for subset in ("fooled", "not fooled"))
-    junk, limit = said("auroc_robust_ood", moved="ood"), first(rows, "accuracy_at_half_eps")
+    fooled, others = (figures("flag_power", subset=subset, **m.test, **m.pgd, **flag) for subset in ("fooled", "not fooled"))
+    junk, limit = figures("auroc_robust_ood", moved="ood"), first(rows, "accuracy_at_half_eps")
     return f"""`suspicious` means p < alpha, with p = (1 + how many of {len(calibration.scores):,} clean calibration scores are at least this one) / {len(calibration.scores) + 1:,} and
 {score}. It bounds false alarms on data like the calibration set: at most alpha on average over calibration draws; given this one set the rate is
-Beta-distributed around it. At alpha 0.05 it flags these shares; max softmax, which needs no energy and is calibrated alike, stands in brackets:
+Beta-distributed around it. At alpha 0.05 it flags these shares; the shares of max softmax, which needs no energy and is calibrated alike, are in brackets:
 
-- clean test images {said("flag_rate_clean", **flag)}; after JPEG at quality 75 {said("flag_rate_shifted", shift="JPEG q75")};
+- clean test images {figures("flag_rate_clean", **flag)}; after JPEG at quality 75 {figures("flag_rate_shifted", shift="JPEG q75")};
 - SVHN {flagged("svhn_train_first1080")}; CIFAR-100 {flagged(NEAR)}; uniform noise {flagged("uniform noise")}; blank images {flagged(BLANK)};
 - images that PGD-20 fooled at {eps} {fooled}; the other attacked images {others}.
 
-**It is no defence against an adaptive attacker**: junk that is perturbed within {eps} to look normal leaves an AUROC of {junk}
-(0.5 is blind, 0 is fooled every time); the share of images for which no point of the ball was found that is both wrong and unflagged is
-{said("accuracy_with_rejection", **flag)} at alpha 0.05, and a flag that truly held at {eps} would imply a classifier that holds at half of it, where this
+**It does not defend against an adaptive attacker**: on OOD images perturbed within {eps} to look normal the AUROC is {junk}
+(0.5 is chance, 0 is fooled every time); the share of images for which no misclassified, unflagged point of the ball was found is
+{figures("accuracy_with_rejection", **flag)} at alpha 0.05, and a flag robust at {eps} would imply a classifier robust at half of it, where this
 one keeps {figure(limit) if limit else "not measured"}."""
 
 
 def readme_table(bundle: Bundle) -> str:
-    """Return the README's eight figures, each beside what it is to be compared with."""
-    lines = ["| | this model | beside it | n | metric |", "|---|---|---|---|---|"]
-    for said, row, others in readme_rows(bundle, bundle.metrics(), baseline_of(bundle)):
-        beside = "; ".join(f"{name} {figure(other)}" for name, other in others) or "not measured"
-        lines.append(f"| {said} | {figure(row)} | {beside} | {row.n:,} | `{row.metric}` |")
+    """Return the README's table of eight figures, each with its comparison."""
+    lines = ["| | this model | compared with | n | metric |", "|---|---|---|---|---|"]
+    for text, row, others in readme_rows(bundle, bundle.metrics(), baseline_of(bundle)):
+        comparison = "; ".join(f"{name} {figure(other)}" for name, other in others) or "not measured"
+        lines.append(f"| {text} | {figure(row)} | {comparison} | {row.n:,} | `{row.metric}` |")
     return "\n".join(lines)
 
 
 def readme_limits(bundle: Bundle) -> str:
-    """Return the README's limits that are figures; a claim is made only where they bear it out."""
+    """Return the README's limits that are figures; each claim depends on them."""
     rows, m = bundle.metrics(), model_of(bundle)
     eps, flag = eps_name(m.eps), {"alpha": ALPHA}
 
     def pair(metric: str, **wanted: Any) -> tuple[str, float, float]:
-        """Return the served score's figure and max softmax's in words, and both values; "{}" in a metric is the score."""
+        """Return the served score's figure and max softmax's as text, and both values; "{}" in a metric is the score."""
         found = [first(rows, metric.format(name), score=name, **wanted) for name in (m.score, BASELINE)]
         own, plain = (figure(row) if row else "not measured" for row in found)
         value, other = (row.value if row else float("nan") for row in found)
@@ -247,7 +247,7 @@ def readme_limits(bundle: Bundle) -> str:
 
 
 def costs(bundle: Bundle, rows: list[Row]) -> list[str]:
-    """Return what robustness the joint stage cost, where the warm start was measured by the same protocol on as many images."""
+    """Return the robustness lost against the warm start, if that was measured by the same protocol on as many images."""
     known = {key(row): row for row in baseline_of(bundle)}
     m = model_of(bundle)
     chosen = [first(rows, metric, norm="linf", eps=m.eps) for metric in ("accuracy_pgd20", "accuracy_autoattack")]
@@ -255,50 +255,50 @@ def costs(bundle: Bundle, rows: list[Row]) -> list[str]:
     if not pairs:
         return []
     costly = any(row.interval[1] < warm.interval[0] for row, warm in pairs if row.interval and warm.interval)
-    said = "; ".join(f"{figure(row)} against {figure(warm)} under {under(row)}, n = {row.n:,}" for row, warm in pairs)
+    losses = "; ".join(f"{figure(row)} against {figure(warm)} under {under(row)}, n = {row.n:,}" for row, warm in pairs)
     method = {"EbJdat": "EB-JDAT"}.get(method_kind(bundle), method_kind(bundle))
     title = f"**{method} costs robustness** against its warm start" if costly else "Robustness against its warm start"
-    return [f"- {title}, at l-inf {eps_name(m.eps)}: {said}."]
+    return [f"- {title}, at l-inf {eps_name(m.eps)}: {losses}."]
 
 
 def under(row: Row) -> str:
-    """Return the attack of a row, and what it climbs where that is said."""
+    """Return the name of a row's attack, with its objective if the row has one."""
     return attack_name(row) + (f" on {OBJECTIVES[row.objective]}" if row.objective else "")
 
 
 def baseline_of(bundle: Bundle) -> list[Row]:
-    """Return the warm start's rows, none where the bundle holds none."""
+    """Return the warm start's rows, or an empty list."""
     file = bundle.path / "baseline.json"
     return read_rows(file) if "baseline.json" in bundle.manifest.files and file.is_file() else []
 
 
 def write_sections(text: str, sections: dict[str, str]) -> str:
-    """Return ``text`` with each section between its markers, <!-- name --> and <!-- /name -->; raise BundleError where they are not."""
+    """Return ``text`` with each section between its markers, <!-- name --> and <!-- /name -->; raise BundleError for missing markers."""
     for name, content in sections.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         found = re.fullmatch(f"(?s)(.*){start}.*{end}(.*)", text)
         if found is None or text.count(start) != 1 or text.count(end) != 1:
-            raise BundleError(f"the README must hold {start} and {end} once each, to write the figures between: put them there")
+            raise BundleError(f"the README must contain {start} and {end} once each: add them where the figures belong")
         text = f"{found[1]}{start}\n\n{content}\n\n{end}{found[2]}"
     return text
 
 
 def rewrite(bundle: Bundle) -> Bundle:
-    """Write the card of a bundle again from what it holds; its samples are drawn where it has none."""
+    """Write the card of a bundle again from its files; generate samples if it has none."""
     return renew_card(bundle, bundle.metrics(), baseline_of(bundle), {}, samples="samples.png" not in bundle.manifest.files)
 
 
 def main() -> None:
-    """Write the card of the bundle named on the command line, and the README's figures when asked."""
+    """Write the card of the bundle named on the command line, and the README's sections on request."""
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--readme", type=Path, help="also write the figures between this file's markers")
+    parser.add_argument("--readme", type=Path, help="also write the generated sections of this file")
     parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):
         text = options.readme.read_text(encoding="utf-8") if options.readme else ""
         if options.readme:
-            write_sections(text, dict.fromkeys(("limits", "figures"), ""))  # before anything is changed
+            write_sections(text, dict.fromkeys(("limits", "figures"), ""))  # check the markers before anything is changed
         bundle = edit(options.bundle, rewrite, force=options.force)
         print(f"into {bundle.path / 'README.md'}")
         if options.readme:

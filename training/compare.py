@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Lay evaluated models side by side: `python training/compare.py A B … [--out comparison.html]`.
+"""Compare evaluated models: `python training/compare.py A B … [--out comparison.html]`.
 
-Each is a bundle, or the folder that ``evaluate_module`` wrote. Figures stand beside each other where metric, data and protocol are the
-same; proportions on the same images are tested in pairs against the first model (exact McNemar); the landscapes share one axis, in
+Each model is a bundle, or a folder written by ``evaluate_module``. Figures of the same metric, data and protocol are compared;
+proportions on the same images are tested in pairs against the first model (exact McNemar); the landscapes share one axis, in standard
 deviations of each model's clean energies.
 """
 
@@ -22,12 +22,12 @@ from ebjdat_serve.rows import GENERATED, Images, Row
 from ebjdat_serve.sentences import data_words, protocol_words
 from training.card import refuse_stale
 from training.errors import TrainingError
-from training.evaluate import PARTS, folder_name, work_root
+from training.evaluate import PARTS, folder_name
 from training.evaluation.evidence import merge
 from training.evaluation.landscape import clean_of
 from training.evaluation.metrics import mcnemar
 from training.evaluation.report import HEADINGS
-from training.evaluation.result_cache import Arrays, load_arrays, load_flat
+from training.evaluation.result_cache import Arrays, load_arrays, load_flat, work_root
 from training.evaluation.rows import ball_of
 from training.pages import render
 
@@ -57,7 +57,7 @@ Key = tuple[str, tuple[int, int | None] | None]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One model's rows and what was seen of each image."""
+    """One model's rows and its per-image results."""
 
     name: str
     data: str
@@ -75,30 +75,30 @@ def read(path: Path) -> Evaluated:
         rows, name, data, digest = bundle.metrics(), m.name, m.provenance.dataset, m.provenance.data_sha256
         refuse_stale(bundle, rows)
         folder = work_root() / folder_name(name, m.files["weights.safetensors"].sha256, digest)
-        if (folder / "metrics.json").is_file():  # measured here and perhaps never taken into the bundle
+        if (folder / "metrics.json").is_file():  # measured here, perhaps never taken into the bundle
             rows = merge(rows, [row for row in read_rows(folder / "metrics.json") if bundle.holds(row.of)]).rows
         name = f"{name}@{m.version}"
     elif (path / "subject.json").is_file() and (path / "metrics.json").is_file():
-        said = json.loads((path / "subject.json").read_text(encoding="utf-8"))
-        rows, name, data, digest, folder = read_rows(path / "metrics.json"), said["name"], said["data"], said["data_sha256"], path
+        subject = json.loads((path / "subject.json").read_text(encoding="utf-8"))
+        rows, name, data, digest, folder = read_rows(path / "metrics.json"), subject["name"], subject["data"], subject["data_sha256"], path
     else:
         raise TrainingError(f"{path} is neither a bundle nor the folder of an evaluation: run python training/evaluate.py on it first")
     rows = [row for row in rows if row.part in PARTS]
     if not rows:
-        raise TrainingError(f"{path} has no figures of this version: run python training/evaluate.py {path}")
+        raise TrainingError(f"{path} has no figures: run python training/evaluate.py {path}")
     images, arrays = load_flat(folder / "images.npz"), load_arrays(folder)
     if not images:
-        print(f"{name}: evaluated elsewhere, so there are no paired tests and no landscape of it", file=sys.stderr)
+        print(f"{name}: evaluated on another machine, so it has no paired tests and no landscape", file=sys.stderr)
     return Evaluated(name, data, digest, {key(row): row for row in rows}, images, arrays)
 
 
 def key(row: Row) -> Key:
-    """Return what makes two models' rows the same measurement; figures of drawn images are biased by how many they are."""
+    """Return the key of a measurement; of generated images it includes n, since their figures are biased by it."""
     return row.key, (row.n, row.against_n) if row.part == "generation" else None
 
 
 def shared(models: Sequence[Evaluated], short: bool) -> list[Key]:
-    """Return the measurements that two or more models have, in the order of the parts."""
+    """Return the measurements shared by two or more models, in the order of the parts."""
     every = list(dict.fromkeys(known for model in models for known in model.rows))
     common = [known for known in every if sum(known in model.rows for model in models) > 1]
     order = {name: i for i, name in enumerate(PARTS)}
@@ -109,14 +109,14 @@ def shared(models: Sequence[Evaluated], short: bool) -> list[Key]:
 
 
 def diluted(row: Row, fooled: set[Images]) -> bool:
-    """Return whether an AUROC counts images that stand, alone or among those that an attack fooled, where the fooled have their own."""
+    """Return whether an AUROC includes images that the attack did not fool, when the fooled images have an AUROC of their own."""
     return row.metric == f"auroc_{row.score}" and (row.images in fooled or row.subset == "not fooled")
 
 
 def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:
-    """Return the p-value that both do equally well on the images that both saw, or None where there are none.
+    """Return the p-value of equal performance on the images that both saw, or None if there are none.
 
-    A test set's first n are the same images for both, whatever n; what a model drew is its own.
+    The first n images of a test set are the same for both models; generated images are not.
     """
     if known not in first.rows or known not in other.rows or first.rows[known].dataset in GENERATED:
         return None
@@ -128,14 +128,14 @@ def paired(first: Evaluated, other: Evaluated, known: Key) -> float | None:
 
 
 def common(rows: Iterable[Row]) -> Row:
-    """Return the first of the rows of one measurement, to be put into words, without a count that the others do not share."""
+    """Return the first row of one measurement, for rendering, without counts that differ between models."""
     first, *others = rows
     return first if all(row.against_n == first.against_n for row in others) else replace(first, against_n=None)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A measurement as a table shows it: a value a model, a p-value a model but the first, and n."""
+    """A table row: a value per model, a p-value per model but the first, and n."""
 
     metric: str
     values: list[str]
@@ -144,7 +144,7 @@ class Line:
 
 
 def line(models: Sequence[Evaluated], known: Key) -> Line:
-    """Return one measurement of all models, empty where one lacks it."""
+    """Return one measurement of all models, empty for models without it."""
     rows = [model.rows.get(known) for model in models]
     values = [figure(row) if row else "" for row in rows]
     p = [paired(models[0], model, known) for model in models[1:]]
@@ -180,21 +180,23 @@ def page(models: Sequence[Evaluated]) -> str:
 
 
 def main() -> None:
-    """Compare what the command line names."""
+    """Compare the models named on the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("models", type=Path, nargs="+", help="bundles, or folders of evaluations")
     parser.add_argument("--out", type=Path, default=Path("comparison.html"))
     parser.add_argument("--picture", type=Path, help="also write the landscapes as PNG")
-    parser.add_argument("--all", action="store_true", help="print every shared figure, not the chief ones")
+    parser.add_argument("--all", action="store_true", help="print every shared figure, not only the main ones")
     options = parser.parse_args()
     with command(parser):
         models = [read(path) for path in options.models]
         if len(models) < 2:
-            raise TrainingError("name two models or more")
+            raise TrainingError("name two or more models")
         if len({model.data_sha256 for model in models}) > 1:
-            raise TrainingError(f"the models are of different data: {', '.join(f'{model.name} of {model.data}' for model in models)}")
+            raise TrainingError(
+                f"the models were trained on different data: {', '.join(f'{model.name} of {model.data}' for model in models)}"
+            )
         if not shared(models, False):
-            raise TrainingError("no figure of one is one of another: evaluate them by the same suite and n")
+            raise TrainingError("the models share no figure: evaluate them with the same suite and n")
     options.out.write_text(page(models), encoding="utf-8")
     if options.picture:
         from training.evaluation.figures import landscapes, png

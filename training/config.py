@@ -1,4 +1,4 @@
-"""The configuration of a training stage; training/presets.py holds the named ones."""
+"""The configuration of a training stage; training/presets.py holds the named presets."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Preset:
-    """One training stage. Lengths in pixels of [0,1], energies in nats, epochs of the labelled stream."""
+    """One training stage; lengths in pixels of [0,1], energies in nats, epochs of the labelled stream."""
 
     name: str
     dataset: str  # a name of training/data/sources.py, or the path of a folder of class sub-folders
@@ -33,7 +33,7 @@ class Preset:
     threat: Threat = Threat("linf", 8 / 255)
 
     # data
-    size: int = 0  # side that a folder's images are squashed to, 0: their own
+    size: int = 0  # side that a folder's images are resized to, 0: their own
     batch_size: int = 128
     plain_batch: int = 64  # of the p(x) stream
     augment: str = "crop"  # none | crop | strong: of the labelled stream
@@ -56,14 +56,14 @@ class Preset:
     ema: float = 0.995
     precision: str = "auto"  # auto (bf16 where the machine has it) | fp32 | bf16
 
-    # what generation uses by default in the bundle, and the rank of the prior
+    # the bundle's default sampler, and the rank of the prior
     sample: Sampler = Sampler(steps=40, step_size=0.25, grad_clip=2.0, noise_std=0.005)
     prior_rank: int = 48
 
-    # survival: a state is saved so often; beyond the limits the run has diverged, and rolls back so many times at most
+    # checkpoint interval; limits beyond which the run has diverged; maximum number of rollbacks
     save_seconds: float = 45.0
     energy_gap_limit: float = 50.0  # nats between data and chains
-    saturation_limit: float = 0.5  # share of chain pixels at 0 or 1 beyond the data's own
+    saturation_limit: float = 0.5  # share of chain pixels at 0 or 1, beyond the data's
     rollbacks: int = 3
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Preset:
 
 
 def stages(stage: Preset) -> list[Preset]:
-    """Return the warm start's stage, if there is one, on the same data, network and ball, and the stage itself."""
+    """Return the stages in order: the warm start, if there is one, on the same data, network and ball, then the stage itself."""
     if stage.warm_start is None:
         return [stage]
     shared = ("seed", "dataset", "size", "flip", "architecture", "threat", "prior_rank", "sample", "precision", "extra", "extra_fraction")
@@ -92,7 +92,7 @@ def stages(stage: Preset) -> list[Preset]:
 
 
 def describe(stage: Preset) -> dict[str, Any]:
-    """Return the preset as JSON: methods and sharpness carry their kind, the network its family, the warm start only its name."""
+    """Return the preset as JSON: methods and sharpness with their kind, the network with its family, the warm start as its name."""
     described = asdict(replace(stage, warm_start=None))
     for name in ("method", "sharpness"):
         if described[name] is not None:

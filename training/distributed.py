@@ -1,4 +1,4 @@
-"""Multi-GPU training: one global stream of indices and noise, of which each rank takes its share.
+"""Multi-GPU training: each rank takes its share of one global stream of indices and noise.
 
 Under ``torchrun`` every rank draws what the whole batch needs from the same generator and keeps its own rows, so that two
 ranks with half the batch each compute what one rank with the whole batch computes.
@@ -46,7 +46,7 @@ class Ranks:
     def everywhere(self, rows: Tensor) -> Tensor:
         """Return the rows of every rank, such that gradients averaged over ranks are those of the global loss.
 
-        For losses that are no mean over images, such as a quotient of batch statistics.
+        For losses that are not means over images, such as a quotient of batch statistics.
         """
         if self.world == 1:
             return rows
@@ -65,9 +65,9 @@ class Ranks:
         """Return the first rank's ``value`` on every rank."""
         if self.world == 1:
             return value
-        said: list[Any] = [value]
-        dist.broadcast_object_list(said)
-        first: T = said[0]
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values)
+        first: T = values[0]
         return first
 
     def wait(self) -> None:
@@ -93,7 +93,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         ranks: Ranks = ctx.ranks
-        # every rank computes the same global loss; the average over ranks divides by world what the sum should be
+        # every rank computes the same global loss; averaging over ranks divides the gradient's sum by world
         return ranks.share(gradients[0]) * ranks.world, None
 
 

@@ -1,4 +1,4 @@
-"""The laboratory's exceptions; every message says what is wrong, where, and what to do."""
+"""Exceptions of training and evaluation; every message names the problem, its place and the fix."""
 
 from ebjdat_serve.errors import EbjdatError
 
@@ -8,7 +8,7 @@ class TrainingError(EbjdatError):
 
 
 class HeldBack(TrainingError):
-    """A refresh ended on a model that its gate does not let pass: it is a candidate in the store, and `current` is what it was."""
+    """The gate of a refresh held the model back: it is a candidate in the store, and `current` is unchanged."""
 
 
 class TrainingDiverged(TrainingError):
@@ -20,4 +20,4 @@ class OutOfTime(TrainingError):
 
 
 class DataError(TrainingError):
-    """Data is missing or is not what it should be: where to put it, or how to get it."""
+    """Data is missing or invalid; the message says where to put it, or how to get it."""

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Measure a bundle: `python training/evaluate.py BUNDLE [--suite full]`, figures to a folder under EBJDAT_RUNS, the bundle untouched.
+"""Evaluate a bundle: `python training/evaluate.py BUNDLE [--suite full]`. Figures go to a folder under EBJDAT_RUNS, not into the bundle.
 
-`--into BUNDLE` also takes them into a bundle's metrics.json and card, but none of fewer images than the one that is there.
+`--into BUNDLE` also takes them into a bundle's metrics.json and card, except figures of fewer images than the bundle's own.
 
-Any torch module is measured in three lines:
+To evaluate any torch module:
 
     from training.evaluate import evaluate_module
     rows = evaluate_module(my_net, "cifar10", suite="quick", n=500)   # images (N, 3, H, W) in [0,1] -> logits
     print(rows[0].metric, rows[0].value, rows[0].interval)
 
-Work is done in chunks of 100 images, one process a core, each kept on disk: a run that was killed goes on where it stopped. ``--part``
-runs some parts alone. What needs a file or a package that is not here is said, and left out. As a module it logs under the name
-``training``: a line a part at INFO, every figure at DEBUG.
+Results are computed in chunks of 100 images, one process per core, and kept on disk: a killed run continues where it stopped.
+``--part`` runs only some parts. Measurements whose file or package is missing are reported and left out. The logger ``training`` gets a
+line per part at INFO, every figure at DEBUG.
 """
 
 import argparse
@@ -34,8 +34,7 @@ from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.editing import FORCED, check_editable, edit, guarded, tracked
 from ebjdat_serve.engines import Floats
-from ebjdat_serve.folders import folder as place
-from ebjdat_serve.folders import made
+from ebjdat_serve.folders import ensure_folder
 from ebjdat_serve.logs import configure
 from ebjdat_serve.rows import Row, images_key, to_json
 from ebjdat_serve.sentences import data_words, protocol_words
@@ -50,7 +49,7 @@ from training.evaluation.generation import generation_rows
 from training.evaluation.landscape import landscape_rows
 from training.evaluation.ood import hostile_rows, shift_rows, suspicion_rows
 from training.evaluation.report import write_evaluation_report
-from training.evaluation.result_cache import ResultCache, load_arrays, load_flat, unflattened, write
+from training.evaluation.result_cache import ResultCache, load_arrays, load_flat, unflattened, work_root, write
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
 from training.evaluation.rows import ball_of
 
@@ -77,10 +76,10 @@ SURROGATE = Path(__file__).parent.parent / "benchmarks" / "models" / "pgd-at" / 
 
 
 def evaluate(bundle: Bundle, data: Dataset, suite: Suite, *, parts: Sequence[str] = USUAL, processes: int = 1, **more: Any) -> Evaluation:
-    """Measure ``parts`` of a bundle; metrics.json and report.html go to ``folder``, by default one under EBJDAT_RUNS named after it.
+    """Evaluate ``parts`` of a bundle; write metrics.json and report.html to ``folder``, by default under EBJDAT_RUNS.
 
-    The bundle is read and not written: ``evidence.take`` does that. Rows of other parts that the folder holds stay while they are of
-    the bundle's files. Raises BundleError for data that the bundle was not trained on.
+    The bundle is not changed: ``evidence.take`` writes rows into it. Rows of other parts in the folder are kept while they are of the
+    bundle's files. Raises BundleError for data that the bundle was not trained on.
     """
     check_data(bundle, data)
     c = context(bundle_spec(bundle.path), data, suite, processes=processes, bundle=bundle, **more)
@@ -101,8 +100,8 @@ def evaluate_module(
 ) -> list[Row]:
     """Return the rows of any module that takes images (N, 3, H, W) in [0,1] and returns logits (N, K); it is put in eval mode.
 
-    metrics.json and report.html are written to ``folder``, by default one under EBJDAT_RUNS named after its sha256. More than one
-    process needs a module that can be pickled, and a caller that is guarded by ``if __name__ == "__main__"``.
+    Writes metrics.json and report.html to ``folder``, by default one under EBJDAT_RUNS named after its sha256. More than one
+    process needs a picklable module and a caller guarded by ``if __name__ == "__main__"``.
     """
     if isinstance(suite, str) and suite not in SUITES:
         raise TrainingError(f"suite is one of {', '.join(SUITES)}, not {suite!r}")
@@ -119,12 +118,12 @@ def evaluate_module(
 
 
 def measured(c: Context, parts: Sequence[str], holds: Callable[[str], bool] = lambda of: True) -> list[Row]:
-    """Return the rows of ``parts`` and those of others that the folder has of files that ``holds`` knows; write them and the report."""
+    """Measure ``parts``, keep the folder's other rows whose file ``holds`` accepts, and write all rows and the report; return them."""
     file = c.folder / "metrics.json"
     rows = [row for row in read_rows(file) if holds(row.of)] if file.is_file() else []
     for part in known_parts(parts):
         rows = placed(rows, part, measure(c, part))
-        write_rows(file, rows)  # what a later part's failure must not take along
+        write_rows(file, rows)  # kept even if a later part fails
     c.ledger.close()
     write_evaluation_report(c, rows)
     return rows
@@ -142,10 +141,10 @@ def context(
     controls: Sequence[Path] = (),
     buffer: Path | None = None,
 ) -> Context:
-    """Return what the parts are given; the surrogate is left out where it is another data set's, or the subject itself."""
+    """Return the context of the parts, without a surrogate that is of another data set or the subject itself."""
     subject = spec()
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
-    made(home, "EBJDAT_RUNS")
+    ensure_folder(home, "EBJDAT_RUNS")
     about = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
     claim(home, {**about, "form": FORM})
     if surrogate == SURROGATE and (data.name != "cifar10" or not SURROGATE.is_file()):
@@ -159,7 +158,7 @@ def context(
             )
         digest = sha256(surrogate)
         if subject.weights in (digest, module_sha256(network)):
-            surrogate = None  # an attack on itself is no transfer
+            surrogate = None  # an attack on the model itself does not transfer
     ledger = ResultCache(work_root() / "chunks", spec, subject, 1 if subject.device.type == "cuda" else processes)
     c = Context(subject, data, suite, ball_of(data.name), ledger, home, bundle, surrogate, digest, tuple(controls), buffer)
     c.warnings.update(json.loads((home / "warnings.json").read_text(encoding="utf-8")) if (home / "warnings.json").is_file() else {})
@@ -170,38 +169,33 @@ def context(
 
 
 def folder_name(name: str, weights: str, data_sha256: str) -> str:
-    """Return the name of the folder that a subject's evaluation on some data is kept in."""
+    """Return the folder name of a subject's evaluation on a data set."""
     return f"{name}-{weights[:12]}-{data_sha256[:8]}"
 
 
-def work_root() -> Path:
-    """Return the folder that evaluations are kept in, under EBJDAT_RUNS."""
-    return place("EBJDAT_RUNS", "runs") / "evaluation"
-
-
 def known_parts(parts: Sequence[str]) -> Sequence[str]:
-    """Return the parts' names; raise TrainingError for what is none."""
+    """Return ``parts``; raise TrainingError for an unknown part."""
     strange = [parts] if isinstance(parts, str) else [name for name in parts if name not in PARTS]
     if strange:
-        raise TrainingError(f"parts is a tuple of some of {', '.join(PARTS)}; not {strange[0]!r}")
+        raise TrainingError(f"unknown part {strange[0]!r}: parts is a tuple of names from {', '.join(PARTS)}")
     return parts
 
 
 def checked(module: nn.Module, data: Dataset) -> Floats:
-    """Return eight test images; raise TrainingError unless the module answers them with finite logits, one a class."""
+    """Return eight test images; raise TrainingError unless the module returns finite logits for them, one per class."""
     probe, _ = unit(data.test.first(8))
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     module.eval()
     with torch.no_grad():
-        said = module(torch.from_numpy(probe).to(device))
+        logits = module(torch.from_numpy(probe).to(device))
     wanted = (len(probe), len(data.names))
-    if not isinstance(said, torch.Tensor) or tuple(said.shape) != wanted or not said.is_floating_point():
-        shown = tuple(said.shape) if isinstance(said, torch.Tensor) else type(said).__name__
+    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != wanted or not logits.is_floating_point():
+        returned = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise TrainingError(
-            f"the module must return logits {wanted}, floating, of images (N, 3, H, W) in [0,1]; it returns {shown}: wrap it"
+            f"the module must return logits {wanted}, floating, of images (N, 3, H, W) in [0,1]; it returns {returned}: wrap it"
         )
-    if not bool(torch.isfinite(said).all()):
-        raise TrainingError("the module returns logits that are not finite: its figures would mean nothing")
+    if not bool(torch.isfinite(logits).all()):
+        raise TrainingError("the module returns logits that are not finite: its figures would be meaningless")
     return probe
 
 
@@ -212,18 +206,18 @@ def placed(rows: list[Row], part: str, new: list[Row]) -> list[Row]:
 
 
 def measure(c: Context, part: str) -> list[Row]:
-    """Return the rows of ``part``, logged as they come, and keep what was seen of each image beside them."""
+    """Measure ``part``, log its rows, write its per-image results and return the rows."""
     began, c.part, rows = time.monotonic(), part, []
     c.warnings.pop(part, None)
     log.debug("%s: %s on %s", part, c.subject.name, c.data.name)
     for row in PARTS[part](c):
         if not math.isfinite(row.value):
-            c.say(f"{row.metric} on {data_words(row)} is no number and is left out: {protocol_words(row)}")
+            c.say(f"{row.metric} on {data_words(row)} is not a number and is left out: {protocol_words(row)}")
             continue
         row = with_finite_error(replace(row, part=part))
         interval = " [{:.3f}, {:.3f}]".format(*row.interval) if row.interval else ""
-        said = f"  {row.metric:34}{row.value:>10.4f}{interval}  n = {row.n:<6} {data_words(row)}: {protocol_words(row)}"
-        log.debug("%s", said, extra={"fields": to_json(row)})
+        line = f"  {row.metric:34}{row.value:>10.4f}{interval}  n = {row.n:<6} {data_words(row)}: {protocol_words(row)}"
+        log.debug("%s", line, extra={"fields": to_json(row)})
         rows.append(row)
     counts = f"{len(rows)} figures, {len(c.warnings.get(part, []))} notes"
     log.info("measured %s of %s on %s: %s, %.0f s", part, c.subject.name, c.data.name, counts, time.monotonic() - began)
@@ -235,7 +229,7 @@ def measure(c: Context, part: str) -> list[Row]:
 
 
 def with_finite_error(row: Row) -> Row:
-    """Return a row without an interval or a standard error that is no number."""
+    """Return a row without an interval or standard error that is not a number."""
     if row.interval is not None and not np.isfinite(row.interval).all():
         return replace(row, interval=None, interval_kind=None)
     return replace(row, stderr=None) if row.stderr is not None and not math.isfinite(row.stderr) else row
@@ -245,34 +239,34 @@ def main() -> None:
     """Evaluate the bundle named on the command line."""
     parser = parser_of(
         __doc__,
-        epilog=f"parts: {', '.join(PARTS)}; --protocol released-code is the part of that name alone",
+        epilog=f"parts: {', '.join(PARTS)}; --protocol released-code is the part of that name only",
     )
     parser.add_argument("bundle", type=Path, help="a bundle, a store, or a weights.safetensors that the trainer wrote")
     parser.add_argument("--suite", choices=sorted(SUITES), default="quick")
-    parser.add_argument("--part", nargs="+", choices=sorted(PARTS), default=None, help="only these; rows of the others stay")
+    parser.add_argument("--part", nargs="+", choices=sorted(PARTS), default=None, help="measure only these parts; rows of others are kept")
     parser.add_argument(
-        "--protocol", choices=("official", "released-code"), default="official", help="released-code: what the published code computes"
+        "--protocol", choices=("official", "released-code"), default="official", help="released-code: the protocol of the published code"
     )
-    parser.add_argument("--n", type=int, help="no measurement on more test images than this; --amount raises single ones again")
-    said = f"single amounts of the suite: {', '.join(LEAST)}"
-    parser.add_argument("--amount", nargs="+", default=[], metavar="NAME=N", help=said)
-    parser.add_argument("--into", type=Path, metavar="BUNDLE", help="take the rows into this bundle, where none of more images stands")
-    parser.add_argument("--force", action="store_true", help=f"with --into: {FORCED}; with --folder: also one whose figures git tracks")
-    parser.add_argument("--folder", type=Path, help="where figures and report go (a folder under EBJDAT_RUNS named after the model)")
-    parser.add_argument("--baseline", type=Path, help="with --into: metrics.json of the warm start, to stand beside every figure")
-    parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights that transferred attacks are made on")
-    parser.add_argument("--control", type=Path, nargs="+", default=[], help="weights sampled with the same prior, steps and seeds")
-    parser.add_argument("--buffer", type=Path, help="state.pt of a stage, whose replay buffer is measured beside fresh samples")
+    parser.add_argument("--n", type=int, help="maximum test images of every measurement; --amount overrides single ones")
+    amounts_help = f"numbers of images of the suite: {', '.join(LEAST)}"
+    parser.add_argument("--amount", nargs="+", default=[], metavar="NAME=N", help=amounts_help)
+    parser.add_argument("--into", type=Path, metavar="BUNDLE", help="take the rows into this bundle, but none of fewer images than its own")
+    parser.add_argument(
+        "--force", action="store_true", help=f"with --into: {FORCED}; with --folder: also a folder whose figures git tracks"
+    )
+    parser.add_argument("--folder", type=Path, help="output folder of figures and report (under EBJDAT_RUNS, named after the model)")
+    parser.add_argument("--baseline", type=Path, help="with --into: metrics.json of the warm start, for a column of comparison")
+    parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights of the surrogate of transferred attacks")
+    parser.add_argument("--control", type=Path, nargs="+", default=[], help="control weights, sampled with the same prior, steps and seeds")
+    parser.add_argument("--buffer", type=Path, help="state.pt of a stage, whose replay buffer is measured for comparison")
     parser.add_argument("--processes", type=int, default=cpus(), help="worker processes, one thread each (%(default)s)")
-    parser.add_argument(
-        "--data", help="of weights: the data set (cifar10); of a bundle of a user's own data: the folder, when it has moved"
-    )
-    parser.add_argument("--size", type=int, help="of weights and a folder: squash its images to SIZE x SIZE")
+    parser.add_argument("--data", help="for weights: the data set (cifar10); for a bundle of your own data: the folder, if it has moved")
+    parser.add_argument("--size", type=int, help="for weights and a folder: resize its images to SIZE x SIZE")
     options = parser.parse_args()
     configure("text", "%(message)s", sys.stdout)
-    log.setLevel(logging.DEBUG)  # its figures are what this command is for
+    log.setLevel(logging.DEBUG)  # every figure is logged at DEBUG
     torch.set_num_threads(1)
-    with command(parser, "interrupted; the same command goes on where this stopped"):
+    with command(parser, "interrupted; run the same command to continue"):
         parts = ("released-code",) if options.protocol == "released-code" else options.part or USUAL
         more = {
             "surrogate": options.surrogate,
@@ -282,12 +276,12 @@ def main() -> None:
             "folder": options.folder,
         }
         if options.baseline and not options.into:
-            raise TrainingError("--baseline stands in a bundle's card, which only --into writes: give both or neither")
+            raise TrainingError("--baseline is for a bundle's card, which only --into writes: give both or neither")
         if options.folder and not options.force and tracked(options.folder / "metrics.json"):
             raise TrainingError(f"{options.folder / 'metrics.json'} is tracked by git: name another --folder", options=("--force",))
         if options.bundle.suffix == ".safetensors":
             if options.into:
-                raise TrainingError(f"--into takes what was measured of a bundle, and {options.bundle} is weights: give the bundle")
+                raise TrainingError(f"--into takes rows of a bundle, and {options.bundle} is a weights file: give the bundle")
             file = options.bundle.resolve()
             data = load(options.data or "cifar10", (options.size, options.size) if options.size else None)
             model, suite = load_weights(file).to(best_device()), amounts(options)
@@ -299,12 +293,14 @@ def main() -> None:
 
 
 def evaluate_bundle(options: argparse.Namespace, parts: Sequence[str], more: dict[str, Any]) -> None:
-    """Evaluate the bundle that the command line names, say where the figures are, and take them into one where --into says so."""
+    """Evaluate the bundle named on the command line, print where the figures are, and take them into the bundle of --into."""
     bundle = Bundle.draft(options.bundle)
     if options.into:
-        target = check_editable(options.into, force=options.force)  # not after hours of measuring
+        target = check_editable(options.into, force=options.force)  # checked before hours of measuring
         if target.manifest.files.get("weights.safetensors") != bundle.manifest.files["weights.safetensors"]:
-            raise TrainingError(f"--into {options.into} is of other weights than {options.bundle}: its figures would be another model's")
+            raise TrainingError(
+                f"--into {options.into} has other weights than {options.bundle}: figures of one are not valid for the other"
+            )
     done = evaluate(bundle, dataset_of(bundle, options.data), amounts(options), parts=parts, **more)
     print(f"{len(done.rows)} rows in {done.folder / 'metrics.json'}, {done.folder / 'report.html'}")
     if not options.into:
@@ -312,21 +308,21 @@ def evaluate_bundle(options: argparse.Namespace, parts: Sequence[str], more: dic
             into = f"it {why}: copy the folder and give the copy to --into, or --force with it"
         else:
             into = f"--into {options.bundle} takes them into it"
-        print(f"{bundle.path} is as it was; {into}")
+        print(f"{bundle.path} is unchanged; {into}")
         return
-    said: list[str] = []
+    summaries: list[str] = []
 
     def change(draft: Bundle) -> Bundle:
         taken, merged = take(draft, done, options.baseline)
-        said.append(merged.said())
+        summaries.append(merged.summary())
         return taken
 
     home = edit(options.into, change, force=options.force)
-    print(f"{said[0]}\ninto {home.path / 'metrics.json'}")
+    print(f"{summaries[0]}\ninto {home.path / 'metrics.json'}")
 
 
 def amounts(options: argparse.Namespace) -> Suite:
-    """Return the suite with the command line's numbers."""
+    """Return the suite with the command line's amounts."""
     if options.processes < 1:
         raise TrainingError(f"--processes {options.processes}: give 1 or more")
     suite = SUITES[options.suite]

@@ -1,4 +1,4 @@
-"""--set FIELD=VALUE, and the list of presets and methods in --help."""
+"""Command-line overrides of presets (--set), and the preset list of --help."""
 
 import json
 from dataclasses import fields, is_dataclass, replace
@@ -16,10 +16,10 @@ MEASURED = Path(__file__).parent.parent / "benchmarks" / "methods.json"
 
 
 def override(preset: Preset, settings: list[str]) -> Preset:
-    """Return ``preset`` with FIELD=VALUE settings applied; raise TrainingError naming the fields there are.
+    """Return ``preset`` with FIELD=VALUE settings applied; raise TrainingError naming the known fields.
 
-    A field of a part is named by its path, ``method.chains.steps``, or by its end where only one part has it, ``beta``; the warm
-    start's own begin with ``warm_start.``.
+    A nested field is named by its path, ``method.chains.steps``, or by its last name if it is unique, ``beta``; fields of the warm
+    start begin with ``warm_start.``.
     """
     for setting in settings:
         name, _, value = setting.partition("=")
@@ -42,16 +42,16 @@ def paths(part: Any, before: str = "") -> list[str]:
 
 
 def unique(name: str, known: list[str], setting: str) -> str:
-    """Return the only path that ends in ``name``; raise TrainingError for none or several."""
+    """Return the unique path that ends in ``name``; raise TrainingError for none or several."""
     matches = [path for path in known if path.endswith(f".{name}")]
     if len(matches) == 1:
         return matches[0]
-    said = (
+    message = (
         f"{name} is one of {', '.join(matches)}"
         if matches
-        else f"fields are {', '.join(known)}; warm_start. before one is the warm start's"
+        else f"fields are {', '.join(known)}; prefix one with warm_start. for the warm start"
     )
-    raise TrainingError(f"--set {setting}: {said}")
+    raise TrainingError(f"--set {setting}: {message}")
 
 
 def changed(part: Any, path: list[str], value: str, setting: str) -> Any:
@@ -69,7 +69,7 @@ def changed(part: Any, path: list[str], value: str, setting: str) -> Any:
 
 
 def checked(part: Any, name: str, value: Any, setting: str) -> Any:
-    """Return the dataclass with one field replaced; raise TrainingError when its own checks refuse it."""
+    """Return the dataclass with one field replaced; raise TrainingError when its validation fails."""
     try:
         return replace(part, **{name: value})
     except ValueError as error:
@@ -82,8 +82,8 @@ def listing() -> str:
     rows = Bundle.draft(SHIPPED).metrics()
     clean, pgd20 = rows_where(rows, "accuracy_clean"), rows_where(rows, "accuracy_pgd20", norm="linf", eps=8 / 255)
     reached = f"clean {clean[0].value:.3f}, PGD-20 8/255 {pgd20[0].value:.3f}; 75 minutes on one core"
-    said = {"cifar10-small": reached, "cifar10": "for a GPU; not measured yet", "digits": "about a minute on one core"}
-    lines += [f"  {name:22}{said.get(name, 'not measured')}" for name in PRESETS]
+    summaries = {"cifar10-small": reached, "cifar10": "for a GPU; not measured yet", "digits": "about a minute on one core"}
+    lines += [f"  {name:22}{summaries.get(name, 'not measured')}" for name in PRESETS]
     lines.append("methods, on --budget digits (8 x 8; mean of 3 seeds, PGD-20 at l-inf 51/255), small (CIFAR-10, a core) or large (a GPU):")
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
     lines += [f"  {name:22}{measured.get(name, {}).get('summary', 'not measured')}" for name in METHODS]

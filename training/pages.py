@@ -1,4 +1,4 @@
-"""HTML pages of the templates in ``training/templates``: values are escaped, images carry their own bytes."""
+"""Render HTML pages from ``training/templates``: values are escaped, images embedded."""
 
 import base64
 from pathlib import Path
@@ -7,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def render(template: str, **fields: object) -> str:
-    """Return the page that ``template`` makes of ``fields``."""
+    """Return ``template`` rendered with ``fields``."""
     return TEMPLATES.get_template(template).render(fields)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Add a precision to a bundle, with its evidence: `python training/precision.py BUNDLE --precision int8`.
+"""Add a lower precision to a bundle, with its figures: `python training/precision.py BUNDLE --precision int8`.
 
-Writes the precision's graphs (fp16: classify and step; int8: classify, ranges from training images; bf16 is the torch engine's and
+Writes the precision's graphs (fp16: classify and step; int8: classify, ranges from training images; bf16 runs on the torch engine and
 needs none), calibrates it on its own energies, and measures what it costs against fp32 on the same images. A precision outside the
 limits of ebjdat_serve/precision.py is refused. The bundle gets a new version; where BUNDLE is a store, it is published into it,
 with `--force`.
@@ -48,19 +48,19 @@ from training.methods.adversary import Attack, Threat, cross_entropy, pgd
 RANGE_IMAGES = 512
 ALPHA = ALPHAS[0]
 TIMES = 40
-"""Calls of each engine that speed is timed by."""
+"""Number of timed calls of each engine."""
 FIGURES = (
     "logit_error_max", "energy_error_max", "energy_error_mean_over_sd", "label_disagreement", "accuracy_clean", "accuracy_clean_drop",
     "accuracy_pgd20_transfer", "accuracy_pgd20_transfer_drop", "accuracy_square", "accuracy_square_drop", "step_error_max",
     "flag_rate_clean", "flag_rate_excess", "flag_rate_clean_fp32_threshold", "graph_bytes", "ratio_classify_batch1",
     "ratio_classify_batch32",
 )  # fmt: skip
-"""What is measured of a precision; a row's metric is one of these, _ and the precision."""
+"""Figures of a precision; a row's metric is one of these names, _ and the precision."""
 
 
 @dataclass(frozen=True)
 class Amounts:
-    """How many test images are measured, attacked by PGD on the fp32 net, and attacked by Square with so many queries each."""
+    """Numbers of test images: measured, attacked by PGD on the fp32 network, and attacked by Square with ``queries`` each."""
 
     n: int = 2000
     attacked: int = 1000
@@ -70,7 +70,7 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Reference:
-    """What fp32 says, that every precision is compared with: the engine, test images, logits, energies, and who survives which attack."""
+    """The fp32 reference of every precision: engine, test images, logits, energies, and the images that survive each attack."""
 
     engine: Engine
     image: Floats
@@ -84,10 +84,10 @@ class Reference:
 
 
 def admit(bundle: Bundle, data: Dataset, precisions: Sequence[Precision], amounts: Amounts) -> Bundle:
-    """Return ``bundle`` with every one of ``precisions`` that is within its limits, calibrated and measured, as a new version.
+    """Return a new version of ``bundle`` with those of ``precisions`` that are within their limits, calibrated and measured.
 
-    All is done on a copy beside it, which takes its place at the end; in a store it is published. Raises BundleError that names the
-    precisions refused, the others being there, and the bundle untouched when none is.
+    Works on a copy in the same folder, which replaces the bundle at the end, or is published if it is in a store. Raises BundleError
+    naming the refused precisions, after the others are added; the bundle is untouched when all are refused.
     """
     check_data(bundle, data)
     fp32 = reference(bundle, data, amounts)
@@ -110,7 +110,7 @@ def admit(bundle: Bundle, data: Dataset, precisions: Sequence[Precision], amount
 
 
 def attempt(bundle: Bundle, folder: Path, data: Dataset, precision: Precision, fp32: Reference, amounts: Amounts) -> Bundle:
-    """Return a copy of ``bundle`` in ``folder`` with one precision added; raise BundleError beyond a limit."""
+    """Return a copy of ``bundle`` in ``folder`` with ``precision`` added; raise BundleError beyond a limit."""
     shutil.copytree(bundle.path, folder)
     draft = Bundle.draft(folder)
     draft = calibrate(draft.update(*write_graphs(draft, data, precision)), data, precision)
@@ -119,7 +119,7 @@ def attempt(bundle: Bundle, folder: Path, data: Dataset, precision: Precision, f
         print(f"{row.metric:36}{row.value:>12.5g}  n = {row.n:<6} {protocol_words(row)}", flush=True)
     before = draft.metrics()
     stale = rows_of(before, precision)
-    kept = [row for row in before if row not in stale and draft.holds(row.of)]  # no card shows figures of other files
+    kept = [row for row in before if row not in stale and draft.holds(row.of)]  # a card shows only figures of the bundle's files
     write_rows(folder / "metrics.json", [*kept, *rows])
     draft = draft.update("metrics.json")
     draft.check_precision(precision)
@@ -127,7 +127,7 @@ def attempt(bundle: Bundle, folder: Path, data: Dataset, precision: Precision, f
 
 
 def put(done: Bundle, home: Path) -> Bundle:
-    """Return ``done`` in its place: published where ``home`` is a store's, else put where the old bundle was, whole."""
+    """Move ``done`` to its place, and return it: published if ``home`` is in a store, else in place of the old bundle."""
     if store := store_of(home):
         return Bundle.draft(publish(done, store, after=home.resolve()))
     old = done.path.with_name("old")
@@ -141,14 +141,14 @@ def put(done: Bundle, home: Path) -> Bundle:
 
 
 def reference(bundle: Bundle, data: Dataset, amounts: Amounts) -> Reference:
-    """Return fp32's answers on the first test images and its survivors of both attacks; raise BundleError for too few images."""
+    """Return fp32's outputs on the first test images and the survivors of both attacks; raise BundleError for too few images."""
     for given, least, what in (
         (amounts.n, FEWEST, "n"),
         (amounts.attacked, FEWEST_ATTACKED, "attacked"),
         (amounts.square, FEWEST_SQUARE, "square"),
     ):
         if min(given, len(data.test)) < least:
-            raise BundleError(f"--{what} {given}, of {len(data.test)} test images: figures must rest on {least} at the fewest")
+            raise BundleError(f"--{what} {given}, of {len(data.test)} test images: at least {least} are needed")
     engine, test = load_engine(bundle, "auto", "cpu", 1), data.test.first(amounts.n)
     image, label, eps = to_unit(test.image), test.label, ball_of(data.name).linf
     logits, energy = through(engine, image)
@@ -159,7 +159,7 @@ def reference(bundle: Bundle, data: Dataset, amounts: Amounts) -> Reference:
 
 
 def write_graphs(bundle: Bundle, data: Dataset, precision: Precision) -> list[str]:
-    """Write the graphs that ``precision`` has of its own and return their names."""
+    """Write the graphs of ``precision`` and return their names."""
     if precision == "int8":
         chosen = np.random.default_rng(SEED).permutation(len(data.train))[:RANGE_IMAGES]
         return [write_int8(bundle, to_unit(data.train.image[np.sort(chosen)]))]
@@ -167,7 +167,7 @@ def write_graphs(bundle: Bundle, data: Dataset, precision: Precision) -> list[st
 
 
 def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference, amounts: Amounts) -> Iterator[Row]:
-    """Yield what ``precision`` costs against fp32 on the same test images, each engine on one thread of the CPU."""
+    """Yield the figures of ``precision`` against fp32 on the same test images, each engine on one CPU thread."""
     low, where = load_engine(bundle, "auto", "cpu", 1, precision), Images(dataset=data.name, split="test")
     image, label, f, e = fp32.image, fp32.label, fp32.logits, fp32.energy
 
@@ -221,7 +221,7 @@ def flag_rate(calibration: Calibration, logits: Floats) -> float:
 
 
 def costs(row: Callable[..., Row], metric: str, before: np.ndarray, after: np.ndarray, images: Images) -> Iterator[Row]:
-    """Yield the accuracy of a precision and what it lost against fp32 on the same images, (n,) bool each."""
+    """Yield the accuracy of a precision and its drop from fp32 on the same images; ``before`` and ``after`` are (n,) bool."""
     lost = before.astype(float) - after
     yield row(metric, after.mean(), len(after), images, fp32=float(before.mean()))
     spread = float(lost.std() / len(lost) ** 0.5)
@@ -229,13 +229,13 @@ def costs(row: Callable[..., Row], metric: str, before: np.ndarray, after: np.nd
 
 
 def right(logits: Floats, label: Labels) -> np.ndarray:
-    """Return which rows are classified as ``label``, (N,) bool."""
+    """Return whether each image is classified as ``label``, (N,) bool."""
     result: np.ndarray = logits.argmax(axis=1) == label
     return result
 
 
 def transferred(bundle: Bundle, image: Floats, label: Labels, eps: float) -> Floats:
-    """Return PGD-20 images made on the fp32 network with torch."""
+    """Return PGD-20 adversarial images of the fp32 network, computed by torch."""
     model, noise = load_model(bundle), Noise.seeded(SEED)
     parts = [
         pgd(model, x, y, objective=cross_entropy, threat=Threat("linf", eps), attack=Attack(steps=20), noise=noise).numpy()
@@ -245,7 +245,7 @@ def transferred(bundle: Bundle, image: Floats, label: Labels, eps: float) -> Flo
 
 
 def square_survivors(engine: Engine, image: Floats, label: Labels, eps: float, queries: int) -> np.ndarray:
-    """Return which images Square (arXiv 1912.00049, package pyautoattack) leaves right, (N,) bool, asking the engine alone."""
+    """Return the images still right after Square (arXiv 1912.00049, package pyautoattack) on the engine, (N,) bool."""
     from pyautoattack.square import SquareAttack
 
     def ask(x: torch.Tensor) -> torch.Tensor:
@@ -257,26 +257,26 @@ def square_survivors(engine: Engine, image: Floats, label: Labels, eps: float, q
 
 
 def speed_ratio(full: Engine, low: Engine, image: Floats) -> float:
-    """Return how many times as many images a second ``low`` classifies as ``full``."""
+    """Return the ratio of images per second of ``low`` to ``full``."""
     times: list[list[float]] = [[], []]
     for _ in range(TIMES):
         for engine, taken in zip((full, low), times, strict=True):
-            started = time.process_time()  # this machine may do other things, which a short call meets seldom and a long one always
+            started = time.process_time()  # CPU time: other processes delay long calls always and short ones seldom
             engine.classify(image)
             taken.append(time.process_time() - started)
     return float(np.percentile(times[0], 20) / np.percentile(times[1], 20))
 
 
 def table(rows: list[Row]) -> str:
-    """Return what each precision costs as Markdown: a line a figure, a column a precision."""
+    """Return a Markdown table: a line per figure, a column per precision."""
     found = [precision for precision in LOWER if rows_of(rows, precision)]
     lines = [f"| figure | {' | '.join(found)} | n | protocol |", "|---" * (len(found) + 3) + "|"]
     for name in FIGURES:
         measured = [first(rows, f"{name}_{precision}") for precision in found]
         if row := next((row for row in measured if row), None):
             cells = [f"{each.value:.4g}" if each else "" for each in measured]
-            beside = f"; fp32 {row.fp32:.4g}" if row.fp32 is not None else ""
-            lines.append(f"| {name} | {' | '.join(cells)} | {row.n} | {protocol_words(row)}{beside} |")
+            reference = f"; fp32 {row.fp32:.4g}" if row.fp32 is not None else ""
+            lines.append(f"| {name} | {' | '.join(cells)} | {row.n} | {protocol_words(row)}{reference} |")
     return "\n".join(lines)
 
 
@@ -289,13 +289,13 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=default.n, help="test images for parity, accuracy and flags (%(default)s)")
     parser.add_argument("--attacked", type=int, default=default.attacked, help="test images attacked by PGD on the fp32 net (%(default)s)")
     parser.add_argument("--square", type=int, default=default.square, help="test images attacked by Square (%(default)s)")
-    parser.add_argument("--queries", type=int, default=default.queries, help="questions that Square may ask of each (%(default)s)")
-    parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
+    parser.add_argument("--queries", type=int, default=default.queries, help="queries of Square per image (%(default)s)")
+    parser.add_argument("--data", help="for a bundle of your own data: the folder, if it has moved")
     parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with command(parser):
-        # a copy is made beside it, also when it is the folder that one stands in
+        # the parent folder gets a copy, even when the bundle is the working folder
         bundle = check_editable(options.bundle.resolve(), force=options.force)
         data = dataset_of(bundle, options.data)
         amounts = Amounts(options.n, options.attacked, options.square, options.queries)

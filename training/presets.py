@@ -1,7 +1,7 @@
-"""Named configurations: budgets (data, network, epochs), methods, and the presets that the refresh publishes; --set overrides fields.
+"""Named configurations: budgets (data, network, epochs), methods, and the refresh's presets; --set overrides fields.
 
 ``preset(method, budget)`` trains any method on any budget, so that methods can be compared on the same data, loop and number of
-labelled images: a method that continues a warm start gets the epochs that are left. What each reached is in docs/methods.md.
+labelled images: a method that continues a warm start gets the remaining epochs. docs/methods.md has the results.
 """
 
 import re
@@ -28,11 +28,11 @@ from training.methods.sharpness import Asam, Awp
 class Budget:
     """Data, network and training time, the same for every method."""
 
-    stage: Preset  # what all stages have in common; its own method is not used
+    stage: Preset  # fields common to all stages; its method is not used
     warm_epochs: float
     joint_epochs: float
     lr: float  # of a network trained from scratch
-    joint_lr: float  # of one that continues
+    joint_lr: float  # of a network that continues a warm start
     chains: ChainConfig  # batch, buffer and restarts; a method sets steps and lengths
 
 
@@ -108,7 +108,7 @@ def hosts(b: Budget, steps: int) -> dict[str, tuple[ChainConfig, dict[str, Any]]
 
 
 def ebjdat_paper(host: str) -> Callable[[Budget], Preset]:
-    """Return EB-JDAT as the paper writes it, from random weights: w = (1, 1, 1), x_adv raising E(x, y), a signed gap."""
+    """Return EB-JDAT as in the paper, from random weights: w = (1, 1, 1), x_adv raising E(x, y), a signed gap."""
 
     def build(b: Budget) -> Preset:
         sampler, changes = hosts(b, 10)[host]
@@ -133,10 +133,10 @@ def ebjdat_aligned(host: str) -> Callable[[Budget], Preset]:
 def dat(b: Budget) -> Preset:
     """Return DAT's second stage: constant rate, unclipped, EMA .999, two augmentation streams, as many p(x) images as labelled ones.
 
-    Departures: the rate is five (CIFAR-10) or ten (digits) times the released .001, for budgets are short; weight decay spares norms
+    Departures: the rate is five (CIFAR-10) or ten (digits) times the released .001, for budgets are short; weight decay excludes norms
     and biases, theirs is on all; the ball is l-inf as every method's here, theirs is l2 0.5 (``--set threat.norm=l2 eps=0.5``).
     """
-    tiny = b.stage.dataset == "digits"  # eight pixels: shorter ascents, fewer images a window, and a cut-out leaves nothing
+    tiny = b.stage.dataset == "digits"  # eight pixels: shorter ascents, fewer images per window, and no cutout, which would leave nothing
     method = Dat(eta=0.05, cap=20, window=256) if tiny else Dat()
     return continued(
         b,
@@ -194,7 +194,7 @@ def preset(method: str, budget: str, dataset: str | None = None) -> Preset:
 
 
 def refreshed(budget: str, name: str, warm: str) -> Preset:
-    """Return what the refresh trains on a budget: EB-JDAT with conditional chains, without sharpness, one step in three of JEM's."""
+    """Return the refresh's preset on a budget: EB-JDAT with conditional chains, without sharpness, one step in three of JEM's."""
     b = BUDGETS[budget]
     method = EbJdat(clean_weight=0.5 if budget == "digits" else 0.3, chains=chains(b, conditional=True, noise_std=0.005))
     stage = continued(b, "fgsm-rs", method)
@@ -206,4 +206,4 @@ DIGITS = refreshed("digits", "digits", "digits-fgsm")
 CIFAR10_SMALL = refreshed("small", "cifar10-small", "cifar10-fgsm")
 CIFAR10 = refreshed("large", "cifar10", "cifar10-fgsm-gpu")
 PRESETS = {stage.name: stage for stage in (CIFAR10_SMALL, CIFAR10, DIGITS)}
-"""What the refresh publishes."""
+"""The presets of the refresh."""

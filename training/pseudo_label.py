@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Label generated images with a bundle's classifier: `python training/pseudo_label.py IMAGES BUNDLE -o extra.npz`.
 
-IMAGES is an .npz with ``image`` or a folder of images. Images whose largest probability is below --least are left out. The file is
-what `train.py --set extra=extra.npz extra_fraction=0.7` mixes into every labelled batch, with any method.
+IMAGES is an .npz with ``image`` or a folder of images. Images whose largest probability is below --least are left out. With any method,
+`train.py --set extra=extra.npz extra_fraction=0.7` mixes the file into every labelled batch.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("images")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("extra.npz"))
-    parser.add_argument("--least", type=float, default=0.0, help="smallest probability that is kept (%(default)s)")
+    parser.add_argument("--least", type=float, default=0.0, help="smallest probability of a kept image (%(default)s)")
     options = parser.parse_args()
     with command(parser):
         bundle = Bundle.load(options.bundle)

@@ -12,8 +12,8 @@ import torch
 
 from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
 from ebjdat_serve.card import retitled
-from ebjdat_serve.folders import folder, made, unwritable
-from ebjdat_serve.locking import Held, alone
+from ebjdat_serve.folders import ensure_folder, folder, unwritable
+from ebjdat_serve.locking import Held, exclusive_lock
 from ebjdat_serve.rows import rows_where
 from ebjdat_serve.store import next_revision, publish, withhold
 from training.config import Preset, describe, stages
@@ -48,20 +48,19 @@ def refresh(
     store: Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Run every step of ``preset`` in ``run`` and return the bundle published in ``store``; what a run already finished is not done again.
+    """Run every step of ``preset`` in ``run`` and return the bundle published in ``store``; finished steps are not repeated.
 
-    Without a ``store`` it is the run's own. A model that the gate holds back is a candidate there, unless ``force``: HeldBack says why.
+    ``store`` is the run's own by default. Raises HeldBack for a model held back as a candidate, unless ``force``.
 
-    Without a ``suite`` only the training is done, which needs torch, NumPy, Pillow and safetensors alone, and the weights
-    are returned; so they are on every rank but the first, which does the rest alone. Raises TrainingError, DataError or
-    EbjdatError with the step's own message.
+    Without a ``suite``, and on every rank but the first, only the training is done, which needs just torch, NumPy, Pillow
+    and safetensors, and the path of the weights is returned. Raises TrainingError, DataError or EbjdatError with the step's message.
     """
     if init is not None and not init.is_file():
-        raise TrainingError(f"{init}, to start from, is not there")
+        raise TrainingError(f"{init}, the weights of --init, does not exist")
     first = ranks.rank == 0
     with lock(run) if first else nullcontext():
         if not first:
-            ranks.wait()  # the first rank may have to download
+            ranks.wait()  # the first rank may be downloading
         data = load(preset.dataset, (preset.size, preset.size) if preset.size else None)
         check_images(preset, data)
         todo = [filled(stage, len(data.train), tells=first) for stage in ([preset] if init is not None else stages(preset))]
@@ -81,10 +80,10 @@ def refresh(
 
 
 def deliver(bundle: Bundle, data: Dataset, run: Path, store: Path, force: bool) -> Path:
-    """Publish a finished bundle unless it is worse than what the store points at; raise HeldBack, it being a candidate, when it is."""
+    """Publish a finished bundle; if it is worse than the store's current one, make it a candidate and raise HeldBack."""
     from training.evaluation.gate import judge
 
-    say(f"compare with what {store} points at")
+    say(f"compare with the current version of {store}")
     verdict = judge(bundle, store, data)
     for row in verdict.rows:
         say(f"  {row}")
@@ -94,14 +93,14 @@ def deliver(bundle: Bundle, data: Dataset, run: Path, store: Path, force: bool) 
         raise HeldBack(f"{bundle.manifest.name}@{bundle.manifest.version} is not published: {verdict.reason}\nit is a candidate, {home}")
     say(f"publish into {store}")
     there = store / f"{bundle.manifest.name}-{bundle.manifest.version}"
-    if there.is_dir() and Bundle.draft(there).manifest != bundle.manifest:  # the same model, measured further
+    if there.is_dir() and Bundle.draft(there).manifest != bundle.manifest:  # the same model with more figures
         bundle = retitled(bundle, next_revision(bundle, store))
-    # it passed, so that an earlier hold-back says nothing any more; with what was published meanwhile it was not compared
+    # it passed, which overrides an earlier hold-back; it was not compared with anything published meanwhile
     return publish(bundle, store, force=True, after=None if force else verdict.pointed)
 
 
 def filled(stage: Preset, images: int, *, tells: bool) -> Preset:
-    """Return ``stage`` with a batch that ``images`` fill: half of them, a multiple of 8 where possible."""
+    """Return ``stage`` with a batch size that ``images`` fill: at most half of them, a multiple of 8 where possible."""
     if images >= stage.batch_size:
         return stage
     half = max(1, images // 2)
@@ -114,19 +113,19 @@ def filled(stage: Preset, images: int, *, tells: bool) -> Preset:
 def train_stages(
     todo: list[Preset], data: Dataset, run: Path, *, init: Path | None, clock: Clock, device: torch.device, ranks: Ranks, tensorboard: bool
 ) -> Path:
-    """Train what is left of each stage from the weights of the one before, and return the last one's."""
+    """Train or resume each stage from the weights of the previous one, and return the path of the last weights."""
     weights = init
     steps = [total_steps(stage, len(data.train)) for stage in todo]
     for i, stage in enumerate(todo):
         folder = run / stage.name
         taken = [load_position(run / other.name / "state.pt").step for other in todo[i:]]
         unfinished = taken[0] < steps[i] or not (folder / "weights.safetensors").is_file()
-        # a warm start that ran out of its time is not trained on once something was built on it
+        # a warm start that ran out of time is not continued once a later stage started from it
         if ranks.agree(unfinished and not any(taken[1:])):
             if ranks.rank == 0:
                 say(f"train {stage.name} in {folder}")
             share = (steps[i] - taken[0] + 1) / (sum(steps[i:]) - taken[0] + 1)
-            clock.allot(share if len(taken) == 1 else min(share, 0.5))  # a step of a warm start is the cheaper one
+            clock.allot(share if len(taken) == 1 else min(share, 0.5))  # steps of a warm start are cheaper
             train(stage, data, folder, init=weights, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
             if ranks.rank == 0:
                 write_report(folder, stage)
@@ -137,11 +136,11 @@ def train_stages(
 
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Hold the run's folder; raise TrainingError when another process trains there, or it cannot be written."""
+    """Lock the run's folder; raise TrainingError when another process trains there, or it is not writable."""
     with ExitStack() as held:
         try:
-            made(run, "EBJDAT_RUNS")
-            held.enter_context(alone(run / ".lock", wait=False))
+            ensure_folder(run, "EBJDAT_RUNS")
+            held.enter_context(exclusive_lock(run / ".lock", wait=False))
         except Held as error:
             raise TrainingError(str(error), options=("--run NAME",)) from error
         except OSError as error:
@@ -152,11 +151,11 @@ def lock(run: Path) -> Iterator[None]:
 def finish(
     stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None, origin: Origin, before: int, last: bool
 ) -> Bundle:
-    """Return the evaluated bundle of one stage's weights: export, parity, calibration, evaluation; ``before``: roll-backs until then.
+    """Return the evaluated bundle of one stage's weights: export, parity, calibration, evaluation; ``before``: earlier rollbacks.
 
-    Of a stage that is not the ``last``, a warm start, only what stands beside the last one's figures is measured.
+    For a warm start (not ``last``) only the figures that the card compares are measured.
     """
-    # here and not above: a machine that only trains need not have ONNX and SciPy
+    # imported here: a machine that only trains needs neither ONNX nor SciPy
     from export.parity import check
     from export.to_onnx import export
     from training.calibrate import calibrate
@@ -180,7 +179,7 @@ def finish(
 
 
 def finished(home: Path, weights: Path, n: int) -> bool:
-    """Return whether ``home`` is an evaluated bundle of these weights, with n clean test images or more."""
+    """Return whether ``home`` is a bundle of these weights, evaluated on n or more clean test images."""
     if not (home / MANIFEST).is_file():
         return False
     bundle = Bundle.draft(home)
@@ -191,7 +190,7 @@ def finished(home: Path, weights: Path, n: int) -> bool:
 
 
 def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) -> Origin:
-    """Return how a run began, written to its config.json; raise TrainingError for one of another configuration or other data."""
+    """Return a run's origin, stored in its config.json; raise TrainingError for another configuration or other data."""
     run.mkdir(parents=True, exist_ok=True)
     file = run / "config.json"
     begun = {
@@ -205,11 +204,11 @@ def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) ->
         write_json(file, {"git": git_commit(), "started": now, **begun})
     known = read_json(file)
     if {name: known.get(name) for name in begun} != begun:
-        said = f"{file} holds another configuration or data: continue it with the same preset, settings and images"
-        raise TrainingError(said, options=("--run NAME",))
+        message = f"{file} holds another configuration or data: continue it with the same preset, settings and images"
+        raise TrainingError(message, options=("--run NAME",))
     return Origin(known["git"], known["started"], known["init_sha256"])
 
 
 def say(text: str) -> None:
-    """Log what a run does now."""
+    """Log a step of the run."""
     log.info("%s", text)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""report.html of a run, self-contained: `python training/report.py RUN/STAGE`.
+"""Write a run's self-contained report.html: `python training/report.py RUN/STAGE`.
 
-Loss and energy curves, clean and PGD accuracy on held-out training images, energy histograms as they evolve, sample sheets.
+Loss and energy curves, clean and PGD accuracy on held-out training images, energy histograms over time, sample sheets.
 """
 
 import json
@@ -33,7 +33,7 @@ CHARTS = (
 def write_report(folder: Path, preset: Preset | None = None) -> Path | None:
     """Write ``folder``/report.html from its log and sample sheets and return it.
 
-    Where jinja2 or matplotlib is not installed, log what to install and return None: training needs neither.
+    Without jinja2 or matplotlib, which training does not need, log the install command and return None.
     """
     try:
         from training.loop import charts
@@ -62,14 +62,14 @@ def write_report(folder: Path, preset: Preset | None = None) -> Path | None:
 
 
 def read_log(log: Path) -> list[Row]:
-    """Return the rows of a log; of steps that were taken twice, ``series`` keeps the last."""
+    """Return the rows of a log; for steps taken twice, ``series`` keeps the last."""
     kept: list[Row] = []
     if log.is_file():
         for line in log.read_text(encoding="utf-8").splitlines():
             try:
                 row: Row = json.loads(line)
             except ValueError:
-                continue  # the line that a kill cut short
+                continue  # a line truncated by a kill
             kept.append(row)
     return kept
 
@@ -81,7 +81,7 @@ def series(rows: list[Row], name: str) -> list[tuple[float, float]]:
 
 
 def summary(rows: list[Row], rollbacks: int) -> str:
-    """Return where the run stands, in a sentence."""
+    """Return the run's status as text."""
     steps = [row for row in rows if "of" in row]
     looks = [row for row in rows if "selection_clean" in row]
     where = f"Step {steps[-1]['step']} of {steps[-1]['of']}, rolled back for divergence {rollbacks} times." if steps else "No step yet."
@@ -92,7 +92,7 @@ def summary(rows: list[Row], rollbacks: int) -> str:
 
 
 def main() -> None:
-    """Write the report of the stage folder named on the command line, of a run that goes on or one that has ended."""
+    """Write the report of the stage folder named on the command line; the run may still be running."""
     parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a model and publish a bundle: `python training/train.py [PRESET | METHOD]`.
 
-With no argument this is the refresh: it picks the best preset for the device and runs
+Without arguments it runs the refresh with the best preset for the device:
 train -> export -> parity -> calibrate -> evaluate -> gate -> publish. Each step also runs alone, on a bundle.
 Any method trains on any data: `train.py trades --data digits`. Several GPUs: `torchrun --nproc-per-node 4 training/train.py …`.
 """
@@ -34,11 +34,11 @@ from training.presets import BUDGETS, METHODS, PRESETS, preset
 from training.refresh import log, refresh, runs_root
 
 HELD_BACK = 3
-"""Exit status of a refresh whose model stays a candidate."""
+"""Exit status of a refresh whose model is held back."""
 
 
 def main() -> None:
-    """Train what the command line names, and publish it."""
+    """Train the preset or method named on the command line and publish it."""
     parser = arguments()
     options = parser.parse_args()
     logs.configure(options.log, "[%(asctime)s] %(message)s", sys.stdout)
@@ -51,7 +51,7 @@ def main() -> None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         stage = override(on_network(chosen(options, device), options.network), options.set)
         run = runs_root() / ranks.agree(options.run or default_run(stage, runs_root(), options.resume))
-        there = ranks.agree((run / "config.json").is_file())  # one whose data was refused has not begun
+        there = ranks.agree((run / "config.json").is_file())  # a run whose data was refused has not begun
         if options.resume and not there:
             raise TrainingError(f"{run} has not begun: leave --resume out to start it")
         if there and preset_of(run) not in ("", stage.name):
@@ -77,7 +77,7 @@ def main() -> None:
         failed(options, f"{error}; give more --max-minutes and go on with: {resuming('--resume', run)}")
     except EbjdatError as error:
         failed(options, advice(error, parser))
-    except OSError as error:  # a full disk: its text names the file
+    except OSError as error:  # a full disk: its message names the file
         failed(options, str(error))
     except KeyboardInterrupt:
         failed(options, f"interrupted; go on with: {resuming('--resume', run)}", 130)
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def failed(options: argparse.Namespace, text: str, status: int = 1) -> NoReturn:
-    """Exit with ``status``, saying why nothing was published: a line of text, or a JSON record."""
+    """Exit with ``status`` after reporting why nothing was published, as text or as a JSON record."""
     if options.log == "json":
         log.error("%s", text)
     elif status == 1:
@@ -101,13 +101,13 @@ def failed(options: argparse.Namespace, text: str, status: int = 1) -> NoReturn:
 
 
 def preset_of(run: Path) -> str:
-    """Return the name of a run's preset, nothing before it has begun."""
+    """Return the name of a run's preset, or an empty string before it has begun."""
     file = run / "config.json"
     return str(read_json(file)["stages"][-1]["name"]) if file.is_file() else ""
 
 
 def resuming(option: str, run: Path) -> str:
-    """Return this command as one that continues ``run`` up to its publication, with ``option``."""
+    """Return the command that continues ``run`` up to its publication, with ``option``."""
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--only-train", option)]
     named = [] if not run.name or any(word.split("=")[0] in ("--run", "--name") for word in words) else ["--run", run.name]
     return shlex.join([sys.executable, sys.argv[0], *words, *named, *dict.fromkeys(["--resume", option])])
@@ -121,17 +121,17 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", help=f"for a method: {', '.join(SOURCES)}, or a folder of class sub-folders (cifar10)")
     parser.add_argument("--budget", choices=sorted(BUDGETS), help="for a method: network and epochs; by data and device by default")
     parser.add_argument("--network", choices=sorted(FAMILIES), help="family of networks, at its own default sizes; the budget's by default")
-    # torchrun takes --run for its own --run-path, hence the second name
+    # torchrun parses --run as its own --run-path, hence the second name
     parser.add_argument("--run", "--name", help="name of the run under EBJDAT_RUNS; PRESET-DATE-TIME by default")
     parser.add_argument("--resume", action="store_true", help="continue --run, or the newest run of the preset")
     parser.add_argument("--init", type=Path, help="start from these weights (safetensors) instead of the warm start")
     parser.add_argument(
-        "--max-minutes", type=float, default=math.inf, help="end training cleanly after so long, and go on with what there is"
+        "--max-minutes", type=float, default=math.inf, help="end training cleanly after this time and continue with the current weights"
     )
-    parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="how much to measure (%(default)s)")
+    parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="amount of evaluation (%(default)s)")
     parser.add_argument("--store", type=Path, help="publish into this store (RUN/store), if the model is not worse than its current one")
-    parser.add_argument("--force", action="store_true", help="publish also a model that is worse, or cannot be compared")
-    parser.add_argument("--only-train", action="store_true", help="stop when the weights are there; --resume without it does the rest")
+    parser.add_argument("--force", action="store_true", help="publish even a model that is worse or cannot be compared")
+    parser.add_argument("--only-train", action="store_true", help="stop after training; --resume without it does the rest")
     parser.add_argument("--tensorboard", action="store_true", help="also write scalars and samples for TensorBoard (extra [watch])")
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help="override fields of the preset: lr=0.1 threat.norm=l2"
@@ -147,7 +147,7 @@ def chosen(options: argparse.Namespace, device: torch.device) -> Preset:
     name = options.preset or ("cifar10" if gpu else "cifar10-small")
     if name in PRESETS:
         if options.data or options.budget:
-            raise TrainingError(f"{name} says its own data and budget: --data and --budget are for methods, {', '.join(METHODS)}")
+            raise TrainingError(f"{name} sets its own data and budget: --data and --budget are for methods, {', '.join(METHODS)}")
         return PRESETS[name]
     usual = SOURCES[options.data].budget if options.data in SOURCES else None
     budget = options.budget or usual or ("large" if gpu else "small")

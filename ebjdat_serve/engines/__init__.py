@@ -1,4 +1,4 @@
-"""An engine runs a bundle's functions, f(x) with E(x), the score, and Langevin steps; which one, where and how precisely is a choice."""
+"""Engines run a bundle's functions: f(x) with E(x), the score, and Langevin steps; ``load_engine`` chooses engine, device and precision."""
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class Engine(Protocol):
-    """What the server, calibration and evaluation ask of a model; images (N, 3, H, W) float32 in [0,1]."""
+    """The interface of a model for server, calibration and evaluation; images (N, 3, H, W) float32 in [0,1]."""
 
     name: str
     provider: str
@@ -33,20 +33,20 @@ class Engine(Protocol):
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""
 
     def advance(self, chains: Chains, steps: int) -> Chains:
-        """Return ``chains`` after ``steps`` Langevin steps; between the first and the last nothing is copied to or from the host."""
+        """Return ``chains`` after ``steps`` Langevin steps; nothing is copied to or from the host between steps."""
 
 
 def load_engine(
     bundle: Bundle, kind: EngineKind = "auto", device: Device = "auto", threads: int = 1, precision: Precision = "fp32"
 ) -> Engine:
-    """Return the engine asked for; ``auto`` takes ONNX Runtime, torch for bf16, and the GPU where it really runs there.
+    """Return the requested engine; ``auto`` selects ONNX Runtime, torch for bf16, and the GPU if it runs there.
 
-    Raises EngineError when what was asked for by name cannot run here, BundleError when the bundle has no such precision.
+    Raises EngineError when a choice made by name cannot run here, BundleError when the bundle has no such precision.
     """
     if kind == "torch" or (kind == "auto" and precision == "bf16"):
         if find_spec("torch") is None:
             raise EngineError(
-                f"the torch engine, which bf16 needs too, needs PyTorch: {pip('install', 'torch==2.13.0')}",
+                f"the torch engine, which bf16 uses, needs PyTorch: {pip('install', 'torch==2.13.0')}",
                 options=("--engine onnx --precision fp32",),
             )
         from ebjdat_serve.engines.eager import TorchEngine

@@ -1,4 +1,4 @@
-"""Torch from weights.safetensors alone: in fp32 the reference that the graphs are compared with; on a GPU, captured as CUDA graphs."""
+"""The PyTorch engine: the fp32 reference that exported graphs are compared with; captured as CUDA graphs on a GPU."""
 
 import threading
 from collections.abc import Callable
@@ -20,12 +20,12 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 LARGEST = 256
 """The most chains that one CUDA graph moves."""
 DEVICE_LOCK = threading.RLock()
-"""Held while the GPU is used: a refresh loads, verifies and captures in a thread beside the one that answers, and a process may
-capture one graph at a time."""
+"""Held while the GPU is used: a refresh loads, verifies and captures in another thread than the one that answers requests, and a
+process can capture one graph at a time."""
 
 
 def load_model(bundle: Bundle) -> Network:
-    """Return the bundle's network in eval mode on the CPU, its parameters taking no gradient."""
+    """Return the bundle's network in eval mode on the CPU; its parameters require no gradient."""
     m = bundle.manifest
     model = build(architecture_of(m.architecture), len(m.labels), load_file(bundle.path / "weights.safetensors"))
     return model.requires_grad_(False)
@@ -41,9 +41,9 @@ class TorchEngine:
             fit = ("--engine onnx --device tensorrt --precision fp32", "--engine onnx --device tensorrt --precision fp16")
             raise EngineError("TensorRT runs through ONNX Runtime", options=fit)
         if device == "cuda" and not torch.cuda.is_available():
-            raise EngineError("CUDA was asked for but torch sees no GPU: check the driver", options=("--device cpu",))
+            raise EngineError("CUDA was requested but torch sees no GPU: check the driver", options=("--device cpu",))
         if precision not in DTYPES:
-            raise EngineError(f"{precision} is ONNX Runtime's", options=("--engine onnx", "--precision bf16"))
+            raise EngineError(f"{precision} needs ONNX Runtime", options=("--engine onnx", "--precision bf16"))
         torch.set_num_threads(threads)
         exact()
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -51,19 +51,19 @@ class TorchEngine:
         self.provider = f"torch {torch.__version__} {self._device.type}"
         model = load_model(bundle).to(self._device)
         self._fast = model.folded(DTYPES[precision])
-        # fp32 stays plain, norm after norm: what every other road is compared with
+        # fp32 stays unfolded: it is the reference of every other engine
         self._model: Callable[[Tensor], Tensor] = model if precision == "fp32" else self._fast
         self._walks: dict[tuple[int, ...], Walk] = {}
 
     def classify(self, image: Floats) -> tuple[Floats, Floats]:
         """Return logits (N, K) and energy E(x) (N,), nats."""
-        with self._alone(), torch.inference_mode():
+        with self._lock(), torch.inference_mode():
             logits = self._model(torch.from_numpy(image).to(self._device))
             return logits.cpu().numpy(), energy(logits).cpu().numpy()
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""
-        with self._alone():
+        with self._lock():
             gradient, energies = score(self._model, torch.from_numpy(image).to(self._device), torch.from_numpy(label).to(self._device))
         return gradient.cpu().numpy(), energies.cpu().numpy()
 
@@ -72,10 +72,10 @@ class TorchEngine:
         if self._device.type == "cpu":
             return self._moved(Walk(self._fast, chains, self._device), chains, steps)
         parts = [chains.rows(slice(i, i + LARGEST)) for i in range(0, len(chains.label), LARGEST)]
-        with self._alone():
+        with self._lock():
             return Chains.join([self._captured(part, steps) for part in parts])
 
-    def _alone(self) -> AbstractContextManager[object]:
+    def _lock(self) -> AbstractContextManager[object]:
         return nullcontext() if self._device.type == "cpu" else DEVICE_LOCK
 
     def _captured(self, chains: Chains, steps: int) -> Chains:
@@ -96,7 +96,7 @@ class TorchEngine:
 
 
 class Walk:
-    """Chains in fixed memory of the device, moved in place; a step is a function, or its captured graph."""
+    """Chains in fixed device memory, updated in place; a step is a function, or its captured graph."""
 
     def __init__(self, model: Callable[[Tensor], Tensor], chains: Chains, device: torch.device) -> None:
         self._model = model
@@ -105,7 +105,7 @@ class Walk:
         self.step = self._step
 
     def load(self, chains: Chains) -> None:
-        """Put ``chains`` in place of what is there."""
+        """Overwrite the chains with ``chains``."""
         for name, array in chains.arrays().items():
             self._state[name].copy_(torch.from_numpy(array))
 
@@ -118,7 +118,7 @@ class Walk:
         s["step"] += 1
 
     def capture(self) -> None:
-        """Make a step one launch: warm up on a side stream, as CUDA graphs ask for, then record."""
+        """Capture a step as one launch: warm up on a side stream, as CUDA graphs require, then record."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -126,16 +126,16 @@ class Walk:
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # by default a capture forbids every thread of the process to allocate meanwhile
+        # the default mode forbids allocations by every thread of the process during capture
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         self.step = graph.replay
 
 
 def exact() -> None:
-    """Make cuDNN multiply in fp32, not TF32, and repeat itself: a threshold taken on a CPU holds on the GPU.
+    """Make cuDNN deterministic and use fp32, not TF32, so that a threshold calibrated on a CPU holds on the GPU.
 
-    For the whole process and for good: two threads that each restore what they found can leave TF32 on.
+    This is global and permanent: two threads that each restore the previous setting can leave TF32 on.
     """
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the bundle's graphs: TensorRT, CUDA or the CPU; no torch."""
+"""The ONNX Runtime engine: runs the bundle's graphs on TensorRT, CUDA or the CPU, without torch."""
 
 import os
 from collections import Counter
@@ -14,15 +14,15 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.engines import Device, Floats, Labels, Precision
 from ebjdat_serve.engines.providers import BATCHES, CPU, GPU, TENSORRT, chosen, options_for
 from ebjdat_serve.errors import BundleError, EngineError
-from ebjdat_serve.listing import shown
+from ebjdat_serve.listing import printable
 from ebjdat_serve.sgld import Chains
 
 FAILURES = (errors.Fail, errors.EPFail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented, errors.RuntimeException)
-"""What ONNX Runtime raises when a session cannot be opened."""
+"""Exceptions that ONNX Runtime raises when a session cannot be opened."""
 
 
 class OnnxEngine:
-    """Sessions are opened when first used: a server that only classifies never loads the other graphs."""
+    """The Engine protocol on ONNX Runtime. Sessions are opened on first use: a server that only classifies never loads the other graphs."""
 
     name = "onnx"
 
@@ -54,16 +54,16 @@ class OnnxEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        # spinning threads starve the HTTP process of the same machine
+        # spinning threads starve the HTTP process on the same machine
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.log_severity_level = 3
         if self._wish == CPU and ".fp16." in graph.name:
-            # a CPU computes fp16 by casts, for evidence and not for speed: optimised, they cancel and nothing is rounded
+            # a CPU computes fp16 by casts, only to measure errors: the optimiser would cancel them, and nothing would be rounded
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         with options_for(self._wish, self._bundle, graph) as wanted:
             try:
-                # without its own fallback, which would go on with other providers and other options
+                # disable the fallback, which would continue with other providers and options
                 session = ort.InferenceSession(utf8(graph), options, providers=wanted, enable_fallback=0)
             except FAILURES as error:
                 raise EngineError(f"ONNX Runtime cannot open {graph} on {self._wish}: {error}") from error
@@ -73,17 +73,19 @@ class OnnxEngine:
     def _check(self, session: ort.InferenceSession) -> None:
         about, weights = session.get_modelmeta().custom_metadata_map, self._bundle.manifest.files["weights.safetensors"].sha256
         if about.get("weights") != weights:
-            raise BundleError(f"{self._bundle.path}: a graph was made from other weights; python export/to_onnx.py BUNDLE makes it anew")
+            raise BundleError(
+                f"{self._bundle.path}: a graph was exported from other weights; python export/to_onnx.py BUNDLE exports it again"
+            )
         placed = _operators(session)
         if self._strict and (session.get_providers()[0] != self._wish or not placed[self._wish]):
             raise EngineError(
-                f"{self._wish} was asked for but ONNX Runtime runs on {session.get_providers()[0]} ({dict(placed)} operators): check the "
+                f"{self._wish} was requested but ONNX Runtime runs on {session.get_providers()[0]} ({dict(placed)} operators): check the "
                 "driver and the provider's libraries (extras [gpu] and [tensorrt])",
                 options=("--device cpu",),
             )
 
     def placement(self) -> dict[str, dict[str, int]]:
-        """Return, for each graph in use, how many of its operators run on which provider."""
+        """Return, for each open graph, the number of its operators per provider."""
         sessions = {name: self.__dict__[f"_{name}"] for name in ("classify", "score", "step") if f"_{name}" in self.__dict__}
         return {name: dict(_operators(session)) for name, session in sessions.items()}
 
@@ -98,13 +100,13 @@ class OnnxEngine:
         return score, energy
 
     def advance(self, chains: Chains, steps: int) -> Chains:
-        """Return ``chains`` after ``steps`` Langevin steps: one run of the step graph each, between two pairs of buffers on the device."""
-        if self._wish == TENSORRT and len(chains.label) > BATCHES[-1]:  # beyond its profile
+        """Return ``chains`` after ``steps`` Langevin steps: one run of the step graph each, alternating between two buffers."""
+        if self._wish == TENSORRT and len(chains.label) > BATCHES[-1]:  # beyond the optimisation profile
             parts = [chains.rows(slice(i, i + BATCHES[-1])) for i in range(0, len(chains.label), BATCHES[-1])]
             return Chains.join([self.advance(part, steps) for part in parts])
         device = "cuda" if self.provider in GPU else "cpu"
         arrays = chains.arrays()
-        if device == "cpu" and steps == 1:  # nothing to copy, and 5 % less to do for one chain
+        if device == "cpu" and steps == 1:  # nothing to copy, and 5 % faster for one chain
             return chains.moved(self._step.run(["next_image"], arrays)[0], 1)
         place = {name: ort.OrtValue.ortvalue_from_numpy(array.copy(), device) for name, array in arrays.items()}
         other = {
@@ -113,12 +115,12 @@ class OnnxEngine:
         energy = ort.OrtValue.ortvalue_from_shape_and_type([len(chains.label)], np.float32, device)
         bindings = [self._bind(place, other, energy), self._bind({**place, **other}, place, energy)]
         options = ort.RunOptions()
-        # the host queues the steps and waits once
+        # the host enqueues the steps and waits once
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         for step in range(steps):
             self._step.run_with_iobinding(bindings[step % 2], options)
         bindings[0].synchronize_outputs()
-        # on a CPU numpy() is a view of memory that goes with the OrtValue
+        # on a CPU numpy() is a view of memory that the OrtValue frees
         return chains.moved((other if steps % 2 else place)["image"].numpy().copy(), steps)
 
     def _bind(self, source: dict[str, Any], target: dict[str, Any], energy: Any) -> Any:
@@ -132,11 +134,11 @@ class OnnxEngine:
 
 
 def utf8(path: Path) -> str:
-    """Return a path as ONNX Runtime takes it, in UTF-8 whatever the locale; raise EngineError for one that is not."""
+    """Return a path in UTF-8, as ONNX Runtime needs it in every locale; raise EngineError for one that is not UTF-8."""
     try:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise EngineError(f"{shown(path)}: ONNX Runtime opens only what has a path in UTF-8; rename the folder") from error
+        raise EngineError(f"{printable(path)}: ONNX Runtime opens only paths in UTF-8; rename the folder") from error
 
 
 def _operators(session: ort.InferenceSession) -> Counter[str]:

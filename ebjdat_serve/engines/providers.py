@@ -1,4 +1,4 @@
-"""Which ONNX Runtime provider runs a graph, with what options, and where TensorRT's engines are kept."""
+"""ONNX Runtime providers: their choice and options, and the cache of TensorRT engines."""
 
 import ctypes
 import hashlib
@@ -18,28 +18,28 @@ import onnxruntime as ort
 from ebjdat_serve.bundle import Bundle, read_json, sha256, write_json
 from ebjdat_serve.engines import Device, Precision
 from ebjdat_serve.errors import BundleError, EngineError
-from ebjdat_serve.folders import folder, made
+from ebjdat_serve.folders import ensure_folder, folder
 from ebjdat_serve.install import install
-from ebjdat_serve.locking import alone
+from ebjdat_serve.locking import exclusive_lock
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GPU = (CUDA, TENSORRT)
 BY_DEVICE: dict[Device, str] = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 BATCHES = (1, 32, 256)
-"""The batches that TensorRT's engines are made for: smallest, best, largest."""
+"""The batch sizes of TensorRT's optimisation profile: smallest, best, largest."""
 SEAL = "engine.json"
 Facts = dict[str, Any]
 
 
 def chosen(device: Device, precision: Precision) -> str:
-    """Return the provider to ask for; ``auto`` is CUDA where this ONNX Runtime has it, else the CPU: TensorRT only by name.
+    """Return the provider to use; ``auto`` is CUDA if this ONNX Runtime has it, else the CPU, and never TensorRT.
 
-    Raises EngineError when a provider asked for by name is not to be had here, or does not compute in ``precision``.
+    Raises EngineError when a provider chosen by name is not available, or does not support ``precision``.
     """
     if precision == "bf16":
-        raise EngineError("bf16 is the torch engine's, on a CPU or CUDA", options=("--engine torch --device cpu", "--precision fp16"))
+        raise EngineError("bf16 runs on the torch engine, on a CPU or CUDA", options=("--engine torch --device cpu", "--precision fp16"))
     if device == "tensorrt" and precision == "int8":
-        raise EngineError("int8 is for CPUs: TensorRT takes no ranges that are not symmetric", options=("--precision fp16",))
+        raise EngineError("int8 runs on CPUs: TensorRT takes only symmetric ranges", options=("--precision fp16",))
     available = ort.get_available_providers()
     if device == "auto":
         return CUDA if CUDA in available else CPU
@@ -57,16 +57,16 @@ def chosen(device: Device, precision: Precision) -> str:
 
 @contextmanager
 def options_for(provider: str, bundle: Bundle, graph: Path) -> Iterator[list[tuple[str, dict[str, str]]]]:
-    """Yield ONNX Runtime's providers while a session is opened: the one wanted, then what runs operators it does not know.
+    """Yield ONNX Runtime's providers while a session is opened: the requested one, then the fallback for operators it lacks.
 
-    TensorRT's engine is locked meanwhile, so that no process removes what another builds, and sealed when the session was opened.
+    TensorRT's engine is locked meanwhile, so that no process removes an engine that another builds, and sealed once the session is open.
     """
     if provider == CPU:
         yield [(CPU, {})]
         return
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
-    # TF32 would move energies by 1e-3, and a threshold with them: fp32 means fp32, and fp16 is there for speed
+    # TF32 would shift energies, and so a threshold, by 1e-3: fp32 means fp32, and fp16 is for speed
     cuda = (CUDA, {"device_id": "0", "use_tf32": "0"})
     if provider == CUDA:
         yield [cuda, (CPU, {})]
@@ -75,15 +75,15 @@ def options_for(provider: str, bundle: Bundle, graph: Path) -> Iterator[list[tup
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # TensorRT's provider has no option for it
     facts = engine_facts(graph)
     home = engine_folder(facts)
-    made(home.parent, "EBJDAT_CACHE")
-    with alone(home.with_suffix(".lock")):
+    ensure_folder(home.parent, "EBJDAT_CACHE")
+    with exclusive_lock(home.with_suffix(".lock")):
         clear_unless_ready(home, facts)
         yield [(TENSORRT, tensorrt_options(home, bundle, graph)), cuda, (CPU, {})]
         seal(home, facts)
 
 
 def load_tensorrt() -> None:
-    """Load TensorRT's libraries from their wheel, where ONNX Runtime would not look; raise EngineError when they do not load."""
+    """Load TensorRT's libraries from their wheel, which ONNX Runtime does not search; raise EngineError when they do not load."""
     found = find_spec("tensorrt_libs")
     folder = Path(found.origin).parent if found and found.origin else None
     for name in ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10"):
@@ -99,7 +99,7 @@ def tensorrt_options(folder: Path, bundle: Bundle, graph: Path) -> dict[str, str
     size = bundle.manifest.input
     each = {"image": f"x3x{size.height}x{size.width}", "key": "x4x4"}
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 1  # it computes nothing, and by itself takes a thread for each core of the host
+    options.intra_op_num_threads = 1  # it computes nothing, and by default starts a thread for each core of the host
     inputs = [entry.name for entry in ort.InferenceSession(graph, options, providers=[CPU]).get_inputs()]
     shapes = [",".join(f"{name}:{batch}{each.get(name, '')}" for name in inputs) for batch in BATCHES]
     return {
@@ -108,13 +108,13 @@ def tensorrt_options(folder: Path, bundle: Bundle, graph: Path) -> dict[str, str
         "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(folder),
-        "trt_fp16_enable": "1" if ".fp16." in graph.name else "0",  # of the graph: fp16 has no score of its own
+        "trt_fp16_enable": "1" if ".fp16." in graph.name else "0",  # the graph's precision: fp16 has no score graph
         **{f"trt_profile_{name}_shapes": shape for name, shape in zip(("min", "opt", "max"), shapes, strict=True)},
     }
 
 
 def engine_facts(graph: Path) -> Facts:
-    """Return all that a TensorRT engine depends on: an engine made under other facts is another engine."""
+    """Return everything a TensorRT engine depends on; an engine built under other facts is another engine."""
     return {
         "gpu": gpu_name(),
         "tensorrt": tensorrt_version(),
@@ -127,12 +127,12 @@ def engine_facts(graph: Path) -> Facts:
 
 
 def engine_folder(facts: Facts) -> Path:
-    """Return where the engine of these facts is kept: EBJDAT_CACHE (~/.cache/ebjdat_serve)/tensorrt/HASH, never in a bundle."""
+    """Return the cache folder of the engine of these facts: EBJDAT_CACHE (~/.cache/ebjdat_serve)/tensorrt/HASH, never in a bundle."""
     return folder("EBJDAT_CACHE") / "tensorrt" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def seal(folder: Path, facts: Facts) -> None:
-    """Write down what made the engine in ``folder`` and what its files are: an engine without this is not loaded."""
+    """Write the facts and file hashes of the engine in ``folder``; an engine without them is not loaded."""
     if ready(folder, facts):
         return
     files = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != SEAL}
@@ -140,7 +140,7 @@ def seal(folder: Path, facts: Facts) -> None:
 
 
 def ready(folder: Path, facts: Facts) -> bool:
-    """Return whether ``folder`` holds a whole engine made under just these facts."""
+    """Return whether ``folder`` holds a complete engine built under exactly these facts."""
     try:
         found = read_json(folder / SEAL)
         files = found.pop("files")
@@ -151,7 +151,7 @@ def ready(folder: Path, facts: Facts) -> bool:
 
 
 def clear_unless_ready(folder: Path, facts: Facts) -> None:
-    """Remove a stale, foreign, damaged or half-built engine, so that TensorRT builds anew instead of loading it."""
+    """Remove a stale, foreign, damaged or half-built engine, so that TensorRT rebuilds it instead of loading it."""
     if folder.exists() and not ready(folder, facts):
         shutil.rmtree(folder)
 

@@ -1,4 +1,4 @@
-"""The networks, one file a family: `build` by the family's name, as a manifest has it. A new family is a file and a line of FAMILIES."""
+"""Network families, one file each, built by their name in a manifest. To add a family, write a file and add it to FAMILIES."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,18 @@ from ebjdat_serve.errors import BundleError
 from ebjdat_serve.networks.network import Architecture, Network
 from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
 
-FAMILIES: dict[str, type[Architecture]] = {kind.family: kind for kind in (WideResNetArchitecture,)}
+FAMILIES: dict[str, type[Architecture]] = {
+    WideResNetArchitecture.family: WideResNetArchitecture,
+}
+"""Every family by its name in manifests."""
 
 
 def architecture_of(described: Mapping[str, Any]) -> Architecture:
-    """Return the architecture that a manifest describes; raise BundleError for an unknown family, and for sizes it cannot have."""
+    """Return the architecture that a manifest describes; raise BundleError for an unknown family or invalid sizes."""
     sizes = dict(described)
     family = sizes.pop("family", None)
     if family not in FAMILIES:
-        raise BundleError(f"architecture: {family!r} is no family of networks that is known here: {', '.join(FAMILIES)}")
+        raise BundleError(f"architecture: {family!r} is not a known family of networks: {', '.join(FAMILIES)}")
     try:
         return parse(FAMILIES[family], sizes, f"architecture of {family}")
     except ValueError as error:
@@ -26,7 +29,7 @@ def architecture_of(described: Mapping[str, Any]) -> Architecture:
 
 
 def build(architecture: Architecture, classes: int, weights: Mapping[str, Tensor] | None = None) -> Network:
-    """Return a network in eval mode, with ``weights`` loaded strictly when given; RuntimeError says what does not fit."""
+    """Return a network in eval mode, with ``weights`` loaded strictly when given; raise RuntimeError for weights that do not fit."""
     network = architecture.build(classes)
     if weights is not None:
         network.load_state_dict(weights)
@@ -34,11 +37,11 @@ def build(architecture: Architecture, classes: int, weights: Mapping[str, Tensor
 
 
 def network_of(weights: Mapping[str, Tensor]) -> Network:
-    """Return the network that ``weights`` are of by their names and shapes, in eval mode; raise ValueError where no family knows them."""
+    """Return the network of ``weights``, inferred from their names and shapes, in eval mode; raise ValueError when no family matches."""
     for kind in FAMILIES.values():
         if (found := kind.of_weights(weights)) is not None:
             return build(*found, weights)
-    raise ValueError(f"its tensors are of no network of {', '.join(FAMILIES)}")
+    raise ValueError(f"its tensors match no network family: {', '.join(FAMILIES)}")
 
 
 __all__ = ["FAMILIES", "Architecture", "Network", "architecture_of", "build", "network_of"]

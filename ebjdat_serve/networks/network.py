@@ -1,4 +1,4 @@
-"""What every network is: a module from images to logits, and the sizes of its family, which build it."""
+"""Base classes of networks: the module from images to logits, and the architecture that builds it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def features(self, image: Tensor) -> Tensor:
-        """Return what the head takes, (N, F)."""
+        """Return the features that the head takes, (N, F)."""
 
     def forward(self, image: Tensor) -> Tensor:
         return self.logits(image, self.autocast or torch.float32)
@@ -42,28 +42,28 @@ class Network(nn.Module, ABC):
     def folded(self, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
         """Return x -> logits in ``dtype`` (by default that of ``autocast``) for samplers, attacks and graphs; eval mode is assumed.
 
-        A family may return the same function in a faster form. Parameters must not change while it is used, and take no gradient.
+        A family may return a faster form. Parameters must not change while it is used, and receive no gradient.
         """
         return partial(self.logits, dtype=dtype or self.autocast or torch.float32)
 
 
 class Architecture(ABC):
-    """The sizes of a family's networks, a frozen dataclass that checks them."""
+    """The sizes of a family's networks: a frozen dataclass that validates them."""
 
     family = ""  # its name in manifests; no annotation, which would make it a size
 
     @abstractmethod
     def build(self, classes: int) -> Network:
-        """Return a network in train mode, its weights drawn from torch's global generator."""
+        """Return a network in train mode, initialised from torch's global generator."""
 
     def check_images(self, height: int, width: int) -> None:  # noqa: B027 (most networks take any size)
-        """Raise ValueError, which says what to give instead, for images that the network cannot take."""
+        """Raise ValueError, which names the accepted sizes, for images that the network cannot take."""
 
     @classmethod
     def of_weights(cls, weights: Mapping[str, Tensor]) -> "tuple[Architecture, int] | None":
-        """Return the architecture that ``weights`` are of, and how many classes; None where they are of another family, or do not tell."""
+        """Return the architecture of ``weights`` and the number of classes, or None if they are of another family or ambiguous."""
         return None
 
     def described(self) -> dict[str, Any]:
-        """Return family and sizes as a manifest holds them."""
+        """Return family and sizes in the manifest's form."""
         return {"family": self.family, **vars(self)}

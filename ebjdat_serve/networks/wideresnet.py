@@ -85,7 +85,7 @@ class WideResNet(Network):
         return activation(self.norm(x)).mean(dim=(2, 3))
 
     def folded(self, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
-        """Return x -> f(x) in eval mode, blocks in ``dtype``, in fewer passes over memory: norms after convolutions join them.
+        """Return x -> f(x) in eval mode, blocks in ``dtype``, in fewer passes over memory: norms after convolutions are folded into them.
 
         A norm before an activation stays as scale and shift, whose input gradient is one product where batch norm's is four sums. On a
         CPU an input gradient takes about a tenth less time (benchmarks/train_step.py).
@@ -121,7 +121,7 @@ class WideResNet(Network):
 
 
 def activation(x: Tensor) -> Tensor:
-    """SiLU: smooth, so that dE/dx is continuous, which samplers, attacks and parity between engines all want.
+    """SiLU: smooth, so that dE/dx is continuous, as samplers, attacks and parity between engines require.
 
     Measured at equal cost to the lineage's LeakyReLU(0.2), whose kinks made single pixels of the score differ by 5e-3
     between engines. (SiLU for adversarial training: Gowal et al., arXiv 2010.03593.)

@@ -11,6 +11,7 @@ from fastapi.staticfiles import StaticFiles
 ASSETS = Path(str(files("fastapi_offline"))) / "static"
 """Swagger UI (Apache-2.0) and ReDoc (MIT), as the package fastapi-offline (MIT) carries them."""
 BASE = "docs-assets"
+DOCS, REDOC, SCHEMA = PATHS = ("/docs", "/redoc", "/openapi.json")
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; base-uri 'none'; form-action 'none'"
@@ -25,11 +26,11 @@ def install(app: FastAPI) -> None:
     app.mount(f"/{BASE}", StaticFiles(directory=ASSETS), name=BASE)
     icon = f"{BASE}/favicon.png"
 
-    @app.get("/docs", include_in_schema=False)
+    @app.get(DOCS, include_in_schema=False)
     async def docs() -> HTMLResponse:
         return guarded(
             get_swagger_ui_html(
-                openapi_url="openapi.json",
+                openapi_url=SCHEMA.removeprefix("/"),
                 title=app.title,
                 swagger_js_url=f"{BASE}/swagger-ui-bundle.js",
                 swagger_css_url=f"{BASE}/swagger-ui.css",
@@ -38,11 +39,11 @@ def install(app: FastAPI) -> None:
             )
         )
 
-    @app.get("/redoc", include_in_schema=False)
+    @app.get(REDOC, include_in_schema=False)
     async def redoc() -> HTMLResponse:
         return guarded(
             get_redoc_html(
-                openapi_url="openapi.json",
+                openapi_url=SCHEMA.removeprefix("/"),
                 title=app.title,
                 redoc_js_url=f"{BASE}/redoc.standalone.js",
                 redoc_favicon_url=icon,

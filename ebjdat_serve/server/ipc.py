@@ -91,6 +91,14 @@ class Response:
 
 
 @dataclass(frozen=True)
+class UnknownOperation:
+    """Request ``number`` asks for an operation that no endpoint lists: the worker does not have it."""
+
+    number: int
+    operation: str
+
+
+@dataclass(frozen=True)
 class Preview:
     """An intermediate result of request ``number``."""
 

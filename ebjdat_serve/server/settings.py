@@ -191,7 +191,8 @@ class Setting:
 
     def add_to(self, group: "argparse._ArgumentGroup") -> None:
         """Add the option; where it is not given, the parsed arguments have no value for it."""
-        text = f"{self.about.help} ({self.default_text})"
+        here = f": {self.default}" if self.about.shown and self.type is int else ""  # what it is on this machine
+        text = f"{self.about.help} ({self.default_text}{here})"
         common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if self.type is bool:
             group.add_argument(self.flag, action=argparse.BooleanOptionalAction, **common)

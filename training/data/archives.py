@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ebjdat_serve.atomic import replacing
-from ebjdat_serve.folders import made
+from ebjdat_serve.folders import ensure_folder
 from ebjdat_serve.install import install
 from training.data.image_folders import SPLIT_SEED, Split, read_atlas, read_folder
 from training.errors import DataError
@@ -42,7 +42,7 @@ log = logging.getLogger("training")
 
 
 def cifar10(root: Path) -> tuple[tuple[str, ...], Split, Split]:
-    """Return names, train and test: the official python batches, WebP atlases or folders of PNG; downloaded when there is none."""
+    """Return class names, train and test, from python batches, WebP atlases or folders of PNG, downloaded if none is there."""
     if (root / "cifar-10-batches-py").is_dir():
         batches = {name: _python_batch(root / "cifar-10-batches-py" / name) for name in CIFAR10_BATCHES}
     elif (root / "atlas" / "labels.json").is_file():
@@ -56,7 +56,7 @@ def cifar10(root: Path) -> tuple[tuple[str, ...], Split, Split]:
         return cifar10(root)
     for name, expected in CIFAR10_BATCHES.items():
         if hashlib.md5(batches[name].image.tobytes()).hexdigest() != expected:
-            raise DataError(f"{name}: its pixels are not the official ones; remove {root / 'cifar-10-batches-py'} and fetch it again")
+            raise DataError(f"{name}: its pixels differ from the official ones; remove {root / 'cifar-10-batches-py'} and fetch it again")
     parts = [batches[name] for name in CIFAR10_BATCHES if name != "test_batch"]
     train = Split(np.concatenate([p.image for p in parts]), np.concatenate([p.label for p in parts]))
     return CIFAR10_NAMES, train, batches["test_batch"]
@@ -107,8 +107,8 @@ def _atlases(folder: Path) -> dict[str, Split]:
 
 
 def download(url: str, archive: Path, digest: str, expected: str) -> None:
-    """Fetch ``url`` to ``archive`` unless it is there, and check its digest; raise DataError naming the file to put there."""
-    made(archive.parent, "EBJDAT_DATA")
+    """Download ``url`` to ``archive`` unless it exists, and check its digest; raise DataError naming the file to put there."""
+    ensure_folder(archive.parent, "EBJDAT_DATA")
     if not archive.is_file():
         log.warning("%s is not under %s: downloading %s", archive.name, archive.parent, url)
         try:
@@ -125,23 +125,23 @@ def download(url: str, archive: Path, digest: str, expected: str) -> None:
 
 
 def unpack(archive: Path, folder: Path, members: Sequence[str]) -> None:
-    """Write the named members of ``archive``, and nothing else of it, into ``folder``."""
+    """Extract only the named members of ``archive`` into ``folder``."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent, tarfile.open(archive) as tar:
-        aside = Path(parent) / folder.name
-        aside.mkdir()
+        temporary = Path(parent) / folder.name
+        temporary.mkdir()
         for name in members:
             member = tar.extractfile(f"{folder.name}/{name}")
             if member is None:
                 raise DataError(f"{archive} holds no {name}")
-            (aside / name).write_bytes(member.read())
-        aside.rename(folder)
+            (temporary / name).write_bytes(member.read())
+        temporary.rename(folder)
 
 
 # CIFAR-100 and SVHN -------------------------------------------------------------------------------------------------
 
 
 def cifar100(root: Path) -> tuple[tuple[str, ...], Split, Split]:
-    """Return the 100 fine names, train and test, from ``cifar-100-python/``, downloaded when it is not there."""
+    """Return the 100 fine class names, train and test, from ``cifar-100-python/``, downloaded if it is missing."""
     folder = root / "cifar-100-python"
     if not folder.is_dir():
         download(CIFAR100_URL, root / "cifar-100-python.tar.gz", "md5", CIFAR100_MD5)
@@ -151,18 +151,18 @@ def cifar100(root: Path) -> tuple[tuple[str, ...], Split, Split]:
 
 
 def svhn(root: Path) -> tuple[tuple[str, ...], Split, Split]:
-    """Return names, train and test from ``train_32x32.mat`` and ``test_32x32.mat``, downloaded when they are not there."""
+    """Return class names, train and test, from ``train_32x32.mat`` and ``test_32x32.mat``, downloaded if they are missing."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise DataError(f"SVHN comes in MATLAB files, and reading them needs SciPy: {install('train')}") from error
+        raise DataError(f"SVHN comes in MATLAB files, which need SciPy: {install('train')}") from error
 
     parts = []
     for name, expected in SVHN_FILES.items():
         download(f"{SVHN_URL}/{name}", root / name, "md5", expected)
         arrays = loadmat(root / name)
         image = np.ascontiguousarray(arrays["X"].transpose(3, 0, 1, 2))
-        parts.append(Split(image, arrays["y"].ravel().astype(np.int64) % 10))  # the file calls the digit 0 class 10
+        parts.append(Split(image, arrays["y"].ravel().astype(np.int64) % 10))  # in the file the digit 0 is class 10
     return DIGITS, parts[0], parts[1]
 
 
@@ -170,11 +170,11 @@ def svhn(root: Path) -> tuple[tuple[str, ...], Split, Split]:
 
 
 def digits(_: Path) -> tuple[tuple[str, ...], Split, Split]:
-    """Return the names of scikit-learn's 1,797 digits, 8 x 8, grey as RGB, in a fixed shuffled order: 1,497 to train on, 300 to test."""
+    """Return class names, train (1,497) and test (300) of scikit-learn's digits, 8 x 8, grey as RGB, in a fixed shuffled order."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(f"digits are scikit-learn's: {install('train')}") from error
+        raise DataError(f"digits need scikit-learn: {install('train')}") from error
 
     arrays = load_digits()
     grey = np.rint(arrays.images * (255 / 16)).astype(np.uint8)

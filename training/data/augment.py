@@ -19,7 +19,7 @@ def to_float(image: Tensor) -> Tensor:
 
 
 def crop(image: Tensor, noise: Noise, *, padding: int, flip: bool) -> Tensor:
-    """Return a random crop after reflection padding, and a mirror image half of the time; (N, 3, H, W) any dtype."""
+    """Return random crops after reflection padding, mirrored half of the time; (N, 3, H, W) of any dtype."""
     n, channels, height, width = image.shape
     device = image.device
     padded = F.pad(image.float(), (padding,) * 4, mode="reflect").to(image.dtype)

@@ -1,4 +1,4 @@
-"""A data set and its splits: one that has a name (training/data/sources.py), or a folder of class sub-folders.
+"""Load a data set and its splits, by name (training/data/sources.py) or from a folder of class sub-folders.
 
 Data is found under ``EBJDAT_DATA`` (default ``~/.cache/ebjdat_serve/data``).
 """
@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ebjdat_serve.listing import shown
+from ebjdat_serve.listing import printable
 from training.data.image_folders import (
     SPLIT_SEED,
     Labels,
     Pixels,
     Split,
-    beside,
     class_names,
     data_root,
     load_images,
     note,
+    others_in,
     read_atlas,
     read_folder,
     read_folders,
@@ -36,7 +36,7 @@ SMALLEST = 60
 RAREST = 8
 """The fewest images of a class: one in each held-out split, and some to train on."""
 FEW = 30
-"""A class of fewer images is named in a note."""
+"""Classes of fewer images are named in a note."""
 LEAST_CALIBRATION = 20
 """The fewest images of the calibration split: with fewer, no p-value is below 0.05."""
 
@@ -51,7 +51,7 @@ class Dataset:
     selection: Split
     calibration: Split
     test: Split
-    flip: bool  # whether a mirror image is of the same class
+    flip: bool  # whether a mirror image has the same class
     sha256: str
 
     @property
@@ -62,18 +62,18 @@ class Dataset:
 
 
 def load(name: str, size: tuple[int, int] | None = None) -> Dataset:
-    """Return a data set by name, or a folder's by its path, split; ``size`` (height, width) is for folders alone.
+    """Return the data set of a name or a folder's path; ``size`` (height, width) is only for folders.
 
-    A folder holds ``train/<class>/`` and ``test/<class>/``, or ``<class>/`` alone, of which a fixed sixth becomes the test split;
-    60 images are the least. Splits are stratified; what is left out, and classes of few images, are printed.
-    Raises DataError when it is not there or does not match its checksum.
+    A folder holds ``train/<class>/`` and ``test/<class>/``, or just ``<class>/``, of which a fixed sixth becomes the test split;
+    at least 60 images are needed. Splits are stratified; skipped files and classes of few images are printed.
+    Raises DataError when the data is missing or does not match its checksum.
     """
     if name in SOURCES:
         source = SOURCES[name]
         return _split(name, *source.read(data_root()), source.held_out, source.flip)
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{name!r} is neither a data set ({', '.join(SOURCES)}) nor a folder of class sub-folders that is there")
+        raise DataError(f"{name!r} is neither a data set ({', '.join(SOURCES)}) nor an existing folder of class sub-folders")
     return _folder(folder, size)
 
 
@@ -92,7 +92,7 @@ def _folder(folder: Path, size: tuple[int, int] | None) -> Dataset:
     rare = [f"{name} ({n})" for name, n in zip(names, np.bincount(train.label), strict=True) if n < RAREST]
     if rare:
         raise DataError(f"{folder}: fewer than {RAREST} training images of {', '.join(rare)}: add some, or leave the class out")
-    name = shown(folder.resolve().name)
+    name = printable(folder.resolve().name)
     return _stratified(f"{name} (a folder)" if name in SOURCES else name, names, train, test)
 
 
@@ -100,23 +100,23 @@ def _train_and_test(folder: Path, size: tuple[int, int] | None) -> tuple[tuple[s
     names = class_names(folder / "train")
     if not (folder / "test").is_dir():
         raise DataError(f"{folder} holds train/ but no test/: put both there, or the class sub-folders alone")
-    tell(folder, beside(folder, ("train", "test")))
+    tell(folder, others_in(folder, ("train", "test")))
     there = class_names(folder / "test")
     alone = {"train/": [name for name in names if name not in there], "test/": [name for name in there if name not in names]}
-    said = [f"{where} alone has {', '.join(some)}" for where, some in alone.items() if some]
-    if said:
-        raise DataError(f"{folder}: {'; '.join(said)}: both must hold the same classes")
+    differences = [f"{where} alone has {', '.join(some)}" for where, some in alone.items() if some]
+    if differences:
+        raise DataError(f"{folder}: {'; '.join(differences)}: both must hold the same classes")
     train, test = read_folders([folder / "train", folder / "test"], names, size)
     return names, train, test
 
 
 def _stratified(name: str, names: tuple[str, ...], train: Split, test: Split) -> Dataset:
-    """Split a folder such that every part holds the classes in proportion, at least one image of each."""
+    """Split a folder into parts that hold the classes in proportion, at least one image of each."""
     n = len(train)
     tested = 0 if len(test) else n // 6
     held = min(2500, (n - tested) // 10)
     sizes = [max(held, 8), max(held, LEAST_CALIBRATION)]
-    digest = hashlib.sha256(b"stratified")  # bundles of earlier splits are told apart
+    digest = hashlib.sha256(b"stratified")  # so that bundles of earlier splits are not confused with these
     for part in (train.image, train.label, test.image, test.label):
         digest.update(np.ascontiguousarray(part).data)
     if tested:
@@ -137,7 +137,7 @@ def _warn_of_few(name: str, names: tuple[str, ...], parts: dict[str, Split]) -> 
         if sum(count[index] for count in counts.values()) < FEW
     ]
     if few:
-        note(name, f"few images of {', '.join(few)}: what is measured of {'it' if len(few) == 1 else 'them'} is uncertain")
+        note(name, f"few images of {', '.join(few)}: figures of {'it' if len(few) == 1 else 'them'} are uncertain")
     n = len(parts["calibration"])
     if n < 99:
         least = f"p-values are multiples of 1/{n + 1}, and an alpha of {1 / (n + 1):.2g} or less flags nothing"
@@ -155,7 +155,7 @@ def parts_of(label: Labels, sizes: Sequence[int]) -> list[NDArray[np.intp]]:
         y = label[left]
         count = np.bincount(y)
         by_class = np.argsort(y, kind="stable")
-        place = np.empty_like(left)  # of an image among those of its class
+        place = np.empty_like(left)  # index of an image within its class
         place[by_class] = np.arange(len(y)) - (np.cumsum(count) - count)[y[by_class]]
         taken = place < shares(count, size)[y]
         found.append(left[taken])
@@ -164,7 +164,7 @@ def parts_of(label: Labels, sizes: Sequence[int]) -> list[NDArray[np.intp]]:
 
 
 def shares(count: Labels, size: int) -> Labels:
-    """Return how many of each class make ``size`` in proportion to ``count``: by largest remainder, at least one of each."""
+    """Return the number of each class, in proportion to ``count`` and ``size`` in total: by largest remainder, at least one of each."""
     exact = count * size / count.sum()
     share: Labels = np.maximum(np.floor(exact), 1).astype(np.int64)
     while share.sum() < size:
@@ -186,7 +186,7 @@ def _split(name: str, names: tuple[str, ...], train: Split, test: Split, held_ou
 def load_extra(source: str, data: Dataset) -> Split:
     """Return extra labelled images for training: an .npz with ``image`` and ``label``, or a folder of the same class sub-folders.
 
-    Labels are pseudo-labels: of the class that a generator was asked for, or of a classifier (training/pseudo_label.py).
+    Labels are pseudo-labels: the class requested from a generator, or predicted by a classifier (training/pseudo_label.py).
     """
     height, width = data.train.image.shape[1:3]
     path = Path(source).expanduser()
@@ -197,7 +197,7 @@ def load_extra(source: str, data: Dataset) -> Split:
     if label is None:
         raise DataError(f"{path} holds no label: write pseudo-labels with python training/pseudo_label.py {path} BUNDLE")
     if len(label) == 0 or label.min() < 0 or label.max() >= len(data.names):
-        raise DataError(f"{path}: labels must lie in 0 to {len(data.names) - 1} and there must be some")
+        raise DataError(f"{path}: labels must be from 0 to {len(data.names) - 1}, at least one")
     return Split(image, label)
 
 

@@ -1,4 +1,4 @@
-"""Images and labels as arrays, from folders, atlases and .npz files."""
+"""Read images and labels as arrays from folders, atlases and .npz files."""
 
 import hashlib
 import sys
@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.folders import folder
-from ebjdat_serve.listing import Listing, class_name, format_of, list_pictures, order, shown
+from ebjdat_serve.listing import Listing, class_name, format_of, list_images, order, printable
 from ebjdat_serve.pixels import FORMATS, decode, upright_size
 from training.errors import DataError
 
@@ -56,10 +56,10 @@ def data_root() -> Path:
 def read_atlas(path: Path, tile: int) -> Pixels:
     """Return the tiles of an atlas image in raster order, (N, tile, tile, 3) uint8."""
     try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path} is not a sheet of {tile} x {tile} tiles ({error})") from error
+        raise DataError(f"{path} is not an atlas of {tile} x {tile} tiles ({error})") from error
     rows, columns = pixels.shape[0] // tile, pixels.shape[1] // tile
     tiles = pixels[: rows * tile, : columns * tile].reshape(rows, tile, columns, tile, 3).transpose(0, 2, 1, 3, 4)
     return np.ascontiguousarray(tiles.reshape(-1, tile, tile, 3))
@@ -77,7 +77,7 @@ def class_folders(folder: Path, listing: Listing) -> dict[str, list[Path]]:
             try:
                 found.setdefault(class_name(entry), []).append(entry)
             except UnicodeDecodeError as error:
-                raise DataError(f"{shown(entry)}: a class needs a name in UTF-8; rename the folder") from error
+                raise DataError(f"{printable(entry)}: a class needs a name in UTF-8; rename the folder") from error
     return dict(sorted(found.items()))
 
 
@@ -90,18 +90,18 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 
 def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
-    """Return the images of every class with its label, those in sub-folders of a class too; label i is ``names[i]``.
+    """Return the images of every class, including its sub-folders, with their label; label i is ``names[i]``.
 
-    What is left out is printed. Raises DataError unless the classes are just ``names``, each with an image.
+    Prints the skipped files. Raises DataError unless the classes are exactly ``names``, each with an image.
     """
     names = [unicodedata.normalize("NFC", name) for name in names]
     listing = Listing()
     folders, files = class_folders(folder, listing), []
     for index, name in enumerate(names):
-        before = len(listing.pictures)
+        before = len(listing.images)
         for home in folders.get(name, []):
-            list_pictures(home, listing)
-        files += [(file, index) for file in listing.pictures[before:]]
+            list_images(home, listing)
+        files += [(file, index) for file in listing.images[before:]]
     tell(folder, listing)
     strange = [name for name in folders if name not in names]
     if strange:
@@ -110,57 +110,57 @@ def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     empty = [name for index, name in enumerate(names) if index not in held]
     if empty:
         raise DataError(
-            f"{folder} holds no images ({', '.join(FORMATS)}) of {', '.join(empty)}: every class needs its own sub-folder of them"
+            f"{folder} holds no images ({', '.join(FORMATS)}) of {', '.join(empty)}: every class needs its own sub-folder of images"
         )
     return files
 
 
-def beside(folder: Path, known: Sequence[str]) -> Listing:
+def others_in(folder: Path, known: Sequence[str]) -> Listing:
     """Return the entries of a folder that are not ``known``."""
     listing = Listing()
     for entry in sorted(folder.iterdir(), key=order):
         if entry.name not in known:
-            listing.skip("beside " + " and ".join(f"{name}/" for name in known), entry)
+            listing.skip("next to " + " and ".join(f"{name}/" for name in known), entry)
     return listing
 
 
 def tell(folder: Path, listing: Listing) -> None:
-    """Print what was skipped in a folder."""
-    if said := listing.note():
-        note(shown(folder), said)
+    """Print the skipped files of a folder."""
+    if skipped := listing.note():
+        note(printable(folder), skipped)
 
 
-def note(where: str, said: str) -> None:
+def note(where: str, message: str) -> None:
     """Print a note about the data to stderr."""
-    print(f"note: {where}: {said}", file=sys.stderr, flush=True)
+    print(f"note: {where}: {message}", file=sys.stderr, flush=True)
 
 
 def read_folder(folder: Path, names: Sequence[str], size: tuple[int, int] | None = None) -> Split:
     """Return ``folder/<class>/**`` as a split in a fixed shuffled order; label i is ``names[i]``.
 
-    With a ``size`` (height, width) every image is squashed to it as the server does; without one they must all have the same.
+    With a ``size`` (height, width) every image is resized to it as in the server; without one they must all have the same size.
     """
     (split,) = read_folders([folder], names, size)
     return split
 
 
 def read_folders(folders: Sequence[Path], names: Sequence[str], size: tuple[int, int] | None = None) -> list[Split]:
-    """Return a split of each folder; raise DataError that names all damaged images of all folders."""
+    """Return a split of each folder; raise DataError naming all damaged images of all folders."""
     listed = [class_files(folder, names) for folder in folders]
-    image = read_pictures([file for files in listed for file, _ in files], size)
+    image = read_images([file for files in listed for file, _ in files], size)
     splits, at = [], 0
     for files in listed:
-        # in an order of its own, so that the first n of a split are not all of one class
+        # shuffled, so that the first n of a split are not all of one class
         shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(files))
         splits.append(Split(image[at + shuffled], np.asarray([files[i][1] for i in shuffled], dtype=np.int64)))
         at += len(files)
     return splits
 
 
-def read_pictures(files: Sequence[Path], size: tuple[int, int] | None = None) -> Pixels:
-    """Return the images (N, height, width, 3), decoded as the server decodes them, at ``size`` or the one that all have.
+def read_images(files: Sequence[Path], size: tuple[int, int] | None = None) -> Pixels:
+    """Return the images (N, height, width, 3), decoded as in the server, at ``size`` or their common size.
 
-    Raises DataError that names every damaged one.
+    Raises DataError naming every damaged image.
     """
     damaged: dict[Path, str] = {}
     if size is None:
@@ -174,13 +174,13 @@ def read_pictures(files: Sequence[Path], size: tuple[int, int] | None = None) ->
         except (OSError, InvalidImage) as error:
             damaged[file] = reason(error)
     if damaged:
-        listed = "".join(f"\n  {shown(file)}: {said}" for file, said in damaged.items())
+        listed = "".join(f"\n  {printable(file)}: {error}" for file, error in damaged.items())
         raise DataError(f"{len(damaged)} of {len(files)} images cannot be read; remove or replace them:{listed}")
     return image
 
 
 def common_size(files: Sequence[Path], damaged: dict[Path, str]) -> tuple[int, int]:
-    """Return the (height, width) that all files have, upright; raise DataError when they differ. Those without one become ``damaged``."""
+    """Return the common (height, width) of all files, upright; raise DataError when they differ. Adds unreadable files to ``damaged``."""
     sizes: dict[tuple[int, int], Path] = {}
     for file in files:
         try:
@@ -189,8 +189,8 @@ def common_size(files: Sequence[Path], damaged: dict[Path, str]) -> tuple[int, i
             damaged[file] = reason(error)
         if len(sizes) > 1:
             (a, first), (b, second) = sizes.items()
-            sides = f"{shown(first)} is {a[1]} x {a[0]} and {shown(second)} {b[1]} x {b[0]} pixels"
-            raise DataError(f"{sides}: they must be of one size, or squashed to one", options=("--set size=32", "--size 32"))
+            sides = f"{printable(first)} is {a[1]} x {a[0]} and {printable(second)} {b[1]} x {b[0]} pixels"
+            raise DataError(f"{sides}: they must be of one size, or resized to one", options=("--set size=32", "--size 32"))
     return next(iter(sizes), (1, 1))
 
 
@@ -204,16 +204,16 @@ def load_images(source: str, height: int, width: int) -> Pixels:
     path = Path(source).expanduser()
     path = path if path.is_absolute() or path.exists() else data_root() / path
     if path.is_dir():
-        listing = list_pictures(path)
+        listing = list_images(path)
         tell(path, listing)
-        if not listing.pictures:
-            raise DataError(f"{shown(path)} holds no images ({', '.join(FORMATS)})")
-        return read_pictures(listing.pictures, (height, width))
+        if not listing.images:
+            raise DataError(f"{printable(path)} holds no images ({', '.join(FORMATS)})")
+        return read_images(listing.images, (height, width))
     if path.suffix == ".npz":
         return read_npz(path, height, width)[0]
     if path.is_file() and format_of(path) in FORMATS and height == width:
         return read_atlas(path, height)
-    raise DataError(f"{path} is no folder of images, no .npz and no image of {height} x {width} tiles")
+    raise DataError(f"{path} is not a folder of images, an .npz or an atlas of {height} x {width} tiles")
 
 
 def read_npz(path: Path, height: int, width: int, names: Sequence[str] = ()) -> tuple[Pixels, Labels | None]:
@@ -222,11 +222,11 @@ def read_npz(path: Path, height: int, width: int, names: Sequence[str] = ()) -> 
         with np.load(path, allow_pickle=False) as arrays:
             image = arrays["image"]
             label = arrays["label"].astype(np.int64) if "label" in arrays else None
-            said = arrays["names"].tolist() if "names" in arrays else list(names)
+            labelled = arrays["names"].tolist() if "names" in arrays else list(names)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} must be an .npz with image (N, {height}, {width}, 3) uint8 and label (N,): {error}") from error
     if image.dtype != np.uint8 or image.shape[1:] != (height, width, 3) or (label is not None and label.shape != image.shape[:1]):
         raise DataError(f"{path}: image is {image.dtype} {image.shape}; it must be uint8 (N, {height}, {width}, 3), label (N,)")
-    if names and [unicodedata.normalize("NFC", name) for name in said] != [unicodedata.normalize("NFC", name) for name in names]:
-        raise DataError(f"{path} is labelled for the classes {said[:5]} …, not for {list(names)[:5]} …: label it again")
+    if names and [unicodedata.normalize("NFC", name) for name in labelled] != [unicodedata.normalize("NFC", name) for name in names]:
+        raise DataError(f"{path} is labelled for the classes {labelled[:5]} …, not for {list(names)[:5]} …: label it again")
     return image, label

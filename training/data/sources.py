@@ -1,4 +1,4 @@
-"""Named data sets. A new one is a reader (see training/data/archives.py) and one entry of SOURCES."""
+"""Named data sets. To add one, write a reader (see training/data/archives.py) and add it to SOURCES."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from training.data import archives
 from training.data.image_folders import Split
 
 Read = Callable[[Path], tuple[tuple[str, ...], Split, Split]]
-"""The data folder -> class names, train and test; a reader downloads what is missing where it can."""
+"""The data folder -> class names, train and test; a reader downloads missing files where it can."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """How a data set is read and split, and the properties of models trained on it."""
+    """The reader and splits of a data set, and properties of models trained on it."""
 
     read: Read
     held_out: int = 2500  # images of the selection split, and of the calibration split
-    flip: bool = True  # a mirror image is of the same class
-    linf: float = 8 / 255  # the l-inf eps that robustness is quoted at, its half beside it; pixels of [0,1]
+    flip: bool = True  # a mirror image has the same class
+    linf: float = 8 / 255  # the l-inf eps, beside its half, at which robustness is evaluated; pixels of [0,1]
     l2: float = 0.5  # and the l2 eps
     budget: str | None = None  # of training/presets.py; None: small or large, by the device
     licence: str = ""  # of weights trained on it, for the model card
@@ -52,6 +52,6 @@ SOURCES: dict[str, Source] = {
 
 
 def balls(name: str) -> tuple[float, float]:
-    """Return the l-inf and the l2 eps of a data set; those of CIFAR-10 for a folder of one's own."""
+    """Return the l-inf and the l2 eps of a data set; those of CIFAR-10 for a user's folder."""
     source = SOURCES.get(name, SOURCES["cifar10"])
     return source.linf, source.l2

@@ -1,1 +1,1 @@
-"""The parts of training/evaluate.py: what is measured, how it is attacked, what becomes of it."""
+"""The evaluation: measurements, attacks, result cache, rows and reports of training/evaluate.py."""

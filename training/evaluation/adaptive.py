@@ -1,4 +1,4 @@
-"""Attacks on the flag itself: junk made to look normal, clean images made to look strange, and adversarial images that pass unflagged."""
+"""Adaptive attacks on the flag: OOD images made to look normal, clean images made to look OOD, and unflagged adversarial images."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ VARIANTS = ("joint", "selective", "orthogonal")
 
 @dataclass(frozen=True)
 class ScoreAttack:
-    """PGD on an outlier score, from the image and from a random start, then Square on the served score: the best point of all is kept.
+    """PGD on an OOD score, from the image and from a random start, then Square on the served score; keeps the best point.
 
-    ``up`` makes images look strange, down makes them look normal. Square needs no gradient, so that a masked one hides nothing.
+    ``up`` raises the score (looks OOD), otherwise it is lowered. Square needs no gradient, so a masked gradient does not stop it.
     """
 
     threat: Threat
@@ -53,13 +53,13 @@ class ScoreAttack:
         return {"logits": subject.logits(best), "square": by_square}
 
     def value(self, subject: EvaluatedModel, image: Floats) -> np.ndarray:
-        """Return what is climbed, of what is served, (N,)."""
+        """Return the served score, negated unless ``up``, (N,)."""
         score = ood_score_of(self.score, self.weight)(torch.from_numpy(subject.logits(image).copy())).numpy()
         result: np.ndarray = score if self.up else -score
         return result
 
     def climb(self, subject: EvaluatedModel, x: Tensor, x_adv: Tensor) -> Tensor:
-        """Return the best iterate of PGD in the network's own score."""
+        """Return the best iterate of PGD by the network's own score."""
         of, sign = ood_score_of(self.score, self.weight), 1.0 if self.up else -1.0
         best, kept = torch.full((len(x),), -torch.inf, device=x.device), x.clone()
         label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -73,7 +73,7 @@ class ScoreAttack:
         return kept
 
     def ask(self, subject: EvaluatedModel, image: Floats) -> Floats:
-        """Return where Square ends that lowers 1000 - value, which it never takes for a success."""
+        """Return the final points of Square on the loss 1000 - value, which never counts as a success."""
 
         def margins(z: Tensor) -> Tensor:
             value = torch.from_numpy(self.value(subject, z.numpy()))
@@ -83,24 +83,24 @@ class ScoreAttack:
         attack.init_hyperparam(x)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(attack.seed)
-            _, points = attack.attack_single_run(x, torch.zeros(len(x), dtype=torch.int64))  # perturb returns successes alone
+            _, points = attack.attack_single_run(x, torch.zeros(len(x), dtype=torch.int64))  # perturb returns only successes
         result: Floats = points.numpy()
         return result
 
 
 @dataclass(frozen=True)
 class Evade:
-    """Look for a point of the ball that is both wrong and unflagged (score at most ``threshold``), from the image and from a random start.
+    """Search the ball for a misclassified, unflagged point (score at most ``threshold``), from the image and from a random start.
 
-    ``joint`` climbs the smaller of margin and room below the threshold; ``selective`` climbs the margin until the class is wrong, then
-    lowers the score; ``orthogonal`` does the same with each gradient freed of its part along the other (arXiv 2106.15023).
+    ``joint`` ascends the smaller of margin and slack below the threshold; ``selective`` ascends the margin until the class is wrong, then
+    lowers the score; ``orthogonal`` does the same with each gradient orthogonal to the other (arXiv 2106.15023).
     """
 
     threat: Threat
     score: str
     weight: float
     threshold: float
-    spread: float  # of the clean scores: what brings margin and score to one scale
+    spread: float  # of the clean scores, which scales margin and score alike
     variant: str
     steps: int = 50
 
@@ -109,7 +109,7 @@ class Evade:
         return 2.0 * self.steps * (5.0 if self.variant == "orthogonal" else 3.0)
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return holds (N,): no point was found that is wrong and unflagged in what is served."""
+        """Return holds (N,): no misclassified, unflagged point of the served model was found."""
         x, y = tensors(subject, image, label)
         broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
@@ -122,7 +122,7 @@ class Evade:
         return {"holds": ~broken.cpu().numpy()}
 
     def search(self, subject: EvaluatedModel, x: Tensor, y: Tensor, x_adv: Tensor) -> Tensor:
-        """Return the first iterate that is wrong and unflagged, or the last."""
+        """Return the first misclassified, unflagged iterate, or the last iterate."""
         found, going = x_adv.clone(), torch.arange(len(y), device=x.device)
         of = ood_score_of(self.score, self.weight)
         for step in range(self.steps):
@@ -138,7 +138,7 @@ class Evade:
         return found
 
     def direction(self, subject: EvaluatedModel, x: Tensor, y: Tensor, of: object) -> tuple[Tensor, Tensor, Tensor]:
-        """Return where to climb (N, 3, H, W), which are wrong, and how far each score lies below the threshold."""
+        """Return the ascent direction (N, 3, H, W), which images are wrong (N,), and the slack of each score below the threshold (N,)."""
         assert callable(of)
         x = x.detach().requires_grad_()
         with torch.enable_grad():
@@ -159,7 +159,7 @@ class Evade:
 
 @dataclass(frozen=True)
 class EvadeBySquare:
-    """Square (arXiv 1912.00049) on the smaller of margin and room: the same aim without gradients, on what is served."""
+    """Square (arXiv 1912.00049) on the smaller of margin and slack of the served model: the same objective without gradients."""
 
     threat: Threat
     score: str
@@ -186,7 +186,7 @@ class EvadeBySquare:
         return {"holds": holds}
 
     def objective(self, subject: EvaluatedModel, y: int) -> object:
-        """Return images of class y -> two "logits" whose margin is below 0 where they are wrong and unflagged."""
+        """Return a function from images of class y to two "logits" whose margin is below 0 where an image is wrong and unflagged."""
         of = ood_score_of(self.score, self.weight)
 
         def ask(x: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class EvadeBySquare:
 
 
 def evades(subject: EvaluatedModel, image: Floats, label: Labels, attack: Evade | EvadeBySquare) -> np.ndarray:
-    """Return which images the served model gets wrong and does not flag, (N,) bool."""
+    """Return which images the served model misclassifies and does not flag, (N,) bool."""
     if not len(label):
         return np.zeros(0, bool)
     logits = torch.from_numpy(subject.logits(image))
@@ -209,7 +209,7 @@ def evades(subject: EvaluatedModel, image: Floats, label: Labels, attack: Evade 
 
 
 def gradient_of(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
-    """Return the gradient of a sum, 0 where the model gives none or no number."""
+    """Return the gradient of the sum of ``value``, 0 where it is missing or not finite."""
     if not value.requires_grad:
         return torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=retain_graph, allow_unused=True)
@@ -217,6 +217,6 @@ def gradient_of(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
 
 
 def without(gradient: Tensor, other: Tensor) -> Tensor:
-    """Return ``gradient`` less its part along ``other``, image by image."""
+    """Return ``gradient`` minus its component along ``other``, per image."""
     along = (gradient * other).flatten(1).sum(dim=1)[:, None, None, None] / norm(other).clamp_min(1e-12) ** 2
     return gradient - along * other

@@ -1,7 +1,7 @@
-"""The attacks of the evaluation as work on chunks: PGD of our own, transfer, and what gradients look like.
+"""Tasks of the result cache: predictions, PGD, transferred attacks, and diagnostics of gradients.
 
-Every ``robust_mask`` (N,) says which images were right to begin with, and are right in what is served at the point the attack ends on:
-the first that fooled the network, or its last.
+Every ``robust_mask`` (N,) marks images that the served model classifies correctly, clean and at the attack's final point: the first
+that fooled the network, or its last iterate.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ OBJECTIVES: dict[str, Objective] = {"ce": cross_entropy, "margin": margin}
 
 @dataclass(frozen=True)
 class Predict:
-    """The served logits, and the length of dE/dx, which JEM calls approximate mass (arXiv 1912.03263)."""
+    """The served logits, and the norm of dE/dx, JEM's approximate mass (arXiv 1912.03263)."""
 
     gradient: bool = False
 
@@ -44,7 +44,7 @@ class Predict:
 
 @dataclass(frozen=True)
 class Pgd:
-    """Projected gradient ascent with random restarts; ``leave``: an image that is fooled moves no more, else all go to the last iterate."""
+    """Projected gradient ascent with random restarts; ``leave``: a fooled image stops moving, else all take every step."""
 
     threat: Threat
     steps: int = 20
@@ -52,7 +52,7 @@ class Pgd:
     objective: str = "ce"
     restarts: int = 1
     leave: bool = True
-    eot: int = 1  # gradients averaged, for models that answer differently each time (arXiv 1802.00420)
+    eot: int = 1  # gradients averaged, for models with random outputs (arXiv 1802.00420)
 
     @property
     def cost(self) -> float:
@@ -75,7 +75,7 @@ class Pgd:
         return result
 
     def search(self, subject: EvaluatedModel, image: Tensor, label: Tensor, x_adv: Tensor) -> Tensor:
-        """Return the first iterate that fools the network, or the last."""
+        """Return the first iterate that fools the network, or the last iterate."""
         found, going = x_adv.clone(), torch.arange(len(label), device=image.device)
         for _ in range(self.steps):
             gradient, logits = input_gradient(subject.network, x_adv, label[going], OBJECTIVES[self.objective], self.eot)
@@ -92,7 +92,7 @@ class Pgd:
 
 @dataclass(frozen=True)
 class Trace:
-    """What an honest gradient looks like: the loss that PGD reaches with more steps, and images whose gradient is nothing."""
+    """Diagnostics of masked gradients: the loss of PGD against its steps, and images without a gradient."""
 
     threat: Threat
     steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
@@ -102,7 +102,7 @@ class Trace:
         return 3.0 * self.steps[-1] + 3.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return loss (N, steps), zero (N,): no gradient at the image, varied (N,): two answers differ, noisy (N,): right under noise."""
+        """Return loss (N, steps), zero (N,): no gradient at the image, varied (N,): two outputs differ, noisy (N,): right under noise."""
         x, y = tensors(subject, image, label)
         noise = Noise.seeded(SEED)
         x_adv = begin(x.cpu(), self.threat, "uniform", noise).to(x.device)
@@ -124,10 +124,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Transfer:
-    """PGD-20 on a surrogate network, its last iterate shown to the model."""
+    """Transfer: the model on the last iterates of PGD-20 on a surrogate network."""
 
     threat: Threat
-    surrogate: str = field(repr=False)  # a weights file of the trainer; where it lies is no part of the key
+    surrogate: str = field(repr=False)  # a weights file of the trainer; its path is not part of the key
     sha256: str
 
     @property
@@ -149,7 +149,7 @@ class Transfer:
 
 @lru_cache(maxsize=2)
 def surrogate(file: str, device: torch.device) -> Classifier:
-    """Return the surrogate's network on a device, read once a process."""
+    """Return the surrogate's network on a device, loaded once per process."""
     network: Classifier = load_weights(Path(file)).requires_grad_(False).to(device)
     return network
 
@@ -162,8 +162,8 @@ def tensors(subject: EvaluatedModel, image: Floats, label: Labels) -> tuple[Tens
 def input_gradient(network: Classifier, x: Tensor, label: Tensor, objective: Objective, times: int = 1) -> tuple[Tensor, Tensor]:
     """Return the objective's gradient (N, 3, H, W), averaged over ``times`` passes, and the last logits (N, K).
 
-    Where the model gives none, through no_grad or a detour by NumPy, or one that is not a number, it is 0: a masked gradient is a
-    finding, not a crash.
+    Where the model has none, through no_grad or NumPy, or one that is not finite, it is 0: a masked gradient is a finding, not an
+    error.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -190,7 +190,7 @@ def classes(subject: EvaluatedModel, x: Tensor) -> Tensor:
 
 
 def survivors(model: nn.Module, image: Tensor, label: Tensor, threat: Threat, steps: int = 20) -> int:
-    """Return how many images no iterate of one PGD run on cross-entropy fools; the model is put in eval mode."""
+    """Return the number of images that no iterate of one PGD run on cross-entropy fools; puts the model in eval mode."""
     subject = open_module("model", model, "")
     parts = zip(torch.split(image, 500), torch.split(label, 500), strict=True)
     return sum(int(Pgd(threat, steps).run(subject, x.cpu().numpy(), y.cpu().numpy())["robust_mask"].sum()) for x, y in parts)

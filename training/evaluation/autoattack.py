@@ -1,4 +1,4 @@
-"""AutoAttack (arXiv 2003.01690) by its maintained package, its warnings kept; and what the released EB-JDAT code runs in its place."""
+"""AutoAttack (arXiv 2003.01690) from the package pyautoattack, with its warnings; and the released EB-JDAT code's version of it."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ APGD = ("apgd-ce", "apgd-t")
 
 @dataclass(frozen=True)
 class AutoAttack:
-    """The standard version with the official settings, or only some ``attacks``; ``rand``: the version for models that answer at random."""
+    """The standard version with the official settings, or some of its ``attacks``; ``rand``: the version for models with random outputs."""
 
     threat: Threat
     attacks: tuple[str, ...] = ()
@@ -35,25 +35,25 @@ class AutoAttack:
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image, half of which are spared the later attacks."""
+        """Return the forward passes per image, assuming that half of the images skip the later attacks."""
         return 1500.0 if self.attacks else 6000.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return robust_mask (N,), logits (N, K) of the images it made, and notes: the package's warnings, and what each attack left."""
+        """Return robust_mask (N,), logits (N, K) of its images, and notes: the package's warnings, and the images each attack left."""
         x, y = tensors(subject, image, label)
         count = subject.logits(image[:1]).shape[1]
         named = list(self.attacks) or ["apgd-ce", "apgd-t", "fab-t", "square"]
-        chosen = [name for name in named if name != "apgd-t" or count > 3]  # the targeted DLR loss looks at four logits
+        chosen = [name for name in named if name != "apgd-t" or count > 3]  # the targeted DLR loss uses four logits
         version: dict[str, Any] = {"version": "rand"} if self.rand and count > 2 else {"version": "custom", "attacks": chosen}
         if not self.attacks and not self.rand and chosen == named:
             version = {"version": "standard"}
         attack = package().AutoAttack(
             Logits(subject), norm=NORMS[self.threat.norm], eps=self.threat.eps, seed=SEED, device=x.device, **version
         )
-        attack.apgd.n_restarts = attack.fab.n_restarts = 1  # as in the standard version; the class begins with 5
+        attack.apgd.n_restarts = attack.fab.n_restarts = 1  # as in the standard version; the class's default is 5
         for targeted in (attack.apgd_targeted, attack.fab):
             targeted.n_target_classes = min(9, count - 1)
-        with said() as lines:
+        with captured_log() as lines:
             x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
         check_ball(x_adv, x, self.threat)
         logits = subject.logits(x_adv.cpu().numpy())
@@ -64,18 +64,18 @@ class AutoAttack:
 
 @dataclass(frozen=True)
 class Square:
-    """Square (arXiv 1912.00049) alone: the black-box check, on what is served."""
+    """Square (arXiv 1912.00049), the black-box check, on the served model."""
 
     threat: Threat
     queries: int = 5000
 
     @property
     def cost(self) -> float:
-        """Return the forward passes of one image: the half that holds pays all queries."""
+        """Return the forward passes per image, assuming that half of the images take all queries."""
         return self.queries / 2
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return robust_mask (N,) and the logits (N, K) of the images it made."""
+        """Return robust_mask (N,) and the logits (N, K) of its images."""
         x, y = torch.from_numpy(image), torch.from_numpy(label)
         logits = subject.logits(image)
         right = logits.argmax(axis=1) == label
@@ -88,10 +88,10 @@ class Square:
 
 @dataclass(frozen=True)
 class ReleasedAutoAttack:
-    """The list that the published EB-JDAT code calls AutoAttack, with its faults (reference: docs/evaluation.md).
+    """The attacks that the published EB-JDAT code calls AutoAttack, including its errors (reference: docs/evaluation.md).
 
     Images in [-1,1] with eps 8/255, which is 4/255 here; APGD-CE and untargeted APGD-DLR of 20 iterations, FAB-T of 20 that
-    clamps to [0,1] what lives in [-1,1], Square of 5,000 queries; no targeted APGD.
+    clamps to [0,1] images in [-1,1], Square of 5,000 queries; no targeted APGD.
     """
 
     eps: float = 4 / 255
@@ -127,7 +127,7 @@ class ReleasedAutoAttack:
         makers.append(lambda x, y: (fab.perturb(2 * x - 1, y) + 1) / 2)
         makers.append(square(model, threat, self.queries, x.device).perturb)
         robust_mask = torch.from_numpy(subject.logits(image).argmax(axis=1) == label).to(x.device)
-        with said() as lines:
+        with captured_log() as lines:
             for perturb in makers:
                 left = robust_mask.nonzero().flatten()
                 if not len(left):
@@ -140,7 +140,7 @@ class ReleasedAutoAttack:
 
 
 class Logits(nn.Module):
-    """The network as the package takes it, with input gradients that are contiguous, which it reshapes."""
+    """The network for the package, with contiguous input gradients, which the package reshapes."""
 
     def __init__(self, subject: EvaluatedModel) -> None:
         super().__init__()
@@ -148,12 +148,12 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(Contiguous.apply(x)).float()  # type: ignore[no-untyped-call]
-        # the package asks for a gradient also where the model has none: zero, which it warns of
+        # the package needs a gradient even where the model has none: zero, which it warns about
         return logits if logits.requires_grad or not x.requires_grad else logits + 0.0 * x.sum()
 
 
 class Contiguous(torch.autograd.Function):
-    """The identity, whose gradient is contiguous and a number."""
+    """The identity, with a contiguous, finite gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -161,21 +161,21 @@ class Contiguous(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Return the gradient, contiguous, 0 where it is not a number: l2 steps would carry that into the image."""
+        """Return the gradient, contiguous, 0 where it is not a number, which l2 steps would spread over the image."""
         return torch.nan_to_num(gradient, 0.0, 0.0, 0.0).contiguous()
 
 
 def package() -> Any:
-    """Return pyautoattack; raise TrainingError that names the extra when it is not installed."""
+    """Return pyautoattack; raise TrainingError naming the extra when it is not installed."""
     try:
         import pyautoattack
     except ImportError as error:
-        raise TrainingError(f"AutoAttack and Square are the package pyautoattack's: {install('evaluate')}") from error
+        raise TrainingError(f"AutoAttack and Square need the package pyautoattack: {install('evaluate')}") from error
     return pyautoattack
 
 
 def square(model: Any, threat: Threat, queries: int, device: torch.device | str = "cpu") -> Any:
-    """Return the package's Square with AutoAttack's numbers; ``device`` is where its images lie."""
+    """Return the package's Square with AutoAttack's parameters; ``device`` is that of its images."""
     package()
     from pyautoattack.square import SquareAttack
 
@@ -185,7 +185,7 @@ def square(model: Any, threat: Threat, queries: int, device: torch.device | str 
 
 
 def check_ball(x_adv: Tensor, x: Tensor, threat: Threat) -> None:
-    """Raise TrainingError when an attack left its ball or the box: its figure would be worth nothing."""
+    """Raise TrainingError when an attack left its ball or the box, which makes its figure invalid."""
     moved = (x_adv - x).flatten(1)
     worst = float((moved.abs().amax(dim=1) if threat.norm == "linf" else moved.norm(dim=1)).max())
     if (
@@ -194,12 +194,12 @@ def check_ball(x_adv: Tensor, x: Tensor, threat: Threat) -> None:
         or float(x_adv.min()) < -1e-6
         or float(x_adv.max()) > 1 + 1e-6
     ):
-        raise TrainingError(f"AutoAttack left its ball or the numbers: {worst} for {threat.eps}")
+        raise TrainingError(f"AutoAttack left its ball or is not finite: {worst} for {threat.eps}")
 
 
 @contextmanager
-def said() -> Iterator[list[tuple[int, str]]]:
-    """Collect (level, text) of what the package logs meanwhile, and nothing on the terminal."""
+def captured_log() -> Iterator[list[tuple[int, str]]]:
+    """Collect the package's log records as (level, message), and keep them off the terminal."""
     lines: list[tuple[int, str]] = []
     log = logging.getLogger("auto-attack")
     handler = logging.Handler()
@@ -208,7 +208,7 @@ def said() -> Iterator[list[tuple[int, str]]]:
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    counted = package().checks.funcs  # counts of calls that the package never sets back, and takes for a dynamic defence
+    counted = package().checks.funcs  # call counts that the package never resets, and mistakes for a dynamic defence
     counted.update(dict.fromkeys(counted, 0))
     try:
         yield lines
@@ -219,7 +219,7 @@ def said() -> Iterator[list[tuple[int, str]]]:
 
 
 def summary(lines: list[tuple[int, str]], n: int) -> list[str]:
-    """Return every warning once with how often it was said, and how many images each attack left right."""
+    """Return each distinct warning with its count, and the number of images that each attack left."""
     warned = Counter(re.sub(r"\s*See flags_doc.md for details.", "", text) for level, text in lines if level >= logging.WARNING)
     left = [re.search(r"robust accuracy after (\S+): ([\d.]+)%", text) for _, text in lines]
     stages = [f"{found[1].lower()} left {round(float(found[2]) / 100 * n)}" for found in left if found]
@@ -227,9 +227,9 @@ def summary(lines: list[tuple[int, str]], n: int) -> list[str]:
 
 
 def tally(stages: np.ndarray) -> tuple[list[str], int]:
-    """Return the notes of all chunks added up: warnings by kind, and what each attack left of all images; and how often it warned."""
+    """Return the notes of all chunks in total, warnings by kind and the images each attack left, and the number of warnings."""
     warned: Counter[str] = Counter()
-    left: Counter[str] = Counter()  # a chunk of which none is left says nothing of the later attacks, which adds nothing
+    left: Counter[str] = Counter()  # a chunk with no image left has no note of the later attacks, which adds 0
     for line in stages.tolist():
         if found := re.match(r"(\S+) left (\d+)$", line):
             left[found[1]] += int(found[2])
@@ -237,5 +237,5 @@ def tally(stages: np.ndarray) -> tuple[list[str], int]:
             warned[line] += 1
         elif found := re.match(r"warning \((\d+) times\): (.*)$", line):
             warned[re.sub(r"\d+(\.\d+)?", "#", found[2])] += int(found[1])
-    told = [f"AutoAttack warned {count} times: {text}" for text, count in warned.items()]
-    return told + [f"{name} left {kept}" for name, kept in left.items()], warned.total()
+    warnings = [f"AutoAttack warned {count} times: {text}" for text, count in warned.items()]
+    return warnings + [f"{name} left {kept}" for name, kept in left.items()], warned.total()

@@ -1,4 +1,4 @@
-"""How far the probabilities can be believed: likelihood and Brier first, ECE beside its floor, clean, corrupted and re-collected images."""
+"""Accuracy and calibration on clean, corrupted and re-collected images: likelihood, Brier score, and ECE beside its floor."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,19 +28,17 @@ from training.evaluation.shifts import CORRUPTIONS, corrupted
 
 SEVERITIES = (1, 3, 5)
 BINS, DRAWS = 15, 100
-"""Of the calibration error, and of its floor."""
+"""Bins of the calibration error, and draws of its floor."""
 
 
 def clean_rows(c: Context) -> Iterator[Row]:
-    """Yield clean accuracy and the energies' mean and deviation."""
+    """Yield clean accuracy and the mean and standard deviation of the energies."""
     image, label = c.test(c.suite.test)
     found = c.look(c.where, Predict(gradient=True), image, label)
     logits = found["logits"].astype(np.float64)
     energy = -np.logaddexp.reduce(logits, axis=1)
     if energy.std() < 1e-4 * max(1.0, float(np.abs(logits).max())):
-        c.say(
-            "E(x) is the same for every image: the model returns log-probabilities, not logits, and no figure of its energy means anything"
-        )
+        c.say("E(x) is the same for every image: the model returns log-probabilities, not logits, and its energy figures are meaningless")
     if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1.0, atol=1e-4):
         c.say("the model returns probabilities, not logits: cross-entropy and energies are of their softmax, and its gradients are small")
     yield c.share("accuracy_clean", logits.argmax(axis=1) == label, c.where, c.subject.weights)
@@ -49,7 +47,7 @@ def clean_rows(c: Context) -> Iterator[Row]:
 
 
 def calibration_rows(c: Context) -> Iterator[Row]:
-    """Yield the quality of p(y|x) before and after the temperature that the selection split fits, on clean and corrupted images."""
+    """Yield the calibration of p(y|x) at temperature 1 and at the one fitted on the selection split, on clean and corrupted images."""
     image, label = c.test(c.suite.test)
     (held_out,) = c.ledger.run("temperature", [(Predict(), *unit(c.data.selection))])
     stored = c.bundle.calibration() if c.bundle is not None and "calibration.json" in c.bundle.manifest.files else None
@@ -69,14 +67,14 @@ def calibration_rows(c: Context) -> Iterator[Row]:
         severities.setdefault(replace(images, corruption=None), []).append((found["logits"], labels))
     for severity, parts in severities.items():
         every = replace(severity, kinds=len(parts)) if len(parts) > 1 else severity
-        if len(parts) > 1:  # the kinds are of the same images, so an interval is over images
+        if len(parts) > 1:  # all kinds corrupt the same images, so an interval is over images
             right = np.mean([logits.argmax(axis=1) == labels for logits, labels in parts], axis=0)
             yield estimate("accuracy_corrupted_mean", right.mean(), mean_interval(right), len(right), every, of)
         yield from quality(c, parts, every, {"fitted": temperature})
 
 
 def quality(c: Context, parts: list[tuple[np.ndarray, Labels]], images: Images, temperatures: dict[str, float]) -> Iterator[Row]:
-    """Yield likelihood, Brier score, ECE and the ECE that a calibrated model would show at this n; ``parts`` are of the same images."""
+    """Yield likelihood, Brier score, ECE and the ECE of a calibrated model at this n; ``parts`` are of the same images."""
     for name, temperature in temperatures.items():
         of, n = c.subject.graph, len(parts[0][1])
         each = [(probabilities(logits.astype(np.float32), temperature), label) for logits, label in parts]
@@ -91,7 +89,7 @@ def quality(c: Context, parts: list[tuple[np.ndarray, Labels]], images: Images, 
 
 
 def shifted_sets(c: Context) -> Iterator[tuple[Images, Pixels, Labels]]:
-    """Yield (what they are, images, labels): test images corrupted by shifts.py, CIFAR-10-C and CIFAR-10.1 where present."""
+    """Yield (name, images, labels): test images corrupted by shifts.py, and CIFAR-10-C and CIFAR-10.1 if present."""
     some = c.data.test.first(c.suite.shifted)
     for name in CORRUPTIONS:
         for severity in SEVERITIES:

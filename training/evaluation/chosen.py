@@ -1,4 +1,4 @@
-"""Which rows of metrics.json a reader is shown first: the card's table, and the eight of the README with what stands beside each."""
+"""The selection of main rows: the card's first table, and the README's eight figures with their comparisons."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ WARM_START, SOFTMAX = "warm start", "max softmax"
 
 @dataclass(frozen=True)
 class Model:
-    """What the choice of rows depends on: the served score, the l-inf eps that figures are quoted at, and the data set."""
+    """The bundle's properties that select rows: the served score, the main l-inf eps, and the data set."""
 
     score: str
     eps: float
@@ -37,13 +37,13 @@ class Model:
 
 
 def model_of(bundle: Bundle) -> Model:
-    """Return what a bundle's choice of rows depends on."""
+    """Return the bundle's properties that select rows."""
     dataset = bundle.manifest.provenance.dataset
     return Model(served_score(bundle), ball_of(dataset).linf, dataset)
 
 
 def chief_figures(m: Model) -> list[tuple[str, Fields]]:
-    """Return the metrics, and the fields, of the rows that a new user asks for, in order."""
+    """Return the metrics and fields of the main rows, in order."""
     fitted, jpeg = {**m.test, "temperature": "fitted"}, {"shift": "JPEG q75"}
     own, plain = {"score": m.score}, {"score": BASELINE}
     plainly = (
@@ -81,30 +81,30 @@ def chief_figures(m: Model) -> list[tuple[str, Fields]]:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A row of the README's table: what it says, which row it is, and what stands beside it."""
+class ReadmeRow:
+    """A row of the README's table: its text, the selected row, and its comparisons."""
 
-    said: str
+    text: str
     metric: str
     fields: Fields
-    beside: tuple[str, ...] = (WARM_START,)
-    others: dict[str, Fields] = field(default_factory=dict)  # of the same metric, by the name that they stand beside it under
+    baselines: tuple[str, ...] = (WARM_START,)
+    others: dict[str, Fields] = field(default_factory=dict)  # rows of the same metric to compare with, by name
 
 
-def readme_figures(m: Model) -> list[Shown]:
-    """Return the eight rows of the README."""
+def readme_figures(m: Model) -> list[ReadmeRow]:
+    """Return the specifications of the README's eight rows."""
     eps, threat, flag = eps_name(m.eps), {"norm": "linf", "eps": m.eps}, {"alpha": ALPHA, "score": m.score}
     fooled = {**m.test, **m.pgd, "subset": "fooled"}
     judged = {f"samples of the control {name}": {"dataset": CONTROL, "control": name} for name in ("pgd-at",)}
     return [
-        Shown("accuracy on clean images", "accuracy_clean", m.test),
-        Shown(f"accuracy under PGD-20, l-inf {eps}", "accuracy_pgd20", {**m.test, **threat}),
-        Shown(f"accuracy under AutoAttack, l-inf {eps}", "accuracy_autoattack", {**m.test, **threat}),
-        Shown("flagged at alpha 0.05: clean images", "flag_rate_clean", {**m.test, **flag}, (SOFTMAX,)),
-        Shown("AUROC of the flag's score, CIFAR-100 against clean", f"auroc_{m.score}", {"dataset": NEAR}, (SOFTMAX,)),
-        Shown("flagged at alpha 0.05: blank images", "flag_power", {"dataset": BLANK, **flag}, (SOFTMAX,)),
-        Shown(f"flagged at alpha 0.05: images that PGD-20 at {eps} fooled", "flag_power", {**fooled, **flag}, (SOFTMAX,)),
-        Shown(
+        ReadmeRow("accuracy on clean images", "accuracy_clean", m.test),
+        ReadmeRow(f"accuracy under PGD-20, l-inf {eps}", "accuracy_pgd20", {**m.test, **threat}),
+        ReadmeRow(f"accuracy under AutoAttack, l-inf {eps}", "accuracy_autoattack", {**m.test, **threat}),
+        ReadmeRow("flagged at alpha 0.05: clean images", "flag_rate_clean", {**m.test, **flag}, (SOFTMAX,)),
+        ReadmeRow("AUROC of the flag's score, CIFAR-100 against clean", f"auroc_{m.score}", {"dataset": NEAR}, (SOFTMAX,)),
+        ReadmeRow("flagged at alpha 0.05: blank images", "flag_power", {"dataset": BLANK, **flag}, (SOFTMAX,)),
+        ReadmeRow(f"flagged at alpha 0.05: images that PGD-20 at {eps} fooled", "flag_power", {**fooled, **flag}, (SOFTMAX,)),
+        ReadmeRow(
             "samples of the class asked for, to a robust judge",
             "class_agreement_resnet4b",
             {"dataset": FRESH},
@@ -115,7 +115,7 @@ def readme_figures(m: Model) -> list[Shown]:
 
 
 def chief(bundle: Bundle, rows: list[Row]) -> list[Row]:
-    """Return the rows that a new user asks for, as ``chief_figures`` lists them; of attacks the fooled images apart from the rest."""
+    """Return the rows of ``chief_figures``, in order; of attacks, those of fooled images apart from the rest."""
     apart = {replace(row.images, subset=None) for row in rows if row.subset == "fooled"}
     found: list[Row] = []
     for metric, wanted in chief_figures(model_of(bundle)):
@@ -125,32 +125,32 @@ def chief(bundle: Bundle, rows: list[Row]) -> list[Row]:
 
 
 def readme_rows(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> Iterator[tuple[str, Row, list[tuple[str, Row]]]]:
-    """Yield (words, row, [(words, row that stands beside it)]) of the README's table; what was not measured is left out."""
+    """Yield (text, row, [(text, row to compare with)]) of the README's table, without rows that were not measured."""
     m = model_of(bundle)
-    for shown, plain in zip(readme_figures(m), readme_figures(replace(m, score=BASELINE)), strict=True):
-        row = first(rows, shown.metric, **shown.fields)
+    for spec, plain in zip(readme_figures(m), readme_figures(replace(m, score=BASELINE)), strict=True):
+        row = first(rows, spec.metric, **spec.fields)
         if row is not None:
-            yield shown.said, row, list(beside(shown, plain, row, rows, baseline))
+            yield spec.text, row, list(comparisons(spec, plain, row, rows, baseline))
 
 
-def beside(shown: Shown, plain: Shown, row: Row, rows: list[Row], baseline: list[Row]) -> Iterator[tuple[str, Row]]:
-    """Yield (words, row) that stand beside ``row``: the warm start's, max softmax's (``plain``), or other images by the same judge."""
-    if WARM_START in shown.beside:
+def comparisons(spec: ReadmeRow, plain: ReadmeRow, row: Row, rows: list[Row], baseline: list[Row]) -> Iterator[tuple[str, Row]]:
+    """Yield (text, row) to compare ``row`` with: the warm start's, max softmax's (``plain``), or other images' by the same judge."""
+    if WARM_START in spec.baselines:
         yield from ((WARM_START, other) for other in baseline if key(other) == key(row))
-    if SOFTMAX in shown.beside:
+    if SOFTMAX in spec.baselines:
         other = first(rows, plain.metric, **plain.fields)
         if other is not None and other is not row:
             yield SOFTMAX, other
-    for name, wanted in shown.others.items():
-        if (other := first(rows, shown.metric, **wanted)) is not None:
+    for name, wanted in spec.others.items():
+        if (other := first(rows, spec.metric, **wanted)) is not None:
             yield name, other
 
 
 def served_score(bundle: Bundle) -> str:
-    """Return the score that ``suspicious`` is decided by."""
+    """Return the name of the score of ``suspicious``."""
     return bundle.calibration().score if "calibration.json" in bundle.manifest.files else "energy"
 
 
 def worse_than_chance(row: Row) -> bool:
-    """Return whether an AUROC's 95 % interval lies below 0.5: one that holds 0.5 says nothing."""
+    """Return whether an AUROC's 95 % interval lies below 0.5."""
     return row.stderr is not None and row.value + 1.96 * row.stderr < 0.5

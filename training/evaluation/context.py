@@ -1,4 +1,4 @@
-"""What every part of the evaluation is given, and the amounts of a suite."""
+"""The context passed to every part of the evaluation, and the suites: the number of images of each measurement."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger("training")
 
 @dataclass(frozen=True)
 class Suite:
-    """How many images each measurement is made on."""
+    """The number of images of each measurement."""
 
     test: int  # clean
     attacked: int  # PGD at eps
@@ -43,10 +43,10 @@ class Suite:
     shifted: int  # benign shifts and corruptions
     samples: int
     queries: int = 5000  # of Square
-    thorough: bool = True  # the flag is attacked at every alpha, and the energy beside the served score
+    thorough: bool = True  # the flag is attacked at every alpha, and the energy as well as the served score
 
     def at_most(self, n: int) -> "Suite":
-        """Return the suite with no measurement on more than n images; raise TrainingError for none."""
+        """Return the suite with at most n images per measurement; raise TrainingError for n < 1."""
         if n < 1:
             raise TrainingError(f"n = {n}: give 1 or more")
         amounts = {name: min(value, n) for name, value in vars(self).items() if name not in ("queries", "samples", "thorough")}
@@ -87,7 +87,7 @@ SUITES = {
 
 @dataclass
 class Context:
-    """One evaluation: the subject, its data, how much of it, and what was seen of each image."""
+    """One evaluation: the subject, its data, the suite, and the per-image results."""
 
     subject: EvaluatedModel
     data: Dataset
@@ -96,14 +96,14 @@ class Context:
     ledger: ResultCache
     folder: Path
     bundle: Bundle | None = None
-    surrogate: Path | None = None  # weights that transferred attacks are made on
+    surrogate: Path | None = None  # weights of the surrogate of transferred attacks
     surrogate_sha256: str = ""
-    controls: tuple[Path, ...] = ()  # weights that are sampled with the same prior, steps and seeds
-    buffer: Path | None = None  # a run's state.pt, whose replay buffer is measured beside fresh chains
-    images: dict[str, NDArray[np.bool_]] = field(default_factory=dict)  # per row's key and image: what its proportion was counted from
-    arrays: dict[Images, Arrays] = field(default_factory=dict)  # per set of images: logits, label, perhaps gradient
-    drawings: dict[str, Arrays] = field(default_factory=dict)  # what images are made of beside those
-    part: str = ""  # that is being measured
+    controls: tuple[Path, ...] = ()  # weights of controls, sampled with the same prior, steps and seeds
+    buffer: Path | None = None  # a run's state.pt, whose replay buffer is compared with fresh chains
+    images: dict[str, NDArray[np.bool_]] = field(default_factory=dict)  # per row's key and image: the successes of its proportion
+    arrays: dict[Images, Arrays] = field(default_factory=dict)  # per set of images: logits, label, and gradient if measured
+    drawings: dict[str, Arrays] = field(default_factory=dict)  # further data of the report's images
+    part: str = ""  # the part being measured
     warnings: dict[str, list[str]] = field(default_factory=dict)  # of each part
 
     @property
@@ -112,30 +112,30 @@ class Context:
         return Images(dataset=self.data.name, split="test")
 
     def test(self, n: int) -> tuple[Floats, Labels]:
-        """Return the first n test images (N, 3, H, W) in [0,1] and their labels; chunks of one count are shared by all parts."""
+        """Return the first n test images (N, 3, H, W) in [0,1] and their labels; all parts share the chunks of one n."""
         return unit(self.data.test.first(n))
 
     def run(self, title: str, *works: Task, n: int) -> list[Arrays]:
-        """Return the results of each work on the first n test images."""
+        """Return the result of each task on the first n test images."""
         image, label = self.test(n)
         return self.ledger.run(title, [(work, image, label) for work in works])
 
     def look(self, images: Images, work: Task, image: Floats, label: Labels | None = None) -> Arrays:
-        """Return what ``work`` says of a set of images, and keep it for the landscape."""
+        """Return the result of ``work`` on a set of images, and keep it for the landscape."""
         nothing = np.zeros(len(image), np.int64)
         (result,) = self.ledger.run(set_name(images), [(work, image, nothing if label is None else label)])
-        own = result["logits"].argmax(axis=1) if label is None else label  # strange images have no class but the one the model names
+        own = result["logits"].argmax(axis=1) if label is None else label  # OOD images have no class but the predicted one
         self.arrays[images] = {**result, "label": own}
         return self.arrays[images]
 
     def share(self, metric: str, good: NDArray[np.bool_], images: Images, of: str, **more: Any) -> Row:
-        """Return the row of a proportion, which of its images count kept for paired tests; ``more`` are fields of the row."""
+        """Return the row of a proportion, keeping its per-image successes for paired tests; ``more`` are fields of the row."""
         row = proportion(metric, int(good.sum()), len(good), images, of, **more)
         self.images[row.key] = good
         return row
 
     def say(self, text: str) -> None:
-        """Keep a warning of this part for the report, and log it; the same one is kept once."""
+        """Keep a warning of this part for the report, and log it; duplicates are dropped."""
         kept = self.warnings.setdefault(self.part, [])
         if text not in kept:
             kept.append(text)
@@ -143,11 +143,11 @@ class Context:
 
     @property
     def eot(self) -> int:
-        """Return how many passes a gradient is averaged over: more than one for a model that answers at random."""
+        """Return the number of passes that a gradient is averaged over: more than one for a model with random outputs."""
         return 16 if self.subject.random else 1
 
     def samplable(self) -> bool:
-        """Return whether the model gives the gradient that chains follow; say so when it does not."""
+        """Return whether the model has the gradient that sampling needs; warn when it does not."""
         with torch.enable_grad():
             x = torch.from_numpy(self.test(1)[0]).to(self.subject.device).requires_grad_()
             if self.subject.network(x).requires_grad:
@@ -156,14 +156,14 @@ class Context:
         return False
 
     def attackers(self) -> bool:
-        """Return whether the attack package is here; say so when it is not."""
+        """Return whether the attack package is installed; warn when it is not."""
         if find_spec("pyautoattack") is None:
             self.say("AutoAttack and Square: not measured, the extra [evaluate] brings pyautoattack")
             return False
         return True
 
     def tell(self, found: Arrays, what: str) -> int:
-        """Keep what the attack package warned of, and return how often it did."""
+        """Keep the attack package's warnings, and return their number."""
         lines, times = tally(found.get("notes", np.empty(0, np.str_)))
         for line in lines:
             self.say(f"{what}: {line}")
@@ -171,11 +171,11 @@ class Context:
 
 
 FORM = "fields"
-"""How the files of an evaluation are written: another's are not read."""
+"""Format version of an evaluation's files; those of other versions are not read."""
 
 
 def claim(folder: Path, subject: dict[str, str]) -> None:
-    """Write into a folder whose evaluation it holds; what is there of the same weights, but of another graph or form, is removed.
+    """Mark a folder with the evaluation it holds; files of the same weights but another graph or format are removed.
 
     Raises TrainingError for a folder of another model or other data.
     """
@@ -193,5 +193,5 @@ def claim(folder: Path, subject: dict[str, str]) -> None:
 def unit(split: Split) -> tuple[Floats, Labels]:
     """Return a split's images (N, 3, H, W) in [0,1] and labels."""
     if len(split) == 0:
-        raise TrainingError("a measurement on no images: it needs a data set with a test split")
+        raise TrainingError("there are no images to measure on: use a data set with a test split")
     return to_unit(split.image), split.label

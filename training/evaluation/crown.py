@@ -1,7 +1,7 @@
 """Two public robust CIFAR-10 networks (Verified-Intelligence/alpha-beta-CROWN, BSD-3), adversarially trained at l-inf 2/255.
 
-Their figures are known, which checks our attacks; and ``resnet4b``, of other authors' code, shape and training, judges samples: an
-undefended judge is fooled by transfer. The files are looked for in the data folder, and read without unpickling code.
+Their known figures check our attacks; and ``resnet4b``, of other authors' code, architecture and training, judges samples: an
+undefended judge would be fooled by transfer. The files are read from the data folder, without unpickling code.
 """
 
 import hashlib
@@ -62,13 +62,13 @@ class CrownResNet(nn.Module):
 
 @lru_cache(maxsize=2)
 def load_crown(name: str) -> CrownResNet | None:
-    """Return a network in eval mode, or None when its file is not in the data folder; raise DataError for another file of that name."""
+    """Return a network in eval mode, or None when its file is not in the data folder; raise DataError for a file with another sha256."""
     file = data_root() / FILES[name]
     if not file.is_file():
         return None
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != SHA256[name]:
-        raise DataError(f"{file} has sha256 {found[:16]}…, the file of that name {SHA256[name][:16]}…: copy it again")
+        raise DataError(f"{file} has sha256 {found[:16]}…, the original has {SHA256[name][:16]}…: copy it again")
     state = torch.load(file, weights_only=True, map_location="cpu")
     model = CrownResNet(name)
     model.load_state_dict(state.get("state_dict", state))

@@ -1,4 +1,4 @@
-"""Numbers about two sets of features: Frechet and kernel distances, precision and recall, neighbours."""
+"""Distances between two sets of features: Frechet and kernel distances, precision and recall, nearest neighbours."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ def frechet_distance(a: Array, b: Array) -> float:
 def frechet_infinity(fake: Array, real: Array, points: int = 8, seed: int = 0) -> tuple[float, float]:
     """Return the Frechet distance extrapolated to infinitely many fakes, and the standard error of the fit (arXiv 1911.07023).
 
-    FD_n is linear in 1/n to first order: a line through FD of random n of the fakes, n from a quarter of them to all, read at 1/n = 0.
+    FD_n is linear in 1/n to first order: fits a line through FD of random subsets, from a quarter of the fakes to all, at 1/n = 0.
     """
     noise, sizes = np.random.default_rng(seed), np.linspace(len(fake) // 4, len(fake), points).astype(int)
     inverse = 1.0 / sizes
@@ -34,9 +34,9 @@ def frechet_infinity(fake: Array, real: Array, points: int = 8, seed: int = 0) -
 
 
 def kernel_distance(a: Array, b: Array, size: int = 1000) -> tuple[float, float, int]:
-    """Return the unbiased squared MMD with k(x, y) = (x.y / D + 1)^3 (KID, arXiv 1801.01401), its standard error, and over how many blocks.
+    """Return the unbiased squared MMD with k(x, y) = (x.y / D + 1)^3 (KID, arXiv 1801.01401), its standard error, and the number of blocks.
 
-    The mean over disjoint blocks, so that their deviation is an error: at least five of them where there are 250 images.
+    The mean over disjoint blocks, whose deviation gives the error: at least five blocks from 250 images on.
     """
     n = min(len(a), len(b))
     size = min(size, max(n // 5, 50), n)
@@ -68,13 +68,13 @@ def radius(points: Array, k: int) -> Array:
 
 
 def inside(query: Array, centre: Array, reach: Array) -> float:
-    """Return the share of ``query`` within reach of any centre."""
+    """Return the share of ``query`` within the radius of any centre."""
     parts = [(distances(query[i : i + BLOCK], centre) <= reach).any(axis=1) for i in range(0, len(query), BLOCK)]
     return float(np.concatenate(parts).mean())
 
 
 def nearest(query: Array, known: Array) -> tuple[Array, NDArray[np.int64]]:
-    """Return the distance of each query to its nearest known point, and which that is."""
+    """Return the distance of each query to its nearest known point, and its index."""
     parts = [distances(query[i : i + BLOCK], known) for i in range(0, len(query), BLOCK)]
     return np.concatenate([d.min(axis=1) for d in parts]), np.concatenate([d.argmin(axis=1) for d in parts])
 
@@ -87,7 +87,7 @@ def distances(a: Array, b: Array) -> Array:
 
 
 def inception_score(probability: Array, splits: int = 10) -> tuple[float, float, int]:
-    """Return exp E KL(p(y|x) || p(y)), its standard error and the number of splits (arXiv 1606.03498): of whatever classifier p is."""
+    """Return exp E KL(p(y|x) || p(y)), its standard error and the number of splits (arXiv 1606.03498); p is any classifier's."""
     parts = np.array_split(probability.astype(np.float64), min(splits, max(1, len(probability) // 50)))
     scores = [np.exp((p * (np.log(p + 1e-16) - np.log(p.mean(axis=0) + 1e-16))).sum(axis=1).mean()) for p in parts]
     error = float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else float("nan")

@@ -1,4 +1,4 @@
-"""What is evaluated: a bundle or any torch module, its network for attacks, and what it serves for everything else."""
+"""The evaluated model: a bundle or any torch module, with its network for gradients and its served function for all else."""
 
 import hashlib
 import inspect
@@ -25,28 +25,28 @@ from training.errors import DataError
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A classifier of images in [0,1]; ``network`` gives gradients, ``logits`` is what is served: a bundle's graph, else the network."""
+    """A classifier of images in [0,1]; ``network`` is for gradients, ``logits`` is served: a bundle's graph, else the network."""
 
     name: str
     network: Callable[[Tensor], Tensor]  # in eval mode, parameters without gradient
     logits: Callable[[Floats], Floats]  # (N, 3, H, W) -> (N, K)
     weights: str  # sha256 of the parameters
-    graph: str  # sha256 of what ``logits`` runs
+    graph: str  # sha256 of the graph of ``logits``
     device: torch.device
     advance: Callable[[Chains, int], Chains]  # Langevin steps
-    key: str  # sha256 of all that its answers depend on: what results are kept under
-    random: bool = False  # answers differ from call to call; ``logits`` are then the mean of ten
+    key: str  # sha256 of everything its outputs depend on: the cache key of its results
+    random: bool = False  # outputs differ from call to call; ``logits`` are then the mean of ten
 
 
 ANSWERS = 10
 Spec = Callable[[], EvaluatedModel]
-"""Opens a subject; it is sent to worker processes, so it must be picklable to have any."""
+"""Opens a subject; worker processes need it to be picklable."""
 
 
 def open_bundle(path: Path) -> EvaluatedModel:
-    """Return the subject of a bundle: torch for gradients, the fp32 graph through ONNX Runtime for all else, where it is installed.
+    """Return the subject of a bundle: torch for gradients; the fp32 graph on ONNX Runtime, if installed, for all else.
 
-    Where torch has a GPU that ONNX Runtime has not, torch does both: on one thread of the CPU the graph would take hours.
+    If torch has a GPU that ONNX Runtime cannot use, torch does both: the graph would take hours on one CPU thread.
     """
     bundle = Bundle.draft(path)
     device = best_device()
@@ -58,7 +58,7 @@ def open_bundle(path: Path) -> EvaluatedModel:
         return np.concatenate([f for f, _ in classify_in_chunks(engine, np.ascontiguousarray(image))])
 
     with torch.no_grad():
-        network = model.folded()  # the same function to rounding, in four fifths of the time
+        network = model.folded()  # the same function up to rounding, in four fifths of the time
     of = [files[name].sha256 for name in ("weights.safetensors", "classify.onnx", "step.onnx")]
     served = of[1] if engine.name == "onnx" else of[0]  # without ONNX Runtime no graph was measured
     return EvaluatedModel(
@@ -67,7 +67,7 @@ def open_bundle(path: Path) -> EvaluatedModel:
 
 
 def best_device() -> torch.device:
-    """Return the GPU where torch sees one, else the CPU."""
+    """Return the GPU if torch has one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -81,12 +81,12 @@ def runtime_has(device: torch.device) -> bool:
 
 
 def bundle_spec(path: Path) -> Spec:
-    """Return how to open a bundle."""
+    """Return the spec that opens a bundle."""
     return partial(open_bundle, path)
 
 
 def open_module(name: str, module: nn.Module, digest: str, key: str = "", random: bool = False) -> EvaluatedModel:
-    """Return the subject of a module: it is put in eval mode, and its parameters take no gradient."""
+    """Return the subject of a module: puts it in eval mode, its parameters without gradient."""
     module.eval().requires_grad_(False)
     exact()
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -110,10 +110,10 @@ def open_module(name: str, module: nn.Module, digest: str, key: str = "", random
 
 
 def module_spec(module: nn.Module, name: str, probe: Floats | None = None) -> Spec:
-    """Return how to open a module; its sha256 is of its class, its attributes, parameters and buffers.
+    """Return the spec that opens a module; its sha256 is of its class, attributes, parameters and buffers.
 
-    What it answers to ``probe`` joins the key of its results, so that whatever else it computes with finds none of another's. A model
-    that answers differently each time, or whose gradient does, is taken for random: its answer is then the mean of ten.
+    Its output on ``probe`` is part of the key of its results, which covers any other state it computes with. A model whose output or
+    gradient differs between calls is treated as random: its output is then the mean of ten.
     """
     digest = module_sha256(module)
     if probe is None:
@@ -121,12 +121,12 @@ def module_spec(module: nn.Module, name: str, probe: Floats | None = None) -> Sp
     subject = open_module(name, module, digest)
     first, second = (subject.logits(probe) for _ in range(2))
     random = bool(np.abs(first - second).max() > 1e-4 * np.abs(first).max()) or gradient_varies(subject, probe)
-    said = "at random" if random else hashlib.sha256(np.round(first, 3).tobytes()).hexdigest()
-    return partial(open_module, name, module, digest, digest_of(digest, said), random)
+    output = "at random" if random else hashlib.sha256(np.round(first, 3).tobytes()).hexdigest()
+    return partial(open_module, name, module, digest, digest_of(digest, output), random)
 
 
 def gradient_varies(subject: EvaluatedModel, probe: Floats) -> bool:
-    """Return whether two passes with autograd on differ: a model may be random only then."""
+    """Return whether two passes with autograd differ: a model may be random only with autograd on."""
     answers = []
     for _ in range(2):
         x = torch.from_numpy(probe).to(subject.device).requires_grad_()
@@ -142,19 +142,19 @@ def digest_of(*parts: str) -> str:
 
 def module_sha256(module: nn.Module) -> str:
     """Return the sha256 of a module: its classes' sources, plain attributes, parameters and buffers."""
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for path, part in module.named_modules():
         simple = bool | int | float | str
         plain = {name: value for name, value in vars(part).items() if isinstance(value, simple) and name != "training"}
-        told.update(f"{path} {type(part).__module__}.{type(part).__qualname__} {source(type(part))} {plain}".encode())
+        digest.update(f"{path} {type(part).__module__}.{type(part).__qualname__} {source(type(part))} {plain}".encode())
     for name, value in sorted([*module.named_parameters(), *module.named_buffers()]):
-        told.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        told.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return told.hexdigest()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def source(kind: type) -> str:
-    """Return the source of a class, nothing where there is none to read."""
+    """Return the source of a class, or an empty string if it cannot be read."""
     if kind.__module__.startswith("torch."):
         return ""
     try:
@@ -164,19 +164,19 @@ def source(kind: type) -> str:
 
 
 def weights_spec(file: Path, device: torch.device) -> Spec:
-    """Return how to open weights that the trainer wrote, of a network that their names and shapes tell."""
+    """Return the spec that opens weights of the trainer, whose network is inferred from their names and shapes."""
     return partial(open_weights, file, device)
 
 
 def open_weights(file: Path, device: torch.device) -> EvaluatedModel:
-    """Return the subject of a weights file on a device; fp16 weights are computed with in fp32."""
+    """Return the subject of a weights file on a device; fp16 weights are converted to fp32."""
     return open_module(file.parent.name, load_weights(file).to(device), sha256(file))
 
 
 def load_weights(file: Path) -> Network:
-    """Return the network of a weights file in eval mode; raise DataError when no family knows it."""
+    """Return the network of a weights file in eval mode; raise DataError when no family matches."""
     if not file.is_file():
-        raise DataError(f"{file} is not there: name a safetensors file that the trainer wrote, or a bundle")
+        raise DataError(f"{file} does not exist: name a safetensors file of the trainer, or a bundle")
     try:
         state = {name: value.float() if value.is_floating_point() else value for name, value in load_file(file).items()}
         return network_of(state)

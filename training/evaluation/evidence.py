@@ -1,4 +1,4 @@
-"""What an evaluation measured, taken into a bundle: row by row, and never a row of fewer images in the place of one of more."""
+"""Merge an evaluation's rows into a bundle; a row of fewer images never replaces one of more."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from training.evaluation.result_cache import Arrays
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The rows of one subject, the folder they are kept in, and the arrays that images are drawn from."""
+    """The rows of one subject, their folder, and the arrays of its figures."""
 
     folder: Path
     rows: list[Row]
@@ -29,8 +29,8 @@ class Merged:
     kept: list[tuple[Row, Row]]
     stale: list[Row]
 
-    def said(self) -> str:
-        """Return what became of the rows, one line each for those that were kept."""
+    def summary(self) -> str:
+        """Return a summary of the merge, with a line for each kept row."""
         lines = [f"{len(self.taken)} rows taken, {len(self.kept)} kept, of more images, {len(self.stale)} stale ones dropped"]
         for old, new in self.kept:
             lines.append(f"  kept {old.metric} of n = {old.n} (measured now: n = {new.n}): {data_words(old)}: {protocol_words(old)}")
@@ -46,19 +46,20 @@ def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None) -> 
     if strange is not None or not measured.rows:
         of = f"of {strange.of[:12]}, which it does not hold" if strange else "none"
         raise BundleError(f"{bundle.path} takes no rows {of}: evaluate this bundle first")
-    beside = read_rows(baseline or bundle.path / "baseline.json") if baseline or "baseline.json" in bundle.manifest.files else []
+    baseline_rows = read_rows(baseline or bundle.path / "baseline.json") if baseline or "baseline.json" in bundle.manifest.files else []
     merged = merge(bundle.metrics(), measured.rows, bundle)
-    shown = measured.arrays if any(row.part == "landscape" for row in merged.taken) else {}  # the image is of the rows that stand
+    # the image shows the rows that are in the bundle
+    arrays = measured.arrays if any(row.part == "landscape" for row in merged.taken) else {}
     write_rows(bundle.path / "metrics.json", merged.rows)
     bundle = bundle.update("metrics.json")
-    drawn = "samples.png" in bundle.manifest.files  # by this network: an evaluation changes nothing of that
-    return renew_card(bundle, merged.rows, beside, shown, samples=not drawn), merged
+    drawn = "samples.png" in bundle.manifest.files  # samples depend only on the network, which an evaluation does not change
+    return renew_card(bundle, merged.rows, baseline_rows, arrays, samples=not drawn), merged
 
 
 def merge(before: list[Row], new: list[Row], bundle: Bundle | None = None) -> Merged:
-    """Return ``before`` with each row of ``new`` in the place of the same measurement, unless that is of more images.
+    """Return ``before`` with the rows of ``new`` replacing those of the same measurement, unless the old row is of more images.
 
-    Rows stay in the order of their parts; those without a part, of lower precisions, come last. Of a ``bundle``, rows of other files go.
+    Rows are in the order of their parts; those without a part, of lower precisions, come last. Stale rows of a ``bundle`` are dropped.
     """
     stale = [row for row in before if bundle is not None and not bundle.holds(row.of)]
     held = [row for row in before if row not in stale]
@@ -77,10 +78,10 @@ def merge(before: list[Row], new: list[Row], bundle: Bundle | None = None) -> Me
 
 
 def measurement(row: Row) -> tuple[str | None, str]:
-    """Return what makes two rows of one model the same measurement, whatever the number of images and whatever came out."""
+    """Return the key of a row's measurement, which does not depend on the number of images or the result."""
     return row.part, row.key
 
 
 def fewer(new: Row, old: Row) -> bool:
-    """Return whether ``new`` rests on fewer images than ``old``: its own, or those that they are compared with."""
+    """Return whether ``new`` is of fewer images than ``old``: its own, or those it is compared with."""
     return new.n < old.n or (new.against_n or 0) < (old.against_n or 0)

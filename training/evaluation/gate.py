@@ -1,6 +1,6 @@
-"""The gate of a refresh: a new model is published only if it is not worse than the store's `current` on held-out images of its data.
+"""The gate of a refresh: publish a new model only if it is not worse than the store's `current` on held-out images.
 
-Both see the same selection images, which neither was trained on; the test set is never looked at. docs/decisions/0015 has the rule.
+Both are evaluated on the same selection images, which neither was trained on; the test set is not used. docs/decisions/0015 has the rule.
 """
 
 from collections.abc import Iterator
@@ -20,25 +20,24 @@ from ebjdat_serve.scores import ood_score
 from ebjdat_serve.sentences import images_name, threat_name
 from ebjdat_serve.store import EMPTY, pointed_at
 from training.data.datasets import Dataset
-from training.evaluate import work_root
 from training.evaluation.attacks import Pgd, Predict
 from training.evaluation.context import unit
 from training.evaluation.evaluated_model import bundle_spec
 from training.evaluation.metrics import auroc, auroc_difference_stderr, paired_interval
 from training.evaluation.ood import strange_images
-from training.evaluation.result_cache import Arrays, ResultCache
+from training.evaluation.result_cache import Arrays, ResultCache, work_root
 from training.evaluation.rows import ALPHAS, ball_of
 from training.methods.adversary import Threat
 
 MARGIN = 0.02
-"""How much worse a figure may be: a model is held back when the whole 95 % interval of its gain lies below -MARGIN."""
+"""Tolerated loss: a model is held back when the whole 95 % interval of a figure's gain lies below -MARGIN."""
 ATTACKED = 1000  # selection images under PGD-20, at most
 ALPHA = ALPHAS[0]
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One figure of both models on the same images; ``gain`` is above 0 where the new one is better."""
+    """One figure of both models on the same images; ``gain`` is positive where the new one is better."""
 
     metric: str
     images: Images
@@ -47,7 +46,7 @@ class Compared:
     current: float
     gain: float
     interval: tuple[float, float]
-    against: Images | None = None  # what they are told apart from
+    against: Images | None = None  # images that they are separated from
 
     @property
     def worse(self) -> bool:
@@ -58,15 +57,15 @@ class Compared:
         low, high = self.interval
         where = " vs ".join(images_name(images) for images in (self.images, self.against) if images)
         how = ", ".join(part for part in (self.metric, threat_name(self.images.norm, self.images.eps)) if part)
-        said = f"{how} {self.new:.3f} against {self.current:.3f} (gain {self.gain:+.3f} [{low:+.3f}, {high:+.3f}]"
-        return f"{said}, n = {self.n}, {where})"
+        text = f"{how} {self.new:.3f} against {self.current:.3f} (gain {self.gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return f"{text}, n = {self.n}, {where})"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says; ``reason``: why the new model is held back, empty when it passes; ``against``: the current one, if any.
+    """The gate's decision; ``reason``: why the new model is held back, empty when it passes; ``against``: the current model, if any.
 
-    ``pointed``: the folder that the store pointed at, which another publisher may change meanwhile.
+    ``pointed``: the store's current folder at that time, which another publisher may change.
     """
 
     reason: str
@@ -83,9 +82,9 @@ class Verdict:
 
 
 def judge(new: Bundle, store: Path, data: Dataset) -> Verdict:
-    """Return whether ``new`` may take the place of what ``store`` points at; an empty store takes anything.
+    """Return whether ``new`` may replace the current version of ``store``; an empty store accepts any model.
 
-    A current bundle of other data, labels or size, or one that cannot be read, cannot be compared with: that holds ``new`` back.
+    ``new`` is also held back when the current bundle is unreadable, or of other data, labels or size, which prevents a comparison.
     """
     pointed = pointed_at(store)
     if pointed == EMPTY:
@@ -105,7 +104,7 @@ def judge(new: Bundle, store: Path, data: Dataset) -> Verdict:
 
 
 def difference(new: Bundle, current: Bundle) -> str:
-    """Return what keeps two bundles from being compared on the same held-out images, or nothing."""
+    """Return why two bundles cannot be compared on the same held-out images, or an empty string."""
     a, b = new.manifest, current.manifest
     if a.labels != b.labels:
         return f"its labels are {', '.join(a.labels)}; the current ones {', '.join(b.labels)}"
@@ -113,12 +112,12 @@ def difference(new: Bundle, current: Bundle) -> str:
         return f"it takes {a.input.height} x {a.input.width} pixels, the current one {b.input.height} x {b.input.width}"
     if a.provenance.data_sha256 != b.provenance.data_sha256:
         sums = f"sha256 {a.provenance.data_sha256[:12]} and {b.provenance.data_sha256[:12]}"
-        return f"they were trained on other images ({sums}), so that what one held out the other may have learned"
+        return f"they were trained on other images ({sums}), so one may have been trained on what the other held out"
     return ""
 
 
 def compare(new: Bundle, current: Bundle, data: Dataset) -> Iterator[Compared]:
-    """Yield every figure of the gate: clean and PGD-20 accuracy, clean flag rate, AUROC on each strange set at hand."""
+    """Yield every figure of the gate: clean and PGD-20 accuracy, clean flag rate, AUROC on each available OOD set."""
     where, eps = Images(dataset=data.name, split="selection"), ball_of(data.name).linf
     strange = dict(strange_images(data.name, data.selection.image, lambda text: None))
     mine, its = (seen(bundle, data, strange) for bundle in (new, current))
@@ -136,14 +135,14 @@ def compare(new: Bundle, current: Bundle, data: Dataset) -> Iterator[Compared]:
 
 
 def proportions(metric: str, images: Images, new: NDArray[np.bool_], current: NDArray[np.bool_]) -> Compared:
-    """Return two proportions of the same images, their difference with its paired interval."""
+    """Return two proportions of the same images and their difference with its paired interval."""
     a, b = float(new.mean()), float(current.mean())
     return Compared(metric, images, len(new), a, b, a - b, paired_interval(new, current))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one model does with the held-out images, (N,) each, and (its clean scores, its scores) of each strange set."""
+    """One model's per-image results on the held-out images, (N,) each, and (clean scores, OOD scores) for each OOD set."""
 
     right: NDArray[np.bool_]
     robust_mask: NDArray[np.bool_]
@@ -152,7 +151,7 @@ class Seen:
 
 
 def seen(bundle: Bundle, data: Dataset, strange: dict[str, Floats]) -> Seen:
-    """Return what a bundle's graph says of the selection split, clean and attacked, and of strange images; results are kept on disk."""
+    """Return a bundle's results on the selection split, clean and attacked, and on OOD images; cached on disk."""
     spec = bundle_spec(bundle.path)
     ledger = ResultCache(work_root() / "chunks", spec, spec())
     image, label = unit(data.selection)

@@ -1,4 +1,4 @@
-"""How good fresh samples are, in feature spaces that name themselves, beside a floor, the prior alone, a buffer and controls."""
+"""The quality of fresh samples, by feature distances, compared with a floor, the prior, a replay buffer and control models."""
 
 import time
 from collections.abc import Iterator
@@ -28,19 +28,19 @@ from training.evaluation.rows import SEED, compared_with, number, proportion
 from training.methods.replay import fit_prior
 
 TOGETHER, TOGETHER_GPU = 20, 256
-"""Chains moved at once; each chain's noise depends on its own seed, so their number changes nothing."""
+"""Chains per batch; each chain's noise depends on its own seed, so the batch size does not affect results."""
 NEAREST = 3
-"""Neighbours of precision and recall."""
-Shown = tuple[Pixels, Labels]
+"""Number of neighbours of precision and recall."""
+LabelledImages = tuple[Pixels, Labels]
 """Images and their classes."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Fresh class-conditional chains from the prior; the images given are (N, 1), each the chain's number, which its seed follows."""
+    """Fresh class-conditional chains from the prior; the "images" are (N, 1): the chain's number, which determines its seed."""
 
     sampler: Sampler
-    prior: str = field(repr=False)  # where it lies is no part of the key
+    prior: str = field(repr=False)  # its path is not part of the key
     prior_sha256: str
 
     @property
@@ -48,7 +48,7 @@ class Draw:
         return 3.0 * max(self.sampler.steps, 0) + 1.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return image (N, H, W, 3) uint8: what would be delivered."""
+        """Return image (N, H, W, 3) uint8, as delivered by the server."""
         start, parts = int(image[0, 0]), []
         together = TOGETHER_GPU if subject.device.type == "cuda" else TOGETHER
         for i in range(0, len(label), together):
@@ -59,12 +59,12 @@ class Draw:
 
 @lru_cache(maxsize=2)
 def opened_prior(file: str) -> Prior:
-    """Return the prior, read once a process."""
+    """Return the prior, read once per process."""
     return Prior.load(Path(file))
 
 
 def generation_rows(c: Context) -> Iterator[Row]:
-    """Yield distances, precision and recall, class agreement and neighbours of fresh samples and of what they are compared with."""
+    """Yield distances, precision and recall, class agreement and neighbours of fresh samples and of the sets they are compared with."""
     if not c.samplable():
         return
     sampler, prior = start_of(c)
@@ -82,7 +82,11 @@ def generation_rows(c: Context) -> Iterator[Row]:
     energy = -np.logaddexp.reduce(found["logits"].astype(np.float64), axis=1)
     yield number("energy_samples", energy.mean(), n, by_sampler, of)
     yield seconds_row(c, work, by_sampler)
-    sets = {by_sampler: (fresh, label), Images(dataset=PRIOR): (start["image"], label), **beside(c, work, index, label, by_sampler)}
+    sets = {
+        by_sampler: (fresh, label),
+        Images(dataset=PRIOR): (start["image"], label),
+        **controls_and_buffer(c, work, index, label, by_sampler),
+    }
     yield from distance_rows(c, sets, n)
     yield from neighbour_rows(c, fresh, by_sampler)
     c.drawings["fresh"] = {"image": fresh, "label": label}
@@ -90,7 +94,7 @@ def generation_rows(c: Context) -> Iterator[Row]:
 
 
 def start_of(c: Context) -> tuple[Sampler, Path]:
-    """Return the sampler and the prior's file: the bundle's, or the trainer's defaults and a prior fitted to the training split."""
+    """Return the sampler and the prior's file: the bundle's, or the default sampler and a prior fitted to the training split."""
     if c.bundle is not None and "prior.safetensors" in c.bundle.manifest.files:
         return c.bundle.manifest.sampler, c.bundle.path / "prior.safetensors"
     file = c.folder / f"prior-{c.data.sha256[:12]}.safetensors"
@@ -100,9 +104,9 @@ def start_of(c: Context) -> tuple[Sampler, Path]:
     return Sampler(steps=80, step_size=0.25, grad_clip=2.0, noise_std=0.005), file
 
 
-def beside(c: Context, work: Draw, index: Floats, label: Labels, by_sampler: Images) -> dict[Images, Shown]:
-    """Return the controls' samples, by the same prior, steps and seeds, and the replay buffer's chains where a run's state is given."""
-    sets: dict[Images, Shown] = {}
+def controls_and_buffer(c: Context, work: Draw, index: Floats, label: Labels, by_sampler: Images) -> dict[Images, LabelledImages]:
+    """Return the controls' samples, with the same prior, steps and seeds, and the replay buffer's chains if a run's state is given."""
+    sets: dict[Images, LabelledImages] = {}
     for file in c.controls:
         control = open_weights(file, c.subject.device)
         ledger = ResultCache(c.ledger.folder, weights_spec(file, c.subject.device), control, c.ledger.processes)
@@ -114,7 +118,7 @@ def beside(c: Context, work: Draw, index: Floats, label: Labels, by_sampler: Ima
 
 
 def buffer_images(file: Path, n: int, classes: int) -> tuple[Pixels, Labels]:
-    """Return n chains evenly over a run's replay buffer, which lies in class blocks, and their classes.
+    """Return n chains spread evenly over a run's replay buffer, which is ordered by class, and their classes.
 
     Raises TrainingError when the file holds none.
     """
@@ -126,14 +130,14 @@ def buffer_images(file: Path, n: int, classes: int) -> tuple[Pixels, Labels]:
         stack += [value for value in here.values() if isinstance(value, dict)]
     if found is None:
         raise TrainingError(f"{file} holds no replay buffer: give the state.pt of a stage that keeps chains")
-    # parts are dealt out in turn, so that class blocks stay in order
+    # the ranks' parts are interleaved, so that class blocks stay in order
     chains = found.transpose(0, 1).flatten(0, 1)
     chosen = torch.linspace(0, len(chains) - 1, min(n, len(chains))).long()
     return pixels.to_bytes(chains[chosen].float().numpy()), (chosen * classes // len(chains)).numpy()
 
 
-def distance_rows(c: Context, sets: dict[Images, Shown], n: int) -> Iterator[Row]:
-    """Yield, in every extractor at hand, distances to training images, and the floor: test images at the same n."""
+def distance_rows(c: Context, sets: dict[Images, LabelledImages], n: int) -> Iterator[Row]:
+    """Yield, for every available extractor, distances to training images, and the floor: test images at the same n."""
     found, lacking = available(c.data.name)
     for text in lacking:
         c.say(text)
@@ -141,7 +145,7 @@ def distance_rows(c: Context, sets: dict[Images, Shown], n: int) -> Iterator[Row
         c.say("no distance, precision or class agreement of samples: there is no extractor for this data")
     real = c.data.train.image[: min(10_000, max(2_000, 5 * n), len(c.data.train))]
     test = c.data.test.first(n)
-    floor: dict[Images, Shown] = {Images(dataset=c.data.name, split="test"): (test.image, test.label)}
+    floor: dict[Images, LabelledImages] = {Images(dataset=c.data.name, split="test"): (test.image, test.label)}
     for extractor in found:
         known = features(c, extractor, real)["features"] if extractor.distances else None
         for images, (image, label) in {**sets, **floor}.items():
@@ -154,7 +158,7 @@ def distance_rows(c: Context, sets: dict[Images, Shown], n: int) -> Iterator[Row
 
 
 def rows_of(c: Context, extractor: Extractor, images: Images, got: Arrays, known: Floats) -> Iterator[Row]:
-    """Yield one set's rows in one extractor."""
+    """Yield the rows of one set and one extractor."""
     fake, name = got["features"], extractor.name
     n, real = len(fake), compared_with(c.data.name, "train", len(known))
 
@@ -167,7 +171,7 @@ def rows_of(c: Context, extractor: Extractor, images: Images, got: Arrays, known
         yield row("inception_score", mean, splits=splits, stderr=error)
     else:
         yield row(f"frechet_{name}", frechet_distance(fake, known))
-    if n // 4 > fake.shape[1]:  # below, the covariance is singular and the line no line
+    if n // 4 > fake.shape[1]:  # below, the covariance is singular and FD is not linear in 1/n
         value, error = frechet_infinity(fake, known)
         yield row(f"frechet_infinity_{name}", value, stderr=error)
     value, error, blocks = kernel_distance(fake, known)
@@ -179,13 +183,13 @@ def rows_of(c: Context, extractor: Extractor, images: Images, got: Arrays, known
 
 
 def features(c: Context, extractor: Extractor, image: Pixels) -> Arrays:
-    """Return an extractor's view of uint8 images (N, H, W, 3)."""
+    """Return an extractor's features of uint8 images (N, H, W, 3)."""
     (found,) = c.ledger.run(f"{extractor.name}", [(Features(extractor), to_unit(image), np.zeros(len(image), np.int64))])
     return found
 
 
 def neighbour_rows(c: Context, fresh: Pixels, images: Images) -> Iterator[Row]:
-    """Yield how near samples lie to training images against how near test images do: a memorised image would lie much nearer."""
+    """Yield distances of samples to their nearest training image, relative to those of test images; memorised images are much nearer."""
     known = to_unit(c.data.train.image).reshape(len(c.data.train), -1)
     some, real = fresh[:500], c.data.test.image[:500]
     distance, index = nearest(to_unit(some).reshape(len(some), -1), known)
@@ -200,7 +204,7 @@ def neighbour_rows(c: Context, fresh: Pixels, images: Images) -> Iterator[Row]:
 
 
 def seconds_row(c: Context, work: Draw, images: Images) -> Row:
-    """Return the seconds that one sample takes, of ``TOGETHER`` drawn at once."""
+    """Return the row of seconds per sample, at ``TOGETHER`` samples per batch."""
     label = np.arange(TOGETHER, dtype=np.int64) % len(c.data.names)
     began = time.perf_counter()
     work.run(c.subject, np.zeros((TOGETHER, 1), np.float32), label)

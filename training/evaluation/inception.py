@@ -1,7 +1,7 @@
-"""Inception-v3 as FID knows it (arXiv 1512.00567, the weights of the TensorFlow graph of 2015-12-05), read from a local file.
+"""Inception-v3 for FID (arXiv 1512.00567, the weights of the TensorFlow graph of 2015-12-05), read from a local file.
 
-Nothing is downloaded. The file is pytorch-fid's port, ``pt_inception-2015-12-05-6726825d.pth``; its sha256 begins as its name
-says. Only figures made with it may be called FID and IS.
+Nothing is downloaded. The file is pytorch-fid's port, ``pt_inception-2015-12-05-6726825d.pth``; its name ends in the first digits of
+its sha256. Only figures made with it may be called FID and IS.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training.errors import DataError
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
-SHA256 = "6726825d"  # its first eight digits, as torch.hub names files
+SHA256 = "6726825d"  # its first eight digits, as in torch.hub's file names
 
 
 class Conv(nn.Module):
@@ -32,7 +32,7 @@ class Conv(nn.Module):
 
 
 def pooled(x: Tensor) -> Tensor:
-    """Return the 3 x 3 mean that counts no padding, as TensorFlow's does."""
+    """Return the 3 x 3 average pool that excludes padding, as TensorFlow's does."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
@@ -102,7 +102,7 @@ class D(nn.Module):
 
 
 class E(nn.Module):
-    """Mixed_7b and 7c; the last one pools by the maximum, as the graph of 2015 does."""
+    """Mixed_7b and 7c; the last one uses max pooling, as in the graph of 2015."""
 
     def __init__(self, inputs: int, last: bool) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features and logits without their bias, as IS takes them; images are enlarged to 299 bilinearly and brought to [-1,1]."""
+        """Return features and logits without bias, as IS uses; images are resized to 299 bilinearly and scaled to [-1,1]."""
         x = 2 * F.interpolate(image, (299, 299), mode="bilinear", align_corners=False) - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
@@ -147,11 +147,11 @@ class Inception(nn.Module):
 
 
 def check_inception(file: Path, sha256: str = SHA256) -> None:
-    """Raise DataError when ``file`` is not the standard one."""
+    """Raise DataError when ``file`` is not the standard file."""
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if not found.startswith(sha256):
         raise DataError(
-            f"{file} has sha256 {found[:16]}…, the standard weights begin {sha256}: no figure of another file may be called FID"
+            f"{file} has sha256 {found[:16]}…, that of the standard weights begins {sha256}: figures of another file are not FID"
         )
 
 

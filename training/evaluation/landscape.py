@@ -1,4 +1,4 @@
-"""The energy landscape of a classifier: energies of clean, adversarial, generated and strange images, and the ground around one."""
+"""The energy landscape of a classifier: energies of clean, adversarial, generated and OOD images, and a slice around one image."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -23,11 +23,11 @@ from training.methods.adversary import Threat, begin
 SIDE = 41
 DRAWN = Images(dataset=FRESH)
 REACH = 2.0
-"""The slice reaches so many times the length of the attack, either way."""
+"""The half-width of the slice, in lengths of the attack."""
 
 
 def landscape_rows(c: Context) -> Iterator[Row]:
-    """Yield gaps, distances and overlaps of every set's energies with the clean ones', in deviations of the clean energies."""
+    """Yield gaps, distances and overlaps of every set's energies with the clean ones, in standard deviations of the clean energies."""
     image, label = c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack))
     clean = c.look(c.where, Predict(gradient=True), image, label)
     sets = {**attacked(c), **({DRAWN: generated(c)} if c.suite.samples and c.samplable() else {}), **strange(c)}
@@ -38,7 +38,7 @@ def landscape_rows(c: Context) -> Iterator[Row]:
 
 
 def generated(c: Context) -> Arrays:
-    """Return what the model says of up to 200 fresh samples; their labels are the classes that were asked for."""
+    """Return the model's outputs on up to 200 fresh samples; their labels are the requested classes."""
     sampler, prior = start_of(c)
     n = min(200, c.suite.samples)
     label = np.arange(n, dtype=np.int64) % len(c.data.names)
@@ -48,7 +48,7 @@ def generated(c: Context) -> Arrays:
 
 
 def floor_rows(c: Context, clean: Arrays) -> Iterator[Row]:
-    """Yield what two halves of the clean images show: nothing can overlap more than data with itself at this n."""
+    """Yield the overlap of two halves of the clean images, the upper limit of an overlap at this n."""
     n = min(c.suite.looked, len(clean["label"])) // 2
     for kind, values in energies(clean).items():
         images, other = replace(c.where, subset="one half"), compared_with(c.data.name, "test", n)
@@ -56,7 +56,7 @@ def floor_rows(c: Context, clean: Arrays) -> Iterator[Row]:
 
 
 def gap_rows(c: Context, images: Images, clean: Arrays, found: Arrays) -> Iterator[Row]:
-    """Yield one set's rows; an attack is compared with the clean energies of the very images it was made from."""
+    """Yield one set's rows; an attack is compared with the clean energies of the images it started from."""
     n, of = len(found["label"]), c.subject.graph
     about = compared_with(c.data.name, "test", len(clean["label"]))
     for kind in ("energy", "joint_energy"):
@@ -75,16 +75,16 @@ def gap_rows(c: Context, images: Images, clean: Arrays, found: Arrays) -> Iterat
 
 
 def energies(found: Arrays) -> dict[str, NDArray[np.float64]]:
-    """Return E(x) and E(x, y) of each image; strange images have no class, and theirs is the one the model names."""
+    """Return E(x) and E(x, y) of each image; OOD images, which have no class, get the predicted one."""
     label = found["label"]
     logits = found["logits"].astype(np.float64)
     return {"energy": -np.logaddexp.reduce(logits, axis=1), "joint_energy": -logits[np.arange(len(logits)), label]}
 
 
 def around(c: Context) -> Arrays:
-    """Return E(x + a u + b v) on a grid: u the way that PGD went, v a random sign pattern at right angles to it and as long.
+    """Return E(x + a u + b v) on a grid: u is the direction of PGD, v a random sign pattern orthogonal to u and of the same length.
 
-    The image is the first clean test image that the model gets right.
+    The image is the first clean test image that the model classifies correctly.
     """
     image, label = c.test(min(200, c.suite.test))
     right = c.subject.logits(image).argmax(axis=1) == label
@@ -109,12 +109,12 @@ def around(c: Context) -> Arrays:
 
 
 def clean_of(sets: Iterable[Images]) -> Images | None:
-    """Return the clean test images among some sets, None where they are not there."""
+    """Return the clean test images among ``sets``, or None."""
     return next((images for images in sets if images.split == "test" and images.attack is None), None)
 
 
 def sets_shown(arrays: dict[Images, Arrays], eps: float) -> list[tuple[Images, str, Arrays]]:
-    """Return (set, its short name, what the model says) of what the image overlays, in order: at most six."""
+    """Return (set, short name, outputs) of the sets in the plot, in order: at most six."""
     names: dict[str, Callable[[Images], bool]] = {
         "clean": lambda images: images == clean_of(arrays),
         "PGD-20": lambda images: images.attack == "pgd" and images.eps == eps,

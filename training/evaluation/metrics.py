@@ -1,4 +1,4 @@
-"""Numbers about arrays: separation, calibration, intervals, paired tests. Nothing here knows a model."""
+"""Metrics as functions of arrays: separation, calibration, intervals, paired tests."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ def auroc(negative: Array, positive: Array) -> float:
 def auroc_stderr(negative: Array, positive: Array) -> float:
     """Return the standard error of the AUROC (DeLong, DeLong and Clarke-Pearson 1988).
 
-    var = var_i P(neg_i < pos) / n + var_j P(pos_j > neg) / m, over the shares of the other set that each value beats.
+    var = var_i P(neg_i < pos) / n + var_j P(pos_j > neg) / m, over each value's placement in the other set.
     """
     n, m = len(negative), len(positive)
     above, below = placements(negative, positive)
@@ -75,9 +75,9 @@ def expected_calibration_error(probability: Array, label: NDArray[np.int64], bin
 
 
 def calibration_floor(probability: Array, bins: int = 15, draws: int = 100, seed: int = 0) -> float:
-    """Return the ECE that a perfectly calibrated model of these confidences shows at this n: labels drawn from p itself, mean of draws.
+    """Return the mean ECE of a perfectly calibrated model with these confidences at this n: labels are drawn from p.
 
-    ECE is biased upwards; what a model's exceeds this floor by is its own.
+    ECE is biased upwards; only its excess over this floor is miscalibration.
     """
     noise, confidence = np.random.default_rng(seed), probability.max(axis=1).astype(np.float64)
     index = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -87,7 +87,7 @@ def calibration_floor(probability: Array, bins: int = 15, draws: int = 100, seed
 
 
 def reliability(probability: Array, label: NDArray[np.int64], bins: int = 15) -> list[tuple[float, float, int]]:
-    """Return (mean confidence, accuracy, n) of each bin that holds an image: the reliability diagram."""
+    """Return (mean confidence, accuracy, n) of each non-empty bin: the reliability diagram."""
     confidence, correct = probability.max(axis=1), probability.argmax(axis=1) == label
     index = np.minimum((confidence * bins).astype(int), bins - 1)
     found = [index == b for b in range(bins)]
@@ -102,7 +102,7 @@ def wasserstein(a: Array, b: Array) -> float:
 def overlap(a: Array, b: Array) -> float:
     """Return the overlap coefficient sum_b min(a_b, b_b) of two samples' histograms, 1 alike and 0 apart, on sqrt(n) common bins.
 
-    Two samples of one distribution fall short of 1 by chance, the more the fewer they are.
+    Two small samples of one distribution overlap by less than 1 by chance.
     """
     edges = np.histogram_bin_edges(np.concatenate([a, b]), max(4, int(min(len(a), len(b)) ** 0.5)))
     p, q = (np.histogram(values, edges)[0] / len(values) for values in (a, b))
@@ -141,7 +141,7 @@ def fit_temperature(logits: Floats, label: Labels) -> float:
 
     Brent's method in log temperature: the likelihood is unimodal there.
     """
-    f, index = logits.astype(np.float64), np.arange(len(label))  # float32 would hide the minimum in 1e-3 of noise
+    f, index = logits.astype(np.float64), np.arange(len(label))  # float32 noise of 1e-3 would hide the minimum
 
     def nll(log_temperature: float) -> float:
         return float(-log_softmax(f / np.exp(log_temperature), axis=1)[index, label].mean())
@@ -156,7 +156,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def flag_rate_interval(calibration_n: int, test_n: int, alpha: float, level: float = 0.99) -> tuple[float, float]:
-    """Return where the flag rate of ``test_n`` clean images must lie, given ``calibration_n`` exchangeable energies.
+    """Return the interval of the flag rate of ``test_n`` clean images, given ``calibration_n`` exchangeable energies.
 
     An image is flagged when c of the n calibration energies reach its own with (1 + c)/(n + 1) < alpha; the rate
     given the calibration set is then Beta(k, n + 1 - k), k = #{such c}, and the count Beta-binomial.

@@ -1,4 +1,4 @@
-"""What the flag sees: outlier scores on strange, attacked, hostile and benignly shifted images."""
+"""OOD detection: scores and flag rates on OOD, attacked, adaptively attacked and benignly shifted images."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from training.evaluation.rows import ALPHAS, SEED, compared_with, number, propor
 from training.evaluation.shifts import SHIFTS, shifted
 from training.methods.adversary import Threat
 
-OOD_ATLASES = {"svhn_train_first1080": "svhn", "cifar100_test_3000": "cifar100"}  # and the data set that each is of
+OOD_ATLASES = {"svhn_train_first1080": "svhn", "cifar100_test_3000": "cifar100"}  # file -> its data set
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of eps, PGD's strength: 2/255 to 16/255
 BLANK = "blank images"  # every pixel of one colour, drawn uniformly
 NEAR = "cifar100_test_3000"
@@ -34,14 +34,14 @@ QUERIES = 1000  # of Square on the flag, at most
 
 @dataclass(frozen=True)
 class Flag:
-    """A score with its clean calibration values: what is served, or another beside it."""
+    """A score with its clean calibration values: the served score, or another for comparison."""
 
     score: str
     weight: float
     clean: np.ndarray  # sorted
 
     def value(self, found: Arrays) -> Floats:
-        """Return the score of each image, high is suspicious."""
+        """Return the score of each image; high is suspicious."""
         return found["gradient"] if self.score == "gradient_norm" else ood_score(self.score, self.weight, found["logits"])
 
     def flags(self, found: Arrays, alpha: float) -> np.ndarray:
@@ -52,12 +52,12 @@ class Flag:
     def threshold(self, alpha: float) -> float:
         """Return the largest score that is not flagged at ``alpha``."""
         n = len(self.clean)
-        least = int(np.ceil(alpha * (n + 1) - 1 - 1e-9))  # clean scores that must reach it
+        least = int(np.ceil(alpha * (n + 1) - 1 - 1e-9))  # number of clean scores that must reach it
         return float(self.clean[n - least]) if least > 0 else float("inf")
 
 
 def flags_of(c: Context) -> tuple[Flag, list[Flag]]:
-    """Return the served flag and one for every score, all from the calibration split, the served one as the bundle holds it."""
+    """Return the served flag, as calibrated in the bundle, and one for every score, from the calibration split."""
     splits: list[tuple[Task, Floats, Labels]] = [(Predict(gradient=True), *unit(c.data.calibration)), (Predict(), *unit(c.data.selection))]
     calibration, selection = c.ledger.run("calibration split", splits)
     served = c.bundle.calibration() if c.bundle is not None and "calibration.json" in c.bundle.manifest.files else None
@@ -70,19 +70,19 @@ def flags_of(c: Context) -> tuple[Flag, list[Flag]]:
 
 
 def with_baseline(flag: Flag, every: list[Flag]) -> list[Flag]:
-    """Return the served flag and, where it is another, the one of max softmax."""
+    """Return the served flag and, if it is another, the one of max softmax."""
     return [flag, *(other for other in every if other.score == BASELINE and flag.score != BASELINE)]
 
 
 def alphas(flag: Flag) -> list[float]:
-    """Return the levels that so many calibration scores can flag at."""
+    """Return the levels that are possible with this number of calibration scores."""
     return [alpha for alpha in ALPHAS if alpha * (len(flag.clean) + 1) >= 1]
 
 
 def suspicion_rows(c: Context) -> Iterator[Row]:
-    """Yield clean flag rates, how well each score tells strange and attacked images apart, and how often the flag sees them.
+    """Yield clean flag rates, and the separation by each score and the flag rates of OOD and attacked images.
 
-    Of an attack the images that it fooled are counted apart from the rest, which look like clean ones to any score.
+    Images that an attack fooled are counted apart from the rest, which look clean to any score.
     """
     flag, every = flags_of(c)
     clean = c.look(c.where, Predict(gradient=True), *c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack)))
@@ -106,12 +106,12 @@ def suspicion_rows(c: Context) -> Iterator[Row]:
 
 
 def able(every: list[Flag], found: Arrays) -> list[Flag]:
-    """Return the flags that the set's arrays suffice for: AutoAttack leaves no gradient."""
+    """Return the flags that the set's arrays suffice for: AutoAttack's have no gradient."""
     return [flag for flag in every if flag.score != "gradient_norm" or "gradient" in found]
 
 
 def fooled(clean: Arrays, found: Arrays) -> np.ndarray:
-    """Return which images the attack fooled, (N,) bool: right before it, wrong after it, in what is served."""
+    """Return which images the attack fooled, (N,) bool: classified right before it and wrong after it by the served model."""
     label = found["label"]
     hit: np.ndarray = (clean["logits"].argmax(axis=1) == label) & (found["logits"].argmax(axis=1) != label)
     return hit
@@ -123,7 +123,7 @@ def part_of(found: Arrays, chosen: np.ndarray) -> Arrays:
 
 
 def compared(clean: Arrays, sets: dict[Images, Arrays]) -> Iterator[tuple[Arrays, Arrays]]:
-    """Yield (clean images, others) of each set; of an attack the images that it fooled, where it fooled any."""
+    """Yield (clean images, others) of each set; of an attack only the images that it fooled, if there are any."""
     for images, found in sets.items():
         own = like(images, clean, found)
         if not images.attack:
@@ -133,7 +133,7 @@ def compared(clean: Arrays, sets: dict[Images, Arrays]) -> Iterator[tuple[Arrays
 
 
 def fooled_rows(c: Context, flags: list[Flag], every: list[Flag], images: Images, clean: Arrays, found: Arrays) -> Iterator[Row]:
-    """Yield how many images an attack fooled, and AUROC and flag rate of those and of the rest, against all of their clean images."""
+    """Yield an attack's success rate, and AUROC and flag rate of fooled images and of the rest, against all their clean images."""
     hit, of = fooled(clean, found), c.subject.graph
     right = int((clean["logits"].argmax(axis=1) == found["label"]).sum())
     if right:
@@ -146,7 +146,7 @@ def fooled_rows(c: Context, flags: list[Flag], every: list[Flag], images: Images
         for other in able(every, found):
             yield auroc_row(c, f"auroc_{other.score}", other, subset, other.value(clean), other.value(part))
         for flag in flags:
-            # not kept for paired tests: another model's fooled images are other images
+            # not kept for paired tests: other models have other fooled images
             for alpha in alphas(flag):
                 hits = flag.flags(part, alpha)
                 yield proportion("flag_power", int(hits.sum()), len(hits), subset, of, alpha=alpha, score=flag.score)
@@ -187,7 +187,7 @@ def separation_rows(c: Context, flag: Flag, images: Images, clean: Arrays, found
 
 
 def versus(c: Context, flag: Flag, reference: Flag, pairs: list[tuple[Arrays, Arrays]], clean: int) -> Row:
-    """Return on how many sets a score separates better than another does: what decides the default. Of attacks: the fooled images."""
+    """Return the share of sets that a score separates better than ``reference``; of attacks, the fooled images. It decides the default."""
     can = [pair for pair in pairs if len(able([flag, reference], pair[1])) == 2]
     wins = sum(auroc(flag.value(a), flag.value(b)) > auroc(reference.value(a), reference.value(b)) for a, b in can)
     metric = f"sets_better_than_{reference.score}_{flag.score}"
@@ -197,35 +197,35 @@ def versus(c: Context, flag: Flag, reference: Flag, pairs: list[tuple[Arrays, Ar
 
 
 def like(images: Images, clean: Arrays, found: Arrays) -> Arrays:
-    """Return the clean images that a set is compared with: those that an attack was made from, else all."""
+    """Return the clean images that a set is compared with: those that an attack started from, else all."""
     return {key: value[: len(found["logits"])] for key, value in clean.items()} if images.attack else clean
 
 
 def strange(c: Context) -> dict[Images, Arrays]:
-    """Return what the model says of the sets that are not like its data."""
+    """Return the model's outputs on the OOD sets."""
     sets = {Images(dataset=name): image[: c.suite.test] for name, image in ood_sets(c)}
     return {images: c.look(images, Predict(gradient=True), image) for images, image in sets.items()}
 
 
 def ood_sets(c: Context) -> Iterator[tuple[str, Floats]]:
-    """Yield (name, images in [0,1]) of what is not like the data; what is not at hand is said, once."""
+    """Yield (name, images in [0,1]) of the OOD sets; missing sets are reported once."""
     return strange_images(c.data.name, c.data.test.image[: max(2, min(1000, c.suite.test))], c.say)
 
 
 def strange_images(dataset: str, some: Pixels, say: Callable[[str], None]) -> Iterator[tuple[str, Floats]]:
-    """Yield (name, images in [0,1]) of what is not like a data set, of which ``some`` are interpolated; ``say`` is told what is missing."""
+    """Yield (name, images in [0,1]) of a data set's OOD sets, ``some`` of its images for interpolation; report missing sets by ``say``."""
     height, width = some.shape[1:3]
     draw = np.random.default_rng(SEED)
     yield "uniform noise", to_unit(draw.integers(0, 256, (1000, height, width, 3), dtype=np.uint8))
     order = draw.permutation(len(some))
     partner = np.empty_like(order)
-    partner[order] = np.roll(order, 1)  # one cycle: no image with itself
+    partner[order] = np.roll(order, 1)  # one cycle, so that no image is paired with itself
     yield "interpolations", to_unit(((some.astype(np.uint16) + some[partner]) // 2).astype(np.uint8))
     colour = np.random.default_rng(SEED).integers(0, 256, (1000, 1, 1, 3), dtype=np.uint8)
     yield BLANK, to_unit(np.broadcast_to(colour, (1000, height, width, 3)))
     for name, source in OOD_ATLASES.items():
         if source == dataset:
-            continue  # a data set is not out of its own distribution
+            continue  # a data set is not OOD for itself
         file = data_root() / f"{name}.webp"
         if (height, width) == (32, 32) and file.is_file():
             yield name, to_unit(read_atlas(file, 32))
@@ -239,7 +239,7 @@ def strange_images(dataset: str, some: Pixels, say: Callable[[str], None]) -> It
 
 
 def attacked(c: Context) -> dict[Images, Arrays]:
-    """Return what the model says of the first test images under PGD of four strengths, and of images made on the surrogate."""
+    """Return the model's outputs on the first test images under PGD of four strengths, and under the transferred attack."""
     n, eps = c.suite.looked, c.ball.linf
     image, label = c.test(n)
     sets = {}
@@ -258,7 +258,7 @@ def attacked(c: Context) -> dict[Images, Arrays]:
 
 
 def hostile_rows(c: Context) -> Iterator[Row]:
-    """Yield the two figures that hostile users decide: robust OOD, and robust accuracy with rejection."""
+    """Yield the figures under adaptive attack: robust OOD detection, and robust accuracy with rejection."""
     if not c.attackers():
         return
     flag, every = flags_of(c)
@@ -273,7 +273,7 @@ def hostile_rows(c: Context) -> Iterator[Row]:
 
 
 def robust_ood_rows(c: Context, flag: Flag) -> Iterator[Row]:
-    """Yield the AUROC when junk is perturbed to look normal, when clean images are perturbed to look strange, and when both are."""
+    """Yield the AUROC when OOD images are perturbed to look normal, clean images to look OOD, and both."""
     threat, n = c.ball.threats()[0], c.suite.hostile
     image, label = c.test(n)
     found = dict(ood_sets(c))
@@ -295,10 +295,10 @@ def robust_ood_rows(c: Context, flag: Flag) -> Iterator[Row]:
 
 
 def rejection_rows(c: Context, flag: Flag) -> Iterator[Row]:
-    """Yield the share of images for which no point of the ball was found that is both wrong and unflagged.
+    """Yield the share of images for which no misclassified, unflagged point of the ball was found.
 
     A detector that is robust at eps implies some classifier, however slow, that is robust at eps/2 (Tramer, arXiv 2107.11630). So a
-    share far above what the model itself keeps at eps/2 claims a lot, and is more likely a weak attack.
+    share far above the model's own accuracy at eps/2 more likely shows a weak attack.
     """
     threat, _, _ = c.ball.threats()
     n, of = c.suite.hostile, c.subject.graph
@@ -316,7 +316,7 @@ def rejection_rows(c: Context, flag: Flag) -> Iterator[Row]:
 
 
 def unseen(c: Context, flag: Flag, alpha: float, n: int) -> np.ndarray:
-    """Return for which images the ordinary APGD ends on a point that is wrong and unflagged, though it never looked at the flag."""
+    """Return the images for which the ordinary APGD, which ignores the flag, ends on a misclassified, unflagged point, (N,) bool."""
     (found,) = c.run("APGD", AutoAttack(c.ball.threats()[0], APGD, rand=c.subject.random), n=n)
     c.tell(found, "APGD")
     _, label = c.test(n)
@@ -325,7 +325,7 @@ def unseen(c: Context, flag: Flag, alpha: float, n: int) -> np.ndarray:
 
 
 def shift_rows(c: Context) -> Iterator[Row]:
-    """Yield accuracy and flag rate under benign shifts, as the server's decoder hands them to the model."""
+    """Yield accuracy and flag rate under benign shifts, through the server's decoder."""
     flags = with_baseline(*flags_of(c))
     some, of, alpha = c.data.test.first(c.suite.shifted), c.subject.graph, ALPHAS[0]
     for name, shift in {"none": None, **SHIFTS}.items():

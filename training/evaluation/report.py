@@ -1,4 +1,4 @@
-"""report.html of an evaluation: every figure with its interval, the images, and what was warned of. Self-contained."""
+"""Write an evaluation's self-contained report.html: every figure with its interval, the plots, and the warnings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ HEADINGS = {
     "released-code": "What the published code computes",
 }
 SAID = {
-    "masking": "1 is passed. A failed check does not say that the model is weak; it says that its robust accuracies cannot be believed.",
+    "masking": "1 is passed. A failed check does not show that the model is weak, but that its robust accuracies are unreliable.",
     "robustness": "Accuracies carry Wilson 95 % intervals; a target is met by the lower bound. The worst case counts an image only if every attack left it.",
-    "suspicion": "Every rate of the served score stands beside that of max softmax, which needs no energy. Of an attack the images that it fooled are counted apart from the rest.",
-    "hostile": "The attacker knows model, score and threshold. No flag here is a defence against such a user; these are the figures that say how far it goes.",
-    "generation": "No figure is FID unless Inception-v3 with its standard weights was at hand. Distances at small n are biased upwards: read them beside the floor.",
+    "suspicion": "Every rate of the served score is followed by that of max softmax, which needs no energy. Images that an attack fooled are counted apart from the rest.",
+    "hostile": "The attacker knows model, score and threshold. No flag here defends against such a user; these figures show how far it goes.",
+    "generation": "No figure is FID unless Inception-v3 with its standard weights was available. Distances at small n are biased upwards: compare them with the floor.",
     "released-code": "Half of the stated eps, and a weakened list of attacks: for comparison with published tables only.",
 }
 OPEN = 14
@@ -40,12 +40,12 @@ SHORT = (
     "accuracy_clean", "accuracy_autoattack", "accuracy_worst_case", "masking_suspected", "nll", "flag_rate_clean", "auroc_robust_ood",
     "accuracy_with_rejection", "energy_w1_over_sd", "class_agreement_resnet20", "class_agreement_resnet4b", "kernel_distance_efficientnet_lite0",
 )  # fmt: skip
-"""Rows a section shows before the rest is folded."""
+"""Rows of a section that are shown before the rest is folded."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """A PNG with its texts; ``pixelated``: its pixels stay square."""
+    """A PNG with its texts; ``pixelated``: it is scaled without smoothing."""
 
     content: bytes
     alt: str
@@ -55,7 +55,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Line:
-    """A row as a table shows it."""
+    """A row's cells of a table."""
 
     metric: str
     value: str
@@ -67,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Section:
-    """What is shown of one part."""
+    """The section of one part."""
 
     heading: str
     text: str
@@ -100,14 +100,14 @@ def write_evaluation_report(c: Context, rows: Sequence[Row]) -> Path:
 
 
 def failed(rows: Sequence[Row]) -> str | None:
-    """Return the checks for masked gradients that failed, where they are suspected: what must stand first."""
+    """Return the failed checks for masked gradients, if masking is suspected, for the top of the page."""
     if not any(row.value for row in rows_where(rows, "masking_suspected")):
         return None
     return ", ".join(row.check for row in rows if row.check and not row.value)
 
 
 def in_short(rows: Sequence[Row]) -> list[Row]:
-    """Return the first row of each chief metric, and max softmax's beside a score's: what a reader asks for before anything else."""
+    """Return the summary: the first row of each main metric, with max softmax's after a score's."""
     found: list[Row] = []
     for metric in SHORT:
         rows_of = rows_where(rows, metric)
@@ -117,12 +117,12 @@ def in_short(rows: Sequence[Row]) -> list[Row]:
 
 
 def ordered(part: str, rows: Sequence[Row]) -> list[Row]:
-    """Return a part's rows as they came; of masking the verdict and its checks first, for the rest is drawn."""
+    """Return a part's rows in order; of masking, the verdict and its checks first, since the rest is plotted."""
     return sorted(rows, key=lambda row: not (row.check or row.metric == "masking_suspected")) if part == "masking" else list(rows)
 
 
 def line(row: Row) -> Line:
-    """Return a row as a table shows it."""
+    """Return a row's cells."""
     interval = "[{:.3f}, {:.3f}]".format(*row.interval) if row.interval else f"± {1.96 * row.stderr:.3f}" if row.stderr is not None else ""
     return Line(row.metric, f"{row.value:.4g}", interval, row.n, data_words(row), protocol_words(row))
 
@@ -142,7 +142,7 @@ def images(c: Context, rows: Sequence[Row]) -> dict[str, list[Image]]:
 
     arrays, shown, eps = c.arrays, c.drawings, c.ball.linf
     if clean_of(arrays) is not None:
-        add("landscape", draw.landscape(arrays, eps), "energy histograms", "Energies of clean, adversarial, drawn and strange images.")
+        add("landscape", draw.landscape(arrays, eps), "energy histograms", "Energies of clean, adversarial, generated and OOD images.")
         if (moved := draw.differences(arrays)) is not None:
             add("landscape", moved, "energy differences", "What PGD does to the energy of each image.")
     if "slice" in shown:
@@ -151,13 +151,13 @@ def images(c: Context, rows: Sequence[Row]) -> dict[str, list[Image]]:
         diagram = draw.reliability(shown["reliability"])
         add("calibration", diagram, "reliability diagram", "Reliability on clean test images, 15 bins.")
     if (curves := draw.curves(rows)) is not None:
-        said = "An honest defence falls to zero as eps grows, and its loss rises with the attack's steps."
-        add("masking", curves, "accuracy against eps", said)
+        caption = "An honest defence falls to zero as eps grows, and its loss rises with the attack's steps."
+        add("masking", curves, "accuracy against eps", caption)
     if (separated := draw.separations(rows)) is not None:
         add("suspicion", separated, "AUROC", "How well each score tells strange and attacked images from clean ones.")
     if "samples" in shown:
         sheet = draw.sheet(shown["samples"]["image"], len(c.data.names))
-        add("generation", sheet, "samples", "Fresh samples, one column a class, seeds in order, none chosen.")
+        add("generation", sheet, "samples", "Fresh samples, one column per class, seeds in order, not selected.")
     if "neighbours" in shown:
         pair = np.concatenate([shown["neighbours"]["image"], shown["neighbours"]["nearest"]])
         sheet = draw.sheet(pair, len(shown["neighbours"]["image"]), 3)

@@ -1,7 +1,7 @@
 """An independent CIFAR-10 ResNet-20 (He et al., arXiv 1512.03385; weights of akamaster/pytorch_resnet_cifar10).
 
-Its 64 pooled features are the space of ``frechet_resnet20``, which is not FID: no Inception weights are at hand. The
-file is looked for as ``resnet20-12fca82f.th`` in the data folder, and read without unpickling code.
+Its 64 pooled features are the space of ``frechet_resnet20``, which is not FID, as it is not Inception. The
+file, ``resnet20-12fca82f.th`` in the data folder, is read without unpickling code.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def load_extractor() -> ResNet20 | None:
         return None
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if not found.startswith(FILE[9:17]):
-        raise DataError(f"{file} has sha256 {found[:16]}…, the file of that name begins {FILE[9:17]}: fetch it again")
+        raise DataError(f"{file} has sha256 {found[:16]}…, that of the original begins {FILE[9:17]}: fetch it again")
     state = torch.load(file, weights_only=True, map_location="cpu")["state_dict"]
     model = ResNet20()
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})

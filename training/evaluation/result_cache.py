@@ -1,7 +1,7 @@
-"""Work in chunks of 100 images, of 500 on a GPU, that survive a kill: each result is a file, named after all that it depends on.
+"""The result cache: tasks run in chunks of 100 images, 500 on a GPU, each result a file named by a hash of all its inputs.
 
-A chunk's key holds the sha256 of the model and its graphs, of the chunk's pixels and labels, and the work with its numbers; what is
-there is never done again, whichever suite, part or n asks for it.
+A chunk's key covers the sha256 of the model and its graphs, of the chunk's pixels and labels, and the task with its parameters. A
+cached result is reused by every suite, part and n, and after a kill.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.folders import folder as place
 from ebjdat_serve.rows import Images, parse_images
 from training.errors import TrainingError
 from training.evaluation.evaluated_model import EvaluatedModel, Spec
@@ -34,37 +35,42 @@ CHUNK = 100
 CHUNK_GPU = 500
 """Small batches leave a GPU idle between launches, larger ones make a killed run lose more."""
 EVERY = 60.0
-"""Seconds between two lines of progress for people who want a line a stage."""
+"""Seconds between progress lines at INFO."""
 WORTH_PROCESSES = 20.0
-"""Seconds of work for which worker processes are started: they take some themselves."""
+"""Seconds of work from which on worker processes, which take seconds to start, are used."""
 FORMAT = 2
-"""Raised when a kind of work changes what it computes: older results are then not found."""
+"""Increased when a task changes its computation, so that older results are not found."""
 
 log = logging.getLogger("training")
 Arrays = dict[str, NDArray[Any]]
 
 
 class Task(Protocol):
-    """Something done to labelled images, a frozen dataclass: its repr is part of the key."""
+    """A computation on labelled images: a frozen dataclass, whose repr is part of the key."""
 
     @property
     def cost(self) -> float:
-        """Return what one image costs, in forward passes: what the time left is reckoned with."""
+        """Return the cost per image in forward passes, for estimates of the remaining time."""
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return arrays whose first axis is the images, and ``notes`` (strings) where there is something to say."""
+        """Return arrays whose first axis is the images, and ``notes`` (strings) if there are any."""
+
+
+def work_root() -> Path:
+    """Return the folder that evaluations are kept in, under EBJDAT_RUNS."""
+    return place("EBJDAT_RUNS", "runs") / "evaluation"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some work on some images."""
+    """A task on a chunk of images."""
 
     work: Task
     image: Floats
     label: Labels
 
     def key(self, subject: str) -> str:
-        """Return the name of the result's file; work that asks nothing of the model is ``shared`` by all models."""
+        """Return the name of the result's file; a task that does not use the model is ``shared`` by all models."""
         subject = "shared" if getattr(self.work, "shared", False) else subject
         digest = hashlib.sha256(np.ascontiguousarray(self.image).data)
         digest.update(np.ascontiguousarray(self.label).data)
@@ -73,7 +79,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ResultCache:
-    """Results under ``folder``; done by ``processes`` workers of one thread each, or here when that is 1."""
+    """Cached results under ``folder``, computed by ``processes`` workers of one thread each, or in this process when that is 1."""
 
     folder: Path
     spec: Spec
@@ -82,9 +88,9 @@ class ResultCache:
     workers: list[ProcessPoolExecutor] = field(default_factory=list, repr=False, compare=False)
 
     def run(self, title: str, todo: Sequence[tuple[Task, Floats, Labels]]) -> list[Arrays]:
-        """Return the result of each (work, images, labels), computing in chunks what is not there yet.
+        """Return the result of each (task, images, labels), computing missing chunks.
 
-        Raises TrainingError when a worker died; what was finished stays.
+        Raises TrainingError when a worker dies; finished chunks are kept.
         """
         size = CHUNK_GPU if self.subject.device.type == "cuda" else CHUNK
         jobs = [[Chunk(work, image[i : i + size], label[i : i + size]) for i in range(0, len(label), size)] for work, image, label in todo]
@@ -98,10 +104,10 @@ class ResultCache:
 
     def _compute(self, title: str, missing: list[Chunk], files: dict[int, Path]) -> None:
         progress = Progress(title, missing)
-        # the dearest first, so that none is left alone at the end
+        # the most expensive first, so that none runs alone at the end
         missing = sorted(missing, key=lambda piece: -piece.work.cost * len(piece.label))
         while missing and (self.processes == 1 or progress.left < WORTH_PROCESSES or len(missing) == 1):
-            piece = missing.pop()  # the cheapest, which tells how long the others will take
+            piece = missing.pop()  # the cheapest, to estimate the time of the others
             write(files[id(piece)], piece.work.run(self.subject, piece.image, piece.label))
             progress.done(piece)
         if not missing:
@@ -117,20 +123,20 @@ class ResultCache:
                 raise
         except BrokenProcessPool as error:
             raise TrainingError(
-                "a worker process died, perhaps for want of memory: the same command goes on where this stopped; fewer processes need less",
+                "a worker process died, perhaps out of memory: run the same command to continue, with fewer processes if so",
                 options=("--processes 1",),
             ) from error
 
     def _pool(self) -> ProcessPoolExecutor:
-        """Return the workers, started once: importing torch and opening the subject takes each some seconds."""
+        """Return the worker pool, started once: each worker takes seconds to import torch and open the subject."""
         if not self.workers:
             context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-            os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the children: two threads beside two others run many times slower
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the children: oversubscribed threads run many times slower
             self.workers.append(ProcessPoolExecutor(self.processes, context, open_here, (self.spec,)))
         return self.workers[0]
 
     def close(self) -> None:
-        """End the workers, what they have not begun left undone."""
+        """Stop the workers; chunks not yet started are cancelled."""
         for pool in self.workers:
             pool.shutdown(wait=False, cancel_futures=True)
         self.workers.clear()
@@ -146,67 +152,67 @@ def open_here(spec: Spec) -> None:
 
 
 def do(file: Path, piece: Chunk) -> None:
-    """Do one chunk in a worker process."""
+    """Compute one chunk in a worker process."""
     write(file, piece.work.run(_SUBJECT[0], piece.image, piece.label))
 
 
 class Progress:
-    """Lines with what is done, how long it took and about how long the rest will take."""
+    """Progress lines: finished chunks, time spent, and an estimate of the time left."""
 
     def __init__(self, title: str, pieces: Sequence[Chunk]) -> None:
         self.title, self.count, self.finished = title, len(pieces), 0
         self.cost, self.spent = sum(piece.work.cost * len(piece.label) for piece in pieces), 0.0
-        self.started = self.said = self.told = time.monotonic()
+        self.started = self.logged = self.announced = time.monotonic()
 
     @property
     def left(self) -> float:
-        """Return the seconds that are left, in one process; 0 while nothing is known."""
+        """Return the estimated seconds left, in one process; 0 before the first chunk."""
         return (time.monotonic() - self.started) * (self.cost - self.spent) / self.spent if self.spent else 0.0
 
     def done(self, piece: Chunk) -> None:
-        """Count a chunk, and say so every ten seconds and at the end; every minute also to those who want a line a stage."""
+        """Count a chunk, and log progress every ten seconds and at the end; at INFO once a minute."""
         self.finished += 1
         self.spent += piece.work.cost * len(piece.label)
         now = time.monotonic()
-        if now - self.said < 10 and self.finished < self.count:
+        if now - self.logged < 10 and self.finished < self.count:
             return
-        level = logging.INFO if now - self.told >= EVERY else logging.DEBUG
-        self.said, self.told, taken = now, now if level == logging.INFO else self.told, now - self.started
+        level = logging.INFO if now - self.announced >= EVERY else logging.DEBUG
+        self.logged, self.announced, taken = now, now if level == logging.INFO else self.announced, now - self.started
         left = taken * (self.cost - self.spent) / self.spent
         spent, rest = duration(taken), duration(left)
         log.log(level, "  %s: %d/%d chunks, %s, about %s left", self.title, self.finished, self.count, spent, rest)
 
 
 def write(file: Path, arrays: Arrays) -> None:
-    """Write a result, so that what is there is whole; others may write the same one."""
-    with replacing(file, shared=True) as aside, aside.open("wb") as opened:
+    """Write a result atomically; other processes may write the same one."""
+    with replacing(file, shared=True) as temporary, temporary.open("wb") as opened:
         np.savez_compressed(opened, **arrays)  # type: ignore[arg-type]
 
 
 def read(file: Path) -> Arrays | None:
-    """Return a result, or None when it is not there or cannot be read."""
+    """Return a result, or None when it is missing or cannot be read."""
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:  # closed also when it is no archive
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:  # closes the file even when it is not an archive
             return {name: stored[name] for name in stored.files}
     except FileNotFoundError:
         return None
     except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
-        print(f"{file} is damaged ({error}): done again", file=sys.stderr)
+        print(f"{file} is damaged ({error}): computed again", file=sys.stderr)
         return None
 
 
 def load_arrays(folder: Path) -> dict[Images, Arrays]:
-    """Return what an evaluation kept of each set of images, nothing where it kept none."""
+    """Return an evaluation's arrays of each set of images; empty if there are none."""
     return {parse_images(key): found for key, found in unflattened(load_flat(folder / "arrays.npz")).items()}
 
 
 def load_flat(file: Path) -> Arrays:
-    """Return stored arrays, none when there are none."""
+    """Return stored arrays; empty if the file is missing."""
     return read(file) or {}
 
 
 def unflattened(flat: Arrays) -> dict[str, Arrays]:
-    """Return arrays that are named "set|field" by set and field."""
+    """Return arrays named "set|field" as {set: {field: array}}."""
     found: dict[str, Arrays] = {}
     for key, value in flat.items():
         name, _, field = key.rpartition("|")
@@ -215,14 +221,14 @@ def unflattened(flat: Arrays) -> dict[str, Arrays]:
 
 
 def join(parts: Sequence[Arrays | None]) -> Arrays:
-    """Return the arrays of all parts end to end."""
+    """Return the concatenated arrays of all parts."""
     whole = [part for part in parts if part is not None]
-    assert len(whole) == len(parts), "a result vanished while it was in use"
+    assert len(whole) == len(parts), "a result was deleted while in use"
     return {name: np.concatenate([part[name] for part in whole]) for name in whole[0]}
 
 
 def notes(lines: Sequence[str]) -> NDArray[np.str_]:
-    """Return lines as an array that a result can hold."""
+    """Return lines as an array, to store in a result."""
     return np.asarray(list(lines), dtype=np.str_).reshape(-1)
 
 

@@ -1,4 +1,4 @@
-"""Accuracy under attack, and whether the attack can be believed: an honest defence fails where a masked one seems to hold."""
+"""Robust accuracy, and checks for gradient masking."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,14 +17,14 @@ from training.evaluation.rows import number
 from training.methods.adversary import Threat
 
 CURVE = (1, 2, 4, 8)  # multiples of eps; on pixels of 8/255 the last is 64/255
-ZERO = 0.02  # of what an honest net keeps at 64/255
-SLACK = 0.02  # of the images, that a black box may break alone by chance
-NO_GRADIENT = 0.01  # of the images, that may have no usable gradient
+ZERO = 0.02  # largest accuracy of a network without masking at 64/255
+SLACK = 0.02  # share of images that only a black-box attack may break, by chance
+NO_GRADIENT = 0.01  # share of images that may have no usable gradient
 UNMASKING = 5000  # queries of Square where masking is suspected
 
 
 def robust_rows(c: Context) -> Iterator[Row]:
-    """Yield accuracies under PGD-20, APGD, AutoAttack, Square and transferred attacks, and the worst of all on the same images."""
+    """Yield accuracies under PGD-20, APGD, AutoAttack, Square and transferred attacks, and the worst case of all on the same images."""
     linf, half, l2 = c.ball.threats()
     s, eot, rand = c.suite, c.eot, c.subject.random
     robust_masks: dict[str, NDArray[np.bool_]] = {}
@@ -81,9 +81,9 @@ def under_square(c: Context, threat: Threat, queries: int) -> Images:
 
 
 def surrogate_of(c: Context) -> Transfer | None:
-    """Return the transferred attack, or None, said, where there is no surrogate for the data."""
+    """Return the transferred attack; without a surrogate for the data, warn and return None."""
     if c.surrogate is None:
-        takes = "python training/evaluate.py BUNDLE --surrogate WEIGHTS takes the trainer's"
+        takes = "python training/evaluate.py BUNDLE --surrogate WEIGHTS takes weights of the trainer"
         c.say(f"transfer: not measured, there is no surrogate for {c.data.name}: {takes}")
         return None
     return Transfer(c.ball.threats()[0], str(c.surrogate), c.surrogate_sha256)
@@ -97,7 +97,7 @@ def under_transfer(c: Context) -> Images:
 
 
 def worst_case(c: Context, robust_masks: dict[str, NDArray[np.bool_]]) -> Row:
-    """Return the share of images that every l-inf attack left right, on the images that all were run on."""
+    """Return the share of images that are right under every l-inf attack, of the images that all attacks ran on."""
     n = min(map(len, robust_masks.values()))
     whole = np.logical_and.reduce([found[:n] for found in robust_masks.values()])
     images = replace(under(c, "worst_case", c.ball.threats()[0]), attacks=tuple(robust_masks))
@@ -105,9 +105,9 @@ def worst_case(c: Context, robust_masks: dict[str, NDArray[np.bool_]]) -> Row:
 
 
 def masking_rows(c: Context) -> Iterator[Row]:
-    """Yield the checks that tell an honest defence from a masked gradient (arXiv 1802.00420, 1902.06705): 1 passed, 0 failed.
+    """Yield the checks for gradient masking (arXiv 1802.00420, 1902.06705): 1 passed, 0 failed.
 
-    A failed check does not say that the model is weak: it says that its robust accuracies cannot be believed.
+    A failed check does not show that the model is weak, but that its robust accuracies are unreliable.
     """
     linf, _, _ = c.ball.threats()
     of = c.subject.weights
@@ -122,7 +122,7 @@ def masking_rows(c: Context) -> Iterator[Row]:
         yield number("loss_at_steps", float(trace["loss"][:, column].mean()), n, images, of)
     checks = [*white_box_checks(c, trace, shares, eps[-1]), *black_box_checks(c)]
     yield from checks
-    # a model that answers at random is attacked by averaged gradients, which is no masking by itself
+    # a model with random outputs is attacked by averaged gradients, which is not masking by itself
     failed = [str(row.check) for row in checks if not row.value and row.check != "deterministic"]
     yield number("masking_suspected", float(bool(failed)), n, c.where, of)
     if failed:
@@ -139,16 +139,14 @@ def check(c: Context, name: str, passed: bool, n: int, images: Images, observed:
 
 
 def white_box_checks(c: Context, trace: Arrays, shares: Sequence[NDArray[np.bool_]], widest: float) -> Iterator[Row]:
-    """Yield the checks of what gradients alone tell; ``widest`` is the eps of the last of ``shares``."""
+    """Yield the checks that use only gradients; ``widest`` is the eps of the last of ``shares``."""
     n, where = len(trace["zero"]), c.where
     loss, zero, varied = trace["loss"].astype(np.float64), trace["zero"], trace["varied"]
     robust, left, noisy = float(shares[0].mean()), float(shares[-1].mean()), float(trace["noisy"].mean())
     images = replace(under(c, "pgd", Threat("linf", widest)), steps=20)
     yield check(c, "falls_to_zero", left <= ZERO, n, images, {"accuracy": left}, ZERO)
     mean, change = loss.mean(axis=0), np.diff(loss, axis=1)
-    tolerated = (
-        0.01 * np.abs(mean[:-1]).clip(0.1) + 3.5 * change.std(axis=0) / len(loss) ** 0.5
-    )  # the last for models that answer at random
+    tolerated = 0.01 * np.abs(mean[:-1]).clip(0.1) + 3.5 * change.std(axis=0) / len(loss) ** 0.5  # the last for models with random outputs
     rises = bool(np.isfinite(mean).all() and mean[-1] > mean[0] and (change.mean(axis=0) > -tolerated).all())
     climbed = replace(where, attack="pgd", objective="ce", steps=Trace.steps[-1])
     yield check(c, "loss_rises_with_steps", rises, n, climbed, {"first": float(mean[0]), "last": float(mean[-1])})
@@ -159,7 +157,7 @@ def white_box_checks(c: Context, trace: Arrays, shares: Sequence[NDArray[np.bool
 
 
 def black_box_checks(c: Context) -> Iterator[Row]:
-    """Yield the checks of what a black box breaks that the gradient does not, on the same images."""
+    """Yield the checks that no black-box attack breaks images that the gradient does not."""
     linf, _, _ = c.ball.threats()
     n = min(c.suite.strong, c.suite.checked) or c.suite.checked
     white = np.logical_and.reduce(
@@ -178,7 +176,7 @@ def black_box_checks(c: Context) -> Iterator[Row]:
 
 
 def released_rows(c: Context) -> Iterator[Row]:
-    """Yield what the published EB-JDAT code computes and calls 8/255: half of it, and a weakened list (docs/evaluation.md)."""
+    """Yield the accuracies of the published EB-JDAT code's protocol: half of the stated 8/255, weaker attacks (docs/evaluation.md)."""
     half, of = c.ball.threats()[1], c.subject.weights
     pgd = Pgd(half, steps=20, step_over_eps=0.125, leave=False)
     (found,) = c.run("released PGD-20", pgd, n=c.suite.attacked)

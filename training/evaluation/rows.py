@@ -1,4 +1,4 @@
-"""How the evaluation makes rows (ebjdat_serve/rows.py says what is in one), and the threats that figures are quoted at."""
+"""Constructors of rows (ebjdat_serve/rows.py defines the fields), and the threats of each data set."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,12 @@ from training.methods.adversary import Threat
 SEED = 0
 ALPHAS = (0.05, 0.01)
 BASELINE = "max_softmax"
-"""The score that needs no energy (Hendrycks and Gimpel, arXiv 1610.02136): it stands beside every figure of the served one."""
+"""The baseline score, which needs no energy (Hendrycks and Gimpel, arXiv 1610.02136), measured with the served one."""
 
 
 @dataclass(frozen=True)
 class Ball:
-    """The threats of a data set that figures are quoted at: l-inf, its half, and l2; pixels of [0,1]."""
+    """The threats of a data set: l-inf, its half, and l2; pixels of [0,1]."""
 
     linf: float
     l2: float
@@ -32,17 +32,17 @@ def ball_of(dataset: str) -> Ball:
 
 
 def number(metric: str, value: float, n: int, images: Images, of: str, **more: Any) -> Row:
-    """Return a row; ``more`` are fields of it."""
+    """Return a row; ``more`` are further fields."""
     return Row(metric=metric, value=float(value), n=int(n), of=of, seed=SEED, **vars(images), **more)
 
 
 def proportion(metric: str, successes: int, n: int, images: Images, of: str, **more: Any) -> Row:
-    """Return a row with Wilson's 95 % interval: a target is met by its lower bound."""
+    """Return the row of a proportion with Wilson's 95 % interval."""
     return number(metric, successes / n, n, images, of, interval=wilson(int(successes), n), interval_kind="wilson", **more)
 
 
 def compared_with(dataset: str, split: str, n: int) -> dict[str, Any]:
-    """Return the fields that say what images are compared with: n of a data set's split."""
+    """Return the fields of the images compared with: n of a data set's split."""
     return {"against": dataset, "against_split": split, "against_n": n}
 
 

@@ -1,4 +1,4 @@
-"""The OOD scores of ebjdat_serve/scores.py on torch tensors, for attacks on them, and the margin."""
+"""Differentiable OOD scores, for attacks on the flag, and the classification margin."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from ebjdat_serve.energy import energy
 from ebjdat_serve.scores import score_named
 
 Score = Callable[[Tensor], Tensor]
-"""Logits (N, K) -> one value per image (N,), which rises with suspicion."""
+"""Logits (N, K) -> one value per image (N,); higher is more suspicious."""
 
 
 def margin(logits: Tensor, label: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Benign shifts that images meet on their way to a server, through the server's own decoder; and corruptions by a stated recipe."""
+"""Benign shifts, such as recompression and resizing, through the server's decoder; and image corruptions."""
 
 import io
 from collections.abc import Callable
@@ -13,26 +13,26 @@ Shift = Callable[[Image.Image], bytes]
 SEED = 0
 
 
-def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     """Return an image's bytes."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def resized(picture: Image.Image, factor: float, how: Image.Resampling) -> Image.Image:
+def resized(image: Image.Image, factor: float, how: Image.Resampling) -> Image.Image:
     """Return an image enlarged or shrunk by ``factor``."""
-    return picture.resize((max(1, round(picture.width * factor)), max(1, round(picture.height * factor))), how)
+    return image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))), how)
 
 
-def screenshot(picture: Image.Image) -> bytes:
-    """Return the image shown three times as large on a screen and saved as JPEG at quality 90."""
-    return encoded(resized(picture, 3, Image.Resampling.BICUBIC), "JPEG", quality=90)
+def screenshot(image: Image.Image) -> bytes:
+    """Return the image enlarged three times, as on a screen, and saved as JPEG at quality 90."""
+    return encoded(resized(image, 3, Image.Resampling.BICUBIC), "JPEG", quality=90)
 
 
-def sixteen_bit(picture: Image.Image) -> bytes:
+def sixteen_bit(image: Image.Image) -> bytes:
     """Return the image's grey values as a 16-bit PNG."""
-    grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+    grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
     return encoded(Image.fromarray(grey), "PNG")
 
 
@@ -49,7 +49,7 @@ SHIFTS: dict[str, Shift] = {
 
 
 def shifted(image: Pixels, shift: Shift) -> Pixels:
-    """Return images (N, H, W, 3) as the server sees them after a shift."""
+    """Return images (N, H, W, 3) after a shift, decoded by the server's decoder."""
     height, width = image.shape[1:3]
     return np.stack([decode(shift(Image.fromarray(one)), height, width) for one in image])
 
@@ -61,7 +61,7 @@ Corruption = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
 
 def level(values: tuple[float, ...], severity: int) -> float:
-    """Return the number of a severity."""
+    """Return the parameter of a severity."""
     return values[severity - 1]
 
 
@@ -72,7 +72,7 @@ def blurred(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def disc(radius: float) -> np.ndarray:
-    """Return the kernel of a lens out of focus."""
+    """Return the kernel of a defocused lens."""
     side = int(np.ceil(radius))
     y, x = np.mgrid[-side : side + 1, -side : side + 1]
     kernel: np.ndarray = (radius + 0.5 - np.hypot(x, y)).clip(0, 1)
@@ -80,12 +80,12 @@ def disc(radius: float) -> np.ndarray:
 
 
 def line(length: int) -> np.ndarray:
-    """Return the kernel of a diagonal motion."""
+    """Return the kernel of diagonal motion blur."""
     return np.eye(length)
 
 
 def fog(x: np.ndarray, strength: float, noise: np.random.Generator) -> np.ndarray:
-    """Return images under smooth white noise of several scales."""
+    """Return images under fog: smooth noise of several scales."""
     n, h, w, _ = x.shape
     cloud = sum(ndimage.zoom(noise.random((n, 2**k, 2**k)), (1, h / 2**k, w / 2**k), order=1) / 2**k for k in (1, 2, 3))
     cloud = (cloud - np.min(cloud)) / np.ptp(cloud)
@@ -94,7 +94,7 @@ def fog(x: np.ndarray, strength: float, noise: np.random.Generator) -> np.ndarra
 
 
 def elastic(x: np.ndarray, strength: float, noise: np.random.Generator) -> np.ndarray:
-    """Return images bent by a smooth displacement of ``strength`` pixels."""
+    """Return images distorted by a smooth displacement of ``strength`` pixels."""
     n, h, w, _ = x.shape
     out = np.empty_like(x)
     y0, x0 = np.mgrid[:h, :w]
@@ -107,13 +107,13 @@ def elastic(x: np.ndarray, strength: float, noise: np.random.Generator) -> np.nd
 
 
 def compressed(x: np.ndarray, quality: int) -> np.ndarray:
-    """Return images through JPEG."""
+    """Return images after JPEG compression."""
     pixels = np.round(x.clip(0, 1) * 255).astype(np.uint8)
     return shifted(pixels, lambda p: encoded(p, "JPEG", quality=quality)) / 255.0
 
 
 def pixelated(x: np.ndarray, factor: float) -> np.ndarray:
-    """Return images made smaller and larger again."""
+    """Return images downsampled and upsampled again."""
     _, h, w, _ = x.shape
     small = ndimage.zoom(x, (1, factor, factor, 1), order=1)
     result: np.ndarray = ndimage.zoom(small, (1, h / small.shape[1], w / small.shape[2], 1), order=0)
@@ -138,11 +138,11 @@ CORRUPTIONS: dict[str, Corruption] = {
     "pixelate": lambda x, s, g: pixelated(x, level((0.95, 0.9, 0.85, 0.75, 0.65), s)),
     "jpeg": lambda x, s, g: compressed(x, int(level((80, 65, 58, 50, 40), s))),
 }
-"""Twelve kinds in the manner of CIFAR-10-C (arXiv 1903.12261), by the recipe that stands here: not CIFAR-10-C itself."""
+"""Twelve corruptions modelled on CIFAR-10-C (arXiv 1903.12261), by the recipe here; not CIFAR-10-C itself."""
 
 
 def corrupted(image: Pixels, name: str, severity: int) -> Pixels:
-    """Return images (N, H, W, 3) uint8 under a corruption; the noise depends on its name and severity alone."""
+    """Return images (N, H, W, 3) uint8 under a corruption; the noise depends only on name and severity."""
     noise = np.random.default_rng([SEED, severity, *name.encode()])
     x = CORRUPTIONS[name](image / 255.0, severity, noise)
     return np.round(x.clip(0, 1) * 255).astype(np.uint8)

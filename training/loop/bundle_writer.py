@@ -1,4 +1,4 @@
-"""From trained weights to a draft bundle: manifest, weights, prior and the self-test's expectations."""
+"""Write a draft bundle from trained weights: manifest, weights, prior and the self-test's expected outputs."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ class Origin:
 
 
 def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, origin: Origin, position: Position, planned: int) -> Bundle:
-    """Write a bundle without graphs, calibration and figures into ``folder``, replacing what is there."""
+    """Write a bundle without graphs, calibration and figures into ``folder``, replacing its content."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copyfile(weights, folder / "weights.safetensors")

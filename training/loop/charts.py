@@ -26,7 +26,7 @@ def curves(charts: Mapping[str, Mapping[str, Points]]) -> bytes:
 
 
 def histograms(looks: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the energy histograms of each look at held-out images, overlaid, in order of steps."""
+    """Return the energy histograms of each validation on held-out images, overlaid, in order of steps."""
     figure, axes = grid(len(looks), 1.8)
     for ax, look in zip(axes, looks, strict=True):
         shown = look["histograms"]

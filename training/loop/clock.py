@@ -1,4 +1,4 @@
-"""Time limits, and durations in words."""
+"""Time limits, and durations as text."""
 
 import math
 import signal

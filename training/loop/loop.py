@@ -35,7 +35,7 @@ def train(
     ranks: Ranks = Ranks(),
     tensorboard: bool = False,
 ) -> Path:
-    """Train one stage in ``folder``, resuming what is there, and return its weights file (EMA applied).
+    """Train one stage in ``folder``, resuming its checkpoint if there is one, and return its weights file (EMA applied).
 
     At the clock's deadline the stage ends cleanly with the weights it has. Raises TrainingDiverged after too many rollbacks,
     and KeyboardInterrupt, with the state saved, when it was interrupted.
@@ -43,7 +43,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     weights, saved = folder / "weights.safetensors", folder / "state.pt"
     if ranks.rank == 0:
-        weights.unlink(missing_ok=True)  # what stands here at the end is of this state
+        weights.unlink(missing_ok=True)  # a weights file always belongs to the final state
     state = new_state(preset, data, init, device, ranks)
     stream = Stream(preset, data, device, state.noise)
     model = DistributedDataParallel(state.model) if ranks.world > 1 else state.model

@@ -21,7 +21,7 @@ from training.methods import Terms
 
 Row = dict[str, float]
 EVERY = 60.0
-"""Seconds between two lines of progress, where there is no terminal."""
+"""Seconds between progress lines without a terminal."""
 log = logging.getLogger("training")
 
 
@@ -61,7 +61,7 @@ class RunLogger:
                     self.board.add_scalar(name, value, row["step"])
 
     def print_progress(self) -> None:
-        """Log once a minute, where there is no progress bar, how far the stage is."""
+        """Log the stage's progress once a minute if there is no progress bar."""
         now = time.monotonic()
         if now - self.last_line < EVERY or self.last["step"] <= self.first:
             return
@@ -85,7 +85,7 @@ class RunLogger:
             self.board.add_image("samples", grid, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Close the progress bar and TensorBoard's file, and log what was reached."""
+        """Close the progress bar and TensorBoard's file, and log the final figures."""
         if self.writes:
             took = duration(time.monotonic() - self.began)
             log.info("%s: %d of %d steps in %s%s", self.name, self.last["step"], self.total, took, self.figures())
@@ -96,7 +96,7 @@ class RunLogger:
 
 
 def rounded(value: Any) -> Any:
-    """Return a number as the log shows it; what is not finite as a word, since JSON has no number for it."""
+    """Return a number for the log; as a string if it is not finite, which JSON cannot represent."""
     if not isinstance(value, float):
         return value
     return round(value, 4) if math.isfinite(value) else str(value)

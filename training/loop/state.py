@@ -45,7 +45,7 @@ class State:
     def save(self, path: Path, *, keep: bool = True) -> None:
         """Replace the state, so that a kill at any moment leaves a whole file; every rank calls, the first writes.
 
-        The state before it is kept beside it, unless ``keep`` is false: then this one takes the place of a bad one.
+        The previous state is kept as a second file, unless ``keep`` is false, when this one replaces a bad state.
         """
         self.fell_back = self.fell_back and not keep
         payload = {
@@ -57,8 +57,8 @@ class State:
             "position": [self.step, self.seconds, self.rollbacks, self.lr_scale],
         }
         if self.noise.ranks.rank == 0:
-            with replacing(path) as aside:
-                torch.save(payload, aside)
+            with replacing(path) as temporary:
+                torch.save(payload, temporary)
                 if keep and path.is_file():
                     with replacing(previous(path)) as spare:
                         try:
@@ -85,7 +85,7 @@ def previous(path: Path) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return what a state file holds; raise TrainingError naming it when it cannot be read."""
+    """Return the content of a state file; raise TrainingError naming the file when it cannot be read."""
     try:
         payload: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -115,8 +115,8 @@ def load_position(path: Path) -> Position:
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write parameters and batch-norm statistics as safetensors, atomically; step counters are left out."""
     kept = {name: value.detach().float().contiguous() for name, value in weights.items() if value.is_floating_point()}
-    with replacing(path) as aside:
-        save_file(kept, aside)
+    with replacing(path) as temporary:
+        save_file(kept, temporary)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ class Stream:
         if self.extra_batch:
             everyone = Noise(noise.generator)  # the whole batch's draws: which rank holds which row is decided below
             index = torch.cat([index, self.images + everyone.integers(len(self.label) - self.images, self.extra_batch)])
-            index = index[everyone.uniform(len(index)).argsort()]  # no rank gets the extra images alone
+            index = index[everyone.uniform(len(index)).argsort()]  # so that the extra images are not all on one rank
         index = noise.ranks.share(index)
         image, label = self.image[index], self.label[index]
         image = augment(image, noise, kind=p.augment, padding=p.padding, flip=self.flip)

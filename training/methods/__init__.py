@@ -18,7 +18,7 @@ from training.methods.adversary import Threat
 
 @dataclass(frozen=True)
 class Batch:
-    """The labelled stream, the p(x) stream and, once the inner problem is solved, what it found; (N, 3, H, W) float32 in [0,1]."""
+    """The labelled stream, the p(x) stream and, once solved, the solutions of the inner problem; (N, 3, H, W) float32 in [0,1]."""
 
     image: Tensor
     label: Tensor
@@ -67,13 +67,13 @@ class StepContext:
 
 
 class MethodState(Protocol):
-    """What a method keeps between steps."""
+    """A method's state between steps."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a restart needs, the same on every rank."""
+        """Return the state for a checkpoint, the same on every rank."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore a state from ``state_dict``."""
 
 
 class NoState:

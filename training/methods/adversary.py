@@ -36,12 +36,12 @@ INNER: dict[str, Objective] = {
     "joint_energy": joint_energy,
     "class_logit": lambda logits, label: -joint_energy(logits, label),
 }
-"""What an inner loop climbs; ``class_logit`` is f(x)[y], the direction of a sample of class y."""
+"""Objectives of an inner loop; ``class_logit`` is f(x)[y], the direction of a sample of class y."""
 
 
 @dataclass(frozen=True)
 class Threat:
-    """What the adversary may do: move x by at most ``eps`` in the norm ``linf`` or ``l2``, pixels of [0,1], within [0,1]."""
+    """The threat model: move x by at most ``eps`` in the norm ``linf`` or ``l2``, pixels of [0,1], within [0,1]."""
 
     norm: str
     eps: float

@@ -1,4 +1,4 @@
-"""DAT's curriculum: one more ascent step whenever the negatives are easily told from data (arXiv 2510.13872)."""
+"""DAT's curriculum: one more ascent step whenever the negatives are easily separated from data (arXiv 2510.13872)."""
 
 import math
 from dataclasses import dataclass, field

@@ -54,7 +54,7 @@ class EbJdat(Method[ReplayBuffer]):
     clean_weight: float = 0.3  # share of the clean image in h3
     energy_penalty: float = 0.002
     data_noise: float = 0.015  # on the images whose likelihood is raised
-    inner: str = "ce"  # what the inner maximum climbs; kl: KL(p || q), as TRADES does
+    inner: str = "ce"  # objective of the inner maximisation; kl: KL(p || q), as in TRADES
     attack: Attack = Attack(steps=5)
     chains: ChainConfig = ChainConfig(conditional=True, noise_std=0.005)
 

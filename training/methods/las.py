@@ -1,4 +1,4 @@
-"""LAS-AT (Jia et al., arXiv 2203.06616): a strategy network chooses each image's attack, and is rewarded for what training on it does.
+"""LAS-AT (Jia et al., arXiv 2203.06616): a strategy network chooses each image's attack, and is rewarded by its effect on training.
 
 After the released code: eps, steps and step size are categorical choices of the strategy network per image, sampled; every
 ``interval`` steps it takes one REINFORCE step on a reward of the whole batch. The strategy network here is a small WideResNet, not a

@@ -73,7 +73,7 @@ class Worker(ls.LitAPI):
         """Do one piece of work, or wait for it."""
 
     def handle(self, message: Any) -> None:
-        """Open or close a model."""
+        """Open or close a model, or refuse a request for an operation that this worker does not have."""
         match message:
             case ipc.LoadModel():
                 # in a thread: requests for the models that are open go on
@@ -82,6 +82,9 @@ class Worker(ls.LitAPI):
                 loading.start()
             case ipc.UnloadModel(key):
                 self.models.pop(key, None)
+            case ipc.Request(number, _, operation):
+                log.error("no endpoint lists the operation %r among its operations", operation)
+                self.channel.send(ipc.UnknownOperation(number, operation))
 
     def _load(self, wanted: ipc.LoadModel) -> None:
         try:
@@ -135,12 +138,15 @@ class ClassifyWorker(Worker):
 
     def turn(self) -> None:
         """Receive one message and answer it."""
-        message = self.channel.receive()
-        if isinstance(message, ipc.Request):
-            value = self.operations[message.operation](self.models[message.key], message.payload)
-            self.channel.send(ipc.Response(message.number, value))
-        else:
-            self.handle(message)
+        self.handle(self.channel.receive())
+
+    def handle(self, message: Any) -> None:
+        """Run an operation on a batch."""
+        match message:
+            case ipc.Request(number, key, operation, payload) if operation in self.operations:
+                self.channel.send(ipc.Response(number, self.operations[operation](self.models[key], payload)))
+            case _:
+                super().handle(message)
 
 
 class GenerateWorker(Worker):
@@ -194,7 +200,7 @@ class GenerateWorker(Worker):
     def handle(self, message: Any) -> None:
         """Start or drop a task, or allow its next preview."""
         match message:
-            case ipc.Request(number, key, operation, payload):
+            case ipc.Request(number, key, operation, payload) if operation in self.operations:
                 if not self.scheduler.groups:
                     self.steps_taken, self.rate_since = 0, time.monotonic()  # idle time does not count for the rate
                 task: ChainTask = self.operations[operation](self.models[key], payload)

@@ -1,13 +1,15 @@
 """The endpoints: a new one is a handler and an operation, in a module of this package, and a line here."""
 
-from ebjdat_serve.server.endpoints import generate, predict, status
+from ebjdat_serve.server.endpoints.generate import GENERATE_GET, GENERATE_POST
+from ebjdat_serve.server.endpoints.predict import CLASSIFY, ENERGY
+from ebjdat_serve.server.endpoints.status import HEALTH, INDEX, INFO
 
 ENDPOINTS = [
-    predict.CLASSIFY,
-    predict.ENERGY,
-    generate.GENERATE_GET,
-    generate.GENERATE_POST,
-    status.HEALTH,
-    status.INFO,
-    status.INDEX,
+    CLASSIFY,
+    ENERGY,
+    GENERATE_GET,
+    GENERATE_POST,
+    HEALTH,
+    INFO,
+    INDEX,
 ]

@@ -111,9 +111,9 @@ class Service:
         app.title, app.version = "ebjdat_serve", __version__
         problems.install(app)
         api_docs.install(app)
-        app.add_middleware(HeadMiddleware)
+        app.add_middleware(HeadMiddleware, paths={*api_docs.PATHS, *(one.path for one in self.endpoints if one.takes_head)})
         if key := api_key():
-            app.add_middleware(ApiKeyMiddleware, key=key)
+            app.add_middleware(ApiKeyMiddleware, key=key, keyless={one.path for one in self.endpoints if one.keyless})
         for endpoint in self.endpoints:
             endpoint.install(app, self)
 
@@ -137,6 +137,12 @@ class Endpoint:
     openapi: Mapping[str, Any] = field(default_factory=dict)
     example: str = ""  # an address to try
     hidden: bool = False  # from the document and the index
+    keyless: bool = False  # answered without the server's API key
+
+    @property
+    def takes_head(self) -> bool:
+        """Whether HEAD is answered as GET: not where workers would compute an answer that nobody reads."""
+        return self.method == "GET" and not self.operations
 
     def install(self, app: FastAPI, service: Service) -> None:
         """Add the endpoint to ``app``."""

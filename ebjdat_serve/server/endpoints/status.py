@@ -55,6 +55,6 @@ async def index(service: Service, request: Request) -> Response:
     return respond(Index(model=service.manager.active.name, paths=paths))
 
 
-HEALTH = Endpoint("/health", health, Health, method="GET", responses={503: {"model": Health}})
+HEALTH = Endpoint("/health", health, Health, method="GET", responses={503: {"model": Health}}, keyless=True)
 INFO = Endpoint("/info", info, Info, method="GET", responses={})
 INDEX = Endpoint("/", index, Index, method="GET", responses={}, hidden=True)

@@ -128,7 +128,7 @@ class GenerateQueue(RequestQueue):
                 self._rates[worker.pid] = rate
                 self._longest_waits.append((time.monotonic(), longest_wait))
                 self._left |= {number: work for number, work in left.items() if number in self._left}
-            case ipc.Response(number):
+            case ipc.Response(number, _) | ipc.UnknownOperation(number, _):
                 self._forget(number)
                 super().handle(worker, message)
 

@@ -148,7 +148,7 @@ class RequestQueue(ABC):
 
     @abstractmethod
     def worker_ready(self, worker: WorkerConnection) -> None:
-        """Start to use a worker that has just opened a bundle."""
+        """Give work to a worker that has just opened a bundle, or is free again."""
 
     def retry_after(self) -> int:
         """Return after how many seconds a refused client should try again."""
@@ -169,8 +169,14 @@ class RequestQueue(ABC):
 
     def handle(self, worker: WorkerConnection, message: Any) -> None:
         """Handle a worker's message about a request."""
-        if isinstance(message, ipc.Response):
-            self.resolve(worker.in_flight.pop(message.number, []), message.value)
+        match message:
+            case ipc.Response(number, value):
+                self.resolve(worker.in_flight.pop(number, []), value)
+            case ipc.UnknownOperation(number, operation):
+                problem = Problem(500, f"no {self.kind} worker has the operation {operation!r}: list it in the endpoint's operations")
+                for pending in worker.in_flight.pop(number, []):
+                    pending.fail(problem)
+                self.worker_ready(worker)
 
     def worker_lost(self, worker: WorkerConnection) -> None:
         """Fail the requests that a dead worker had; those that wait go to the next."""

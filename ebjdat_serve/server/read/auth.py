@@ -6,14 +6,12 @@ with !=.
 
 import hmac
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.server.problems import Problem
 
-KEYLESS_PATHS = ("/health",)
-HEAD_PATHS = ("/", "/health", "/info", "/docs", "/openapi.json")
 VARIABLE = "LIT_SERVER_API_KEY"
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -35,27 +33,27 @@ def api_key() -> str | None:
 
 
 class HeadMiddleware:
-    """Answers HEAD, which load balancers probe with, as GET without a body; not on /generate, which would draw an image for nothing."""
+    """Answers HEAD, which load balancers probe with, as GET without a body, on ``paths``."""
 
-    def __init__(self, app: ASGI) -> None:
-        self._app = app
+    def __init__(self, app: ASGI, paths: Collection[str]) -> None:
+        self._app, self._paths = app, paths
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass HEAD on as GET; uvicorn sends no body in response to HEAD."""
-        if scope["type"] == "http" and scope["method"] == "HEAD" and scope["path"] in HEAD_PATHS:
+        if scope["type"] == "http" and scope["method"] == "HEAD" and scope["path"] in self._paths:
             scope = {**scope, "method": "GET"}
         return await self._app(scope, receive, send)
 
 
 class ApiKeyMiddleware:
-    """Answers 401 unless X-API-Key holds the key; /health needs none."""
+    """Answers 401 unless X-API-Key holds the key; ``keyless`` are the paths that need none."""
 
-    def __init__(self, app: ASGI, key: str) -> None:
-        self._app, self._key = app, key.encode()
+    def __init__(self, app: ASGI, key: str, keyless: Collection[str]) -> None:
+        self._app, self._key, self._keyless = app, key.encode(), keyless
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass on a request that has the key."""
-        if scope["type"] != "http" or scope["path"] in KEYLESS_PATHS or self._has_key(scope["headers"]):
+        if scope["type"] != "http" or scope["path"] in self._keyless or self._has_key(scope["headers"]):
             return await self._app(scope, receive, send)
         problem = Problem(401, "send the server's key in the header X-API-Key", headers={"WWW-Authenticate": "X-API-Key"})
         return await problem.response()(scope, receive, send)
