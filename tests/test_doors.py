@@ -1,11 +1,14 @@
 """What leaves HTTP/1.1 as we bound it is refused with an answer; nothing that grows with a body runs in the event loop for long."""
 
+import base64
 import contextlib
 import json
 import select
+import sys
 import time
 
 import httpx2
+import numpy as np
 import pytest
 
 from ebjdat_serve.server.settings import SHIPPED
@@ -174,3 +177,144 @@ def test_unfinished_bodies_of_any_size_stay_within_the_memory_for_bodies(guarded
         assert all(answer.startswith(b"HTTP/1.1 503") and b"\r\nretry-after: 1\r\n" in answer.lower() for answer in answers)
     time.sleep(0.5)
     assert httpx2.post(f"{guarded.url}/classify", content=picture, headers={"X-API-Key": KEY}).status_code == 200
+
+
+WATCHED = '''
+"""The server, with a path that says how long the event loop was kept by one turn, in milliseconds of its own processor time."""
+
+import asyncio
+import sys
+import time
+
+from fastapi import Response
+
+from ebjdat_serve.cli import main
+from ebjdat_serve.server.endpoints import ENDPOINTS
+from ebjdat_serve.server.endpoints.endpoint import Endpoint
+
+longest, watching = 0.0, []
+
+
+async def watch():
+    global longest
+    last = time.thread_time()
+    while True:
+        await asyncio.sleep(0)
+        now = time.thread_time()  # a machine that is busy with others takes turns, but no processor time
+        longest, last = max(longest, now - last), now
+
+
+async def lag(service, request):
+    """Return the longest turn since the last call, and watch from now on."""
+    global longest
+    if not watching:
+        watching.append(asyncio.create_task(watch()))
+    said, longest = longest, 0.0
+    return Response(f"{1000 * said:.3f}")
+
+
+ENDPOINTS.append(Endpoint("/lag", lag, method="GET", hidden=True))
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+'''
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watched")
+    (folder / "script.py").write_text(WATCHED, encoding="utf-8")
+    executable = (sys.executable, str(folder / "script.py"))
+    with serving(SHIPPED, folder / "log", "--device", "cpu", executable=executable) as server:
+        httpx2.get(f"{server.url}/lag")
+        yield server
+
+
+def form(*parts, boundary=b"b"):
+    return b"".join(b"--%b\r\n%b\r\n" % (boundary, part) for part in parts) + b"--%b--\r\n" % boundary
+
+
+def chunked(n, size):
+    return (b"%x\r\n%b\r\n" % (size, bytes(size))) * n + b"0\r\n\r\n"
+
+
+def document(value, key="image"):
+    return json.dumps({key: value}).encode()
+
+
+NOISE = np.random.default_rng(0).bytes(16 * 2**20)
+BASE64 = base64.b64encode(NOISE).decode()
+FILE = b'Content-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+JSON, FORM, IMAGE = "application/json", "multipart/form-data; boundary=b", "image/png"
+
+HOSTILE = {
+    "16 MiB of base64": (JSON, lambda: document(BASE64)),
+    "22 MB of base64 with blanks": (JSON, lambda: document(" ".join(BASE64[: 11 * 10**6]))),
+    "base64 in lines": (JSON, lambda: document(base64.encodebytes(NOISE[: 12 * 2**20]).decode())),
+    "base64 with every character escaped": (JSON, lambda: b'{"image": "' + b"\\u0041" * 3_600_000 + b'"}'),
+    "blanks in a string": (JSON, lambda: document(" " * 22_000_000)),
+    "blanks outside": (JSON, lambda: b" " * 22_000_000),
+    "quotes": (JSON, lambda: b'"' * 22_000_000),
+    "escaped quotes": (JSON, lambda: b'{"image": "' + b'\\"' * 10**7 + b'"}'),
+    "64 long strings": (JSON, lambda: document([BASE64[:340_000]] * 64, "images")),
+    "deep": (JSON, lambda: b'{"image":' * 2_000_000),
+    "wide": (JSON, lambda: b'{"image":[' + b"[]," * 7_000_000),
+    "a million commas": (JSON, lambda: b"," * 10**6),
+    "a million numbers": (JSON, lambda: b'{"images":[' + b"1," * 10**6 + b"1]}"),
+    "one long number": (JSON, lambda: b'{"image":' + b"1" * 22_000_000 + b"}"),
+    "a form of 20 MB": (FORM, lambda: form(FILE + NOISE + b"\r\n")),
+    "a form of near boundaries": (FORM, lambda: form(FILE + b"\r\n--" * 4_000_000)),
+    "a form of line ends": (FORM, lambda: form(FILE + b"\r" * 16_000_000)),
+    "thousands of parts": (FORM, lambda: form(*[FILE + b"x"] * 100_000)),
+    "thousands of fields": (FORM, lambda: form(*[b'Content-Disposition: form-data; name="a"\r\n\r\nx'] * 100_000)),
+    "thousands of headers": (FORM, lambda: form(b"A: b\r\n" * 1_000_000 + FILE + b"x")),
+    "one endless header": (FORM, lambda: form(b"A: " + b"b" * 10_000_000 + FILE + b"x")),
+    "a preamble": (FORM, lambda: b"\r\n" * 10_000_000),
+}
+
+
+def lag(server):
+    return float(httpx2.get(f"{server.url}/lag", timeout=30).text)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_body_keeps_the_event_loop(watched, name):
+    kind, make = HOSTILE[name]
+    body = make()
+    assert len(body) <= 22 * 2**20
+    lag(watched)
+    httpx2.post(f"{watched.url}/classify", content=body, headers={"Content-Type": kind}, timeout=60)
+    longest = lag(watched)
+    print(f"{longest:.1f} ms")
+    assert longest < 10
+
+
+CHUNKED = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
+RAW = {
+    "chunks of one byte": CHUNKED % (b"classify", b"image/png") + chunked(500_000, 1),
+    "chunks as small as they may be": CHUNKED % (b"classify", b"image/png") + chunked(100_000, 130),
+    "chunks of one byte to a path that is not there": CHUNKED % (b"nowhere", b"image/png") + chunked(500_000, 1),
+    "a form of many fields": CHUNKED % (b"generate", b"application/x-www-form-urlencoded")
+    + b"ffff\r\n"
+    + b"a&" * 32767
+    + b"a\r\n0\r\n\r\n",
+    "an object of many fields": CHUNKED % (b"generate", b"application/json")
+    + b"ffff\r\n"
+    + (b"{" + b",".join(b'"%x":1' % i for i in range(9000))).ljust(65534)
+    + b"}\r\n0\r\n\r\n",
+    "many headers": b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * 60_000 + b"\r\n",
+    "many parameters": b"GET /generate?" + b"a&" * 4000 + b"class=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "a target of escapes": b"GET /" + b"%41" * 2700 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "requests one after the other": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000,
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_no_framing_keeps_the_event_loop(watched, name):
+    lag(watched)
+    with connect(watched, 20) as client, contextlib.suppress(ConnectionError):
+        client.sendall(RAW[name])
+        client.recv(2**16)
+    longest = lag(watched)
+    print(f"{longest:.1f} ms")
+    assert longest < 10

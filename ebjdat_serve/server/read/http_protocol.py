@@ -22,7 +22,7 @@ METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"}
 BODILESS = {b"GET", b"HEAD", b"OPTIONS"}
 MAX_TARGET = 8 * 2**10
 """Bytes of a request target."""
-HEADER_COST, CHUNK_COST = 32, 64
+HEADER_COST, CHUNK_COST = 32, 128
 """Bytes that a header or a chunk counts for beside its own: each takes a call, however short it is."""
 LINGER_SECONDS, LINGER_BYTES = 2.0, 2**20
 """Time and bytes for which the rest of a refused request is read on."""
@@ -142,6 +142,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._begun = True
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()
+            raise Refused  # or the parser would go on with all that has come
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -194,7 +195,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return None
 
     def on_chunk_header(self) -> None:
-        """Count a chunk; about a thousand may be of any size, beyond that they must have 64 bytes each on average."""
+        """Count a chunk; some hundreds may be of any size, beyond that they must have 128 bytes each on average."""
         self._chunks += 1
         if self._chunks * CHUNK_COST > self.settings.max_headers + self._body_bytes:
             self._end(Problem(400, f"the body comes in chunks of less than {CHUNK_COST} bytes; send larger ones"))
