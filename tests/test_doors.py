@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import select
+import socket
 import sys
 import time
 
@@ -179,6 +180,67 @@ def test_unfinished_bodies_of_any_size_stay_within_the_memory_for_bodies(guarded
     assert httpx2.post(f"{guarded.url}/classify", content=picture, headers={"X-API-Key": KEY}).status_code == 200
 
 
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A server for few connections, which others can reach too."""
+    options = ("--device", "cpu", "--generate-workers", "0", "--host", "0.0.0.0", "--max-connections", "20")
+    with serving(SHIPPED, tmp_path_factory.mktemp("narrow") / "log", *options, "--max-connections-per-address", "8") as server:
+        yield server
+
+
+HALF = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf"
+
+
+def test_idle_connections_make_room_and_busy_ones_are_not_pushed_out(narrow):
+    with contextlib.ExitStack() as stack:
+        busy = stack.enter_context(connect(narrow))
+        busy.sendall(HALF)
+        idle = [stack.enter_context(connect(narrow)) for _ in range(60)]
+        for client in idle[::2]:
+            client.sendall(b"GET /health HT")
+        assert httpx2.get(f"{narrow.url}/health").status_code == 200
+        until(lambda: len(select.select(idle, [], [], 0)[0]) >= 40)  # closed
+        busy.sendall(bytes(996))
+        assert busy.recv(100).startswith(b"HTTP/1.1 422")
+
+
+def test_a_connection_too_many_is_told_so(narrow):
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(narrow)) for _ in range(20)]
+        for client in clients:
+            client.sendall(HALF)
+        time.sleep(0.5)
+        status, headers, body = talk(narrow, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert "--max-connections" in json.loads(body)["detail"]
+        clients[0].close()
+        until(lambda: httpx2.get(f"{narrow.url}/health").status_code == 200)
+
+
+def own_address():
+    """Return an address of this machine other than loopback, if it has one; nothing is sent."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))
+        return probe.getsockname()[0]
+    return ""
+
+
+def test_one_address_has_so_many_connections(narrow):
+    address = own_address()
+    if not address or address.startswith("127."):
+        pytest.skip("this machine has no address other than loopback")
+    port = int(narrow.url.rsplit(":", 1)[1])
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection((address, port), 10)) for _ in range(8)]
+        time.sleep(0.3)
+        late = stack.enter_context(socket.create_connection((address, port), 10))
+        late.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert late.recv(1000).startswith(b"HTTP/1.1 429")
+        assert httpx2.get(f"{narrow.url}/health").status_code == 200  # another address
+        clients[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert clients[0].recv(100).startswith(b"HTTP/1.1 200")
+
+
 WATCHED = '''
 """The server, with a path that says how long the event loop was kept by one turn, in milliseconds of its own processor time."""
 
@@ -273,6 +335,15 @@ HOSTILE = {
 }
 
 
+def check(act):
+    """Assert that ``act`` keeps the loop for less than 10 ms; again if it does, since a garbage collection may fall into one."""
+    measured = [act()]
+    if measured[0] >= 10:
+        measured += [act(), act()]
+    print(f"{measured} ms")
+    assert sorted(measured)[len(measured) // 2] < 10
+
+
 def lag(server):
     return float(httpx2.get(f"{server.url}/lag", timeout=30).text)
 
@@ -282,11 +353,13 @@ def test_no_body_keeps_the_event_loop(watched, name):
     kind, make = HOSTILE[name]
     body = make()
     assert len(body) <= 22 * 2**20
-    lag(watched)
-    httpx2.post(f"{watched.url}/classify", content=body, headers={"Content-Type": kind}, timeout=60)
-    longest = lag(watched)
-    print(f"{longest:.1f} ms")
-    assert longest < 10
+
+    def post():
+        lag(watched)
+        httpx2.post(f"{watched.url}/classify", content=body, headers={"Content-Type": kind}, timeout=60)
+        return lag(watched)
+
+    check(post)
 
 
 CHUNKED = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -311,10 +384,11 @@ RAW = {
 
 @pytest.mark.parametrize("name", RAW)
 def test_no_framing_keeps_the_event_loop(watched, name):
-    lag(watched)
-    with connect(watched, 20) as client, contextlib.suppress(ConnectionError):
-        client.sendall(RAW[name])
-        client.recv(2**16)
-    longest = lag(watched)
-    print(f"{longest:.1f} ms")
-    assert longest < 10
+    def send():
+        lag(watched)
+        with connect(watched, 20) as client, contextlib.suppress(ConnectionError):
+            client.sendall(RAW[name])
+            client.recv(2**16)
+        return lag(watched)
+
+    check(send)
