@@ -1,4 +1,4 @@
-"""The command line: `ebjdat-serve serve | inspect | verify | list | publish | rollback | sign`."""
+"""The command line: `ebjdat-serve serve | inspect | verify | list | publish | rollback | sign | key`."""
 
 import argparse
 import logging
@@ -15,7 +15,9 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.console import advice, flush, parser_of, unread
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.keys import VARIABLE
 
+log = logging.getLogger("ebjdat_serve")
 SERVE_EPILOG = "Each option has an environment variable, EBJDAT_ and its name: EBJDAT_PORT for --port. An option wins over its variable."
 
 
@@ -25,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True)
 
+    from ebjdat_serve import key_commands
     from ebjdat_serve.server.settings import SHIPPED, add_arguments
 
     serve_parser = commands.add_parser(
@@ -62,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sign_parser.add_argument("bundle", type=Path)
     sign_parser.add_argument("--key", type=Path, required=True)
     sign_parser.set_defaults(command=sign)
+    key_commands.add(commands)
 
     for sub in commands.choices.values():
         sub.set_defaults(parser=sub)
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return unread()
         text = advice(error, options.parser) if isinstance(error, EbjdatError) else str(error)
         if getattr(options, "log", "text") == "json":
-            logging.getLogger("ebjdat_serve").error("%s", text)
+            log.error("%s", text)
         else:
             print(f"ebjdat-serve: {text}", file=sys.stderr)
         return 2
@@ -94,6 +98,8 @@ def serve(options: argparse.Namespace) -> None:
     logs.configure(settings.log)
     litserve_adapter.check_address(settings.host, settings.port)
     logs.announce(settings.log, f"starting {settings.model}")
+    if settings.exposed and not settings.keys and not os.environ.get(VARIABLE):
+        log.warning("whoever can reach this server can use it: give it --keys FILE (ebjdat-serve key new), or set %s", VARIABLE)
     if settings.stock:
         if settings.log == "json":
             raise EbjdatError("--stock logs as LitServe does: leave out --log json, or --stock")

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from ebjdat_serve import keys
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.server.settings import SETTINGS
 
-VARIABLE = "EBJDAT_KEYS"
+VARIABLE = next(one.variable for one in SETTINGS if one.name == "keys")
 """The key file of `ebjdat-serve serve` and `ebjdat-serve key` where none is given."""
 
 

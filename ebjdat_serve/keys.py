@@ -22,8 +22,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.locking import alone
+from ebjdat_serve.locking import exclusive_lock
 
 log = logging.getLogger("ebjdat_serve")
 Scope = Literal["classify", "generate", "operate"]
@@ -100,7 +101,7 @@ def environment_key() -> Key | None:
     if not key:
         raise EbjdatError(f"{VARIABLE} is set and holds no key: give one, or unset it to serve without")
     if not key.isascii() or not key.isprintable():
-        raise EbjdatError(f"{VARIABLE} holds characters that a header cannot carry: use letters, digits and punctuation of ASCII")
+        raise EbjdatError(f"{VARIABLE} has characters that are not printable ASCII, which no header can carry: choose another key")
     if len(key) > LONGEST:
         raise EbjdatError(f"{VARIABLE} has {len(key)} characters, more than the {LONGEST} that fit into a header: is it the right secret?")
     if len(key) < GUESSABLE:
@@ -150,25 +151,20 @@ def read(file: Path) -> tuple[bytes, os.stat_result]:
 def write(file: Path, keys: tuple[Key, ...]) -> None:
     """Replace a key file, or the file that a link means, by one that its owner alone may read."""
     rows = [key.model_dump(mode="json", exclude_none=True) | {"scopes": sorted(key.scopes)} for key in keys]
-    target = Path(os.path.realpath(file))
-    aside = target.with_name(f".{target.name}.part")
-    aside.unlink(missing_ok=True)
-    try:
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
-            stream.write(json.dumps({"schema": 1, "keys": rows}, indent=1) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, target)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with (
+        replacing(Path(os.path.realpath(file))) as aside,
+        os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream,
+    ):
+        stream.write(json.dumps({"schema": 1, "keys": rows}, indent=1) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager
 def edited(file: Path) -> Iterator[dict[str, Key]]:
     """Yield the keys of ``file`` by name, none where it is missing, and write them back; one process at a time."""
     target = Path(os.path.realpath(file))
-    with alone(target.with_name(f".{target.name}.lock")):
+    with exclusive_lock(target.with_name(f".{target.name}.lock")):
         keys = {key.name: key for key in parse(read(target)[0], file)} if target.exists() else {}
         yield keys
         if len(keys) > MOST_KEYS:

@@ -47,8 +47,16 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
             found[str(name)] = read.value.args[0]
         with pytest.raises(Read) as read:
             cli.main([])
-    (commands,) = [action for action in read.value.args[0]._actions if isinstance(action, argparse._SubParsersAction)]
-    return {**found, **{f"ebjdat-serve {name}": parser for name, parser in commands.choices.items()}}
+    return {**found, **dict(leaves("ebjdat-serve", read.value.args[0]))}
+
+
+def leaves(words: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield each command below ``parser`` that has no commands of its own, by its words."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield words, parser
+    for name, sub in below[0].choices.items() if below else ():
+        yield from leaves(f"{words} {name}", sub)
 
 
 def flags(parser: argparse.ArgumentParser) -> set[str]:

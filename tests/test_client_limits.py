@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebjdat_serve.server.answer.problems import Problem
-from ebjdat_serve.server.queues import client_limits
-from ebjdat_serve.server.queues.client_limits import OPTIONS, PUBLIC, ClientLimits, Limits, default_limits
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.read import client_limits
+from ebjdat_serve.server.read.client_limits import OPTIONS, PUBLIC, ClientLimits, Limits, limits_of
+from ebjdat_serve.server.settings import SETTINGS, Settings
 
 
 class Clock:
@@ -149,11 +150,20 @@ def test_a_keys_own_limits_go_before_and_are_named(counts):
 
 
 def test_limits_are_on_where_others_can_connect():
-    for host in ("0.0.0.0", "::", "192.0.2.1"):
-        assert default_limits(host, proxied=False) == PUBLIC
-    for host in ("127.0.0.1", "::1"):
-        assert default_limits(host, proxied=False) == Limits()
-        assert default_limits(host, proxied=True) == PUBLIC
+    for host in ("0.0.0.0", "::"):
+        assert limits_of(Settings(host=host)) == PUBLIC
+    for host in ("127.0.0.1", "localhost"):
+        assert limits_of(Settings(host=host)) == Limits()
+        assert limits_of(Settings(host=host, trusted_proxy=("10.0.0.0/8",))) == PUBLIC
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_setting_wins_and_0_is_no_limit(name):
+    assert getattr(limits_of(Settings(**{f"client_{name}": 7})), name) == 7
+    assert getattr(limits_of(Settings(host="0.0.0.0", **{f"client_{name}": 0})), name) is None
+    setting = next(one for one in SETTINGS if one.name == f"client_{name}")
+    assert OPTIONS[name] == f"serve {setting.flag}"
+    assert setting.default_text.startswith(f"{getattr(PUBLIC, name):g} beyond loopback")
 
 
 @pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])

@@ -68,7 +68,7 @@ async def unlisted_chains(service, request):
 
 ENDPOINTS += [
     Endpoint("/forward", forward, Outputs, operations=[FORWARD], openapi=IMAGE_BODY),
-    Endpoint("/labels", labels, method="GET", keyless=True, responses={}),
+    Endpoint("/labels", labels, method="GET", scopes=(), responses={}),
     Endpoint("/unlisted", unlisted, hidden=True),
     Endpoint("/unlisted-chains", unlisted_chains, hidden=True),
 ]

@@ -186,11 +186,11 @@ def test_the_environments_key_has_all_scopes_and_white_space_at_its_ends_is_no_p
     [
         ("", "holds no key"),
         (" \n", "holds no key"),
-        ("schlüssel" * 5, "characters that a header cannot carry"),
-        ("a\tb" * 10, "characters that a header cannot carry"),
-        ("a\x7fb" * 10, "characters that a header cannot carry"),
-        ("line\nend", "characters that a header cannot carry"),
-        (os.fsdecode(b"\xff\xfe" * 20), "characters that a header cannot carry"),
+        ("schlüssel" * 5, "characters that are not printable ASCII"),
+        ("a\tb" * 10, "characters that are not printable ASCII"),
+        ("a\x7fb" * 10, "characters that are not printable ASCII"),
+        ("line\nend", "characters that are not printable ASCII"),
+        (os.fsdecode(b"\xff\xfe" * 20), "characters that are not printable ASCII"),
         ("k" * (LONGEST + 1), "more than the 4096 that fit"),
     ],
 )

@@ -20,10 +20,10 @@ from starlette.requests import Request
 
 from ebjdat_serve import pixels
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.keys import digest, environment_key
 from ebjdat_serve.scores import ood_score
 from ebjdat_serve.server.app import build_server
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.read.auth import api_key
 from ebjdat_serve.server.read.generate_request import find_label, read_values
 from ebjdat_serve.server.settings import SHIPPED, Settings
 from tests.conftest import ROOT, serving
@@ -460,7 +460,7 @@ def test_head_is_get_without_the_body(live, path):
 @pytest.mark.parametrize(("said", "key"), [("secret\n", "secret"), (" secret\r\n", "secret"), ("secret", "secret")])
 def test_the_line_end_of_a_file_of_secrets_is_no_part_of_the_key(monkeypatch, said, key):
     monkeypatch.setenv("LIT_SERVER_API_KEY", said)
-    assert api_key() == key
+    assert environment_key().sha256 == digest(key)
 
 
 @pytest.mark.parametrize("said", ["", "\n", "  "])
@@ -469,7 +469,7 @@ def test_a_key_that_is_set_to_nothing_opens_no_server(monkeypatch, said, capsys)
     with pytest.raises(EbjdatError, match="LIT_SERVER_API_KEY is set and holds no key: give one, or unset it"):
         build_server(Settings())
     monkeypatch.delenv("LIT_SERVER_API_KEY")
-    assert api_key() is None
+    assert environment_key() is None
 
 
 @pytest.mark.parametrize("said", ["schlüssel", "two\nlines", "tab\tin"])

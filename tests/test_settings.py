@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import get_origin
+from typing import get_args, get_origin
 
 import pytest
 
@@ -34,7 +34,7 @@ def sample(one, step=1):
     if one.type is Path:
         return f"/models/{step}", Path(f"/models/{step}")
     if get_origin(one.type) is tuple:
-        return f"{step}.pub.pem", (Path(f"{step}.pub.pem"),)
+        return f"{step}.pub.pem", (get_args(one.type)[0](f"{step}.pub.pem"),)
     value = one.type(one.default * (1 + step) if one.default else step)
     return str(value), value
 
@@ -122,7 +122,7 @@ def test_help_is_in_groups_and_shows_unit_and_default():
     for group in dict.fromkeys(one.about.group for one in SETTINGS):
         assert f"\n{group}:\n" in text
     for one in SETTINGS:
-        assert f"{one.about.help} ({one.default_text})" in text
+        assert f"{one.about.help} ({one.default_text}" in text
     assert "--worker-timeout SECONDS" in text
     assert "==SUPPRESS==" not in text
 

@@ -9,7 +9,7 @@ from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
 from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
-from ebjdat_serve.server.read.auth import api_key
+from ebjdat_serve.server.read.auth import Access
 from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import Settings
 
@@ -17,10 +17,10 @@ from ebjdat_serve.server.settings import Settings
 def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) -> tuple[litserve_adapter.Server, str]:
     """Return a server for the bundle in ``settings``, and the model's name; nothing runs yet.
 
-    Raises BundleError when the bundle cannot be served, EbjdatError for an API key that no client could send. An engine that cannot run
-    is found by the workers, and ends the server.
+    Raises BundleError when the bundle cannot be served, EbjdatError for an API key that no client could send, a key file that is wrong and
+    a proxy that is none. An engine that cannot run is found by the workers, and ends the server.
     """
-    api_key()  # an error is raised here, not later in the HTTP process
+    access = Access.of(settings)
     served = open_bundle(settings.model, settings)
     socket, s = litserve_adapter.WorkerSocket.open(), settings
     operations = list({operation.name: operation for endpoint in endpoints for operation in endpoint.operations}.values())
@@ -44,9 +44,9 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
         )
         workers.append((GenerateWorker(socket.address, settings, operations), s.generate_workers))
     manager = ModelManager(served, settings, [classify, generate] if generate else [classify], socket.listener)
-    service = Service(manager, settings, classify, generate, endpoints)
+    service = Service(manager, settings, classify, generate, endpoints, access)
 
     async def serve(server: litserve_adapter.Server) -> None:
-        await manager.run(server.announce, server.give_up)
+        await manager.run(server.announce, server.give_up, beside=[access.follow()])
 
     return litserve_adapter.Server(workers, service.install, serve, service.drain, socket, settings), served.name

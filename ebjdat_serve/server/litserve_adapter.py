@@ -252,6 +252,7 @@ def run(server: Server, settings: Settings, greeting: Callable[[], None]) -> Non
             pretty_logs=False,
             generate_client_file=False,
             access_log=False,
+            proxy_headers=False,  # uvicorn would believe X-Forwarded-For of every client on this machine
             timeout_keep_alive=settings.keep_alive,
         )
     except KeyboardInterrupt:

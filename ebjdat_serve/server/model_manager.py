@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,13 @@ class ModelManager:
             "retiring": [served.name for served in self._retiring.values()],
         }
 
-    async def run(self, announce: Callable[[], None], give_up: Callable[[str], None]) -> None:
+    async def run(
+        self, announce: Callable[[], None], give_up: Callable[[str], None], beside: Sequence[Coroutine[Any, Any, None]] = ()
+    ) -> None:
         """Accept workers and follow the store, until cancelled.
 
-        ``announce`` is called once, when all workers are ready; ``give_up`` with the reason if the first bundle is refused.
+        ``announce`` is called once, when all workers are ready; ``give_up`` with the reason if the first bundle is refused, or if what runs
+        ``beside`` fails.
         """
         self._announce, self._give_up = announce, give_up
         # a task of ours for each worker: asyncio would log those of its own that are cancelled at the end
@@ -74,6 +77,8 @@ class ModelManager:
         async with server:
             for queue in self._queues.values():
                 self._start(queue.watch())
+            for work in beside:
+                self._start(work)
             while True:
                 self._mark_served()
                 await asyncio.sleep(self._settings.refresh_interval)

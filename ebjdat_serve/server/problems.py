@@ -8,7 +8,8 @@ from starlette.exceptions import HTTPException
 
 TITLES = {
     400: "Bad request",
-    401: "Not allowed",
+    401: "No valid API key",
+    403: "Not allowed",
     404: "Not found",
     405: "Method not allowed",
     408: "Body too slow",

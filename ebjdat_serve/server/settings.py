@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ebjdat_serve.cpus import cpus
@@ -17,14 +18,17 @@ from ebjdat_serve.logs import Style
 
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
 BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-MODEL, ADDRESS, WORKERS, REQUEST, LOAD, CONNECTION, OUTPUT = (
-    "model", "address", "workers", "limits of one request", "limits under load", "connections and shutdown", "output",
+MODEL, ADDRESS, CLIENTS, WORKERS, REQUEST, LOAD, CONNECTION, OUTPUT = (
+    "model", "address", "keys and clients", "workers", "limits of one request", "limits under load", "connections and shutdown", "output",
 )  # fmt: skip
+Header = Literal["x-forwarded-for", "forwarded"]
+SEPARATORS = {Path: ":", str: ","}
+"""What separates the values of a variable for an option that may be repeated; an IPv6 address has colons."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What a setting is: the group of its option, help, unit, bounds, and how texts show a default that varies."""
+    """What a setting is: the group of its option, help, unit, bounds, how texts show a default that varies, and a word for a value."""
 
     group: str
     help: str
@@ -34,6 +38,7 @@ class About:
     at_most: float | None = None
     below: float | None = None
     shown: str = ""
+    metavar: str = ""
 
     @property
     def bounds(self) -> str:
@@ -68,6 +73,12 @@ def count(group: str, help: str, unit: str, at_least: int = 1) -> About:
     return About(group, help, unit, at_least)
 
 
+def per_client(help: str, unit: str, most: int) -> About:
+    """Return what a limit of each client is; ``most`` where others than this machine's programs are clients."""
+    shown = f"{most} beyond loopback or behind trusted proxies, else 0"
+    return About(CLIENTS, f"{help}, of one client, beyond which it is answered 429; 0: no limit", unit, at_least=0, shown=shown)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an operator may set."""
@@ -77,10 +88,24 @@ class Settings:
     device: Annotated[Device, About(MODEL, "device; auto: CUDA if there is one, never TensorRT")] = "auto"
     precision: Annotated[Precision, About(MODEL, "arithmetic of the model; bf16 needs the torch engine")] = "fp32"
     alpha: Annotated[float, About(MODEL, "p-value below which an image is suspicious", above=0, below=1)] = 0.05
-    trust: Annotated[tuple[Path, ...], About(MODEL, "public key: serve only bundles that one of these keys signed; may be repeated")] = ()
+    trust: Annotated[
+        tuple[Path, ...],
+        About(MODEL, "public key: serve only bundles that one of these keys signed; may be repeated", metavar="KEY.pub.pem"),
+    ] = ()
 
     host: Annotated[Literal["127.0.0.1", "localhost", "0.0.0.0", "::"], About(ADDRESS, "address to listen on")] = "127.0.0.1"
     port: Annotated[int, About(ADDRESS, "port to listen on", at_least=1024, at_most=65535)] = 8000
+
+    keys: Annotated[Path | None, About(CLIENTS, "key file (docs/keys.md): every request but /health needs a key", metavar="FILE")] = None
+    trusted_proxy: Annotated[
+        tuple[str, ...],
+        About(CLIENTS, "proxy, or network of proxies, whose report of the client's address counts; may be repeated", metavar="NETWORK"),
+    ] = ()
+    forwarded_header: Annotated[Header, About(CLIENTS, "header in which trusted proxies report it")] = "x-forwarded-for"
+    client_rate: Annotated[float | None, per_client("requests per second, twice as many at once", "requests per second", 50)] = None
+    client_requests: Annotated[int | None, per_client("requests in progress", "requests", 32)] = None
+    client_bodies: Annotated[int | None, per_client("bodies that have not arrived in full", "bodies", 16)] = None
+    client_chains: Annotated[int | None, per_client("chains in progress", "chains", 64)] = None
 
     threads: Annotated[int, About(WORKERS, "threads of each worker", "threads", at_least=1, shown="half of the CPUs")] = max(1, cpus() // 2)
     classify_workers: Annotated[int, count(WORKERS, "workers for /classify and /energy", "processes")] = 1
@@ -135,6 +160,11 @@ class Settings:
         for declared in SETTINGS:
             declared.check(getattr(self, declared.name), declared.flag)
 
+    @property
+    def exposed(self) -> bool:
+        """Whether others than this machine's programs can be clients: beyond loopback, and through a proxy."""
+        return self.host not in ("127.0.0.1", "localhost") or bool(self.trusted_proxy)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -165,7 +195,7 @@ class Setting:
         """The default as help and docs show it."""
         if self.about.shown or self.type is bool:
             return self.about.shown or "no"
-        return "none" if self.default == () else f"{self.default:g}" if self.type is float else str(self.default)
+        return "none" if self.default in ((), None) else f"{self.default:g}" if self.type is float else str(self.default)
 
     def parse(self, text: str) -> Any:
         """Return the value that a variable's text means; raise EbjdatError that names the variable."""
@@ -174,7 +204,8 @@ class Setting:
                 raise EbjdatError(f"{self.variable} must be one of {', '.join(BOOLEANS)}, not {text!r}")
             return BOOLEANS[text.lower()]
         if get_origin(self.type) is tuple:
-            return tuple(map(Path, text.split(":")))
+            kind = get_args(self.type)[0]
+            return tuple(map(kind, text.split(SEPARATORS[kind])))
         try:
             value = text if self.choices else self.type(text)
         except ValueError:
@@ -184,6 +215,8 @@ class Setting:
 
     def check(self, value: Any, called: str) -> None:
         """Raise EbjdatError for a value out of bounds; ``called`` is the flag or variable that it was given by."""
+        if value is None:
+            return
         if self.choices and value not in self.choices:
             raise EbjdatError(f"{called} must be one of {', '.join(self.choices)}, not {value!r}")
         if self.about.bounds and not self.about.holds(value):
@@ -191,7 +224,7 @@ class Setting:
 
     def add_to(self, group: "argparse._ArgumentGroup") -> None:
         """Add the option; where it is not given, the parsed arguments have no value for it."""
-        here = f": {self.default}" if self.about.shown and self.type is int else ""  # what it is on this machine
+        here = f": {self.default}" if self.about.shown and isinstance(self.default, int) else ""  # what it is on this machine
         text = f"{self.about.help} ({self.default_text}{here})"
         common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if self.type is bool:
@@ -199,9 +232,9 @@ class Setting:
         elif self.choices:
             group.add_argument(self.flag, choices=self.choices, **common)
         elif get_origin(self.type) is tuple:
-            group.add_argument(self.flag, action="append", type=Path, metavar="KEY.pub.pem", **common)
+            group.add_argument(self.flag, action="append", type=get_args(self.type)[0], metavar=self.about.metavar, **common)
         elif self.flag.startswith("--"):
-            metavar = self.about.unit.upper().replace(" PER SECOND", "/S") or "N"
+            metavar = self.about.metavar or self.about.unit.upper().replace(" PER SECOND", "/S") or "N"
             group.add_argument(self.flag, type=self.type, metavar=metavar, **common)
         else:
             group.add_argument(self.name, nargs="?", type=self.type, metavar=self.flag, help=text)
@@ -210,7 +243,14 @@ class Setting:
 def declared() -> tuple[Setting, ...]:
     """Return the fields of Settings as they are declared."""
     types = get_type_hints(Settings, include_extras=True)
-    return tuple(Setting(one.name, kind, one.default, about) for one in fields(Settings) for kind, about in [get_args(types[one.name])])
+    return tuple(
+        Setting(one.name, without_none(kind), one.default, about) for one in fields(Settings) for kind, about in [get_args(types[one.name])]
+    )
+
+
+def without_none(kind: Any) -> Any:
+    """Return the type of which a setting's value is when it is given: X for X | None."""
+    return get_args(kind)[0] if get_origin(kind) is UnionType else kind
 
 
 SETTINGS = declared()

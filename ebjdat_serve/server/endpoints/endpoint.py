@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +12,14 @@ from fastapi.routing import APIRoute
 from starlette.routing import request_response
 
 from ebjdat_serve import __version__
+from ebjdat_serve.keys import Scope
 from ebjdat_serve.server import api_docs, problems
 from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueue
-from ebjdat_serve.server.read.auth import ApiKeyMiddleware, HeadMiddleware, api_key
+from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware, HeadMiddleware
 from ebjdat_serve.server.read.bodies import decode_upload, read_upload
 from ebjdat_serve.server.read.http_protocol import connections
 from ebjdat_serve.server.served_model import ServedModel
@@ -26,7 +27,7 @@ from ebjdat_serve.server.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": problems.ProblemDocument, "description": problems.TITLES[code]}
-    for code in (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
+    for code in (400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
 }
 
 BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
@@ -71,8 +72,9 @@ class Service:
         classify: ClassifyQueue,
         generate: GenerateQueue | None,
         endpoints: Sequence["Endpoint"],
+        access: Access,
     ) -> None:
-        self.manager, self.settings = manager, settings
+        self.manager, self.settings, self.access = manager, settings, access
         self.classify_queue, self.generate_queue = classify, generate
         self.endpoints = endpoints
         # two pools: large sheets delay no image that is to be decoded
@@ -106,14 +108,23 @@ class Service:
         for queue in queues:
             queue.close("the server is stopping; try again when it is back")
 
+    def scopes(self) -> dict[str, set[Scope]]:
+        """Return, by path, the scopes of which an API key needs one; none where no key is needed."""
+        found: dict[str, set[Scope]] = {path: {"operate"} for path in api_docs.PATHS}
+        for path in {one.path for one in self.endpoints}:
+            here = [one for one in self.endpoints if one.path == path]
+            said = [one.scopes for one in here if one.scopes is not None]
+            kinds: set[Scope] = {operation.kind for one in here for operation in one.operations}
+            found[path] = set().union(*said) if said else kinds or {"operate"}
+        return found
+
     def install(self, app: FastAPI) -> None:
         """Add the endpoints, middleware and error pages to ``app``."""
         app.title, app.version = "ebjdat_serve", __version__
         problems.install(app)
         api_docs.install(app)
         app.add_middleware(HeadMiddleware, paths={*api_docs.PATHS, *(one.path for one in self.endpoints if one.takes_head)})
-        if key := api_key():
-            app.add_middleware(ApiKeyMiddleware, key=key, keyless={one.path for one in self.endpoints if one.keyless})
+        app.add_middleware(ApiKeyMiddleware, access=self.access, scopes=self.scopes())
         for endpoint in self.endpoints:
             endpoint.install(app, self)
 
@@ -137,7 +148,7 @@ class Endpoint:
     openapi: Mapping[str, Any] = field(default_factory=dict)
     example: str = ""  # an address to try
     hidden: bool = False  # from the document and the index
-    keyless: bool = False  # answered without the server's API key
+    scopes: Collection[Scope] | None = None  # an API key needs one of these, no key if there is none; None: as operations say, or operate
 
     @property
     def takes_head(self) -> bool:

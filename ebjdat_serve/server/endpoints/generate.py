@@ -31,6 +31,7 @@ async def generate(service: Service, request: Request) -> Response:
         model = service.manager.active
         deadline = stack.enter_context(queue.slot(model.key))
         wanted = validate(values, model.bundle.manifest, settings)
+        stack.enter_context(service.access.chains(request, wanted.job.n))
         queue.admit(wanted.job)
         pending = PendingRequest(model.key, GENERATE.name, wanted.job, request, deadline)
         stack.enter_context(queue.waiting(pending))

@@ -2,6 +2,7 @@
 
 from fastapi import Request, Response
 
+from ebjdat_serve.keys import SCOPES
 from ebjdat_serve.server.answer import respond
 from ebjdat_serve.server.answer.status import ClassifyLoad, GenerateLoad, Health, Index, Info, Load, info_answer
 from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
@@ -55,6 +56,6 @@ async def index(service: Service, request: Request) -> Response:
     return respond(Index(model=service.manager.active.name, paths=paths))
 
 
-HEALTH = Endpoint("/health", health, Health, method="GET", responses={503: {"model": Health}}, keyless=True)
+HEALTH = Endpoint("/health", health, Health, method="GET", responses={503: {"model": Health}}, scopes=())
 INFO = Endpoint("/info", info, Info, method="GET", responses={})
-INDEX = Endpoint("/", index, Index, method="GET", responses={}, hidden=True)
+INDEX = Endpoint("/", index, Index, method="GET", responses={}, hidden=True, scopes=SCOPES)

@@ -1,35 +1,58 @@
-"""Middleware for API keys and for HEAD.
+"""Middleware that decides, before a body is read, who sends a request, whether its API key allows it, and how much of it; and for HEAD.
 
-The key is in LIT_SERVER_API_KEY, LitServe's own variable. LitServe's check would leave our routes open, close the probes, and compare
-with !=.
+LitServe's own check of LIT_SERVER_API_KEY would leave our routes open, close the probes, and compare with !=.
 """
 
-import hmac
-import os
-from collections.abc import Awaitable, Callable, Collection
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
-from ebjdat_serve.errors import EbjdatError
+from fastapi import Request
+
+from ebjdat_serve.keys import Key, KeyRing, Scope, environment_key
 from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.read.auth_failures import LONGEST_DELAY, AuthFailures
+from ebjdat_serve.server.read.client_address import ClientAddress, client_name, network_name
+from ebjdat_serve.server.read.client_limits import ClientLimits, Limits, limits_of
+from ebjdat_serve.server.settings import Settings
 
-VARIABLE = "LIT_SERVER_API_KEY"
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
+Receive = Callable[[], Awaitable[Any]]
+LOOK_SECONDS = 1.0
+"""Seconds between looks at the key file."""
 
 
-def api_key() -> str | None:
-    """Return the server's key without surrounding white space, None if the variable is not set.
+@dataclass(frozen=True)
+class Access:
+    """What decides on requests: the keys, whose reports of addresses count, the limits of a client, and what clients have in progress."""
 
-    Raises EbjdatError for an empty key, which would leave a server open that was meant to be closed, and for one that no client can send.
-    """
-    key = os.environ.get(VARIABLE)
-    if key is None:
-        return None
-    if not key.strip():
-        raise EbjdatError(f"{VARIABLE} is set and holds no key: give one, or unset it to serve without")
-    key = key.strip()
-    if not (key.isascii() and key.isprintable()):
-        raise EbjdatError(f"{VARIABLE} has characters that are not printable ASCII, which no header can carry: choose another key")
-    return key
+    keys: KeyRing
+    address: ClientAddress
+    limits: Limits
+    counts: ClientLimits = field(default_factory=ClientLimits)
+    failures: AuthFailures = field(default_factory=AuthFailures)
+
+    @staticmethod
+    def of(settings: Settings) -> "Access":
+        """Return what ``settings`` and LIT_SERVER_API_KEY say; raise EbjdatError for a key, a key file or a proxy that is none."""
+        return Access(
+            KeyRing(settings.keys, environment_key(), every=LOOK_SECONDS),
+            ClientAddress(settings.trusted_proxy, settings.forwarded_header),
+            limits_of(settings),
+        )
+
+    async def follow(self) -> None:
+        """Read the key file again whenever it changes, until cancelled; in a thread, as its file system may be slow."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.to_thread(self.keys.look)
+
+    def chains(self, request: Request, n: int) -> AbstractContextManager[None]:
+        """Count ``n`` chains of the client that sends ``request`` until the block ends; raise Problem 429 beyond its limit."""
+        return self.counts.held(request.scope["client"], "chains", request.scope["limits"], n)
 
 
 class HeadMiddleware:
@@ -46,17 +69,100 @@ class HeadMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Answers 401 unless X-API-Key holds the key; ``keyless`` are the paths that need none."""
+    """Names the client of a request, and refuses what its key or its limits do not allow.
 
-    def __init__(self, app: ASGI, key: str, keyless: Collection[str]) -> None:
-        self._app, self._key, self._keyless = app, key.encode(), keyless
+    A server with keys answers 401 without a known X-API-Key and 403 for a key without the path's scope; any server 429 beyond a limit of
+    the client. The scope that is passed on has the client's name (str) as ``client``, where servers put the address of the connection, the
+    scopes of its key as ``scopes``, none without one, and its Limits as ``limits``.
+    """
+
+    def __init__(self, app: ASGI, access: Access, scopes: Mapping[str, Collection[Scope]]) -> None:
+        """``scopes``: by path, those of which a key needs one; none where no key is needed and no limit holds."""
+        self._app, self._access, self._scopes = app, access, scopes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass on a request that has the key."""
-        if scope["type"] != "http" or scope["path"] in self._keyless or self._has_key(scope["headers"]):
+        """Pass on a request that is allowed."""
+        if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        problem = Problem(401, "send the server's key in the header X-API-Key", headers={"WWW-Authenticate": "X-API-Key"})
-        return await problem.response()(scope, receive, send)
+        with ExitStack() as held:
+            try:
+                client, key, limits = await self._identify(scope)
+                if limits.on_requests:
+                    receive = self._count(client, limits, scope["headers"], receive, held)
+            except Problem as problem:
+                return await problem.response()(scope, receive, send)
+            known = {"client": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
+            return await self._app(scope | known, receive, send)
 
-    def _has_key(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        return any(hmac.compare_digest(value, self._key) for name, value in headers if name == b"x-api-key")
+    def _count(self, client: str, limits: Limits, headers: list[tuple[bytes, bytes]], receive: Receive, held: ExitStack) -> Receive:
+        """Count a request until ``held`` is closed, and its body until the returned ``receive`` has given all of it.
+
+        Raises Problem 429 beyond a limit.
+        """
+        counts = self._access.counts
+        counts.request(client, limits)
+        held.enter_context(counts.held(client, "requests", limits))
+        if not has_body(headers):
+            return receive
+        body = held.enter_context(ExitStack())
+        body.enter_context(counts.held(client, "bodies", limits))
+
+        async def receive_body() -> Any:
+            message = await receive()
+            if not message.get("more_body"):
+                body.close()  # it is here, or the client has gone
+            return message
+
+        return receive_body
+
+    async def _identify(self, scope: Any) -> tuple[str, Key | None, Limits]:
+        """Return the client's name, its key if the server has keys, and its limits. Raises Problem 400, 401, 403, 404 or 429."""
+        access = self._access
+        address = access.address(scope["client"] and scope["client"][0], scope["headers"])
+        path = route_path(scope)
+        needed = self._scopes.get(path)
+        if needed is not None and not needed:
+            return network_name(address), None, Limits()
+        if not access.keys.closed:
+            return network_name(address), None, access.limits
+        key = await self._key(scope["headers"], network_name(address))
+        if needed is None and "operate" not in key.scopes:
+            raise Problem(404, f"no such path {path}")  # the app's routes are not asked: they might see another path in it than we do
+        if needed and not key.scopes.intersection(needed):
+            detail = f"the key {key.name} is for {', '.join(sorted(key.scopes))}; {path} needs a key for {' or '.join(sorted(needed))}"
+            raise Problem(403, detail)
+        limits = access.limits.of_key(rate=key.rate, burst=key.burst, concurrency=key.concurrency)
+        return client_name(key.name, address), key, limits
+
+    async def _key(self, headers: list[tuple[bytes, bytes]], client: str) -> Key:
+        """Return the key that was sent. Raises Problem: 400 for two, 401 for none or a wrong one, later the more of these came before."""
+        sent = [value for name, value in headers if name == b"x-api-key"]
+        if len(sent) > 1:
+            raise Problem(400, "send one X-API-Key header, not several")
+        if not sent or not sent[0]:
+            raise unauthorized("send an API key of this server in the header X-API-Key")
+        if key := self._access.keys.find(sent[0]):
+            return key
+        delay = self._access.failures.failed(client)
+        if delay:
+            with self._access.failures.holding(client) as may_wait:
+                if not may_wait:
+                    raise Problem(429, "too many wrong API keys; try again later", headers={"Retry-After": str(math.ceil(LONGEST_DELAY))})
+                await asyncio.sleep(delay)
+        raise unauthorized("the API key in the header X-API-Key is none of this server's: it is wrong, revoked or has expired")
+
+
+def unauthorized(detail: str) -> Problem:
+    """Return Problem 401."""
+    return Problem(401, detail, headers={"WWW-Authenticate": "X-API-Key"})
+
+
+def has_body(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Return whether a request announces a body."""
+    return any(name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0 \t") != b"") for name, value in headers)
+
+
+def route_path(scope: Any) -> str:
+    """Return the path of a request without the prefix that a proxy put before it, as routes are declared."""
+    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path

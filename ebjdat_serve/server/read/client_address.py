@@ -8,12 +8,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Literal
 
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.server.settings import Header
 
 Address = IPv4Address | IPv6Address
-Header = Literal["x-forwarded-for", "forwarded"]
 LONGEST = 64
 """Characters of an address with its port; no longer text is parsed."""
 MOST_HOPS = 32

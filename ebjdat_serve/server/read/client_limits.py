@@ -6,13 +6,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address
 from typing import Literal
 
-from ebjdat_serve.server.answer.problems import Problem
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.settings import Settings
 
 Counted = Literal["requests", "bodies", "chains"]
-OPTIONS = {"rate": "--client-rate", "requests": "--client-requests", "bodies": "--client-bodies", "chains": "--client-chains"}
+OPTIONS = {name: f"serve --client-{name}" for name in ("rate", "requests", "bodies", "chains")}
 CLIENTS = 10_000
 """Clients remembered beyond those that have something under way."""
 
@@ -43,7 +43,12 @@ class Limits:
             changes["burst"] = burst
         if concurrency is not None:
             changes["requests"] = concurrency
-        return replace(self, **changes, own=frozenset(changes))  # type: ignore[arg-type]
+        return replace(self, **changes, own=frozenset(changes)) if changes else self  # type: ignore[arg-type]
+
+    @property
+    def on_requests(self) -> bool:
+        """Whether requests or their bodies are limited."""
+        return not (self.rate is None and self.requests is None and self.bodies is None)
 
     @property
     def tolerance(self) -> float:
@@ -54,13 +59,19 @@ class Limits:
         return (burst - 1) / self.rate
 
 
-PUBLIC = Limits(rate=50.0, burst=100, requests=32, bodies=16, chains=64)
+PUBLIC = Limits(rate=50.0, requests=32, bodies=16, chains=64)
 """The limits beyond loopback: a client may take all the server has for a second or two, and one drawing of the largest size."""
 
 
-def default_limits(host: str, proxied: bool) -> Limits:
-    """Return the limits of a server that listens on ``host``: none where only this machine's own programs reach it."""
-    return Limits() if ip_address(host).is_loopback and not proxied else PUBLIC
+def limits_of(settings: Settings) -> Limits:
+    """Return the limits of a client whose key sets none; unless they are set, none where only this machine's programs are clients."""
+    default, s = PUBLIC if settings.exposed else Limits(), settings
+    return Limits(
+        rate=default.rate if s.client_rate is None else s.client_rate or None,
+        requests=default.requests if s.client_requests is None else s.client_requests or None,
+        bodies=default.bodies if s.client_bodies is None else s.client_bodies or None,
+        chains=default.chains if s.client_chains is None else s.client_chains or None,
+    )
 
 
 @dataclass
@@ -103,8 +114,10 @@ class ClientLimits:
         state, most = self._state(client, self._clock()), getattr(limits, what)
         under_way = state.under_way.get(what, 0)
         if most is not None and under_way + n > most:
-            asked = f" and asks for {n} more" if n > 1 else ""
-            detail = f"{client} has {under_way} {what} under way{asked}, and may have {most} ({_option(what, limits)}); try again later"
+            asked, less = (f" and asks for {n} more", ", or ask for fewer") if n > 1 else ("", "")
+            detail = (
+                f"{client} has {under_way} {what} under way{asked}, and may have {most} ({_option(what, limits)}); try again later{less}"
+            )
             raise _refusal(detail, 1.0)
         state.under_way[what] = under_way + n
         try:
