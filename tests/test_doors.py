@@ -62,6 +62,7 @@ def guarded(tmp_path_factory):
         patch.setenv("LIT_SERVER_API_KEY", KEY)
         log = tmp_path_factory.mktemp("guarded") / "log"
         with serving(SHIPPED, log, "--device", "cpu", "--generate-workers", "0", "--upload-memory", str(32 * 2**20)) as server:
+            patch.undo()  # or the servers of other tests would have the key too
             yield server
 
 

@@ -140,7 +140,7 @@ class Settings:
         int, count(CONNECTION, "open connections, fewer where the limit of descriptors asks for it; idle ones make room", "connections")
     ] = 4096
     max_connections_per_address: Annotated[
-        int, count(CONNECTION, "open connections of one address other than loopback; 0: no limit", "connections", 0)
+        int, count(CONNECTION, "open connections of one address other than loopback and trusted proxies; 0: no limit", "connections", 0)
     ] = 256
     max_headers: Annotated[int, count(CONNECTION, "request target and headers, and 32 more for each header", "bytes")] = 64 * 2**10
     header_timeout: Annotated[float, seconds(CONNECTION, "time for the headers of a request to arrive")] = 20.0

@@ -6,15 +6,16 @@ keeping anything, and closes: a connection that is closed while bytes come would
 
 import asyncio
 import contextlib
-import ipaddress
 import resource
 from collections import Counter
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, NoReturn
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.read.client_address import Address, network_name, networks, parse_address
 from ebjdat_serve.server.settings import Settings
 
 METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"}
@@ -48,6 +49,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     settings: Settings
     max_connections: int
+    proxies: tuple[IPv4Network | IPv6Network, ...]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -66,19 +68,24 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Count the connection, and start the timer for the headers of the first request."""
         super().connection_made(transport)
-        self._address = self.client[0] if self.client else ""
+        address = parse_address(self.client[0]) if self.client else None
+        self._address = network_name(address)
         _open[self] = None
         _per_address[self._address] += 1
-        self._over = self._too_many()
+        self._over = self._too_many(bounded=address is not None and not self._stands_for_many(address))
         if self._over is None:
             _idle[self] = None
         self._start_header_timer()
 
-    def _too_many(self) -> Problem | None:
+    def _stands_for_many(self, address: Address) -> bool:
+        """Return whether an address may be that of many clients: this machine's own, or a trusted proxy's."""
+        return address.is_loopback or any(address in network for network in self.proxies)
+
+    def _too_many(self, *, bounded: bool) -> Problem | None:
         """Return why this connection is one too many; make room for it if one that does nothing can be closed."""
-        own, limit = self.settings.max_connections_per_address, self.max_connections
+        own, limit = bounded * self.settings.max_connections_per_address, self.max_connections
         again = {"Retry-After": "1"}
-        if own and _per_address[self._address] > own and not is_loopback(self._address):
+        if own and _per_address[self._address] > own:
             problem = Problem(
                 429, f"your address has {own} connections open; close some (serve --max-connections-per-address)", headers=again
             )
@@ -339,7 +346,8 @@ def bounded_protocol(settings: Settings) -> type[BoundedProtocol]:
     """Return the protocol with the bounds of ``settings``, and of the descriptors that this process may open; uvicorn takes a class."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     most = max(4, min(settings.max_connections, descriptors - SPARE_DESCRIPTORS))
-    return type("BoundedProtocol", (BoundedProtocol,), {"settings": settings, "max_connections": most})
+    bounds = {"settings": settings, "max_connections": most, "proxies": networks(settings.trusted_proxy)}
+    return type("BoundedProtocol", (BoundedProtocol,), bounds)
 
 
 def stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
@@ -347,15 +355,6 @@ def stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     if timer is not None:
         timer.cancel()
     return None
-
-
-def is_loopback(address: str) -> bool:
-    """Return whether an address is this machine's own, where a proxy may stand for all clients; "" is a Unix socket's."""
-    try:
-        found = ipaddress.ip_address(address) if address else None
-    except ValueError:
-        return False
-    return found is None or (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def connections() -> int:
