@@ -302,7 +302,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _linger(self, seconds: float, most: int) -> None:
         """Send no more, and read what still comes without keeping it, until the client closes the connection or has had its time."""
         self._lingering = most
-        _idle.pop(self, None)
+        if self in _open:
+            _idle[self] = None  # it has its answer, and makes room where that is needed
         self.flow.resume_reading()
         with contextlib.suppress(OSError):  # the client has gone
             self.transport.write_eof()
