@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ebjdat_serve.decoding.header import Header
+from ebjdat_serve.decoding.header import Bytes, Header
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
@@ -36,7 +36,7 @@ class Small:
 class Large:
     """A request whose images are decoded by one decoder; ``need`` is 0 until they were judged."""
 
-    images: list[bytes]
+    images: list[Bytes]
     height: int
     width: int
     future: "asyncio.Future[list[Pixels]]"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ebjdat_serve.decoding import wire
-from ebjdat_serve.decoding.header import Header, Limits
+from ebjdat_serve.decoding.header import Bytes, Header, Limits
 from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
 from ebjdat_serve.decoding.judge import each, judge_all, judge_kind
 from ebjdat_serve.decoding.processes import Line, Zygote
@@ -95,7 +95,7 @@ class Decoders:
         while len(self.fresh) or len(self.heavy):
             refuse((self.fresh if len(self.fresh) else self.heavy).pop().future, DecoderLost(STOPPING))
 
-    async def decode(self, images: Sequence[bytes], height: int, width: int, client: str = "") -> list[Pixels]:
+    async def decode(self, images: Sequence[Bytes], height: int, width: int, client: str = "") -> list[Pixels]:
         """Return each image as (height, width, 3) uint8.
 
         Raises InvalidImage: the first that is refused, with its index; DecoderLost: an image's decoder ended, or the server does.
@@ -104,9 +104,9 @@ class Decoders:
         if self.closed:
             raise DecoderLost(STOPPING)
         if sum(map(len, images)) <= SMALL_BYTES and client not in self.suspects:
-            headers = judge_all(images, height, width, self.limits)
+            headers = judge_all(small := list(map(bytes, images)), height, width, self.limits)
             if all(one.sure and one.work <= SMALL_WORK for one in headers):
-                return await self._decode_small(images, headers, height, width, client)
+                return await self._decode_small(small, headers, height, width, client)
         each(images, lambda data: judge_kind(data, self.limits))  # at once, before anything of it is held and sent
         return await self._decode_large(list(images), height, width, client)
 
@@ -130,7 +130,7 @@ class Decoders:
                     item.future.exception()  # seen: one refusal a request is enough
         return decoded
 
-    async def _decode_large(self, images: list[bytes], height: int, width: int, client: str) -> list[Pixels]:
+    async def _decode_large(self, images: list[Bytes], height: int, width: int, client: str) -> list[Pixels]:
         job = Large(images, height, width, asyncio.get_running_loop().create_future(), client)
         job.wait_in(self.fresh)
         self.changed.set()
@@ -323,7 +323,7 @@ class Decoders:
 
     async def _converse(self, line: Line, job: Large) -> None:
         """Have a request judged, and decoded if there is memory for it; else it waits for that."""
-        line.transport.writelines(wire.Work(job.height, job.width, tuple(map(len, job.images)), (), job.images).encoded())
+        await line.send(wire.Work(job.height, job.width, tuple(map(len, job.images)), (), job.images).encoded())
         body = await line.answer(wire.PLAN)
         try:
             need = wire.decode_plan(body)

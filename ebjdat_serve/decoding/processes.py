@@ -6,17 +6,19 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
 from ebjdat_serve.decoding import wire
-from ebjdat_serve.decoding.header import Limits
+from ebjdat_serve.decoding.header import Bytes, Limits
 from ebjdat_serve.decoding.jobs import refuse, settle
 
 SECRETS = ("LIT_", "EBJDAT_")
 """Variables that decoders do not get: the key is in one."""
+SLICE = 2**18
+"""Bytes of a large message that are sent at a time."""
 UNKNOWN = -1
 """The fate of a decoder whose zygote ended first."""
 
@@ -30,6 +32,8 @@ class Line(asyncio.Protocol):
         self.number, self.lost, self.on_lost = number, False, on_lost
         self.held = bytearray()
         self.waiting: asyncio.Future[tuple[int, bytes]] | None = None
+        self.writable = asyncio.Event()
+        self.writable.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # which uvloop's does not inherit from
@@ -46,9 +50,28 @@ class Line(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
+        self.writable.set()
         if self.waiting and not self.waiting.done():
             self.waiting.set_exception(EOFError())
         self.on_lost()
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+
+    async def send(self, parts: Sequence[Bytes]) -> None:
+        """Send a large message in slices, as the decoder reads them. Raises EOFError when it is gone.
+
+        Each slice is a copy: the body that a part is of may be dropped at any time, which no buffer in use allows.
+        """
+        for part in parts:
+            for start in range(0, len(part), SLICE):
+                self.transport.write(bytes(part[start : start + SLICE]))
+                await self.writable.wait()
+                if self.lost:
+                    raise EOFError
 
     async def answer(self, expected: int) -> bytes:
         """Return the next answer. Raises EOFError when the decoder is gone, or says what it should not."""

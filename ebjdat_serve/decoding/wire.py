@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ebjdat_serve.decoding.header import Header
+from ebjdat_serve.decoding.header import Bytes, Header
 from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.pixels import Pixels
 
@@ -39,9 +39,9 @@ class Work:
     width: int
     lengths: tuple[int, ...]
     headers: tuple[Header, ...] = ()
-    images: list[bytes] = field(default_factory=list, compare=False)
+    images: list[Bytes] = field(default_factory=list, compare=False)
 
-    def encoded(self) -> list[bytes]:
+    def encoded(self) -> list[Bytes]:
         """Return the parts of a message."""
         head = pickle.dumps(Work(self.height, self.width, self.lengths, self.headers), 5)
         return [LENGTH.pack(len(head)), head, *self.images]

@@ -189,7 +189,7 @@ class Decoder:
                 self.allow_time()  # for each; small ones take none to speak of
             try:
                 scale = header.scale(work.height, work.width, self.limits)
-                results.append(pixels.decode_judged(data, header, work.height, work.width, scale))
+                results.append(pixels.decode_judged(bytes(data), header, work.height, work.width, scale))
             except InvalidImage as error:
                 results.append(InvalidImage(str(error)))  # this one holds no frame, and so nothing of what was being decoded
         return results

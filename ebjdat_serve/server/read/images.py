@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import Request
 
 from ebjdat_serve.bundle import Input
-from ebjdat_serve.decoding.header import Limits
+from ebjdat_serve.decoding.header import Bytes, Limits
 from ebjdat_serve.decoding.jobs import DecoderLost
 from ebjdat_serve.decoding.pool import LIGHT, Decoders, PoolSettings
 from ebjdat_serve.errors import EbjdatError, InvalidImage
@@ -77,7 +77,7 @@ class ImageDecoder:
                     one.left = True
                     one.timeout.reschedule(0)  # now
 
-    async def decode(self, request: Request, images: Sequence[bytes], contract: Input, deadline: float, *, listed: bool) -> Pixels:
+    async def decode(self, request: Request, images: Sequence[Bytes], contract: Input, deadline: float, *, listed: bool) -> Pixels:
         """Return the images of ``request`` as (n, H, W, 3).
 
         Raises Problem: 413 too large, 422 not an image (with its index in a list), 499 the client has left, 503 the decoder ended before
