@@ -219,6 +219,12 @@ def test_a_key_has_its_own_rate(keyed, picture):
     assert keyed.ask("/classify", "shop", picture).status_code == 200
 
 
+def test_info_tells_a_client_its_own_limits(keyed, live):
+    limits = {key: keyed.ask("/info", key).json()["limits"]["client"] for key in ("ops", "root")}
+    assert limits["ops"] == limits["root"] == {"rate": 50, "requests": 4, "bodies": 16, "chains": 64}
+    assert set(live.info()["limits"]["client"].values()) == {None}
+
+
 @contextlib.contextmanager
 def half_sent(live: Live, n: int, *headers: str) -> Iterator[list[socket.socket]]:
     """Give ``n`` connections, on each of which a body has begun and not ended."""

@@ -37,6 +37,15 @@ class CalibrationInfo(Schema):
     weight: float
 
 
+class ClientLimits(Schema):
+    """What the client that asks may have: requests per second, and requests, unfinished bodies and chains at a time; null: no limit."""
+
+    rate: float | None = None
+    requests: int | None = None
+    bodies: int | None = None
+    chains: int | None = None
+
+
 class Limits(Schema):
     """Limits of one request, and of the work in progress."""
 
@@ -52,6 +61,7 @@ class Limits(Schema):
     scale: int
     chains: int
     backlog_seconds: float
+    client: ClientLimits
 
 
 class ClassifyLoad(Schema):
@@ -107,9 +117,16 @@ class Info(Schema):
 
 
 def info_answer(
-    served: ServedModel, settings: Settings, *, steps: int, engine_info: dict[str, str], load: Load, refresh: dict[str, Any]
+    served: ServedModel,
+    settings: Settings,
+    *,
+    steps: int,
+    client: ClientLimits,
+    engine_info: dict[str, str],
+    load: Load,
+    refresh: dict[str, Any],
 ) -> Info:
-    """Return the answer of /info; ``steps`` is the most steps of a chain."""
+    """Return the answer of /info; ``steps`` is the most steps of a chain, ``client`` what the one who asks may have."""
     manifest, calibration, s = served.bundle.manifest, served.calibration, settings
     return Info(
         model=served.name,
@@ -140,6 +157,7 @@ def info_answer(
             scale=s.max_scale,
             chains=s.generate_chains,
             backlog_seconds=s.generate_backlog,
+            client=client,
         ),
         load=load,
         refresh=Refresh(**refresh),

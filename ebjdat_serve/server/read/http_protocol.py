@@ -16,11 +16,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.client_address import Address, network_name, networks, parse_address
+from ebjdat_serve.server.read.side_doors import side_door
 from ebjdat_serve.server.settings import Settings
 
-METHODS = {b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"}
-"""Methods that reach a route; the route says which it takes."""
-BODILESS = {b"GET", b"HEAD", b"OPTIONS"}
 MAX_TARGET = 8 * 2**10
 """Bytes of a request target."""
 HEADER_COST, CHUNK_COST = 32, 128
@@ -169,37 +167,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._header_timer = stop(self._header_timer)
         if self.transport.is_closing():
             return
-        if problem := self._side_door():
+        parser = self.parser
+        if problem := side_door(parser.get_http_version(), parser.get_method(), self.url, self.headers, upgrade=parser.should_upgrade()):
             self._end(problem)
         self._begun = False
         _idle.pop(self, None)
         super().on_headers_complete()
-
-    def _side_door(self) -> Problem | None:
-        """Return why the request is refused: it leaves HTTP/1.1, or means what no route here could."""
-        version, method = self.parser.get_http_version(), self.parser.get_method()
-        found: dict[bytes, list[bytes]] = {}
-        for name, value in self.headers:
-            found.setdefault(name, []).append(value)
-        if version not in ("1.1", "1.0"):
-            return Problem(400, f"HTTP/{version} is not spoken here; use HTTP/1.1")
-        if method not in METHODS:
-            allowed = "GET, HEAD, POST, OPTIONS"
-            return Problem(405, f"{method.decode('ascii')} is not a method of this server; use {allowed}", headers={"Allow": allowed})
-        if b"upgrade" in found or b"http2-settings" in found or self.parser.should_upgrade():
-            return Problem(400, "no connection is upgraded here, neither to WebSocket nor to HTTP/2; send the request without Upgrade")
-        if not self.url.startswith(b"/"):
-            return Problem(400, "the request target must be a path that begins with /; this server is no proxy")
-        if version == "1.1" and len(found.get(b"host", [])) != 1:
-            return Problem(400, "send one header Host")
-        if any(value.lower() != b"100-continue" for value in found.get(b"expect", [])):
-            return Problem(417, "the only expectation that is met is 100-continue")
-        encodings = found.get(b"transfer-encoding", [])
-        if encodings and (version == "1.0" or [value.strip().lower() for value in encodings] != [b"chunked"]):
-            return Problem(400, "the only transfer encoding is chunked, of HTTP/1.1")
-        if method in BODILESS and (encodings or any(value.strip() != b"0" for value in found.get(b"content-length", []))):
-            return Problem(400, f"{method.decode('ascii')} takes no body")
-        return None
 
     def on_chunk_header(self) -> None:
         """Count a chunk; some hundreds may be of any size, beyond that they must have 128 bytes each on average."""
