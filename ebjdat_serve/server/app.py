@@ -11,7 +11,7 @@ from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.read.auth import Access
-from ebjdat_serve.server.served_model import open_bundle
+from ebjdat_serve.server.served_model import open_first
 from ebjdat_serve.server.settings import Settings
 
 
@@ -22,7 +22,7 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
     a proxy that is none. An engine that cannot run is found by the workers, and ends the server.
     """
     access = Access.of(settings)
-    served = open_bundle(settings.model, settings)
+    served, refused = open_first(settings)
     socket, s = litserve_adapter.WorkerSocket.open(), settings
     operations = operations_of(endpoints)
     classify = ClassifyQueue(
@@ -44,7 +44,7 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
             max_backlog=s.generate_backlog,
         )
         workers.append((GenerateWorker(socket.address, settings, operations), s.generate_workers))
-    manager = ModelManager(served, settings, [classify, generate] if generate else [classify], socket.listener)
+    manager = ModelManager(served, settings, [classify, generate] if generate else [classify], socket.listener, refused)
     service = Service(manager, settings, classify, generate, endpoints, access)
 
     async def serve(server: litserve_adapter.Server) -> None:
