@@ -42,16 +42,16 @@ def request(path: str, body: bytes = b"", kind: str = "image/png") -> bytes:
 
 
 class Connection:
-    """One persistent connection."""
+    """One persistent connection, from ``address``, by which a server tells clients apart."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, port: int, address: str = "127.0.0.1") -> None:
+        self._port, self._address = port, address
         self._ends: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, data: bytes) -> int:
         """Send a request, read the whole response, return its status."""
         if not self._ends:
-            self._ends = await asyncio.open_connection("127.0.0.1", self._port)
+            self._ends = await asyncio.open_connection("127.0.0.1", self._port, local_addr=(self._address, 0))
         reader, writer = self._ends
         writer.write(data)
         head = await reader.readuntil(b"\r\n\r\n")
@@ -62,6 +62,12 @@ class Connection:
             writer.close()
             self._ends = None
         return int(head.split(b" ", 2)[1])
+
+    def close(self) -> None:
+        """Close the connection; the server drops what it had asked for."""
+        if self._ends:
+            self._ends[1].close()
+            self._ends = None
 
 
 def closed_loop(port: int, data: bytes, connections: int, seconds: float) -> Result:

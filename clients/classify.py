@@ -156,7 +156,8 @@ def classify(client: httpx2.Client, image: Path) -> str:
     try:
         said = answer.json()
         mark = "  SUSPICIOUS" if said["suspicious"] else ""
-        return one_line(said["label"]) + f" {said['probability']:.3f}  energy {said['energy']:.3f}  p {said['p_value']:.3f}{mark}"
+        more = "".join(f"  {word} {said[name]:.3f}" for name, word in (("energy", "energy"), ("p_value", "p")) if name in said)
+        return one_line(said["label"]) + f" {said['probability']:.3f}{more}{mark}"  # serve --profile public tells no more
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise Refused(reason(answer)) from error
 

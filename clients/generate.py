@@ -170,7 +170,8 @@ def main() -> int:
     except OSError as error:
         return unwritten(error, options.output)
     h = {name: one_line(answer.headers.get(f"x-{name}", "unknown")) for name in ("class", "label", "seed", "steps", "energy")}
-    said = f"class {h['class']} ({h['label']}), seed {h['seed']}, {h['steps']} steps, energy {h['energy']}"
+    energy = f", energy {h['energy']}" if "x-energy" in answer.headers else ""  # serve --profile public tells none
+    said = f"class {h['class']} ({h['label']}), seed {h['seed']}, {h['steps']} steps{energy}"
     try:
         print(f"{one_line(named(options.output))}: {said}", flush=True)
     except OSError as error:

@@ -26,6 +26,8 @@ import httpx2
 from tqdm import tqdm
 
 COLUMNS = ("file", "class", "label", "probability", "energy", "p_value", "suspicious", "error")
+WITHHELD = ("energy", "p_value")
+"""Columns that are empty when the server runs with --profile public."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
 SKIPPED = "skipped: "
 Row = dict[str, Any]
@@ -222,7 +224,7 @@ def screen(client: httpx2.Client, file: Path, gone: Event) -> Row:
         gone.clear()
         try:
             said = answer.json()
-            return {**row, **{name: said[name] for name in COLUMNS[1:-1]}}
+            return {**row, **{name: said.get(name) if name in WITHHELD else said[name] for name in COLUMNS[1:-1]}}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise Refused(reason(answer)) from error
     except Unreachable as error:

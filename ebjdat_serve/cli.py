@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -21,6 +20,11 @@ from ebjdat_serve.verification import Terms
 log = logging.getLogger("ebjdat_serve")
 SERVE_EPILOG = "Each option has an environment variable, EBJDAT_ and its name: EBJDAT_PORT for --port. An option wins over its variable."
 ALLOW_OLDER = "also a version older than what the store's servers served last under serve --trust"
+
+OPEN = (
+    "whoever reaches this port gets exact energies and p-values, which help an attacker: give clients keys, or serve --profile public "
+    "(docs/security.md)"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
+    from ebjdat_serve.keys import environment_key
     from ebjdat_serve.server import litserve_adapter
     from ebjdat_serve.server.app import build_server
     from ebjdat_serve.server.settings import settings_of
@@ -103,20 +108,27 @@ def serve(options: argparse.Namespace) -> None:
     options.log = settings.log  # main() reports errors there
     logs.configure(settings.log)
     litserve_adapter.check_address(settings.host, settings.port)
+    if settings.exposed and settings.profile == "full" and not (settings.keys or environment_key()):
+        logging.getLogger("ebjdat_serve").warning("%s", OPEN)
     logs.announce(settings.log, f"starting {settings.model}")
     if settings.exposed and not settings.keys and not os.environ.get(VARIABLE):
         log.warning("whoever can reach this server can use it: give it --keys FILE (ebjdat-serve key new), or set %s", VARIABLE)
     if settings.stock:
         if settings.log == "json":
             raise EbjdatError("--stock logs as LitServe does: leave out --log json, or --stock")
+        if settings.profile == "public":
+            raise EbjdatError("--stock answers everything that the model says: leave out --profile public, or --stock")
         from ebjdat_serve.server import stock
 
         stock.run(settings)
         return
     server, model = build_server(settings)
     url = f"http://{'localhost' if settings.host == '::' else settings.host}:{settings.port}"
-    greeting = partial(logs.announce, settings.log, f"{model} on {url} (docs: {url}/docs); Ctrl-C ends", model=model, url=url)
-    litserve_adapter.run(server, settings, greeting)
+
+    def greet() -> None:
+        logs.announce(settings.log, f"{model()} on {url} (docs: {url}/docs); Ctrl-C ends", model=model(), url=url)
+
+    litserve_adapter.run(server, settings, greet)
 
 
 def terms(options: argparse.Namespace) -> Terms:

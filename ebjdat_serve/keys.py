@@ -3,7 +3,7 @@
     {"schema": 1, "keys": [{"name": "shop", "sha256": "…", "scopes": ["classify"], "rate": 20, "created": "2026-11-26T08:00:00Z"}]}
 
 A key of ours has 256 random bits, so its sha256 cannot be searched for: a slow hash would protect nothing, and would let anybody who
-sends wrong keys occupy the CPU. docs/decisions/0022-keys.md.
+sends wrong keys occupy the CPU. docs/decisions/0021-keys.md.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Continuous batching of Langevin chains: groups join and leave between steps, short ones overtake long ones, none starves."""
+"""Continuous batching of Langevin chains: clients share the engine, short groups overtake long ones, none starves."""
 
 import heapq
 import math
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ebjdat_serve.client_shares import ClientShares
 from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.sgld import Chains
 
@@ -48,6 +49,7 @@ class ChainGroup:
     engine: Engine
     chains: Chains
     steps: int
+    client: str = ""  # whose share of the engine they use
     left: int = field(init=False)  # chain-steps still to take
     size_class: int = field(init=False)
     turn: Rows = field(init=False)  # (n,) turn in which each chain last took a step
@@ -67,6 +69,33 @@ class ChainGroup:
         return rows if len(rows) < 2 else rows[self.turn[rows].argsort(kind="stable")]
 
 
+RowsLeft = dict[ChainGroup, list[int]]
+"""Unfinished rows by group, those that waited longest first."""
+
+
+def leaders(groups: list[ChainGroup], unfinished: RowsLeft, n: int) -> RowsLeft:
+    """Return ``n`` rows, of the first groups first, or all if there are fewer."""
+    lead: RowsLeft = {}
+    for group in groups:
+        if not n:
+            break
+        lead[group] = unfinished[group][:n]
+        n -= len(lead[group])
+    return lead
+
+
+def with_longest_waiting(lead: RowsLeft, groups: list[ChainGroup], unfinished: RowsLeft, n: int) -> RowsLeft:
+    """Return ``lead`` with the ``n`` rows beside those that waited longest, of whichever group."""
+    waiting = (
+        (int(group.turn[row]), -group.left, i, row)
+        for i, group in enumerate(groups)
+        for row in unfinished[group][len(lead.get(group, ())) :]
+    )
+    for *_, i, row in heapq.nsmallest(n, waiting):
+        lead.setdefault(groups[i], []).append(row)
+    return lead
+
+
 @dataclass(frozen=True)
 class Moved:
     """Rows of a group that took ``steps`` steps each in a turn; ``finished`` are those that took their last."""
@@ -80,11 +109,16 @@ class Moved:
 class Scheduler:
     """Shares an engine among groups of chains, a turn at a time.
 
-    A turn is one batch of at most ``width`` chains moved by one step, or by several where steps are short. Chains of the smallest size
-    class lead it, those with the fewest steps left first. For each leading chain, the FAIRNESS_QUOTA chains that have waited longest are
-    added, from any group. So a short group overtakes long ones in at most 1 + FAIRNESS_QUOTA times the time it takes alone, and with
-    N chains none waits longer for its next step than about N (1 + 1 / FAIRNESS_QUOTA) / rate seconds, rate in chain-steps per second,
-    times the number of engines in use.
+    A turn is one batch of at most ``width`` chains moved by one step, or by several where steps are short. ClientShares divides it between
+    clients.
+
+    Of the chains of one client, those of the smallest size class lead, those with the fewest steps left first. For each leading chain, the
+    FAIRNESS_QUOTA chains that have waited longest are added, from any of the client's groups. So with one client, a short group overtakes
+    long ones in at most 1 + FAIRNESS_QUOTA times the time it takes alone, and with N chains none waits longer for its next step than about
+    N (1 + 1 / FAIRNESS_QUOTA) / rate seconds, rate in chain-steps per second, times the number of engines in use.
+
+    With C clients that always have work, that is C times as long, N being the chains of the client itself; where others return from pauses
+    all the time and so lead, 1 + 1 / CLIENT_QUOTA times that.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -92,7 +126,8 @@ class Scheduler:
         self.groups: list[ChainGroup] = []
         self.longest_wait = 0.0  # longest time, in seconds, that a chain waited between two steps; reset by the caller that reports it
         self._turn = 0
-        self._quota = 0.0  # fraction of a chain left over from the last turn's quota
+        self._shares = ClientShares()
+        self._quota: dict[str, float] = {}  # by client, the fraction of a chain left over from the last turn's quota
         self._step_seconds: dict[int, float] = {}
 
     def join(self, group: ChainGroup) -> None:
@@ -125,27 +160,41 @@ class Scheduler:
         """Return the rows of the next turn by group, all of one engine; several engines take turns."""
         engines = list(dict.fromkeys(id(group.engine) for group in self.groups))
         order = [group for group in self.groups if id(group.engine) == engines[self._turn % len(engines)]]
-        order.sort(key=lambda group: (group.size_class, group.left))
+        self._quota = {client: self._quota[client] for client in {group.client for group in self.groups} if client in self._quota}
         policy = Policy.of(order[0].engine)
+        clients: dict[str, list[ChainGroup]] = {}
+        for group in sorted(order, key=lambda group: (group.size_class, group.left)):
+            clients.setdefault(group.client, []).append(group)
         unfinished = {group: group.unfinished().tolist() for group in order}
-        lead: dict[ChainGroup, list[int]] = {}
-        room = max(1, int(policy.width / (1 + FAIRNESS_QUOTA)))
-        for group in order:
-            if not room or (policy.linear and group.size_class > order[0].size_class):
-                break
-            lead[group] = unfinished[group][:room]
-            room -= len(lead[group])
+        chains = {client: sum(len(unfinished[group]) for group in groups) for client, groups in clients.items()}
+        shares = self._shares.split(chains, policy.width, policy.linear)
+        if len(clients) == 1:
+            chosen = self._alone(clients.popitem()[1], unfinished, policy)
+        else:
+            chosen = {}
+            for client, n in shares.items():
+                chosen |= self._share(clients[client], unfinished, n)
+        return [(group, np.asarray(rows)) for group, rows in chosen.items()]
+
+    def _alone(self, groups: list[ChainGroup], unfinished: RowsLeft, policy: Policy) -> RowsLeft:
+        """Return the rows of the next turn where all groups are one client's; ``groups`` are sorted, the shortest first."""
+        shortest = [group for group in groups if not policy.linear or group.size_class == groups[0].size_class]
+        lead = leaders(shortest, unfinished, max(1, int(policy.width / (1 + FAIRNESS_QUOTA))))
         leading = sum(map(len, lead.values()))
         # an unused quota is not saved up: it would fill a later turn with long chains
-        quota, self._quota = divmod(self._quota + FAIRNESS_QUOTA * leading, 1.0)
-        waiting = (
-            (int(group.turn[row]), -group.left, i, row)
-            for i, group in enumerate(order)
-            for row in unfinished[group][len(lead.get(group, ())) :]
-        )
-        for *_, i, row in heapq.nsmallest(min(int(quota), policy.width - leading), waiting):
-            lead.setdefault(order[i], []).append(row)
-        return [(group, np.asarray(rows)) for group, rows in lead.items()]
+        quota = self._whole_quota(groups[0].client, FAIRNESS_QUOTA * leading)
+        return with_longest_waiting(lead, groups, unfinished, min(quota, policy.width - leading))
+
+    def _share(self, groups: list[ChainGroup], unfinished: RowsLeft, n: int) -> RowsLeft:
+        """Return ``n`` rows of one client among several."""
+        quota = self._whole_quota(groups[0].client, n * FAIRNESS_QUOTA / (1 + FAIRNESS_QUOTA))
+        lead = leaders(groups, unfinished, n - quota)
+        return with_longest_waiting(lead, groups, unfinished, n - sum(map(len, lead.values())))
+
+    def _whole_quota(self, client: str, more: float) -> int:
+        """Return the whole chains of a client's quota with ``more``, and keep the fraction for its next turn."""
+        whole, self._quota[client] = divmod(self._quota.get(client, 0.0) + more, 1.0)
+        return int(whole)
 
     def _steps_per_turn(self, n: int) -> int:
         """Return the number of steps of n chains that fit into a turn."""
@@ -161,6 +210,7 @@ class Scheduler:
             chains.step[rows] += steps
             group.moved[rows], group.turn[rows] = now, self._turn
             group.left -= steps * n
+            self._shares.charge(group.client, steps * n)
             start += n
             if not group.left:
                 self.groups.remove(group)

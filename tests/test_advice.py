@@ -22,7 +22,11 @@ from training.errors import DataError
 
 NAMES = [file.relative_to(ROOT) for folder in ("training", "export") for file in sorted((ROOT / folder).glob("*.py"))]
 COMMANDS = [name for name in NAMES if "\ndef main()" in (ROOT / name).read_text(encoding="utf-8")]
-HOST = {"training/overrides.py": "training/train.py", "training/refresh.py": "training/train.py"}
+HOST = {
+    "training/overrides.py": "training/train.py",
+    "training/refresh.py": "training/train.py",
+    "ebjdat_serve/server/read/browsers.py": "ebjdat-serve serve",
+}
 """Modules that are no commands and whose errors one command alone ends with."""
 
 

@@ -1,18 +1,20 @@
-"""Chain-steps are shared between clients: in each turn, over time, and in a simulation of one greedy client beside ten polite ones."""
+"""Chain-steps are shared between clients: in each turn, over time, and by the scheduler, ten polite clients beside a greedy one."""
 
 import heapq
 import itertools
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ebjdat_serve.client_shares import CLIENT_QUOTA, CREDIT, ClientShares
 from ebjdat_serve.fairness import may_hold
+from ebjdat_serve.scheduling import ChainGroup, Scheduler
+from ebjdat_serve.sgld import Chains, Sampler
 
 WIDTH = 8
 chains = st.dictionaries(st.sampled_from("abcdefghijkl"), st.integers(1, 130), min_size=1)
@@ -90,60 +92,57 @@ RATES = ((1, 197.2), (2, 209.6), (4, 216.1), (8, 222.8))
 SHORT = 20
 
 
-@dataclass(eq=False)
-class Job:
-    client: str
-    left: list[int]  # steps of each chain
-    done: Callable[[], None]
+CHAINS = 128
+"""--generate-chains."""
+SAMPLER = Sampler(steps=80, step_size=0.25, grad_clip=2.0, noise_std=0.005)
 
 
 class Machine:
-    """A machine with a core and a clock of its own: jobs join, turns move their chains, what is beyond the admission's bound is refused."""
+    """The scheduler on an engine that takes RATES' time on a clock of its own; what is beyond the admission's bound is refused."""
+
+    provider = "CPUExecutionProvider"
 
     def __init__(self, shared: bool) -> None:
         self.shared, self.now, self.taken = shared, 0.0, 0
-        self.shares, self.jobs, self.held = ClientShares(), list[Job](), Counter()
+        self.scheduler, self.held = Scheduler(lambda: self.now), Counter()
+        self.done: dict[ChainGroup, Callable[[], None]] = {}
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.number = itertools.count()
+
+    def advance(self, chains: Chains, steps: int) -> Chains:
+        n = len(chains.label)
+        (low, slow), (high, fast) = next(pair for pair in itertools.pairwise(RATES) if pair[0][0] <= n <= pair[1][0])
+        self.now += steps * n / (slow + (fast - slow) * (n - low) / (high - low))
+        self.taken += steps * n
+        return chains.moved(chains.image, steps)
 
     def after(self, seconds: float, act: Callable[[], None]) -> None:
         heapq.heappush(self.events, (self.now + seconds, next(self.number), act))
 
     def submit(self, client: str, n: int, steps: int, done: Callable[[], None]) -> bool:
-        if not (may_hold(self.held, client, n, 128) if self.shared else sum(self.held.values()) + n <= 128):
+        if not (may_hold(self.held, client, n, 2 * CHAINS) if self.shared else self.held.total() + n <= CHAINS):
             return False
         self.held[client] += n
-        self.jobs.append(Job(client, [steps] * n, done))
+        start = Chains.at(np.zeros((n, 3, 1, 1), np.float32), SAMPLER, np.zeros(n, np.int64), seed=0)
+        group = ChainGroup(self, start, steps, client if self.shared else "")
+
+        def end() -> None:
+            self.held[client] -= n
+            done()
+
+        self.done[group] = end
+        self.scheduler.join(group)
         return True
 
     def run(self, seconds: float) -> None:
         while self.now < seconds:
             while self.events and self.events[0][0] <= self.now:
                 heapq.heappop(self.events)[2]()
-            if self.jobs:
-                self.turn()
-            else:
+            if not self.scheduler.groups:
                 self.now = self.events[0][0]
-
-    def turn(self) -> None:
-        rows: dict[str, list[tuple[int, Job, int]]] = {}
-        for job in self.jobs:
-            rows.setdefault(job.client if self.shared else "", []).extend(
-                (sum(job.left), job, row) for row, left in enumerate(job.left) if left
-            )
-        moved = 0
-        for client, n in self.shares.split({client: len(each) for client, each in rows.items()}, WIDTH, True).items():
-            self.shares.charge(client, n)
-            for _, job, row in heapq.nsmallest(n, rows[client], key=lambda each: each[0]):  # the shortest first, within a client
-                job.left[row] -= 1
-            moved += n
-        (low, slow), (high, fast) = next(pair for pair in itertools.pairwise(RATES) if pair[0][0] <= moved <= pair[1][0])
-        self.now += moved / (slow + (fast - slow) * (moved - low) / (high - low))
-        self.taken += moved
-        for job in [job for job in self.jobs if not any(job.left)]:
-            self.jobs.remove(job)
-            self.held[job.client] -= len(job.left)
-            job.done()
+                continue
+            for group in {moved.group for moved in self.scheduler.advance()} - set(self.scheduler.groups):
+                self.done.pop(group)()
 
 
 def simulate(shared: bool, greedy: tuple[int, int, int] | None, pause: float, seconds: float) -> tuple[list[float], int, float]:
@@ -181,7 +180,7 @@ def simulate(shared: bool, greedy: tuple[int, int, int] | None, pause: float, se
 
 @pytest.mark.parametrize(
     ("greedy", "pause", "seconds"),
-    [((130, 1, 20), 0.0, 60), ((3, 64, 80), 0.0, 60), ((130, 1, 80), 0.5, 120), ((3, 64, 80), 2.0, 400)],
+    [((130, 1, 20), 0.0, 30), ((3, 64, 80), 0.0, 30), ((130, 1, 80), 0.5, 60), ((3, 64, 80), 2.0, 150)],
     ids=["130 drawings", "jobs of 64 images", "130 drawings, pauses", "jobs of 64 images, long pauses"],
 )
 def test_beside_one_greedy_client_ten_polite_ones_are_all_admitted_and_wait_little_longer(greedy, pause, seconds):

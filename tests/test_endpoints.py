@@ -65,8 +65,9 @@ async def unlisted_chains(service, request):
     """Ask for an operation on chains that the endpoint does not list."""
     model, queue = service.manager.active, service.generate_queue
     job = validate({"class": "cat", "n": "1", "steps": "2"}, model.bundle.manifest, service.settings).job
-    with queue.slot(model.key) as deadline:
-        return respond(await queue.submit(PendingRequest(model.key, UNLISTED_CHAINS.name, job, request, deadline)))
+    client = request.scope["client"]
+    with queue.slot(model.key, client) as deadline:
+        return respond(await queue.submit(PendingRequest(model.key, UNLISTED_CHAINS.name, job, request, client, deadline)))
 
 
 ENDPOINTS += [
@@ -126,7 +127,8 @@ def test_a_new_endpoint_answers_head_and_needs_no_key_as_it_says(extended, clien
     assert httpx2.get(bare).text.splitlines()[3] == "cat"
     assert (httpx2.head(bare).status_code, httpx2.head(bare).content) == (200, b"")
     assert httpx2.post(f"{extended.url}/forward").status_code == 401
-    assert client.head("/forward").status_code == client.head("/generate", params={"class": 3}).status_code == 405
+    assert client.head("/forward").status_code == 405
+    assert client.head("/generate", params={"class": 3}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -221,13 +223,13 @@ def test_an_answer_holds_what_the_document_says(live, picture, method, path, que
 def test_the_headers_of_a_png_are_those_of_the_document(live):
     document = httpx2.get(f"{live.url}/openapi.json").json()
     answer = httpx2.get(f"{live.url}/generate", params={"class": 3, "steps": 2})
-    said = {name for name in answer.headers if name.startswith("x-")}
+    said = {name for name in answer.headers if name.startswith("x-")} - {"x-content-type-options", "x-frame-options"}
     assert said == {name.lower() for name in document["paths"]["/generate"]["get"]["responses"]["200"]["headers"]}
 
 
 def test_an_error_holds_what_the_document_says(live):
     document = httpx2.get(f"{live.url}/openapi.json").json()
     refused = httpx2.post(f"{live.url}/classify", json={"images": ["%%%"]})
-    schema = document["paths"]["/classify"]["post"]["responses"]["422"]["content"]["application/json"]["schema"]
+    schema = document["paths"]["/classify"]["post"]["responses"]["422"]["content"]["application/problem+json"]["schema"]
     check(refused.json(), schema, document["components"]["schemas"])
     assert refused.json()["index"] == 0

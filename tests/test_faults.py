@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,9 +22,12 @@ from uvicorn.server import ServerState
 
 from benchmarks.load import descendants
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.read import http_protocol
 from ebjdat_serve.server.read.http_protocol import bounded_protocol
+from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import SHIPPED, Settings
+from ebjdat_serve.server.worker_sockets import WorkerSockets
 from tests.conftest import HTTP, LONG, ROOT, free_port, serving, until, wait_ready
 
 
@@ -37,10 +39,18 @@ def alive(pid):
         return False
 
 
+def name(pid):
+    """Name of a process as ps shows it, none of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
 def workers(server):
-    """Process ids of the workers by their kind, which ps shows: classify's first."""
-    names = {pid: Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() for pid in server.children()}
-    return sorted((pid for pid, name in names.items() if name in ("ebjdat-classify", "ebjdat-generate")), key=names.__getitem__)
+    """Process ids of the workers by their kind: classify's first."""
+    names = {pid: name(pid) for pid in server.children()}
+    return sorted((pid for pid in names if names[pid] in ("ebjdat-classify", "ebjdat-generate")), key=names.__getitem__)
 
 
 def chain_steps_left(server):
@@ -488,19 +498,49 @@ def test_a_picture_of_countless_pieces_is_refused_and_keeps_nobody_waiting(live)
     assert httpx2.post(f"{live.url}/classify", content=head + profile + pixels_ + end).status_code == 200
 
 
-def test_a_worker_that_dies_before_it_says_hello_costs_only_itself(tmp_path, picture, monkeypatch):
-    short = Path(tempfile.mkdtemp(prefix="e", dir="/tmp"))  # the name of a socket has room for a hundred characters
-    monkeypatch.setenv("TMPDIR", str(short))
+def test_a_worker_that_dies_before_it_says_hello_costs_only_itself():
+    sockets, accepted = WorkerSockets(), []
+
+    async def accept(manager):
+        with sockets.accepting(lambda connection: accepted.append(asyncio.ensure_future(manager._accept(connection)))):
+            while len(accepted) < 2 or not all(task.done() for task in accepted):
+                await asyncio.sleep(0.01)
+
+    for said in (b"", b"\0\0"):
+        with sockets.connect() as worker:
+            worker.sendall(said)
+    manager = ModelManager(open_bundle(SHIPPED, Settings()), Settings(), [], sockets)
+    asyncio.run(asyncio.wait_for(accept(manager), 20))
+    assert [task.exception() for task in accepted] == [None, None]
+
+
+def test_nothing_that_a_server_needs_is_in_a_file_and_nothing_stays_of_one_that_is_killed(tmp_path, picture, monkeypatch):
+    """A cleaner of temporary folders takes what it finds; then a worker dies, and at last the main process."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     with serving(SHIPPED, tmp_path / "log") as server:
-        (address,) = short.glob("ebjdat-*/workers")
-        for said in (b"", b"\0\0"):
-            with socket.socket(socket.AF_UNIX) as stranger:
-                stranger.connect(str(address))
-                stranger.sendall(said)
-                stranger.shutdown(socket.SHUT_WR)
-                assert stranger.recv(1) == b""  # it is hung up on
+        assert not list(temporary.iterdir())
+        assert not [held for pid in (server.process.pid, *server.children()) for held in named(pid)]
+        shutil.rmtree(temporary)
+        killed = workers(server)[0]
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: len(workers(server)) == 2 and killed not in workers(server))
+        wait_ready(server)
         assert httpx2.post(f"{server.url}/classify", content=picture).status_code == 200
-    short.rmdir()  # empty again
+        tree = [server.process.pid, *server.children()]
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(10)
+        gone(tree)
+    assert not temporary.exists()
+
+
+def named(pid):
+    """Return what a process holds open that others find by a name: Unix sockets, abstract ones too, and shared memory."""
+    rows = [line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()[1:]]
+    sockets = {f"socket:[{row[6]}]": row[7] for row in rows if len(row) == 8}
+    links = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+    return [sockets.get(link, link) for link in links if link in sockets or link.startswith("/dev/shm")]
 
 
 def test_a_stream_that_nobody_reads_costs_no_previews_and_ends_at_its_deadline(long_live):

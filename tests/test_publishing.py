@@ -386,6 +386,7 @@ def test_a_restart_goes_on_with_what_was_served_last_when_workers_refuse_current
         until(lambda: "self-test failed" in ((server.info()["refresh"]["refused"] or {}).get("reason") or ""))
     with serving(store, tmp_path / "again") as server:
         assert server.info()["model"] == "digits@good"
+        assert "digits@good on http" in server.log.read_text()
         assert "self-test failed" in server.info()["refresh"]["refused"]["reason"]
         publish(digits(tmp_path / "next"), store)
         until(lambda: server.info()["model"] == "digits@next")

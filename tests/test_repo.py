@@ -134,3 +134,16 @@ def test_the_readmes_tree_is_the_tree():
     assert sorted(listed) == sorted(rooms)
     assert listed.index("ebjdat_serve") == 0  # the wheel first, then the laboratory
     assert len(listed) == len(set(listed))
+
+
+def test_every_promise_of_security_md_names_tests_that_exist():
+    table = (ROOT / "docs" / "security.md").read_text(encoding="utf-8").split("## Promises")[1].split("##")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ")][1:]
+    there = set(
+        re.findall(r"^def (test_\w+)", "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py")), re.M)
+    )
+    assert len(rows) > 15
+    for promise, tests in rows:
+        names = re.findall(r"`(test_\w+)`", tests)
+        assert names, promise
+        assert set(names) <= there, set(names) - there

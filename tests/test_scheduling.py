@@ -1,5 +1,7 @@
-"""Tests of the scheduler: the same images as unscheduled, short groups first, no starvation, removed groups take no further step."""
+"""Tests of the scheduler: the same images as unscheduled, short groups first, shares of clients, no starvation, no step after removal."""
 
+import heapq
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebjdat_serve.client_shares import CLIENT_QUOTA, CREDIT
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.scheduling import FAIRNESS_QUOTA, ChainGroup, Policy, Scheduler
 from ebjdat_serve.sgld import Chains, Prior, Sampler
@@ -26,9 +29,9 @@ class Counting:
         return chains.moved(chains.image, steps)
 
 
-def blank(engine, n, steps):
+def blank(engine, n, steps, client=""):
     zeros = np.zeros((n, 3, 2, 2), np.float32)
-    return ChainGroup(engine, Chains.at(zeros, SAMPLER, np.zeros(n, np.int64), seed=0), steps)
+    return ChainGroup(engine, Chains.at(zeros, SAMPLER, np.zeros(n, np.int64), seed=0), steps, client)
 
 
 def turns_until(scheduler, group, limit=100_000):
@@ -194,3 +197,115 @@ def test_two_engines_are_never_in_one_batch_and_both_get_on():
         scheduler.advance()
     assert sum(n * steps for n, steps in old.batches) == 100
     assert sum(n * steps for n, steps in new.batches) == 60
+
+
+# clients ---------------------------------------------------------------------------------------------------------------
+
+
+class Unshared:
+    """The rule before clients were told apart: which rows are next."""
+
+    def __init__(self):
+        self.quota = 0.0
+
+    def rows(self, groups, width, linear):
+        order = sorted(groups, key=lambda group: (group.size_class, group.left))
+        unfinished = {group: group.unfinished().tolist() for group in order}
+        lead, room = {}, max(1, int(width / (1 + FAIRNESS_QUOTA)))
+        for group in order:
+            if not room or (linear and group.size_class > order[0].size_class):
+                break
+            lead[group] = unfinished[group][:room]
+            room -= len(lead[group])
+        leading = sum(map(len, lead.values()))
+        quota, self.quota = divmod(self.quota + FAIRNESS_QUOTA * leading, 1.0)
+        waiting = [
+            (int(group.turn[row]), -group.left, i, row)
+            for i, group in enumerate(order)
+            for row in unfinished[group][len(lead.get(group, ())) :]
+        ]
+        for *_, i, row in heapq.nsmallest(min(int(quota), width - leading), waiting):
+            lead.setdefault(order[i], []).append(row)
+        return [(id(group), rows) for group, rows in lead.items()]
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=12), st.booleans())
+def test_one_client_has_every_turn_that_it_had_before_clients_were_told_apart(jobs, gpu):
+    engine = Counting("CUDAExecutionProvider" if gpu else "CPUExecutionProvider")
+    scheduler, before = Scheduler(lambda: engine.now), Unshared()
+    policy, coming, turn = Policy.of(engine), sorted(jobs, key=lambda job: job[2]), 0
+    while coming or scheduler.groups:
+        while coming and (coming[0][2] <= turn or not scheduler.groups):
+            n, steps, _ = coming.pop(0)
+            scheduler.join(blank(engine, n, steps, "the only one"))
+        expected = before.rows(scheduler.groups, policy.width, policy.linear)
+        assert [(id(moved.group), moved.rows.tolist()) for moved in scheduler.advance()] == expected
+        turn += 1
+
+
+def test_clients_with_work_all_the_time_take_equally_many_steps_whatever_they_asked_for():
+    engine = Counting()
+    scheduler = Scheduler(lambda: engine.now)
+    for _ in range(130):
+        scheduler.join(blank(engine, 1, 600, "130 drawings"))
+    scheduler.join(blank(engine, 64, 600, "64 images"))
+    scheduler.join(blank(engine, 1, 6000, "one long"))
+    taken = Counter()
+    for _ in range(800):
+        for moved in scheduler.advance():
+            taken[moved.group.client] += moved.steps * len(moved.rows)
+    assert max(taken.values()) - min(taken.values()) <= 2 * Policy.of(engine).width
+
+
+def test_who_draws_now_and_then_leads_beside_one_that_has_130_drawings():
+    """It takes 1 + CLIENT_QUOTA times as long as alone, and a turn that was under way."""
+    engine = Counting()
+    scheduler = Scheduler(lambda: engine.now)
+    for _ in range(130):
+        scheduler.join(blank(engine, 1, 600, "greedy"))
+    for _ in range(10):
+        for _ in range(100):
+            scheduler.advance()
+        polite, began = blank(engine, 1, 20, "polite"), engine.now
+        scheduler.join(polite)
+        turns_until(scheduler, polite)
+        assert engine.now - began <= 20 * (1 + CLIENT_QUOTA) + Policy.of(engine).width
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 60), st.integers(1, 6), st.integers(0, 60)), max_size=10),
+    st.integers(1, 6),
+    st.booleans(),
+)
+def test_no_chain_of_any_client_waits_longer_than_the_stated_bound(jobs, n, several_sizes):
+    """A chain of a client with n, one of C clients, waits 2 C n (1 + 1 / FAIRNESS_QUOTA) (1 + 1 / CLIENT_QUOTA) chain-steps at most.
+
+    The others come, go and come back at will, with the credit of who was away.
+    """
+    engine = Counting()
+    scheduler = Scheduler(lambda: engine.now)
+    for i in range(n):
+        scheduler.join(blank(engine, 1, 8 if several_sizes and i else 40, "patient"))
+    last = {(id(group), 0): 0.0 for group in scheduler.groups}
+    patient = {id(group): group for group in scheduler.groups}
+    coming, turn = sorted(jobs, key=lambda job: job[3]), 0
+    bound = 2 * 5 * n * (1 + 1 / FAIRNESS_QUOTA) * (1 + 1 / CLIENT_QUOTA) + (CREDIT + 2) * Policy.of(engine).width
+    while any(group.left for group in patient.values()):
+        while coming and coming[0][3] <= turn:
+            client, m, steps, _ = coming.pop(0)
+            scheduler.join(blank(engine, m, steps, client))
+        for moved in scheduler.advance():
+            for row in moved.rows:
+                last[id(moved.group), int(row)] = engine.now
+        assert all(engine.now - last[key, 0] <= bound for key, group in patient.items() if group.left)
+        turn += 1
+
+
+def test_what_is_known_of_clients_goes_with_them():
+    engine = Counting()
+    scheduler = Scheduler(lambda: engine.now)
+    scheduler.join(blank(engine, 1, 20_000, "stays"))
+    for i in range(2000):
+        scheduler.join(blank(engine, 1, 1, f"client {i}"))
+        scheduler.advance()
+    assert len(scheduler._quota) <= len({group.client for group in scheduler.groups}) + 1

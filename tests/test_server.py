@@ -445,13 +445,24 @@ def test_pictures_in_company_are_those_alone(live):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(one["png"])))), picture)
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/info", "/docs", "/redoc", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/", "/health", "/info", "/docs", "/redoc", "/openapi.json", "/docs-assets/favicon.png"])
 def test_head_is_get_without_the_body(live, path):
     """What balancers probe with."""
     answer, whole = httpx2.head(f"{live.url}{path}"), httpx2.get(f"{live.url}{path}")
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["content-type"] == whole.headers["content-type"]
-    assert httpx2.head(f"{live.url}/generate", params={"class": 3}).status_code == 405
+
+
+def test_head_checks_a_drawing_and_draws_nothing(live):
+    for query, status, kind in (
+        ({"class": 3, "n": 64, "steps": 80, "format": "json"}, 200, "application/json"),
+        ({"class": 3}, 200, "image/png"),
+        ({"class": 3, "stream": "true"}, 200, "text/event-stream"),
+        ({"class": 99}, 422, "application/problem+json"),
+    ):
+        answer = httpx2.head(f"{live.url}/generate", params=query)
+        assert (answer.status_code, answer.headers["content-type"].partition(";")[0], answer.content) == (status, kind, b"")
+        assert live.info()["load"]["generate"]["chains"] == 0
 
 
 # LitServe's key ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """How a server is put together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ebjdat_serve.server import litserve_adapter
 from ebjdat_serve.server.compute.model import Operation
@@ -10,20 +10,23 @@ from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
 from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
+from ebjdat_serve.server.read import browsers
 from ebjdat_serve.server.read.auth import Access
 from ebjdat_serve.server.served_model import open_first
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.worker_sockets import WorkerSockets
 
 
-def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) -> tuple[litserve_adapter.Server, str]:
-    """Return a server for the bundle in ``settings``, and the model's name; nothing runs yet.
+def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) -> tuple[litserve_adapter.Server, Callable[[], str]]:
+    """Return a server for the bundle in ``settings``, and what returns the name of the model that it serves; nothing runs yet.
 
     Raises BundleError when the bundle cannot be served, EbjdatError for an API key that no client could send, a key file that is wrong and
-    a proxy that is none. An engine that cannot run is found by the workers, and ends the server.
+    an origin, a host name or a proxy that is none. An engine that cannot run is found by the workers, and ends the server.
     """
     access = Access.of(settings)
+    browsers.check(settings)
     served, refused = open_first(settings)
-    socket, s = litserve_adapter.WorkerSocket.open(), settings
+    sockets, s = WorkerSockets(), settings
     operations = operations_of(endpoints)
     classify = ClassifyQueue(
         workers=s.classify_workers,
@@ -32,7 +35,7 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
         worker_timeout=s.worker_timeout,
         max_batch=s.max_batch,
     )
-    workers: list[tuple[Worker, int]] = [(ClassifyWorker(socket.address, settings, operations), s.classify_workers)]
+    workers: list[tuple[Worker, int]] = [(ClassifyWorker(settings, operations), s.classify_workers)]
     generate = None
     if s.generate_workers:
         generate = GenerateQueue(
@@ -43,14 +46,16 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
             max_chains=s.generate_chains,
             max_backlog=s.generate_backlog,
         )
-        workers.append((GenerateWorker(socket.address, settings, operations), s.generate_workers))
-    manager = ModelManager(served, settings, [classify, generate] if generate else [classify], socket.listener, refused)
+        workers.append((GenerateWorker(settings, operations), s.generate_workers))
+    manager = ModelManager(served, settings, [classify, generate] if generate else [classify], sockets, refused)
     service = Service(manager, settings, classify, generate, endpoints, access)
 
     async def serve(server: litserve_adapter.Server) -> None:
         await manager.run(server.announce, server.give_up, beside=[access.follow()])
 
-    return litserve_adapter.Server(workers, service.install, serve, service.drain, socket, settings), served.name
+    return litserve_adapter.Server(
+        workers, service.install, serve, service.begin_drain, service.drain, sockets, settings
+    ), lambda: manager.active.name
 
 
 def operations_of(endpoints: Sequence[Endpoint]) -> list[Operation]:

@@ -60,12 +60,16 @@ class ModelRefused:
 
 @dataclass(frozen=True)
 class Request:
-    """Run ``operation`` with the bundle ``key`` on ``payload``; ``number`` is unique per queue."""
+    """Run ``operation`` with the bundle ``key`` on ``payload``; ``number`` is unique per queue.
+
+    A generate worker counts the work for ``client``; a batch has no client, since images of several may be in it.
+    """
 
     number: int
     key: str
     operation: str
     payload: Any
+    client: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,8 @@ async def receive(reader: asyncio.StreamReader) -> Any:
 class Channel:
     """The worker's end of the socket; several threads may send."""
 
-    def __init__(self, address: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(address)
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
         self._lock = threading.Lock()
 
     def send(self, message: object) -> None:

@@ -11,15 +11,11 @@ import math
 import multiprocessing as mp
 import os
 import resource
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 import litserve as ls
@@ -27,9 +23,12 @@ from fastapi import FastAPI
 
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.logs import adopt
+from ebjdat_serve.server.answer.headers import DEFAULT_HEADERS
+from ebjdat_serve.server.compute.workers import Worker
 from ebjdat_serve.server.memory import return_large_blocks
 from ebjdat_serve.server.read.http_protocol import bounded_protocol, connections, hang_up
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.worker_sockets import FAILED, WorkerSockets
 
 log = logging.getLogger("ebjdat_serve")
 
@@ -55,8 +54,8 @@ class NoManager:
 class Server(ls.LitServer):
     """LitServe's processes without its routes, queues and manager.
 
-    ``serve`` runs in the HTTP process while it serves; ``drain`` is called there on a stop signal, and returns when no request is left
-    or the time for them is over.
+    ``serve`` runs in the HTTP process while it serves. On a stop signal ``begin_drain`` is called there, ``drain_delay`` seconds before
+    connections are refused; then ``drain``, which returns when no request is left or the time for them is over.
     """
 
     def __init__(
@@ -64,20 +63,22 @@ class Server(ls.LitServer):
         workers: list[tuple[ls.LitAPI, int]],
         register: Callable[[FastAPI], None],
         serve: Callable[["Server"], Coroutine[Any, Any, None]],
+        begin_drain: Callable[[], None],
         drain: Callable[[], Coroutine[Any, Any, None]],
-        socket: "WorkerSocket",
+        sockets: "WorkerSockets",
         settings: Settings,
     ) -> None:
-        self._register, self._serve, self._drain = register, serve, drain
-        self._socket, self.folder, self._settings = socket, socket.folder, settings
+        self._register, self._serve, self._begin_drain, self._drain = register, serve, begin_drain, drain
+        self._sockets, self._settings = sockets, settings
         self.greeting: Callable[[], None] = lambda: None
         self.failed = ""
-        self.stopping = False
-        counts = {api.api_path: n for api, n in workers}
+        self.stopping = self.draining = self.gave_up = False
+        self._counts = {api.api_path: n for api, n in workers}
         # an engine finds its own device: LitServe's accelerator would only ask for torch
-        super().__init__([api for api, _ in workers], accelerator="cpu", devices=1, workers_per_device=counts, restart_workers=True)
+        super().__init__([api for api, _ in workers], accelerator="cpu", devices=1, workers_per_device=self._counts, restart_workers=True)
         self.monitor_internal = 0.2
-        self.uvicorn_graceful_timeout = math.ceil(max(settings.graceful_timeout, settings.generate_graceful_timeout)) + 8
+        graceful = max(settings.graceful_timeout, settings.generate_graceful_timeout)
+        self.uvicorn_graceful_timeout = math.ceil(settings.drain_delay + graceful) + 8
 
     def register_endpoints(self) -> None:
         """Put our routes on the app instead of LitServe's, without its compression: images are compressed already."""
@@ -99,11 +100,23 @@ class Server(ls.LitServer):
     def verify_worker_status(self) -> None:
         """Return at once: the HTTP process waits for the workers."""
 
+    def launch_inference_worker(self, lit_api: ls.LitAPI) -> list[Any]:
+        """Start all workers of one kind."""
+        return [self._start_worker(lit_api, worker_id) for worker_id in range(self._counts[lit_api.api_path])]
+
     def launch_single_inference_worker(self, lit_api: ls.LitAPI, worker_id: int) -> Any:
         """Restart a worker that died; before the server was ever ready, give up instead."""
-        if not (self.folder / "ready").exists():
+        if not self._sockets.ready():
             self.fail("a worker failed to start; its error is above")
-        return super().launch_single_inference_worker(lit_api, worker_id)
+        return self._start_worker(lit_api, worker_id)
+
+    def _start_worker(self, lit_api: ls.LitAPI, worker_id: int) -> Any:
+        """Start a worker that has one end of a new connection; no other process keeps that, so the other end tells of its death."""
+        assert isinstance(lit_api, Worker)
+        with self._sockets.connect() as lit_api.connection:
+            process = super().launch_single_inference_worker(lit_api, worker_id)
+        lit_api.connection = None
+        return process
 
     def fail(self, why: str) -> None:
         """End the server; ``run`` raises EngineError with the first reason given."""
@@ -113,15 +126,14 @@ class Server(ls.LitServer):
     def _start_server(self, *arguments: Any, **options: Any) -> Any:
         """Start the HTTP process, and end the server should it die: LitServe watches workers only."""
         processes = super()._start_server(*arguments, **options)
-        self._socket.listener.close()  # the HTTP process has a copy: once that is gone, workers must fail to connect
+        self._sockets.forked()
         threading.Thread(target=self._watch, args=(list(processes.values()),), daemon=True, name="watch-http").start()
         return processes
 
     def _watch(self, processes: list[Any]) -> None:
         wait([process.sentinel for process in processes])
         if not self._shutdown_event.is_set():
-            reason = self.folder / "failed"
-            self.fail(reason.read_text(encoding="utf-8") if reason.exists() else "the HTTP process died; the log above may say why")
+            self.fail(self._sockets.failure() or "the HTTP process died; the log above may say why")
 
     def _perform_graceful_shutdown(self, manager: Any, uvicorn_workers: dict[int, Any], *arguments: Any) -> None:
         """Set the shutdown flags first, or LitServe's monitor would restart the terminated workers.
@@ -130,7 +142,6 @@ class Server(ls.LitServer):
         """
         self.stopping = True
         self._shutdown_event.set()
-        self._socket.listener.close()
         alive = {i: process for i, process in uvicorn_workers.items() if process.is_alive()}
         super()._perform_graceful_shutdown(manager, alive, *arguments)
 
@@ -148,11 +159,20 @@ class Server(ls.LitServer):
         draining: list[asyncio.Task[None]] = []
         uvicorn_stops = signal.getsignal(signal.SIGTERM)
 
+        def end() -> None:
+            if not draining and callable(uvicorn_stops):
+                draining.append(loop.create_task(self._end()))
+                uvicorn_stops(signal.SIGTERM, None)  # once: a second SIGINT would have uvicorn cut off what it serves
+
+        def begin(number: int) -> None:
+            """Have /health answer 503, and end after --drain-delay: at once for Ctrl-C, a second signal or a server that has failed."""
+            at_once = number == signal.SIGINT or self.draining or self.gave_up
+            self.draining = True
+            self._begin_drain()
+            loop.call_later(0.0 if at_once else self._settings.drain_delay, end)
+
         def stop(number: int, frame: Any) -> None:
-            if not draining:
-                loop.call_soon_threadsafe(lambda: draining.append(loop.create_task(self._end())))
-            if callable(uvicorn_stops):
-                uvicorn_stops(number, frame)
+            loop.call_soon_threadsafe(begin, number)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
@@ -182,36 +202,14 @@ class Server(ls.LitServer):
 
     def announce(self) -> None:
         """Greet: the server is ready."""
-        (self.folder / "ready").touch()
+        self._sockets.tell("ready")
         self.greeting()
 
     def give_up(self, why: str) -> None:
         """End the server from the HTTP process."""
-        (self.folder / "failed").write_text(why, encoding="utf-8")
+        self.gave_up = True
+        self._sockets.tell(f"{FAILED}{why}")
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-@dataclass(frozen=True)
-class WorkerSocket:
-    """The Unix socket that workers connect to, in a folder that only this user can enter: whoever can write to it is obeyed."""
-
-    folder: Path
-    listener: socket.socket
-
-    @property
-    def address(self) -> str:
-        """The socket's path."""
-        return str(self.folder / "workers")
-
-    @staticmethod
-    def open() -> "WorkerSocket":
-        """Return a new, listening socket; its path may have about a hundred characters, so a long TMPDIR is not used."""
-        base = tempfile.gettempdir()
-        folder = Path(tempfile.mkdtemp(prefix="ebjdat-", dir=base if len(base) < 70 else "/tmp"))
-        opened = WorkerSocket(folder, socket.socket(socket.AF_UNIX))
-        opened.listener.bind(opened.address)
-        opened.listener.listen(64)
-        return opened
 
 
 def run(server: Server, settings: Settings, greeting: Callable[[], None]) -> None:
@@ -253,6 +251,7 @@ def run(server: Server, settings: Settings, greeting: Callable[[], None]) -> Non
             access_log=False,
             proxy_headers=False,  # uvicorn would believe X-Forwarded-For of every client on this machine
             timeout_keep_alive=settings.keep_alive,
+            headers=DEFAULT_HEADERS,
         )
     except KeyboardInterrupt:
         log.info("stopped while starting")
@@ -266,7 +265,6 @@ def run(server: Server, settings: Settings, greeting: Callable[[], None]) -> Non
             child.join(timeout=5)
             if child.is_alive():
                 child.kill()
-        shutil.rmtree(server.folder, ignore_errors=True)
     if server.failed:
         raise EngineError(server.failed)
 

@@ -20,6 +20,7 @@ from ebjdat_serve.server import ipc
 from ebjdat_serve.server.queues.request_queue import RequestQueue, WorkerConnection
 from ebjdat_serve.server.served_model import ServedModel, fingerprint, open_bundle, open_last, store_at
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.worker_sockets import WorkerSockets
 from ebjdat_serve.store import remember
 
 log = logging.getLogger("ebjdat_serve")
@@ -33,14 +34,14 @@ class ModelManager:
     """Decides which bundle is served, and has the workers of all queues open and close bundles."""
 
     def __init__(
-        self, served: ServedModel, settings: Settings, queues: list[RequestQueue], listener: socket.socket, refused: str = ""
+        self, served: ServedModel, settings: Settings, queues: list[RequestQueue], sockets: WorkerSockets, refused: str = ""
     ) -> None:
         """``refused``: why ``served`` is not the current version of the store."""
         self.active = served
         self.started = False
         self.refused: dict[str, str] = {}
         self._store = store_at(settings.model)
-        self._settings, self._listener = settings, listener
+        self._settings, self._sockets = settings, sockets
         self._queues = {queue.kind: queue for queue in queues}
         self._candidate: ServedModel | None = None
         self._candidate_since = 0.0
@@ -49,7 +50,7 @@ class ModelManager:
         self._seen = fingerprint(served.bundle.path, self._store)
         if refused:
             self._pass_over(refused)
-        self._remembered = ""
+        self._remembered, self._memorable = "", True
         self._tasks: set[asyncio.Task[Any]] = set()
         self._held: dict[tuple[Path, int], int] = {}  # descriptors that mark bundles as served
 
@@ -82,10 +83,8 @@ class ModelManager:
         ``beside`` fails.
         """
         self._announce, self._give_up = announce, give_up
-        # a task of ours for each worker: asyncio would log those of its own that are cancelled at the end
-        server = await asyncio.start_unix_server(lambda *ends: self._start(self._accept(*ends)), sock=self._listener)
         parent = os.getppid()
-        async with server:
+        with self._sockets.accepting(lambda connection: self._start(self._accept(connection))):
             for queue in self._queues.values():
                 self._start(queue.watch())
             for work in beside:
@@ -112,8 +111,9 @@ class ModelManager:
 
     # workers ---------------------------------------------------------------------------------------------------------
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, connection: socket.socket) -> None:
         """Serve one worker's connection until it ends."""
+        reader, writer = await asyncio.open_unix_connection(sock=connection)
         worker: WorkerConnection | None = None
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # raised when a worker dies
             hello: ipc.Hello = await ipc.receive(reader)
@@ -231,14 +231,18 @@ class ModelManager:
     async def _remember(self) -> None:
         """Record in the store what is served now, for a restart and for --trust; again when a publisher holds the store, or it was lost."""
         store, served = self._store, self.active
-        if store is None or not self.started or (served.key == self._remembered and (store / SERVED_FILE).exists()):
+        if store is None or not self.started:
+            return
+        if served.key == self._remembered and (not self._memorable or (store / SERVED_FILE).exists()):
             return
         work = partial(remember, store, served.bundle, self._settings.trusted())
         try:
             await asyncio.get_running_loop().run_in_executor(None, work)
+            self._memorable = True
         except Held:
             return
         except EbjdatError as error:
+            self._memorable = False
             log.log(logging.WARNING if self._settings.trust else logging.DEBUG, "what is served is not remembered: %s", error)
         self._remembered = served.key
 

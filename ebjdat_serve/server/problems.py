@@ -6,6 +6,9 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from ebjdat_serve.server.api_docs import prefix_of
+from ebjdat_serve.server.settings import Settings
+
 TITLES = {
     400: "Bad request",
     401: "No valid API key",
@@ -15,6 +18,7 @@ TITLES = {
     408: "Body too slow",
     413: "Too large",
     415: "Unsupported content type",
+    421: "Misdirected request",
     422: "Invalid input",
     429: "Too much at once",
     500: "Internal error",
@@ -32,12 +36,19 @@ class ProblemDocument(BaseModel):
     index: Annotated[int | None, Field(description="of the invalid image in a list; absent otherwise")] = None
 
 
-class Problem(Exception):
-    """An error response: HTTP status, a sentence that names the limit or the fix, headers, and further fields of ProblemDocument."""
+MEDIA_TYPE = "application/problem+json"
+SCHEMA = ProblemDocument.model_json_schema()
 
-    def __init__(self, status: int, detail: str, *, headers: dict[str, str] | None = None, **extra: Any) -> None:
+
+class Problem(Exception):
+    """An error response: HTTP status, a sentence that names the limit or the fix, headers, and further fields of ProblemDocument.
+
+    ``public`` takes the place of a ``detail`` that tells the server's load, which the public profile keeps to itself.
+    """
+
+    def __init__(self, status: int, detail: str, *, headers: dict[str, str] | None = None, public: str = "", **extra: Any) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.headers, self.extra = status, detail, headers, extra
+        self.status, self.detail, self.headers, self.public, self.extra = status, detail, headers, public, extra
 
     def document(self) -> str:
         """Return the ProblemDocument as JSON."""
@@ -46,21 +57,24 @@ class Problem(Exception):
 
     def response(self) -> Response:
         """Return the problem as a response."""
-        return Response(self.document(), self.status, headers=self.headers, media_type="application/problem+json")
+        return Response(self.document(), self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, settings: Settings) -> None:
     """Make every error of ``app`` a problem document."""
+    docs = f"{prefix_of(settings)}/docs"
 
     @app.exception_handler(Problem)
-    async def problem(_: Request, error: Problem) -> Response:
+    async def problem(request: Request, error: Problem) -> Response:
+        if error.public and settings.profile_for(request.scope) == "public":
+            error.detail = error.public
         return error.response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         path = request.scope["path"]
         if error.status_code == 404:
-            return Problem(404, f"no such path {path}; see /docs").response()
+            return Problem(404, f"no such path {path}; see {docs}").response()
         if error.status_code == 405:
             allowed = ", ".join(sorted(methods_of(app, path)))
             return Problem(405, f"{path} does not take {request.method}; use {allowed}", headers={"Allow": allowed}).response()
@@ -68,9 +82,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, __: Exception) -> Response:
-        return Problem(500, "the server failed on this request; its log has the cause").response()
+        # this response passes no middleware
+        detail = "the server failed on this request; its log has the cause"
+        return Problem(500, detail, headers={"Cache-Control": "no-store"}).response()
 
 
 def methods_of(app: FastAPI, path: str) -> set[str]:
-    """Return the methods of every route at ``path``."""
-    return {method for route in app.routes if getattr(route, "path", None) == path for method in getattr(route, "methods", ())}
+    """Return the methods of every route at ``path``; HEAD is where GET is."""
+    methods = {method for route in app.routes if getattr(route, "path", None) == path for method in getattr(route, "methods", ())}
+    return methods | ({"HEAD"} if "GET" in methods else set())

@@ -19,8 +19,13 @@ from ebjdat_serve.verification import Terms
 
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
 BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-MODEL, ADDRESS, CLIENTS, WORKERS, REQUEST, LOAD, CONNECTION, OUTPUT = (
-    "model", "address", "keys and clients", "workers", "limits of one request", "limits under load", "connections and shutdown", "output",
+Profile = Literal["full", "public"]
+"""What answers tell: everything, or what answer/public.py leaves."""
+OPERATE = "operate"
+"""The scope of a key whose answers are full under any profile."""
+MODEL, ADDRESS, CLIENTS, WORKERS, PUBLISHING, REQUEST, LOAD, CONNECTION, OUTPUT = (
+    "model", "address", "keys and clients", "workers", "answers and browsers", "limits of one request", "limits under load",
+    "connections and shutdown", "output",
 )  # fmt: skip
 Header = Literal["x-forwarded-for", "forwarded"]
 SEPARATORS = {Path: ":", str: ","}
@@ -116,6 +121,18 @@ class Settings:
     open_timeout: Annotated[float, seconds(WORKERS, "time to open a new version; TensorRT builds engines for minutes")] = 1200.0
     refresh_interval: Annotated[float, seconds(WORKERS, "time between looks at the store")] = 1.0
 
+    profile: Annotated[Profile, About(PUBLISHING, "public: no energies, p-values or load without a key of scope operate")] = "full"
+    allow_generate: Annotated[bool, About(PUBLISHING, "with --profile public, /generate also of a model of private data")] = False
+    root_path: Annotated[str, About(PUBLISHING, "path prefix under which a proxy serves this server, such as /ebjdat", metavar="PATH")] = ""
+    cors_origin: Annotated[
+        tuple[str, ...],
+        About(PUBLISHING, "origin whose pages may call this server, such as https://example.org, or *; may be repeated", metavar="ORIGIN"),
+    ] = ()
+    allowed_host: Annotated[
+        tuple[str, ...],
+        About(PUBLISHING, "host name that requests may be for, such as api.example.org; may be repeated", shown="any", metavar="HOST"),
+    ] = ()
+
     max_body: Annotated[int, count(REQUEST, "request body; the default holds the largest image as base64", "bytes")] = 22 * 2**20
     max_images: Annotated[int, count(REQUEST, "images in one JSON list", "images")] = 64
     max_samples: Annotated[int, count(REQUEST, "n of one /generate", "images")] = 64
@@ -129,9 +146,16 @@ class Settings:
     max_scale: Annotated[int, count(REQUEST, "scale of a PNG, in its pixels per image pixel", "pixels")] = 16
     max_sheet: Annotated[int, count(REQUEST, "size of one PNG", "pixels")] = 2**24
 
-    classify_queue: Annotated[int, count(LOAD, "requests in progress beyond which /classify and /energy answer 503", "requests")] = 256
-    generate_queue: Annotated[int, count(LOAD, "requests in progress beyond which /generate answers 503", "requests")] = 256
-    generate_chains: Annotated[int, count(LOAD, "chains in progress beyond which /generate answers 429", "chains")] = 128
+    classify_queue: Annotated[
+        int,
+        count(LOAD, "requests in progress of one client, twice as many of all, beyond which /classify and /energy answer 503", "requests"),
+    ] = 256
+    generate_queue: Annotated[
+        int, count(LOAD, "requests in progress of one client, twice as many of all, beyond which /generate answers 503", "requests")
+    ] = 256
+    generate_chains: Annotated[
+        int, count(LOAD, "chains in progress of one client, twice as many of all, beyond which /generate answers 429", "chains")
+    ] = 128
     generate_backlog: Annotated[float, seconds(LOAD, "estimated time of the work in progress beyond which /generate answers 429")] = 60.0
     classify_deadline: Annotated[float, seconds(LOAD, "time until a classify or energy request is answered 504")] = 10.0
     generate_deadline: Annotated[float, seconds(LOAD, "time until a generate request is answered 504")] = 120.0
@@ -143,8 +167,11 @@ class Settings:
     upload_grace: Annotated[float, seconds(CONNECTION, "time after which a body must have come at --min-upload-rate")] = 10.0
     min_upload_rate: Annotated[int, count(CONNECTION, "slowest upload, after --upload-grace", "bytes per second")] = 16 * 2**10
     read_timeout: Annotated[float, seconds(CONNECTION, "time in which a client must read some more of its response")] = 60.0
-    keep_alive: Annotated[float, seconds(CONNECTION, "time that an idle connection is kept open")] = 30.0
+    keep_alive: Annotated[float, seconds(CONNECTION, "time that an idle connection is kept open; longer than proxies keep theirs")] = 75.0
     stream_heartbeat: Annotated[float, seconds(CONNECTION, "silence after which a stream sends a comment")] = 15.0
+    drain_delay: Annotated[
+        float, About(CONNECTION, "time that /health answers 503 after SIGTERM while requests are still accepted", "seconds", at_least=0)
+    ] = 0.0
     graceful_timeout: Annotated[float, seconds(CONNECTION, "time that requests, except /generate, get to end after a stop signal")] = 6.0
     generate_graceful_timeout: Annotated[float, seconds(CONNECTION, "time that /generate requests get to end after a stop signal")] = 50.0
 
@@ -171,6 +198,10 @@ class Settings:
         from ebjdat_serve.signing import trusted_keys  # cryptography costs 100 ms and memory
 
         return trusted_keys(self.trust)
+
+    def profile_for(self, scope: Mapping[str, Any]) -> Profile:
+        """Return the profile of the answer to a request's ASGI scope: a key of scope ``operate`` is told everything."""
+        return "full" if OPERATE in scope.get("scopes", ()) else self.profile
 
 
 @dataclass(frozen=True)
@@ -202,7 +233,7 @@ class Setting:
         """The default as help and docs show it."""
         if self.about.shown or self.type is bool:
             return self.about.shown or "no"
-        return "none" if self.default in ((), None) else f"{self.default:g}" if self.type is float else str(self.default)
+        return "none" if self.default in ((), None, "") else f"{self.default:g}" if self.type is float else str(self.default)
 
     def parse(self, text: str) -> Any:
         """Return the value that a variable's text means; raise EbjdatError that names the variable."""

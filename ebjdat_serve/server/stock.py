@@ -7,6 +7,7 @@ is worth. POST /classify takes {"image": base64} and answers what /classify and 
 
 import base64
 import contextlib
+import logging
 import os
 import signal
 from typing import Any
@@ -135,9 +136,11 @@ def run(settings: Settings) -> None:
     apis: list[ls.LitAPI] = [classify]
     if settings.generate_workers:
         apis.append(StockGenerate(settings, api_path="/generate"))
-    served = open_first(settings)[0]
+    served, refused = open_first(settings)
+    if refused:
+        logging.getLogger("ebjdat_serve").error("%s goes on: %s", served.name, refused)
     server = ls.LitServer(apis, accelerator="cpu", devices=1, timeout=settings.generate_deadline, model_metadata={"model": served.name})
-    api_docs.install(server.app)
+    api_docs.install(server.app, settings)
 
     owner = os.getpid()
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import quote
 
-from fastapi import Response
 from pydantic import Field
 
 from ebjdat_serve import __version__, pixels
@@ -96,8 +95,8 @@ class GenerateAnswers:
             model=self.model.name,
         )
 
-    def sheet(self, result: GeneratedImages) -> Response:
-        """Return the answer with format=png: a grid of all images, with the predictions for them in its headers."""
+    def sheet(self, result: GeneratedImages) -> tuple[bytes, PngHeaders]:
+        """Return the answer with format=png: a grid of all images, and its headers with the predictions for them."""
         job, predictions = self.job, result.predictions
         headers = PngHeaders(
             class_=str(job.label),
@@ -111,8 +110,7 @@ class GenerateAnswers:
             p_value=comma_separated(predictions.p_value),
             model=quote(self.model.name, safe="@-._"),
         )
-        sheet = self._png(pixels.grid(result.image, self.scale), self._seeds())
-        return Response(sheet, media_type="image/png", headers=headers.model_dump())
+        return self._png(pixels.grid(result.image, self.scale), self._seeds()), headers
 
     def preview(self, preview: GeneratePreview) -> GeneratePreviewEvent:
         """Return the data of a preview event."""

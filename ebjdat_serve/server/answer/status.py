@@ -13,9 +13,9 @@ from ebjdat_serve.sgld import Sampler
 
 
 class Health(Schema):
-    """Whether every worker is ready."""
+    """Whether every worker is ready, and no stop signal has come."""
 
-    status: Literal["ok", "not ready"]
+    status: Literal["ok", "not ready", "stopping"]
 
 
 class Index(Schema):

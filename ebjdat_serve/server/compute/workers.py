@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from abc import abstractmethod
@@ -39,9 +40,10 @@ class Worker(ls.LitAPI):
     kind: ipc.Kind
     functions: tuple[str, ...]  # of the engine, which the self-test covers
 
-    def __init__(self, address: str, settings: Settings, operations: Sequence[Operation]) -> None:
+    def __init__(self, settings: Settings, operations: Sequence[Operation]) -> None:
         super().__init__(api_path=f"/{self.kind}", loop=WorkerLoop())
-        self._address, self._settings = address, settings
+        self.connection: socket.socket | None = None  # to the HTTP process; the main process sets it as it starts this one
+        self._settings = settings
         self.operations = {operation.name: operation.run for operation in operations if operation.kind == self.kind}
 
     def setup(self, device: str) -> None:
@@ -57,7 +59,8 @@ class Worker(ls.LitAPI):
         """Serve until the HTTP process closes the connection."""
         self.models: dict[str, Model] = {}
         self._loading: list[threading.Thread] = []
-        self.channel = ipc.Channel(self._address)
+        assert self.connection
+        self.channel = ipc.Channel(self.connection)
         self.channel.send(ipc.Hello(self.kind, os.getpid()))
         try:
             while True:
@@ -194,10 +197,11 @@ class GenerateWorker(Worker):
     def handle(self, message: Any) -> None:
         """Start or drop a task, or allow its next preview."""
         match message:
-            case ipc.Request(number, key, operation, payload) if operation in self.operations:
+            case ipc.Request(number, key, operation, payload, client) if operation in self.operations:
                 if not self.scheduler.groups:
                     self.steps_taken, self.rate_since = 0, time.monotonic()  # idle time does not count for the rate
                 task: ChainTask = self.operations[operation](self.models[key], payload)
+                task.group.client = client
                 self.tasks[number], self.numbers[task.group] = task, number
                 self.scheduler.join(task.group)
             case ipc.Cancel(number) if number in self.tasks:  # it may have been answered meanwhile

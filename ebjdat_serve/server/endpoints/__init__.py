@@ -1,6 +1,6 @@
 """The endpoints: a new one is a handler and an operation, in a module of this package, and a line here."""
 
-from ebjdat_serve.server.endpoints.generate import GENERATE_GET, GENERATE_POST
+from ebjdat_serve.server.endpoints.generate import GENERATE_GET, GENERATE_HEAD, GENERATE_POST
 from ebjdat_serve.server.endpoints.predict import CLASSIFY, ENERGY
 from ebjdat_serve.server.endpoints.status import HEALTH, INDEX, INFO
 
@@ -8,6 +8,7 @@ ENDPOINTS = [
     CLASSIFY,
     ENERGY,
     GENERATE_GET,
+    GENERATE_HEAD,
     GENERATE_POST,
     HEALTH,
     INFO,

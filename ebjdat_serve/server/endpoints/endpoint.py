@@ -14,20 +14,26 @@ from starlette.routing import request_response
 from ebjdat_serve import __version__
 from ebjdat_serve.keys import Scope
 from ebjdat_serve.server import api_docs, problems
+from ebjdat_serve.server.answer.headers import ResponseHeadersMiddleware
+from ebjdat_serve.server.answer.images import PngHeaders
 from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.model_manager import ModelManager
+from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueue
-from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware, HeadMiddleware
+from ebjdat_serve.server.read import browsers
+from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware
 from ebjdat_serve.server.read.bodies import decode_upload, read_upload
+from ebjdat_serve.server.read.head import HeadMiddleware
 from ebjdat_serve.server.read.http_protocol import connections
+from ebjdat_serve.server.read.root_path import RootPathMiddleware
 from ebjdat_serve.server.served_model import ServedModel
-from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.settings import OPERATE, Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"model": problems.ProblemDocument, "description": problems.TITLES[code]}
-    for code in (400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
+    code: {"content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}, "description": problems.TITLES[code]}
+    for code in (400, 401, 403, 408, 413, 415, 421, 422, 429, 500, 503, 504)
 }
 
 BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
@@ -77,6 +83,7 @@ class Service:
         self.manager, self.settings, self.access = manager, settings, access
         self.classify_queue, self.generate_queue = classify, generate
         self.endpoints = endpoints
+        self.draining = False  # a stop signal has come
         # two pools: large sheets delay no image that is to be decoded
         self.decoders, self.encoders = (ThreadPoolExecutor(2, thread_name_prefix=name) for name in ("decode", "encode"))
 
@@ -86,14 +93,19 @@ class Service:
         Raises Problem for whatever is wrong with the request, and when it cannot be answered in time.
         """
         queue = self.classify_queue
-        queue.check_room()  # before the body is read; a slow body takes no slot
+        client = request.scope["client"]
+        queue.check_room(client)  # before the body is read; a slow body takes no slot
         with contextlib.ExitStack() as stack:
             async with read_upload(request, self.settings) as upload:
                 model = self.manager.active
-                deadline = stack.enter_context(queue.slot(model.key))
+                deadline = stack.enter_context(queue.slot(model.key, client))
                 images, listed = await decode_upload(request, upload, model.bundle.manifest.input, self.settings, self.decoders)
-            value = await queue.submit(PendingRequest(model.key, operation.name, images, request, deadline))
+            value = await queue.submit(PendingRequest(model.key, operation.name, images, request, client, deadline))
             return ImageResult(value, listed, model)
+
+    def begin_drain(self) -> None:
+        """Have /health answer 503 from now on, and connections end after their next response."""
+        self.draining = True
 
     async def drain(self) -> None:
         """Wait for the requests in progress, longer for /generate than for others; then fail those that are left."""
@@ -121,10 +133,13 @@ class Service:
     def install(self, app: FastAPI) -> None:
         """Add the endpoints, middleware and error pages to ``app``."""
         app.title, app.version = "ebjdat_serve", __version__
-        problems.install(app)
-        api_docs.install(app)
-        app.add_middleware(HeadMiddleware, paths={*api_docs.PATHS, *(one.path for one in self.endpoints if one.takes_head)})
+        problems.install(app, self.settings)
+        api_docs.install(app, self.settings)
+        app.add_middleware(HeadMiddleware, own={one.path for one in self.endpoints if one.operations})
         app.add_middleware(ApiKeyMiddleware, access=self.access, scopes=self.scopes())
+        browsers.install(app, self.settings, exposed=[field.alias or name for name, field in PngHeaders.model_fields.items()])
+        app.add_middleware(ResponseHeadersMiddleware, draining=lambda: self.draining)
+        app.add_middleware(RootPathMiddleware, settings=self.settings)
         for endpoint in self.endpoints:
             endpoint.install(app, self)
 
@@ -137,6 +152,7 @@ class Endpoint:
     """A path, its handler, the operations that the handler has workers run, and what the OpenAPI document says of it.
 
     The handler's docstring is the description; ``answer`` is the schema of a 200, ``responses`` are further ones by status.
+    ``public_answer`` and ``public_responses`` are those of the public profile, which answers 403 where there is no ``public_answer``.
     """
 
     path: str
@@ -145,20 +161,26 @@ class Endpoint:
     method: str = "POST"
     operations: Sequence[Operation] = ()
     responses: Mapping[int | str, dict[str, Any]] = field(default_factory=lambda: ERRORS)
+    public_answer: Any = None
+    public_responses: Mapping[int | str, dict[str, Any]] | None = None  # None: as ``responses``
     openapi: Mapping[str, Any] = field(default_factory=dict)
     example: str = ""  # an address to try
     hidden: bool = False  # from the document and the index
     scopes: Collection[Scope] | None = None  # an API key needs one of these, no key if there is none; None: as operations say, or operate
 
     @property
-    def takes_head(self) -> bool:
-        """Whether HEAD is answered as GET: not where workers would compute an answer that nobody reads."""
-        return self.method == "GET" and not self.operations
+    def public(self) -> bool:
+        """Whether the public profile has an answer."""
+        return self.public_answer is not None
 
     def install(self, app: FastAPI, service: Service) -> None:
         """Add the endpoint to ``app``."""
+        documented = service.settings.profile
+        responses = self.public_responses if documented == "public" and self.public_responses is not None else self.responses
 
         async def endpoint(request: Request) -> Response:
+            if not self.public and service.settings.profile_for(request.scope) == "public":
+                raise Problem(403, f"{self.path} is not part of serve --profile public: it takes a key of scope {OPERATE}")
             return await self.handler(service, request)
 
         app.router.add_api_route(
@@ -167,10 +189,10 @@ class Endpoint:
             methods=[self.method],
             name=self.handler.__name__,
             description=self.handler.__doc__,
-            response_model=self.answer,
-            responses=dict(self.responses),
+            response_model=self.answer if documented == "full" else self.public_answer,
+            responses=dict(responses),
             openapi_extra=dict(self.openapi) or None,
-            include_in_schema=not self.hidden,
+            include_in_schema=not self.hidden and (documented == "full" or self.public),
             route_class_override=DirectRoute,
         )
 

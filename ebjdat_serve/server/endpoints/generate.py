@@ -10,6 +10,13 @@ from fastapi.responses import StreamingResponse
 
 from ebjdat_serve.server.answer import Schema, respond
 from ebjdat_serve.server.answer.images import GenerateAnswer, GenerateAnswers, GeneratePreviewEvent, PngHeaders, event
+from ebjdat_serve.server.answer.public import (
+    PublicGenerateAnswer,
+    PublicPngHeaders,
+    PublicPreviewEvent,
+    of_public_data,
+    told,
+)
 from ebjdat_serve.server.compute.generate_task import GENERATE
 from ebjdat_serve.server.endpoints.endpoint import ERRORS, Endpoint, Service
 from ebjdat_serve.server.payloads import GeneratedImages
@@ -17,34 +24,64 @@ from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest
 from ebjdat_serve.server.read.generate_request import GenerateQuery, read_values, validate
+from ebjdat_serve.server.served_model import ServedModel
+from ebjdat_serve.server.settings import Profile, Settings
 
 Made = TypeVar("Made")
+NO_WORKERS = "this server draws nothing: it was started by serve --generate-workers 0"
 
 
 async def generate(service: Service, request: Request) -> Response:
     """Draw images of one class by conditional short-run SGLD, marked as AI-made, as a PNG (grid), as JSON, or as a stream of events."""
     queue, settings = service.generate_queue, service.settings
     if queue is None:
-        raise Problem(404, "this server draws nothing: it was started by serve --generate-workers 0")
+        raise Problem(404, NO_WORKERS)
+    profile, client = settings.profile_for(request.scope), request.scope["client"]
     values = await read_values(request, settings)
     with contextlib.ExitStack() as stack:
         model = service.manager.active
-        deadline = stack.enter_context(queue.slot(model.key))
+        check_data(model, profile, settings)
+        deadline = stack.enter_context(queue.slot(model.key, client))
         wanted = validate(values, model.bundle.manifest, settings)
         stack.enter_context(service.access.chains(request, wanted.job.n))
-        queue.admit(wanted.job)
-        pending = PendingRequest(model.key, GENERATE.name, wanted.job, request, deadline)
+        queue.admit(client, wanted.job)
+        pending = PendingRequest(model.key, GENERATE.name, wanted.job, request, client, deadline)
         stack.enter_context(queue.waiting(pending))
         answers = GenerateAnswers(model, wanted.job, wanted.query.temperature, wanted.query.scale, settings.alpha)
         if wanted.query.stream:
-            return EventStream(events(service, queue, pending, answers), stack.pop_all())
+            return EventStream(events(service, queue, pending, answers, profile), stack.pop_all())
         result: GeneratedImages = await pending.future
         if wanted.query.format == "json":
-            return await in_encoder(service, lambda: respond(answers.document(result)))
-        return await in_encoder(service, lambda: answers.sheet(result))
+            return await in_encoder(service, lambda: respond(told(answers.document(result), profile)))
+        return await in_encoder(service, lambda: png(*answers.sheet(result), profile))
 
 
-async def events(service: Service, queue: GenerateQueue, pending: PendingRequest, answers: GenerateAnswers) -> AsyncIterator[bytes]:
+async def generate_head(service: Service, request: Request) -> Response:
+    """Check a request as GET does, and draw nothing."""
+    if service.generate_queue is None:
+        raise Problem(404, NO_WORKERS)
+    model = service.manager.active
+    check_data(model, service.settings.profile_for(request.scope), service.settings)
+    query = validate(dict(request.query_params), model.bundle.manifest, service.settings).query
+    kind = "text/event-stream" if query.stream else "application/json" if query.format == "json" else "image/png"
+    return Response(media_type=kind)
+
+
+def check_data(model: ServedModel, profile: Profile, settings: Settings) -> None:
+    """Raise Problem 403 when the profile tells nothing of the training set, which generated images do."""
+    if profile == "public" and not settings.allow_generate and not of_public_data(model.bundle.manifest.provenance):
+        detail = f"{model.name} was not trained on public data alone, and its images tell what it was trained on"
+        raise Problem(403, f"{detail}; serve --allow-generate allows /generate under --profile public")
+
+
+def png(sheet: bytes, headers: PngHeaders, profile: Profile) -> Response:
+    """Return a PNG with what a profile tells of it in its headers."""
+    return Response(sheet, media_type="image/png", headers=told(headers, profile).model_dump())
+
+
+async def events(
+    service: Service, queue: GenerateQueue, pending: PendingRequest, answers: GenerateAnswers, profile: Profile
+) -> AsyncIterator[bytes]:
     """Yield the newest preview whenever the client has received the last one, then the images, or the error."""
     yield b": drawing\n\n"
     while not pending.future.done():
@@ -57,17 +94,17 @@ async def events(service: Service, queue: GenerateQueue, pending: PendingRequest
         pending.changed.clear()
         if pending.preview and not pending.future.done():
             preview, pending.preview = pending.preview, None
-            yield await in_encoder(service, encode_event("preview", answers.preview, preview))
+            yield await in_encoder(service, encode_event("preview", answers.preview, preview, profile))
             queue.preview_taken(pending)
     try:
-        yield await in_encoder(service, encode_event("done", answers.document, pending.future.result()))
+        yield await in_encoder(service, encode_event("done", answers.document, pending.future.result(), profile))
     except Problem as problem:
         yield event("error", problem.document())
 
 
-def encode_event(kind: str, make: Callable[[Any], Schema], value: Any) -> Callable[[], bytes]:
+def encode_event(kind: str, make: Callable[[Any], Schema], value: Any, profile: Profile) -> Callable[[], bytes]:
     """Return a function that makes the event of a preview or a result."""
-    return lambda: event(kind, make(value).model_dump_json())
+    return lambda: event(kind, told(make(value), profile).model_dump_json())
 
 
 async def in_encoder(service: Service, make: Callable[[], Made]) -> Made:
@@ -92,24 +129,37 @@ QUERY = GenerateQuery.model_json_schema()
 PARAMETERS = [
     {"name": name, "in": "query", "required": name in QUERY["required"], "schema": schema} for name, schema in QUERY["properties"].items()
 ]
-PNG_HEADERS = {
-    name: {"schema": {"type": schema["type"]}, "description": schema.get("description", "")}
-    for name, schema in PngHeaders.model_json_schema(mode="serialization")["properties"].items()
-}
-IMAGES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {
-            "image/png": {"schema": {"type": "string", "format": "binary"}},
-            "text/event-stream": {"schema": GeneratePreviewEvent.model_json_schema()},
-        },
-        "headers": PNG_HEADERS,
-        "description": "a PNG, JSON with format=json, or events with stream=true: preview, then done, which has what format=json answers",
+DRAWINGS = "a PNG, JSON with format=json, or events with stream=true: preview, then done, which has what format=json answers"
+
+
+def drawings(headers: type[Schema], preview: type[Schema]) -> dict[int | str, dict[str, Any]]:
+    """Return what the OpenAPI document says of a 200 beside its JSON: headers of a PNG, and events."""
+    properties = headers.model_json_schema(mode="serialization")["properties"]
+    return {
+        200: {
+            "content": {
+                "image/png": {"schema": {"type": "string", "format": "binary"}},
+                "text/event-stream": {"schema": preview.model_json_schema()},
+            },
+            "headers": {
+                name: {"schema": {"type": schema["type"]}, "description": schema.get("description", "")}
+                for name, schema in properties.items()
+            },
+            "description": DRAWINGS,
+        }
     }
-}
+
+
 SHARED: dict[str, Any] = {
-    "answer": GenerateAnswer, "operations": [GENERATE], "responses": {**ERRORS, **IMAGES}, "example": "/generate?class=3",
-}  # fmt: skip
+    "answer": GenerateAnswer,
+    "public_answer": PublicGenerateAnswer,
+    "operations": [GENERATE],
+    "responses": {**ERRORS, **drawings(PngHeaders, GeneratePreviewEvent)},
+    "public_responses": {**ERRORS, **drawings(PublicPngHeaders, PublicPreviewEvent)},
+    "example": "/generate?class=3",
+}
 GENERATE_GET = Endpoint("/generate", generate, method="GET", openapi={"parameters": PARAMETERS}, **SHARED)
+GENERATE_HEAD = Endpoint("/generate", generate_head, method="HEAD", public_answer=PublicGenerateAnswer, operations=[GENERATE], hidden=True)
 GENERATE_POST = Endpoint(
     "/generate",
     generate,

@@ -11,6 +11,7 @@ from ebjdat_serve.server.answer.predictions import (
     classify_answer,
     energy_answer,
 )
+from ebjdat_serve.server.answer.public import PublicClassifyAnswer, PublicClassifyList, told
 from ebjdat_serve.server.compute.model import PREDICT
 from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint, Service
 
@@ -18,7 +19,8 @@ from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint, Service
 async def classify(service: Service, request: Request) -> Response:
     """Return the class, its probability, the energy and whether it is suspicious, of one image or of a list."""
     result = await service.run_on_images(request, PREDICT)
-    return respond(classify_answer(result.value, result.listed, result.model, service.settings.alpha))
+    answer = classify_answer(result.value, result.listed, result.model, service.settings.alpha)
+    return respond(told(answer, service.settings.profile_for(request.scope)))
 
 
 async def energy(service: Service, request: Request) -> Response:
@@ -27,5 +29,12 @@ async def energy(service: Service, request: Request) -> Response:
     return respond(energy_answer(result.value, result.listed, result.model, service.settings.alpha))
 
 
-CLASSIFY = Endpoint("/classify", classify, ClassifyAnswer | ClassifyList, operations=[PREDICT], openapi=IMAGE_BODY)
+CLASSIFY = Endpoint(
+    "/classify",
+    classify,
+    ClassifyAnswer | ClassifyList,
+    public_answer=PublicClassifyAnswer | PublicClassifyList,
+    operations=[PREDICT],
+    openapi=IMAGE_BODY,
+)
 ENERGY = Endpoint("/energy", energy, EnergyAnswer | EnergyList, operations=[PREDICT], openapi=IMAGE_BODY)

@@ -4,29 +4,32 @@ from fastapi import Request, Response
 
 from ebjdat_serve.keys import SCOPES
 from ebjdat_serve.server.answer import respond
+from ebjdat_serve.server.answer.public import PublicInfo, told
 from ebjdat_serve.server.answer.status import ClassifyLoad, GenerateLoad, Health, Index, Info, Load, info_answer
+from ebjdat_serve.server.api_docs import prefix_of
 from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
 from ebjdat_serve.server.read.generate_request import max_steps
 
 
 async def health(service: Service, request: Request) -> Response:
-    """Return ok when every worker is ready."""
+    """Return ok when every worker is ready, and until a stop signal."""
+    if service.draining:
+        return respond(Health(status="stopping"), 503)
     return respond(Health(status="ok")) if service.manager.ready() else respond(Health(status="not ready"), 503)
 
 
 async def info(service: Service, request: Request) -> Response:
     """Return the model, what runs it, the limits, what is in progress, and the measured figures."""
     served = service.manager.active
-    return respond(
-        info_answer(
-            served,
-            service.settings,
-            steps=max_steps(served.bundle.manifest, service.settings),
-            engine_info=service.manager.engine_info(),
-            load=load(service),
-            refresh=service.manager.refresh_status(),
-        )
+    answer = info_answer(
+        served,
+        service.settings,
+        steps=max_steps(served.bundle.manifest, service.settings),
+        engine_info=service.manager.engine_info(),
+        load=load(service),
+        refresh=service.manager.refresh_status(),
     )
+    return respond(told(answer, service.settings.profile_for(request.scope)))
 
 
 def load(service: Service) -> Load:
@@ -51,11 +54,13 @@ def load(service: Service) -> Load:
 async def index(service: Service, request: Request) -> Response:
     """Return where to go from here."""
     kinds = {queue.kind for queue in (service.classify_queue, service.generate_queue) if queue}
-    offered = [one for one in service.endpoints if not one.hidden and all(operation.kind in kinds for operation in one.operations)]
-    paths = [*dict.fromkeys(one.example or one.path for one in offered), "/docs"]
+    profile, prefix = service.settings.profile_for(request.scope), prefix_of(service.settings)
+    listed = [one for one in service.endpoints if not one.hidden and (profile == "full" or one.public)]
+    offered = [one for one in listed if all(operation.kind in kinds for operation in one.operations)]
+    paths = [prefix + path for path in [*dict.fromkeys(one.example or one.path for one in offered), "/docs"]]
     return respond(Index(model=service.manager.active.name, paths=paths))
 
 
-HEALTH = Endpoint("/health", health, Health, method="GET", responses={503: {"model": Health}}, scopes=())
-INFO = Endpoint("/info", info, Info, method="GET", responses={})
-INDEX = Endpoint("/", index, Index, method="GET", responses={}, hidden=True, scopes=SCOPES)
+HEALTH = Endpoint("/health", health, Health, public_answer=Health, method="GET", responses={503: {"model": Health}}, scopes=())
+INFO = Endpoint("/info", info, Info, public_answer=PublicInfo, method="GET", responses={})
+INDEX = Endpoint("/", index, Index, public_answer=Index, method="GET", responses={}, hidden=True, scopes=SCOPES)

@@ -1,16 +1,18 @@
-"""Images that wait for a forward pass: requests for the same operation and bundle share a batch."""
+"""Images that wait for a forward pass: requests for the same operation and bundle share a batch, and clients take turns in it."""
 
 import asyncio
-from collections import deque
 from typing import Any
 
 import numpy as np
 
+from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueue, WorkerConnection
 
 DEPTH = 2
 """Batches in flight per worker, so that the next is there when one is finished."""
+Use = tuple[str, str]
+"""What a batch is for: a bundle and an operation."""
 
 
 class ClassifyQueue(RequestQueue):
@@ -20,19 +22,24 @@ class ClassifyQueue(RequestQueue):
 
     def __init__(self, *, workers: int, size: int, deadline: float, worker_timeout: float, max_batch: int) -> None:
         super().__init__(workers=workers, size=size, deadline=deadline, worker_timeout=worker_timeout)
-        self._waiting: deque[PendingRequest] = deque()
+        self._waiting: dict[Use, FairQueue[PendingRequest]] = {}  # none is empty
+        self._numbers_waiting: dict[PendingRequest, int] = {}  # by which a request is taken back
         self._max_batch = max_batch
         self._scheduled = False
 
     def enqueue(self, pending: PendingRequest) -> None:
         """Wait at least until the event loop has read what else has come."""
-        self._waiting.append(pending)
+        queue = self._waiting.setdefault((pending.key, pending.operation), FairQueue())
+        self._numbers_waiting[pending] = queue.push(pending.client, pending, len(pending.payload))
         self._schedule()
 
     def withdraw(self, pending: PendingRequest) -> None:
         """Drop a request that waits; a batch in flight is computed to its end, some milliseconds."""
-        if pending in self._waiting:
-            self._waiting.remove(pending)
+        number = self._numbers_waiting.pop(pending, None)
+        if number is not None:
+            use = pending.key, pending.operation
+            self._waiting[use].remove(number)
+            self._drop_if_empty(use)
             self._schedule()
 
     def resolve(self, requests: list[PendingRequest], value: Any) -> None:
@@ -59,22 +66,32 @@ class ClassifyQueue(RequestQueue):
     def _dispatch(self) -> None:
         self._scheduled = False
         # by bundle: one that no worker has open keeps nobody else waiting
-        for key, operation in dict.fromkeys((pending.key, pending.operation) for pending in self._waiting):
-            while waiting := [pending for pending in self._waiting if (pending.key, pending.operation) == (key, operation)]:
-                free = [worker for worker in self.workers if key in worker.loaded and len(worker.in_flight) < DEPTH]
-                if not free:
-                    break
-                worker = min(free, key=lambda worker: len(worker.in_flight))
-                number, batch = next(self._numbers), self._batch(waiting)
-                worker.in_flight[number] = batch
-                images = np.concatenate([pending.payload for pending in batch]) if len(batch) > 1 else batch[0].payload
-                worker.send(ipc.Request(number, key, operation, images))
+        while ready := [
+            (first.since, use, worker)
+            for use, waiting in self._waiting.items()
+            if (first := waiting.peek()) and (worker := self._free_worker(use))
+        ]:
+            _, use, worker = min(ready, key=lambda one: one[0])
+            number, batch = next(self._numbers), self._batch(use)
+            worker.in_flight[number] = batch
+            images = np.concatenate([pending.payload for pending in batch]) if len(batch) > 1 else batch[0].payload
+            worker.send(ipc.Request(number, *use, images))
 
-    def _batch(self, waiting: list[PendingRequest]) -> list[PendingRequest]:
+    def _free_worker(self, use: Use) -> WorkerConnection | None:
+        """Return the idlest worker that has the bundle open and takes another batch."""
+        free = [worker for worker in self.workers if use[0] in worker.loaded and len(worker.in_flight) < DEPTH]
+        return min(free, key=lambda worker: len(worker.in_flight), default=None)
+
+    def _batch(self, use: Use) -> list[PendingRequest]:
         """Take as many requests as one batch holds, at least one."""
-        size, n = len(waiting[0].payload), 1
-        while n < len(waiting) and size + len(waiting[n].payload) <= self._max_batch:
-            size, n = size + len(waiting[n].payload), n + 1
-        taken = set(map(id, waiting[:n]))
-        self._waiting = deque(pending for pending in self._waiting if id(pending) not in taken)
-        return waiting[:n]
+        waiting, batch, size = self._waiting[use], list[PendingRequest](), 0
+        while (pending := waiting.peek()) and (not batch or size + len(pending.payload) <= self._max_batch):
+            batch.append(waiting.pop())
+            size += len(pending.payload)
+            del self._numbers_waiting[pending]
+        self._drop_if_empty(use)
+        return batch
+
+    def _drop_if_empty(self, use: Use) -> None:
+        if not self._waiting[use]:
+            del self._waiting[use]

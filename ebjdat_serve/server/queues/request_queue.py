@@ -1,4 +1,4 @@
-"""Requests that wait for one kind of worker: bounded, with a deadline each, and cancelled when their client leaves."""
+"""Requests that wait for one kind of worker: bounded in all and by client, with a deadline each, cancelled when their client leaves."""
 
 import asyncio
 import contextlib
@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import Request
 
+from ebjdat_serve.fairness import may_hold
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.problems import Problem
 
@@ -25,12 +26,16 @@ POLL_SECONDS = 0.1
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A request that waits for its result; ``key`` is the bundle it was read for, ``deadline`` a time of time.monotonic()."""
+    """A request that waits for its result.
+
+    ``key`` is the bundle it was read for, ``client`` is who it is counted for, ``deadline`` is a time of time.monotonic().
+    """
 
     key: str
     operation: str
     payload: Any
     request: Request
+    client: str
     deadline: float
     future: "asyncio.Future[Any]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     since: float = field(default_factory=time.monotonic)
@@ -68,7 +73,11 @@ class WorkerConnection:
 
 
 class RequestQueue(ABC):
-    """What both queues share: slots, deadlines, clients that leave, workers that die or hang."""
+    """What both queues share: slots, deadlines, clients that leave, workers that die or hang.
+
+    A client has ``size`` slots while no other has any. All clients have twice as many together, and each as many as are left free
+    (``fairness.may_hold``), so one that takes all it may leaves places for others.
+    """
 
     kind: ipc.Kind
 
@@ -76,7 +85,7 @@ class RequestQueue(ABC):
         self._worker_count, self._size, self._deadline, self._worker_timeout = workers, size, deadline, worker_timeout
         self.workers: list[WorkerConnection] = []
         self.pending: set[PendingRequest] = set()
-        self.active = 0  # requests that hold a slot
+        self.slots: Counter[str] = Counter()  # requests that hold one, by client
         self.uses: Counter[str] = Counter()  # of them, by the bundle they are read for
         self.closed = ""
         self._numbers = itertools.count(1)
@@ -85,25 +94,32 @@ class RequestQueue(ABC):
         """Return whether every worker has the bundle open."""
         return sum(key in worker.loaded for worker in self.workers) >= self._worker_count
 
-    def check_room(self) -> None:
-        """Raise Problem 503 when every slot is taken."""
-        if self.active >= self._size:
-            detail = f"{self._size} requests are already waiting (serve --{self.kind}-queue); try again in a second"
+    @property
+    def active(self) -> int:
+        """Requests that hold a slot."""
+        return self.slots.total()
+
+    def check_room(self, client: str) -> None:
+        """Raise Problem 503 when ``client`` has all slots that it may have now."""
+        if not may_hold(self.slots, client, 1, 2 * self._size):
+            detail = f"{self.slots[client]} of your requests are waiting and no more may (serve --{self.kind}-queue); try again in a second"
             raise Problem(503, detail, headers={"Retry-After": "1"})
 
     @contextlib.contextmanager
-    def slot(self, key: str) -> Iterator[float]:
+    def slot(self, key: str, client: str) -> Iterator[float]:
         """Hold a slot and the bundle ``key``, from the end of the body to the response; give the deadline.
 
-        Raises Problem 503 when every slot is taken.
+        Raises Problem 503 when ``client`` has all slots that it may have now.
         """
-        self.check_room()
-        self.active += 1
+        self.check_room(client)
+        self.slots[client] += 1
         self.uses[key] += 1
         try:
             yield time.monotonic() + self._deadline
         finally:
-            self.active -= 1
+            self.slots[client] -= 1
+            if not self.slots[client]:
+                del self.slots[client]
             self.uses[key] -= 1
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Middleware that decides, before a body is read, who sends a request, whether its API key allows it, and how much of it; and for HEAD.
+"""Middleware that decides, before a body is read, who sends a request, whether its API key allows it, and how much of it.
 
 LitServe's own check of LIT_SERVER_API_KEY would leave our routes open, close the probes, and compare with !=.
 """
@@ -53,19 +53,6 @@ class Access:
     def chains(self, request: Request, n: int) -> AbstractContextManager[None]:
         """Count ``n`` chains of the client that sends ``request`` until the block ends; raise Problem 429 beyond its limit."""
         return self.counts.held(request.scope["client"], "chains", request.scope["limits"], n)
-
-
-class HeadMiddleware:
-    """Answers HEAD, which load balancers probe with, as GET without a body, on ``paths``."""
-
-    def __init__(self, app: ASGI, paths: Collection[str]) -> None:
-        self._app, self._paths = app, paths
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass HEAD on as GET; uvicorn sends no body in response to HEAD."""
-        if scope["type"] == "http" and scope["method"] == "HEAD" and scope["path"] in self._paths:
-            scope = {**scope, "method": "GET"}
-        return await self._app(scope, receive, send)
 
 
 class ApiKeyMiddleware:
