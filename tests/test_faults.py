@@ -414,8 +414,8 @@ def closed_after(client, seconds=20):
 @pytest.mark.parametrize(
     ("sent", "at_least", "answered"),
     [
-        (b"GET /health HT", 0.9, b""),
-        (b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 3000 + b"\r\n\r\n", 0, b""),
+        (b"GET /health HT", 0.9, b"HTTP/1.1 408"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 3000 + b"\r\n\r\n", 0, b"HTTP/1.1 431"),
         (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", 1.9, b"HTTP/1.1 200"),  # an idle connection: the option wins over the variable
         (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 50_000, 1.9, b"HTTP/1.1 408"),  # half a body
     ],

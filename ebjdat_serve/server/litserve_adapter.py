@@ -241,6 +241,7 @@ def run(server: Server, settings: Settings, greeting: Callable[[], None]) -> Non
     try:
         server.run(
             http=bounded_protocol(settings),
+            ws="none",  # or uvicorn would hand a connection on to a WebSocket's protocol, which has no bounds
             host=settings.host,
             port=settings.port,
             num_api_servers=1,

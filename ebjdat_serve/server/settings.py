@@ -159,9 +159,15 @@ class Settings:
     generate_backlog: Annotated[float, seconds(LOAD, "estimated time of the work in progress beyond which /generate answers 429")] = 60.0
     classify_deadline: Annotated[float, seconds(LOAD, "time until a classify or energy request is answered 504")] = 10.0
     generate_deadline: Annotated[float, seconds(LOAD, "time until a generate request is answered 504")] = 120.0
-    upload_memory: Annotated[int, count(LOAD, "all bodies in memory, beyond which a large one is answered 503", "bytes")] = 256 * 2**20
+    upload_memory: Annotated[int, count(LOAD, "all bodies and encoded images in memory, beyond which 503", "bytes")] = 256 * 2**20
 
-    max_headers: Annotated[int, count(CONNECTION, "request line and headers", "bytes")] = 64 * 2**10
+    max_connections: Annotated[
+        int, count(CONNECTION, "open connections, fewer where the limit of descriptors asks for it; idle ones make room", "connections")
+    ] = 4096
+    max_connections_per_address: Annotated[
+        int, count(CONNECTION, "open connections of one address other than loopback and trusted proxies; 0: no limit", "connections", 0)
+    ] = 256
+    max_headers: Annotated[int, count(CONNECTION, "request target and headers, and 32 more for each header", "bytes")] = 64 * 2**10
     header_timeout: Annotated[float, seconds(CONNECTION, "time for the headers of a request to arrive")] = 20.0
     body_timeout: Annotated[float, seconds(CONNECTION, "time for a body to arrive")] = 30.0
     upload_grace: Annotated[float, seconds(CONNECTION, "time after which a body must have come at --min-upload-rate")] = 10.0

@@ -24,10 +24,10 @@ from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueue
 from ebjdat_serve.server.read import browsers
 from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware
-from ebjdat_serve.server.read.bodies import decode_upload, read_upload
 from ebjdat_serve.server.read.head import HeadMiddleware
 from ebjdat_serve.server.read.http_protocol import connections
 from ebjdat_serve.server.read.root_path import RootPathMiddleware
+from ebjdat_serve.server.read.uploads import decode_upload, read_upload
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import OPERATE, Settings
 

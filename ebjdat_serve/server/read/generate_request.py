@@ -22,6 +22,8 @@ PREVIEWS = 10
 """Previews of a stream that does not say how many."""
 MAX_BODY = 64 * 1024
 """Bytes of a request body, which holds a few numbers."""
+MAX_FIELDS = 32
+"""Parameters of a query, a form or a JSON object, of which there are eleven."""
 
 
 class GenerateQuery(BaseModel):
@@ -65,6 +67,8 @@ async def read_values(request: Request, settings: Settings) -> dict[str, Any]:
 
     Raises Problem: 400 not JSON, 413 too large, 415 another content type, 422 no object.
     """
+    if request.scope["query_string"].count(b"&") >= MAX_FIELDS:
+        raise Problem(422, f"the query may have {MAX_FIELDS} parameters")
     values: dict[str, Any] = dict(request.query_params)
     if request.method == "POST":
         async with read_body(request, MAX_BODY, settings) as body:
@@ -76,12 +80,17 @@ def parse_body(request: Request, body: bytes | bytearray) -> dict[str, Any]:
     """Return the body of a POST as an object."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/x-www-form-urlencoded":  # curl -d class=3
-        return dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True))
+        try:
+            return dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS))
+        except ValueError:
+            raise Problem(422, f"the form may have {MAX_FIELDS} fields") from None
     if kind != "application/json":
         raise Problem(415, f"content type {kind!r} is not accepted; send application/json, a form, or query parameters and no body")
     found = parse_json(body)
     if not isinstance(found, dict):
         raise Problem(422, 'send a JSON object such as {"class": 3, "n": 4}')
+    if len(found) > MAX_FIELDS:
+        raise Problem(422, f"the JSON object may have {MAX_FIELDS} fields")
     return found
 
 

@@ -1,0 +1,295 @@
+"""Encoded images in request bodies: as they are, in a form, or in JSON as base64. What grows with a body is parsed in slices.
+
+The event loop has its turns between the slices; docs/security.md has how long they take.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from ebjdat_serve.bundle import Input
+from ebjdat_serve.errors import InvalidImage
+from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS, Pixels, load, peek
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.read.bodies import BodyMemory, parse_json, read_body
+from ebjdat_serve.server.settings import Settings
+
+RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")  # the last is curl --data-binary's own
+ACCEPTED = "an image body, multipart/form-data with a field image, or application/json with image or images (base64)"
+INLINE_PIXELS, INLINE_BYTES = 2**16, 2**18
+"""Pixels and bytes of a request that are decoded in the event loop: this takes milliseconds, tens of them for hostile bytes."""
+SMALL_DOCUMENT = 2**16
+"""Bytes of a JSON body that is parsed at once, in about a millisecond."""
+SLICE = 2**16
+"""Bytes of base64 that are decoded before the event loop has its turn."""
+SEARCHED = 2**21
+"""Bytes that are searched for a quote before the event loop has its turn."""
+FORM_SLICE = 2**13
+"""Bytes of a form, which is parsed in Python, before the event loop has its turn."""
+WHITE_SPACE = b" \t\r\n\f\v"
+
+
+@dataclass
+class Upload:
+    """A request that sends images: its content type without parameters, its body, and what it holds of the memory for bodies."""
+
+    kind: str
+    body: bytearray
+    memory: BodyMemory
+
+
+@contextlib.asynccontextmanager
+async def read_upload(request: Request, settings: Settings) -> AsyncIterator[Upload]:
+    """Give the upload of a request that sends images.
+
+    Raises Problem: 408 too slow, 413 too large, 415 another content type, 503 when the memory for bodies is full.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise Problem(415, f"content encoding {encoding[:40]!r} is not accepted; send the body as it is")
+    if not (kind in RAW_TYPES or kind.startswith("image/") or kind in ("multipart/form-data", "application/json")):
+        raise Problem(415, f"content type {kind[:100]!r} is not accepted; send {ACCEPTED}")
+    memory = BodyMemory(settings.upload_memory)
+    async with read_body(request, settings.max_body, settings, memory) as body:
+        yield Upload(kind, body, memory)
+
+
+async def encoded_images(request: Request, upload: Upload, settings: Settings) -> tuple[list[bytearray], bool]:
+    """Return (encoded images, whether they came as a list); the event loop has its turns meanwhile.
+
+    Nothing large is copied at once: to touch 16 MiB of new memory takes tens of milliseconds.
+    Raises Problem: 400 not JSON or no form, 422 without images.
+    """
+    if upload.kind == "application/json":
+        images, listed = await from_json(upload.body, settings.max_images, upload.memory)
+    elif upload.kind == "multipart/form-data":
+        images, listed = [await from_form(request, upload)], False
+    else:
+        return [upload.body], False
+    upload.memory.hold(-len(upload.body))
+    upload.body.clear()
+    return images, listed
+
+
+async def decode_upload(
+    request: Request, upload: Upload, contract: Input, settings: Settings, pool: ThreadPoolExecutor
+) -> tuple[Pixels, bool]:
+    """Return (pixels (n, H, W, 3), whether a list was sent).
+
+    Raises Problem: 400 not JSON or no form, 413 too large, 422 not an image (with its index in a list).
+    """
+    images, listed = await encoded_images(request, upload, settings)
+    run = asyncio.get_running_loop().run_in_executor
+    small = sum(map(len, images)) <= INLINE_BYTES
+    # to hand a small one to another thread would take longer
+    opened = [attempt(peek, one) for one in images] if small else [await run(pool, attempt, peek, one) for one in images]
+    for index, one in enumerate(opened):
+        refuse_invalid(one, index if listed else None)
+    total = sum(one.width * one.height for one in opened)
+    if listed and total > MAX_PIXELS:
+        raise Problem(413, f"the images of one list may have {MAX_PIXELS} pixels in all, these have {total}; send them one by one")
+    if small and total <= INLINE_PIXELS:
+        decoded = [attempt(load, one, contract.height, contract.width) for one in opened]
+    else:
+        decoded = await asyncio.gather(*(run(pool, attempt, load, one, contract.height, contract.width) for one in opened))
+    for index, one in enumerate(decoded):
+        refuse_invalid(one, index if listed else None)
+    return np.stack(decoded), listed
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``function`` returns, or the InvalidImage it raises."""
+    try:
+        return function(*arguments)
+    except InvalidImage as error:
+        return error
+
+
+def refuse_invalid(error: Any, index: int | None) -> None:
+    """Raise the Problem for an image that could not be decoded, if it is one, naming its place in the list."""
+    if not isinstance(error, InvalidImage):
+        return
+    text = str(error)
+    status = 413 if "limit is" in text and index is None else 422
+    if index is None:
+        raise Problem(status, text)
+    raise Problem(422, f"images[{index}]: {text}; nothing was computed", index=index)
+
+
+async def from_json(body: bytearray, max_images: int, memory: BodyMemory) -> tuple[list[bytearray], bool]:
+    """Return (encoded images, whether they came as a list) from {"image": base64} or {"images": [base64, ...]}.
+
+    Of a large document what is around its strings is parsed as one, and the strings are decoded in slices.
+    """
+    shape = f'send {{"image": "<base64>"}} or {{"images": [...]}} with 1 to {max_images} base64 strings, and nothing nested'
+    outline, places = (body, {}) if len(body) <= SMALL_DOCUMENT else await take_out_strings(body, max_images, shape)
+    value = find_images(outline, max_images, shape)
+    listed = isinstance(value, list)
+    images: list[bytearray] = []
+    unseen = 0  # bytes parsed since the event loop had its turn
+    for index, item in enumerate(value if listed else [value]):
+        decoder = Base64Decoder(item, index if listed else None)
+        for text in string_slices(body, *places[item]) if item in places else [item]:
+            decoder.feed(text)
+            memory.hold(decoder.new)
+            unseen += len(text)
+            if unseen >= SLICE:
+                unseen = 0
+                await asyncio.sleep(0)
+        images.append(decoder.finish())
+    return images, listed
+
+
+async def take_out_strings(body: bytearray, max_images: int, shape: str) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return a JSON document with a name in place of each long string, and where the string of each name begins and ends.
+
+    Raises Problem 422 for more than may be around the strings, for more of them, or for a quote within one.
+    """
+    outline, places, at = bytearray(), dict[str, tuple[int, int]](), 0
+    secret = secrets.token_hex(8)  # no document can hold such a name
+    for _ in range(max_images + 2):  # one of them is the key, one is too many
+        start = await find_quote(body, at)
+        end = await find_quote(body, start + 1)
+        if start < 0 or end < 0:
+            break
+        if start - at > SLICE or body[end - 1 : end] == b"\\":
+            raise Problem(422, shape)
+        name = f"{secret} {len(places)}"
+        long = end - start > 2 * len(name)
+        outline += body[at:start] + (f'"{name}"'.encode() if long else body[start : end + 1])
+        if long:
+            places[name] = (start + 1, end)
+        at = end + 1
+    if len(body) - at > SLICE:
+        raise Problem(422, shape)
+    return bytes(outline + body[at:]), places
+
+
+async def find_quote(body: bytearray, at: int) -> int:
+    """Return where the next quote is from a place on, -1 if there is none."""
+    for start in range(at, len(body), SEARCHED):
+        if (found := body.find(b'"', start, start + SEARCHED)) >= 0:
+            return found
+        await asyncio.sleep(0)
+    return -1
+
+
+def find_images(document: bytes | bytearray, max_images: int, shape: str) -> Any:
+    """Return the value of image, or the list that is the value of images; raise Problem 400 or 422 where a document holds neither."""
+    if document.count(b"[") + document.count(b"{") > 2 or document.count(b",") > 2 * max_images:
+        raise Problem(422, shape)
+    found = parse_json(document)
+    if not isinstance(found, dict) or len(found) != 1 or next(iter(found)) not in ("image", "images"):
+        raise Problem(422, 'send {"image": "<base64>"} or {"images": ["<base64>", ...]}, and no other key')
+    if "image" in found:
+        if isinstance(found["image"], list):
+            raise Problem(422, "image must be a base64 string, not list")
+        return found["image"]
+    items = found["images"]
+    if not isinstance(items, list) or not 1 <= len(items) <= max_images:
+        raise Problem(422, f"images must be a list of 1 to {max_images} base64 strings")
+    return items
+
+
+def string_slices(body: bytearray, start: int, end: int) -> Iterator[str]:
+    """Yield the text of the JSON string between two places of a document, in slices. Raises Problem 400."""
+    while start < end:
+        piece = body[start : min(start + SLICE, end)]
+        if start + len(piece) < end and (escape := piece.rfind(b"\\", len(piece) - 6)) >= 0:
+            del piece[escape:]  # an escape may go on in the next slice
+        start += len(piece)
+        try:
+            yield json.loads(f'"{piece.decode()}"')
+        except ValueError as error:
+            raise Problem(400, f"the body is not valid JSON: {error}") from None
+
+
+class Base64Decoder:
+    """Decodes base64 of the standard alphabet, with padding, with or without a data: prefix; white space is skipped.
+
+    Raises Problem 422, with the index of the image in a list.
+    """
+
+    def __init__(self, value: Any, index: int | None) -> None:
+        self._place = "image" if index is None else f"images[{index}]"
+        self._extra: dict[str, Any] = {} if index is None else {"index": index}
+        if not isinstance(value, str):
+            raise Problem(422, f"{self._place} must be a base64 string, not {type(value).__name__}", **self._extra)
+        self._decoded, self._rest, self._begun, self._padded = bytearray(), b"", False, False
+        self.new = 0  # bytes that the last text brought
+
+    def feed(self, text: str) -> None:
+        """Decode some more; the prefix must be whole in the first text."""
+        if not self._begun and text.startswith("data:"):
+            text = text.partition(",")[2]
+        self._begun = True
+        try:
+            data = text.encode("ascii").translate(None, WHITE_SPACE)
+            if data and self._padded:
+                raise ValueError("base64 goes on after its padding")
+            data = self._rest + data
+            whole = len(data) - len(data) % 4
+            decoded = base64.b64decode(data[:whole], validate=True)
+        except ValueError:
+            self._refuse()
+        self._rest, self._padded = data[whole:], data[:whole].endswith(b"=")
+        self._decoded += decoded
+        self.new = len(decoded)
+
+    def finish(self) -> bytearray:
+        """Return the bytes."""
+        if self._rest:
+            self._refuse()
+        return self._decoded
+
+    def _refuse(self) -> NoReturn:
+        raise Problem(422, f"{self._place} is not base64 of the standard alphabet, with padding", **self._extra) from None
+
+
+class FormParser(MultiPartParser):
+    """Starlette's parser, which would write a file above 1 MiB to a disk, and read it whole."""
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers, stream, max_files=2, max_fields=2, max_part_size=MAX_BYTES + 1)
+        self.file = bytearray()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        """Keep what is a file's."""
+        if self._current_part.file is None:
+            super().on_part_data(data, start, end)
+        else:
+            self.file += data[start:end]
+
+
+async def from_form(request: Request, upload: Upload) -> bytearray:
+    """Return the file of the field ``image`` in a multipart body. Raises Problem 422 or 400."""
+    body = upload.body
+    upload.memory.hold(len(body))  # for the file
+
+    async def slices() -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(body), FORM_SLICE):
+            yield bytes(body[start : start + FORM_SLICE])
+            await asyncio.sleep(0)
+
+    try:
+        parser = FormParser(request.headers, slices())
+        form = await parser.parse()
+    except (MultiPartException, ValueError, KeyError) as error:
+        raise Problem(400, f"the body is not valid multipart/form-data: {error}") from None
+    if [name for name, _ in form.multi_items()] != ["image"]:
+        raise Problem(422, "send exactly one form field, image: curl -F image=@cat.png")
+    if isinstance(form["image"], str):
+        raise Problem(422, "the form field image holds text; send a file: curl -F image=@cat.png")
+    return parser.file
