@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -16,9 +15,11 @@ from ebjdat_serve.console import advice, flush, parser_of, unread
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.keys import VARIABLE
+from ebjdat_serve.verification import Terms
 
 log = logging.getLogger("ebjdat_serve")
 SERVE_EPILOG = "Each option has an environment variable, EBJDAT_ and its name: EBJDAT_PORT for --port. An option wins over its variable."
+ALLOW_OLDER = "also a version older than what the store's servers served last under serve --trust"
 
 OPEN = (
     "whoever reaches this port gets exact energies and p-values, which help an attacker: give clients keys, or serve --profile public "
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
 
     from ebjdat_serve import key_commands
-    from ebjdat_serve.server.settings import SHIPPED, add_arguments
+    from ebjdat_serve.server.settings import SHIPPED, VERIFIED_BY, add_arguments
 
     serve_parser = commands.add_parser(
         "serve", help="serve a bundle, or a store of them, over HTTP", usage="ebjdat-serve serve [OPTIONS] [MODEL]", epilog=SERVE_EPILOG
@@ -61,15 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     publish_parser.add_argument("store", type=Path)
     publish_parser.add_argument("--key", type=Path, help="private key to sign the bundle with")
     publish_parser.add_argument("--force", action="store_true", help="publish even a candidate that a refresh held back")
+    publish_parser.add_argument("--allow-older", action="store_true", help=ALLOW_OLDER)
     publish_parser.set_defaults(command=publish)
     rollback_parser = commands.add_parser("rollback", help="point a store at its previous version, or at a named one")
     rollback_parser.add_argument("store", type=Path)
     rollback_parser.add_argument("version", nargs="?", default="")
+    rollback_parser.add_argument("--allow-older", action="store_true", help=ALLOW_OLDER)
     rollback_parser.set_defaults(command=rollback)
     sign_parser = commands.add_parser("sign", help="sign a bundle's manifest with an ed25519 key")
     sign_parser.add_argument("bundle", type=Path)
     sign_parser.add_argument("--key", type=Path, required=True)
     sign_parser.set_defaults(command=sign)
+    for sub in (publish_parser, rollback_parser, sign_parser):
+        add_arguments(sub, VERIFIED_BY)
     key_commands.add(commands)
 
     for sub in commands.choices.values():
@@ -119,15 +124,27 @@ def serve(options: argparse.Namespace) -> None:
         return
     server, model = build_server(settings)
     url = f"http://{'localhost' if settings.host == '::' else settings.host}:{settings.port}"
-    greeting = partial(logs.announce, settings.log, f"{model} on {url} (docs: {url}/docs); Ctrl-C ends", model=model, url=url)
-    litserve_adapter.run(server, settings, greeting)
+
+    def greet() -> None:
+        logs.announce(settings.log, f"{model()} on {url} (docs: {url}/docs); Ctrl-C ends", model=model(), url=url)
+
+    litserve_adapter.run(server, settings, greet)
+
+
+def terms(options: argparse.Namespace) -> Terms:
+    """Return how servers are to serve a bundle: by the options of `serve` that decide whether they accept it, and their variables."""
+    from ebjdat_serve.server.settings import VERIFIED_BY, settings_of
+
+    settings = settings_of(options, os.environ, VERIFIED_BY)
+    return settings.terms(settings.trusted())
 
 
 def publish(options: argparse.Namespace) -> None:
     """Publish a bundle; servers of the store load it without a restart."""
     from ebjdat_serve import store
 
-    home = store.publish(Bundle.load(options.bundle), options.store, options.key, force=options.force)
+    bundle = Bundle.draft(options.bundle)
+    home = store.publish(bundle, options.store, options.key, force=options.force, terms=terms(options), allow_older=options.allow_older)
     print(f"{home} is current")
 
 
@@ -142,14 +159,15 @@ def rollback(options: argparse.Namespace) -> None:
     """Point a store at an earlier version."""
     from ebjdat_serve import store
 
-    print(f"{store.rollback(options.store, options.version)} is current")
+    home = store.rollback(options.store, options.version, terms=terms(options), allow_older=options.allow_older)
+    print(f"{home} is current")
 
 
 def sign(options: argparse.Namespace) -> None:
-    """Sign a bundle."""
-    from ebjdat_serve import signing
+    """Sign a bundle that a server would accept."""
+    from ebjdat_serve import store
 
-    print(f"signed: {signing.sign(Bundle.load(options.bundle).path, options.key)}")
+    print(f"signed: {store.sign(options.bundle, options.key, terms(options))}")
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -160,12 +178,14 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Check every hash, then replay the self-test through the engine."""
-    from ebjdat_serve.selftest import replay
+    """Check all that a server would: every hash, then the self-test through the engine."""
+    from ebjdat_serve.selftest import FUNCTIONS
+    from ebjdat_serve.verification import verified
 
-    bundle = Bundle.load(options.model)
-    print(f"{bundle.path}: {len(bundle.manifest.files)} files match their sha256")
-    for name, worst in replay(bundle, options.engine, options.device, options.precision).items():
+    found = verified(options.model, Terms(options.engine, options.device, options.precision), FUNCTIONS)
+    print(f"{found.bundle.path}: {len(found.bundle.manifest.files)} files match their sha256")
+    assert found.opened
+    for name, worst in found.opened.errors.items():
         print(f"self-test {name}: largest difference {worst:.1e} of the largest value")
     print("ok")
 

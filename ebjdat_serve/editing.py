@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
 from ebjdat_serve.card import retitled
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import is_held
-from ebjdat_serve.store import next_revision, publish, reason_held_back, store_of
+from ebjdat_serve.store import next_revision, publish, reason_held_back, scratch, store_of
 
 FORCED = "also one that is tracked by git, installed or being served; in a store it becomes a new version"
 """The help of --force of commands that change a bundle."""
@@ -28,8 +27,8 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
     try:
         if store is None:
             return change(bundle)
-        with tempfile.TemporaryDirectory(prefix=".edit-", dir=store) as folder:
-            done = change(copied(bundle, Path(folder) / bundle.path.name))
+        with scratch(store) as folder:
+            done = change(copied(bundle, folder / bundle.path.name))
             if done.manifest == bundle.manifest:
                 return bundle
             return Bundle.draft(publish(retitled(done, next_revision(bundle, store)), store, after=bundle.path.resolve()))

@@ -63,6 +63,18 @@ def hold(folder: Path) -> int | None:
     return held
 
 
+def abandoned(folder: Path) -> bool:
+    """Return whether no running process holds ``folder``; false where the file system has no flock, and nobody can know."""
+    probe = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(probe)
+    return True
+
+
 def is_held(folder: Path) -> bool:
     """Return whether a running server serves the bundle in ``folder``; false where the file system has no flock."""
     probe = os.open(folder, os.O_RDONLY)

@@ -64,7 +64,8 @@ def verify(bundle: Bundle, engine: Engine, functions: Sequence[str] = FUNCTIONS)
         made = "the self-test was written by an earlier version; python export/to_onnx.py BUNDLE writes it again"
         raise BundleError(f"{bundle.path}: {made} ({', '.join(sorted(missing))} missing)")
     size, classes = (3, m.input.height, m.input.width), len(m.labels)
-    if expected["logits"].shape[1:] != (classes,) or expected["image"].shape[1:] != size or prior.mean.shape != (classes, *size):
+    shapes = (expected["logits"].shape[1:], expected["image"].shape[1:], prior.mean.shape, prior.factor.shape[:1] + prior.factor.shape[2:])
+    if shapes != ((classes,), size, (classes, *size), (classes, *size)):
         raise BundleError(f"{bundle.path}: self-test failed, labels, image size, prior and graphs are not from one model")
     differences = compare(engine, expected["image"], expected["label"], expected, functions)
     for name, value in differences.items():

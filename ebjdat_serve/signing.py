@@ -24,21 +24,26 @@ from ebjdat_serve.errors import BundleError, EbjdatError
 SIGNATURE_BYTES = 64
 
 
-def sign(folder: Path, key: Path) -> Path:
-    """Write ``bundle.json.sig`` into the bundle at ``folder``; raise EbjdatError when ``key`` is not a private ed25519 key."""
-    try:
-        private = load_pem_private_key(key.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise EbjdatError(f"{key} cannot be read as a private key without password: {error}") from error
-    if not isinstance(private, Ed25519PrivateKey):
-        raise EbjdatError(f"{key} is not an ed25519 key: openssl genpkey -algorithm ed25519 -out NEW.pem makes one")
+def write_signature(folder: Path, signature: bytes) -> Path:
+    """Write ``signature`` as the bundle's ``bundle.json.sig``; raise EbjdatError when it cannot be written."""
     file = folder / SIGNATURE
     try:
         with replacing(file) as temporary:
-            temporary.write_bytes(private.sign((folder / MANIFEST).read_bytes()))
+            temporary.write_bytes(signature)
     except OSError as error:
         raise EbjdatError(f"{file} cannot be written: {error.strerror}") from error
     return file
+
+
+def private_key(file: Path) -> Ed25519PrivateKey:
+    """Return the private key in a PEM file; raise EbjdatError when it does not contain one."""
+    try:
+        private = load_pem_private_key(file.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise EbjdatError(f"{file} cannot be read as a private key without password: {error}") from error
+    if not isinstance(private, Ed25519PrivateKey):
+        raise EbjdatError(f"{file} is not an ed25519 key: openssl genpkey -algorithm ed25519 -out NEW.pem makes one")
+    return private
 
 
 def public_key(file: Path) -> Ed25519PublicKey:
@@ -57,19 +62,29 @@ def public_key(file: Path) -> Ed25519PublicKey:
     return key
 
 
-def check_signature(folder: Path, trust: Sequence[Path]) -> str:
-    """Return the sha256 of the manifest of the bundle at ``folder``; raise BundleError unless one of the keys in ``trust`` signed it."""
-    keys = [public_key(file) for file in trust]
+def trusted_keys(files: Sequence[Path]) -> tuple[bytes, ...]:
+    """Return the public keys in PEM files, 32 bytes each."""
+    return tuple(public_key(file).public_bytes_raw() for file in files)
+
+
+def check_signature(folder: Path, trust: Sequence[bytes]) -> str:
+    """Return the sha256 of the manifest of the bundle at ``folder``; raise BundleError unless one of the keys ``trust`` signed it."""
     file = folder / SIGNATURE
     if not file.is_file():
         raise BundleError(f"{folder} is not signed ({SIGNATURE} is missing) but serve --trust is set: ebjdat-serve sign BUNDLE --key KEY")
-    if file.stat().st_size != SIGNATURE_BYTES:
+    content = read_bytes(folder / MANIFEST)
+    check_signed(content, read_bytes(file), trust, file)
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_signed(content: bytes, signature: bytes, trust: Sequence[bytes], file: Path) -> None:
+    """Raise BundleError naming ``file`` unless ``signature`` is of ``content``, a manifest, by one of the public keys ``trust``."""
+    if len(signature) != SIGNATURE_BYTES:
         raise BundleError(f"{file} is not an ed25519 signature: it must have {SIGNATURE_BYTES} bytes")
-    content, signature = read_bytes(folder / MANIFEST), read_bytes(file)
-    for key in keys:
+    for key in trust:
         try:
-            key.verify(signature, content)
+            Ed25519PublicKey.from_public_bytes(key).verify(signature, content)
         except InvalidSignature:
             continue
-        return hashlib.sha256(content).hexdigest()
+        return
     raise BundleError(f"{file} is not a signature of {MANIFEST} by a key that serve --trust names")

@@ -100,7 +100,8 @@ def texts(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
 
 
 NAMED = re.compile(
-    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)|(?:ebjdat-)?(?P<served>serve|sign|publish|verify)(?= )|(?P<flag>--[a-z][a-z-]*)"
+    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)|(?:ebjdat-)?(?P<served>serve|sign|publish|rollback|verify)(?= )"
+    r"|(?P<flag>--[a-z][a-z-]*)"
 )
 
 

@@ -22,8 +22,7 @@ from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import hold, is_held
 from ebjdat_serve.rows import FRESH, Row
 from ebjdat_serve.server.settings import SHIPPED
-from ebjdat_serve.signing import sign
-from ebjdat_serve.store import next_revision, publish, versions
+from ebjdat_serve.store import next_revision, publish, sign, versions
 from tests.conftest import serving
 from tests.test_faults import workers
 from tests.test_refresh import info, until

@@ -19,7 +19,8 @@ from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.rows import Images
 from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.store import CANDIDATE, candidates, listing, publish, rollback, versions, withhold
+from ebjdat_serve.store import CANDIDATE, CURRENT, candidates, listing, publish, rollback, versions, withhold
+from export.reference import write_selftest
 from training.calibrate import calibrate
 from training.data.datasets import load
 from training.errors import HeldBack
@@ -58,7 +59,9 @@ def spoiled(bundle, data, folder, version="spoiled"):
             if entry.key == "weights":
                 entry.value = worse.manifest.files["weights.safetensors"].sha256
         (worse.path / name).write_bytes(graph.SerializeToString())
-    return calibrate(worse.update("classify.onnx", "score.onnx", "step.onnx"), data)
+    worse = worse.update("classify.onnx", "score.onnx", "step.onnx")
+    write_selftest(worse, load_file(worse.path / "selftest.safetensors")["image"])
+    return calibrate(worse.update("selftest.safetensors"), data)
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +199,10 @@ def test_a_model_measured_further_becomes_the_next_revision(good, digits, tmp_pa
 )
 def test_what_cannot_be_compared_is_a_candidate_with_that_reason(good, digits, tmp_path, change, said):
     store = tmp_path / "store"
-    other = copied(good, tmp_path / "other")
-    publish(other.update(version="other", **change(other.manifest)), store)
+    store.mkdir()
+    other = copied(good, store / "digits-other")  # by hand: one of another size, that its graphs are not made for, is not published
+    other.update(version="other", **change(other.manifest))
+    (store / CURRENT).symlink_to("digits-other")
     with pytest.raises(HeldBack, match=f"cannot be compared with digits@other: .*({said})"):
         deliver(good, digits, tmp_path, store, force=False)
     assert Bundle.load(store).manifest.version == "other"

@@ -26,9 +26,9 @@ from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.graphs import References, references
 from ebjdat_serve.server.settings import SHIPPED
-from ebjdat_serve.signing import check_signature, sign
-from ebjdat_serve.store import publish, rollback, versions
-from tests.conftest import LONG, serving, until
+from ebjdat_serve.signing import check_signature, trusted_keys
+from ebjdat_serve.store import publish, rollback, sign, versions
+from tests.conftest import DIGITS, LONG, serving, until
 from tests.test_faults import connect, drawing, workers
 
 
@@ -194,14 +194,19 @@ def test_only_what_a_trusted_key_signed_is_served(tmp_path, keys, picture):
     assert run("publish", bundle.path, store, "--key", keys / "ours.pem").returncode == 0
     with serving(store, tmp_path / "log", "--device", "cpu", *trust) as server:
         other = copied(SHIPPED, tmp_path / "other", version="other")
-        sign(other.path, keys / "theirs.pem")
-        assert run("publish", other.path, store).returncode == 0
+        assert run("sign", other.path, "--key", keys / "theirs.pem").returncode == 0
+        shutil.copytree(other.path, store / "other")
+        (store / "hand").symlink_to("other")
+        os.replace(store / "hand", store / "current")
         until(lambda: "by a key that serve --trust names" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
         assert info(server)["model"].endswith("@signed")
+        refused = run("publish", other.path, store)
+        assert (refused.returncode, "by a key that serve --trust names" in refused.stderr) == (2, True)
         third = copied(SHIPPED, tmp_path / "third", version="third")
         assert run("publish", third.path, store, "--key", keys / "ours.pem").returncode == 0
         until(lambda: info(server)["model"].endswith("@third"))
-        assert run("rollback", store, "signed").returncode == 0
+        assert "or give --allow-older" in run("rollback", store, "signed").stderr
+        assert run("rollback", store, "signed", "--allow-older").returncode == 0
         until(lambda: info(server)["model"].endswith("@signed"))
 
 
@@ -300,10 +305,12 @@ def test_signing_what_was_refused_unsigned_is_noticed(tmp_path, keys):
     first = copied(SHIPPED, tmp_path / "first", version="first")
     publish(first, store, keys / "ours.pem")
     with serving(store / "current", tmp_path / "log", "--device", "cpu", "--trust", str(keys / "ours.pub.pem")) as server:
-        assert info(server)["model"].endswith("@first")  # a server of store/current serves what that is now, and stays with it
+        assert info(server)["model"].endswith("@first")
     with serving(store, tmp_path / "log", "--device", "cpu", "--trust", str(keys / "ours.pub.pem")) as server:
         second = copied(SHIPPED, tmp_path / "second", version="second")
-        publish(second, store)
+        shutil.copytree(second.path, store / f"{second.manifest.name}-second")
+        (store / "hand").symlink_to(f"{second.manifest.name}-second")
+        os.replace(store / "hand", store / "current")
         until(lambda: "is not signed" in ((info(server)["refresh"]["refused"] or {}).get("reason") or ""))
         publish(second, store, keys / "ours.pem")
         until(lambda: info(server)["model"].endswith("@second"))
@@ -313,8 +320,9 @@ def test_signing_what_was_refused_unsigned_is_noticed(tmp_path, keys):
 
 
 def test_a_signature_is_of_these_bytes_by_one_of_these_keys(tmp_path, keys):
-    bundle = copied(SHIPPED, tmp_path / "bundle")
-    ours, theirs = keys / "ours.pub.pem", keys / "theirs.pub.pem"
+    bundle = copied(DIGITS, tmp_path / "bundle")
+    file = keys / "ours.pub.pem"
+    ours, theirs = trusted_keys([file, keys / "theirs.pub.pem"])
     sign(bundle.path, keys / "ours.pem")
     check_signature(bundle.path, [ours])
     check_signature(bundle.path, [theirs, ours])
@@ -324,7 +332,7 @@ def test_a_signature_is_of_these_bytes_by_one_of_these_keys(tmp_path, keys):
     with pytest.raises(BundleError, match="64 bytes"):
         check_signature(bundle.path, [ours])
     sign(bundle.path, keys / "ours.pem")
-    openssl = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", ours, "-rawin", "-in", bundle.path / MANIFEST, "-sigfile"]
+    openssl = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", file, "-rawin", "-in", bundle.path / MANIFEST, "-sigfile"]
     subprocess.run([*openssl, bundle.path / SIGNATURE], check=True, capture_output=True)
     bundle.update(version="another")
     with pytest.raises(BundleError, match="not a signature"):
@@ -334,13 +342,13 @@ def test_a_signature_is_of_these_bytes_by_one_of_these_keys(tmp_path, keys):
 def test_keys_of_another_kind_are_named(tmp_path, keys):
     rsa = tmp_path / "rsa.pem"
     subprocess.run(["openssl", "genpkey", "-algorithm", "rsa", "-out", rsa], check=True, capture_output=True)
-    bundle = copied(SHIPPED, tmp_path / "bundle")
+    bundle = copied(DIGITS, tmp_path / "bundle")
     for key in (rsa, tmp_path / "none.pem", keys / "ours.pub.pem"):
         with pytest.raises(EbjdatError, match=key.name):
             sign(bundle.path, key)
     sign(bundle.path, keys / "ours.pem")
     with pytest.raises(EbjdatError, match=r"holds a private key.*public key") as told:
-        check_signature(bundle.path, [keys / "ours.pem"])
+        trusted_keys([keys / "ours.pem"])
     assert "-out ours.pem" not in str(told.value)  # the advice of a command that would overwrite the key
 
 
@@ -349,7 +357,7 @@ def test_keys_of_another_kind_are_named(tmp_path, keys):
 
 def test_rollback_goes_to_the_version_before_or_to_one_that_is_named(tmp_path):
     store = tmp_path / "store"
-    homes = [publish(copied(SHIPPED, tmp_path / name, version=name), store) for name in ("a", "b", "c")]
+    homes = [publish(copied(DIGITS, tmp_path / name, version=name), store) for name in ("a", "b", "c")]
     assert versions(store) == homes
     assert (store / "current").resolve() == homes[2].resolve()
     assert rollback(store) == homes[1]
@@ -368,8 +376,8 @@ def test_rollback_goes_to_the_version_before_or_to_one_that_is_named(tmp_path):
 
 def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     store = tmp_path / "store"
-    home = publish(copied(SHIPPED, tmp_path / "a", version="a"), store)
-    bundle, copy, left = copied(SHIPPED, tmp_path / "b", version="b"), shutil.copyfile, [3]
+    home = publish(copied(DIGITS, tmp_path / "a", version="a"), store)
+    bundle, copy, left = copied(DIGITS, tmp_path / "b", version="b"), shutil.copyfile, [3]
 
     def full(source, target):
         left[0] -= 1
@@ -388,7 +396,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["../../outside", "/absolute", ".hidden", "a b", "", "nul\0", "\ud800"])
 def test_a_name_that_is_no_name_is_published_nowhere(tmp_path, name):
     for field in ("name", "version"):
-        bundle = copied(SHIPPED, tmp_path / field)
+        bundle = copied(DIGITS, tmp_path / field)
         manifest = json.loads((bundle.path / MANIFEST).read_text())
         (bundle.path / MANIFEST).write_text(json.dumps({**manifest, field: name}))
         with pytest.raises(BundleError, match="not a valid name or version"):
@@ -399,14 +407,14 @@ def test_a_name_that_is_no_name_is_published_nowhere(tmp_path, name):
 def test_what_is_published_is_read_only_and_a_dead_publishers_leavings_are_swept(tmp_path):
     store = tmp_path / "store"
     (store / ".incoming-dead").mkdir(parents=True)
-    home = publish(copied(SHIPPED, tmp_path / "a", version="a"), store)
+    home = publish(copied(DIGITS, tmp_path / "a", version="a"), store)
     assert not (store / ".incoming-dead").exists()
     assert all(file.stat().st_mode & 0o222 == 0 for file in home.iterdir())
 
 
 def test_two_publishers_take_turns(tmp_path):
     store = tmp_path / "store"
-    bundles = [copied(SHIPPED, tmp_path / name, version=name) for name in "abcd"]
+    bundles = [copied(DIGITS, tmp_path / name, version=name) for name in "abcd"]
     threads = [threading.Thread(target=publish, args=(bundle, store)) for bundle in bundles]
     for thread in threads:
         thread.start()

@@ -8,7 +8,6 @@ with `--force`.
 """
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from ebjdat_serve.scores import ood_score
 from ebjdat_serve.selftest import PROBE
 from ebjdat_serve.sentences import protocol_words
 from ebjdat_serve.sgld import Chains
-from ebjdat_serve.store import next_revision, publish, store_of
+from ebjdat_serve.store import next_revision, publish, scratch, store_of
 from export.to_int8 import write_int8
 from export.to_onnx import write
 from training.calibrate import calibrate
@@ -92,11 +91,11 @@ def admit(bundle: Bundle, data: Dataset, precisions: Sequence[Precision], amount
     check_data(bundle, data)
     fp32 = reference(bundle, data, amounts)
     refused: list[str] = []
-    with tempfile.TemporaryDirectory(prefix=".precision-", dir=bundle.path.parent) as folder:
+    with scratch(bundle.path.parent) as folder:
         done = bundle
         for precision in precisions:
             try:
-                done = attempt(done, Path(folder) / precision, data, precision, fp32, amounts)
+                done = attempt(done, folder / precision, data, precision, fp32, amounts)
             except BundleError as error:
                 refused.append(str(error))
         if done is not bundle:

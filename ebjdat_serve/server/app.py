@@ -1,6 +1,6 @@
 """How a server is put together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ebjdat_serve.server import litserve_adapter
 from ebjdat_serve.server.compute.model import Operation
@@ -12,20 +12,20 @@ from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.read import browsers
 from ebjdat_serve.server.read.auth import Access
-from ebjdat_serve.server.served_model import open_bundle
+from ebjdat_serve.server.served_model import open_first
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.worker_sockets import WorkerSockets
 
 
-def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) -> tuple[litserve_adapter.Server, str]:
-    """Return a server for the bundle in ``settings``, and the model's name; nothing runs yet.
+def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) -> tuple[litserve_adapter.Server, Callable[[], str]]:
+    """Return a server for the bundle in ``settings``, and what returns the name of the model that it serves; nothing runs yet.
 
     Raises BundleError when the bundle cannot be served, EbjdatError for an API key that no client could send, a key file that is wrong and
     an origin, a host name or a proxy that is none. An engine that cannot run is found by the workers, and ends the server.
     """
     access = Access.of(settings)
     browsers.check(settings)
-    served = open_bundle(settings.model, settings)
+    served, refused = open_first(settings)
     sockets, s = WorkerSockets(), settings
     operations = operations_of(endpoints)
     classify = ClassifyQueue(
@@ -47,14 +47,16 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
             max_backlog=s.generate_backlog,
         )
         workers.append((GenerateWorker(settings, operations), s.generate_workers))
-    manager = ModelManager(served, settings, [classify, generate] if generate else [classify], sockets)
+    manager = ModelManager(served, settings, [classify, generate] if generate else [classify], sockets, refused)
     service = Service(manager, settings, classify, generate, endpoints, access)
 
     async def serve(server: litserve_adapter.Server) -> None:
         async with service.decoder.running():
             await manager.run(server.announce, server.give_up, beside=[access.follow()])
 
-    return litserve_adapter.Server(workers, service.install, serve, service.begin_drain, service.drain, sockets, settings), served.name
+    return litserve_adapter.Server(
+        workers, service.install, serve, service.begin_drain, service.drain, sockets, settings
+    ), lambda: manager.active.name
 
 
 def operations_of(endpoints: Sequence[Endpoint]) -> list[Operation]:

@@ -7,17 +7,21 @@ import os
 import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ebjdat_serve.bundle import resolve
 from ebjdat_serve.errors import BundleError, EbjdatError
-from ebjdat_serve.locking import hold
+from ebjdat_serve.history import SERVED_FILE
+from ebjdat_serve.listing import printable
+from ebjdat_serve.locking import Held, hold
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.queues.request_queue import RequestQueue, WorkerConnection
-from ebjdat_serve.server.served_model import ServedModel, fingerprint, open_bundle
+from ebjdat_serve.server.served_model import ServedModel, fingerprint, open_bundle, open_last, store_at
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.worker_sockets import WorkerSockets
+from ebjdat_serve.store import remember
 
 log = logging.getLogger("ebjdat_serve")
 MAX_DEATHS = 3
@@ -29,17 +33,24 @@ RETRY_SECONDS = 5.0
 class ModelManager:
     """Decides which bundle is served, and has the workers of all queues open and close bundles."""
 
-    def __init__(self, served: ServedModel, settings: Settings, queues: list[RequestQueue], sockets: WorkerSockets) -> None:
+    def __init__(
+        self, served: ServedModel, settings: Settings, queues: list[RequestQueue], sockets: WorkerSockets, refused: str = ""
+    ) -> None:
+        """``refused``: why ``served`` is not the current version of the store."""
         self.active = served
         self.started = False
         self.refused: dict[str, str] = {}
+        self._store = store_at(settings.model)
         self._settings, self._sockets = settings, sockets
         self._queues = {queue.kind: queue for queue in queues}
         self._candidate: ServedModel | None = None
         self._candidate_since = 0.0
         self._deaths = 0  # of workers, while the candidate was opened
         self._retiring: dict[str, ServedModel] = {}
-        self._seen = fingerprint(served.bundle.path)
+        self._seen = fingerprint(served.bundle.path, self._store)
+        if refused:
+            self._pass_over(refused)
+        self._remembered, self._memorable = "", True
         self._tasks: set[asyncio.Task[Any]] = set()
         self._held: dict[tuple[Path, int], int] = {}  # descriptors that mark bundles as served
 
@@ -85,6 +96,7 @@ class ModelManager:
                     return give_up("the main process has gone")
                 self._close_retired()
                 await self._check_store()
+                await self._remember()
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -141,11 +153,30 @@ class ModelManager:
         if self._candidate and key == self._candidate.key:
             self._drop_candidate(reason)
         elif not self.started:
-            self._give_up(reason)
+            if key == self.active.key:  # not of one that was passed over already
+                self._fall_back(reason)
         elif served := next((served for served in self._open() if served.key == key), None):
             log.error("a worker cannot open %s: %s", served.name, reason)
             again = ipc.LoadModel(key, served.bundle.path)
             asyncio.get_running_loop().call_later(RETRY_SECONDS, lambda: worker.send(again) if worker in queue.workers else None)
+
+    def _fall_back(self, reason: str) -> None:
+        """Start with what a server of the store served last, in place of a version that the workers refuse."""
+        last = open_last(self._settings, self._store)
+        if last is None or last.key == self.active.key:
+            self._give_up(reason)
+            return
+        self.active = last
+        self._pass_over(reason)
+        self._send_all(ipc.LoadModel(last.key, last.bundle.path))
+
+    def _pass_over(self, reason: str) -> None:
+        """Note that the current version of the store is refused at the start, and look at it again when it changes."""
+        name = str(self._settings.model)
+        with contextlib.suppress(BundleError, OSError):
+            folder = resolve(self._settings.model)
+            self._seen, name = fingerprint(folder, self._store), folder.name
+        self._note_refusal(name, reason)
 
     # refresh ---------------------------------------------------------------------------------------------------------
 
@@ -158,19 +189,16 @@ class ModelManager:
             return
         try:
             folder = resolve(self._settings.model)
-            seen = fingerprint(folder)
+            seen = fingerprint(folder, self._store)
         except (BundleError, OSError):
             return  # the pointer is being moved, or was taken away: what is open goes on
         if seen == self._seen:
             return
         self._seen = seen
         try:
-            served = await asyncio.get_running_loop().run_in_executor(None, open_bundle, folder, self._settings)
+            served = await asyncio.get_running_loop().run_in_executor(None, open_bundle, folder, self._settings, self._store)
         except EbjdatError as error:
             self._note_refusal(folder.name, str(error))
-            return
-        except Exception as error:  # noqa: BLE001  whatever a strange bundle makes a library raise: the old one goes on
-            self._note_refusal(folder.name, f"{type(error).__name__}: {error}")
             return
         if served.key == self.active.key:
             self.active, self.refused = served, {}  # the same model, perhaps with more evidence: /info shows it, and nothing is opened
@@ -197,8 +225,26 @@ class ModelManager:
         self._close(key)
 
     def _note_refusal(self, name: str, reason: str) -> None:
-        self.refused = {"bundle": name, "reason": reason}
+        self.refused = {"bundle": printable(name), "reason": printable(reason)}  # a strange name must not break /info
         log.error("%s is refused, %s goes on: %s", name, self.active.name, reason)
+
+    async def _remember(self) -> None:
+        """Record in the store what is served now, for a restart and for --trust; again when a publisher holds the store, or it was lost."""
+        store, served = self._store, self.active
+        if store is None or not self.started:
+            return
+        if served.key == self._remembered and (not self._memorable or (store / SERVED_FILE).exists()):
+            return
+        work = partial(remember, store, served.bundle, self._settings.trusted())
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, work)
+            self._memorable = True
+        except Held:
+            return
+        except EbjdatError as error:
+            self._memorable = False
+            log.log(logging.WARNING if self._settings.trust else logging.DEBUG, "what is served is not remembered: %s", error)
+        self._remembered = served.key
 
     def _close_retired(self) -> None:
         """Close bundles that no request needs any more."""

@@ -1,17 +1,19 @@
 """A verified bundle, as the HTTP process needs it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, Calibration, resolve
-from ebjdat_serve.detection import Detector
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.history import SERVED_FILE, read_history
 from ebjdat_serve.rows import to_json
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.store import reason_held_back
+from ebjdat_serve.store import CURRENT, reason_held_back
+from ebjdat_serve.verification import verified
+
+log = logging.getLogger("ebjdat_serve")
 
 
 @dataclass(frozen=True)
@@ -34,29 +36,56 @@ class ServedModel:
         return self.bundle.manifest.labels
 
 
-def open_bundle(path: Path, settings: Settings) -> ServedModel:
+def store_at(path: Path) -> Path | None:
+    """Return the store that a server of ``path`` follows, or began with: ``path``, or the folder of the link ``current``; else None."""
+    if (path / MANIFEST).is_file():
+        return path.parent if path.name == CURRENT and path.is_symlink() else None
+    return path if (path / CURRENT).is_symlink() or (path / SERVED_FILE).is_file() else None
+
+
+def open_bundle(path: Path, settings: Settings, store: Path | None = None) -> ServedModel:
     """Return the bundle at ``path``, or the current one of a store there, after every check that needs no engine.
 
-    Raises BundleError, and EbjdatError for an alpha that its calibration cannot serve.
+    With ``store`` and --trust, one older than what was served last is refused. Raises BundleError, and EbjdatError for an alpha that its
+    calibration cannot serve.
     """
     folder = resolve(path)
-    signed = ""
-    if settings.trust:
-        from ebjdat_serve.signing import check_signature  # cryptography costs 100 ms and memory
-
-        signed = check_signature(folder, settings.trust)
     if reason := reason_held_back(folder):
         raise BundleError(f"{folder} is a candidate and is not served: {reason}; ebjdat-serve publish {folder} STORE --force publishes it")
-    bundle = Bundle.load(folder)
-    if signed and bundle.key != signed:
-        raise BundleError(f"{folder} was changed while it was read; publish the change as a new version")
-    bundle.check_precision(settings.precision)
-    calibration = bundle.calibration(settings.precision)
-    Detector(np.asarray(calibration.scores), settings.alpha)
-    return ServedModel(bundle.served, bundle, calibration, [to_json(row) for row in bundle.metrics()])
+    trust = settings.trusted()
+    found = verified(folder, settings.terms(trust))
+    if store and trust and (reason := read_history(store).superseded(found.bundle)):
+        raise BundleError(f"{folder}: {reason}; ebjdat-serve rollback {store} {folder.name} --allow-older has it served")
+    return ServedModel(found.bundle.served, found.bundle, found.calibration, [to_json(row) for row in found.rows])
 
 
-def fingerprint(folder: Path) -> tuple[Any, ...]:
-    """Return a value that changes when the bundle in a folder, or its signature, is replaced."""
-    times = [file.stat().st_mtime_ns if file.exists() else 0 for file in (folder / MANIFEST, folder / SIGNATURE)]
-    return (folder, *times)
+def open_first(settings: Settings) -> tuple[ServedModel, str]:
+    """Return the bundle that a server starts with, and "" or why it is not the current one of its store.
+
+    When that is refused, it is what a server of the store served last: a running one would go on with that, too.
+    """
+    store = store_at(settings.model)
+    try:
+        return open_bundle(settings.model, settings, store), ""
+    except BundleError as error:
+        last = open_last(settings, store)
+        if last is None:
+            raise
+        return last, str(error)
+
+
+def open_last(settings: Settings, store: Path | None) -> ServedModel | None:
+    """Return what a server of ``store`` served last, None when there is none or it cannot be served."""
+    try:
+        if store is None or not (name := Path(read_history(store).last).name):
+            return None
+        return open_bundle(store / name, settings)
+    except EbjdatError as error:
+        log.warning("what was served last cannot be served either: %s", error)
+        return None
+
+
+def fingerprint(folder: Path, store: Path | None = None) -> tuple[Any, ...]:
+    """Return a value that changes when the bundle in a folder, its signature, or the history of its store is replaced."""
+    files = [folder / MANIFEST, folder / SIGNATURE, *([store / SERVED_FILE] if store else [])]
+    return (folder, *(file.stat().st_mtime_ns if file.exists() else 0 for file in files))

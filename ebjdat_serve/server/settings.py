@@ -5,7 +5,7 @@ A flag wins over its variable, a variable over the default; a variable that is s
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -15,6 +15,7 @@ from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.logs import Style
+from ebjdat_serve.verification import Terms
 
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
 BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -198,6 +199,18 @@ class Settings:
         """Whether others than this machine's programs can be clients: beyond loopback, and through a proxy."""
         return self.host not in ("127.0.0.1", "localhost") or bool(self.trusted_proxy)
 
+    def terms(self, trust: tuple[bytes, ...] = ()) -> Terms:
+        """Return how a bundle is to be served, with the public keys that ``trusted`` reads."""
+        return Terms(self.engine, self.device, self.precision, self.alpha, self.threads, trust)
+
+    def trusted(self) -> tuple[bytes, ...]:
+        """Return the public keys of --trust; raise EbjdatError for a file that holds none."""
+        if not self.trust:
+            return ()
+        from ebjdat_serve.signing import trusted_keys  # cryptography costs 100 ms and memory
+
+        return trusted_keys(self.trust)
+
     def profile_for(self, scope: Mapping[str, Any]) -> Profile:
         """Return the profile of the answer to a request's ASGI scope: a key of scope ``operate`` is told everything."""
         return "full" if OPERATE in scope.get("scopes", ()) else self.profile
@@ -291,19 +304,25 @@ def without_none(kind: Any) -> Any:
 
 
 SETTINGS = declared()
+VERIFIED_BY = ("engine", "device", "precision", "alpha", "trust")
+"""The settings that decide whether a server accepts a bundle; commands that publish take them, too."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add an option for every setting to ``parser``, by groups."""
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(one.about.group for one in SETTINGS)}
-    for one in SETTINGS:
+def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] = ()) -> None:
+    """Add an option for every setting to ``parser``, by groups; with ``only``, for those of these names."""
+    chosen = [one for one in SETTINGS if not only or one.name in only]
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(one.about.group for one in chosen)}
+    for one in chosen:
         one.add_to(groups[one.about.group])
 
 
-def settings_of(options: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
-    """Return the settings of a command line and the variables in ``environment``; raise EbjdatError that names what is wrong."""
+def settings_of(options: argparse.Namespace, environment: Mapping[str, str], only: Collection[str] = ()) -> Settings:
+    """Return the settings of a command line and the variables in ``environment``; with ``only``, of these names.
+
+    Raises EbjdatError that names what is wrong.
+    """
     values: dict[str, Any] = {}
-    for one in SETTINGS:
+    for one in SETTINGS if not only else [one for one in SETTINGS if one.name in only]:
         if (given := getattr(options, one.name, None)) is not None:
             values[one.name] = tuple(given) if isinstance(given, list) else given
         elif text := environment.get(one.variable):

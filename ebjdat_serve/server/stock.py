@@ -7,6 +7,7 @@ is worth. POST /classify takes {"image": base64} and answers what /classify and 
 
 import base64
 import contextlib
+import logging
 import os
 import signal
 from typing import Any
@@ -22,7 +23,6 @@ from ebjdat_serve.generation import generate
 from ebjdat_serve.keys import VARIABLE
 from ebjdat_serve.locking import hold
 from ebjdat_serve.pixels import Pixels
-from ebjdat_serve.selftest import verify
 from ebjdat_serve.server import api_docs
 from ebjdat_serve.server.answer.images import GenerateAnswers
 from ebjdat_serve.server.answer.predictions import ClassifyAnswer, EnergyAnswer, classify_answer, energy_answer
@@ -31,7 +31,7 @@ from ebjdat_serve.server.payloads import GeneratedImages, Predictions
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.generate_request import GenerateRequest, validate
 from ebjdat_serve.server.read.images import limits
-from ebjdat_serve.server.served_model import ServedModel, open_bundle
+from ebjdat_serve.server.served_model import ServedModel, open_first
 from ebjdat_serve.server.settings import Settings
 
 BATCH_SECONDS = 0.002
@@ -54,10 +54,9 @@ class Stock(ls.LitAPI):
     def setup(self, device: str) -> None:
         """Open the model."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.served: ServedModel = open_bundle(self._settings.model, self._settings)
+        self.served: ServedModel = open_first(self._settings)[0]
         self.held = hold(self.served.bundle.path)
-        self.model = Model(self.served.bundle.path, self._settings)
-        verify(self.model.bundle, self.model.engine, self.functions)
+        self.model = Model(self.served.bundle.path, self._settings, self.functions, self.served.key)
 
 
 class StockClassify(Stock):
@@ -138,7 +137,9 @@ def run(settings: Settings) -> None:
     apis: list[ls.LitAPI] = [classify]
     if settings.generate_workers:
         apis.append(StockGenerate(settings, api_path="/generate"))
-    served = open_bundle(settings.model, settings)
+    served, refused = open_first(settings)
+    if refused:
+        logging.getLogger("ebjdat_serve").error("%s goes on: %s", served.name, refused)
     server = ls.LitServer(apis, accelerator="cpu", devices=1, timeout=settings.generate_deadline, model_metadata={"model": served.name})
     api_docs.install(server.app, settings)
 

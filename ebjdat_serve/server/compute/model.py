@@ -1,6 +1,6 @@
 """A bundle as a worker runs it, and the operations that requests ask for by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,27 +8,24 @@ from typing import Any
 import numpy as np
 
 from ebjdat_serve import pixels
-from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.detection import Detector, probabilities
-from ebjdat_serve.engines import Engine, Floats, load_engine
+from ebjdat_serve.detection import probabilities
+from ebjdat_serve.engines import Floats
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.scores import ood_score
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.payloads import Predictions
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.sgld import Prior
+from ebjdat_serve.verification import verified
 
 
 class Model:
     """An engine, and the calibration that turns its outputs into predictions."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self.bundle = Bundle.load(folder)
-        self.calibration = self.bundle.calibration(settings.precision)
-        self.bundle.check_precision(settings.precision)
-        self.engine: Engine = load_engine(self.bundle, settings.engine, settings.device, settings.threads, settings.precision)
-        self.detector = Detector(np.asarray(self.calibration.scores), settings.alpha)
-        self.prior = Prior.load(self.bundle.path / "prior.safetensors")
+    def __init__(self, folder: Path, settings: Settings, functions: Sequence[str] = ("classify",), key: str = "") -> None:
+        found = verified(folder, settings.terms(), functions, key=key)  # its signature was checked when ``key`` was read
+        assert found.opened
+        self.bundle, self.calibration, self.detector = found.bundle, found.calibration, found.detector
+        self.engine, self.prior = found.opened.engine, found.opened.prior
 
     def engine_info(self) -> dict[str, str]:
         """Return engine, provider and precision."""

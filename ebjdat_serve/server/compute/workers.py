@@ -18,9 +18,8 @@ import numpy as np
 from litserve.loops import LitLoop
 
 from ebjdat_serve import logs
-from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.scheduling import ChainGroup, Policy, Scheduler
-from ebjdat_serve.selftest import verify
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.compute.generate_task import ChainTask
 from ebjdat_serve.server.compute.model import Model, Operation
@@ -91,10 +90,7 @@ class Worker(ls.LitAPI):
 
     def _load(self, wanted: ipc.LoadModel) -> None:
         try:
-            model = Model(wanted.folder, self._settings)
-            if model.bundle.served != wanted.key:
-                raise BundleError(f"{wanted.folder} is not the bundle that was verified; publish a change as a new version")
-            verify(model.bundle, model.engine, self.functions)
+            model = Model(wanted.folder, self._settings, self.functions, wanted.key)
             self.warm_up(model)
         except EbjdatError as error:
             answer: object = ipc.ModelRefused(wanted.key, error.advised())

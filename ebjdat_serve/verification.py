@@ -1,0 +1,129 @@
+"""What a bundle must pass before it is served.
+
+Servers, at their start and at a refresh, and `publish`, `sign`, `rollback` and `verify` call ``verified``: none accepts what another
+refuses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebjdat_serve import selftest
+from ebjdat_serve.bundle import MANIFEST, Bundle, Calibration, resolve
+from ebjdat_serve.detection import Detector
+from ebjdat_serve.engines import Device, Engine, EngineKind, Precision, load_engine
+from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.rows import Row, to_json
+from ebjdat_serve.scores import ood_score
+from ebjdat_serve.sgld import Chains, Prior
+
+DEEPEST = 64
+"""Levels of nesting in a bundle's JSON; pydantic writes 255."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a bundle is to be served. ``trust``: public keys, 32 bytes each, one of which must have signed it; none: unsigned ones too."""
+
+    engine: EngineKind = "auto"
+    device: Device = "auto"
+    precision: Precision = "fp32"
+    alpha: float = 0.05
+    threads: int = 1
+    trust: tuple[bytes, ...] = ()
+
+
+USUAL = Terms()
+"""The terms of a server without options."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A bundle open in an engine: its prior, and the relative error of each output of the self-test."""
+
+    engine: Engine
+    prior: Prior
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A bundle that can be served; ``opened`` unless no functions were asked for."""
+
+    bundle: Bundle
+    calibration: Calibration
+    detector: Detector
+    rows: list[Row]
+    opened: Opened | None
+
+
+def verified(path: Path, terms: Terms, functions: Sequence[str] = (), *, key: str = "") -> Verified:
+    """Return the bundle at ``path``, a bundle or a store, after every check that serving it by ``terms`` needs.
+
+    The engine is opened for ``functions`` (classify, score, step), self-tested and run once; without any, only the files are checked.
+    ``key`` is the ``Bundle.served`` that the bundle must have. Raises BundleError; EbjdatError for an alpha that the calibration cannot
+    serve; EngineError for an engine that cannot run here.
+    """
+    folder = resolve(path)
+    try:
+        return _verified(folder, terms, functions, key)
+    except EbjdatError:
+        raise
+    except Exception as error:
+        # whatever a strange bundle makes a library raise
+        raise BundleError(f"{folder} cannot be opened: {type(error).__name__}: {error}") from error
+
+
+def _verified(folder: Path, terms: Terms, functions: Sequence[str], key: str) -> Verified:
+    signed = ""
+    if terms.trust:
+        from ebjdat_serve.signing import check_signature  # cryptography costs 100 ms and memory
+
+        signed = check_signature(folder, terms.trust)
+    bundle = Bundle.load(folder)
+    if signed and bundle.key != signed:
+        raise BundleError(f"{folder} was changed while it was read; publish the change as a new version")
+    if key and bundle.served != key:
+        raise BundleError(f"{folder} is not the bundle that was verified; publish a change as a new version")
+    bundle.check_precision(terms.precision)
+    calibration, rows = bundle.calibration(terms.precision), bundle.metrics()
+    check_json(asdict(bundle.manifest), f"{folder / MANIFEST}")
+    check_json([calibration.dataset, *map(to_json, rows)], f"{folder}: calibration.json or metrics.json")
+    detector = Detector(np.asarray(calibration.scores), terms.alpha)
+    opened = _opened(bundle, calibration, terms, functions) if functions else None
+    return Verified(bundle, calibration, detector, rows, opened)
+
+
+def _opened(bundle: Bundle, calibration: Calibration, terms: Terms, functions: Sequence[str]) -> Opened:
+    """Open the engine, replay the self-test, and run what a worker runs: one blank image, and one chain of the last class."""
+    engine = load_engine(bundle, terms.engine, terms.device, terms.threads, terms.precision)
+    errors = selftest.verify(bundle, engine, functions)
+    prior, m = Prior.load(bundle.path / "prior.safetensors"), bundle.manifest
+    logits, energy = engine.classify(np.zeros((1, 3, m.input.height, m.input.width), np.float32))
+    found = [logits, energy, ood_score(calibration.score, calibration.weight, logits)]
+    if "step" in functions:
+        found.append(engine.advance(Chains.start(prior, m.sampler, np.array([len(m.labels) - 1]), seed=0), 1).image)
+    if not all(np.isfinite(values).all() for values in found):
+        raise BundleError(f"{bundle.path}: a blank image or a first step gives values that are not finite")
+    return Opened(engine, prior, errors)
+
+
+def check_json(data: Any, where: str, depth: int = 0) -> None:
+    """Raise BundleError for text that JSON cannot carry in UTF-8 (a lone surrogate), and for nesting that no answer could hold."""
+    if depth > DEEPEST:
+        raise BundleError(f"{where}: nested more than {DEEPEST} levels deep")
+    if isinstance(data, str):
+        try:
+            data.encode()
+        except UnicodeEncodeError as error:
+            raise BundleError(f"{where}: {data[:40]!r} cannot be sent as JSON: it holds a lone surrogate, half of a character") from error
+    elif isinstance(data, dict):
+        for name, value in data.items():
+            check_json(name, where, depth + 1)
+            check_json(value, where, depth + 1)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            check_json(value, where, depth + 1)
