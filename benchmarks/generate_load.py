@@ -198,7 +198,7 @@ async def polite(port: int, client: str, pause: float, seconds: float, seed: int
         else:
             seen.refused += 1
             await asyncio.sleep(1.0)
-    connection.close()
+    await connection.close()
 
 
 @contextlib.asynccontextmanager
@@ -220,7 +220,7 @@ async def keeping(port: int, requests: int, images: int) -> AsyncIterator[None]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for connection in connections:
-            connection.close()
+            await connection.close()
         while (await asyncio.to_thread(generate_load, port))["chains"]:
             await asyncio.sleep(0.1)
 

@@ -63,10 +63,12 @@ class Connection:
             self._ends = None
         return int(head.split(b" ", 2)[1])
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connection; the server drops what it had asked for."""
         if self._ends:
             self._ends[1].close()
+            with contextlib.suppress(OSError):
+                await self._ends[1].wait_closed()
             self._ends = None
 
 
@@ -84,6 +86,7 @@ def closed_loop(port: int, data: bytes, connections: int, seconds: float) -> Res
                 times.append(time.monotonic() - begin)
             else:
                 refused += 1
+        await connection.close()
 
     async def all_of_them() -> None:
         await asyncio.gather(*(client() for _ in range(connections)))
@@ -116,6 +119,7 @@ def open_loop(port: int, data: bytes, rate: float, seconds: float, seed: int = 0
             clients.append(asyncio.create_task(client(now)))
             now += dice.expovariate(rate)
         await asyncio.gather(*clients)
+        await asyncio.gather(*(connection.close() for connection in idle))
 
     began = time.monotonic()
     asyncio.run(all_of_them())

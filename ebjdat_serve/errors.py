@@ -28,4 +28,6 @@ class EngineError(EbjdatError):
 
 
 class InvalidImage(EbjdatError):
-    """The bytes are not an image this server accepts; the message names the limit or the fix."""
+    """The bytes are not an image this server accepts; the message names the limit or the fix, ``index`` which image of several it is."""
+
+    index: int | None = None

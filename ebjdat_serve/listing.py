@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ebjdat_serve.pixels import FORMATS
+from ebjdat_serve.decoding import judge
 
 SHOWN = 20
 
@@ -46,7 +46,7 @@ def list_images(folder: Path, listing: Listing | None = None) -> Listing:
             found.skip("neither file nor folder" if file.exists() else "broken link", file)
             continue
         kind = format_of(file)
-        if kind in FORMATS or (not kind and Image.registered_extensions().get(file.suffix.lower()) in FORMATS):
+        if kind in judge.accepted() or (not kind and Image.registered_extensions().get(file.suffix.lower()) in judge.accepted()):
             found.images.append(file)
         else:
             found.skip(f"{kind}, which is not supported" if kind else "not an image", file)
@@ -68,16 +68,18 @@ def walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[Pat
 
 
 def format_of(file: Path) -> str:
-    """Return the format that Pillow recognises by a file's first bytes, such as PNG or BMP, or an empty string."""
+    """Return the format that a file's first bytes announce, such as PNG or PSD, or an empty string."""
     Image.init()
     try:
         with file.open("rb") as opened:
-            head = opened.read(16)
+            head = opened.read(4096)  # HEIC and AVIF list what they are
     except OSError:
         return ""  # reading it reports why
     if len(head) < 16:
         return ""
-    for name in (*FORMATS, *Image.OPEN):
+    if (kind := judge.format_of(head)) in judge.JUDGES:
+        return kind
+    for name in Image.OPEN:
         accept = Image.OPEN[name][1]
         if accept and accept(head) is True:
             return name

@@ -2,55 +2,60 @@
 
 An image of any size is resized to height x width by area averaging (aspect ratio is not kept); transparent pixels are
 composited on white; 16-bit images are scaled to 8; EXIF rotation is applied; of an animation the first frame is used.
+``decode`` is for images of one's own; a server judges a header first and calls ``decode_judged`` in a process with limits.
 """
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from ebjdat_serve.decoding.header import Bytes, Header, Limits
+from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.errors import InvalidImage
 
-MAX_BYTES = 16 * 2**20
-MAX_PIXELS = 40_000_000
-MAX_PIECES = 200
-FORMATS = ("PNG", "JPEG", "WEBP")
+OWN = Limits(max_pixels=50_000_000, max_memory=2**30)
+"""For images of one's own."""
 Pixels = NDArray[np.uint8]
+
+PLUGINS = {"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "Bmp", "TIFF": "Tiff", "AVIF": "Avif"}
+"""Pillow's plugins, all of them in its wheels."""
+STRIP_PIXELS = 2**18
+"""Pixels that are converted at a time."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by EXIF orientation."""
+SIDEWAYS = {Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90}
 
 AI_ORIGIN = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 """IPTC's digital source type of media made by a trained model, for tools that read provenance."""
 
 
-def decode(data: bytes | bytearray, height: int, width: int) -> Pixels:
-    """Return the image in ``data`` as (height, width, 3) uint8.
+def decode(data: Bytes, height: int, width: int, limits: Limits = OWN) -> Pixels:
+    """Return the image in ``data`` as (height, width, 3) uint8, decoded in this process.
 
-    Raises InvalidImage: empty, too many bytes or pixels, not PNG, JPEG or WebP, truncated or damaged.
+    Raises InvalidImage: empty, larger than the limits, of a format that is not read, truncated or damaged.
     """
-    return load(peek(data), height, width)
+    header = judge(data, height, width, limits)
+    return decode_judged(bytes(data), header, height, width, header.scale(height, width, limits))
 
 
-def peek(data: bytes | bytearray) -> Image.Image:
-    """Return the image in ``data`` with only its header read, so that ``size`` bounds the cost of ``load``. Raises InvalidImage."""
-    if not data:
-        raise InvalidImage("the image is empty (0 bytes)")
-    if len(data) > MAX_BYTES:
-        raise InvalidImage(f"the image has {len(data)} bytes; the limit is {MAX_BYTES}")
-    if pieces(data) > MAX_PIECES:
-        raise InvalidImage(f"the image is made of more than {MAX_PIECES} pieces, more than any camera or program writes; save it again")
-    with _hostile():
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    columns, rows = image.size
-    if columns * rows > MAX_PIXELS:
-        raise InvalidImage(f"the image has {columns} x {rows} pixels; the limit is {MAX_PIXELS} in total")
-    return image
-
-
-def upright_size(data: bytes | bytearray) -> tuple[int, int]:
-    """Return the (height, width) of the image in ``data``, EXIF rotation applied, from its header alone. Raises InvalidImage."""
-    image = peek(data)
+def upright_size(data: Bytes) -> tuple[int, int]:
+    """Return the (height, width) of the image in ``data``, EXIF rotation applied, without its pixels. Raises InvalidImage."""
+    header = judge(data, 1, 1, OWN)
+    image = _open(bytes(data), header)
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except Exception:  # an image with broken EXIF is still an image
@@ -58,36 +63,96 @@ def upright_size(data: bytes | bytearray) -> tuple[int, int]:
     return image.size if turned else (image.height, image.width)
 
 
-def pieces(data: bytes | bytearray) -> int:
-    """Return the number of non-pixel chunks of a PNG, or of segments before a JPEG's pixels; counting stops beyond MAX_PIECES.
+def _open(data: bytes, header: Header) -> Image.Image:
+    """Return the image in ``data``, whose header was judged, without its pixels. Raises InvalidImage."""
+    with _hostile():
+        picture = Image.open(io.BytesIO(data), formats=(register(header.format),))
+    if picture.width * picture.height > header.pixels:
+        raise InvalidImage(f"the {header.format} is damaged: it promises {header.width} x {header.height} pixels and has more")
+    return picture
 
-    Pillow reads each of them in Python, and inflates some: 16 MiB of them take up to a minute.
+
+def decode_judged(data: bytes, header: Header, height: int, width: int, scale: int = 1) -> Pixels:
+    """Return the image in ``data``, whose header was judged, as (height, width, 3) uint8; a JPEG at 1/``scale`` of its size.
+
+    Raises InvalidImage: truncated or damaged, not what its header promises.
     """
-    count = at = 0
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        at = 8
-        while at + 8 <= len(data) and count <= MAX_PIECES:
-            kind = data[at + 4 : at + 8]
-            length = int.from_bytes(data[at : at + 4])
-            # pixels come in chunks of kilobytes, and profiles inflate
-            count += 50 if kind == b"iCCP" else 1 if kind != b"IDAT" or length < 256 else 0
-            at += 12 + length
-    elif data.startswith(b"\xff\xd8"):
-        at = 2
-        while at + 4 <= len(data) and count <= MAX_PIECES and data[at + 1] != 0xDA:
-            count += 1
-            if data[at] != 0xFF or data[at + 1] == 0xFF:
-                at += 1  # padding or garbage between segments
-            else:
-                at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return count
+    return load(_open(data, header), height, width, scale)
 
 
-def load(image: Image.Image, height: int, width: int) -> Pixels:
-    """Return an image from ``peek`` as (height, width, 3) uint8. Raises InvalidImage."""
-    with _hostile(), image:
-        upright = _rgb(_upright(_eight_bit(image)))
+def register(kind: str) -> str:
+    """Return Pillow's name of a format, whose plugin is loaded and starts no threads."""
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    if kind == "HEIC":
+        import pillow_heif  # the extra [heic]
+
+        pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+        return "HEIF"
+    import_module(f"PIL.{PLUGINS[kind]}ImagePlugin")
+    return kind
+
+
+def load(picture: Image.Image, height: int, width: int, scale: int = 1) -> Pixels:
+    """Return an open image as (height, width, 3) uint8; a JPEG at 1/``scale`` of its size. Raises InvalidImage."""
+    with _hostile(), picture:
+        if scale > 1:
+            return _load_draft(picture, height, width, scale)
+        picture.load()
+        vars(picture).pop("_decoder", None)  # WebP's and AVIF's, with canvases of its own
+        upright = _upright(picture, _turn(picture))
         return np.asarray(upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BOX))
+
+
+def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """Return a loaded image as RGB and upright; in strips, so that no third of its size is made."""
+    if turn is None and picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    columns, rows = picture.size[::-1] if turn in SIDEWAYS else picture.size
+    step = max(1, STRIP_PIXELS // columns)
+    if step >= rows:
+        return _converted(picture, turn)
+    upright = Image.new("RGB", (columns, rows))
+    for top in range(0, rows, step):
+        box = _stored(turn, columns, rows, top, min(top + step, rows))
+        upright.paste(_converted(picture.crop(box), turn), (0, top))
+    return upright
+
+
+def _load_draft(picture: Image.Image, height: int, width: int, scale: int) -> Pixels:
+    """Return a JPEG that is decoded at 1/``scale`` of its size, squashed by exact area.
+
+    At this size each of the result's pixels is made of few, and BOX, which takes a pixel whole or not at all, would be off by
+    as much as 13 of 255 from what it makes of the full size; exact areas are off by 2.
+    """
+    wide, high = picture.width / scale, picture.height / scale  # a last block that is not full counts for what it holds
+    picture.draft(None, (picture.width // scale, picture.height // scale))
+    picture.load()
+    turn = _turn(picture)
+    if turn in SIDEWAYS:
+        height, width = width, height
+    rows = np.empty((height, picture.width, 3), np.float32)
+    for row, (first, weights) in enumerate(_shares(high, height, picture.height)):
+        strip = _rgb(picture.crop((0, first, picture.width, first + len(weights))))
+        rows[row] = np.tensordot(weights, np.asarray(strip, np.float32), 1)
+    squashed = np.empty((height, width, 3), np.float32)
+    for column, (first, weights) in enumerate(_shares(wide, width, picture.width)):
+        squashed[:, column] = np.tensordot(rows[:, first : first + len(weights)], weights, ((1,), (0,)))
+    small = Image.fromarray(np.rint(squashed).clip(0, 255).astype(np.uint8))
+    return np.asarray(small if turn is None else small.transpose(turn))
+
+
+def _shares(extent: float, n: int, limit: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Give, for each of ``n`` equal parts of a line of ``extent`` pixels, the first pixel in it and what share of it each one has."""
+    for part in range(n):
+        start, end = part * extent / n, (part + 1) * extent / n
+        first, last = int(start), min(math.ceil(end), limit)
+        place = np.arange(first, last)
+        covered = np.minimum(place + 1, end) - np.maximum(place, start)
+        yield first, (covered / covered.sum()).astype(np.float32)
+
+
+def _converted(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return _rgb(_eight_bit(picture if turn is None else picture.transpose(turn)))
 
 
 @contextmanager
@@ -96,19 +161,36 @@ def _hostile() -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as error:
-        raise InvalidImage(f"the image has too many pixels; the limit is {MAX_PIXELS}") from error
+        raise InvalidImage("the image has more pixels than its header promises; save it anew") from error
     except UnidentifiedImageError as error:
-        raise InvalidImage(f"not an image this server reads; send {', '.join(FORMATS)}") from error
+        raise InvalidImage("the image is truncated or damaged: it only begins as one") from error
+    except MemoryError as error:
+        raise InvalidImage("the image takes more memory to decode than its header promises; save it anew") from error
     except Exception as error:  # Pillow's decoders raise arbitrary exceptions; none may pass this line
         raise InvalidImage(f"the image is truncated or damaged ({type(error).__name__})") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """Return what turns a loaded image upright, by its EXIF orientation."""
     try:
-        return ImageOps.exif_transpose(image)
+        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+        if turn is not None:
+            ImageOps.exif_transpose(picture.crop((0, 0, 1, 1)))  # edits the EXIF too: an image whose EXIF cannot be edited stays as it is
+        return turn
     except Exception:  # an image with broken EXIF is still an image
-        return image
+        return None
+
+
+def _stored(turn: Image.Transpose | None, columns: int, rows: int, top: int, bottom: int) -> tuple[int, int, int, int]:
+    """Return the box (left, top, right, bottom) in the stored image of the rows from ``top`` to ``bottom`` of the upright one."""
+    match turn:
+        case Image.Transpose.ROTATE_180 | Image.Transpose.FLIP_TOP_BOTTOM:
+            return 0, rows - bottom, columns, rows - top
+        case Image.Transpose.TRANSPOSE | Image.Transpose.ROTATE_90:
+            return (top, 0, bottom, columns) if turn == Image.Transpose.TRANSPOSE else (rows - bottom, 0, rows - top, columns)
+        case Image.Transpose.TRANSVERSE | Image.Transpose.ROTATE_270:
+            return (rows - bottom, 0, rows - top, columns) if turn == Image.Transpose.TRANSVERSE else (top, 0, bottom, columns)
+    return 0, top, columns, bottom
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.cpus import threads
+from ebjdat_serve.decoding.judge import accepted
 from ebjdat_serve.engines import Engine, Floats
 from ebjdat_serve.engines.eager import TorchEngine
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.listing import list_images, printable
-from ebjdat_serve.pixels import FORMATS, decode, to_unit
+from ebjdat_serve.pixels import decode, to_unit
 from ebjdat_serve.selftest import TOLERANCE, compare, outputs
 from ebjdat_serve.sgld import Chains, Prior
 
@@ -57,9 +58,9 @@ def read_images(bundle: Bundle, folder: Path) -> Floats:
     size = bundle.manifest.input
     listing = list_images(folder)
     if not listing.images:
-        raise EbjdatError(f"{printable(folder)} holds no images ({', '.join(FORMATS)})")
-    if skipped := listing.note():
-        print(f"note: {printable(folder)}: {skipped}", file=sys.stderr)
+        raise EbjdatError(f"{printable(folder)} holds no images ({', '.join(accepted())})")
+    if said := listing.note():
+        print(f"note: {printable(folder)}: {said}", file=sys.stderr)
     return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in listing.images]))
 
 

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebjdat_serve import pixels
+from ebjdat_serve.decoding.header import Limits
 from tests.conftest import ROOT
 
 CLIENTS = ("classify", "screen", "generate")
@@ -435,14 +436,14 @@ def test_what_the_shell_hands_over_is_read(picture_file, name, read):
 
 @pytest.mark.parametrize("name", ["classify", "screen"])
 def test_more_than_the_server_takes_is_not_sent(run, tmp_path, name):
-    assert module_of(name).LARGEST == pixels.MAX_BYTES
+    assert Limits.max_bytes == module_of(name).LARGEST
     for more in (0, 1):
-        (tmp_path / f"{more}.png").write_bytes(PNG.ljust(pixels.MAX_BYTES + more))
+        (tmp_path / f"{more}.png").write_bytes(PNG.ljust(Limits.max_bytes + more))
     with hostile_server(lambda n, body: None) as server:
         code, out, err, _ = run(name, tmp_path / "0.png", tmp_path / "1.png", "--url", server.url)
     assert code == 1
-    assert f"the image has more than {pixels.MAX_BYTES} bytes" in out + err
-    assert [len(body) for _, _, body in server.requests] == [pixels.MAX_BYTES]
+    assert f"the image has more than {Limits.max_bytes} bytes" in out + err
+    assert [len(body) for _, _, body in server.requests] == [Limits.max_bytes]
 
 
 KEYS = ["k\u00e9y", "a\nX-Other: b", "bell\a", "\udcff"]

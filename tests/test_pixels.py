@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ebjdat_serve import pixels
+from ebjdat_serve.decoding.header import Header, Limits
+from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.errors import InvalidImage
 
 
@@ -76,6 +78,48 @@ def test_exif_rotation_is_applied(deep):
     assert out[:, :12].max() == 0
 
 
+def turned(kind, mode, orientation, size=(61, 97), **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = colour(size) if mode == "RGB" else Image.merge(mode, (*colour(size).split(), colour(size).convert("L")))
+    return encoded(picture, kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"), [("PNG", "RGBA", {}), ("JPEG", "CMYK", {}), ("PNG", "RGB", {"transparency": (1, 2, 3)})]
+)
+def test_strips_make_the_same_bytes_as_the_whole(kind, mode, options, orientation, monkeypatch):
+    data = turned(kind, mode, orientation, **options)
+    with Image.open(io.BytesIO(data)) as picture:
+        upright = ImageOps.exif_transpose(picture)
+        if kind == "PNG":
+            layer = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        expected = np.asarray(upright.convert("RGB").resize((32, 24), Image.Resampling.BOX))
+    np.testing.assert_array_equal(pixels.decode(data, 24, 32), expected)
+    monkeypatch.setattr(pixels, "STRIP_PIXELS", 700)
+    np.testing.assert_array_equal(pixels.decode(data, 24, 32), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_near_the_whole_and_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(colour((16, 12)).resize((1603, 1205), Image.Resampling.BICUBIC), "JPEG", exif=exif, quality=95)
+    limits = Limits(jpeg_draft=True, draft_above=0)
+    header = judge(data, 16, 24, limits)
+    assert header.scale(16, 24, limits) == 4
+    draft = pixels.decode_judged(data, header, 16, 24, 4).astype(int)
+    assert np.abs(draft - pixels.decode(data, 16, 24)).max() <= 3
+
+
+def test_an_image_with_more_pixels_than_were_judged_is_refused():
+    data = encoded(colour())
+    with pytest.raises(InvalidImage, match="it promises 4 x 4 pixels and has more"):
+        pixels.decode_judged(data, Header("PNG", 4, 4), 32, 32)
+
+
 def test_the_squash_averages_areas():
     board = np.indices((64, 64)).sum(axis=0) % 2 * 255
     out = pixels.decode(encoded(Image.fromarray(board.astype(np.uint8))), 32, 32)
@@ -103,12 +147,13 @@ def bomb(columns, rows):
     [
         (b"", "0 bytes"),
         (b"hello", "not an image"),
-        (b"GIF89a" + bytes(100), "not an image"),
+        (b"GIF89a" + bytes(100), "the GIF has 0 x 0|damaged"),
+        (b"%PDF-1.7", "it is a PDF; send PNG, JPEG, WEBP, GIF"),
         (encoded(colour())[:200], "truncated or damaged"),
         (encoded(colour(), "JPEG")[:300], "truncated or damaged"),
-        (bomb(20_000, 20_000), "limit is 40000000"),
-        (bomb(8_000, 8_000), "limit is 40000000"),
-        (bytes(pixels.MAX_BYTES + 1), "limit is"),
+        (bomb(20_000, 20_000), "limit is 50000000"),
+        (bomb(8_000, 8_000), "limit is 50000000"),
+        (bytes(Limits.max_bytes + 1), "limit is"),
     ],
 )
 def test_refusals_name_the_limit_or_the_fix(data, said):

@@ -51,7 +51,8 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
     service = Service(manager, settings, classify, generate, endpoints, access)
 
     async def serve(server: litserve_adapter.Server) -> None:
-        await manager.run(server.announce, server.give_up, beside=[access.follow()])
+        async with service.decoder.running():
+            await manager.run(server.announce, server.give_up, beside=[access.follow()])
 
     return litserve_adapter.Server(
         workers, service.install, serve, service.begin_drain, service.drain, sockets, settings

@@ -51,6 +51,17 @@ class NoManager:
         """Do nothing: nothing runs."""
 
 
+class Shutdown(threading.Event):
+    """An event whose waiting thread looks for signals all the time: one that the system gives to another thread does not wake it."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if timeout is not None:
+            return super().wait(timeout)
+        while not super().wait(0.2):
+            pass
+        return True
+
+
 class Server(ls.LitServer):
     """LitServe's processes without its routes, queues and manager.
 
@@ -92,7 +103,7 @@ class Server(ls.LitServer):
         """Replace LitServe's shared flags by plain ones: workers tell the HTTP process that they are ready."""
         adopt()  # LitServe has just given its loggers handlers of their own
         self.workers_setup_status: dict[str, Any] = {}
-        self._shutdown_event = threading.Event()
+        self._shutdown_event = Shutdown()
         self.litapi_request_queues = {api.api_path: None for api in self.litapi_connector}
         self._transport = NoTransport()
         return NoManager()

@@ -135,6 +135,9 @@ class Settings:
 
     max_body: Annotated[int, count(REQUEST, "request body; the default holds the largest image as base64", "bytes")] = 22 * 2**20
     max_images: Annotated[int, count(REQUEST, "images in one JSON list", "images")] = 64
+    max_pixels: Annotated[int, count(REQUEST, "one image, and a list in all; a JPEG decoded by --jpeg-draft: twice", "pixels")] = 25_000_000
+    decode_seconds: Annotated[float, seconds(REQUEST, "processor time that decoding one image may take")] = 5.0
+    jpeg_draft: Annotated[bool, About(REQUEST, "decode JPEGs above 2 megapixels at 1/2 to 1/8 of their size (docs/decisions/0022)")] = True
     max_samples: Annotated[int, count(REQUEST, "n of one /generate", "images")] = 64
     max_steps: Annotated[
         int,
@@ -160,6 +163,9 @@ class Settings:
     classify_deadline: Annotated[float, seconds(LOAD, "time until a classify or energy request is answered 504")] = 10.0
     generate_deadline: Annotated[float, seconds(LOAD, "time until a generate request is answered 504")] = 120.0
     upload_memory: Annotated[int, count(LOAD, "all bodies and encoded images in memory, beyond which 503", "bytes")] = 256 * 2**20
+
+    decoders: Annotated[int, count(LOAD, "processes that decode large images", "processes")] = 2
+    decode_memory: Annotated[int, count(LOAD, "memory of decoders of large images; all but 64 MiB for each is shared", "bytes")] = 2**29
 
     max_connections: Annotated[
         int, count(CONNECTION, "open connections, fewer where the limit of descriptors asks for it; idle ones make room", "connections")
@@ -238,7 +244,7 @@ class Setting:
     def default_text(self) -> str:
         """The default as help and docs show it."""
         if self.about.shown or self.type is bool:
-            return self.about.shown or "no"
+            return self.about.shown or ("yes" if self.default else "no")
         return "none" if self.default in ((), None, "") else f"{self.default:g}" if self.type is float else str(self.default)
 
     def parse(self, text: str) -> Any:

@@ -30,6 +30,7 @@ from ebjdat_serve.server.compute.model import Model
 from ebjdat_serve.server.payloads import GeneratedImages, Predictions
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.generate_request import GenerateRequest, validate
+from ebjdat_serve.server.read.images import limits
 from ebjdat_serve.server.served_model import ServedModel, open_first
 from ebjdat_serve.server.settings import Settings
 
@@ -66,7 +67,7 @@ class StockClassify(Stock):
         size = self.served.bundle.manifest.input
         document: Any = request
         try:
-            return pixels.decode(base64.b64decode(document["image"], validate=True), size.height, size.width)
+            return pixels.decode(base64.b64decode(document["image"], validate=True), size.height, size.width, limits(self._settings))
         except (InvalidImage, ValueError, KeyError, TypeError) as error:
             return f'send {{"image": "<base64>"}}: {error}'
 

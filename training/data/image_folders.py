@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ebjdat_serve.decoding.judge import accepted
 from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.folders import folder
 from ebjdat_serve.listing import Listing, class_name, format_of, list_images, order, printable
-from ebjdat_serve.pixels import FORMATS, decode, upright_size
+from ebjdat_serve.pixels import decode, upright_size
 from training.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -110,7 +111,7 @@ def class_files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     empty = [name for index, name in enumerate(names) if index not in held]
     if empty:
         raise DataError(
-            f"{folder} holds no images ({', '.join(FORMATS)}) of {', '.join(empty)}: every class needs its own sub-folder of images"
+            f"{folder} holds no images ({', '.join(accepted())}) of {', '.join(empty)}: every class needs its own sub-folder of images"
         )
     return files
 
@@ -207,11 +208,11 @@ def load_images(source: str, height: int, width: int) -> Pixels:
         listing = list_images(path)
         tell(path, listing)
         if not listing.images:
-            raise DataError(f"{printable(path)} holds no images ({', '.join(FORMATS)})")
+            raise DataError(f"{printable(path)} holds no images ({', '.join(accepted())})")
         return read_images(listing.images, (height, width))
     if path.suffix == ".npz":
         return read_npz(path, height, width)[0]
-    if path.is_file() and format_of(path) in FORMATS and height == width:
+    if path.is_file() and format_of(path) in accepted() and height == width:
         return read_atlas(path, height)
     raise DataError(f"{path} is not a folder of images, an .npz or an atlas of {height} x {width} tiles")
 

@@ -4,8 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ebjdat_serve import __version__, pixels
+from ebjdat_serve import __version__
 from ebjdat_serve.bundle import Input, Provenance
+from ebjdat_serve.decoding.header import Limits as ImageLimits
+from ebjdat_serve.decoding.judge import accepted
 from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Settings
@@ -50,6 +52,8 @@ class Limits(Schema):
     body_bytes: int
     image_bytes: int
     image_pixels: int
+    jpeg_pixels: Annotated[int, Field(description="of a JPEG that is reduced while it is decoded, as the model's size allows")]
+    formats: tuple[str, ...]
     images: int
     n: int
     steps: int
@@ -142,8 +146,10 @@ def info_answer(
         ),
         limits=Limits(
             body_bytes=s.max_body,
-            image_bytes=pixels.MAX_BYTES,
-            image_pixels=pixels.MAX_PIXELS,
+            image_bytes=ImageLimits.max_bytes,
+            image_pixels=s.max_pixels,
+            jpeg_pixels=2 * s.max_pixels if s.jpeg_draft else s.max_pixels,
+            formats=accepted(),
             images=s.max_images,
             n=s.max_samples,
             steps=steps,

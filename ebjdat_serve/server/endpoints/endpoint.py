@@ -26,8 +26,9 @@ from ebjdat_serve.server.read import browsers
 from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware
 from ebjdat_serve.server.read.head import HeadMiddleware
 from ebjdat_serve.server.read.http_protocol import connections
+from ebjdat_serve.server.read.images import ImageDecoder
 from ebjdat_serve.server.read.root_path import RootPathMiddleware
-from ebjdat_serve.server.read.uploads import decode_upload, read_upload
+from ebjdat_serve.server.read.uploads import encoded_images, read_upload
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import OPERATE, Settings
 
@@ -35,6 +36,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}, "description": problems.TITLES[code]}
     for code in (400, 401, 403, 408, 413, 415, 421, 422, 429, 500, 503, 504)
 }
+
+STOP_SECONDS = 2.0
+"""Seconds before the end of --graceful-timeout at which images that are still being decoded are refused: the rest of a stop takes them."""
 
 BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
 
@@ -69,7 +73,7 @@ class ImageResult:
 
 
 class Service:
-    """The served model, the queues, and threads that decode and encode images."""
+    """The served model, the queues, processes that decode images and threads that encode them."""
 
     def __init__(
         self,
@@ -84,8 +88,8 @@ class Service:
         self.classify_queue, self.generate_queue = classify, generate
         self.endpoints = endpoints
         self.draining = False  # a stop signal has come
-        # two pools: large sheets delay no image that is to be decoded
-        self.decoders, self.encoders = (ThreadPoolExecutor(2, thread_name_prefix=name) for name in ("decode", "encode"))
+        self.decoder = ImageDecoder(settings)
+        self.encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
 
     async def run_on_images(self, request: Request, operation: Operation) -> ImageResult:
         """Read and decode the images of ``request``, and return what a classify worker makes of them by ``operation``.
@@ -99,7 +103,8 @@ class Service:
             async with read_upload(request, self.settings) as upload:
                 model = self.manager.active
                 deadline = stack.enter_context(queue.slot(model.key, client))
-                images, listed = await decode_upload(request, upload, model.bundle.manifest.input, self.settings, self.decoders)
+                encoded, listed = await encoded_images(request, upload, self.settings)
+                images = await self.decoder.decode(request, encoded, model.bundle.manifest.input, deadline, listed=listed)
             value = await queue.submit(PendingRequest(model.key, operation.name, images, request, client, deadline))
             return ImageResult(value, listed, model)
 
@@ -112,13 +117,17 @@ class Service:
         loop = asyncio.get_running_loop()
         began = loop.time()
         queues: list[RequestQueue] = [self.classify_queue, *([self.generate_queue] if self.generate_queue else [])]
+        graceful = self.settings.graceful_timeout
         while any(queue.active for queue in queues) or connections():  # uvicorn has closed the idle connections
             await asyncio.sleep(0.1)
+            if loop.time() - began > max(graceful / 2, graceful - STOP_SECONDS):
+                await self.decoder.decoders.close()  # what is decoded by then is still classified
             drawing = self.generate_queue and self.generate_queue.chains
-            if loop.time() - began > (self.settings.generate_graceful_timeout if drawing else self.settings.graceful_timeout):
+            if loop.time() - began > (self.settings.generate_graceful_timeout if drawing else graceful):
                 break
         for queue in queues:
             queue.close("the server is stopping; try again when it is back")
+        await self.decoder.decoders.close()
 
     def scopes(self) -> dict[str, set[Scope]]:
         """Return, by path, the scopes of which an API key needs one; none where no key is needed."""

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS
+from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
@@ -56,11 +56,11 @@ async def read_body(request: Request, limit: int, settings: Settings, memory: Bo
     slow = Problem(408, f"the body did not arrive within {s.body_timeout:g} s, or came too slowly", headers={"Connection": "close"})
     try:
         memory.hold(BODY_COST)
-        refuse_large(int(request.headers.get("content-length", 0)), limit)
+        refuse_large(int(request.headers.get("content-length", 0)), limit, s)
         try:
             async with asyncio.timeout(s.body_timeout):
                 async for chunk in request.stream():
-                    refuse_large(len(held) + len(chunk), limit)
+                    refuse_large(len(held) + len(chunk), limit, s)
                     memory.hold(len(chunk))
                     held += chunk
                     if len(held) < s.min_upload_rate * (time.monotonic() - began - s.upload_grace):
@@ -75,10 +75,10 @@ async def read_body(request: Request, limit: int, settings: Settings, memory: Bo
         memory.release()
 
 
-def refuse_large(size: int, limit: int) -> None:
+def refuse_large(size: int, limit: int, settings: Settings) -> None:
     """Raise Problem 413 for a body above the limit."""
     if size > limit:
-        image = f"an image may have {MAX_BYTES} bytes and {MAX_PIXELS} pixels"
+        image = f"an image may have {Limits.max_bytes} bytes and {settings.max_pixels} pixels"
         raise Problem(413, f"the body is larger than the limit of {limit} bytes; {image}")
 
 

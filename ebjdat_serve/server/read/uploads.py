@@ -8,27 +8,21 @@ import base64
 import contextlib
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import numpy as np
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from ebjdat_serve.bundle import Input
-from ebjdat_serve.errors import InvalidImage
-from ebjdat_serve.pixels import MAX_BYTES, MAX_PIXELS, Pixels, load, peek
+from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import BodyMemory, parse_json, read_body
 from ebjdat_serve.server.settings import Settings
 
 RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")  # the last is curl --data-binary's own
 ACCEPTED = "an image body, multipart/form-data with a field image, or application/json with image or images (base64)"
-INLINE_PIXELS, INLINE_BYTES = 2**16, 2**18
-"""Pixels and bytes of a request that are decoded in the event loop: this takes milliseconds, tens of them for hostile bytes."""
 SMALL_DOCUMENT = 2**16
 """Bytes of a JSON body that is parsed at once, in about a millisecond."""
 SLICE = 2**16
@@ -81,51 +75,6 @@ async def encoded_images(request: Request, upload: Upload, settings: Settings) -
     upload.memory.hold(-len(upload.body))
     upload.body.clear()
     return images, listed
-
-
-async def decode_upload(
-    request: Request, upload: Upload, contract: Input, settings: Settings, pool: ThreadPoolExecutor
-) -> tuple[Pixels, bool]:
-    """Return (pixels (n, H, W, 3), whether a list was sent).
-
-    Raises Problem: 400 not JSON or no form, 413 too large, 422 not an image (with its index in a list).
-    """
-    images, listed = await encoded_images(request, upload, settings)
-    run = asyncio.get_running_loop().run_in_executor
-    small = sum(map(len, images)) <= INLINE_BYTES
-    # to hand a small one to another thread would take longer
-    opened = [attempt(peek, one) for one in images] if small else [await run(pool, attempt, peek, one) for one in images]
-    for index, one in enumerate(opened):
-        refuse_invalid(one, index if listed else None)
-    total = sum(one.width * one.height for one in opened)
-    if listed and total > MAX_PIXELS:
-        raise Problem(413, f"the images of one list may have {MAX_PIXELS} pixels in all, these have {total}; send them one by one")
-    if small and total <= INLINE_PIXELS:
-        decoded = [attempt(load, one, contract.height, contract.width) for one in opened]
-    else:
-        decoded = await asyncio.gather(*(run(pool, attempt, load, one, contract.height, contract.width) for one in opened))
-    for index, one in enumerate(decoded):
-        refuse_invalid(one, index if listed else None)
-    return np.stack(decoded), listed
-
-
-def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what ``function`` returns, or the InvalidImage it raises."""
-    try:
-        return function(*arguments)
-    except InvalidImage as error:
-        return error
-
-
-def refuse_invalid(error: Any, index: int | None) -> None:
-    """Raise the Problem for an image that could not be decoded, if it is one, naming its place in the list."""
-    if not isinstance(error, InvalidImage):
-        return
-    text = str(error)
-    status = 413 if "limit is" in text and index is None else 422
-    if index is None:
-        raise Problem(status, text)
-    raise Problem(422, f"images[{index}]: {text}; nothing was computed", index=index)
 
 
 async def from_json(body: bytearray, max_images: int, memory: BodyMemory) -> tuple[list[bytearray], bool]:
@@ -262,7 +211,7 @@ class FormParser(MultiPartParser):
     """Starlette's parser, which would write a file above 1 MiB to a disk, and read it whole."""
 
     def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers, stream, max_files=2, max_fields=2, max_part_size=MAX_BYTES + 1)
+        super().__init__(headers, stream, max_files=2, max_fields=2, max_part_size=Limits.max_bytes + 1)
         self.file = bytearray()
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:

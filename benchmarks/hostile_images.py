@@ -1,0 +1,85 @@
+"""Small files that once cost a server gigabytes or minutes, or that cost it as much as it allows."""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+from PIL import Image
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """Return the image as a file of a format."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Return a chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *chunks: bytes, bits: int = 8, kind: int = 2, pixels: bytes = b"\0" * 1000) -> bytes:
+    """Return a PNG that promises a size, whatever its pixels are."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def webp(width: int, height: int) -> bytes:
+    """Return 46 bytes: a canvas, and a lossless frame of its size that ends at once."""
+    size = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    frame = b"\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14) + b"\0\0\0"
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + size + b"VP8L" + struct.pack("<I", len(frame)) + frame
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def jpeg_of_scans(n: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """Return a progressive JPEG whose last scan comes so often that there are ``n``."""
+    whole = encoded(Image.new("RGB", size, (200, 30, 90)), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    scan = whole[last:-2]
+    return whole[:-2] + scan * (n - whole.count(b"\xff\xda")) + whole[-2:]
+
+
+def jpeg_of_segments(n: int) -> bytes:
+    """Return a JPEG with ``n`` empty comments after its scan."""
+    whole = encoded(Image.new("RGB", (256, 256)), "JPEG")
+    return whole[:-2] + b"\xff\xfe\x00\x02" * n + whole[-2:]
+
+
+def exif_of_tags(n: int, size: int) -> bytes:
+    """Return EXIF that turns an image, and has ``n`` tags that all name the same ``size`` bytes as their value."""
+    tags = [(0x0112, 3, 1, 6)] + [(0x8000 + i, 7, size, 8) for i in range(n)]
+    block = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return block.ljust(size + 8, b"\0")
+
+
+def png_of_tags(n: int, size: int) -> bytes:
+    """Return a whole PNG with such EXIF."""
+    return png(40, 40, chunk(b"eXIf", exif_of_tags(n, size)), pixels=bytes(40 * 121))
+
+
+def webp_of_tags(n: int, size: int) -> bytes:
+    """Return a whole WebP with such EXIF."""
+    return encoded(Image.new("RGB", (64, 64)), "WEBP", exif=exif_of_tags(n, size))
+
+
+def jpeg_of_tags(n: int, size: int, marker: bytes = b"\xff\xe1", name: bytes = b"Exif\0\0") -> bytes:
+    """Return a whole JPEG with such EXIF, or with a list of pictures of this form."""
+    body = name + exif_of_tags(n, size)
+    whole = encoded(Image.new("RGB", (64, 64)), "JPEG")
+    return whole[:2] + marker + struct.pack(">H", len(body) + 2) + body + whole[2:]
+
+
+def avif_that_lies(size: tuple[int, int], promised: tuple[int, int]) -> bytes:
+    """Return an AVIF whose coded frame is larger than it promises: libavif decodes all of it, and makes it smaller."""
+    data = bytearray(encoded(Image.new("RGB", size, (9, 90, 3)), "AVIF", speed=10))
+    place = data.index(b"ispe") + 8
+    data[place : place + 8] = struct.pack(">II", *promised)
+    return bytes(data)
+
+
+def png_of_texts(n: int) -> bytes:
+    """Return a PNG with ``n`` texts, each of which inflates to 1 MiB."""
+    return png(40, 40, *[chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**20), 9))] * n)

@@ -1,0 +1,350 @@
+"""Decoders as the HTTP process sees them: processes with limits, which may be killed at any time at the cost of their own image.
+
+Small images, judged here, go many to a message to a decoder of their own; they never wait for a large one. All else goes, whole requests
+at a time, to decoders that stand back: they judge, say how much memory it takes, and wait for leave.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ebjdat_serve.decoding import wire
+from ebjdat_serve.decoding.header import Bytes, Header, Limits
+from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
+from ebjdat_serve.decoding.judge import each, judge_all, judge_kind
+from ebjdat_serve.decoding.processes import Line, Zygote
+from ebjdat_serve.errors import EbjdatError, InvalidImage
+from ebjdat_serve.fairness import FairQueue
+from ebjdat_serve.pixels import Pixels
+
+log = logging.getLogger(__name__)
+
+SMALL_BYTES, SMALL_WORK = 2**19, 2**18
+"""Encoded bytes of a request that is judged in the event loop, in less than a millisecond; and work of an image that is then small."""
+MESSAGE_IMAGES, MESSAGE_WORK = 64, 2**19
+LIGHT = 64 * 2**20
+"""Bytes that each decoder of large images may use without leave."""
+PATIENCE = 1.0
+"""Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
+START_SECONDS = 20.0
+"""Seconds that a zygote has to fork a decoder, its own start included."""
+STOPPING = "the server is stopping; try again when it is back"
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """Lengths in bytes, times in seconds."""
+
+    limits: Limits = field(default_factory=Limits)
+    small: int = 1  # decoders of small images
+    large: int = 2  # decoders of large ones
+    memory: int = 512 * 2**20  # that all decodes of large images may use together
+    small_timeout: float = 1.0  # of one message of small images
+    timeout: float = 9.0  # of one large decode, once it has begun
+
+    def __post_init__(self) -> None:
+        if self.small < 1 or self.large < 1:
+            raise EbjdatError(f"there must be at least 1 decoder of small and of large images, not {self.small} and {self.large}")
+        if self.heavy_memory < self.limits.max_memory:
+            least = (self.limits.max_memory + LIGHT * (self.large - 1)) // 2**20
+            raise EbjdatError(f"the memory of decoders must be at least {least} MiB for one image of {self.limits.max_memory // 2**20} MiB")
+
+    @property
+    def heavy_memory(self) -> int:
+        """Bytes for decodes that need more than LIGHT."""
+        return self.memory - LIGHT * (self.large - 1)
+
+
+class Decoders:
+    """Decodes images in processes, within limits of memory and time."""
+
+    def __init__(self, settings: PoolSettings) -> None:
+        self.settings, self.limits = settings, settings.limits
+        self.small: FairQueue[Small] = FairQueue()
+        self.fresh: FairQueue[Large] = FairQueue()  # not judged, or light
+        self.heavy: FairQueue[Large] = FairQueue()  # judged, and waiting for memory
+        self.free = settings.heavy_memory
+        self.heavies = 0
+        self.arrived, self.changed = asyncio.Event(), asyncio.Event()
+        self.zygote: Zygote | None = None
+        self.starting = asyncio.Lock()
+        self.numbers = 0
+        self.tasks: list[asyncio.Task[None]] = []
+        self.suspects = Suspects()
+        self.closed = False
+
+    async def start(self) -> None:
+        """Start the processes."""
+        for large in [False] * self.settings.small + [True] * self.settings.large:
+            self.tasks.append(asyncio.create_task(self._tend(large=large)))
+
+    async def close(self) -> None:
+        """End the processes, and refuse what is left and what comes."""
+        self.closed = True
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        if self.zygote:
+            self.zygote.close()
+        while len(self.small):
+            refuse(self.small.pop().future, DecoderLost(STOPPING))
+        while len(self.fresh) or len(self.heavy):
+            refuse((self.fresh if len(self.fresh) else self.heavy).pop().future, DecoderLost(STOPPING))
+
+    async def decode(self, images: Sequence[Bytes], height: int, width: int, client: str = "") -> list[Pixels]:
+        """Return each image as (height, width, 3) uint8.
+
+        Raises InvalidImage: the first that is refused, with its index; DecoderLost: an image's decoder ended, or the server does.
+        To cancel it ends a decoder that works on it.
+        """
+        if self.closed:
+            raise DecoderLost(STOPPING)
+        if sum(map(len, images)) <= SMALL_BYTES and client not in self.suspects:
+            headers = judge_all(small := list(map(bytes, images)), height, width, self.limits)
+            if all(one.sure and one.work <= SMALL_WORK for one in headers):
+                return await self._decode_small(small, headers, height, width, client)
+        each(images, lambda data: judge_kind(data, self.limits))  # at once, before anything of it is held and sent
+        return await self._decode_large(list(images), height, width, client)
+
+    async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int, client: str) -> list[Pixels]:
+        loop = asyncio.get_running_loop()
+        items = [Small(data, header, height, width, loop.create_future(), client) for data, header in zip(images, headers, strict=True)]
+        for item in items:
+            self.small.push(client, item, item.header.work)
+        self.arrived.set()
+        decoded = []
+        try:
+            for index, item in enumerate(items):
+                try:
+                    decoded.append(await item.future)
+                except InvalidImage as error:
+                    error.index = index
+                    raise
+        finally:
+            for item in items[len(decoded) :]:
+                if not item.future.cancel() and not item.future.cancelled():
+                    item.future.exception()  # seen: one refusal a request is enough
+        return decoded
+
+    async def _decode_large(self, images: list[Bytes], height: int, width: int, client: str) -> list[Pixels]:
+        job = Large(images, height, width, asyncio.get_running_loop().create_future(), client)
+        job.wait_in(self.fresh)
+        self.changed.set()
+        try:
+            return await job.future
+        finally:
+            job.withdraw()
+
+    # the decoders
+
+    async def _tend(self, *, large: bool) -> None:
+        """Keep one decoder alive and at work."""
+        while True:
+            try:
+                zygote = await self._running()
+                line = await self._fork(zygote, large=large)
+            except OSError as error:
+                log.warning("cannot start a decoder: %s", error)
+                await asyncio.sleep(PATIENCE)
+                continue
+            try:
+                while not line.lost:
+                    await (self._next_large(zygote, line) if large else self._next_small(line))
+            finally:
+                line.transport.abort()
+                zygote.kill(line.number)
+                zygote.fates.pop(line.number, None)
+
+    async def _running(self) -> Zygote:
+        """Return the zygote, started again if need be; one that ends at once is not started again at once."""
+        async with self.starting:
+            if self.zygote is None or self.zygote.gone:
+                if self.zygote and (left := self.zygote.began + PATIENCE - asyncio.get_running_loop().time()) > 0:
+                    await asyncio.sleep(left)
+                self.zygote = Zygote.start(self.limits)
+            return self.zygote
+
+    async def _fork(self, zygote: Zygote, *, large: bool) -> Line:
+        self.numbers += 1
+        ours, theirs = socket.socketpair()
+        number = self.numbers
+        try:
+            with theirs:
+                async with asyncio.timeout(START_SECONDS):
+                    await zygote.fork(number, theirs, large=large)
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, TimeoutError):  # an OSError
+                zygote.close()  # it hears nothing
+            raise
+        _, line = await asyncio.get_running_loop().create_unix_connection(lambda: Line(number, self._wake), sock=ours)
+        return line
+
+    def _wake(self) -> None:
+        """Have everyone look again for what there is to do."""
+        self.arrived.set()
+        self.changed.set()
+
+    async def _next_small(self, line: Line) -> None:
+        """Have the small images that wait decoded, as many as one message takes."""
+        while not len(self.small):
+            self.arrived.clear()
+            await self.arrived.wait()
+            if line.lost:
+                return
+        batch = self._batch()
+        if not batch:
+            return
+        height, width = batch[0].height, batch[0].width
+        work = wire.Work(
+            height, width, tuple(len(one.data) for one in batch), tuple(one.header for one in batch), [one.data for one in batch]
+        )
+        try:
+            line.transport.writelines(work.encoded())
+            async with asyncio.timeout(self.settings.small_timeout):
+                results = wire.decode_results(await line.answer(wire.RESULTS), len(batch), height, width)
+        except (EOFError, TimeoutError, ValueError):
+            line.lost = True
+            self._suspect(batch)
+            return
+        except asyncio.CancelledError:
+            for item in batch:
+                refuse(item.future, DecoderLost(STOPPING))
+            raise
+        for item, result in zip(batch, results, strict=True):
+            settle(item.future, result)
+
+    def _batch(self) -> list[Small]:
+        """Take out small images of one size of result, up to the limits of a message."""
+        batch: list[Small] = []
+        work = 0
+        while (item := self.small.peek()) and len(batch) < MESSAGE_IMAGES and work < MESSAGE_WORK:
+            if batch and (item.height, item.width) != (batch[0].height, batch[0].width):
+                break
+            self.small.pop()
+            if not item.future.done():  # its client has gone
+                batch.append(item)
+                work += item.header.work
+        return batch
+
+    def _suspect(self, batch: list[Small]) -> None:
+        """Have each image of a message that was never answered decoded alone, where it can cost nobody else anything."""
+        log.warning("a decoder of small images was lost; its %d images are decoded again, one by one", len(batch))
+        for item in batch:
+            alone: asyncio.Future[list[Pixels]] = asyncio.get_running_loop().create_future()
+            hand_on(alone, item.future)
+            Large([item.data], item.height, item.width, alone, item.client, suspect=True).wait_in(self.fresh)
+        self.changed.set()
+
+    async def _next_large(self, zygote: Zygote, line: Line) -> None:
+        """Have the next request that there is memory for decoded."""
+        while (job := self._eligible()) is None:
+            self.changed.clear()
+            await self.changed.wait()
+            if line.lost:
+                return
+        if job.future.done():
+            return
+        if job.need > LIGHT:
+            self._grant(job)
+        queue, began = job.queue, asyncio.get_running_loop().time()
+
+        def end_decoder(future: "asyncio.Future[list[Pixels]]") -> None:
+            if future.cancelled():
+                zygote.kill(line.number)
+
+        job.future.add_done_callback(end_decoder)
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                await self._converse(line, job)
+        except TimeoutError:
+            line.lost = True
+            refuse(job.future, DecoderLost(f"the image was not decoded within {self.settings.timeout:g} s; try again, or send it smaller"))
+        except (EOFError, ValueError):
+            line.lost = True
+            await self._explain(zygote, line, job)
+        except asyncio.CancelledError:
+            refuse(job.future, DecoderLost(STOPPING))
+            raise
+        finally:
+            job.future.remove_done_callback(end_decoder)
+            line.lost |= job.future.cancelled()
+            self._give_back(job)
+            took = asyncio.get_running_loop().time() - began
+            queue.charge(job.client, took - TURN_SECONDS)
+            if job.suspect and (line.lost or took > self.settings.small_timeout):
+                self.suspects.add(job.client)
+
+    async def _explain(self, zygote: Zygote, line: Line, job: Large) -> None:
+        """Answer a request whose decoder is gone, or have it decoded again if it is not to blame."""
+        if job.future.done():  # its client has gone
+            return
+        zygote.kill(line.number)
+        done, _ = await asyncio.wait([zygote.fates[line.number]], timeout=PATIENCE)
+        if not done:
+            zygote.close()  # it hears nothing
+        status = zygote.fates[line.number].result()
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+            limit = self.limits.max_seconds
+            refuse(job.future, InvalidImage(f"the image takes longer to decode than the limit of {limit:g} s: save it anew, or smaller"))
+        elif zygote.gone and not job.tries:
+            job.tries, job.need = 1, 0
+            job.wait_in(self.fresh)
+        else:
+            log.warning("a decoder of large images ended with status %d", status)
+            refuse(job.future, DecoderLost("the process that decoded the image was ended; try again, or send another image"))
+
+    def _grant(self, job: Large) -> None:
+        self.free -= job.need
+        self.heavies += 1
+        job.granted = job.need
+
+    def _give_back(self, job: Large) -> None:
+        if job.granted:
+            self.free += job.granted
+            self.heavies -= 1
+            job.granted = 0
+            self.changed.set()
+
+    def _eligible(self) -> Large | None:
+        """Take out the next request: one that waits for memory and may have it, else the next of those that wait for nothing."""
+        head = self.heavy.peek()
+        if head is not None and (head.future.done() or self._fits(head.need)):
+            return self.heavy.pop()
+        return self.fresh.pop() if len(self.fresh) else None
+
+    def _fits(self, need: int) -> bool:
+        """Return whether a heavy decode may begin: there is memory, and a decoder is left for the others."""
+        return need <= self.free and self.heavies < max(1, self.settings.large - 1)
+
+    async def _converse(self, line: Line, job: Large) -> None:
+        """Have a request judged, and decoded if there is memory for it; else it waits for that."""
+        await line.send(wire.Work(job.height, job.width, tuple(map(len, job.images)), (), job.images).encoded())
+        body = await line.answer(wire.PLAN)
+        try:
+            need = wire.decode_plan(body)
+        except InvalidImage as error:
+            refuse(job.future, error)
+            return
+        if need > LIGHT and not job.granted:
+            job.need = need
+            if len(self.heavy) or not self._fits(need):
+                line.transport.write(wire.packed(wire.Park()))
+                job.wait_in(self.heavy)
+                self.changed.set()
+                return
+            self._grant(job)
+        line.transport.write(wire.packed(wire.Go(need)))
+        results = wire.decode_results(await line.answer(wire.RESULTS), len(job.images), job.height, job.width)
+        images: list[Pixels] = []
+        for index, one in enumerate(results):
+            if isinstance(one, InvalidImage):
+                one.index = index
+                refuse(job.future, one)
+                return
+            images.append(one)
+        settle(job.future, images)

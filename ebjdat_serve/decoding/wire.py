@@ -1,0 +1,152 @@
+"""What the HTTP process and a decoder say to each other over a Unix socket.
+
+To a decoder go pickles, and encoded images after them. Back come plain structures, checked for their sizes: a decoder has touched hostile
+bytes, and what it says is not unpickled.
+"""
+
+import pickle
+import socket
+import struct
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ebjdat_serve.decoding.header import Bytes, Header
+from ebjdat_serve.errors import InvalidImage
+from ebjdat_serve.pixels import Pixels
+
+Decoded = Pixels | InvalidImage
+
+LENGTH = struct.Struct("!I")
+FORK, KILL = b"FK"
+ORDER = struct.Struct("!BI?")  # FORK or KILL, the decoder's number, whether for large images
+NEWS = struct.Struct("!Iii")  # number, pid, exit status as waitpid gives it, or -1: it has started
+PLAN, RESULTS = b"PR"
+FRAME = struct.Struct("!BI")  # PLAN or RESULTS, bytes that follow
+NEED = struct.Struct("!Q")
+TEXT, PIXELS = b"TP"
+ERROR = struct.Struct("!BiI")  # TEXT, which image, -1: none of them; bytes of UTF-8 that follow
+LONGEST_TEXT = 2000
+TOGETHER = 2**18
+"""Bytes of images up to which a copy is quicker than another call of the system."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images to decode to ``height`` x ``width``, whose bytes follow. Those without a header are to be judged first."""
+
+    height: int
+    width: int
+    lengths: tuple[int, ...]
+    headers: tuple[Header, ...] = ()
+    images: list[Bytes] = field(default_factory=list, compare=False)
+
+    def encoded(self) -> list[Bytes]:
+        """Return the parts of a message."""
+        head = pickle.dumps(Work(self.height, self.width, self.lengths, self.headers), 5)
+        return [LENGTH.pack(len(head)), head, *self.images]
+
+
+@dataclass(frozen=True)
+class Go:
+    """Decode what was judged, with so many bytes of memory at the most."""
+
+    memory: int
+
+
+@dataclass(frozen=True)
+class Park:
+    """Forget what was judged; it comes again when there is memory for it."""
+
+
+def send(line: socket.socket, message: object) -> None:
+    """Send a message to a decoder that holds no images."""
+    line.sendall(packed(message))
+
+
+def packed(message: object) -> bytes:
+    """Return a message to a decoder that holds no images."""
+    head = pickle.dumps(message, 5)
+    return LENGTH.pack(len(head)) + head
+
+
+def receive(line: socket.socket) -> object:
+    """Return the next message to a decoder. Raises EOFError when the other end hangs up."""
+    message = pickle.loads(read(line, LENGTH.unpack(read(line, LENGTH.size))[0]))
+    if isinstance(message, Work):
+        message.images.extend(read_images(line, message.lengths))
+    return message
+
+
+def read_images(line: socket.socket, lengths: tuple[int, ...]) -> list[bytes]:
+    """Return the images that follow a message; small ones are read together."""
+    if sum(lengths) > TOGETHER:
+        return [read(line, length) for length in lengths]
+    images, at, data = [], 0, read(line, sum(lengths))
+    for length in lengths:
+        images.append(data[at : at + length])
+        at += length
+    return images
+
+
+def read(line: socket.socket, n: int) -> bytes:
+    """Return the next ``n`` bytes, as they came from the system, without a copy. Raises EOFError."""
+    data = line.recv(n, socket.MSG_WAITALL) if n else b""
+    if len(data) != n:
+        raise EOFError
+    return data
+
+
+def encode_plan(judged: int | InvalidImage) -> bytes:
+    """Return the answer of a decoder that judged: how much memory it needs, or why it refuses."""
+    body = _text(judged) if isinstance(judged, InvalidImage) else NEED.pack(judged)
+    return FRAME.pack(PLAN, len(body)) + body
+
+
+def encode_results(decoded: list[Decoded]) -> bytes:
+    """Return the answer of a decoder that decoded."""
+    body = b"".join(_text(one) if isinstance(one, InvalidImage) else bytes([PIXELS]) + one.tobytes() for one in decoded)
+    return FRAME.pack(RESULTS, len(body)) + body
+
+
+def decode_plan(body: bytes) -> int:
+    """Return how much memory is needed. Raises InvalidImage: what the decoder refuses; ValueError: no answer of ours."""
+    if len(body) == NEED.size:
+        return int(NEED.unpack(body)[0])
+    error, rest = _read_text(body)
+    if rest:
+        raise ValueError("a decoder's plan is too long")
+    raise error
+
+
+def decode_results(body: bytes, n: int, height: int, width: int) -> list[Decoded]:
+    """Return the images and errors of ``n`` images in an answer. Raises ValueError: no answer of ours."""
+    results: list[Decoded] = []
+    size, rest = height * width * 3, memoryview(body)
+    for _ in range(n):
+        if rest[:1] == bytes([PIXELS]) and len(rest) > size:
+            results.append(np.frombuffer(rest[1 : 1 + size], np.uint8).reshape(height, width, 3))
+            rest = rest[1 + size :]
+        else:
+            error, rest = _read_text(rest)
+            results.append(error)
+    if rest:
+        raise ValueError("a decoder's answer is too long")
+    return results
+
+
+def _text(error: InvalidImage) -> bytes:
+    text = str(error).encode("utf-8", "replace")[:LONGEST_TEXT]
+    return ERROR.pack(TEXT, -1 if error.index is None else error.index, len(text)) + text
+
+
+def _read_text(body: bytes | memoryview) -> tuple[InvalidImage, memoryview]:
+    if bytes(body[:1]) != bytes([TEXT]) or len(body) < ERROR.size:
+        raise ValueError("a decoder's answer is cut off")
+    _, index, length = ERROR.unpack(body[: ERROR.size])
+    end = ERROR.size + length
+    if len(body) < end:
+        raise ValueError("a decoder's answer is cut off")
+    error = InvalidImage(bytes(body[ERROR.size : end]).decode("utf-8", "replace"))
+    error.index = None if index < 0 else index
+    return error, memoryview(body)[end:]

@@ -1,0 +1,571 @@
+"""Decoders: processes with limits, whose end costs their own image and nobody else anything."""
+
+import asyncio
+import io
+import os
+import signal
+import time
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvloop
+from PIL import Image
+
+from benchmarks.hostile_images import encoded, jpeg_of_scans, png, webp
+from ebjdat_serve import pixels
+from ebjdat_serve.decoding import pool, wire
+from ebjdat_serve.decoding.header import Limits
+from ebjdat_serve.decoding.jobs import DecoderLost
+from ebjdat_serve.decoding.judge import judge
+from ebjdat_serve.decoding.pool import Decoders, PoolSettings
+from ebjdat_serve.errors import EbjdatError, InvalidImage
+from tests.test_headers import HOSTILE, colour, needs_heic
+
+PATIENT = PoolSettings(Limits(max_scans=10_000), timeout=120, small_timeout=20)  # the machine of a test may be slow
+SMALL = encoded(colour())
+MEDIUM = encoded(Image.effect_noise((1200, 1000), 60).convert("RGB"), "PNG", compress_level=1)
+SLOW = jpeg_of_scans(6000, (4000, 4000))
+"""Some seconds of work."""
+
+
+@asynccontextmanager
+async def decoders(settings=PATIENT, **limits):
+    running = Decoders(replace(settings, limits=replace(settings.limits, **limits)))
+    await running.start()
+    try:
+        yield running
+    finally:
+        await running.close()
+
+
+async def until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+
+
+def runs(pid):
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def peak(running):
+    """Return the most memory in MiB that one of the decoders has had."""
+    status = [Path(f"/proc/{pid}/status").read_text(encoding="ascii") for pid in running.zygote.pids.values()]
+    return max(int(each.partition("VmHWM:")[2].split()[0]) for each in status) / 1024
+
+
+def of_large(running):
+    """Return the pid of the decoder of large images that was forked last."""
+    return running.zygote.pids[max(running.zygote.pids)]
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_small_and_large_images_and_lists_come_out_as_in_one_process(run):
+    images = [SMALL, encoded(colour(mode="RGBA"), "WEBP", lossless=True), encoded(colour(), "JPEG", progressive=True), MEDIUM]
+
+    async def main():
+        async with decoders() as running:
+            alone = [(await running.decode([one], 32, 24))[0] for one in images]
+            together = await running.decode(images, 32, 24)
+            many = await asyncio.gather(*(running.decode([SMALL], 8 + i % 3, 8) for i in range(200)))
+            return alone, together, many
+
+    alone, together, many = run(main())
+    for data, one, other in zip(images, alone, together, strict=True):
+        np.testing.assert_array_equal(one, pixels.decode(data, 32, 24))
+        np.testing.assert_array_equal(one, other)
+    for i, [one] in enumerate(many):
+        np.testing.assert_array_equal(one, pixels.decode(SMALL, 8 + i % 3, 8))
+
+
+def test_refusals_say_which_image_and_why():
+    damaged, large = SMALL[:2000], MEDIUM[: len(MEDIUM) // 2]
+
+    async def main():
+        async with decoders() as running:
+            for images, index, said in [
+                ([b"hello"], 0, "not an image"),
+                ([SMALL, b""], 1, "0 bytes"),
+                ([SMALL, damaged], 1, "truncated or damaged"),
+                ([MEDIUM, SMALL, b"%PDF"], 2, "a PDF"),
+                ([SMALL, large], 1, "truncated or damaged"),
+                ([webp(4000, 4000)] * 2, None, r"\d+ pixels; the limit is 25000000 in all: send them one by one"),
+            ]:
+                if index is None:
+                    images = [*images, MEDIUM]
+                with pytest.raises(InvalidImage, match=said) as raised:
+                    await running.decode(images, 32, 32)
+                assert raised.value.index == index
+            assert len(await running.decode([SMALL], 32, 32)) == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("data", "said"), HOSTILE.values(), ids=list(HOSTILE))
+def test_what_broke_the_server_costs_neither_memory_nor_time(data, said):
+    async def main():
+        async with decoders(max_scans=64) as running:
+            await running.decode([SMALL], 32, 32)
+            began = time.monotonic()
+            with pytest.raises(InvalidImage, match=said):
+                await running.decode([data], 32, 32)
+            assert time.monotonic() - began < 5
+            assert peak(running) < 100
+
+    asyncio.run(main())
+
+
+def test_an_empty_webp_of_the_largest_size_stays_within_its_memory():
+    async def main():
+        async with decoders() as running:
+            results = await asyncio.gather(*(running.decode([webp(10_000, 2_500)], 32, 32) for _ in range(3)), return_exceptions=True)
+            assert all(isinstance(one, InvalidImage) for one in results)
+            assert peak(running) < 480
+
+    asyncio.run(main())
+
+
+def test_an_image_that_fails_leaves_no_memory_behind():
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await running.decode([MEDIUM], 32, 32)
+            pid = of_large(running)
+            for _ in range(3):
+                for broken in (webp(10_000, 2_500), png(5000, 5000)):
+                    with pytest.raises(InvalidImage, match="truncated or damaged"):
+                        await running.decode([broken], 32, 32)
+                    held = Path(f"/proc/{pid}/status").read_text(encoding="ascii").partition("VmRSS:")[2].split()[0]
+                    assert int(held) < 80 * 2**10
+                assert len(await running.decode([MEDIUM], 32, 32)) == 1
+            assert of_large(running) == pid
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "RGBA")])
+def test_an_image_that_takes_more_memory_than_its_header_promises_is_refused(kind, mode, monkeypatch):
+    """The estimate is the wall: a decode gets what was estimated, and a decoder that wants more ends its own image only."""
+    large = encoded(Image.new(mode, (5000, 4900)), kind)
+
+    async def main():
+        async with decoders() as running:
+            sent = wire.packed
+            monkeypatch.setattr(wire, "packed", lambda message: sent(wire.Go(0) if isinstance(message, wire.Go) else message))
+            with pytest.raises(InvalidImage, match=r"more memory|truncated or damaged"):
+                await running.decode([large], 32, 32)
+            monkeypatch.setattr(wire, "packed", sent)
+            assert len(await running.decode([large], 32, 32)) == 1
+
+    asyncio.run(main())
+
+
+def test_an_image_that_takes_too_long_is_refused_and_its_decoder_ended():
+    async def main():
+        async with decoders(max_seconds=1.0) as running:
+            await running.decode([SMALL], 32, 32)
+            before = set(running.zygote.pids.values())
+            with pytest.raises(InvalidImage, match="takes longer to decode than the limit of 1 s"):
+                await running.decode([SLOW], 32, 32)
+            await until(lambda: len(running.zygote.pids) == 3)
+            assert len(before - set(running.zygote.pids.values())) == 1
+            assert len(await running.decode([MEDIUM], 32, 32)) == 1
+
+    asyncio.run(main())
+
+
+def test_a_decode_that_is_stuck_ends_with_its_timeout():
+    async def main():
+        async with decoders(replace(PATIENT, large=1, timeout=1.5)) as running:
+            await running.decode([MEDIUM], 32, 32)
+            os.kill(of_large(running), signal.SIGSTOP)
+            with pytest.raises(DecoderLost, match=r"not decoded within 1\.5 s"):
+                await running.decode([SLOW], 32, 32)
+            assert len(await running.decode([MEDIUM], 32, 32)) == 1
+
+    asyncio.run(main())
+
+
+def test_a_killed_decoder_of_large_images_costs_its_own_request_only():
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await running.decode([MEDIUM], 32, 32)
+            task = asyncio.create_task(running.decode([SLOW], 32, 32))
+            waiting = asyncio.create_task(running.decode([MEDIUM], 32, 32))
+            await asyncio.sleep(0.2)
+            pid = of_large(running)
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(DecoderLost, match="was ended"):
+                await task
+            assert len(await waiting) == 1
+            assert of_large(running) != pid
+
+    asyncio.run(main())
+
+
+def test_a_killed_decoder_of_small_images_costs_nobody_anything():
+    async def main():
+        async with decoders() as running:
+            await running.decode([SMALL], 32, 32)
+            tasks = [asyncio.create_task(running.decode([SMALL], 32, 32)) for _ in range(300)]
+            await asyncio.sleep(0)
+            first = running.zygote.pids[1]
+            os.kill(first, signal.SIGSTOP)  # so that a message is surely under way
+            await asyncio.sleep(0.1)
+            os.kill(first, signal.SIGKILL)
+            for [one] in await asyncio.gather(*tasks):
+                np.testing.assert_array_equal(one, pixels.decode(SMALL, 32, 32))
+            assert first not in running.zygote.pids.values()
+
+    asyncio.run(main())
+
+
+def test_a_small_image_that_hangs_its_decoder_delays_the_others_of_its_message_by_the_timeout():
+    async def main():
+        async with decoders(replace(PATIENT, small_timeout=0.5)) as running:
+            await running.decode([SMALL], 32, 32)
+            os.kill(running.zygote.pids[1], signal.SIGSTOP)
+            began = time.monotonic()
+            assert len(await asyncio.gather(*(running.decode([SMALL], 32, 32) for _ in range(20)))) == 20
+            assert 0.4 < time.monotonic() - began < 10
+
+    asyncio.run(main())
+
+
+def test_a_client_whose_image_costs_the_decoder_of_small_ones_is_kept_from_it(monkeypatch):
+    monkeypatch.setattr(pool, "SMALL_WORK", 10**15)  # so that this one is taken for small
+    bomb = jpeg_of_scans(120, (3000, 3000))
+    assert len(bomb) <= pool.SMALL_BYTES
+
+    async def main():
+        async with decoders(replace(PATIENT, small_timeout=0.2)) as running:
+            await running.decode([SMALL], 32, 32)
+            first = running.zygote.pids[1]
+            tasks = [running.decode([data], 32, 32, client) for data, client in ((bomb, "guilty"), (SMALL, "innocent"))]
+            assert [len(one) for one in await asyncio.gather(*tasks)] == [1, 1]
+            assert first not in running.zygote.pids.values()
+            assert list(running.suspects.until) == ["guilty"]
+            await until(lambda: max(running.zygote.pids) == 4)
+            os.kill(running.zygote.pids[4], signal.SIGSTOP)  # the new decoder of small images
+            async with asyncio.timeout(5):
+                assert len(await running.decode([SMALL], 32, 32, "guilty")) == 1  # which this one does not need
+
+    asyncio.run(main())
+
+
+def test_clients_take_turns_however_much_one_sends():
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await running.decode([MEDIUM], 32, 32)
+            done = []
+
+            async def one(data, client):
+                await running.decode([data], 32, 32, client)
+                done.append(client)
+
+            for data, many, others in ((MEDIUM, 12, 3), (SMALL, 1000, 200)):
+                done.clear()
+                tasks = [asyncio.create_task(one(data, "greedy")) for _ in range(many)]
+                await asyncio.sleep(0)
+                await asyncio.gather(*tasks, one(data, "polite"))
+                assert done.index("polite") <= others
+
+    asyncio.run(main())
+
+
+def test_what_is_too_long_or_no_image_is_refused_before_it_takes_a_turn():
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await running.decode([MEDIUM], 32, 32)
+            os.kill(of_large(running), signal.SIGSTOP)
+            for data, said in ((bytes(20_000_000), "20000000 bytes; the limit is"), (b"%PDF" + bytes(10**6), "it is a PDF")):
+                with pytest.raises(InvalidImage, match=said) as refused:
+                    async with asyncio.timeout(1):
+                        await running.decode([MEDIUM, data], 32, 32)
+                assert refused.value.index == 1
+
+    asyncio.run(main())
+
+
+def test_what_libraries_say_of_a_damaged_image_is_not_logged(capfd):
+    fax = bytearray(encoded(Image.effect_noise((1000, 1000), 60).convert("1"), "TIFF", compression="group4"))
+    fax[2000:20_000:50] = bytes(360)
+    with suppress(InvalidImage):
+        pixels.decode(bytes(fax), 32, 32)
+    assert "Fax4Decode" in capfd.readouterr().err
+
+    async def main():
+        async with decoders() as running:
+            with suppress(InvalidImage):
+                await running.decode([bytes(fax)], 32, 32)
+
+    asyncio.run(main())
+    assert capfd.readouterr().err == ""
+
+
+def test_the_decoder_of_a_client_that_has_gone_is_ended_at_once():
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await running.decode([MEDIUM], 32, 32)
+            pid = of_large(running)
+            task = asyncio.create_task(running.decode([SLOW], 32, 32))
+            queued = [asyncio.create_task(running.decode([SLOW], 32, 32)) for _ in range(40)]
+            await asyncio.sleep(0.2)
+            for each in (task, *queued):
+                each.cancel()
+            await until(lambda: not runs(pid), 2)
+            assert not len(running.fresh) + len(running.heavy)
+            assert running.free == running.settings.heavy_memory
+            assert len(await running.decode([MEDIUM], 32, 32)) == 1
+
+    asyncio.run(main())
+
+
+def test_small_images_that_nobody_waits_for_are_not_decoded():
+    async def main():
+        async with decoders() as running:
+            await running.decode([SMALL], 32, 32)
+            tasks = [asyncio.create_task(running.decode([SMALL], 32, 32)) for _ in range(10)]
+            await asyncio.sleep(0)
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert running._batch() == []
+            assert len(await running.decode([SMALL], 32, 32)) == 1
+
+    asyncio.run(main())
+
+
+def test_the_death_of_the_zygote_is_survived_by_requests_under_way():
+    async def main():
+        async with decoders() as running:
+            await running.decode([SMALL], 32, 32)
+            zygote = running.zygote
+            pids = list(zygote.pids.values())
+            tasks = [asyncio.create_task(running.decode([one], 32, 32)) for one in (MEDIUM, *[SMALL] * 20, MEDIUM)]
+            await asyncio.sleep(0.01)
+            zygote.process.kill()
+            assert len(await asyncio.gather(*tasks)) == 22
+            assert running.zygote is not zygote
+            await until(lambda: not any(map(runs, pids)), 2)
+
+    asyncio.run(main())
+
+
+def test_nothing_is_left_when_the_process_that_uses_decoders_dies(tmp_path):
+    script = tmp_path / "user.py"
+    script.write_text(
+        "import asyncio, sys\n"
+        "from ebjdat_serve.decoding.pool import Decoders, PoolSettings\n"
+        "async def main():\n"
+        "    running = Decoders(PoolSettings())\n"
+        "    await running.start()\n"
+        "    await running.decode([sys.stdin.buffer.read()], 32, 32)\n"
+        "    while len(running.zygote.pids) < 3: await asyncio.sleep(.01)\n"
+        "    print(running.zygote.process.pid, *running.zygote.pids.values(), flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n",
+        encoding="utf-8",
+    )
+
+    async def main():
+        import sys
+
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, str(script), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
+        process.stdin.write(SMALL)
+        process.stdin.close()
+        pids = [int(word) for word in (await process.stdout.readline()).split()]
+        assert len(pids) == 4
+        assert all(map(runs, pids))
+        process.kill()
+        await process.wait()
+        await until(lambda: not any(map(runs, pids)), 5)
+
+    asyncio.run(main())
+
+
+def test_a_decoder_inherits_nothing_and_may_open_nothing_new(monkeypatch):
+    monkeypatch.setenv("LIT_SERVER_API_KEY", "a key that no image may read")
+
+    async def main():
+        async with decoders() as running:
+            await running.decode([SMALL], 32, 32)
+            await until(lambda: len(running.zygote.pids) == 3)
+            for number, pid in running.zygote.pids.items():
+                await until(lambda pid=pid: "ebjdat-decode" in Path(f"/proc/{pid}/comm").read_text(encoding="ascii"))
+                await asyncio.sleep(0.1)
+                opened = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
+                assert sum(each.startswith("socket:") for each in opened) == 1
+                assert b"API_KEY" not in Path(f"/proc/{pid}/environ").read_bytes()
+                assert len(opened) <= 5  # and the three streams, and the standard error that images cannot write to
+                limits = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
+                assert "Max file size             0" in limits
+                assert "Max core file size        0" in limits
+                assert "Max address space         unlimited" not in limits
+                nice = int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[16])
+                assert (nice > os.nice(0)) == (number != 1)
+                ignored = int(Path(f"/proc/{pid}/status").read_text(encoding="ascii").partition("SigIgn:")[2].split()[0], 16)
+                assert all(ignored >> number - 1 & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+
+    asyncio.run(main())
+
+
+def test_heavy_decodes_wait_for_memory_in_turn_and_others_pass_them(monkeypatch):
+    monkeypatch.setattr(pool, "LIGHT", 40 * 2**20)
+    heavy = encoded(Image.new("RGB", (3000, 3000), (1, 2, 3)))  # 100 MiB
+    settings = replace(PATIENT, memory=(150 + 40) * 2**20, limits=Limits(max_memory=150 * 2**20))
+
+    async def main():
+        async with decoders(settings) as running:
+            await running.decode([SMALL], 32, 32)
+            done = []
+
+            async def one(name, data, client):
+                await running.decode([data], 32, 32, client)
+                done.append(name)
+
+            tasks = [asyncio.create_task(one(f"a{i}", heavy, "a")) for i in range(4)]
+            await until(lambda: running.heavies == 1)
+            tasks += [asyncio.create_task(one("b", heavy, "b")), asyncio.create_task(one("light", MEDIUM, "c"))]
+            tasks.append(asyncio.create_task(one("small", SMALL, "c")))
+            least = running.free
+            while not all(task.done() for task in tasks):
+                assert running.heavies <= 1
+                least = min(least, running.free)
+                await asyncio.sleep(0.002)
+            await asyncio.gather(*tasks)
+            assert 0 <= least < running.settings.heavy_memory
+            assert running.free == running.settings.heavy_memory
+            return done
+
+    done = asyncio.run(main())
+    assert done.index("small") < done.index("a1")
+    assert done.index("light") < done.index("a3")
+    assert done.index("b") < done.index("a3")  # one client's four do not all come first
+
+
+def test_memory_that_is_too_little_for_one_image_is_refused_at_the_start():
+    with pytest.raises(EbjdatError, match="at least 512 MiB for one image of 448 MiB"):
+        PoolSettings(memory=400 * 2**20)
+    with pytest.raises(EbjdatError, match="at least 1 decoder"):
+        PoolSettings(large=0)
+
+
+def test_what_is_left_when_it_closes_is_refused():
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await running.decode([SMALL], 32, 32)
+            tasks = [asyncio.create_task(running.decode([one], 32, 32)) for one in (SLOW, SLOW, *[SMALL] * 100)]
+            await asyncio.sleep(0.05)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    results = asyncio.run(main())
+    assert all(isinstance(one, DecoderLost | list) for one in results)
+    assert isinstance(results[0], DecoderLost)
+    assert isinstance(results[1], DecoderLost)
+
+
+def test_answers_of_a_decoder_are_checked():
+    for body in (b"", b"P123", b"T", b"T" + bytes(8), wire.encode_results([np.zeros((2, 2, 3), np.uint8)] * 2)[5:], b"X" * 20):
+        if body == b"T" + bytes(8):
+            continue  # an error without words
+        with pytest.raises(ValueError, match="a decoder's"):
+            wire.decode_results(body, 1, 2, 2)
+    with pytest.raises(ValueError, match="a decoder's"):
+        wire.decode_plan(b"T")
+
+
+def gradient(size, mode="RGB"):
+    y, x = np.mgrid[0 : size[1], 0 : size[0]]
+    array = np.stack([x // 23 % 256, y // 17 % 256, (x + y) // 40 % 256, 255 - x // 60 % 200], -1).astype(np.uint8)
+    return Image.fromarray(array).convert(mode)
+
+
+def large(running_on, data, **limits):
+    """Return (pixels, MiB of memory at its peak, MiB that were estimated) of an image decoded alone."""
+
+    async def main():
+        async with decoders(replace(PATIENT, large=1), **limits) as running:
+            await running.decode([SMALL], 32, 32)
+            [image] = await running.decode([data], 32, 32)
+            return image, peak(running)
+
+    image, used = asyncio.run(main())
+    allowed = replace(Limits(), **limits)
+    estimate = judge(data, 32, 32, allowed).memory(32, 32, allowed) / 2**20
+    assert used < 1.1 * estimate + 32, running_on
+    assert used < 480
+    return image
+
+
+def test_a_jpeg_of_48_megapixels_is_decoded_by_draft():
+    picture = gradient((1008, 756)).resize((8064, 6048), Image.Resampling.BILINEAR)
+    image = large("draft", encoded(picture, "JPEG", quality=85), jpeg_draft=True)
+    exact = np.asarray(picture.resize((32, 32), Image.Resampling.BOX)).astype(int)
+    assert np.abs(image - exact).max() <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("PNG", "RGBA", {"compress_level": 1}),
+        ("WEBP", "RGBA", {"method": 0, "quality": 60}),
+        ("AVIF", "RGBA", {"speed": 10, "quality": 50}),
+        ("AVIF", "RGB", {"speed": 10, "quality": 50, "subsampling": "4:4:4"}),
+        ("JPEG", "CMYK", {"progressive": True}),
+        ("TIFF", "RGB", {"compression": "jpeg"}),
+        ("GIF", "L", {}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_24_megapixels_are_decoded_in_less_memory_than_the_limit(kind, mode, options):
+    picture = gradient((6000, 4000), mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = large(kind, encoded(picture, kind, **options, **({} if kind == "GIF" else {"exif": exif})))
+    white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture) if mode == "RGBA" else picture
+    upright = white.convert("RGB") if kind == "GIF" else white.convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    exact = np.asarray(upright.resize((32, 32), Image.Resampling.BOX)).astype(int)
+    assert np.abs(image - exact).mean() < 3
+
+
+@needs_heic
+def test_heic_is_decoded():
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    data = encoded(gradient((640, 480)), "HEIF", quality=90)
+
+    async def main():
+        async with decoders() as running:
+            return await running.decode([data], 32, 32)
+
+    [image] = asyncio.run(main())
+    exact = np.asarray(gradient((640, 480)).resize((32, 32), Image.Resampling.BOX)).astype(int)
+    assert np.abs(image - exact).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("GIF", "P"), ("BMP", "RGB"), ("TIFF", "RGBA"), ("TIFF", "I;16"), ("AVIF", "RGB"), ("TIFF", "CMYK")]
+)
+def test_new_formats_are_decoded_as_pillow_decodes_them(kind, mode):
+    picture = colour(mode=mode)
+    data = encoded(picture, kind)
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = opened.convert("RGBA") if mode == "RGBA" else opened.convert("RGB") if mode != "I;16" else None
+    header = judge(data, 37, 53, Limits())
+    image = pixels.decode_judged(data, header, 37, 53)
+    if mode == "RGBA":
+        expected = Image.alpha_composite(Image.new("RGBA", expected.size, "white"), expected).convert("RGB")
+    if expected is None:
+        np.testing.assert_array_equal(image[..., 0], np.asarray(picture) >> 8)
+    else:
+        np.testing.assert_array_equal(image, np.asarray(expected))
