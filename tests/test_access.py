@@ -385,6 +385,7 @@ def test_a_server_that_others_can_reach_without_keys_says_so_in_one_line(tmp_pat
         assert errors.count(said) == lines
 
 
+@pytest.mark.slow
 def test_the_last_key_that_goes_leaves_the_server_closed(tmp_path):
     file = tmp_path / "keys.json"
     new(file, "shop")

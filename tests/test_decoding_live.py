@@ -209,6 +209,7 @@ def test_a_client_with_many_large_images_delays_anothers_by_no_more_than_one_of_
     until(lambda: server.info()["load"]["classify"]["requests"] == 0, 3)
 
 
+@pytest.mark.slow
 def test_a_decode_ends_at_the_deadline(tmp_path):
     with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--generate-workers", "0", "--classify-deadline", "1") as server:
         large = of_large(server)

@@ -471,6 +471,7 @@ def test_a_client_that_reads_nothing_is_cut_off():
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_stream_says_that_it_is_still_there(impatient):
     answer = httpx2.get(f"{impatient.url}/generate", params={"class": 1, "steps": 80, "n": 8, "stream": True, "every": 80}, timeout=60)
     assert ": still there\n\n" in answer.text
@@ -547,6 +548,7 @@ def named(pid):
     return [sockets.get(link, link) for link in links if link in sockets or link.startswith("/dev/shm")]
 
 
+@pytest.mark.slow
 def test_a_stream_that_nobody_reads_costs_no_previews_and_ends_at_its_deadline(long_live):
     with connect(long_live) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -631,6 +633,7 @@ def test_a_wrong_wish_is_an_error_at_the_prompt(arguments, said):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_not_there_is_named_not_replaced():
     import onnxruntime
 

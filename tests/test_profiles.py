@@ -150,6 +150,7 @@ def test_an_endpoint_without_a_public_answer_is_refused_and_an_answer_without_on
         assert not set(one.model_fields) & set(SECRET)
 
 
+@pytest.mark.slow
 def test_a_model_of_private_data_draws_only_when_it_is_allowed(tmp_path):
     bundle = tmp_path / "bundle"
     shutil.copytree(DIGITS, bundle)
@@ -174,6 +175,7 @@ def test_public_data_are_the_data_sets_that_training_knows_by_name():
         assert not of_public_data(dataclasses.replace(provenance, **{field: value}))
 
 
+@pytest.mark.slow
 def test_a_server_that_is_open_to_all_says_so_in_one_line(tmp_path):
     """The bundle is none, so the server ends where it would open it."""
     command = [sys.executable, "-m", "ebjdat_serve.cli", "serve", str(tmp_path), "--port", str(free_port())]

@@ -168,6 +168,7 @@ def test_errors_are_documented_as_the_problem_documents_they_are(live):
 # draining ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_health_answers_503_first_while_requests_are_served_then_connections_end(tmp_path, picture):
     with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--generate-workers", "0", "--drain-delay", "6") as server:
         kept = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=20)

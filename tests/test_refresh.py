@@ -138,6 +138,7 @@ def test_a_long_drawing_ends_on_the_model_it_began_with(followed, golden, shippe
     until(lambda: not info(server)["refresh"]["retiring"])
 
 
+@pytest.mark.slow
 def test_what_is_not_right_is_refused_and_the_old_model_goes_on(tmp_path, shipped, picture):
     store = tmp_path / "store"
     first = publish(shipped, store)
@@ -180,6 +181,7 @@ def test_what_is_not_right_is_refused_and_the_old_model_goes_on(tmp_path, shippe
         assert good.is_dir()
 
 
+@pytest.mark.slow
 def test_only_what_a_trusted_key_signed_is_served(tmp_path, keys, picture):
     bundle = copied(SHIPPED, tmp_path / "bundle", version="signed")
     command = [sys.executable, "-m", "ebjdat_serve.cli"]
@@ -285,6 +287,7 @@ def test_a_worker_killed_during_a_refresh_delays_it_only(followed, tmp_path):
     until(lambda: info(server)["model"].endswith("@next"))
 
 
+@pytest.mark.slow
 def test_back_and_forth_while_a_drawing_runs_keeps_each_model_once(followed, tmp_path, shipped):
     store, server = followed
     publish(copied(SHIPPED, tmp_path / "other", version="other"), store)

@@ -183,6 +183,7 @@ def stripes(_):
     return ("above", "left"), split.take(slice(0, 300)), split.take(slice(300, None))
 
 
+@pytest.mark.slow
 def test_a_data_set_is_read_split_trained_on_and_measured_in_its_own_ball(monkeypatch, tmp_path):
     source = Source(stripes, held_out=40, flip=False, linf=0.1, l2=0.7, budget="digits", licence="Weights: mine.")
     monkeypatch.setitem(SOURCES, "stripes", source)

@@ -68,6 +68,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     assert '"gradient": "nan"' in (tmp_path / "log.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_state_that_was_bad_when_it_was_saved_sends_the_run_back_once_more(tmp_path, monkeypatch):
     """Every step from a saved state on diverges until the run returns to the state before it."""
     real, restored = LOOP.diverged, []
@@ -212,6 +213,7 @@ def test_the_card_says_what_was_trained_and_no_path(tmp_path):
         assert unsaid not in card(bundle, [], [])
 
 
+@pytest.mark.slow
 def test_pseudo_labels_are_the_classifiers_and_of_its_classes(golden, tmp_path):
     data = load("digits")
     np.savez(tmp_path / "drawn.npz", image=data.test.image[:60])

@@ -52,6 +52,7 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical_to_one_that_never_stopped(tmp_path, monkeypatch):
     data = load("digits")
     preset = replace(DIGITS, epochs=2.5, method=FEW)
