@@ -22,8 +22,8 @@ SERVE_EPILOG = "Each option has an environment variable, EBJDAT_ and its name: E
 ALLOW_OLDER = "also a version older than what the store's servers served last under serve --trust"
 
 OPEN = (
-    "whoever reaches this port gets exact energies and p-values, which help an attacker: give clients keys, or serve --profile public "
-    "(docs/security.md)"
+    "whoever can reach this server can use it, and gets exact energies and p-values, which help an attacker: give it --keys FILE "
+    "(ebjdat-serve key new), or serve --profile public (docs/security.md)"
 )
 
 
@@ -97,7 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    from ebjdat_serve.keys import environment_key
     from ebjdat_serve.server import litserve_adapter
     from ebjdat_serve.server.app import build_server
     from ebjdat_serve.server.settings import settings_of
@@ -108,11 +107,9 @@ def serve(options: argparse.Namespace) -> None:
     options.log = settings.log  # main() reports errors there
     logs.configure(settings.log)
     litserve_adapter.check_address(settings.host, settings.port)
-    if settings.exposed and settings.profile == "full" and not (settings.keys or environment_key()):
-        logging.getLogger("ebjdat_serve").warning("%s", OPEN)
+    if settings.exposed and settings.profile == "full" and not (settings.keys or os.environ.get(VARIABLE)):
+        log.warning("%s", OPEN)
     logs.announce(settings.log, f"starting {settings.model}")
-    if settings.exposed and not settings.keys and not os.environ.get(VARIABLE):
-        log.warning("whoever can reach this server can use it: give it --keys FILE (ebjdat-serve key new), or set %s", VARIABLE)
     if settings.stock:
         if settings.log == "json":
             raise EbjdatError("--stock logs as LitServe does: leave out --log json, or --stock")

@@ -9,6 +9,10 @@ CREDIT = 5
 """Width of a batch by which a client that was idle starts behind the others, and so goes first."""
 
 
+REMEMBERED = 1000
+"""Turns after which a client that had no chains in any of them is forgotten, and has its credit again."""
+
+
 class ClientShares:
     """Divides turns between clients by the chain-steps that each was served, in virtual time.
 
@@ -19,6 +23,7 @@ class ClientShares:
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
+        self._turn, self._last = 0, dict[str, int]()  # the last turn in which a client had chains, longest ago first
         self._now = 0.0  # what a client that has work all the time was served
         self._quota = 0.0  # the fraction of a chain left over from the last turn
 
@@ -43,8 +48,16 @@ class ClientShares:
         self._served[client] += steps
 
     def _enter(self, chains: Mapping[str, int], width: int) -> None:
-        """Let nobody be further behind than CREDIT widths or further ahead than one, and forget who is gone and would be behind."""
+        """Let nobody be further behind than CREDIT widths or further ahead than one; forget who is gone, once that gives it no more."""
         behind, ahead = self._now - CREDIT * width, self._now + width
+        self._turn += 1
+        for client in chains:
+            self._last.pop(client, None)
+            self._last[client] = self._turn
+        # the clock of the shares stands still while nobody has work all the time
+        while (oldest := next(iter(self._last))) not in chains and self._last[oldest] <= self._turn - REMEMBERED:
+            del self._last[oldest]
+            self._served.pop(oldest, None)
         self._served = {client: min(ahead, served) for client, served in self._served.items() if served > behind or client in chains}
         for client in chains:
             self._served[client] = max(behind, self._served.get(client, behind))

@@ -149,12 +149,23 @@ def read(file: Path) -> tuple[bytes, os.stat_result]:
 
 
 def write(file: Path, keys: tuple[Key, ...]) -> None:
-    """Replace a key file, or the file that a link means, by one that its owner alone may read."""
+    """Replace a key file, or the file that a link means, by one that its owner alone may read, or who could before.
+
+    Raises EbjdatError if the file belongs to another user, to whom it cannot be given back: a server of that user could not read it.
+    """
+    target = Path(os.path.realpath(file))
     rows = [key.model_dump(mode="json", exclude_none=True) | {"scopes": sorted(key.scopes)} for key in keys]
     with (
-        replacing(Path(os.path.realpath(file))) as aside,
+        replacing(target) as aside,
         os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream,
     ):
+        if target.exists():
+            before = target.stat()
+            os.fchmod(stream.fileno(), stat.S_IMODE(before.st_mode))
+            try:
+                os.fchown(stream.fileno(), before.st_uid, before.st_gid)
+            except PermissionError:
+                raise EbjdatError(f"{file} belongs to user {before.st_uid}, group {before.st_gid}; edit it as that user") from None
         stream.write(json.dumps({"schema": 1, "keys": rows}, indent=1) + "\n")
         stream.flush()
         os.fsync(stream.fileno())

@@ -149,6 +149,18 @@ def test_a_keys_own_limits_go_before_and_are_named(counts):
     assert PUBLIC.of_key(rate=None, burst=None, concurrency=None) == PUBLIC
 
 
+def test_what_is_beyond_a_limit_by_itself_is_not_asked_to_come_again(counts):
+    with pytest.raises(Problem) as refused, counts.held("a", "chains", Limits(chains=10), 11):
+        pass
+    assert (refused.value.status, refused.value.headers) == (422, None)
+    assert "may have 10 chains at a time, and asks for 11 at once" in refused.value.detail
+
+
+def test_the_largest_drawing_is_within_the_limit_of_chains():
+    assert limits_of(Settings(host="0.0.0.0", max_samples=128)).chains == 128
+    assert limits_of(Settings(host="0.0.0.0", max_samples=8)).chains == PUBLIC.chains
+
+
 def test_limits_are_on_where_others_can_connect():
     for host in ("0.0.0.0", "::"):
         assert limits_of(Settings(host=host)) == PUBLIC

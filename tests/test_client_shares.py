@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebjdat_serve.client_shares import CLIENT_QUOTA, CREDIT, ClientShares
+from ebjdat_serve.client_shares import CLIENT_QUOTA, CREDIT, REMEMBERED, ClientShares
 from ebjdat_serve.fairness import may_hold
 from ebjdat_serve.scheduling import ChainGroup, Scheduler
 from ebjdat_serve.sgld import Chains, Sampler
@@ -75,6 +75,19 @@ def test_whoever_comes_and_goes_a_client_with_work_is_served(turns, linear):
             shares.charge(client, n)
         waited = 0 if "old" in taken else waited + sum(taken.values())
         assert waited <= bound
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_visitors_are_forgotten_though_nobody_has_work_all_the_time_and_have_their_credit_again(linear):
+    """None of them uses up its credit, so the clock of the shares stands still."""
+    shares = ClientShares()
+    served(shares, {"first": 1}, 20, linear)
+    for i in range(3 * REMEMBERED):
+        served(shares, {f"visitor {i}": 1, f"visitor {i + 1}": 1}, 1, linear)
+        assert len(shares._served) <= REMEMBERED + 2
+    assert "first" not in shares._served
+    taken = served(shares, {"first": 100, f"visitor {i + 1}": 100}, 1, linear)
+    assert taken["first"] >= WIDTH / 2 >= taken[f"visitor {i + 1}"]
 
 
 def test_clients_that_left_are_forgotten():

@@ -88,6 +88,11 @@ def test_what_leaves_http_as_we_bound_it_is_refused_at_once_and_the_refusal_arri
     assert status == expected
     assert headers["content-type"] == "application/problem+json"
     assert headers["connection"] == "close"
+    assert {name: headers[name] for name in ("cache-control", "x-content-type-options", "x-frame-options")} == {
+        "cache-control": "no-store",
+        "x-content-type-options": "nosniff",
+        "x-frame-options": "deny",
+    }
     document = json.loads(body)  # one answer, and nothing behind it
     assert (document["status"], bool(document["detail"])) == (expected, True)
 

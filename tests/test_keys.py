@@ -314,6 +314,34 @@ def test_a_mounted_secret_that_is_swapped_by_its_link_is_followed(tmp_path):
 # writing ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_whoever_could_read_a_key_file_can_after_an_edit(tmp_path):
+    """A server of another user, or of a group, reads what root has edited."""
+    file = tmp_path / "keys.json"
+    keys.new(file, key_of())
+    file.chmod(0o640)
+    mine = os.geteuid()
+    if mine == 0:
+        os.chown(file, 1234, 1235)
+    keys.new(file, key_of(name="other"))
+    status = file.stat()
+    assert stat.S_IMODE(status.st_mode) == 0o640
+    assert (status.st_uid, status.st_gid) == ((1234, 1235) if mine == 0 else (mine, os.getegid()))
+
+
+def test_a_key_file_that_cannot_be_given_back_is_left_as_it_is(tmp_path, monkeypatch):
+    file = tmp_path / "keys.json"
+    keys.new(file, key_of())
+    before = file.read_bytes()
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    with pytest.raises(EbjdatError, match=f"belongs to user {os.geteuid()}, .*; edit it as that user"):
+        keys.new(file, key_of(name="other"))
+    assert file.read_bytes() == before
+
+
 def test_a_new_key_is_in_no_file_and_only_the_owner_reads_its_hash(tmp_path):
     file = tmp_path / "keys.json"
     old = os.umask(0)

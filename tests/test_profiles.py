@@ -15,7 +15,7 @@ from ebjdat_serve.server.answer.public import PUBLIC, PUBLIC_DATASETS, of_public
 from ebjdat_serve.server.answer.status import Load
 from ebjdat_serve.server.endpoints import ENDPOINTS
 from ebjdat_serve.server.settings import SHIPPED, Settings
-from tests.conftest import DIGITS, ROOT, free_port, serving
+from tests.conftest import DIGITS, ROOT, serving
 from tests.test_endpoints import check
 from training.data.sources import SOURCES
 
@@ -173,22 +173,6 @@ def test_public_data_are_the_data_sets_that_training_knows_by_name():
     assert of_public_data(provenance)
     for field, value in (("dataset", "cifar10 (a folder)"), ("init_sha256", "0" * 64), ("configuration", {"extra": "mine"})):
         assert not of_public_data(dataclasses.replace(provenance, **{field: value}))
-
-
-@pytest.mark.slow
-def test_a_server_that_is_open_to_all_says_so_in_one_line(tmp_path):
-    """The bundle is none, so the server ends where it would open it."""
-    command = [sys.executable, "-m", "ebjdat_serve.cli", "serve", str(tmp_path), "--port", str(free_port())]
-    for options, key, said in (
-        (["--host", "0.0.0.0"], "", 1),
-        (["--host", "0.0.0.0", "--profile", "public"], "", 0),
-        (["--host", "0.0.0.0"], "secret", 0),
-        ([], "", 0),
-    ):
-        environment = {"PATH": "/usr/bin", "PYTHONPATH": str(ROOT), **({"LIT_SERVER_API_KEY": key} if key else {})}
-        done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False, timeout=60)
-        assert done.returncode == 2
-        assert len([line for line in done.stderr.splitlines() if "--profile public" in line]) == said, done.stderr
 
 
 def test_the_clients_take_what_they_are_told(public, tmp_path, picture):

@@ -187,6 +187,22 @@ def test_health_answers_503_first_while_requests_are_served_then_connections_end
         assert time.monotonic() - began > 5
 
 
+@pytest.mark.slow
+def test_a_second_signal_ends_the_delay_and_cuts_nobody_off(tmp_path):
+    options = ("--device", "cpu", "--classify-workers", "1", "--drain-delay", "60")
+    with serving(SHIPPED, tmp_path / "log", *options) as server, httpx2.Client() as client:
+        query = {"class": 3, "steps": 80, "n": 16, "stream": "true", "every": 20}
+        with client.stream("GET", f"{server.url}/generate", params=query, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: httpx2.get(f"{server.url}/health").status_code == 503, 3)
+            server.process.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line.startswith("event: ")]
+        assert events[-1] == "event: done"
+        assert server.process.wait(20) == 0
+
+
 # the real ones -------------------------------------------------------------------------------------------------------
 
 

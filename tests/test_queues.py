@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -140,6 +141,7 @@ def test_one_client_has_all_slots_it_had_before_and_each_other_finds_one():
             with pytest.raises(Problem, match="8 of your requests are waiting") as refused:
                 queue.check_room("greedy")
             assert (refused.value.status, refused.value.headers["Retry-After"]) == (503, "1")
+            assert not re.search(r"\d", refused.value.public)  # the number tells how many others have
         for i in range(8):
             stack.enter_context(queue.slot("k", f"polite {i}"))
         assert queue.active == 16

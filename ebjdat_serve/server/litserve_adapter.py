@@ -84,6 +84,7 @@ class Server(ls.LitServer):
         self.greeting: Callable[[], None] = lambda: None
         self.failed = ""
         self.stopping = self.draining = self.gave_up = False
+        self._http: list[Any] = []  # the process, once it runs
         self._counts = {api.api_path: n for api, n in workers}
         # an engine finds its own device: LitServe's accelerator would only ask for torch
         super().__init__([api for api, _ in workers], accelerator="cpu", devices=1, workers_per_device=self._counts, restart_workers=True)
@@ -129,6 +130,11 @@ class Server(ls.LitServer):
         lit_api.connection = None
         return process
 
+    def hurry(self) -> None:
+        """Pass a second stop signal on to the HTTP process, which then ends its --drain-delay."""
+        for process in self._http:
+            process.terminate()
+
     def fail(self, why: str) -> None:
         """End the server; ``run`` raises EngineError with the first reason given."""
         self.failed = self.failed or why
@@ -137,6 +143,7 @@ class Server(ls.LitServer):
     def _start_server(self, *arguments: Any, **options: Any) -> Any:
         """Start the HTTP process, and end the server should it die: LitServe watches workers only."""
         processes = super()._start_server(*arguments, **options)
+        self._http = list(processes.values())
         self._sockets.forked()
         threading.Thread(target=self._watch, args=(list(processes.values()),), daemon=True, name="watch-http").start()
         return processes
@@ -232,6 +239,9 @@ def run(server: Server, settings: Settings, greeting: Callable[[], None]) -> Non
     server.greeting = greeting
 
     def stop(*_: object) -> None:
+        if os.getpid() == owner and server.stopping:
+            server.hurry()  # an exception would leave LitServe's shutdown, and processes would be killed at work
+            return
         if os.getpid() == owner:
             signal.setitimer(signal.ITIMER_REAL, 2.0)
             raise KeyboardInterrupt

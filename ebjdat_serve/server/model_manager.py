@@ -235,8 +235,8 @@ class ModelManager:
             return
         if served.key == self._remembered and (not self._memorable or (store / SERVED_FILE).exists()):
             return
-        work = partial(remember, store, served.bundle, self._settings.trusted())
         try:
+            work = partial(remember, store, served.bundle, self._settings.trusted())  # reads the keys of --trust
             await asyncio.get_running_loop().run_in_executor(None, work)
             self._memorable = True
         except Held:

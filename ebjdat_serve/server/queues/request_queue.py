@@ -103,7 +103,7 @@ class RequestQueue(ABC):
         """Raise Problem 503 when ``client`` has all slots that it may have now."""
         if not may_hold(self.slots, client, 1, 2 * self._size):
             detail = f"{self.slots[client]} of your requests are waiting and no more may (serve --{self.kind}-queue); try again in a second"
-            raise Problem(503, detail, headers={"Retry-After": "1"})
+            raise Problem(503, detail, headers={"Retry-After": "1"}, public="the server is busy; try again in a second")
 
     @contextlib.contextmanager
     def slot(self, key: str, client: str) -> Iterator[float]:

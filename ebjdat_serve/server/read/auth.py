@@ -106,7 +106,7 @@ class ApiKeyMiddleware:
         """Return the client's name, its key if the server has keys, and its limits. Raises Problem 400, 401, 403, 404 or 429."""
         access = self._access
         address = access.address(scope["client"] and scope["client"][0], scope["headers"])
-        path = route_path(scope)
+        path = scope["path"]
         needed = self._scopes.get(path)
         if needed is not None and not needed:
             return network_name(address), None, Limits()
@@ -147,9 +147,3 @@ def unauthorized(detail: str) -> Problem:
 def has_body(headers: list[tuple[bytes, bytes]]) -> bool:
     """Return whether a request announces a body."""
     return any(name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0 \t") != b"") for name, value in headers)
-
-
-def route_path(scope: Any) -> str:
-    """Return the path of a request without the prefix that a proxy put before it, as routes are declared."""
-    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
-    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path

@@ -70,7 +70,7 @@ def limits_of(settings: Settings) -> Limits:
         rate=default.rate if s.client_rate is None else s.client_rate or None,
         requests=default.requests if s.client_requests is None else s.client_requests or None,
         bodies=default.bodies if s.client_bodies is None else s.client_bodies or None,
-        chains=default.chains if s.client_chains is None else s.client_chains or None,
+        chains=default.chains and max(default.chains, s.max_samples) if s.client_chains is None else s.client_chains or None,
     )
 
 
@@ -114,6 +114,8 @@ class ClientLimits:
         state, most = self._state(client, self._clock()), getattr(limits, what)
         under_way = state.under_way.get(what, 0)
         if most is not None and under_way + n > most:
+            if n > most:
+                raise Problem(422, f"{client} may have {most} {what} at a time, and asks for {n} at once ({_option(what, limits)})")
             asked, less = (f" and asks for {n} more", ", or ask for fewer") if n > 1 else ("", "")
             detail = (
                 f"{client} has {under_way} {what} under way{asked}, and may have {most} ({_option(what, limits)}); try again later{less}"

@@ -264,7 +264,7 @@ class BoundedProtocol(HttpToolsProtocol):
         headers = {
             "content-type": "application/problem+json",
             "content-length": str(len(body)),
-            "x-content-type-options": "nosniff",
+            "cache-control": "no-store",
             "connection": "close",
             **(problem.headers or {}),
         }
