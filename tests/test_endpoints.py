@@ -165,6 +165,12 @@ def test_operations_that_come_at_once_are_not_mixed_up(client, picture):
     assert not wrong
 
 
+def test_a_path_with_parameters_is_refused():
+    """Scopes of keys are looked up by path: such an endpoint would be closed to every key, whatever its scopes say."""
+    with pytest.raises(ValueError, match=r"/x/\{id\}: scopes of keys go by paths"):
+        Endpoint("/x/{id}", lambda service, request: None, scopes=())
+
+
 def test_two_operations_of_one_name_are_refused():
     same = [Endpoint(path, None, operations=[Operation("sum", "classify", max)]) for path in ("/a", "/b")]
     assert [operation.name for operation in operations_of(same)] == ["sum"]

@@ -177,6 +177,10 @@ class Endpoint:
     hidden: bool = False  # from the document and the index
     scopes: Collection[Scope] | None = None  # an API key needs one of these, no key if there is none; None: as operations say, or operate
 
+    def __post_init__(self) -> None:
+        if "{" in self.path:
+            raise ValueError(f"{self.path}: scopes of keys go by paths as they are; take parameters from the query or the body")
+
     @property
     def public(self) -> bool:
         """Whether the public profile has an answer."""
