@@ -316,6 +316,7 @@ def document(value, key="image"):
 NOISE = np.random.default_rng(0).bytes(16 * 2**20)
 BASE64 = base64.b64encode(NOISE).decode()
 FILE = b'Content-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+TEXT = b'Content-Disposition: form-data; name="image"\r\n\r\n'
 JSON, FORM, IMAGE = "application/json", "multipart/form-data; boundary=b", "image/png"
 
 HOSTILE = {
@@ -341,6 +342,11 @@ HOSTILE = {
     "thousands of headers": (FORM, lambda: form(b"A: b\r\n" * 1_000_000 + FILE + b"x")),
     "one endless header": (FORM, lambda: form(b"A: " + b"b" * 10_000_000 + FILE + b"x")),
     "a preamble": (FORM, lambda: b"\r\n" * 10_000_000),
+    "text in punycode": (FORM + "; charset=punycode", lambda: form(TEXT + b"a-" + b"b" * 300_000 + b"\r\n")),
+    "a codec of every name": (FORM + "; charset=" + "x" * 60_000, lambda: form(FILE + b"x\r\n")),
+    "a file name in punycode": (FORM + "; charset=punycode", lambda: form(FILE.replace(b'"a"', b'"' + b"b" * 4000 + b'"') + b"x\r\n")),
+    "many parameters of a form": (FORM + "; a=b" * 10_000, lambda: form(FILE + b"x\r\n")),
+    "many parameters of a part": (FORM, lambda: form(FILE.replace(b"form-data", b"form-data" + b";" * 4000) + b"x\r\n")),
 }
 
 
@@ -384,6 +390,14 @@ RAW = {
     + b"ffff\r\n"
     + (b"{" + b",".join(b'"%x":1' % i for i in range(9000))).ljust(65534)
     + b"}\r\n0\r\n\r\n",
+    "a form of escapes": CHUNKED % (b"generate", b"application/x-www-form-urlencoded")
+    + b"fff9\r\nclass="
+    + b"%41" * 21_841
+    + b"\r\n0\r\n\r\n",
+    "a form in punycode": CHUNKED % (b"generate", b"application/x-www-form-urlencoded; charset=punycode")
+    + b"8006\r\nclass="
+    + b"b" * 2**15
+    + b"\r\n0\r\n\r\n",
     "many headers": b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * 60_000 + b"\r\n",
     "many parameters": b"GET /generate?" + b"a&" * 4000 + b"class=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
     "a target of escapes": b"GET /" + b"%41" * 2700 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",

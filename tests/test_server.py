@@ -225,6 +225,8 @@ BAD_BODIES = [
     ("wrong field", {"files": {"file": ("a.png", GOOD)}}, 422, "-F image=@"),
     ("two fields", {"files": [("image", ("a.png", GOOD)), ("image", ("b.png", GOOD))]}, 422, "exactly one"),
     ("text field", {"data": {"image": "hello"}, "files": {}}, 422, "PNG, JPEG"),
+    ("text of a form", {"files": {"image": (None, "hello")}}, 422, "holds text"),
+    ("text beside a file", {"data": {"note": "hello"}, "files": {"image": ("a.png", GOOD)}}, 422, "holds text"),
     ("broken form", {"content": b"hello", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}, 400, "multipart"),
     ("no boundary", {"content": b"hello", "headers": {"Content-Type": "multipart/form-data"}}, 400, "multipart"),
 ]

@@ -22,6 +22,8 @@ PREVIEWS = 10
 """Previews of a stream that does not say how many."""
 MAX_BODY = 64 * 1024
 """Bytes of a request body, which holds a few numbers."""
+MAX_FORM = 8 * 1024
+"""Bytes of a form, as of a target: its escapes are replaced at once, in Python."""
 MAX_FIELDS = 32
 """Parameters of a query, a form or a JSON object, of which there are eleven."""
 
@@ -80,6 +82,8 @@ def parse_body(request: Request, body: bytes | bytearray) -> dict[str, Any]:
     """Return the body of a POST as an object."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/x-www-form-urlencoded":  # curl -d class=3
+        if len(body) > MAX_FORM:
+            raise Problem(413, f"the form may have {MAX_FORM} bytes; send application/json")
         try:
             return dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS))
         except ValueError:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import BodyMemory, parse_json, read_body
 from ebjdat_serve.server.settings import Settings
@@ -32,6 +32,8 @@ SEARCHED = 2**21
 FORM_SLICE = 2**13
 """Bytes of a form, which is parsed in Python, before the event loop has its turn."""
 WHITE_SPACE = b" \t\r\n\f\v"
+FORM_TYPE = 2**10
+"""Characters of the content type of a form, whose parameters are parsed at once."""
 
 
 @dataclass
@@ -208,18 +210,35 @@ class Base64Decoder:
 
 
 class FormParser(MultiPartParser):
-    """Starlette's parser, which would write a file above 1 MiB to a disk, and read it whole."""
+    """Starlette's parser, which would write a file above 1 MiB to a disk and read it whole, and decode text by a codec that clients choose."""
 
-    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers, stream, max_files=2, max_fields=2, max_part_size=Limits.max_bytes + 1)
+    def __init__(self, boundary: bytes, stream: AsyncGenerator[bytes, None]) -> None:
+        headers = Headers(raw=[(b"content-type", b'multipart/form-data; boundary="%b"' % boundary)])  # no charset: it is UTF-8
+        super().__init__(headers, stream, max_files=2, max_fields=0)
         self.file = bytearray()
+
+    def on_headers_finished(self) -> None:
+        """Refuse text before any of it has come. Raises Problem 422."""
+        try:
+            super().on_headers_finished()
+        except MultiPartException:
+            if self._current_fields:
+                raise Problem(422, "a form field holds text; send one file and nothing else: curl -F image=@cat.png") from None
+            raise
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         """Keep what is a file's."""
-        if self._current_part.file is None:
-            super().on_part_data(data, start, end)
-        else:
-            self.file += data[start:end]
+        self.file += data[start:end]
+
+
+def form_boundary(content_type: str) -> bytes:
+    """Return the boundary of a form. Raises ValueError."""
+    if len(content_type) > FORM_TYPE:
+        raise ValueError(f"its content type has more than {FORM_TYPE} characters")
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    if not boundary or b'"' in boundary or b"\\" in boundary:
+        raise ValueError("its content type names no boundary, or one with quotes or backslashes")
+    return boundary
 
 
 async def from_form(request: Request, upload: Upload) -> bytearray:
@@ -233,12 +252,10 @@ async def from_form(request: Request, upload: Upload) -> bytearray:
             await asyncio.sleep(0)
 
     try:
-        parser = FormParser(request.headers, slices())
+        parser = FormParser(form_boundary(request.headers["content-type"]), slices())
         form = await parser.parse()
-    except (MultiPartException, ValueError, KeyError) as error:
+    except (MultiPartException, ValueError) as error:
         raise Problem(400, f"the body is not valid multipart/form-data: {error}") from None
     if [name for name, _ in form.multi_items()] != ["image"]:
         raise Problem(422, "send exactly one form field, image: curl -F image=@cat.png")
-    if isinstance(form["image"], str):
-        raise Problem(422, "the form field image holds text; send a file: curl -F image=@cat.png")
     return parser.file
