@@ -378,6 +378,7 @@ def test_no_body_keeps_the_event_loop(watched, name):
 
 
 CHUNKED = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
+MARKS = b'{"class":"%b"}' % ("a" + "\u0315\u0316" * 16_000).encode()
 RAW = {
     "chunks of one byte": CHUNKED % (b"classify", b"image/png") + chunked(500_000, 1),
     "chunks as small as they may be": CHUNKED % (b"classify", b"image/png") + chunked(100_000, 130),
@@ -394,6 +395,8 @@ RAW = {
     + b"fff9\r\nclass="
     + b"%41" * 21_841
     + b"\r\n0\r\n\r\n",
+    "a class of combining marks": CHUNKED % (b"generate", b"application/json")
+    + b"%x\r\n%b\r\n0\r\n\r\n" % (len(MARKS), MARKS),
     "a form in punycode": CHUNKED % (b"generate", b"application/x-www-form-urlencoded; charset=punycode")
     + b"8006\r\nclass="
     + b"b" * 2**15

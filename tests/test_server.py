@@ -145,6 +145,8 @@ def test_a_class_is_found_by_its_name_in_either_normal_form(form, asked):
     for wrong in ("kafer", "4", 4):
         with pytest.raises(Problem, match="unknown"):
             find_label(wrong, names)
+    with pytest.raises(Problem, match="200 characters"):
+        find_label("\u0315\u0316" * 101, names)
 
 
 def test_generate_as_json_and_as_a_grid_hold_the_same_images(live, shipped):
