@@ -329,6 +329,11 @@ HOSTILE = {
     "quotes": (JSON, lambda: b'"' * 22_000_000),
     "escaped quotes": (JSON, lambda: b'{"image": "' + b'\\"' * 10**7 + b'"}'),
     "64 long strings": (JSON, lambda: document([BASE64[:340_000]] * 64, "images")),
+    "wide gaps between 64 strings": (JSON, lambda: b'{"images":[' + (b'"%b",' % BASE64[:100].encode() + b" " * 65_000) * 64 + b'"AAAA"]}'),
+    "long numbers between 64 strings": (
+        JSON,
+        lambda: b'{"images":[' + (b'"%b",1.' % BASE64[:100].encode() + b"1" * 65_000 + b",") * 64 + b'"AAAA"]}',
+    ),
     "deep": (JSON, lambda: b'{"image":' * 2_000_000),
     "wide": (JSON, lambda: b'{"image":[' + b"[]," * 7_000_000),
     "a million commas": (JSON, lambda: b"," * 10**6),

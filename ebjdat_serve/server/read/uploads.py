@@ -106,7 +106,7 @@ async def from_json(body: bytearray, max_images: int, memory: BodyMemory) -> tup
 async def take_out_strings(body: bytearray, max_images: int, shape: str) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Return a JSON document with a name in place of each long string, and where the string of each name begins and ends.
 
-    Raises Problem 422 for more than may be around the strings, for more of them, or for a quote within one.
+    Raises Problem 422 for more than SMALL_DOCUMENT around all strings, for more of them, or for a quote within one.
     """
     outline, places, at = bytearray(), dict[str, tuple[int, int]](), 0
     secret = secrets.token_hex(8)  # no document can hold such a name
@@ -115,7 +115,7 @@ async def take_out_strings(body: bytearray, max_images: int, shape: str) -> tupl
         end = await find_quote(body, start + 1)
         if start < 0 or end < 0:
             break
-        if start - at > SLICE or body[end - 1 : end] == b"\\":
+        if len(outline) + start - at > SMALL_DOCUMENT or body[end - 1 : end] == b"\\":
             raise Problem(422, shape)
         name = f"{secret} {len(places)}"
         long = end - start > 2 * len(name)
@@ -123,7 +123,7 @@ async def take_out_strings(body: bytearray, max_images: int, shape: str) -> tupl
         if long:
             places[name] = (start + 1, end)
         at = end + 1
-    if len(body) - at > SLICE:
+    if len(outline) + len(body) - at > SMALL_DOCUMENT:
         raise Problem(422, shape)
     return bytes(outline + body[at:]), places
 
