@@ -408,6 +408,7 @@ RAW = {
     + b"\r\n0\r\n\r\n",
     "many headers": b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * 60_000 + b"\r\n",
     "many parameters": b"GET /generate?" + b"a&" * 4000 + b"class=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "many parameters of HEAD": b"HEAD /generate?" + b"a&" * 4000 + b"class=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
     "a target of escapes": b"GET /" + b"%41" * 2700 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
     "requests one after the other": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000,
 }

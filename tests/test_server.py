@@ -464,6 +464,7 @@ def test_head_checks_a_drawing_and_draws_nothing(live):
         ({"class": 3}, 200, "image/png"),
         ({"class": 3, "stream": "true"}, 200, "text/event-stream"),
         ({"class": 99}, 422, "application/problem+json"),
+        ({"class": ["3"] * 33}, 422, "application/problem+json"),
     ):
         answer = httpx2.head(f"{live.url}/generate", params=query)
         assert (answer.status_code, answer.headers["content-type"].partition(";")[0], answer.content) == (status, kind, b"")
