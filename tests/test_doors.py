@@ -12,6 +12,9 @@ import httpx2
 import numpy as np
 import pytest
 
+from ebjdat_serve import pixels
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.read.bodies import SMALL_BODY, BodyMemory
 from ebjdat_serve.server.settings import SHIPPED
 from tests.conftest import serving, until
 from tests.test_faults import connect, http_process, memory
@@ -186,6 +189,7 @@ def narrow(tmp_path_factory):
     """A server for few connections, which others can reach too."""
     options = ("--device", "cpu", "--generate-workers", "0", "--host", "0.0.0.0", "--max-connections", "20")
     options += ("--client-rate", "0", "--client-requests", "0", "--client-bodies", "0", "--max-connections-per-address", "8")
+    options += ("--upload-memory", str(32 * 2**20))
     with serving(SHIPPED, tmp_path_factory.mktemp("narrow") / "log", *options) as server:
         yield server
 
@@ -224,6 +228,54 @@ def test_a_connection_too_many_is_told_so(narrow):
         assert "--max-connections" in json.loads(body)["detail"]
         assert len(answers) >= 19
     until(lambda: httpx2.get(f"{narrow.url}/health").status_code == 200)
+
+
+def test_slow_bodies_of_one_client_keep_no_other_out(narrow):
+    large = pixels.encode_png(np.random.default_rng(0).integers(0, 256, (850, 850, 3), dtype=np.uint8))
+    assert len(large) > 2**21
+    with contextlib.ExitStack() as stack:
+        greedy = [stack.enter_context(connect(narrow)) for _ in range(12)]
+        for one in greedy:
+            with contextlib.suppress(ConnectionError):
+                one.sendall(upload(2**21 + 1) + bytes(2**21))
+        until(lambda: select.select(greedy, [], [], 0)[0], 5)
+        time.sleep(0.5)
+        other = stack.enter_context(httpx2.Client(transport=httpx2.HTTPTransport(local_address="127.0.0.2")))
+        assert other.post(f"{narrow.url}/classify", content=large).status_code == 200
+        assert 7 <= len(select.select(greedy, [], [], 0)[0]) < 12  # refused: 12 MiB are its share for large bodies
+        answer = httpx2.post(f"{narrow.url}/classify", content=large * 3)  # as the greedy one
+        assert (answer.status_code, "--upload-memory" in answer.json()["detail"]) == (503, True)
+
+
+@pytest.fixture
+def shared():
+    """Return a function that holds memory for bodies for a client, of 32 MiB in all, and returns whether it could."""
+    assert not BodyMemory.used
+    held = []
+
+    def hold(client, n):
+        held.append(BodyMemory(32 * 2**20, client))
+        with contextlib.suppress(Problem):
+            held[-1].hold(n)
+            return True
+        return False
+
+    yield hold
+    for one in held:
+        one.release()
+    assert not BodyMemory.used  # no name stays either
+
+
+@pytest.mark.parametrize("size", [2**20, 3 * 2**20])
+def test_clients_share_the_memory_for_bodies(shared, size):
+    for client in "abcd":
+        while shared(client, size):
+            pass
+    assert all(shared(client, 2**18) for client in "efg")  # small bodies pass
+    limit = 32 if size <= SMALL_BODY else 24
+    assert limit * 2**18 < BodyMemory.used["a"] <= limit * 2**19
+    assert BodyMemory.used["a"] > BodyMemory.used["b"] > BodyMemory.used["c"] > 0
+    assert BodyMemory.used.total() <= 32 * 2**20
 
 
 def own_address():
@@ -400,8 +452,7 @@ RAW = {
     + b"fff9\r\nclass="
     + b"%41" * 21_841
     + b"\r\n0\r\n\r\n",
-    "a class of combining marks": CHUNKED % (b"generate", b"application/json")
-    + b"%x\r\n%b\r\n0\r\n\r\n" % (len(MARKS), MARKS),
+    "a class of combining marks": CHUNKED % (b"generate", b"application/json") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(MARKS), MARKS),
     "a form in punycode": CHUNKED % (b"generate", b"application/x-www-form-urlencoded; charset=punycode")
     + b"8006\r\nclass="
     + b"b" * 2**15

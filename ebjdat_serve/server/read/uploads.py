@@ -57,7 +57,7 @@ async def read_upload(request: Request, settings: Settings) -> AsyncIterator[Upl
         raise Problem(415, f"content encoding {encoding[:40]!r} is not accepted; send the body as it is")
     if not (kind in RAW_TYPES or kind.startswith("image/") or kind in ("multipart/form-data", "application/json")):
         raise Problem(415, f"content type {kind[:100]!r} is not accepted; send {ACCEPTED}")
-    memory = BodyMemory(settings.upload_memory)
+    memory = BodyMemory(settings.upload_memory, request.scope["client"])
     async with read_body(request, settings.max_body, settings, memory) as body:
         yield Upload(kind, body, memory)
 
@@ -210,7 +210,7 @@ class Base64Decoder:
 
 
 class FormParser(MultiPartParser):
-    """Starlette's parser, which would write a file above 1 MiB to a disk and read it whole, and decode text by a codec that clients choose."""
+    """Starlette's parser, which would write a file above 1 MiB to a disk, and decode text by a codec that clients choose."""
 
     def __init__(self, boundary: bytes, stream: AsyncGenerator[bytes, None]) -> None:
         headers = Headers(raw=[(b"content-type", b'multipart/form-data; boundary="%b"' % boundary)])  # no charset: it is UTF-8
