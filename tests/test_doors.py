@@ -1,5 +1,6 @@
 """What leaves HTTP/1.1 as we bound it is refused with an answer; nothing that grows with a body runs in the event loop for long."""
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -11,11 +12,13 @@ import time
 import httpx2
 import numpy as np
 import pytest
+from fastapi import Request
 
 from ebjdat_serve import pixels
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import SMALL_BODY, BodyMemory
-from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.server.read.uploads import encoded_images, read_upload
+from ebjdat_serve.server.settings import SHIPPED, Settings
 from tests.conftest import serving, until
 from tests.test_faults import connect, http_process, memory
 
@@ -475,3 +478,29 @@ def test_no_framing_keeps_the_event_loop(watched, name):
         return lag(watched)
 
     check(send)
+
+
+@pytest.mark.parametrize("kind", [JSON, FORM, IMAGE])
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_an_upload_held_is_dropped_before_its_request_waits(kind, refused):
+    body = {JSON: document([BASE64[:400_000]] * 3, "images"), FORM: form(FILE + NOISE[:300_000]), IMAGE: NOISE[:300_000]}[kind]
+    scope = {"type": "http", "method": "POST", "client": "a", "headers": [(b"content-type", kind.encode())]}
+    held = []
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def read():
+        request = Request(scope, receive)
+        async with read_upload(request, Settings()) as upload:
+            images, _ = await encoded_images(request, upload, Settings())
+            held.extend([upload.body, *images])
+            assert {bytes(image) for image in images} == {NOISE[:300_000]}
+            assert BodyMemory.used["a"] >= sum(map(len, images))
+            if refused:
+                raise Problem(422, "no image")
+
+    with pytest.raises(Problem, match="no image") if refused else contextlib.nullcontext():
+        asyncio.run(read())
+    assert not BodyMemory.used
+    assert not any(held)

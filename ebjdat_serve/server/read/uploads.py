@@ -9,7 +9,7 @@ import contextlib
 import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from fastapi import Request
@@ -38,16 +38,20 @@ FORM_TYPE = 2**10
 
 @dataclass
 class Upload:
-    """A request that sends images: its content type without parameters, its body, and what it holds of the memory for bodies."""
+    """A request that sends images: its content type without parameters, its body, and what it holds of the memory for bodies.
+
+    ``images`` are those found in a form or in JSON.
+    """
 
     kind: str
     body: bytearray
     memory: BodyMemory
+    images: list[bytearray] = field(default_factory=list)
 
 
 @contextlib.asynccontextmanager
 async def read_upload(request: Request, settings: Settings) -> AsyncIterator[Upload]:
-    """Give the upload of a request that sends images.
+    """Give the upload of a request that sends images, and drop it and its images in the end.
 
     Raises Problem: 408 too slow, 413 too large, 415 another content type, 503 when the memory for bodies is full.
     """
@@ -59,48 +63,54 @@ async def read_upload(request: Request, settings: Settings) -> AsyncIterator[Upl
         raise Problem(415, f"content type {kind[:100]!r} is not accepted; send {ACCEPTED}")
     memory = BodyMemory(settings.upload_memory, request.scope["client"])
     async with read_body(request, settings.max_body, settings, memory) as body:
-        yield Upload(kind, body, memory)
+        upload = Upload(kind, body, memory)
+        try:
+            yield upload
+        finally:
+            for image in upload.images:
+                image.clear()  # at once, while they are counted: others still refer to them
 
 
 async def encoded_images(request: Request, upload: Upload, settings: Settings) -> tuple[list[bytearray], bool]:
-    """Return (encoded images, whether they came as a list); the event loop has its turns meanwhile.
+    """Return (encoded images, whether they came as a list), which are the upload's; the event loop has its turns meanwhile.
 
     Nothing large is copied at once: to touch 16 MiB of new memory takes tens of milliseconds.
     Raises Problem: 400 not JSON or no form, 422 without images.
     """
     if upload.kind == "application/json":
-        images, listed = await from_json(upload.body, settings.max_images, upload.memory)
+        listed = await from_json(upload, settings.max_images)
     elif upload.kind == "multipart/form-data":
-        images, listed = [await from_form(request, upload)], False
+        listed = await from_form(request, upload)
     else:
         return [upload.body], False
     upload.memory.hold(-len(upload.body))
     upload.body.clear()
-    return images, listed
+    return upload.images, listed
 
 
-async def from_json(body: bytearray, max_images: int, memory: BodyMemory) -> tuple[list[bytearray], bool]:
-    """Return (encoded images, whether they came as a list) from {"image": base64} or {"images": [base64, ...]}.
+async def from_json(upload: Upload, max_images: int) -> bool:
+    """Add the images of {"image": base64} or {"images": [base64, ...]} to the upload's, and return whether they came as a list.
 
     Of a large document what is around its strings is parsed as one, and the strings are decoded in slices.
     """
     shape = f'send {{"image": "<base64>"}} or {{"images": [...]}} with 1 to {max_images} base64 strings, and nothing nested'
+    body = upload.body
     outline, places = (body, {}) if len(body) <= SMALL_DOCUMENT else await take_out_strings(body, max_images, shape)
     value = find_images(outline, max_images, shape)
     listed = isinstance(value, list)
-    images: list[bytearray] = []
     unseen = 0  # bytes parsed since the event loop had its turn
     for index, item in enumerate(value if listed else [value]):
         decoder = Base64Decoder(item, index if listed else None)
+        upload.images.append(decoder.decoded)
         for text in string_slices(body, *places[item]) if item in places else [item]:
             decoder.feed(text)
-            memory.hold(decoder.new)
+            upload.memory.hold(decoder.new)
             unseen += len(text)
             if unseen >= SLICE:
                 unseen = 0
                 await asyncio.sleep(0)
-        images.append(decoder.finish())
-    return images, listed
+        decoder.finish()
+    return listed
 
 
 async def take_out_strings(body: bytearray, max_images: int, shape: str) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -178,7 +188,7 @@ class Base64Decoder:
         self._extra: dict[str, Any] = {} if index is None else {"index": index}
         if not isinstance(value, str):
             raise Problem(422, f"{self._place} must be a base64 string, not {type(value).__name__}", **self._extra)
-        self._decoded, self._rest, self._begun, self._padded = bytearray(), b"", False, False
+        self.decoded, self._rest, self._begun, self._padded = bytearray(), b"", False, False
         self.new = 0  # bytes that the last text brought
 
     def feed(self, text: str) -> None:
@@ -196,14 +206,13 @@ class Base64Decoder:
         except ValueError:
             self._refuse()
         self._rest, self._padded = data[whole:], data[:whole].endswith(b"=")
-        self._decoded += decoded
+        self.decoded += decoded
         self.new = len(decoded)
 
-    def finish(self) -> bytearray:
-        """Return the bytes."""
+    def finish(self) -> None:
+        """Refuse base64 that ends too early."""
         if self._rest:
             self._refuse()
-        return self._decoded
 
     def _refuse(self) -> NoReturn:
         raise Problem(422, f"{self._place} is not base64 of the standard alphabet, with padding", **self._extra) from None
@@ -241,8 +250,8 @@ def form_boundary(content_type: str) -> bytes:
     return boundary
 
 
-async def from_form(request: Request, upload: Upload) -> bytearray:
-    """Return the file of the field ``image`` in a multipart body. Raises Problem 422 or 400."""
+async def from_form(request: Request, upload: Upload) -> bool:
+    """Add the file of the field ``image`` in a multipart body to the upload's images; return False. Raises Problem 422 or 400."""
     body = upload.body
     upload.memory.hold(len(body))  # for the file
 
@@ -253,9 +262,11 @@ async def from_form(request: Request, upload: Upload) -> bytearray:
 
     try:
         parser = FormParser(form_boundary(request.headers["content-type"]), slices())
+        upload.images.append(parser.file)
         form = await parser.parse()
     except (MultiPartException, ValueError) as error:
         raise Problem(400, f"the body is not valid multipart/form-data: {error}") from None
+    await form.close()  # the files are empty
     if [name for name, _ in form.multi_items()] != ["image"]:
         raise Problem(422, "send exactly one form field, image: curl -F image=@cat.png")
-    return parser.file
+    return False
