@@ -1,5 +1,6 @@
 """What leaves HTTP/1.1 as we bound it is refused with an answer; nothing that grows with a body runs in the event loop for long."""
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -11,8 +12,13 @@ import time
 import httpx2
 import numpy as np
 import pytest
+from fastapi import Request
 
-from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve import pixels
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.read.bodies import SMALL_BODY, BodyMemory
+from ebjdat_serve.server.read.uploads import encoded_images, read_upload
+from ebjdat_serve.server.settings import SHIPPED, Settings
 from tests.conftest import serving, until
 from tests.test_faults import connect, http_process, memory
 
@@ -191,6 +197,7 @@ def narrow(tmp_path_factory):
     """A server for few connections, which others can reach too."""
     options = ("--device", "cpu", "--generate-workers", "0", "--host", "0.0.0.0", "--max-connections", "20")
     options += ("--client-rate", "0", "--client-requests", "0", "--client-bodies", "0", "--max-connections-per-address", "8")
+    options += ("--upload-memory", str(32 * 2**20))
     with serving(SHIPPED, tmp_path_factory.mktemp("narrow") / "log", *options) as server:
         yield server
 
@@ -229,6 +236,54 @@ def test_a_connection_too_many_is_told_so(narrow):
         assert "--max-connections" in json.loads(body)["detail"]
         assert len(answers) >= 19
     until(lambda: httpx2.get(f"{narrow.url}/health").status_code == 200)
+
+
+def test_slow_bodies_of_one_client_keep_no_other_out(narrow):
+    large = pixels.encode_png(np.random.default_rng(0).integers(0, 256, (850, 850, 3), dtype=np.uint8))
+    assert len(large) > 2**21
+    with contextlib.ExitStack() as stack:
+        greedy = [stack.enter_context(connect(narrow)) for _ in range(12)]
+        for one in greedy:
+            with contextlib.suppress(ConnectionError):
+                one.sendall(upload(2**21 + 1) + bytes(2**21))
+        until(lambda: select.select(greedy, [], [], 0)[0], 5)
+        time.sleep(0.5)
+        other = stack.enter_context(httpx2.Client(transport=httpx2.HTTPTransport(local_address="127.0.0.2")))
+        assert other.post(f"{narrow.url}/classify", content=large).status_code == 200
+        assert 7 <= len(select.select(greedy, [], [], 0)[0]) < 12  # refused: 12 MiB are its share for large bodies
+        answer = httpx2.post(f"{narrow.url}/classify", content=large * 3)  # as the greedy one
+        assert (answer.status_code, "--upload-memory" in answer.json()["detail"]) == (503, True)
+
+
+@pytest.fixture
+def shared():
+    """Return a function that holds memory for bodies for a client, of 32 MiB in all, and returns whether it could."""
+    assert not BodyMemory.used
+    held = []
+
+    def hold(client, n):
+        held.append(BodyMemory(32 * 2**20, client))
+        with contextlib.suppress(Problem):
+            held[-1].hold(n)
+            return True
+        return False
+
+    yield hold
+    for one in held:
+        one.release()
+    assert not BodyMemory.used  # no name stays either
+
+
+@pytest.mark.parametrize("size", [2**20, 3 * 2**20])
+def test_clients_share_the_memory_for_bodies(shared, size):
+    for client in "abcd":
+        while shared(client, size):
+            pass
+    assert all(shared(client, 2**18) for client in "efg")  # small bodies pass
+    limit = 32 if size <= SMALL_BODY else 24
+    assert limit * 2**18 < BodyMemory.used["a"] <= limit * 2**19
+    assert BodyMemory.used["a"] > BodyMemory.used["b"] > BodyMemory.used["c"] > 0
+    assert BodyMemory.used.total() <= 32 * 2**20
 
 
 def own_address():
@@ -321,6 +376,7 @@ def document(value, key="image"):
 NOISE = np.random.default_rng(0).bytes(16 * 2**20)
 BASE64 = base64.b64encode(NOISE).decode()
 FILE = b'Content-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+TEXT = b'Content-Disposition: form-data; name="image"\r\n\r\n'
 JSON, FORM, IMAGE = "application/json", "multipart/form-data; boundary=b", "image/png"
 
 HOSTILE = {
@@ -333,6 +389,11 @@ HOSTILE = {
     "quotes": (JSON, lambda: b'"' * 22_000_000),
     "escaped quotes": (JSON, lambda: b'{"image": "' + b'\\"' * 10**7 + b'"}'),
     "64 long strings": (JSON, lambda: document([BASE64[:340_000]] * 64, "images")),
+    "wide gaps between 64 strings": (JSON, lambda: b'{"images":[' + (b'"%b",' % BASE64[:100].encode() + b" " * 65_000) * 64 + b'"AAAA"]}'),
+    "long numbers between 64 strings": (
+        JSON,
+        lambda: b'{"images":[' + (b'"%b",1.' % BASE64[:100].encode() + b"1" * 65_000 + b",") * 64 + b'"AAAA"]}',
+    ),
     "deep": (JSON, lambda: b'{"image":' * 2_000_000),
     "wide": (JSON, lambda: b'{"image":[' + b"[]," * 7_000_000),
     "a million commas": (JSON, lambda: b"," * 10**6),
@@ -346,6 +407,11 @@ HOSTILE = {
     "thousands of headers": (FORM, lambda: form(b"A: b\r\n" * 1_000_000 + FILE + b"x")),
     "one endless header": (FORM, lambda: form(b"A: " + b"b" * 10_000_000 + FILE + b"x")),
     "a preamble": (FORM, lambda: b"\r\n" * 10_000_000),
+    "text in punycode": (FORM + "; charset=punycode", lambda: form(TEXT + b"a-" + b"b" * 300_000 + b"\r\n")),
+    "a codec of every name": (FORM + "; charset=" + "x" * 60_000, lambda: form(FILE + b"x\r\n")),
+    "a file name in punycode": (FORM + "; charset=punycode", lambda: form(FILE.replace(b'"a"', b'"' + b"b" * 4000 + b'"') + b"x\r\n")),
+    "many parameters of a form": (FORM + "; a=b" * 10_000, lambda: form(FILE + b"x\r\n")),
+    "many parameters of a part": (FORM, lambda: form(FILE.replace(b"form-data", b"form-data" + b";" * 4000) + b"x\r\n")),
 }
 
 
@@ -377,6 +443,7 @@ def test_no_body_keeps_the_event_loop(watched, name):
 
 
 CHUNKED = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
+MARKS = b'{"class":"%b"}' % ("a" + "\u0315\u0316" * 16_000).encode()
 RAW = {
     "chunks of one byte": CHUNKED % (b"classify", b"image/png") + chunked(500_000, 1),
     "chunks as small as they may be": CHUNKED % (b"classify", b"image/png") + chunked(100_000, 130),
@@ -389,8 +456,18 @@ RAW = {
     + b"ffff\r\n"
     + (b"{" + b",".join(b'"%x":1' % i for i in range(9000))).ljust(65534)
     + b"}\r\n0\r\n\r\n",
+    "a form of escapes": CHUNKED % (b"generate", b"application/x-www-form-urlencoded")
+    + b"fff9\r\nclass="
+    + b"%41" * 21_841
+    + b"\r\n0\r\n\r\n",
+    "a class of combining marks": CHUNKED % (b"generate", b"application/json") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(MARKS), MARKS),
+    "a form in punycode": CHUNKED % (b"generate", b"application/x-www-form-urlencoded; charset=punycode")
+    + b"8006\r\nclass="
+    + b"b" * 2**15
+    + b"\r\n0\r\n\r\n",
     "many headers": b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * 60_000 + b"\r\n",
     "many parameters": b"GET /generate?" + b"a&" * 4000 + b"class=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "many parameters of HEAD": b"HEAD /generate?" + b"a&" * 4000 + b"class=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
     "a target of escapes": b"GET /" + b"%41" * 2700 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
     "requests one after the other": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000,
 }
@@ -406,3 +483,29 @@ def test_no_framing_keeps_the_event_loop(watched, name):
         return lag(watched)
 
     check(send)
+
+
+@pytest.mark.parametrize("kind", [JSON, FORM, IMAGE])
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_an_upload_held_is_dropped_before_its_request_waits(kind, refused):
+    body = {JSON: document([BASE64[:400_000]] * 3, "images"), FORM: form(FILE + NOISE[:300_000]), IMAGE: NOISE[:300_000]}[kind]
+    scope = {"type": "http", "method": "POST", "client": "a", "headers": [(b"content-type", kind.encode())]}
+    held = []
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def read():
+        request = Request(scope, receive)
+        async with read_upload(request, Settings()) as upload:
+            images, _ = await encoded_images(request, upload, Settings())
+            held.extend([upload.body, *images])
+            assert {bytes(image) for image in images} == {NOISE[:300_000]}
+            assert BodyMemory.used["a"] >= sum(map(len, images))
+            if refused:
+                raise Problem(422, "no image")
+
+    with pytest.raises(Problem, match="no image") if refused else contextlib.nullcontext():
+        asyncio.run(read())
+    assert not BodyMemory.used
+    assert not any(held)

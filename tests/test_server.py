@@ -145,6 +145,8 @@ def test_a_class_is_found_by_its_name_in_either_normal_form(form, asked):
     for wrong in ("kafer", "4", 4):
         with pytest.raises(Problem, match="unknown"):
             find_label(wrong, names)
+    with pytest.raises(Problem, match="200 characters"):
+        find_label("\u0315\u0316" * 101, names)
 
 
 def test_generate_as_json_and_as_a_grid_hold_the_same_images(live, shipped):
@@ -225,6 +227,8 @@ BAD_BODIES = [
     ("wrong field", {"files": {"file": ("a.png", GOOD)}}, 422, "-F image=@"),
     ("two fields", {"files": [("image", ("a.png", GOOD)), ("image", ("b.png", GOOD))]}, 422, "exactly one"),
     ("text field", {"data": {"image": "hello"}, "files": {}}, 422, "PNG, JPEG"),
+    ("text of a form", {"files": {"image": (None, "hello")}}, 422, "holds text"),
+    ("text beside a file", {"data": {"note": "hello"}, "files": {"image": ("a.png", GOOD)}}, 422, "holds text"),
     ("broken form", {"content": b"hello", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}, 400, "multipart"),
     ("no boundary", {"content": b"hello", "headers": {"Content-Type": "multipart/form-data"}}, 400, "multipart"),
 ]
@@ -460,6 +464,7 @@ def test_head_checks_a_drawing_and_draws_nothing(live):
         ({"class": 3}, 200, "image/png"),
         ({"class": 3, "stream": "true"}, 200, "text/event-stream"),
         ({"class": 99}, 422, "application/problem+json"),
+        ({"class": ["3"] * 33}, 422, "application/problem+json"),
     ):
         answer = httpx2.head(f"{live.url}/generate", params=query)
         assert (answer.status_code, answer.headers["content-type"].partition(";")[0], answer.content) == (status, kind, b"")

@@ -62,7 +62,7 @@ async def generate_head(service: Service, request: Request) -> Response:
         raise Problem(404, NO_WORKERS)
     model = service.manager.active
     check_data(model, service.settings.profile_for(request.scope), service.settings)
-    query = validate(dict(request.query_params), model.bundle.manifest, service.settings).query
+    query = validate(await read_values(request, service.settings), model.bundle.manifest, service.settings).query
     kind = "text/event-stream" if query.stream else "application/json" if query.format == "json" else "image/png"
     return Response(media_type=kind)
 

@@ -4,43 +4,53 @@ import asyncio
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from ebjdat_serve.decoding.header import Limits
+from ebjdat_serve.fairness import may_hold
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
 SMALL_BODY = 2**20
-"""Bytes of a body, above which it gets no more than three quarters of the memory for bodies, so that small ones still pass."""
+"""Bytes of a body, above which it gets no more than its share of three quarters of the memory for bodies, so that small ones still pass."""
 BODY_COST = 2**10
 """Bytes that a body counts for beside its own."""
 
 
 class BodyMemory:
-    """Bytes of bodies, and of what is decoded of them, in memory: of all requests in ``used``, and of one request in each instance."""
+    """Bytes of bodies, and of what is decoded of them, in memory: of each client in ``used``, and of one request in each instance.
 
-    used = 0
+    Clients share the memory (``fairness.may_hold``): one has half of it at most, and with each that has some the share is smaller.
+    """
 
-    def __init__(self, limit: int) -> None:
-        self._limit, self._held = limit, 0
+    used: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self, limit: int, client: str) -> None:
+        self._limit, self._client, self._held = limit, client, 0
 
     def hold(self, n: int) -> None:
-        """Hold so many bytes more; raise Problem 503 when that would pass the limit, or three quarters of it for a large body."""
+        """Hold so many bytes more; raise Problem 503 when that would pass the client's share, of three quarters for a large body."""
         own = self._held + n
-        if n > 0 and BodyMemory.used + n > (self._limit if own <= SMALL_BODY + BODY_COST else self._limit * 3 // 4):
-            detail = "the memory for bodies is full (serve --upload-memory); try again in a second"
+        size = self._limit if own <= SMALL_BODY + BODY_COST else self._limit * 3 // 4
+        if n > 0 and not may_hold(BodyMemory.used, self._client, n, size):
+            detail = "your share of the memory for bodies is full (serve --upload-memory); try again in a second"
             raise Problem(503, detail, headers={"Retry-After": "1"})
-        self._held = own
-        BodyMemory.used += n
+        self._count(n)
 
     def release(self) -> None:
         """Hold nothing any more."""
-        BodyMemory.used -= self._held
-        self._held = 0
+        self._count(-self._held)
+
+    def _count(self, n: int) -> None:
+        self._held += n
+        BodyMemory.used[self._client] += n
+        if not BodyMemory.used[self._client]:
+            del BodyMemory.used[self._client]
 
 
 @contextlib.asynccontextmanager
@@ -50,7 +60,7 @@ async def read_body(request: Request, limit: int, settings: Settings, memory: Bo
     Raises Problem: 408 when the body does not arrive in time, 413 when it is too large, 503 when the memory for bodies is full.
     """
     s = settings
-    memory = memory or BodyMemory(s.upload_memory)
+    memory = memory or BodyMemory(s.upload_memory, request.scope["client"])
     held = bytearray()  # one block: a list of chunks would fragment the memory
     began = time.monotonic()
     slow = Problem(408, f"the body did not arrive within {s.body_timeout:g} s, or came too slowly", headers={"Connection": "close"})

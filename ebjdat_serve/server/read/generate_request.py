@@ -22,6 +22,10 @@ PREVIEWS = 10
 """Previews of a stream that does not say how many."""
 MAX_BODY = 64 * 1024
 """Bytes of a request body, which holds a few numbers."""
+MAX_FORM = 8 * 1024
+"""Bytes of a form, as of a target: its escapes are replaced at once, in Python."""
+MAX_NAME = 200
+"""Characters of a class name: the time to normalise one grows with the square of its combining marks."""
 MAX_FIELDS = 32
 """Parameters of a query, a form or a JSON object, of which there are eleven."""
 
@@ -80,6 +84,8 @@ def parse_body(request: Request, body: bytes | bytearray) -> dict[str, Any]:
     """Return the body of a POST as an object."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/x-www-form-urlencoded":  # curl -d class=3
+        if len(body) > MAX_FORM:
+            raise Problem(413, f"the form may have {MAX_FORM} bytes; send application/json")
         try:
             return dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS))
         except ValueError:
@@ -132,7 +138,10 @@ def explain(error: ValidationError) -> str:
 
 def find_label(wanted: str | int, labels: list[str]) -> int:
     """Return the class index that an index or a name means; a name in any case and either of Unicode's normal forms."""
-    text = unicodedata.normalize("NFC", str(wanted).strip())
+    text = str(wanted).strip()
+    if len(text) > MAX_NAME:
+        raise Problem(422, f"class may have {MAX_NAME} characters: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
+    text = unicodedata.normalize("NFC", text)
     if not isinstance(wanted, int):
         known = [unicodedata.normalize("NFC", label) for label in labels]
         folded = [label.casefold() for label in known]

@@ -9,14 +9,14 @@ import contextlib
 import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import BodyMemory, parse_json, read_body
 from ebjdat_serve.server.settings import Settings
@@ -32,20 +32,26 @@ SEARCHED = 2**21
 FORM_SLICE = 2**13
 """Bytes of a form, which is parsed in Python, before the event loop has its turn."""
 WHITE_SPACE = b" \t\r\n\f\v"
+FORM_TYPE = 2**10
+"""Characters of the content type of a form, whose parameters are parsed at once."""
 
 
 @dataclass
 class Upload:
-    """A request that sends images: its content type without parameters, its body, and what it holds of the memory for bodies."""
+    """A request that sends images: its content type without parameters, its body, and what it holds of the memory for bodies.
+
+    ``images`` are those found in a form or in JSON.
+    """
 
     kind: str
     body: bytearray
     memory: BodyMemory
+    images: list[bytearray] = field(default_factory=list)
 
 
 @contextlib.asynccontextmanager
 async def read_upload(request: Request, settings: Settings) -> AsyncIterator[Upload]:
-    """Give the upload of a request that sends images.
+    """Give the upload of a request that sends images, and drop it and its images in the end.
 
     Raises Problem: 408 too slow, 413 too large, 415 another content type, 503 when the memory for bodies is full.
     """
@@ -55,56 +61,62 @@ async def read_upload(request: Request, settings: Settings) -> AsyncIterator[Upl
         raise Problem(415, f"content encoding {encoding[:40]!r} is not accepted; send the body as it is")
     if not (kind in RAW_TYPES or kind.startswith("image/") or kind in ("multipart/form-data", "application/json")):
         raise Problem(415, f"content type {kind[:100]!r} is not accepted; send {ACCEPTED}")
-    memory = BodyMemory(settings.upload_memory)
+    memory = BodyMemory(settings.upload_memory, request.scope["client"])
     async with read_body(request, settings.max_body, settings, memory) as body:
-        yield Upload(kind, body, memory)
+        upload = Upload(kind, body, memory)
+        try:
+            yield upload
+        finally:
+            for image in upload.images:
+                image.clear()  # at once, while they are counted: others still refer to them
 
 
 async def encoded_images(request: Request, upload: Upload, settings: Settings) -> tuple[list[bytearray], bool]:
-    """Return (encoded images, whether they came as a list); the event loop has its turns meanwhile.
+    """Return (encoded images, whether they came as a list), which are the upload's; the event loop has its turns meanwhile.
 
     Nothing large is copied at once: to touch 16 MiB of new memory takes tens of milliseconds.
     Raises Problem: 400 not JSON or no form, 422 without images.
     """
     if upload.kind == "application/json":
-        images, listed = await from_json(upload.body, settings.max_images, upload.memory)
+        listed = await from_json(upload, settings.max_images)
     elif upload.kind == "multipart/form-data":
-        images, listed = [await from_form(request, upload)], False
+        listed = await from_form(request, upload)
     else:
         return [upload.body], False
     upload.memory.hold(-len(upload.body))
     upload.body.clear()
-    return images, listed
+    return upload.images, listed
 
 
-async def from_json(body: bytearray, max_images: int, memory: BodyMemory) -> tuple[list[bytearray], bool]:
-    """Return (encoded images, whether they came as a list) from {"image": base64} or {"images": [base64, ...]}.
+async def from_json(upload: Upload, max_images: int) -> bool:
+    """Add the images of {"image": base64} or {"images": [base64, ...]} to the upload's, and return whether they came as a list.
 
     Of a large document what is around its strings is parsed as one, and the strings are decoded in slices.
     """
     shape = f'send {{"image": "<base64>"}} or {{"images": [...]}} with 1 to {max_images} base64 strings, and nothing nested'
+    body = upload.body
     outline, places = (body, {}) if len(body) <= SMALL_DOCUMENT else await take_out_strings(body, max_images, shape)
     value = find_images(outline, max_images, shape)
     listed = isinstance(value, list)
-    images: list[bytearray] = []
     unseen = 0  # bytes parsed since the event loop had its turn
     for index, item in enumerate(value if listed else [value]):
         decoder = Base64Decoder(item, index if listed else None)
+        upload.images.append(decoder.decoded)
         for text in string_slices(body, *places[item]) if item in places else [item]:
             decoder.feed(text)
-            memory.hold(decoder.new)
+            upload.memory.hold(decoder.new)
             unseen += len(text)
             if unseen >= SLICE:
                 unseen = 0
                 await asyncio.sleep(0)
-        images.append(decoder.finish())
-    return images, listed
+        decoder.finish()
+    return listed
 
 
 async def take_out_strings(body: bytearray, max_images: int, shape: str) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Return a JSON document with a name in place of each long string, and where the string of each name begins and ends.
 
-    Raises Problem 422 for more than may be around the strings, for more of them, or for a quote within one.
+    Raises Problem 422 for more than SMALL_DOCUMENT around all strings, for more of them, or for a quote within one.
     """
     outline, places, at = bytearray(), dict[str, tuple[int, int]](), 0
     secret = secrets.token_hex(8)  # no document can hold such a name
@@ -113,7 +125,7 @@ async def take_out_strings(body: bytearray, max_images: int, shape: str) -> tupl
         end = await find_quote(body, start + 1)
         if start < 0 or end < 0:
             break
-        if start - at > SLICE or body[end - 1 : end] == b"\\":
+        if len(outline) + start - at > SMALL_DOCUMENT or body[end - 1 : end] == b"\\":
             raise Problem(422, shape)
         name = f"{secret} {len(places)}"
         long = end - start > 2 * len(name)
@@ -121,7 +133,7 @@ async def take_out_strings(body: bytearray, max_images: int, shape: str) -> tupl
         if long:
             places[name] = (start + 1, end)
         at = end + 1
-    if len(body) - at > SLICE:
+    if len(outline) + len(body) - at > SMALL_DOCUMENT:
         raise Problem(422, shape)
     return bytes(outline + body[at:]), places
 
@@ -176,7 +188,7 @@ class Base64Decoder:
         self._extra: dict[str, Any] = {} if index is None else {"index": index}
         if not isinstance(value, str):
             raise Problem(422, f"{self._place} must be a base64 string, not {type(value).__name__}", **self._extra)
-        self._decoded, self._rest, self._begun, self._padded = bytearray(), b"", False, False
+        self.decoded, self._rest, self._begun, self._padded = bytearray(), b"", False, False
         self.new = 0  # bytes that the last text brought
 
     def feed(self, text: str) -> None:
@@ -194,36 +206,52 @@ class Base64Decoder:
         except ValueError:
             self._refuse()
         self._rest, self._padded = data[whole:], data[:whole].endswith(b"=")
-        self._decoded += decoded
+        self.decoded += decoded
         self.new = len(decoded)
 
-    def finish(self) -> bytearray:
-        """Return the bytes."""
+    def finish(self) -> None:
+        """Refuse base64 that ends too early."""
         if self._rest:
             self._refuse()
-        return self._decoded
 
     def _refuse(self) -> NoReturn:
         raise Problem(422, f"{self._place} is not base64 of the standard alphabet, with padding", **self._extra) from None
 
 
 class FormParser(MultiPartParser):
-    """Starlette's parser, which would write a file above 1 MiB to a disk, and read it whole."""
+    """Starlette's parser, which would write a file above 1 MiB to a disk, and decode text by a codec that clients choose."""
 
-    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers, stream, max_files=2, max_fields=2, max_part_size=Limits.max_bytes + 1)
+    def __init__(self, boundary: bytes, stream: AsyncGenerator[bytes, None]) -> None:
+        headers = Headers(raw=[(b"content-type", b'multipart/form-data; boundary="%b"' % boundary)])  # no charset: it is UTF-8
+        super().__init__(headers, stream, max_files=2, max_fields=0)
         self.file = bytearray()
+
+    def on_headers_finished(self) -> None:
+        """Refuse text before any of it has come. Raises Problem 422."""
+        try:
+            super().on_headers_finished()
+        except MultiPartException:
+            if self._current_fields:
+                raise Problem(422, "a form field holds text; send one file and nothing else: curl -F image=@cat.png") from None
+            raise
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         """Keep what is a file's."""
-        if self._current_part.file is None:
-            super().on_part_data(data, start, end)
-        else:
-            self.file += data[start:end]
+        self.file += data[start:end]
 
 
-async def from_form(request: Request, upload: Upload) -> bytearray:
-    """Return the file of the field ``image`` in a multipart body. Raises Problem 422 or 400."""
+def form_boundary(content_type: str) -> bytes:
+    """Return the boundary of a form. Raises ValueError."""
+    if len(content_type) > FORM_TYPE:
+        raise ValueError(f"its content type has more than {FORM_TYPE} characters")
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    if not boundary or b'"' in boundary or b"\\" in boundary:
+        raise ValueError("its content type names no boundary, or one with quotes or backslashes")
+    return boundary
+
+
+async def from_form(request: Request, upload: Upload) -> bool:
+    """Add the file of the field ``image`` in a multipart body to the upload's images; return False. Raises Problem 422 or 400."""
     body = upload.body
     upload.memory.hold(len(body))  # for the file
 
@@ -233,12 +261,12 @@ async def from_form(request: Request, upload: Upload) -> bytearray:
             await asyncio.sleep(0)
 
     try:
-        parser = FormParser(request.headers, slices())
+        parser = FormParser(form_boundary(request.headers["content-type"]), slices())
+        upload.images.append(parser.file)
         form = await parser.parse()
-    except (MultiPartException, ValueError, KeyError) as error:
+    except (MultiPartException, ValueError) as error:
         raise Problem(400, f"the body is not valid multipart/form-data: {error}") from None
+    await form.close()  # the files are empty
     if [name for name, _ in form.multi_items()] != ["image"]:
         raise Problem(422, "send exactly one form field, image: curl -F image=@cat.png")
-    if isinstance(form["image"], str):
-        raise Problem(422, "the form field image holds text; send a file: curl -F image=@cat.png")
-    return parser.file
+    return False
