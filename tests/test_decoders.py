@@ -54,15 +54,21 @@ def runs(pid):
     return False
 
 
+def pids(running):
+    """Return the decoders, in the order in which they were forked: at first that of small images, then those of large ones."""
+    zygote = running.zygote.process.pid
+    return [int(word) for word in Path(f"/proc/{zygote}/task/{zygote}/children").read_text(encoding="ascii").split()]
+
+
 def peak(running):
     """Return the most memory in MiB that one of the decoders has had."""
-    status = [Path(f"/proc/{pid}/status").read_text(encoding="ascii") for pid in running.zygote.pids.values()]
+    status = [Path(f"/proc/{pid}/status").read_text(encoding="ascii") for pid in pids(running)]
     return max(int(each.partition("VmHWM:")[2].split()[0]) for each in status) / 1024
 
 
 def of_large(running):
     """Return the pid of the decoder of large images that was forked last."""
-    return running.zygote.pids[max(running.zygote.pids)]
+    return pids(running)[-1]
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
@@ -169,11 +175,11 @@ def test_an_image_that_takes_too_long_is_refused_and_its_decoder_ended():
     async def main():
         async with decoders(max_seconds=1.0) as running:
             await running.decode([SMALL], 32, 32)
-            before = set(running.zygote.pids.values())
+            before = set(pids(running))
             with pytest.raises(InvalidImage, match="takes longer to decode than the limit of 1 s"):
                 await running.decode([SLOW], 32, 32)
-            await until(lambda: len(running.zygote.pids) == 3)
-            assert len(before - set(running.zygote.pids.values())) == 1
+            await until(lambda: len(pids(running)) == 3)
+            assert len(before - set(pids(running))) == 1
             assert len(await running.decode([MEDIUM], 32, 32)) == 1
 
     asyncio.run(main())
@@ -214,13 +220,13 @@ def test_a_killed_decoder_of_small_images_costs_nobody_anything():
             await running.decode([SMALL], 32, 32)
             tasks = [asyncio.create_task(running.decode([SMALL], 32, 32)) for _ in range(300)]
             await asyncio.sleep(0)
-            first = running.zygote.pids[1]
+            first = pids(running)[0]
             os.kill(first, signal.SIGSTOP)  # so that a message is surely under way
             await asyncio.sleep(0.1)
             os.kill(first, signal.SIGKILL)
             for [one] in await asyncio.gather(*tasks):
                 np.testing.assert_array_equal(one, pixels.decode(SMALL, 32, 32))
-            assert first not in running.zygote.pids.values()
+            assert first not in pids(running)
 
     asyncio.run(main())
 
@@ -229,7 +235,7 @@ def test_a_small_image_that_hangs_its_decoder_delays_the_others_of_its_message_b
     async def main():
         async with decoders(replace(PATIENT, small_timeout=0.5)) as running:
             await running.decode([SMALL], 32, 32)
-            os.kill(running.zygote.pids[1], signal.SIGSTOP)
+            os.kill(pids(running)[0], signal.SIGSTOP)
             began = time.monotonic()
             assert len(await asyncio.gather(*(running.decode([SMALL], 32, 32) for _ in range(20)))) == 20
             assert 0.4 < time.monotonic() - began < 10
@@ -245,13 +251,13 @@ def test_a_client_whose_image_costs_the_decoder_of_small_ones_is_kept_from_it(mo
     async def main():
         async with decoders(replace(PATIENT, small_timeout=0.2)) as running:
             await running.decode([SMALL], 32, 32)
-            first = running.zygote.pids[1]
+            first = pids(running)[0]
             tasks = [running.decode([data], 32, 32, client) for data, client in ((bomb, "guilty"), (SMALL, "innocent"))]
             assert [len(one) for one in await asyncio.gather(*tasks)] == [1, 1]
-            assert first not in running.zygote.pids.values()
+            assert first not in pids(running)
             assert list(running.suspects.until) == ["guilty"]
-            await until(lambda: max(running.zygote.pids) == 4)
-            os.kill(running.zygote.pids[4], signal.SIGSTOP)  # the new decoder of small images
+            await until(lambda: len(pids(running)) == 3)
+            os.kill(of_large(running), signal.SIGSTOP)  # the new decoder of small images
             async with asyncio.timeout(5):
                 assert len(await running.decode([SMALL], 32, 32, "guilty")) == 1  # which this one does not need
 
@@ -346,13 +352,13 @@ def test_the_death_of_the_zygote_is_survived_by_requests_under_way():
         async with decoders() as running:
             await running.decode([SMALL], 32, 32)
             zygote = running.zygote
-            pids = list(zygote.pids.values())
+            old = pids(running)
             tasks = [asyncio.create_task(running.decode([one], 32, 32)) for one in (MEDIUM, *[SMALL] * 20, MEDIUM)]
             await asyncio.sleep(0.01)
             zygote.process.kill()
             assert len(await asyncio.gather(*tasks)) == 22
             assert running.zygote is not zygote
-            await until(lambda: not any(map(runs, pids)), 2)
+            await until(lambda: not any(map(runs, old)), 2)
 
     asyncio.run(main())
 
@@ -361,13 +367,15 @@ def test_nothing_is_left_when_the_process_that_uses_decoders_dies(tmp_path):
     script = tmp_path / "user.py"
     script.write_text(
         "import asyncio, sys\n"
+        "from pathlib import Path\n"
         "from ebjdat_serve.decoding.pool import Decoders, PoolSettings\n"
         "async def main():\n"
         "    running = Decoders(PoolSettings())\n"
         "    await running.start()\n"
         "    await running.decode([sys.stdin.buffer.read()], 32, 32)\n"
-        "    while len(running.zygote.pids) < 3: await asyncio.sleep(.01)\n"
-        "    print(running.zygote.process.pid, *running.zygote.pids.values(), flush=True)\n"
+        "    zygote = running.zygote.process.pid\n"
+        "    while len(pids := Path(f'/proc/{zygote}/task/{zygote}/children').read_text().split()) < 3: await asyncio.sleep(.01)\n"
+        "    print(zygote, *pids, flush=True)\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n",
         encoding="utf-8",
@@ -381,12 +389,12 @@ def test_nothing_is_left_when_the_process_that_uses_decoders_dies(tmp_path):
         )
         process.stdin.write(SMALL)
         process.stdin.close()
-        pids = [int(word) for word in (await process.stdout.readline()).split()]
-        assert len(pids) == 4
-        assert all(map(runs, pids))
+        tree = [int(word) for word in (await process.stdout.readline()).split()]
+        assert len(tree) == 4
+        assert all(map(runs, tree))
         process.kill()
         await process.wait()
-        await until(lambda: not any(map(runs, pids)), 5)
+        await until(lambda: not any(map(runs, tree)), 5)
 
     asyncio.run(main())
 
@@ -397,8 +405,8 @@ def test_a_decoder_inherits_nothing_and_may_open_nothing_new(monkeypatch):
     async def main():
         async with decoders() as running:
             await running.decode([SMALL], 32, 32)
-            await until(lambda: len(running.zygote.pids) == 3)
-            for number, pid in running.zygote.pids.items():
+            await until(lambda: len(pids(running)) == 3)
+            for number, pid in enumerate(pids(running), 1):
                 await until(lambda pid=pid: "ebjdat-decode" in Path(f"/proc/{pid}/comm").read_text(encoding="ascii"))
                 await asyncio.sleep(0.1)
                 opened = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]

@@ -92,7 +92,6 @@ class Zygote:
     process: "subprocess.Popen[bytes]"
     line: socket.socket
     began: float
-    pids: dict[int, int] = field(default_factory=dict)
     born: "dict[int, asyncio.Future[None]]" = field(default_factory=dict)
     fates: "dict[int, asyncio.Future[int]]" = field(default_factory=dict)  # exit statuses, UNKNOWN when the zygote ends first
     gone: bool = False
@@ -143,13 +142,11 @@ class Zygote:
         if not news:
             self.close()
             return
-        number, pid, status = wire.NEWS.unpack(news)
+        number, status = wire.NEWS.unpack(news)
         if status == -1:
-            self.pids[number] = pid
             if number in self.born:
                 settle(self.born[number], None)
             return
-        self.pids.pop(number, None)
         if number in self.fates:
             settle(self.fates[number], status)
 

@@ -20,7 +20,7 @@ Decoded = Pixels | InvalidImage
 LENGTH = struct.Struct("!I")
 FORK, KILL = b"FK"
 ORDER = struct.Struct("!BI?")  # FORK or KILL, the decoder's number, whether for large images
-NEWS = struct.Struct("!Iii")  # number, pid, exit status as waitpid gives it, or -1: it has started
+NEWS = struct.Struct("!Ii")  # number, exit status as waitpid gives it, or -1: it has started
 PLAN, RESULTS = b"PR"
 FRAME = struct.Struct("!BI")  # PLAN or RESULTS, bytes that follow
 NEED = struct.Struct("!Q")
@@ -57,11 +57,6 @@ class Go:
 @dataclass(frozen=True)
 class Park:
     """Forget what was judged; it comes again when there is memory for it."""
-
-
-def send(line: socket.socket, message: object) -> None:
-    """Send a message to a decoder that holds no images."""
-    line.sendall(packed(message))
 
 
 def packed(message: object) -> bytes:

@@ -80,7 +80,7 @@ def obey(line: socket.socket, limits: Limits, pids: dict[int, int], others: tupl
         be_a_decoder(socket.socket(fileno=descriptors[0]), limits, large)
     os.close(descriptors[0])
     pids[pid] = number
-    line.send(wire.NEWS.pack(number, pid, -1))
+    line.send(wire.NEWS.pack(number, -1))
     return True
 
 
@@ -102,7 +102,7 @@ def reap(line: socket.socket, pids: dict[int, int]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             return
-        line.send(wire.NEWS.pack(pids.pop(pid), pid, status))
+        line.send(wire.NEWS.pack(pids.pop(pid), status))
 
 
 def be_a_decoder(line: socket.socket, limits: Limits, large: bool) -> NoReturn:

@@ -26,7 +26,6 @@ def limits(settings: Settings) -> Limits:
     """Return the limits of one image."""
     return Limits(
         max_pixels=settings.max_pixels,
-        max_draft_pixels=2 * settings.max_pixels,
         max_memory=settings.decode_memory - LIGHT * (settings.decoders - 1),
         max_seconds=settings.decode_seconds,
         jpeg_draft=settings.jpeg_draft,
