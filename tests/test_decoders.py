@@ -3,7 +3,10 @@
 import asyncio
 import io
 import os
+import resource
 import signal
+import subprocess
+import sys
 import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -382,8 +385,6 @@ def test_nothing_is_left_when_the_process_that_uses_decoders_dies(tmp_path):
     )
 
     async def main():
-        import sys
-
         process = await asyncio.create_subprocess_exec(
             sys.executable, str(script), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
@@ -423,6 +424,108 @@ def test_a_decoder_inherits_nothing_and_may_open_nothing_new(monkeypatch):
                 assert all(ignored >> number - 1 & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
     asyncio.run(main())
+
+
+def test_decoders_keep_the_hard_limits_that_they_were_started_with():
+    """Those of ``ulimit -v`` or of systemd's LimitAS=, which only root may raise; each decoder ended once where there was one."""
+
+    async def main():
+        async with decoders() as running:
+            await running.decode([SMALL], 32, 32)
+            await until(lambda: len(pids(running)) == 3)
+            old = pids(running)
+            for kind, hard in ((resource.RLIMIT_AS, 2**34), (resource.RLIMIT_CPU, 200)):
+                resource.prlimit(running.zygote.process.pid, kind, (hard, hard))
+            for pid in old:
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: not any(map(runs, old)))
+            assert [len(await running.decode([one], 32, 32)) for one in (SMALL, MEDIUM)] == [1, 1]
+            await until(lambda: len(pids(running)) == 3)
+            for pid in pids(running):
+                space = resource.prlimit(pid, resource.RLIMIT_AS)
+                assert space[0] < space[1] == 2**34
+                assert resource.prlimit(pid, resource.RLIMIT_CPU)[1] == 200
+
+    asyncio.run(main())
+
+
+def test_a_limit_above_the_hard_one_is_the_hard_one():
+    script = (
+        "import resource; from ebjdat_serve.decoding.zygote import limit; resource.setrlimit(resource.RLIMIT_CPU, (60, 60));"
+        "limit(resource.RLIMIT_CPU, 100); print(resource.getrlimit(resource.RLIMIT_CPU))"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said == "(60, 60)\n"
+
+
+def pauses(caplog):
+    return [float(one.message.split()[-2]) for one in caplog.records if "the next one starts in" in one.message]
+
+
+def test_decoders_that_end_before_they_are_asked_anything_are_started_again_ever_later(monkeypatch, caplog):
+    monkeypatch.setattr(pool, "PAUSE", 0.05)
+
+    async def main():
+        async with decoders() as running:
+            await until(lambda: running.zygote and len(pids(running)) == 3)
+            forked, end = set(), time.monotonic() + 1.5
+            while time.monotonic() < end:
+                forked |= set(pids(running))
+                for pid in pids(running):
+                    os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(0.001)
+            assert len(forked) <= 3 * 6  # 0.05 + 0.1 + 0.2 + 0.4 + 0.8 s
+            assert len(await running.decode([SMALL], 32, 32)) == 1
+
+    asyncio.run(main())
+    assert max(pauses(caplog)) >= 0.2
+
+
+def test_a_decoder_that_fails_at_its_first_request_is_started_again_later_and_one_ended_by_its_image_at_once(monkeypatch, caplog):
+    monkeypatch.setattr(pool, "PAUSE", 0.05)
+    encoded = wire.Work.encoded
+
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await until(lambda: running.zygote and len(pids(running)) == 2)
+            task = asyncio.create_task(running.decode([SLOW], 32, 32))
+            await asyncio.sleep(0.2)
+            task.cancel()
+            assert len(await running.decode([SMALL], 32, 32)) == 1
+            assert pauses(caplog) == []
+            monkeypatch.setattr(wire.Work, "encoded", lambda work: [wire.packed(wire.Park())])  # no work
+            for _ in range(3):
+                with pytest.raises(DecoderLost, match="was ended"):
+                    await running.decode([MEDIUM], 32, 32)
+            monkeypatch.setattr(wire.Work, "encoded", encoded)
+            assert len(await running.decode([MEDIUM], 32, 32)) == 1
+            assert pauses(caplog) == [0.05, 0.1, 0.2]
+
+    asyncio.run(main())
+
+
+def test_a_fault_of_the_pool_is_logged_and_costs_the_requests_under_way_only(monkeypatch, caplog):
+    monkeypatch.setattr(pool, "PAUSE", 0.01)
+    decode_plan, decode_results = wire.decode_plan, wire.decode_results
+
+    def unforeseen(*_):
+        raise RuntimeError("nobody foresaw this")
+
+    async def main():
+        async with decoders() as running:
+            monkeypatch.setattr(wire, "decode_plan", unforeseen)
+            monkeypatch.setattr(wire, "decode_results", unforeseen)
+            for one in (SMALL, MEDIUM):
+                async with asyncio.timeout(5):
+                    with pytest.raises(DecoderLost, match="a fault of the server"):
+                        await running.decode([one], 32, 32)
+            monkeypatch.setattr(wire, "decode_plan", decode_plan)
+            monkeypatch.setattr(wire, "decode_results", decode_results)
+            for one in (SMALL, MEDIUM):
+                assert len(await running.decode([one], 32, 32)) == 1
+
+    asyncio.run(main())
+    assert caplog.text.count("RuntimeError: nobody foresaw this") == 2
 
 
 def test_heavy_decodes_wait_for_memory_in_turn_and_others_pass_them(monkeypatch):

@@ -16,7 +16,7 @@ from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Bytes, Header, Limits
 from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
 from ebjdat_serve.decoding.judge import each, judge_all, judge_kind
-from ebjdat_serve.decoding.processes import Line, Zygote
+from ebjdat_serve.decoding.processes import UNKNOWN, Line, Zygote
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
@@ -30,9 +30,12 @@ LIGHT = 64 * 2**20
 """Bytes that each decoder of large images may use without leave."""
 PATIENCE = 1.0
 """Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
+PAUSE, LONGEST_PAUSE = 0.25, 15.0
+"""Seconds until the next decoder is started after one that failed for no image's fault; twice as long after each that follows."""
 START_SECONDS = 20.0
 """Seconds that a zygote has to fork a decoder, its own start included."""
 STOPPING = "the server is stopping; try again when it is back"
+FAILED = "the image was not decoded, for a fault of the server; try again"
 
 
 @dataclass(frozen=True)
@@ -142,22 +145,42 @@ class Decoders:
     # the decoders
 
     async def _tend(self, *, large: bool) -> None:
-        """Keep one decoder alive and at work."""
+        """Keep one decoder alive and at work, whatever happens; pause, ever longer, while each fails for no image's fault."""
+        pause = PAUSE
         while True:
             try:
-                zygote = await self._running()
-                line = await self._fork(zygote, large=large)
+                failure = await self._use_one(large=large)
             except OSError as error:
-                log.warning("cannot start a decoder: %s", error)
-                await asyncio.sleep(PATIENCE)
+                failure = f"cannot start a decoder: {error}"
+            except Exception:
+                log.exception("a decoder was lost for a fault of the server")
+                failure = "the task of a decoder failed"
+            if not failure:
+                pause = PAUSE
                 continue
-            try:
-                while not line.lost:
-                    await (self._next_large(zygote, line) if large else self._next_small(line))
-            finally:
-                line.transport.abort()
-                zygote.kill(line.number)
-                zygote.fates.pop(line.number, None)
+            log.warning("%s; the next one starts in %g s", failure, pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _use_one(self, *, large: bool) -> str:
+        """Start a decoder and keep it at work until it is lost; return why, if that was no image's fault. Raises OSError: none started."""
+        zygote = await self._running()
+        line = await self._fork(zygote, large=large)
+        try:
+            while not line.lost:
+                await (self._next_large(zygote, line) if large else self._next_small(line))
+            if line.answered or zygote.gone:  # which has its own pause
+                return ""
+            zygote.kill(line.number)
+            await asyncio.wait([zygote.fates[line.number]], timeout=PATIENCE)
+            status = zygote.fates[line.number].result() if zygote.fates[line.number].done() else UNKNOWN
+            # one that was killed at work, by a limit or since nobody waited, may have been so for its image
+            failed = status != UNKNOWN and (os.waitstatus_to_exitcode(status) > 0 or not line.asked)
+            return f"a decoder ended with status {status} before its first answer" if failed else ""
+        finally:
+            line.transport.abort()
+            zygote.kill(line.number)
+            zygote.fates.pop(line.number, None)
 
     async def _running(self) -> Zygote:
         """Return the zygote, started again if need be; one that ends at once is not started again at once."""
@@ -211,9 +234,9 @@ class Decoders:
             line.lost = True
             self._suspect(batch)
             return
-        except asyncio.CancelledError:
+        except BaseException as error:
             for item in batch:
-                refuse(item.future, DecoderLost(STOPPING))
+                refuse(item.future, DecoderLost(STOPPING if isinstance(error, asyncio.CancelledError) else FAILED))
             raise
         for item, result in zip(batch, results, strict=True):
             settle(item.future, result)
@@ -267,8 +290,8 @@ class Decoders:
         except (EOFError, ValueError):
             line.lost = True
             await self._explain(zygote, line, job)
-        except asyncio.CancelledError:
-            refuse(job.future, DecoderLost(STOPPING))
+        except BaseException as error:
+            refuse(job.future, DecoderLost(STOPPING if isinstance(error, asyncio.CancelledError) else FAILED))
             raise
         finally:
             job.future.remove_done_callback(end_decoder)

@@ -30,6 +30,7 @@ class Line(asyncio.Protocol):
 
     def __init__(self, number: int, on_lost: Callable[[], None]) -> None:
         self.number, self.lost, self.on_lost = number, False, on_lost
+        self.asked = self.answered = False  # ever
         self.held = bytearray()
         self.waiting: asyncio.Future[tuple[int, bytes]] | None = None
         self.writable = asyncio.Event()
@@ -47,6 +48,7 @@ class Line(asyncio.Protocol):
             body = bytes(self.held[wire.FRAME.size : wire.FRAME.size + length])
             del self.held[: wire.FRAME.size + length]
             self.waiting.set_result((kind, body))
+            self.answered = True
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
@@ -66,6 +68,7 @@ class Line(asyncio.Protocol):
 
         Each slice is a copy: the body that a part is of may be dropped at any time, which no buffer in use allows.
         """
+        self.asked = True
         for part in parts:
             for start in range(0, len(part), SLICE):
                 self.transport.write(bytes(part[start : start + SLICE]))
@@ -77,6 +80,7 @@ class Line(asyncio.Protocol):
         """Return the next answer. Raises EOFError when the decoder is gone, or says what it should not."""
         if self.lost:
             raise EOFError
+        self.asked = True
         self.waiting = asyncio.get_running_loop().create_future()
         self.data_received(b"")
         kind, body = await self.waiting

@@ -196,13 +196,18 @@ class Decoder:
 
     def restrict(self, memory: int) -> None:
         """Let this process have ``memory`` bytes more than it started with."""
-        resource.setrlimit(resource.RLIMIT_AS, (self.base + memory, resource.RLIM_INFINITY))
+        limit(resource.RLIMIT_AS, self.base + memory)
 
     def allow_time(self) -> None:
         """Let this process run for the seconds of one decode from now on; the limit is of whole seconds, and kills."""
         used = resource.getrusage(resource.RUSAGE_SELF)
-        soft = math.ceil(used.ru_utime + used.ru_stime + self.limits.max_seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+        limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + self.limits.max_seconds))
+
+
+def limit(kind: int, value: int) -> None:
+    """Set a limit of this process, within the hard one that it was started with: ``ulimit`` or systemd may have set that."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def address_space() -> int:
