@@ -5,6 +5,7 @@ import io
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.decoding.jobs import DecoderLost
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.decoding.pool import Decoders, PoolSettings
+from ebjdat_serve.decoding.processes import Channel
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from tests.test_headers import HOSTILE, colour, needs_heic
 
@@ -581,6 +583,51 @@ def test_what_is_left_when_it_closes_is_refused():
     assert all(isinstance(one, DecoderLost | list) for one in results)
     assert isinstance(results[0], DecoderLost)
     assert isinstance(results[1], DecoderLost)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (False, b"x"),
+        (True, wire.FRAME.pack(wire.RESULTS, 2**32 - 1)),
+        (True, wire.FRAME.pack(wire.RESULTS, 101)),
+        (True, wire.FRAME.pack(wire.PLAN, 10) + bytes(10)),
+        (True, wire.FRAME.pack(wire.RESULTS, 10) + bytes(11)),
+    ],
+    ids=["unasked", "4 GiB", "a byte more than can be", "of another kind", "a byte after its end"],
+)
+def test_a_decoder_that_says_more_than_it_was_asked_for_is_cut_off(run, asked, said):
+    async def main():
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        _, channel = await loop.create_unix_connection(lambda: Channel(1, ended.set), sock=ours)
+        with theirs:
+            asking = asyncio.create_task(channel.ask([b"work"], wire.RESULTS, 100)) if asked else None
+            await asyncio.sleep(0)
+            with suppress(ConnectionError):
+                await loop.sock_sendall(theirs, said)
+                await loop.sock_sendall(theirs, bytes(2**24))
+            async with asyncio.timeout(5):
+                await ended.wait()
+                if asking:
+                    with pytest.raises(EOFError):
+                        await asking
+            assert channel.lost
+            assert not channel.held
+
+    run(main())
+
+
+def test_the_largest_answers_that_decoders_give_are_not_cut_off():
+    refusal = InvalidImage("\N{GREEK SMALL LETTER ALPHA}" * wire.LONGEST_TEXT)
+    frame = wire.FRAME.size
+    assert len(wire.encode_plan(refusal)) == frame + wire.LARGEST_PLAN
+    assert len(wire.encode_plan(2**40)) < frame + wire.LARGEST_PLAN
+    for size in (8, 32):
+        image = np.zeros((size, size, 3), np.uint8)
+        assert max(len(wire.encode_results([one] * 3)) for one in (refusal, image)) == frame + wire.largest_results(3, size, size)
 
 
 def test_answers_of_a_decoder_are_checked():

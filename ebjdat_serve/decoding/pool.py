@@ -16,7 +16,7 @@ from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Bytes, Header, Limits
 from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
 from ebjdat_serve.decoding.judge import each, judge_all, judge_kind
-from ebjdat_serve.decoding.processes import UNKNOWN, Line, Zygote
+from ebjdat_serve.decoding.processes import UNKNOWN, Channel, Zygote
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
@@ -165,22 +165,22 @@ class Decoders:
     async def _use_one(self, *, large: bool) -> str:
         """Start a decoder and keep it at work until it is lost; return why, if that was no image's fault. Raises OSError: none started."""
         zygote = await self._running()
-        line = await self._fork(zygote, large=large)
+        channel = await self._fork(zygote, large=large)
         try:
-            while not line.lost:
-                await (self._next_large(zygote, line) if large else self._next_small(line))
-            if line.answered or zygote.gone:  # which has its own pause
+            while not channel.lost:
+                await (self._next_large(zygote, channel) if large else self._next_small(channel))
+            if channel.answered or zygote.gone:  # which has its own pause
                 return ""
-            zygote.kill(line.number)
-            await asyncio.wait([zygote.fates[line.number]], timeout=PATIENCE)
-            status = zygote.fates[line.number].result() if zygote.fates[line.number].done() else UNKNOWN
+            zygote.kill(channel.number)
+            await asyncio.wait([zygote.fates[channel.number]], timeout=PATIENCE)
+            status = zygote.fates[channel.number].result() if zygote.fates[channel.number].done() else UNKNOWN
             # one that was killed at work, by a limit or since nobody waited, may have been so for its image
-            failed = status != UNKNOWN and (os.waitstatus_to_exitcode(status) > 0 or not line.asked)
+            failed = status != UNKNOWN and (os.waitstatus_to_exitcode(status) > 0 or not channel.asked)
             return f"a decoder ended with status {status} before its first answer" if failed else ""
         finally:
-            line.transport.abort()
-            zygote.kill(line.number)
-            zygote.fates.pop(line.number, None)
+            channel.transport.abort()
+            zygote.kill(channel.number)
+            zygote.fates.pop(channel.number, None)
 
     async def _running(self) -> Zygote:
         """Return the zygote, started again if need be; one that ends at once is not started again at once."""
@@ -191,7 +191,7 @@ class Decoders:
                 self.zygote = Zygote.start(self.limits)
             return self.zygote
 
-    async def _fork(self, zygote: Zygote, *, large: bool) -> Line:
+    async def _fork(self, zygote: Zygote, *, large: bool) -> Channel:
         self.numbers += 1
         ours, theirs = socket.socketpair()
         number = self.numbers
@@ -204,20 +204,20 @@ class Decoders:
             if isinstance(error, TimeoutError):  # an OSError
                 zygote.close()  # it hears nothing
             raise
-        _, line = await asyncio.get_running_loop().create_unix_connection(lambda: Line(number, self._wake), sock=ours)
-        return line
+        _, channel = await asyncio.get_running_loop().create_unix_connection(lambda: Channel(number, self._wake), sock=ours)
+        return channel
 
     def _wake(self) -> None:
         """Have everyone look again for what there is to do."""
         self.arrived.set()
         self.changed.set()
 
-    async def _next_small(self, line: Line) -> None:
+    async def _next_small(self, channel: Channel) -> None:
         """Have the small images that wait decoded, as many as one message takes."""
         while not len(self.small):
             self.arrived.clear()
             await self.arrived.wait()
-            if line.lost:
+            if channel.lost:
                 return
         batch = self._batch()
         if not batch:
@@ -227,11 +227,11 @@ class Decoders:
             height, width, tuple(len(one.data) for one in batch), tuple(one.header for one in batch), [one.data for one in batch]
         )
         try:
-            line.transport.writelines(work.encoded())
             async with asyncio.timeout(self.settings.small_timeout):
-                results = wire.decode_results(await line.answer(wire.RESULTS), len(batch), height, width)
+                body = await channel.ask(work.encoded(), wire.RESULTS, wire.largest_results(len(batch), height, width))
+            results = wire.decode_results(body, len(batch), height, width)
         except (EOFError, TimeoutError, ValueError):
-            line.lost = True
+            channel.lost = True
             self._suspect(batch)
             return
         except BaseException as error:
@@ -263,12 +263,12 @@ class Decoders:
             Large([item.data], item.height, item.width, alone, item.client, suspect=True).wait_in(self.fresh)
         self.changed.set()
 
-    async def _next_large(self, zygote: Zygote, line: Line) -> None:
+    async def _next_large(self, zygote: Zygote, channel: Channel) -> None:
         """Have the next request that there is memory for decoded."""
         while (job := self._eligible()) is None:
             self.changed.clear()
             await self.changed.wait()
-            if line.lost:
+            if channel.lost:
                 return
         if job.future.done():
             return
@@ -278,39 +278,39 @@ class Decoders:
 
         def end_decoder(future: "asyncio.Future[list[Pixels]]") -> None:
             if future.cancelled():
-                zygote.kill(line.number)
+                zygote.kill(channel.number)
 
         job.future.add_done_callback(end_decoder)
         try:
             async with asyncio.timeout(self.settings.timeout):
-                await self._converse(line, job)
+                await self._converse(channel, job)
         except TimeoutError:
-            line.lost = True
+            channel.lost = True
             refuse(job.future, DecoderLost(f"the image was not decoded within {self.settings.timeout:g} s; try again, or send it smaller"))
         except (EOFError, ValueError):
-            line.lost = True
-            await self._explain(zygote, line, job)
+            channel.lost = True
+            await self._explain(zygote, channel, job)
         except BaseException as error:
             refuse(job.future, DecoderLost(STOPPING if isinstance(error, asyncio.CancelledError) else FAILED))
             raise
         finally:
             job.future.remove_done_callback(end_decoder)
-            line.lost |= job.future.cancelled()
+            channel.lost |= job.future.cancelled()
             self._give_back(job)
             took = asyncio.get_running_loop().time() - began
             queue.charge(job.client, took - TURN_SECONDS)
-            if job.suspect and (line.lost or took > self.settings.small_timeout):
+            if job.suspect and (channel.lost or took > self.settings.small_timeout):
                 self.suspects.add(job.client)
 
-    async def _explain(self, zygote: Zygote, line: Line, job: Large) -> None:
+    async def _explain(self, zygote: Zygote, channel: Channel, job: Large) -> None:
         """Answer a request whose decoder is gone, or have it decoded again if it is not to blame."""
         if job.future.done():  # its client has gone
             return
-        zygote.kill(line.number)
-        done, _ = await asyncio.wait([zygote.fates[line.number]], timeout=PATIENCE)
+        zygote.kill(channel.number)
+        done, _ = await asyncio.wait([zygote.fates[channel.number]], timeout=PATIENCE)
         if not done:
             zygote.close()  # it hears nothing
-        status = zygote.fates[line.number].result()
+        status = zygote.fates[channel.number].result()
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
             limit = self.limits.max_seconds
             refuse(job.future, InvalidImage(f"the image takes longer to decode than the limit of {limit:g} s: save it anew, or smaller"))
@@ -344,10 +344,10 @@ class Decoders:
         """Return whether a heavy decode may begin: there is memory, and a decoder is left for the others."""
         return need <= self.free and self.heavies < max(1, self.settings.large - 1)
 
-    async def _converse(self, line: Line, job: Large) -> None:
+    async def _converse(self, channel: Channel, job: Large) -> None:
         """Have a request judged, and decoded if there is memory for it; else it waits for that."""
-        await line.send(wire.Work(job.height, job.width, tuple(map(len, job.images)), (), job.images).encoded())
-        body = await line.answer(wire.PLAN)
+        work = wire.Work(job.height, job.width, tuple(map(len, job.images)), (), job.images)
+        body = await channel.ask(work.encoded(), wire.PLAN, wire.LARGEST_PLAN, sliced=True)
         try:
             need = wire.decode_plan(body)
         except InvalidImage as error:
@@ -356,13 +356,14 @@ class Decoders:
         if need > LIGHT and not job.granted:
             job.need = need
             if len(self.heavy) or not self._fits(need):
-                line.transport.write(wire.packed(wire.Park()))
+                channel.transport.write(wire.packed(wire.Park()))
                 job.wait_in(self.heavy)
                 self.changed.set()
                 return
             self._grant(job)
-        line.transport.write(wire.packed(wire.Go(need)))
-        results = wire.decode_results(await line.answer(wire.RESULTS), len(job.images), job.height, job.width)
+        n = len(job.images)
+        body = await channel.ask([wire.packed(wire.Go(need))], wire.RESULTS, wire.largest_results(n, job.height, job.width))
+        results = wire.decode_results(body, n, job.height, job.width)
         images: list[Pixels] = []
         for index, one in enumerate(results):
             if isinstance(one, InvalidImage):

@@ -27,6 +27,7 @@ NEED = struct.Struct("!Q")
 TEXT, PIXELS = b"TP"
 ERROR = struct.Struct("!BiI")  # TEXT, which image, -1: none of them; bytes of UTF-8 that follow
 LONGEST_TEXT = 2000
+LARGEST_PLAN = ERROR.size + LONGEST_TEXT
 TOGETHER = 2**18
 """Bytes of images up to which a copy is quicker than another call of the system."""
 
@@ -102,6 +103,11 @@ def encode_results(decoded: list[Decoded]) -> bytes:
     """Return the answer of a decoder that decoded."""
     body = b"".join(_text(one) if isinstance(one, InvalidImage) else bytes([PIXELS]) + one.tobytes() for one in decoded)
     return FRAME.pack(RESULTS, len(body)) + body
+
+
+def largest_results(n: int, height: int, width: int) -> int:
+    """Return the most bytes after the frame that the results of ``n`` images take."""
+    return n * max(1 + 3 * height * width, ERROR.size + LONGEST_TEXT)
 
 
 def decode_plan(body: bytes) -> int:
