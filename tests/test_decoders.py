@@ -337,6 +337,27 @@ def test_the_decoder_of_a_client_that_has_gone_is_ended_at_once():
     asyncio.run(main())
 
 
+def test_small_images_that_nobody_waits_for_are_dropped_and_not_charged():
+    async def main():
+        async with decoders() as running:
+            await running.decode([SMALL], 32, 32)
+            os.kill(pids(running)[0], signal.SIGSTOP)  # so that nothing leaves the queue for its turn
+            first = asyncio.create_task(running.decode([SMALL], 32, 32, "first"))
+            await asyncio.sleep(0.05)
+            tasks = [asyncio.create_task(running.decode([SMALL] * 3, 32, 32, "gone")) for _ in range(10)]
+            waiting = asyncio.create_task(running.decode([SMALL], 32, 32, "waiting"))
+            await asyncio.sleep(0)
+            assert len(running.small) == 31
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert len(running.small) == 1
+            os.kill(pids(running)[0], signal.SIGCONT)
+            assert len(await first) == len(await waiting) == 1
+
+    asyncio.run(main())
+
+
 def test_small_images_that_nobody_waits_for_are_not_decoded():
     async def main():
         async with decoders() as running:

@@ -116,8 +116,7 @@ class Decoders:
     async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int, client: str) -> list[Pixels]:
         loop = asyncio.get_running_loop()
         items = [Small(data, header, height, width, loop.create_future(), client) for data, header in zip(images, headers, strict=True)]
-        for item in items:
-            self.small.push(client, item, item.header.work)
+        numbers = [self.small.push(client, item, item.header.work) for item in items]
         self.arrived.set()
         decoded = []
         try:
@@ -128,7 +127,8 @@ class Decoders:
                     error.index = index
                     raise
         finally:
-            for item in items[len(decoded) :]:
+            for number, item in list(zip(numbers, items, strict=True))[len(decoded) :]:
+                self.small.remove(number)
                 if not item.future.cancel() and not item.future.cancelled():
                     item.future.exception()  # seen: one refusal a request is enough
         return decoded
