@@ -651,10 +651,19 @@ def test_the_largest_answers_that_decoders_give_are_not_cut_off():
         assert max(len(wire.encode_results([one] * 3)) for one in (refusal, image)) == frame + wire.largest_results(3, size, size)
 
 
+@pytest.mark.parametrize("too_large", [False, True])
+def test_a_refusal_comes_from_a_decoder_as_it_was(too_large):
+    refusal = InvalidImage("the limit is elsewhere", too_large=too_large)
+    refusal.index = 3
+    [arrived] = wire.decode_results(wire.encode_results([refusal])[wire.FRAME.size :], 1, 2, 2)
+    with pytest.raises(InvalidImage) as raised:
+        wire.decode_plan(wire.encode_plan(refusal)[wire.FRAME.size :])
+    for error in (arrived, raised.value):
+        assert (str(error), error.index, error.too_large) == (str(refusal), 3, too_large)
+
+
 def test_answers_of_a_decoder_are_checked():
     for body in (b"", b"P123", b"T", b"T" + bytes(8), wire.encode_results([np.zeros((2, 2, 3), np.uint8)] * 2)[5:], b"X" * 20):
-        if body == b"T" + bytes(8):
-            continue  # an error without words
         with pytest.raises(ValueError, match="a decoder's"):
             wire.decode_results(body, 1, 2, 2)
     with pytest.raises(ValueError, match="a decoder's"):

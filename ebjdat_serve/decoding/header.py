@@ -87,17 +87,16 @@ class Header:
         if not self.pixels:
             damaged(self.format, "it has no pixels")
         if max(self.width, self.height) > limits.max_side:
-            raise InvalidImage(f"{size}; the limit is {limits.max_side} a side")
+            raise InvalidImage(f"{size}; the limit is {limits.max_side} a side", too_large=True)
         reduced = self.scale(height, width, limits) > 1
         allowed = limits.max_jpeg_pixels if reduced else limits.max_pixels
         if self.pixels > allowed:
-            raise InvalidImage(f"{size}; the limit is {allowed} in all: send it smaller")
+            raise InvalidImage(f"{size}; the limit is {allowed} in all: send it smaller", too_large=True)
         needed = self.memory(height, width, limits)
         if needed > limits.max_memory:
             mib = 2**20
-            raise InvalidImage(
-                f"{size}, which take about {needed // mib} MiB to decode; the limit is {limits.max_memory // mib}: send it smaller"
-            )
+            said = f"{size}, which take about {needed // mib} MiB to decode; the limit is {limits.max_memory // mib}: send it smaller"
+            raise InvalidImage(said, too_large=True)
 
 
 class Count:

@@ -25,7 +25,7 @@ PLAN, RESULTS = b"PR"
 FRAME = struct.Struct("!BI")  # PLAN or RESULTS, bytes that follow
 NEED = struct.Struct("!Q")
 TEXT, PIXELS = b"TP"
-ERROR = struct.Struct("!BiI")  # TEXT, which image, -1: none of them; bytes of UTF-8 that follow
+ERROR = struct.Struct("!Bi?I")  # TEXT, which image, -1: none of them; whether it is too large; bytes of UTF-8 that follow
 LONGEST_TEXT = 2000
 LARGEST_PLAN = ERROR.size + LONGEST_TEXT
 TOGETHER = 2**18
@@ -138,16 +138,16 @@ def decode_results(body: bytes, n: int, height: int, width: int) -> list[Decoded
 
 def _text(error: InvalidImage) -> bytes:
     text = str(error).encode("utf-8", "replace")[:LONGEST_TEXT]
-    return ERROR.pack(TEXT, -1 if error.index is None else error.index, len(text)) + text
+    return ERROR.pack(TEXT, -1 if error.index is None else error.index, error.too_large, len(text)) + text
 
 
 def _read_text(body: bytes | memoryview) -> tuple[InvalidImage, memoryview]:
     if bytes(body[:1]) != bytes([TEXT]) or len(body) < ERROR.size:
         raise ValueError("a decoder's answer is cut off")
-    _, index, length = ERROR.unpack(body[: ERROR.size])
+    _, index, too_large, length = ERROR.unpack(body[: ERROR.size])
     end = ERROR.size + length
     if len(body) < end:
         raise ValueError("a decoder's answer is cut off")
-    error = InvalidImage(bytes(body[ERROR.size : end]).decode("utf-8", "replace"))
+    error = InvalidImage(bytes(body[ERROR.size : end]).decode("utf-8", "replace"), too_large=too_large)
     error.index = None if index < 0 else index
     return error, memoryview(body)[end:]

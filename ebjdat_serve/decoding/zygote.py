@@ -191,7 +191,8 @@ class Decoder:
                 scale = header.scale(work.height, work.width, self.limits)
                 results.append(pixels.decode_judged(bytes(data), header, work.height, work.width, scale))
             except InvalidImage as error:
-                results.append(InvalidImage(str(error)))  # this one holds no frame, and so nothing of what was being decoded
+                # this one holds no frame, and so nothing of what was being decoded
+                results.append(InvalidImage(str(error), too_large=error.too_large))
         return results
 
     def restrict(self, memory: int) -> None:

@@ -107,4 +107,4 @@ def refusal(error: InvalidImage, *, listed: bool) -> Problem:
     text = str(error)
     if listed and error.index is not None:
         return Problem(422, f"images[{error.index}]: {text}; nothing was computed", index=error.index)
-    return Problem(413 if "limit is" in text else 422, text)
+    return Problem(413 if error.too_large else 422, text)
