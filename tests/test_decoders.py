@@ -27,6 +27,8 @@ from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.decoding.pool import Decoders, PoolSettings
 from ebjdat_serve.decoding.processes import Channel
 from ebjdat_serve.errors import EbjdatError, InvalidImage
+from ebjdat_serve.server.read.images import ImageDecoder
+from ebjdat_serve.server.settings import Settings
 from tests.test_headers import HOSTILE, colour, needs_heic
 
 PATIENT = PoolSettings(Limits(max_scans=10_000), timeout=120, small_timeout=20)  # the machine of a test may be slow
@@ -583,6 +585,15 @@ def test_heavy_decodes_wait_for_memory_in_turn_and_others_pass_them(monkeypatch)
     assert done.index("small") < done.index("a1")
     assert done.index("light") < done.index("a3")
     assert done.index("b") < done.index("a3")  # one client's four do not all come first
+
+
+def test_a_decode_may_take_as_long_as_its_request():
+    async def main():
+        return ImageDecoder(Settings(classify_deadline=60.0, decode_seconds=30.0)).decoders.settings
+
+    settings = asyncio.run(main())
+    assert settings.timeout == 60
+    assert settings.limits.max_seconds == 30
 
 
 def test_memory_that_is_too_little_for_one_image_is_refused_at_the_start():

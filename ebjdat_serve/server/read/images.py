@@ -52,7 +52,9 @@ class ImageDecoder:
                 f"serve --decode-memory must be at least {least} for {settings.decoders} decoders, not {settings.decode_memory}"
             )
         self.limits = limits(settings)
-        self.decoders = Decoders(PoolSettings(self.limits, large=settings.decoders, memory=settings.decode_memory))
+        # each request ends its own decode at its deadline; this is for a zygote that does not hear of it
+        pool = PoolSettings(self.limits, large=settings.decoders, memory=settings.decode_memory, timeout=settings.classify_deadline)
+        self.decoders = Decoders(pool)
         self.under_way: set[Decode] = set()
 
     @contextlib.asynccontextmanager
