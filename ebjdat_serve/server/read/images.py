@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 """Seconds between checks that clients are still connected."""
 
@@ -73,7 +75,11 @@ class ImageDecoder:
         while True:
             await asyncio.sleep(POLL_SECONDS)
             for one in list(self.under_way):
-                gone = time.monotonic() - one.since > POLL_SECONDS and await one.request.is_disconnected()
+                try:
+                    gone = time.monotonic() - one.since > POLL_SECONDS and await one.request.is_disconnected()
+                except Exception:
+                    log.exception("cannot tell whether a client has left")
+                    continue
                 if gone and one in self.under_way and not one.timeout.expired():
                     one.left = True
                     one.timeout.reschedule(0)  # now
