@@ -28,6 +28,12 @@ class EngineError(EbjdatError):
 
 
 class InvalidImage(EbjdatError):
-    """The bytes are not an image this server accepts; the message names the limit or the fix, ``index`` which image of several it is."""
+    """The bytes are not an image this server accepts; the message names the limit or the fix, ``index`` which image of several it is.
 
-    index: int | None = None
+    ``too_large`` says that the same picture is accepted with fewer bytes or pixels.
+    """
+
+    def __init__(self, message: str = "", *, too_large: bool = False) -> None:
+        super().__init__(message)
+        self.index: int | None = None
+        self.too_large = too_large

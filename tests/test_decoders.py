@@ -3,7 +3,11 @@
 import asyncio
 import io
 import os
+import resource
 import signal
+import socket
+import subprocess
+import sys
 import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -21,7 +25,10 @@ from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.decoding.jobs import DecoderLost
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.decoding.pool import Decoders, PoolSettings
+from ebjdat_serve.decoding.processes import Channel
 from ebjdat_serve.errors import EbjdatError, InvalidImage
+from ebjdat_serve.server.read.images import Decode, ImageDecoder
+from ebjdat_serve.server.settings import Settings
 from tests.test_headers import HOSTILE, colour, needs_heic
 
 PATIENT = PoolSettings(Limits(max_scans=10_000), timeout=120, small_timeout=20)  # the machine of a test may be slow
@@ -54,15 +61,21 @@ def runs(pid):
     return False
 
 
+def pids(running):
+    """Return the decoders, in the order in which they were forked: at first that of small images, then those of large ones."""
+    zygote = running.zygote.process.pid
+    return [int(word) for word in Path(f"/proc/{zygote}/task/{zygote}/children").read_text(encoding="ascii").split()]
+
+
 def peak(running):
     """Return the most memory in MiB that one of the decoders has had."""
-    status = [Path(f"/proc/{pid}/status").read_text(encoding="ascii") for pid in running.zygote.pids.values()]
+    status = [Path(f"/proc/{pid}/status").read_text(encoding="ascii") for pid in pids(running)]
     return max(int(each.partition("VmHWM:")[2].split()[0]) for each in status) / 1024
 
 
 def of_large(running):
     """Return the pid of the decoder of large images that was forked last."""
-    return running.zygote.pids[max(running.zygote.pids)]
+    return pids(running)[-1]
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
@@ -169,11 +182,11 @@ def test_an_image_that_takes_too_long_is_refused_and_its_decoder_ended():
     async def main():
         async with decoders(max_seconds=1.0) as running:
             await running.decode([SMALL], 32, 32)
-            before = set(running.zygote.pids.values())
+            before = set(pids(running))
             with pytest.raises(InvalidImage, match="takes longer to decode than the limit of 1 s"):
                 await running.decode([SLOW], 32, 32)
-            await until(lambda: len(running.zygote.pids) == 3)
-            assert len(before - set(running.zygote.pids.values())) == 1
+            await until(lambda: len(pids(running)) == 3)
+            assert len(before - set(pids(running))) == 1
             assert len(await running.decode([MEDIUM], 32, 32)) == 1
 
     asyncio.run(main())
@@ -214,13 +227,13 @@ def test_a_killed_decoder_of_small_images_costs_nobody_anything():
             await running.decode([SMALL], 32, 32)
             tasks = [asyncio.create_task(running.decode([SMALL], 32, 32)) for _ in range(300)]
             await asyncio.sleep(0)
-            first = running.zygote.pids[1]
+            first = pids(running)[0]
             os.kill(first, signal.SIGSTOP)  # so that a message is surely under way
             await asyncio.sleep(0.1)
             os.kill(first, signal.SIGKILL)
             for [one] in await asyncio.gather(*tasks):
                 np.testing.assert_array_equal(one, pixels.decode(SMALL, 32, 32))
-            assert first not in running.zygote.pids.values()
+            assert first not in pids(running)
 
     asyncio.run(main())
 
@@ -229,7 +242,7 @@ def test_a_small_image_that_hangs_its_decoder_delays_the_others_of_its_message_b
     async def main():
         async with decoders(replace(PATIENT, small_timeout=0.5)) as running:
             await running.decode([SMALL], 32, 32)
-            os.kill(running.zygote.pids[1], signal.SIGSTOP)
+            os.kill(pids(running)[0], signal.SIGSTOP)
             began = time.monotonic()
             assert len(await asyncio.gather(*(running.decode([SMALL], 32, 32) for _ in range(20)))) == 20
             assert 0.4 < time.monotonic() - began < 10
@@ -245,13 +258,13 @@ def test_a_client_whose_image_costs_the_decoder_of_small_ones_is_kept_from_it(mo
     async def main():
         async with decoders(replace(PATIENT, small_timeout=0.2)) as running:
             await running.decode([SMALL], 32, 32)
-            first = running.zygote.pids[1]
+            first = pids(running)[0]
             tasks = [running.decode([data], 32, 32, client) for data, client in ((bomb, "guilty"), (SMALL, "innocent"))]
             assert [len(one) for one in await asyncio.gather(*tasks)] == [1, 1]
-            assert first not in running.zygote.pids.values()
+            assert first not in pids(running)
             assert list(running.suspects.until) == ["guilty"]
-            await until(lambda: max(running.zygote.pids) == 4)
-            os.kill(running.zygote.pids[4], signal.SIGSTOP)  # the new decoder of small images
+            await until(lambda: len(pids(running)) == 3)
+            os.kill(of_large(running), signal.SIGSTOP)  # the new decoder of small images
             async with asyncio.timeout(5):
                 assert len(await running.decode([SMALL], 32, 32, "guilty")) == 1  # which this one does not need
 
@@ -326,6 +339,27 @@ def test_the_decoder_of_a_client_that_has_gone_is_ended_at_once():
     asyncio.run(main())
 
 
+def test_small_images_that_nobody_waits_for_are_dropped_and_not_charged():
+    async def main():
+        async with decoders() as running:
+            await running.decode([SMALL], 32, 32)
+            os.kill(pids(running)[0], signal.SIGSTOP)  # so that nothing leaves the queue for its turn
+            first = asyncio.create_task(running.decode([SMALL], 32, 32, "first"))
+            await asyncio.sleep(0.05)
+            tasks = [asyncio.create_task(running.decode([SMALL] * 3, 32, 32, "gone")) for _ in range(10)]
+            waiting = asyncio.create_task(running.decode([SMALL], 32, 32, "waiting"))
+            await asyncio.sleep(0)
+            assert len(running.small) == 31
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert len(running.small) == 1
+            os.kill(pids(running)[0], signal.SIGCONT)
+            assert len(await first) == len(await waiting) == 1
+
+    asyncio.run(main())
+
+
 def test_small_images_that_nobody_waits_for_are_not_decoded():
     async def main():
         async with decoders() as running:
@@ -346,13 +380,13 @@ def test_the_death_of_the_zygote_is_survived_by_requests_under_way():
         async with decoders() as running:
             await running.decode([SMALL], 32, 32)
             zygote = running.zygote
-            pids = list(zygote.pids.values())
+            old = pids(running)
             tasks = [asyncio.create_task(running.decode([one], 32, 32)) for one in (MEDIUM, *[SMALL] * 20, MEDIUM)]
             await asyncio.sleep(0.01)
             zygote.process.kill()
             assert len(await asyncio.gather(*tasks)) == 22
             assert running.zygote is not zygote
-            await until(lambda: not any(map(runs, pids)), 2)
+            await until(lambda: not any(map(runs, old)), 2)
 
     asyncio.run(main())
 
@@ -361,32 +395,32 @@ def test_nothing_is_left_when_the_process_that_uses_decoders_dies(tmp_path):
     script = tmp_path / "user.py"
     script.write_text(
         "import asyncio, sys\n"
+        "from pathlib import Path\n"
         "from ebjdat_serve.decoding.pool import Decoders, PoolSettings\n"
         "async def main():\n"
         "    running = Decoders(PoolSettings())\n"
         "    await running.start()\n"
         "    await running.decode([sys.stdin.buffer.read()], 32, 32)\n"
-        "    while len(running.zygote.pids) < 3: await asyncio.sleep(.01)\n"
-        "    print(running.zygote.process.pid, *running.zygote.pids.values(), flush=True)\n"
+        "    zygote = running.zygote.process.pid\n"
+        "    while len(pids := Path(f'/proc/{zygote}/task/{zygote}/children').read_text().split()) < 3: await asyncio.sleep(.01)\n"
+        "    print(zygote, *pids, flush=True)\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n",
         encoding="utf-8",
     )
 
     async def main():
-        import sys
-
         process = await asyncio.create_subprocess_exec(
             sys.executable, str(script), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
         process.stdin.write(SMALL)
         process.stdin.close()
-        pids = [int(word) for word in (await process.stdout.readline()).split()]
-        assert len(pids) == 4
-        assert all(map(runs, pids))
+        tree = [int(word) for word in (await process.stdout.readline()).split()]
+        assert len(tree) == 4
+        assert all(map(runs, tree))
         process.kill()
         await process.wait()
-        await until(lambda: not any(map(runs, pids)), 5)
+        await until(lambda: not any(map(runs, tree)), 5)
 
     asyncio.run(main())
 
@@ -397,8 +431,8 @@ def test_a_decoder_inherits_nothing_and_may_open_nothing_new(monkeypatch):
     async def main():
         async with decoders() as running:
             await running.decode([SMALL], 32, 32)
-            await until(lambda: len(running.zygote.pids) == 3)
-            for number, pid in running.zygote.pids.items():
+            await until(lambda: len(pids(running)) == 3)
+            for number, pid in enumerate(pids(running), 1):
                 await until(lambda pid=pid: "ebjdat-decode" in Path(f"/proc/{pid}/comm").read_text(encoding="ascii"))
                 await asyncio.sleep(0.1)
                 opened = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
@@ -415,6 +449,108 @@ def test_a_decoder_inherits_nothing_and_may_open_nothing_new(monkeypatch):
                 assert all(ignored >> number - 1 & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
     asyncio.run(main())
+
+
+def test_decoders_keep_the_hard_limits_that_they_were_started_with():
+    """Those of ``ulimit -v`` or of systemd's LimitAS=, which only root may raise; each decoder ended once where there was one."""
+
+    async def main():
+        async with decoders() as running:
+            await running.decode([SMALL], 32, 32)
+            await until(lambda: len(pids(running)) == 3)
+            old = pids(running)
+            for kind, hard in ((resource.RLIMIT_AS, 2**34), (resource.RLIMIT_CPU, 200)):
+                resource.prlimit(running.zygote.process.pid, kind, (hard, hard))
+            for pid in old:
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: not any(map(runs, old)))
+            assert [len(await running.decode([one], 32, 32)) for one in (SMALL, MEDIUM)] == [1, 1]
+            await until(lambda: len(pids(running)) == 3)
+            for pid in pids(running):
+                space = resource.prlimit(pid, resource.RLIMIT_AS)
+                assert space[0] < space[1] == 2**34
+                assert resource.prlimit(pid, resource.RLIMIT_CPU)[1] == 200
+
+    asyncio.run(main())
+
+
+def test_a_limit_above_the_hard_one_is_the_hard_one():
+    script = (
+        "import resource; from ebjdat_serve.decoding.zygote import limit; resource.setrlimit(resource.RLIMIT_CPU, (60, 60));"
+        "limit(resource.RLIMIT_CPU, 100); print(resource.getrlimit(resource.RLIMIT_CPU))"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said == "(60, 60)\n"
+
+
+def pauses(caplog):
+    return [float(one.message.split()[-2]) for one in caplog.records if "the next one starts in" in one.message]
+
+
+def test_decoders_that_end_before_they_are_asked_anything_are_started_again_ever_later(monkeypatch, caplog):
+    monkeypatch.setattr(pool, "PAUSE", 0.05)
+
+    async def main():
+        async with decoders() as running:
+            await until(lambda: running.zygote and len(pids(running)) == 3)
+            forked, end = set(), time.monotonic() + 1.5
+            while time.monotonic() < end:
+                forked |= set(pids(running))
+                for pid in pids(running):
+                    os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(0.001)
+            assert len(forked) <= 3 * 6  # 0.05 + 0.1 + 0.2 + 0.4 + 0.8 s
+            assert len(await running.decode([SMALL], 32, 32)) == 1
+
+    asyncio.run(main())
+    assert max(pauses(caplog)) >= 0.2
+
+
+def test_a_decoder_that_fails_at_its_first_request_is_started_again_later_and_one_ended_by_its_image_at_once(monkeypatch, caplog):
+    monkeypatch.setattr(pool, "PAUSE", 0.05)
+    encoded = wire.Work.encoded
+
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await until(lambda: running.zygote and len(pids(running)) == 2)
+            task = asyncio.create_task(running.decode([SLOW], 32, 32))
+            await asyncio.sleep(0.2)
+            task.cancel()
+            assert len(await running.decode([SMALL], 32, 32)) == 1
+            assert pauses(caplog) == []
+            monkeypatch.setattr(wire.Work, "encoded", lambda work: [wire.packed(wire.Park())])  # no work
+            for _ in range(3):
+                with pytest.raises(DecoderLost, match="was ended"):
+                    await running.decode([MEDIUM], 32, 32)
+            monkeypatch.setattr(wire.Work, "encoded", encoded)
+            assert len(await running.decode([MEDIUM], 32, 32)) == 1
+            assert pauses(caplog) == [0.05, 0.1, 0.2]
+
+    asyncio.run(main())
+
+
+def test_a_fault_of_the_pool_is_logged_and_costs_the_requests_under_way_only(monkeypatch, caplog):
+    monkeypatch.setattr(pool, "PAUSE", 0.01)
+    decode_plan, decode_results = wire.decode_plan, wire.decode_results
+
+    def unforeseen(*_):
+        raise RuntimeError("nobody foresaw this")
+
+    async def main():
+        async with decoders() as running:
+            monkeypatch.setattr(wire, "decode_plan", unforeseen)
+            monkeypatch.setattr(wire, "decode_results", unforeseen)
+            for one in (SMALL, MEDIUM):
+                async with asyncio.timeout(5):
+                    with pytest.raises(DecoderLost, match="a fault of the server"):
+                        await running.decode([one], 32, 32)
+            monkeypatch.setattr(wire, "decode_plan", decode_plan)
+            monkeypatch.setattr(wire, "decode_results", decode_results)
+            for one in (SMALL, MEDIUM):
+                assert len(await running.decode([one], 32, 32)) == 1
+
+    asyncio.run(main())
+    assert caplog.text.count("RuntimeError: nobody foresaw this") == 2
 
 
 def test_heavy_decodes_wait_for_memory_in_turn_and_others_pass_them(monkeypatch):
@@ -451,6 +587,45 @@ def test_heavy_decodes_wait_for_memory_in_turn_and_others_pass_them(monkeypatch)
     assert done.index("b") < done.index("a3")  # one client's four do not all come first
 
 
+def test_a_decode_may_take_as_long_as_its_request():
+    async def main():
+        return ImageDecoder(Settings(classify_deadline=60.0, decode_seconds=30.0)).decoders.settings
+
+    settings = asyncio.run(main())
+    assert settings.timeout == 60
+    assert settings.limits.max_seconds == 30
+
+
+def test_a_connection_that_fails_to_say_whether_it_is_there_ends_the_watch_over_no_other(caplog):
+    class Connection:
+        def __init__(self, answer):
+            self.answer = answer
+
+        async def is_disconnected(self):
+            if self.answer is None:
+                raise RuntimeError("nobody foresaw this")
+            return self.answer
+
+    async def main():
+        decoder = ImageDecoder(Settings())
+        watching = asyncio.create_task(decoder.watch())
+        async with asyncio.timeout(5) as fails, asyncio.timeout(5) as stays:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(5) as leaves:
+                    began = time.monotonic() - 1
+                    pairs = [(None, fails), (False, stays), (True, leaves)]
+                    decodes = [Decode(Connection(answer), began, timeout) for answer, timeout in pairs]
+                    decoder.under_way.update(decodes)
+                    await asyncio.sleep(4)
+            left = [one.left for one in decodes]
+        assert not watching.done()
+        watching.cancel()
+        return left
+
+    assert asyncio.run(main()) == [False, False, True]
+    assert "nobody foresaw this" in caplog.text
+
+
 def test_memory_that_is_too_little_for_one_image_is_refused_at_the_start():
     with pytest.raises(EbjdatError, match="at least 512 MiB for one image of 448 MiB"):
         PoolSettings(memory=400 * 2**20)
@@ -472,10 +647,64 @@ def test_what_is_left_when_it_closes_is_refused():
     assert isinstance(results[1], DecoderLost)
 
 
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (False, b"x"),
+        (True, wire.FRAME.pack(wire.RESULTS, 2**32 - 1)),
+        (True, wire.FRAME.pack(wire.RESULTS, 101)),
+        (True, wire.FRAME.pack(wire.PLAN, 10) + bytes(10)),
+        (True, wire.FRAME.pack(wire.RESULTS, 10) + bytes(11)),
+    ],
+    ids=["unasked", "4 GiB", "a byte more than can be", "of another kind", "a byte after its end"],
+)
+def test_a_decoder_that_says_more_than_it_was_asked_for_is_cut_off(run, asked, said):
+    async def main():
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        _, channel = await loop.create_unix_connection(lambda: Channel(1, ended.set), sock=ours)
+        with theirs:
+            asking = asyncio.create_task(channel.ask([b"work"], wire.RESULTS, 100)) if asked else None
+            await asyncio.sleep(0)
+            with suppress(ConnectionError):
+                await loop.sock_sendall(theirs, said)
+                await loop.sock_sendall(theirs, bytes(2**24))
+            async with asyncio.timeout(5):
+                await ended.wait()
+                if asking:
+                    with pytest.raises(EOFError):
+                        await asking
+            assert channel.lost
+            assert not channel.held
+
+    run(main())
+
+
+def test_the_largest_answers_that_decoders_give_are_not_cut_off():
+    refusal = InvalidImage("\N{GREEK SMALL LETTER ALPHA}" * wire.LONGEST_TEXT)
+    frame = wire.FRAME.size
+    assert len(wire.encode_plan(refusal)) == frame + wire.LARGEST_PLAN
+    assert len(wire.encode_plan(2**40)) < frame + wire.LARGEST_PLAN
+    for size in (8, 32):
+        image = np.zeros((size, size, 3), np.uint8)
+        assert max(len(wire.encode_results([one] * 3)) for one in (refusal, image)) == frame + wire.largest_results(3, size, size)
+
+
+@pytest.mark.parametrize("too_large", [False, True])
+def test_a_refusal_comes_from_a_decoder_as_it_was(too_large):
+    refusal = InvalidImage("the limit is elsewhere", too_large=too_large)
+    refusal.index = 3
+    [arrived] = wire.decode_results(wire.encode_results([refusal])[wire.FRAME.size :], 1, 2, 2)
+    with pytest.raises(InvalidImage) as raised:
+        wire.decode_plan(wire.encode_plan(refusal)[wire.FRAME.size :])
+    for error in (arrived, raised.value):
+        assert (str(error), error.index, error.too_large) == (str(refusal), 3, too_large)
+
+
 def test_answers_of_a_decoder_are_checked():
     for body in (b"", b"P123", b"T", b"T" + bytes(8), wire.encode_results([np.zeros((2, 2, 3), np.uint8)] * 2)[5:], b"X" * 20):
-        if body == b"T" + bytes(8):
-            continue  # an error without words
         with pytest.raises(ValueError, match="a decoder's"):
             wire.decode_results(body, 1, 2, 2)
     with pytest.raises(ValueError, match="a decoder's"):

@@ -69,6 +69,18 @@ def resident(server):
     return [int(each.partition("VmHWM:")[2].split()[0]) / 1024 for each in status]
 
 
+def test_what_is_too_large_is_answered_413_and_what_is_of_no_depth_that_is_read_422(server):
+    deep = bytearray(encoded(colour((40, 40)), "JPEG"))
+    frame = deep.index(b"\xff\xc0")
+    deep[frame + 4] = 12  # bits per sample
+    for padding in (0, 2**20):  # judged in the HTTP process, and by a decoder
+        answer = classify(server, bytes(deep) + bytes(padding))
+        assert (answer.status_code, answer.json()["detail"]) == (422, "the JPEG has 12 bits per sample; the limit is 8")
+        answer = classify(server, webp(16_000, 2_500) + bytes(padding))
+        assert answer.status_code == 413
+        assert "16000 x 2500 pixels; the limit is 25000000" in answer.json()["detail"]
+
+
 @pytest.mark.parametrize(("data", "said"), HOSTILE.values(), ids=list(HOSTILE))
 def test_what_broke_the_server_is_refused_at_once(server, data, said):
     began = time.monotonic()

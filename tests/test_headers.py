@@ -278,7 +278,7 @@ def test_hostile_bytes_raise_nothing_but_invalid_image(seed, edits, early, cut):
         header = judge(bytes(data), 16, 16, LIMITS)
     except InvalidImage:
         return
-    assert 0 < header.pixels <= LIMITS.max_draft_pixels
+    assert 0 < header.pixels <= LIMITS.max_jpeg_pixels
     assert 0 < header.memory(16, 16, LIMITS) <= LIMITS.max_memory
 
 

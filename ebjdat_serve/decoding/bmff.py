@@ -59,9 +59,8 @@ def judge_bmff(data: Bytes, limits: Limits) -> Header:
     width, height = found.tracks[0] if tracked else own[0]
     for size in (*sizes, *found.tracks):
         if size[0] * size[1] > limits.max_pixels:
-            raise InvalidImage(
-                f"the {kind} holds an image of {size[0]} x {size[1]} pixels; the limit is {limits.max_pixels} in all: send it smaller"
-            )
+            said = f"the {kind} holds an image of {size[0]} x {size[1]} pixels; the limit is {limits.max_pixels} in all: send it smaller"
+            raise InvalidImage(said, too_large=True)
     planes = found.samples * (2 if found.deep else 1) / 2 + (2 if found.deep else 1) * found.alpha
     # a grid's planes are put together from those of its tiles; RGB bytes and an image are made of them
     depth = int(-(-planes // 1)) + 8

@@ -23,7 +23,6 @@ class Limits:
 
     max_bytes: int = 16 * 2**20
     max_pixels: int = 25_000_000  # 24-megapixel cameras make up to 24.5
-    max_draft_pixels: int = 50_000_000  # of a JPEG that may be decoded at a fraction of its size
     max_side: int = 65_535
     max_pieces: int = 1000  # chunks, segments, blocks, boxes or tags beside pixels
     max_compressed: int = 16  # compressed text chunks and profiles of a PNG; each inflates to as much as 1 MiB
@@ -35,6 +34,11 @@ class Limits:
     jpeg_draft: bool = False  # decode JPEGs above draft_above at a fraction of their size
     draft_above: int = 2_000_000
     draft_margin: int = 8  # a reduced JPEG keeps at least so many pixels a side for one of the result
+
+    @property
+    def max_jpeg_pixels(self) -> int:
+        """Pixels of a JPEG that can be decoded at a fraction of its size."""
+        return 2 * self.max_pixels if self.jpeg_draft else self.max_pixels
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,16 @@ class Header:
         if not self.pixels:
             damaged(self.format, "it has no pixels")
         if max(self.width, self.height) > limits.max_side:
-            raise InvalidImage(f"{size}; the limit is {limits.max_side} a side")
+            raise InvalidImage(f"{size}; the limit is {limits.max_side} a side", too_large=True)
         reduced = self.scale(height, width, limits) > 1
-        allowed = limits.max_draft_pixels if reduced else limits.max_pixels
+        allowed = limits.max_jpeg_pixels if reduced else limits.max_pixels
         if self.pixels > allowed:
-            raise InvalidImage(f"{size}; the limit is {allowed} in all: send it smaller")
+            raise InvalidImage(f"{size}; the limit is {allowed} in all: send it smaller", too_large=True)
         needed = self.memory(height, width, limits)
         if needed > limits.max_memory:
             mib = 2**20
-            raise InvalidImage(
-                f"{size}, which take about {needed // mib} MiB to decode; the limit is {limits.max_memory // mib}: send it smaller"
-            )
+            said = f"{size}, which take about {needed // mib} MiB to decode; the limit is {limits.max_memory // mib}: send it smaller"
+            raise InvalidImage(said, too_large=True)
 
 
 class Count:

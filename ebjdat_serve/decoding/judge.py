@@ -58,7 +58,7 @@ def judge_kind(data: Bytes, limits: Limits) -> str:
     if not data:
         raise InvalidImage("the image is empty (0 bytes)")
     if len(data) > limits.max_bytes:
-        raise InvalidImage(f"the image has {len(data)} bytes; the limit is {limits.max_bytes}")
+        raise InvalidImage(f"the image has {len(data)} bytes; the limit is {limits.max_bytes}", too_large=True)
     kind = format_of(data)
     if kind == "HEIC" and not reads_heic():
         raise InvalidImage(
@@ -86,7 +86,8 @@ def judge_all(images: Sequence[Bytes], height: int, width: int, limits: Limits) 
     headers = each(images, lambda data: judge(data, height, width, limits))
     total = sum(one.pixels for one in headers)
     if len(headers) > 1 and total > limits.max_pixels:
-        raise InvalidImage(f"the images of one list have {total} pixels; the limit is {limits.max_pixels} in all: send them one by one")
+        said = f"the images of one list have {total} pixels; the limit is {limits.max_pixels} in all: send them one by one"
+        raise InvalidImage(said, too_large=True)
     return tuple(headers)
 
 

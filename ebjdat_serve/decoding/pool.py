@@ -16,7 +16,7 @@ from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Bytes, Header, Limits
 from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
 from ebjdat_serve.decoding.judge import each, judge_all, judge_kind
-from ebjdat_serve.decoding.processes import Line, Zygote
+from ebjdat_serve.decoding.processes import UNKNOWN, Channel, Zygote
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
@@ -30,9 +30,12 @@ LIGHT = 64 * 2**20
 """Bytes that each decoder of large images may use without leave."""
 PATIENCE = 1.0
 """Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
+PAUSE, LONGEST_PAUSE = 0.25, 15.0
+"""Seconds until the next decoder is started after one that failed for no image's fault; twice as long after each that follows."""
 START_SECONDS = 20.0
 """Seconds that a zygote has to fork a decoder, its own start included."""
 STOPPING = "the server is stopping; try again when it is back"
+FAILED = "the image was not decoded, for a fault of the server; try again"
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,7 @@ class Decoders:
     async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int, client: str) -> list[Pixels]:
         loop = asyncio.get_running_loop()
         items = [Small(data, header, height, width, loop.create_future(), client) for data, header in zip(images, headers, strict=True)]
-        for item in items:
-            self.small.push(client, item, item.header.work)
+        numbers = [self.small.push(client, item, item.header.work) for item in items]
         self.arrived.set()
         decoded = []
         try:
@@ -125,7 +127,8 @@ class Decoders:
                     error.index = index
                     raise
         finally:
-            for item in items[len(decoded) :]:
+            for number, item in list(zip(numbers, items, strict=True))[len(decoded) :]:
+                self.small.remove(number)
                 if not item.future.cancel() and not item.future.cancelled():
                     item.future.exception()  # seen: one refusal a request is enough
         return decoded
@@ -142,22 +145,42 @@ class Decoders:
     # the decoders
 
     async def _tend(self, *, large: bool) -> None:
-        """Keep one decoder alive and at work."""
+        """Keep one decoder alive and at work, whatever happens; pause, ever longer, while each fails for no image's fault."""
+        pause = PAUSE
         while True:
             try:
-                zygote = await self._running()
-                line = await self._fork(zygote, large=large)
+                failure = await self._use_one(large=large)
             except OSError as error:
-                log.warning("cannot start a decoder: %s", error)
-                await asyncio.sleep(PATIENCE)
+                failure = f"cannot start a decoder: {error}"
+            except Exception:
+                log.exception("a decoder was lost for a fault of the server")
+                failure = "the task of a decoder failed"
+            if not failure:
+                pause = PAUSE
                 continue
-            try:
-                while not line.lost:
-                    await (self._next_large(zygote, line) if large else self._next_small(line))
-            finally:
-                line.transport.abort()
-                zygote.kill(line.number)
-                zygote.fates.pop(line.number, None)
+            log.warning("%s; the next one starts in %g s", failure, pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _use_one(self, *, large: bool) -> str:
+        """Start a decoder and keep it at work until it is lost; return why, if that was no image's fault. Raises OSError: none started."""
+        zygote = await self._running()
+        channel = await self._fork(zygote, large=large)
+        try:
+            while not channel.lost:
+                await (self._next_large(zygote, channel) if large else self._next_small(channel))
+            if channel.answered or zygote.gone:  # which has its own pause
+                return ""
+            zygote.kill(channel.number)
+            await asyncio.wait([zygote.fates[channel.number]], timeout=PATIENCE)
+            status = zygote.fates[channel.number].result() if zygote.fates[channel.number].done() else UNKNOWN
+            # one that was killed at work, by a limit or since nobody waited, may have been so for its image
+            failed = status != UNKNOWN and (os.waitstatus_to_exitcode(status) > 0 or not channel.asked)
+            return f"a decoder ended with status {status} before its first answer" if failed else ""
+        finally:
+            channel.transport.abort()
+            zygote.kill(channel.number)
+            zygote.fates.pop(channel.number, None)
 
     async def _running(self) -> Zygote:
         """Return the zygote, started again if need be; one that ends at once is not started again at once."""
@@ -168,7 +191,7 @@ class Decoders:
                 self.zygote = Zygote.start(self.limits)
             return self.zygote
 
-    async def _fork(self, zygote: Zygote, *, large: bool) -> Line:
+    async def _fork(self, zygote: Zygote, *, large: bool) -> Channel:
         self.numbers += 1
         ours, theirs = socket.socketpair()
         number = self.numbers
@@ -181,20 +204,20 @@ class Decoders:
             if isinstance(error, TimeoutError):  # an OSError
                 zygote.close()  # it hears nothing
             raise
-        _, line = await asyncio.get_running_loop().create_unix_connection(lambda: Line(number, self._wake), sock=ours)
-        return line
+        _, channel = await asyncio.get_running_loop().create_unix_connection(lambda: Channel(number, self._wake), sock=ours)
+        return channel
 
     def _wake(self) -> None:
         """Have everyone look again for what there is to do."""
         self.arrived.set()
         self.changed.set()
 
-    async def _next_small(self, line: Line) -> None:
+    async def _next_small(self, channel: Channel) -> None:
         """Have the small images that wait decoded, as many as one message takes."""
         while not len(self.small):
             self.arrived.clear()
             await self.arrived.wait()
-            if line.lost:
+            if channel.lost:
                 return
         batch = self._batch()
         if not batch:
@@ -204,16 +227,16 @@ class Decoders:
             height, width, tuple(len(one.data) for one in batch), tuple(one.header for one in batch), [one.data for one in batch]
         )
         try:
-            line.transport.writelines(work.encoded())
             async with asyncio.timeout(self.settings.small_timeout):
-                results = wire.decode_results(await line.answer(wire.RESULTS), len(batch), height, width)
+                body = await channel.ask(work.encoded(), wire.RESULTS, wire.largest_results(len(batch), height, width))
+            results = wire.decode_results(body, len(batch), height, width)
         except (EOFError, TimeoutError, ValueError):
-            line.lost = True
+            channel.lost = True
             self._suspect(batch)
             return
-        except asyncio.CancelledError:
+        except BaseException as error:
             for item in batch:
-                refuse(item.future, DecoderLost(STOPPING))
+                refuse(item.future, DecoderLost(STOPPING if isinstance(error, asyncio.CancelledError) else FAILED))
             raise
         for item, result in zip(batch, results, strict=True):
             settle(item.future, result)
@@ -240,12 +263,12 @@ class Decoders:
             Large([item.data], item.height, item.width, alone, item.client, suspect=True).wait_in(self.fresh)
         self.changed.set()
 
-    async def _next_large(self, zygote: Zygote, line: Line) -> None:
+    async def _next_large(self, zygote: Zygote, channel: Channel) -> None:
         """Have the next request that there is memory for decoded."""
         while (job := self._eligible()) is None:
             self.changed.clear()
             await self.changed.wait()
-            if line.lost:
+            if channel.lost:
                 return
         if job.future.done():
             return
@@ -255,39 +278,39 @@ class Decoders:
 
         def end_decoder(future: "asyncio.Future[list[Pixels]]") -> None:
             if future.cancelled():
-                zygote.kill(line.number)
+                zygote.kill(channel.number)
 
         job.future.add_done_callback(end_decoder)
         try:
             async with asyncio.timeout(self.settings.timeout):
-                await self._converse(line, job)
+                await self._converse(channel, job)
         except TimeoutError:
-            line.lost = True
+            channel.lost = True
             refuse(job.future, DecoderLost(f"the image was not decoded within {self.settings.timeout:g} s; try again, or send it smaller"))
         except (EOFError, ValueError):
-            line.lost = True
-            await self._explain(zygote, line, job)
-        except asyncio.CancelledError:
-            refuse(job.future, DecoderLost(STOPPING))
+            channel.lost = True
+            await self._explain(zygote, channel, job)
+        except BaseException as error:
+            refuse(job.future, DecoderLost(STOPPING if isinstance(error, asyncio.CancelledError) else FAILED))
             raise
         finally:
             job.future.remove_done_callback(end_decoder)
-            line.lost |= job.future.cancelled()
+            channel.lost |= job.future.cancelled()
             self._give_back(job)
             took = asyncio.get_running_loop().time() - began
             queue.charge(job.client, took - TURN_SECONDS)
-            if job.suspect and (line.lost or took > self.settings.small_timeout):
+            if job.suspect and (channel.lost or took > self.settings.small_timeout):
                 self.suspects.add(job.client)
 
-    async def _explain(self, zygote: Zygote, line: Line, job: Large) -> None:
+    async def _explain(self, zygote: Zygote, channel: Channel, job: Large) -> None:
         """Answer a request whose decoder is gone, or have it decoded again if it is not to blame."""
         if job.future.done():  # its client has gone
             return
-        zygote.kill(line.number)
-        done, _ = await asyncio.wait([zygote.fates[line.number]], timeout=PATIENCE)
+        zygote.kill(channel.number)
+        done, _ = await asyncio.wait([zygote.fates[channel.number]], timeout=PATIENCE)
         if not done:
             zygote.close()  # it hears nothing
-        status = zygote.fates[line.number].result()
+        status = zygote.fates[channel.number].result()
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
             limit = self.limits.max_seconds
             refuse(job.future, InvalidImage(f"the image takes longer to decode than the limit of {limit:g} s: save it anew, or smaller"))
@@ -321,10 +344,10 @@ class Decoders:
         """Return whether a heavy decode may begin: there is memory, and a decoder is left for the others."""
         return need <= self.free and self.heavies < max(1, self.settings.large - 1)
 
-    async def _converse(self, line: Line, job: Large) -> None:
+    async def _converse(self, channel: Channel, job: Large) -> None:
         """Have a request judged, and decoded if there is memory for it; else it waits for that."""
-        await line.send(wire.Work(job.height, job.width, tuple(map(len, job.images)), (), job.images).encoded())
-        body = await line.answer(wire.PLAN)
+        work = wire.Work(job.height, job.width, tuple(map(len, job.images)), (), job.images)
+        body = await channel.ask(work.encoded(), wire.PLAN, wire.LARGEST_PLAN, sliced=True)
         try:
             need = wire.decode_plan(body)
         except InvalidImage as error:
@@ -333,13 +356,14 @@ class Decoders:
         if need > LIGHT and not job.granted:
             job.need = need
             if len(self.heavy) or not self._fits(need):
-                line.transport.write(wire.packed(wire.Park()))
+                channel.transport.write(wire.packed(wire.Park()))
                 job.wait_in(self.heavy)
                 self.changed.set()
                 return
             self._grant(job)
-        line.transport.write(wire.packed(wire.Go(need)))
-        results = wire.decode_results(await line.answer(wire.RESULTS), len(job.images), job.height, job.width)
+        n = len(job.images)
+        body = await channel.ask([wire.packed(wire.Go(need))], wire.RESULTS, wire.largest_results(n, job.height, job.width))
+        results = wire.decode_results(body, n, job.height, job.width)
         images: list[Pixels] = []
         for index, one in enumerate(results):
             if isinstance(one, InvalidImage):

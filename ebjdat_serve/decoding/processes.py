@@ -1,6 +1,7 @@
 """The process that forks decoders, and the connection to each of these."""
 
 import asyncio
+import logging
 import os
 import pickle
 import socket
@@ -15,6 +16,8 @@ from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Bytes, Limits
 from ebjdat_serve.decoding.jobs import refuse, settle
 
+log = logging.getLogger(__name__)
+
 SECRETS = ("LIT_", "EBJDAT_")
 """Variables that decoders do not get: the key is in one."""
 SLICE = 2**18
@@ -23,15 +26,20 @@ UNKNOWN = -1
 """The fate of a decoder whose zygote ended first."""
 
 
-class Line(asyncio.Protocol):
-    """The connection to one decoder. One answer is waited for at a time."""
+class Channel(asyncio.Protocol):
+    """The connection to one decoder, which is asked one thing at a time.
+
+    It has touched hostile bytes: it is cut off as soon as it says more than it was asked for.
+    """
 
     transport: asyncio.Transport
 
     def __init__(self, number: int, on_lost: Callable[[], None]) -> None:
         self.number, self.lost, self.on_lost = number, False, on_lost
+        self.asked = self.answered = False  # ever
         self.held = bytearray()
-        self.waiting: asyncio.Future[tuple[int, bytes]] | None = None
+        self.kind, self.most = 0, 0  # of the answer that is waited for, and how many bytes it has at the most
+        self.waiting: asyncio.Future[bytes | None] | None = None  # None: there will be no answer
         self.writable = asyncio.Event()
         self.writable.set()
 
@@ -39,21 +47,31 @@ class Line(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)  # which uvloop's does not inherit from
 
     def data_received(self, data: bytes) -> None:
-        self.held += data
-        if len(self.held) < wire.FRAME.size:
+        if self.lost:
             return
-        kind, length = wire.FRAME.unpack_from(self.held)
-        if len(self.held) >= wire.FRAME.size + length and self.waiting and not self.waiting.done():
-            body = bytes(self.held[wire.FRAME.size : wire.FRAME.size + length])
-            del self.held[: wire.FRAME.size + length]
-            self.waiting.set_result((kind, body))
+        self.held += data
+        if self.waiting is None or self.waiting.done() or len(self.held) > wire.FRAME.size + self.most:
+            self._cut()
+        elif len(self.held) >= wire.FRAME.size:
+            kind, length = wire.FRAME.unpack_from(self.held)
+            end = wire.FRAME.size + length
+            if kind != self.kind or length > self.most or len(self.held) > end:
+                self._cut()
+            elif len(self.held) == end:
+                self.waiting.set_result(bytes(self.held[wire.FRAME.size :]))
+                self.held, self.answered = bytearray(), True
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
         self.writable.set()
         if self.waiting and not self.waiting.done():
-            self.waiting.set_exception(EOFError())
+            self.waiting.set_result(None)
         self.on_lost()
+
+    def _cut(self) -> None:
+        log.warning("a decoder said what it was not asked for, and is ended")
+        self.lost, self.held = True, bytearray()
+        self.transport.abort()
 
     def pause_writing(self) -> None:
         self.writable.clear()
@@ -61,8 +79,26 @@ class Line(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.writable.set()
 
-    async def send(self, parts: Sequence[Bytes]) -> None:
-        """Send a large message in slices, as the decoder reads them. Raises EOFError when it is gone.
+    async def ask(self, parts: Sequence[Bytes], kind: int, most: int, *, sliced: bool = False) -> bytes:
+        """Send a message, in slices if it is large, and return its answer, of ``kind`` and at most ``most`` bytes.
+
+        Raises EOFError: the decoder is gone, or says anything else.
+        """
+        if self.lost:
+            raise EOFError
+        self.asked, self.kind, self.most = True, kind, most
+        self.waiting = asyncio.get_running_loop().create_future()
+        if sliced:
+            await self._send(parts)
+        else:
+            self.transport.writelines(parts)
+        body = await self.waiting
+        if body is None:
+            raise EOFError
+        return body
+
+    async def _send(self, parts: Sequence[Bytes]) -> None:
+        """Send a large message in slices, as the decoder reads them.
 
         Each slice is a copy: the body that a part is of may be dropped at any time, which no buffer in use allows.
         """
@@ -73,17 +109,6 @@ class Line(asyncio.Protocol):
                 if self.lost:
                     raise EOFError
 
-    async def answer(self, expected: int) -> bytes:
-        """Return the next answer. Raises EOFError when the decoder is gone, or says what it should not."""
-        if self.lost:
-            raise EOFError
-        self.waiting = asyncio.get_running_loop().create_future()
-        self.data_received(b"")
-        kind, body = await self.waiting
-        if kind != expected:
-            raise EOFError
-        return body
-
 
 @dataclass(eq=False)
 class Zygote:
@@ -92,7 +117,6 @@ class Zygote:
     process: "subprocess.Popen[bytes]"
     line: socket.socket
     began: float
-    pids: dict[int, int] = field(default_factory=dict)
     born: "dict[int, asyncio.Future[None]]" = field(default_factory=dict)
     fates: "dict[int, asyncio.Future[int]]" = field(default_factory=dict)  # exit statuses, UNKNOWN when the zygote ends first
     gone: bool = False
@@ -143,13 +167,11 @@ class Zygote:
         if not news:
             self.close()
             return
-        number, pid, status = wire.NEWS.unpack(news)
+        number, status = wire.NEWS.unpack(news)
         if status == -1:
-            self.pids[number] = pid
             if number in self.born:
                 settle(self.born[number], None)
             return
-        self.pids.pop(number, None)
         if number in self.fates:
             settle(self.fates[number], status)
 

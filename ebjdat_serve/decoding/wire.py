@@ -20,13 +20,14 @@ Decoded = Pixels | InvalidImage
 LENGTH = struct.Struct("!I")
 FORK, KILL = b"FK"
 ORDER = struct.Struct("!BI?")  # FORK or KILL, the decoder's number, whether for large images
-NEWS = struct.Struct("!Iii")  # number, pid, exit status as waitpid gives it, or -1: it has started
+NEWS = struct.Struct("!Ii")  # number, exit status as waitpid gives it, or -1: it has started
 PLAN, RESULTS = b"PR"
 FRAME = struct.Struct("!BI")  # PLAN or RESULTS, bytes that follow
 NEED = struct.Struct("!Q")
 TEXT, PIXELS = b"TP"
-ERROR = struct.Struct("!BiI")  # TEXT, which image, -1: none of them; bytes of UTF-8 that follow
+ERROR = struct.Struct("!Bi?I")  # TEXT, which image, -1: none of them; whether it is too large; bytes of UTF-8 that follow
 LONGEST_TEXT = 2000
+LARGEST_PLAN = ERROR.size + LONGEST_TEXT
 TOGETHER = 2**18
 """Bytes of images up to which a copy is quicker than another call of the system."""
 
@@ -57,11 +58,6 @@ class Go:
 @dataclass(frozen=True)
 class Park:
     """Forget what was judged; it comes again when there is memory for it."""
-
-
-def send(line: socket.socket, message: object) -> None:
-    """Send a message to a decoder that holds no images."""
-    line.sendall(packed(message))
 
 
 def packed(message: object) -> bytes:
@@ -109,6 +105,11 @@ def encode_results(decoded: list[Decoded]) -> bytes:
     return FRAME.pack(RESULTS, len(body)) + body
 
 
+def largest_results(n: int, height: int, width: int) -> int:
+    """Return the most bytes after the frame that the results of ``n`` images take."""
+    return n * max(1 + 3 * height * width, ERROR.size + LONGEST_TEXT)
+
+
 def decode_plan(body: bytes) -> int:
     """Return how much memory is needed. Raises InvalidImage: what the decoder refuses; ValueError: no answer of ours."""
     if len(body) == NEED.size:
@@ -137,16 +138,16 @@ def decode_results(body: bytes, n: int, height: int, width: int) -> list[Decoded
 
 def _text(error: InvalidImage) -> bytes:
     text = str(error).encode("utf-8", "replace")[:LONGEST_TEXT]
-    return ERROR.pack(TEXT, -1 if error.index is None else error.index, len(text)) + text
+    return ERROR.pack(TEXT, -1 if error.index is None else error.index, error.too_large, len(text)) + text
 
 
 def _read_text(body: bytes | memoryview) -> tuple[InvalidImage, memoryview]:
     if bytes(body[:1]) != bytes([TEXT]) or len(body) < ERROR.size:
         raise ValueError("a decoder's answer is cut off")
-    _, index, length = ERROR.unpack(body[: ERROR.size])
+    _, index, too_large, length = ERROR.unpack(body[: ERROR.size])
     end = ERROR.size + length
     if len(body) < end:
         raise ValueError("a decoder's answer is cut off")
-    error = InvalidImage(bytes(body[ERROR.size : end]).decode("utf-8", "replace"))
+    error = InvalidImage(bytes(body[ERROR.size : end]).decode("utf-8", "replace"), too_large=too_large)
     error.index = None if index < 0 else index
     return error, memoryview(body)[end:]

@@ -80,7 +80,7 @@ def obey(line: socket.socket, limits: Limits, pids: dict[int, int], others: tupl
         be_a_decoder(socket.socket(fileno=descriptors[0]), limits, large)
     os.close(descriptors[0])
     pids[pid] = number
-    line.send(wire.NEWS.pack(number, pid, -1))
+    line.send(wire.NEWS.pack(number, -1))
     return True
 
 
@@ -102,7 +102,7 @@ def reap(line: socket.socket, pids: dict[int, int]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             return
-        line.send(wire.NEWS.pack(pids.pop(pid), pid, status))
+        line.send(wire.NEWS.pack(pids.pop(pid), status))
 
 
 def be_a_decoder(line: socket.socket, limits: Limits, large: bool) -> NoReturn:
@@ -191,18 +191,24 @@ class Decoder:
                 scale = header.scale(work.height, work.width, self.limits)
                 results.append(pixels.decode_judged(bytes(data), header, work.height, work.width, scale))
             except InvalidImage as error:
-                results.append(InvalidImage(str(error)))  # this one holds no frame, and so nothing of what was being decoded
+                # this one holds no frame, and so nothing of what was being decoded
+                results.append(InvalidImage(str(error), too_large=error.too_large))
         return results
 
     def restrict(self, memory: int) -> None:
         """Let this process have ``memory`` bytes more than it started with."""
-        resource.setrlimit(resource.RLIMIT_AS, (self.base + memory, resource.RLIM_INFINITY))
+        limit(resource.RLIMIT_AS, self.base + memory)
 
     def allow_time(self) -> None:
         """Let this process run for the seconds of one decode from now on; the limit is of whole seconds, and kills."""
         used = resource.getrusage(resource.RUSAGE_SELF)
-        soft = math.ceil(used.ru_utime + used.ru_stime + self.limits.max_seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+        limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + self.limits.max_seconds))
+
+
+def limit(kind: int, value: int) -> None:
+    """Set a limit of this process, within the hard one that it was started with: ``ulimit`` or systemd may have set that."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def address_space() -> int:

@@ -148,7 +148,7 @@ def info_answer(
             body_bytes=s.max_body,
             image_bytes=ImageLimits.max_bytes,
             image_pixels=s.max_pixels,
-            jpeg_pixels=2 * s.max_pixels if s.jpeg_draft else s.max_pixels,
+            jpeg_pixels=ImageLimits(max_pixels=s.max_pixels, jpeg_draft=s.jpeg_draft).max_jpeg_pixels,
             formats=accepted(),
             images=s.max_images,
             n=s.max_samples,

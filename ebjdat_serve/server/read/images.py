@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 """Seconds between checks that clients are still connected."""
 
@@ -26,7 +28,6 @@ def limits(settings: Settings) -> Limits:
     """Return the limits of one image."""
     return Limits(
         max_pixels=settings.max_pixels,
-        max_draft_pixels=2 * settings.max_pixels,
         max_memory=settings.decode_memory - LIGHT * (settings.decoders - 1),
         max_seconds=settings.decode_seconds,
         jpeg_draft=settings.jpeg_draft,
@@ -53,7 +54,9 @@ class ImageDecoder:
                 f"serve --decode-memory must be at least {least} for {settings.decoders} decoders, not {settings.decode_memory}"
             )
         self.limits = limits(settings)
-        self.decoders = Decoders(PoolSettings(self.limits, large=settings.decoders, memory=settings.decode_memory))
+        # each request ends its own decode at its deadline; this is for a zygote that does not hear of it
+        pool = PoolSettings(self.limits, large=settings.decoders, memory=settings.decode_memory, timeout=settings.classify_deadline)
+        self.decoders = Decoders(pool)
         self.under_way: set[Decode] = set()
 
     @contextlib.asynccontextmanager
@@ -72,7 +75,11 @@ class ImageDecoder:
         while True:
             await asyncio.sleep(POLL_SECONDS)
             for one in list(self.under_way):
-                gone = time.monotonic() - one.since > POLL_SECONDS and await one.request.is_disconnected()
+                try:
+                    gone = time.monotonic() - one.since > POLL_SECONDS and await one.request.is_disconnected()
+                except Exception:
+                    log.exception("cannot tell whether a client has left")
+                    continue
                 if gone and one in self.under_way and not one.timeout.expired():
                     one.left = True
                     one.timeout.reschedule(0)  # now
@@ -108,4 +115,4 @@ def refusal(error: InvalidImage, *, listed: bool) -> Problem:
     text = str(error)
     if listed and error.index is not None:
         return Problem(422, f"images[{error.index}]: {text}; nothing was computed", index=error.index)
-    return Problem(413 if "limit is" in text else 422, text)
+    return Problem(413 if error.too_large else 422, text)
