@@ -489,7 +489,7 @@ def test_no_framing_keeps_the_event_loop(watched, name):
 @pytest.mark.parametrize("refused", [False, True])
 def test_what_an_upload_held_is_dropped_before_its_request_waits(kind, refused):
     body = {JSON: document([BASE64[:400_000]] * 3, "images"), FORM: form(FILE + NOISE[:300_000]), IMAGE: NOISE[:300_000]}[kind]
-    scope = {"type": "http", "method": "POST", "client": "a", "headers": [(b"content-type", kind.encode())]}
+    scope = {"type": "http", "method": "POST", "client_name": "a", "headers": [(b"content-type", kind.encode())]}
     held = []
 
     async def receive():

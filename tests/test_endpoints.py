@@ -65,7 +65,7 @@ async def unlisted_chains(service, request):
     """Ask for an operation on chains that the endpoint does not list."""
     model, queue = service.manager.active, service.generate_queue
     job = validate({"class": "cat", "n": "1", "steps": "2"}, model.bundle.manifest, service.settings).job
-    client = request.scope["client"]
+    client = request.scope["client_name"]
     with queue.slot(model.key, client) as deadline:
         return respond(await queue.submit(PendingRequest(model.key, UNLISTED_CHAINS.name, job, request, client, deadline)))
 

@@ -97,7 +97,7 @@ class Service:
         Raises Problem for whatever is wrong with the request, and when it cannot be answered in time.
         """
         queue = self.classify_queue
-        client = request.scope["client"]
+        client = request.scope["client_name"]
         queue.check_room(client)  # before the body is read; a slow body takes no slot
         with contextlib.ExitStack() as stack:
             async with read_upload(request, self.settings) as upload:

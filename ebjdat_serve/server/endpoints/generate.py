@@ -36,7 +36,7 @@ async def generate(service: Service, request: Request) -> Response:
     queue, settings = service.generate_queue, service.settings
     if queue is None:
         raise Problem(404, NO_WORKERS)
-    profile, client = settings.profile_for(request.scope), request.scope["client"]
+    profile, client = settings.profile_for(request.scope), request.scope["client_name"]
     values = await read_values(request, settings)
     with contextlib.ExitStack() as stack:
         model = service.manager.active

@@ -52,15 +52,14 @@ class Access:
 
     def chains(self, request: Request, n: int) -> AbstractContextManager[None]:
         """Count ``n`` chains of the client that sends ``request`` until the block ends; raise Problem 429 beyond its limit."""
-        return self.counts.held(request.scope["client"], "chains", request.scope["limits"], n)
+        return self.counts.held(request.scope["client_name"], "chains", request.scope["limits"], n)
 
 
 class ApiKeyMiddleware:
     """Names the client of a request, and refuses what its key or its limits do not allow.
 
     A server with keys answers 401 without a known X-API-Key and 403 for a key without the path's scope; any server 429 beyond a limit of
-    the client. The scope that is passed on has the client's name (str) as ``client``, where servers put the address of the connection, the
-    scopes of its key as ``scopes``, none without one, and its Limits as ``limits``.
+    the client. The scope that is passed on has the client's name (str) as ``client_name``, the scopes of its key as ``scopes``, none without one, and its Limits as ``limits``.
     """
 
     def __init__(self, app: ASGI, access: Access, scopes: Mapping[str, Collection[Scope]]) -> None:
@@ -78,7 +77,7 @@ class ApiKeyMiddleware:
                     receive = self._count(client, limits, scope["headers"], receive, held)
             except Problem as problem:
                 return await problem.response()(scope, receive, send)
-            known = {"client": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
+            known = {"client_name": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
             return await self._app(scope | known, receive, send)
 
     def _count(self, client: str, limits: Limits, headers: list[tuple[bytes, bytes]], receive: Receive, held: ExitStack) -> Receive:

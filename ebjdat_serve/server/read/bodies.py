@@ -60,7 +60,7 @@ async def read_body(request: Request, limit: int, settings: Settings, memory: Bo
     Raises Problem: 408 when the body does not arrive in time, 413 when it is too large, 503 when the memory for bodies is full.
     """
     s = settings
-    memory = memory or BodyMemory(s.upload_memory, request.scope["client"])
+    memory = memory or BodyMemory(s.upload_memory, request.scope["client_name"])
     held = bytearray()  # one block: a list of chunks would fragment the memory
     began = time.monotonic()
     slow = Problem(408, f"the body did not arrive within {s.body_timeout:g} s, or came too slowly", headers={"Connection": "close"})

@@ -96,7 +96,7 @@ class ImageDecoder:
                 one = Decode(request, now, timeout)
                 self.under_way.add(one)
                 try:
-                    return np.stack(await self.decoders.decode(images, contract.height, contract.width, request.scope["client"]))
+                    return np.stack(await self.decoders.decode(images, contract.height, contract.width, request.scope["client_name"]))
                 finally:
                     self.under_way.discard(one)
         except InvalidImage as error:

@@ -61,7 +61,7 @@ async def read_upload(request: Request, settings: Settings) -> AsyncIterator[Upl
         raise Problem(415, f"content encoding {encoding[:40]!r} is not accepted; send the body as it is")
     if not (kind in RAW_TYPES or kind.startswith("image/") or kind in ("multipart/form-data", "application/json")):
         raise Problem(415, f"content type {kind[:100]!r} is not accepted; send {ACCEPTED}")
-    memory = BodyMemory(settings.upload_memory, request.scope["client"])
+    memory = BodyMemory(settings.upload_memory, request.scope["client_name"])
     async with read_body(request, settings.max_body, settings, memory) as body:
         upload = Upload(kind, body, memory)
         try:
