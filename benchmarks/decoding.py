@@ -21,7 +21,8 @@ from ebjdat_serve import pixels
 from ebjdat_serve.bundle import write_json
 from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.decoding.judge import judge
-from ebjdat_serve.decoding.pool import Decoders, PoolSettings
+from ebjdat_serve.decoding.pool import Decoders
+from ebjdat_serve.decoding.pool_settings import PoolSettings
 
 SIDE = 32
 CONNECTIONS = 32

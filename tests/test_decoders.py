@@ -20,11 +20,12 @@ from PIL import Image
 
 from benchmarks.hostile_images import encoded, jpeg_of_scans, png, webp
 from ebjdat_serve import pixels
-from ebjdat_serve.decoding import pool, wire
+from ebjdat_serve.decoding import pool, pool_settings, wire
 from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.decoding.jobs import DecoderLost
 from ebjdat_serve.decoding.judge import judge
-from ebjdat_serve.decoding.pool import Decoders, PoolSettings
+from ebjdat_serve.decoding.pool import Decoders
+from ebjdat_serve.decoding.pool_settings import PoolSettings
 from ebjdat_serve.decoding.processes import Channel
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.server.read.images import Decode, ImageDecoder
@@ -396,7 +397,8 @@ def test_nothing_is_left_when_the_process_that_uses_decoders_dies(tmp_path):
     script.write_text(
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from ebjdat_serve.decoding.pool import Decoders, PoolSettings\n"
+        "from ebjdat_serve.decoding.pool import Decoders\n"
+        "from ebjdat_serve.decoding.pool_settings import PoolSettings\n"
         "async def main():\n"
         "    running = Decoders(PoolSettings())\n"
         "    await running.start()\n"
@@ -554,7 +556,8 @@ def test_a_fault_of_the_pool_is_logged_and_costs_the_requests_under_way_only(mon
 
 
 def test_heavy_decodes_wait_for_memory_in_turn_and_others_pass_them(monkeypatch):
-    monkeypatch.setattr(pool, "LIGHT", 40 * 2**20)
+    for module in (pool, pool_settings):
+        monkeypatch.setattr(module, "LIGHT", 40 * 2**20)
     heavy = encoded(Image.new("RGB", (3000, 3000), (1, 2, 3)))  # 100 MiB
     settings = replace(PATIENT, memory=(150 + 40) * 2**20, limits=Limits(max_memory=150 * 2**20))
 

@@ -192,6 +192,18 @@ def test_unfinished_bodies_of_any_size_stay_within_the_memory_for_bodies(guarded
     assert httpx2.post(f"{guarded.url}/classify", content=picture, headers={"X-API-Key": KEY}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "trailer", [b"X-API-Key: %b" % KEY.encode(), b"X-Forwarded-For: 9.9.9.9", b"Content-Type: text/plain", b"Origin: https://other.example"]
+)
+def test_a_trailer_is_no_header(guarded, picture, trailer):
+    """In one read with the headers, too."""
+    key = b"" if trailer.startswith(b"X-API-Key") else b"X-API-Key: %b\r\n" % KEY.encode()
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: image/png\r\n"
+    head += key + b"Transfer-Encoding: chunked\r\n\r\n"
+    status, _, _ = talk(guarded, head + b"%x\r\n%b\r\n0\r\n%b\r\n\r\n" % (len(picture), picture, trailer))
+    assert status == (200 if key else 401)
+
+
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory):
     """A server for few connections, which others can reach too."""

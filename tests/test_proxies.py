@@ -85,6 +85,8 @@ def test_a_page_of_the_list_is_answered_by_preflight_and_read_and_another_is_not
         ({}, 200),  # no browser
         ({"Origin": STRANGER}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": "//"}, 403),
         ({"Origin": STRANGER, "Sec-Fetch-Site": "cross-site"}, 403),
         ({"Origin": "https://other.example.org", "Sec-Fetch-Site": "same-site"}, 403),
         ({"Origin": "https://api.example.org", "Sec-Fetch-Site": "same-origin"}, 200),  # also where a proxy has changed Host

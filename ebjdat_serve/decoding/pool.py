@@ -10,14 +10,14 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from ebjdat_serve.decoding import wire
-from ebjdat_serve.decoding.header import Bytes, Header, Limits
+from ebjdat_serve.decoding.header import Bytes, Header
 from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
 from ebjdat_serve.decoding.judge import each, judge_all, judge_kind
+from ebjdat_serve.decoding.pool_settings import LIGHT, PoolSettings
 from ebjdat_serve.decoding.processes import UNKNOWN, Channel, Zygote
-from ebjdat_serve.errors import EbjdatError, InvalidImage
+from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
 
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 SMALL_BYTES, SMALL_WORK = 2**19, 2**18
 """Encoded bytes of a request that is judged in the event loop, in less than a millisecond; and work of an image that is then small."""
 MESSAGE_IMAGES, MESSAGE_WORK = 64, 2**19
-LIGHT = 64 * 2**20
-"""Bytes that each decoder of large images may use without leave."""
 PATIENCE = 1.0
 """Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
 PAUSE, LONGEST_PAUSE = 0.25, 15.0
@@ -36,30 +34,6 @@ START_SECONDS = 20.0
 """Seconds that a zygote has to fork a decoder, its own start included."""
 STOPPING = "the server is stopping; try again when it is back"
 FAILED = "the image was not decoded, for a fault of the server; try again"
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """Lengths in bytes, times in seconds."""
-
-    limits: Limits = field(default_factory=Limits)
-    small: int = 1  # decoders of small images
-    large: int = 2  # decoders of large ones
-    memory: int = 512 * 2**20  # that all decodes of large images may use together
-    small_timeout: float = 1.0  # of one message of small images
-    timeout: float = 9.0  # of one large decode, once it has begun
-
-    def __post_init__(self) -> None:
-        if self.small < 1 or self.large < 1:
-            raise EbjdatError(f"there must be at least 1 decoder of small and of large images, not {self.small} and {self.large}")
-        if self.heavy_memory < self.limits.max_memory:
-            least = (self.limits.max_memory + LIGHT * (self.large - 1)) // 2**20
-            raise EbjdatError(f"the memory of decoders must be at least {least} MiB for one image of {self.limits.max_memory // 2**20} MiB")
-
-    @property
-    def heavy_memory(self) -> int:
-        """Bytes for decodes that need more than LIGHT."""
-        return self.memory - LIGHT * (self.large - 1)
 
 
 class Decoders:

@@ -141,7 +141,7 @@ def hush() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)
-    sys.stderr = os.fdopen(own, "w", buffering=1)
+    sys.stderr = os.fdopen(own, "w", buffering=1, encoding="utf-8")
 
 
 class Decoder:

@@ -90,7 +90,7 @@ class SiteMiddleware:
         if scope["method"] in SAFE or not origin or origin in self._origins or ANY in self._origins:
             return None
         site = headers.get("sec-fetch-site")
-        same = site in SAME_SITE if site else urlsplit(origin).netloc == host
+        same = site in SAME_SITE if site else origin.partition("://")[2] == host
         return None if same else Problem(403, f"pages of {origin[:100]} may not send to this server; serve --cors-origin allows them")
 
 

@@ -158,9 +158,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._end(Problem(414, f"a request target may have {MAX_TARGET} bytes"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header, or a trailer after a body in chunks."""
+        """Count a header, or a trailer after a body in chunks, which is dropped: it would stand among the headers, unseen by proxies."""
         self._count(len(name) + len(value) + HEADER_COST)
-        super().on_header(name, value)
+        if self._begun:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Pass the request on, or refuse what is none that we take; the bounds on its body are in bodies.py."""
