@@ -193,8 +193,12 @@ def simulate(shared: bool, greedy: tuple[int, int, int] | None, pause: float, se
 
 @pytest.mark.parametrize(
     ("greedy", "pause", "seconds"),
-    [((130, 1, 20), 0.0, 30), ((3, 64, 80), 0.0, 30), ((130, 1, 80), 0.5, 60), ((3, 64, 80), 2.0, 150)],
-    ids=["130 drawings", "jobs of 64 images", "130 drawings, pauses", "jobs of 64 images, long pauses"],
+    [
+        pytest.param((130, 1, 20), 0.0, 30, id="130 drawings"),
+        pytest.param((3, 64, 80), 0.0, 30, id="jobs of 64 images", marks=pytest.mark.slow),
+        pytest.param((130, 1, 80), 0.5, 60, id="130 drawings, pauses", marks=pytest.mark.slow),
+        pytest.param((3, 64, 80), 2.0, 150, id="jobs of 64 images, long pauses", marks=pytest.mark.slow),
+    ],
 )
 def test_beside_one_greedy_client_ten_polite_ones_are_all_admitted_and_wait_little_longer(greedy, pause, seconds):
     """The bar of issue 15: p99 of at most 1.5 times that without it, chain-steps of at least .9 of those unshared."""
