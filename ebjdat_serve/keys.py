@@ -136,8 +136,11 @@ def parse(content: bytes, file: Path) -> tuple[Key, ...]:
 def read(file: Path) -> tuple[bytes, os.stat_result]:
     """Return a key file's content and status; raise EbjdatError if it cannot be read, is too large, or anybody may write it."""
     try:
-        with file.open("rb") as stream:
+        # O_NONBLOCK: to open a pipe would wait for a writer, and the key file would be followed no more
+        with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
             status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise EbjdatError(f"{file} is not a file")
             content = stream.read(LARGEST_FILE + 1)
     except OSError as error:
         raise EbjdatError(f"{file} cannot be read: {error.strerror}") from None

@@ -314,6 +314,12 @@ def test_a_mounted_secret_that_is_swapped_by_its_link_is_followed(tmp_path):
 # writing ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_pipe_in_place_of_a_key_file_is_refused_and_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(file := tmp_path / "keys.json")
+    with pytest.raises(EbjdatError, match="is not a file"):
+        KeyRing(file)
+
+
 def test_whoever_could_read_a_key_file_can_after_an_edit(tmp_path):
     """A server of another user, or of a group, reads what root has edited."""
     file = tmp_path / "keys.json"
