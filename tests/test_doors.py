@@ -27,6 +27,7 @@ GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /classify HTTP/1.1\r\nHost: x\r\nX-API-Key: " + KEY.encode() + b"\r\n"
 
 DOORS = {
+    "headers that are many and tiny": (b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"ab:1\r\n" * 420 + b"\r\n", 431),
     "websocket": (GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: a\r\nSec-WebSocket-Version: 13\r\n\r\n", 400),
     "websocket without Connection": (GET + b"Upgrade: WebSocket\r\n\r\n", 400),
     "websocket with a body": (POST + b"Connection: upgrade\r\nUpgrade: websocket\r\nContent-Length: 3\r\n\r\nabc", 400),

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from urllib.parse import urljoin, urlsplit
@@ -189,6 +190,14 @@ def test_health_answers_503_first_while_requests_are_served_then_connections_end
         assert time.monotonic() - began > 5
 
 
+def refused(server):
+    try:
+        with socket.create_connection((urlsplit(server.url).hostname, urlsplit(server.url).port), timeout=2):
+            return False
+    except ConnectionRefusedError:
+        return True
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_the_delay_and_cuts_nobody_off(tmp_path):
     options = ("--device", "cpu", "--classify-workers", "1", "--drain-delay", "60")
@@ -200,6 +209,7 @@ def test_a_second_signal_ends_the_delay_and_cuts_nobody_off(tmp_path):
             server.process.send_signal(signal.SIGTERM)
             until(lambda: httpx2.get(f"{server.url}/health").status_code == 503, 3)
             server.process.send_signal(signal.SIGTERM)
+            until(lambda: refused(server), 5)  # not left waiting for a process that listens and never answers
             events = [line for line in lines if line.startswith("event: ")]
         assert events[-1] == "event: done"
         assert server.process.wait(20) == 0

@@ -140,9 +140,11 @@ class Server(ls.LitServer):
         self.failed = self.failed or why
         self._shutdown_event.set()
 
-    def _start_server(self, *arguments: Any, **options: Any) -> Any:
+    def _start_server(self, port: Any, count: int, level: str, sockets: list[socket.socket], *arguments: Any, **options: Any) -> Any:
         """Start the HTTP process, and end the server should it die: LitServe watches workers only."""
-        processes = super()._start_server(*arguments, **options)
+        processes = super()._start_server(port, count, level, sockets, *arguments, **options)
+        for listening in sockets:
+            listening.close()  # or, once the HTTP process listens no more, connections would wait here for an answer
         self._http = list(processes.values())
         self._sockets.forked()
         threading.Thread(target=self._watch, args=(list(processes.values()),), daemon=True, name="watch-http").start()

@@ -21,8 +21,8 @@ from ebjdat_serve.server.settings import Settings
 
 MAX_TARGET = 8 * 2**10
 """Bytes of a request target."""
-HEADER_COST, CHUNK_COST = 32, 128
-"""Bytes that a header or a chunk counts for beside its own: each takes a call, however short it is."""
+HEADER_COST, CHUNK_COST = 160, 128
+"""Bytes that a header or a chunk counts for beside its own: each takes a call, and a header a few objects, however short it is."""
 LINGER_SECONDS, LINGER_BYTES = 2.0, 2**20
 """Time and bytes for which the rest of a refused request is read on."""
 BODY_LINGER = 5
