@@ -1,4 +1,4 @@
-"""Soak test under mixed load, with workers killed at random and a changing store: only documented errors, no wrong response, no leak."""
+"""Soak test under mixed load and attack, with workers killed at random and a changing store: stated errors, no wrong response, no leak."""
 
 import base64
 import io
@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ebjdat_serve import pixels
+from ebjdat_serve import keys, pixels
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.generation import generate
 from ebjdat_serve.server.compute.model import Model
 from ebjdat_serve.server.settings import SHIPPED, Settings
 from ebjdat_serve.sgld import Prior
 from ebjdat_serve.store import publish, rollback
+from tests.attackers import Attackers
 from tests.conftest import serving
 from tests.test_faults import workers
+from tests.test_keys import key_of
 from tests.test_refresh import copied
 
 STATED = {503: "died", 429: "try again"}
@@ -59,8 +61,8 @@ class Expected:
 class Soak:
     """Threads that ask and check, and the tally of what they saw."""
 
-    def __init__(self, server, expected, seconds):
-        self.server, self.expected = server, expected
+    def __init__(self, server, expected, seconds, key, attackers):
+        self.server, self.expected, self.key, self.attackers = server, expected, key, attackers
         self.end = time.monotonic() + seconds
         self.statuses, self.wrong = Counter(), []
 
@@ -72,10 +74,13 @@ class Soak:
 
     def client(self, kind, seed):
         dice = random.Random(seed)
-        with httpx2.Client(timeout=130) as client:
+        with httpx2.Client(timeout=130, headers={"X-API-Key": self.key}) as client:
             while time.monotonic() < self.end:
                 try:
-                    getattr(self, kind)(client, dice)
+                    if kind in Attackers.KINDS:
+                        getattr(self.attackers, kind)(dice)
+                    else:
+                        getattr(self, kind)(client, dice)
                 except Exception as error:  # noqa: BLE001  a thread that dies would make the rest of the soak say nothing
                     self.wrong.append(f"{kind}: {error!r}")
 
@@ -145,8 +150,9 @@ class Soak:
     def leave(self, _, dice):
         """Ask for much, and go away: in the middle of the body, or of the wait."""
         host, port = self.server.url.removeprefix("http://").split(":")
-        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nhalf"
-        long = b"GET /generate?class=1&n=4&steps=80 HTTP/1.1\r\nHost: x\r\n\r\n"
+        key = b"X-API-Key: %b\r\n" % self.key.encode()
+        head = b"POST /classify HTTP/1.1\r\nHost: x\r\n" + key + b"Content-Length: 5000\r\n\r\nhalf"
+        long = b"GET /generate?class=1&n=4&steps=80 HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n"
         with socket.create_connection((host, int(port))) as client:
             client.sendall(dice.choice([head, long, long.replace(b"steps", b"stream=true&steps")]))
             time.sleep(dice.uniform(0.05, 0.5))
@@ -167,11 +173,17 @@ def soak(tmp_path, test_images, seconds, kills_every, calm=0.0):
     store = tmp_path / "store"
     publish(copied(SHIPPED, tmp_path / "one", version="one"), store)
     publish(copied(SHIPPED, tmp_path / "two", version="two"), store)
+    file = tmp_path / "keys.json"
+    scopes = {"scopes": frozenset(keys.SCOPES)}
+    secrets = {name: keys.new(file, key_of(name).model_copy(update=scopes)) for name in ("polite", *Attackers.KINDS)}
+    polite = secrets["polite"]
+    options = ("--device", "cpu", "--keys", str(file), "--client-requests", "32", "--client-bodies", "16", "--client-chains", "64")
     dice, killed, seen = random.Random(0), 0, defaultdict(list)
-    with serving(store, tmp_path / "log") as server:
-        run = Soak(server, expected, seconds)
+    with serving(store, tmp_path / "log", *options) as server:
+        attackers = Attackers(server.url, secrets)
+        run = Soak(server, expected, seconds, polite, attackers)
         began = time.monotonic()
-        threads = run.run(["classify"] * 3 + ["energies", "draw", "draw", "stream", "bad", "leave"])
+        threads = run.run(["classify"] * 3 + ["energies", "draw", "draw", "stream", "bad", "leave", *Attackers.KINDS])
         next_kill, next_roll = began + kills_every, began + kills_every
         while time.monotonic() < run.end:
             time.sleep(1)
@@ -190,9 +202,12 @@ def soak(tmp_path, test_images, seconds, kills_every, calm=0.0):
             thread.join(140)
             assert not thread.is_alive()
         these_work = set(workers(server))
-        left = httpx2.get(f"{server.url}/info", timeout=30).json()["load"]
+        left = httpx2.get(f"{server.url}/info", timeout=30, headers={"X-API-Key": polite}).json()["load"]
     print(f"\n{seconds} s, {killed} workers killed: {dict(sorted(run.statuses.items()))}")
+    print(f"the attackers: {dict(sorted(attackers.answers.items()))}")
     assert not run.wrong, run.wrong[:5]
+    assert not attackers.wrong, Counter(attackers.wrong)
+    assert {kind for kind, _ in attackers.answers} == set(Attackers.KINDS)
     assert killed >= 1
     for kind in ("classify", "energy", "draw", "stream"):
         assert run.statuses[kind, 200] > 5
