@@ -278,6 +278,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is list and isinstance(value, list):
+        if set(map(type, value)) == set(arguments):  # a calibration has ten thousand scores
+            return value
         return [_value(arguments[0], item, where) for item in value]
     if hint is Any or (isinstance(hint, type) and isinstance(value, hint) and not isinstance(value, bool)):
         return value

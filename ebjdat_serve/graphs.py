@@ -82,6 +82,8 @@ def fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 def varint(message: memoryview, at: int) -> tuple[int, int]:
     """Return the varint at ``at``, seven bits a byte, and the offset after it."""
+    if at < len(message) and message[at] < 128:  # nearly all of them
+        return message[at], at + 1
     value = shift = 0
     while shift < 70:
         if at >= len(message):

@@ -242,6 +242,7 @@ def test_the_options_that_an_engine_advises_are_accepted(parsers, shipped, kind,
         pytest.skip("this machine has it")
 
 
+@pytest.mark.slow
 def test_the_size_that_a_folder_needs_is_advised_by_who_can_take_it(parsers, tmp_path, monkeypatch, capsys):
     import numpy as np
     from PIL import Image

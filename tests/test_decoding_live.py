@@ -234,7 +234,8 @@ def test_a_decode_ends_at_the_deadline(tmp_path):
         until(lambda: sum(map(alive, large)) == 1)
 
 
-@pytest.mark.parametrize("victim", [pytest.param("main", marks=pytest.mark.slow), "http"])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["main", "http"])
 def test_no_decoder_survives_its_server(tmp_path, victim):
     with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--generate-workers", "0") as server:
         of_large(server)

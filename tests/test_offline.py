@@ -109,6 +109,7 @@ def lookups(tmp_path: Path) -> str:
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
+@pytest.mark.slow
 def test_serving_looks_up_no_name_and_leaves_no_file(recorder, tmp_path, picture, monkeypatch):
     """Beside a process that has ONNX Runtime's telemetry on, which shows what would be seen, and how long that takes."""
     (tmp_path / "talking").mkdir()

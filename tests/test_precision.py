@@ -133,6 +133,7 @@ def test_a_precision_beyond_its_limits_is_refused_and_leaves_no_trace(digits, mo
     assert [path.name for path in digits.parent.iterdir()] == ["digits"]
 
 
+@pytest.mark.slow
 def test_a_refused_precision_does_not_cost_the_others(digits, monkeypatch):
     monkeypatch.setattr(training.precision, "write_int8", blind)
     with pytest.raises(BundleError, match="int8 is refused"):

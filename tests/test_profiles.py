@@ -120,6 +120,7 @@ def test_a_refusal_for_load_tells_no_load(public):
     assert not [digit for digit in refused.json()["detail"] if digit.isdigit()]
 
 
+@pytest.mark.slow
 def test_a_key_of_scope_operate_is_told_everything(tmp_path, picture):
     keys = tmp_path / "keys.json"
     sent = {}

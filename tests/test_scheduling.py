@@ -229,6 +229,7 @@ class Unshared:
         return [(id(group), rows) for group, rows in lead.items()]
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=12), st.booleans())
 def test_one_client_has_every_turn_that_it_had_before_clients_were_told_apart(jobs, gpu):
     engine = Counting("CUDAExecutionProvider" if gpu else "CPUExecutionProvider")

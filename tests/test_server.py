@@ -497,6 +497,7 @@ def test_a_key_that_no_client_can_send_opens_no_server(monkeypatch, said):
         build_server(Settings())
 
 
+@pytest.mark.slow
 def test_litserves_key_guards_our_routes_but_no_probe(tmp_path, monkeypatch, picture):
     """Its own would leave our routes open and shut the probes. This server draws nothing either."""
     monkeypatch.setenv("LIT_SERVER_API_KEY", "secret")

@@ -51,6 +51,7 @@ class Ticks(Clock):
         pass
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     real, calls = LOOP.descend, []
 

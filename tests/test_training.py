@@ -223,6 +223,7 @@ def test_a_run_without_time_for_a_step_is_an_error_not_a_model(tmp_path):
     assert not (tmp_path / "weights.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_training_and_the_torch_engine_need_no_more_than_torch_numpy_pillow_and_safetensors():
     absent = ("onnx", "onnxruntime", "onnxscript", "scipy", "sklearn", "litserve", "fastapi", "pydantic", "pyautoattack", "tqdm")
     absent += ("jinja2", "matplotlib")
@@ -242,6 +243,7 @@ def test_a_short_time_is_shared_by_the_stages_and_ends_with_a_bundle(tmp_path):
     assert 0 < load_position(tmp_path / "short" / "digits-fgsm" / "state.pt").step < 340
 
 
+@pytest.mark.slow
 def test_what_diverged_is_counted_in_the_model_card(tmp_path, monkeypatch):
     """One poisoned step, and the rest of the run as if nothing had been."""
     loop = sys.modules["training.loop.loop"]
