@@ -76,7 +76,7 @@ def flags(predictions: Predictions) -> Iterator[dict[str, Any]]:
 def classified(predictions: Predictions, labels: list[str]) -> list[Classified]:
     """Return each image's classes, the likeliest first."""
     order = np.argsort(-predictions.probability, axis=1, kind="stable")[:, :TOP]
-    probability = np.take_along_axis(predictions.probability, order, axis=1)
+    probability = predictions.probability[np.arange(len(order))[:, None], order]
     rows = []
     for classes, likely, flag in zip(order.tolist(), probability.tolist(), flags(predictions), strict=True):
         top = [Candidate(class_=i, label=labels[i], probability=p) for i, p in zip(classes, likely, strict=True)]
