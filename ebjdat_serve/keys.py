@@ -16,6 +16,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -221,19 +222,22 @@ class KeyRing:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """Read ``file``; raise EbjdatError if it is missing or wrong."""
-        self._file, self._environment, self._every, self._clock, self._now = file, environment, every, clock, now
+        self.file, self._environment, self._every, self._clock, self._now = file, environment, every, clock, now
         self._keys: tuple[Key, ...] = ()
         self._signature: tuple[int, ...] | None = None
         self._said, self._next = "", clock() + every
         if file:
-            self._keys = self._changed(file) or ()
+            reading = self.read_again()
+            if reading.error:
+                raise EbjdatError(reading.error)
+            self._keys, self._signature = reading.keys or (), reading.signature
             if (mode := file.stat().st_mode) & (stat.S_IROTH | stat.S_IWGRP):
                 log.warning("%s may be read by others or written by its group (mode %o): chmod 600 %s", file, stat.S_IMODE(mode), file)
 
     @property
     def closed(self) -> bool:
         """Whether requests need a key: a file closes a server even while no key is left in it."""
-        return self._file is not None or self._environment is not None
+        return self.file is not None or self._environment is not None
 
     def find(self, sent: bytes) -> Key | None:
         """Return the key that a client sent, None if it is unknown or expired; all are compared, whichever it is."""
@@ -248,34 +252,47 @@ class KeyRing:
         return None if found is None or found.expired(self._now()) else found
 
     def look(self) -> None:
-        """Read the file again if it has changed, at most once in ``every`` seconds.
+        """Read the file again if it has changed, at most once in ``every`` seconds."""
+        if self.file is not None and self._clock() >= self._next:
+            self.take(self.read_again())
 
-        A file that is gone or wrong leaves the keys as they are, and is said once in the log.
-        """
-        if self._file is None or self._clock() < self._next:
-            return
+    def read_again(self) -> "Reading":
+        """Return what the file says now; changes nothing here, so that a thread may wait for a file system that hangs."""
+        assert self.file is not None
+        return _read_again(self.file, self._signature, self._now)
+
+    def take(self, reading: "Reading") -> None:
+        """Take the keys that were read. A file that is gone or wrong leaves the keys as they are, and is said once in the log."""
         self._next = self._clock() + self._every
-        try:
-            keys = self._changed(self._file)
-        except EbjdatError as error:
-            if self._said != str(error):
-                self._said = str(error)
-                log.error("%s; the keys that were read before remain", error)
-            return
-        if keys is not None and (keys != self._keys or self._said):
-            self._keys, self._said = keys, ""
-            log.info("%s was read again: %d keys", self._file, len(keys))
+        self._signature = reading.signature
+        if reading.error:
+            if self._said != reading.error:
+                self._said = reading.error
+                log.error("%s; the keys that were read before remain", reading.error)
+        elif reading.keys is not None and (reading.keys != self._keys or self._said):
+            self._keys, self._said = reading.keys, ""
+            log.info("%s was read again: %d keys", self.file, len(reading.keys))
 
-    def _changed(self, file: Path) -> tuple[Key, ...] | None:
-        """Return the file's keys, None while it looks as it did; raise EbjdatError."""
-        with contextlib.suppress(OSError):  # read says it
-            if self._signature == _signature(file.stat()):
-                return None
-        self._signature = None
+
+@dataclass(frozen=True)
+class Reading:
+    """What a look at a key file found: its keys, None while it looks as it did; or why it could not be read."""
+
+    keys: tuple[Key, ...] | None = None
+    signature: tuple[int, ...] | None = None  # of the file that need not be read again
+    error: str = ""
+
+
+def _read_again(file: Path, signature: tuple[int, ...] | None, now: Callable[[], datetime]) -> Reading:
+    with contextlib.suppress(OSError):  # read says it
+        if signature == _signature(file.stat()):
+            return Reading(signature=signature)
+    try:
         content, status = read(file)
-        if self._now().timestamp() - status.st_mtime > UNSETTLED:
-            self._signature = _signature(status)
-        return parse(content, file)
+        settled = now().timestamp() - status.st_mtime > UNSETTLED
+        return Reading(parse(content, file), _signature(status) if settled else None)
+    except EbjdatError as error:
+        return Reading(error=str(error))
 
 
 def _signature(status: os.stat_result) -> tuple[int, ...]:

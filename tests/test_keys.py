@@ -1,12 +1,14 @@
 """The key file: what it takes and refuses, that it never holds a key, that it is read again, and that edits of several do not get lost."""
 
 import argparse
+import asyncio
 import json
 import logging
 import os
 import stat
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from hypothesis import strategies as st
 from ebjdat_serve import key_commands, keys
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.keys import LONGEST, MOST_KEYS, VARIABLE, KeyRing, digest, environment_key
+from ebjdat_serve.server.read import auth
+from ebjdat_serve.server.read.client_address import ClientAddress
+from ebjdat_serve.server.read.client_limits import Limits
 
 SECRET = "ebjdat_" + "s" * 43
 ROW = {"name": "shop", "sha256": digest(SECRET), "scopes": ["classify"], "created": "2026-11-26T08:00:00Z"}
@@ -309,6 +314,59 @@ def test_a_mounted_secret_that_is_swapped_by_its_link_is_followed(tmp_path):
     (tmp_path / "next").rename(tmp_path / "data")
     ring.later()
     assert ring.find(SECRET.encode()).name == "other"
+
+
+def test_a_file_system_that_hangs_keeps_the_old_keys_is_said_once_and_takes_few_threads(file, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "ebjdat_serve")
+    monkeypatch.setattr(auth, "LOOK_SECONDS", 0.005)
+    monkeypatch.setattr(auth, "READ_SECONDS", 0.02)
+    access = auth.Access(KeyRing(file, every=0.0), ClientAddress(), Limits())
+    back, reads, real = threading.Event(), [], keys.read
+
+    def hanging(path):
+        reads.append(path)
+        back.wait(30)
+        return real(path)
+
+    async def scenario():
+        monkeypatch.setattr(keys, "read", hanging)
+        following = asyncio.create_task(access.follow())
+        before = threading.active_count()
+        await asyncio.sleep(0.4)
+        assert len(reads) == threading.active_count() - before == auth.MOST_HUNG
+        assert access.keys.find(SECRET.encode())
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert f"{file} cannot be read within" in caplog.text
+        file.write_bytes(document({**ROW, "name": "later"}))
+        back.set()
+        while access.keys.find(SECRET.encode()).name != "later":
+            await asyncio.sleep(0.005)
+        assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_stop_waits_for_no_file_system_that_hangs(file):
+    """asyncio's own executor is joined as the process ends."""
+    script = (
+        "import asyncio, sys, time\n"
+        "from pathlib import Path\n"
+        "from ebjdat_serve import keys\n"
+        "from ebjdat_serve.server.read import auth\n"
+        "from ebjdat_serve.server.settings import Settings\n"
+        "access = auth.Access.of(Settings(keys=Path(sys.argv[1])))\n"
+        "auth.LOOK_SECONDS = 0.01\n"
+        "keys.read = lambda file: print('hangs', flush=True) or time.sleep(60)\n"
+        "async def scenario():\n"
+        "    following = asyncio.create_task(access.follow())\n"
+        "    await asyncio.sleep(0.3)\n"
+        "    following.cancel()\n"
+        "asyncio.run(scenario())\n"
+        "print('stopped', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True, timeout=20)
+    assert done.stdout.split() == ["hangs", "stopped"]
 
 
 # writing ---------------------------------------------------------------------------------------------------------------------

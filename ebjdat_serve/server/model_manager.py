@@ -20,6 +20,7 @@ from ebjdat_serve.server import ipc
 from ebjdat_serve.server.queues.request_queue import RequestQueue, WorkerConnection
 from ebjdat_serve.server.served_model import ServedModel, fingerprint, open_bundle, open_last, store_at
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.threads import in_daemon_thread
 from ebjdat_serve.server.worker_sockets import WorkerSockets
 from ebjdat_serve.store import remember
 
@@ -196,7 +197,7 @@ class ModelManager:
             return
         self._seen = seen
         try:
-            served = await asyncio.get_running_loop().run_in_executor(None, open_bundle, folder, self._settings, self._store)
+            served = await in_daemon_thread(partial(open_bundle, folder, self._settings, self._store))
         except EbjdatError as error:
             self._note_refusal(folder.name, str(error))
             return
@@ -237,7 +238,7 @@ class ModelManager:
             return
         try:
             work = partial(remember, store, served.bundle, self._settings.trusted())  # reads the keys of --trust
-            await asyncio.get_running_loop().run_in_executor(None, work)
+            await in_daemon_thread(work)
             self._memorable = True
         except Held:
             return

@@ -12,17 +12,22 @@ from typing import Any
 
 from fastapi import Request
 
-from ebjdat_serve.keys import Key, KeyRing, Scope, environment_key
+from ebjdat_serve.keys import Key, KeyRing, Reading, Scope, environment_key
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.auth_failures import LONGEST_DELAY, AuthFailures
 from ebjdat_serve.server.read.client_address import ClientAddress, client_name, network_name
 from ebjdat_serve.server.read.client_limits import ClientLimits, Limits, limits_of
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.threads import in_daemon_thread
 
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 Receive = Callable[[], Awaitable[Any]]
 LOOK_SECONDS = 1.0
 """Seconds between looks at the key file."""
+READ_SECONDS = 5.0
+"""Seconds after which a read of the key file is given up."""
+MOST_HUNG = 3
+"""Threads that wait for a file system that hangs, beyond which none is added until one returns."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,22 @@ class Access:
         )
 
     async def follow(self) -> None:
-        """Read the key file again whenever it changes, until cancelled; in a thread, as its file system may be slow."""
-        while True:
+        """Read the key file again whenever it changes, until cancelled.
+
+        A thread reads it, as its file system may hang: then the keys stay as they are, and others try, a few at most.
+        """
+        hung: list[asyncio.Future[Reading]] = []
+        while self.keys.file is not None:
             await asyncio.sleep(LOOK_SECONDS)
-            await asyncio.to_thread(self.keys.look)
+            hung = [one for one in hung if not one.done()]
+            if len(hung) >= MOST_HUNG:
+                continue
+            reading = in_daemon_thread(self.keys.read_again)
+            if (await asyncio.wait([reading], timeout=READ_SECONDS))[0]:
+                self.keys.take(reading.result())
+            else:
+                hung.append(reading)
+                self.keys.take(Reading(error=f"{self.keys.file} cannot be read within {READ_SECONDS:g} s: its file system may hang"))
 
     def chains(self, request: Request, n: int) -> AbstractContextManager[None]:
         """Count ``n`` chains of the client that sends ``request`` until the block ends; raise Problem 429 beyond its limit."""
