@@ -1,10 +1,12 @@
 """Errors as RFC 9457 problem documents: what is wrong, which limit or fix, and never a traceback."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from ebjdat_serve.server.api_docs import prefix_of
 from ebjdat_serve.server.settings import Settings
@@ -61,6 +63,13 @@ class Problem(Exception):
     def response(self) -> Response:
         """Return the problem as a response."""
         return Response(self.document(), self.status, headers=self.headers, media_type=MEDIA_TYPE)
+
+    def last_response(self, default_headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        """Return the problem as the bytes of a response that ends its connection."""
+        body = self.document().encode()
+        own = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), "cache-control": "no-store", "connection": "close"}
+        headers = [*default_headers, *((name.encode(), value.encode()) for name, value in (own | (self.headers or {})).items())]
+        return b"".join([STATUS_LINE[self.status], *(b"%b: %b\r\n" % header for header in headers), b"\r\n", body])
 
 
 def install(app: FastAPI, settings: Settings) -> None:

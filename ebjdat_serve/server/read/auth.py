@@ -163,4 +163,4 @@ def unauthorized(detail: str) -> Problem:
 
 def has_body(headers: list[tuple[bytes, bytes]]) -> bool:
     """Return whether a request announces a body."""
-    return any(name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0 \t") != b"") for name, value in headers)
+    return any(name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0") != b"") for name, value in headers)
