@@ -143,6 +143,8 @@ def deep(manifest):
 
 
 STRANGE = {
+    "a label that is another's number": (said(MANIFEST, lambda m: m.update(labels=["3", *m["labels"][1:]])), "is the number of class 3"),
+    "steps without end": (said(MANIFEST, lambda m: m["sampler"].update(steps=10**12)), "steps must be 1 to 10000"),
     "labels cut": (lambda bundle: bundle.update(labels=bundle.manifest.labels[:5]), "not from one model"),
     "a label that is half a character": (said(MANIFEST, lambda m: m.update(labels=["\ud800", *m["labels"][1:]])), "lone surrogate"),
     "a key that is half a character": (said(MANIFEST, lambda m: m["provenance"]["configuration"].update({"\udcff": 1})), "lone surrogate"),
