@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bounds import COUNT, NATS, Bounds, label_fault
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.errors import BundleError, cause
 from ebjdat_serve.graphs import check_graph
 from ebjdat_serve.precision import check
 from ebjdat_serve.rows import Row, parse_rows, to_json
@@ -162,7 +162,7 @@ class Bundle:
             try:
                 whole = file.stat().st_size == entry.bytes and sha256(file) == entry.sha256
             except OSError as error:
-                raise BundleError(f"{file} cannot be read: {error.strerror}") from error
+                raise BundleError(f"{file} cannot be read: {cause(error)}") from error
             if not whole:
                 raise BundleError(f"{file} is damaged: it does not match its sha256 in {MANIFEST}; restore the bundle")
             if name.endswith(".onnx"):
@@ -322,7 +322,7 @@ def read_bytes(file: Path, most: int = LARGEST_JSON) -> bytes:
             raise BundleError(f"{file} is larger than {most} bytes")
         return file.read_bytes()
     except OSError as error:
-        raise BundleError(f"{file} cannot be read: {error}") from error
+        raise BundleError(f"{file} cannot be read: {cause(error)}") from error
 
 
 def parse_json(content: bytes, file: Path) -> Any:

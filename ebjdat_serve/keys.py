@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ebjdat_serve.atomic import replacing
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import EbjdatError, cause
 from ebjdat_serve.locking import exclusive_lock
 
 log = logging.getLogger("ebjdat_serve")
@@ -144,7 +144,7 @@ def read(file: Path) -> tuple[bytes, os.stat_result]:
                 raise EbjdatError(f"{file} is not a file")
             content = stream.read(LARGEST_FILE + 1)
     except OSError as error:
-        raise EbjdatError(f"{file} cannot be read: {error.strerror}") from None
+        raise EbjdatError(f"{file} cannot be read: {cause(error)}") from None
     if len(content) > LARGEST_FILE:
         raise EbjdatError(f"{file} is larger than {LARGEST_FILE} bytes")
     if status.st_mode & stat.S_IWOTH:

@@ -21,7 +21,7 @@ from typing import Any
 import litserve as ls
 from fastapi import FastAPI
 
-from ebjdat_serve.errors import EngineError
+from ebjdat_serve.errors import EngineError, cause
 from ebjdat_serve.logs import adopt
 from ebjdat_serve.server.answer.headers import DEFAULT_HEADERS
 from ebjdat_serve.server.compute.workers import Worker
@@ -208,7 +208,7 @@ class Server(ls.LitServer):
     def _served(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()):
             log.error("the HTTP process cannot go on", exc_info=error)
-            self.give_up(f"the HTTP process cannot go on: {error}")
+            self.give_up(f"the HTTP process cannot go on: {cause(error)}")
 
     async def _end(self) -> None:
         """Let requests in progress end, refuse those that are still coming by then, and close the connections that are left."""
@@ -301,7 +301,7 @@ def check_address(host: str, port: int) -> None:
     try:
         bind(host, port)
     except OSError as error:
-        raise EngineError(f"cannot listen on {host}:{port} ({error.strerror})", options=free_port(host, port)) from error
+        raise EngineError(f"cannot listen on {host}:{port} ({cause(error)})", options=free_port(host, port)) from error
 
 
 def bind(host: str, port: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ebjdat_serve.bundle import resolve
-from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.errors import BundleError, EbjdatError, cause
 from ebjdat_serve.history import SERVED_FILE
 from ebjdat_serve.listing import printable
 from ebjdat_serve.locking import Held, hold
@@ -108,7 +108,7 @@ class ModelManager:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("the HTTP process cannot go on", exc_info=error)
-            self._give_up(f"the HTTP process cannot go on: {error}")
+            self._give_up(f"the HTTP process cannot go on: {cause(error)}")
 
     # workers ---------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from ebjdat_serve import pixels
-from ebjdat_serve.errors import EbjdatError, EngineError, InvalidImage
+from ebjdat_serve.errors import EbjdatError, EngineError, InvalidImage, cause
 from ebjdat_serve.generation import generate
 from ebjdat_serve.keys import VARIABLE
 from ebjdat_serve.locking import hold
@@ -155,4 +155,4 @@ def run(settings: Settings) -> None:
                 host=settings.host, port=settings.port, num_api_servers=1, log_level="warning", generate_client_file=False, access_log=False
             )
         except RuntimeError as error:
-            raise EngineError(f"LitServe could not start: {error}") from error
+            raise EngineError(f"LitServe could not start: {cause(error)}") from error
