@@ -412,6 +412,7 @@ def impatient(tmp_path_factory):
         for name, text in variables.items():
             patch.setenv(f"EBJDAT_{name}", text)
         with serving(SHIPPED, tmp_path_factory.mktemp("impatient") / "log", *LONG, "--body-timeout", "2", "--keep-alive", "2") as server:
+            patch.undo()  # or the servers of other tests would be impatient too
             yield server
 
 
