@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read import client_limits
-from ebjdat_serve.server.read.client_limits import OPTIONS, PUBLIC, ClientLimits, Limits, limits_of
+from ebjdat_serve.server.read.client_limits import BEYOND_LOOPBACK, OPTIONS, ClientLimits, Limits, limits_of
 from ebjdat_serve.server.settings import SETTINGS, Settings
 
 
@@ -137,8 +137,8 @@ def test_the_count_is_what_is_held(events):
 
 
 def test_a_keys_own_limits_go_before_and_are_named(counts):
-    limits = PUBLIC.of_key(rate=2, burst=None, concurrency=1)
-    assert (limits.rate, limits.tolerance, limits.requests, limits.chains) == (2, 1.5, 1, PUBLIC.chains)
+    limits = BEYOND_LOOPBACK.of_key(rate=2, burst=None, concurrency=1)
+    assert (limits.rate, limits.tolerance, limits.requests, limits.chains) == (2, 1.5, 1, BEYOND_LOOPBACK.chains)
     for _ in range(4):
         counts.request("key:shop", limits)
     with pytest.raises(Problem, match="rate of its key"):
@@ -146,7 +146,7 @@ def test_a_keys_own_limits_go_before_and_are_named(counts):
     held = counts.held("key:shop", "requests", limits)
     with held, pytest.raises(Problem, match="concurrency of its key"), counts.held("key:shop", "requests", limits):
         pass
-    assert PUBLIC.of_key(rate=None, burst=None, concurrency=None) == PUBLIC
+    assert BEYOND_LOOPBACK.of_key(rate=None, burst=None, concurrency=None) == BEYOND_LOOPBACK
 
 
 def test_what_is_beyond_a_limit_by_itself_is_not_asked_to_come_again(counts):
@@ -158,15 +158,15 @@ def test_what_is_beyond_a_limit_by_itself_is_not_asked_to_come_again(counts):
 
 def test_the_largest_drawing_is_within_the_limit_of_chains():
     assert limits_of(Settings(host="0.0.0.0", max_samples=128)).chains == 128
-    assert limits_of(Settings(host="0.0.0.0", max_samples=8)).chains == PUBLIC.chains
+    assert limits_of(Settings(host="0.0.0.0", max_samples=8)).chains == BEYOND_LOOPBACK.chains
 
 
 def test_limits_are_on_where_others_can_connect():
     for host in ("0.0.0.0", "::"):
-        assert limits_of(Settings(host=host)) == PUBLIC
+        assert limits_of(Settings(host=host)) == BEYOND_LOOPBACK
     for host in ("127.0.0.1", "localhost"):
         assert limits_of(Settings(host=host)) == Limits()
-        assert limits_of(Settings(host=host, trusted_proxy=("10.0.0.0/8",))) == PUBLIC
+        assert limits_of(Settings(host=host, trusted_proxy=("10.0.0.0/8",))) == BEYOND_LOOPBACK
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -175,7 +175,7 @@ def test_a_setting_wins_and_0_is_no_limit(name):
     assert getattr(limits_of(Settings(host="0.0.0.0", **{f"client_{name}": 0})), name) is None
     setting = next(one for one in SETTINGS if one.name == f"client_{name}")
     assert OPTIONS[name] == f"serve {setting.flag}"
-    assert setting.default_text.startswith(f"{getattr(PUBLIC, name):g} beyond loopback")
+    assert setting.default_text.startswith(f"{getattr(BEYOND_LOOPBACK, name):g} beyond loopback")
 
 
 @pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])

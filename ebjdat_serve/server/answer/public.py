@@ -100,7 +100,7 @@ class PublicInfo(Schema):
     limits: Limits
 
 
-PUBLIC: dict[type[Schema], type[Schema]] = {
+PUBLIC_SCHEMAS: dict[type[Schema], type[Schema]] = {
     Classified: PublicClassified,
     ClassifyAnswer: PublicClassifyAnswer,
     ClassifyList: PublicClassifyList,
@@ -119,7 +119,7 @@ def told(answer: Schema, profile: Profile) -> Schema:
     """Return what of ``answer`` a profile tells; raise KeyError for an answer that the public profile does not have."""
     if profile == "full":
         return answer
-    return PUBLIC[type(answer)].model_validate(answer, from_attributes=True)
+    return PUBLIC_SCHEMAS[type(answer)].model_validate(answer, from_attributes=True)
 
 
 def of_public_data(provenance: Provenance) -> bool:

@@ -59,13 +59,13 @@ class Limits:
         return (burst - 1) / self.rate
 
 
-PUBLIC = Limits(rate=50.0, requests=32, bodies=16, chains=64)
+BEYOND_LOOPBACK = Limits(rate=50.0, requests=32, bodies=16, chains=64)
 """The limits beyond loopback: a client may take all the server has for a second or two, and one drawing of the largest size."""
 
 
 def limits_of(settings: Settings) -> Limits:
     """Return the limits of a client whose key sets none; unless they are set, none where only this machine's programs are clients."""
-    default, s = PUBLIC if settings.exposed else Limits(), settings
+    default, s = BEYOND_LOOPBACK if settings.exposed else Limits(), settings
     return Limits(
         rate=default.rate if s.client_rate is None else s.client_rate or None,
         requests=default.requests if s.client_requests is None else s.client_requests or None,
