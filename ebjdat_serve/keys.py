@@ -30,7 +30,7 @@ from ebjdat_serve.locking import exclusive_lock
 log = logging.getLogger("ebjdat_serve")
 Scope = Literal["classify", "generate", "operate"]
 SCOPES: tuple[Scope, ...] = ("classify", "generate", "operate")
-VARIABLE = "LIT_SERVER_API_KEY"
+KEY_VARIABLE = "LIT_SERVER_API_KEY"
 PREFIX = "ebjdat_"
 """What our keys begin with, so that scanners of repositories and logs can find one that was lost."""
 LONGEST = 4096
@@ -75,7 +75,7 @@ class Document(BaseModel):
         for field in ("name", "sha256"):
             seen: set[str] = set()
             for key in self.keys:
-                if getattr(key, field) in seen or (field == "name" and key.name == VARIABLE):
+                if getattr(key, field) in seen or (field == "name" and key.name == KEY_VARIABLE):
                     raise ValueError(f"the {field} of key {key.name} is taken")
                 seen.add(getattr(key, field))
         return self
@@ -95,19 +95,21 @@ def environment_key() -> Key | None:
     White space at its ends, as a file of secrets has, is no part of it. Raises EbjdatError for a key that no client could send, and for a
     blank one: the server would be open.
     """
-    text = os.environ.get(VARIABLE)
+    text = os.environ.get(KEY_VARIABLE)
     if text is None:
         return None
     key = text.strip()
     if not key:
-        raise EbjdatError(f"{VARIABLE} is set and holds no key: give one, or unset it to serve without")
+        raise EbjdatError(f"{KEY_VARIABLE} is set and holds no key: give one, or unset it to serve without")
     if not key.isascii() or not key.isprintable():
-        raise EbjdatError(f"{VARIABLE} has characters that are not printable ASCII, which no header can carry: choose another key")
+        raise EbjdatError(f"{KEY_VARIABLE} has characters that are not printable ASCII, which no header can carry: choose another key")
     if len(key) > LONGEST:
-        raise EbjdatError(f"{VARIABLE} has {len(key)} characters, more than the {LONGEST} that fit into a header: is it the right secret?")
+        raise EbjdatError(
+            f"{KEY_VARIABLE} has {len(key)} characters, more than the {LONGEST} that fit into a header: is it the right secret?"
+        )
     if len(key) < GUESSABLE:
-        log.warning("%s has %d characters and can be guessed: use %d random ones or more", VARIABLE, len(key), GUESSABLE)
-    return Key(name=VARIABLE, sha256=digest(key), scopes=frozenset(SCOPES), created=datetime.now(UTC))
+        log.warning("%s has %d characters and can be guessed: use %d random ones or more", KEY_VARIABLE, len(key), GUESSABLE)
+    return Key(name=KEY_VARIABLE, sha256=digest(key), scopes=frozenset(SCOPES), created=datetime.now(UTC))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def new(file: Path, key: Key) -> str:
     """
     secret = PREFIX + secrets.token_urlsafe(32)
     with edited(file) as keys:
-        if key.name in keys or key.name == VARIABLE:
+        if key.name in keys or key.name == KEY_VARIABLE:
             raise EbjdatError(f"{file} has a key {key.name} already: revoke it first, or choose another name")
         keys[key.name] = key.model_copy(update={"sha256": digest(secret)})
     return secret

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ebjdat_serve import key_commands, keys
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.keys import LONGEST, MOST_KEYS, VARIABLE, KeyRing, digest, environment_key
+from ebjdat_serve.keys import KEY_VARIABLE, LONGEST, MOST_KEYS, KeyRing, digest, environment_key
 from ebjdat_serve.server.read import auth
 from ebjdat_serve.server.read.client_address import ClientAddress
 from ebjdat_serve.server.read.client_limits import Limits
@@ -45,7 +45,7 @@ def file(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
-    for name in (VARIABLE, key_commands.VARIABLE):
+    for name in (KEY_VARIABLE, key_commands.FILE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -62,7 +62,7 @@ def no_variables(monkeypatch):
         ({"name": "a b"}, "keys.0.name"),
         ({"name": "line\nend"}, "keys.0.name"),
         ({"name": ""}, "keys.0.name"),
-        ({"name": VARIABLE}, f"the name of key {VARIABLE} is taken"),
+        ({"name": KEY_VARIABLE}, f"the name of key {KEY_VARIABLE} is taken"),
         ({"sha256": SECRET}, "keys.0.sha256"),
         ({"sha256": digest(SECRET).upper()}, "keys.0.sha256"),
         ({"rate": 0}, "keys.0.rate"),
@@ -178,11 +178,11 @@ def test_a_key_expires_while_the_server_runs(file):
 
 
 def test_the_environments_key_has_all_scopes_and_white_space_at_its_ends_is_no_part_of_it(monkeypatch):
-    monkeypatch.setenv(VARIABLE, f" \t{SECRET}\r\n")
+    monkeypatch.setenv(KEY_VARIABLE, f" \t{SECRET}\r\n")
     ring = KeyRing(None, environment_key())
     assert ring.closed
     found = ring.find(SECRET.encode())
-    assert (found.name, found.scopes) == (VARIABLE, set(keys.SCOPES))
+    assert (found.name, found.scopes) == (KEY_VARIABLE, set(keys.SCOPES))
     assert ring.find(b"") is None
 
 
@@ -200,10 +200,10 @@ def test_the_environments_key_has_all_scopes_and_white_space_at_its_ends_is_no_p
     ],
 )
 def test_a_key_that_cannot_be_one_stops_the_start(monkeypatch, value, said):
-    monkeypatch.setenv(VARIABLE, value)
+    monkeypatch.setenv(KEY_VARIABLE, value)
     with pytest.raises(EbjdatError, match=said) as refused:
         environment_key()
-    assert VARIABLE in str(refused.value)
+    assert KEY_VARIABLE in str(refused.value)
     assert not value.strip() or value.strip() not in str(refused.value)
 
 
@@ -215,16 +215,16 @@ def test_without_file_and_variable_the_server_is_open():
 
 
 def test_a_short_key_is_warned_of_without_being_written_to_the_log(monkeypatch, caplog):
-    monkeypatch.setenv(VARIABLE, "hunter2")
+    monkeypatch.setenv(KEY_VARIABLE, "hunter2")
     assert environment_key()
     assert "can be guessed" in caplog.text
     assert "hunter2" not in caplog.text
 
 
 def test_file_and_environment_both_count(file, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "e" * 32)
+    monkeypatch.setenv(KEY_VARIABLE, "e" * 32)
     ring = KeyRing(file, environment_key())
-    assert [ring.find(sent).name for sent in (SECRET.encode(), b"e" * 32)] == ["shop", VARIABLE]
+    assert [ring.find(sent).name for sent in (SECRET.encode(), b"e" * 32)] == ["shop", KEY_VARIABLE]
 
 
 # reading again ---------------------------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ def test_new_list_and_revoke(tmp_path, capsys, monkeypatch):
     file = tmp_path / "keys.json"
     run("new", "shop", "--rate", "5", "--days", "90", "--file", file)
     secret = capsys.readouterr().out.strip()  # alone on standard output: KEY=$(ebjdat-serve key new shop)
-    monkeypatch.setenv(key_commands.VARIABLE, str(file))
+    monkeypatch.setenv(key_commands.FILE_VARIABLE, str(file))
     run("new", "ops", "--scope", "operate", "--concurrency", "2")
     other = capsys.readouterr().out.strip()
     ring = KeyRing(file)
@@ -498,7 +498,7 @@ def test_new_list_and_revoke(tmp_path, capsys, monkeypatch):
     ("words", "said"),
     [
         (["new", "shop"], "has a key shop already"),
-        (["new", VARIABLE], "has a key LIT_SERVER_API_KEY already"),
+        (["new", KEY_VARIABLE], "has a key LIT_SERVER_API_KEY already"),
         (["new", "a b"], "name 'a b'"),
         (["new", "other", "--rate", "nan"], "rate nan"),
         (["new", "other", "--concurrency", "0"], "concurrency 0"),
