@@ -21,7 +21,7 @@ from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.keys import KEY_VARIABLE, LONGEST, MOST_KEYS, KeyRing, digest, environment_key
 from ebjdat_serve.server.read import auth
 from ebjdat_serve.server.read.client_address import ClientAddress
-from ebjdat_serve.server.read.client_limits import Limits
+from ebjdat_serve.server.read.client_limits import ClientLimits
 
 SECRET = "ebjdat_" + "s" * 43
 ROW = {"name": "shop", "sha256": digest(SECRET), "scopes": ["classify"], "created": "2026-11-26T08:00:00Z"}
@@ -320,7 +320,7 @@ def test_a_file_system_that_hangs_keeps_the_old_keys_is_said_once_and_takes_few_
     caplog.set_level(logging.INFO, "ebjdat_serve")
     monkeypatch.setattr(auth, "LOOK_SECONDS", 0.005)
     monkeypatch.setattr(auth, "READ_SECONDS", 0.02)
-    access = auth.Access(KeyRing(file, every=0.0), ClientAddress(), Limits())
+    access = auth.Access(KeyRing(file, every=0.0), ClientAddress(), ClientLimits())
     back, reads, real = threading.Event(), [], keys.read
 
     def hanging(path):

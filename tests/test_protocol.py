@@ -11,7 +11,7 @@ from ebjdat_serve.keys import KeyRing, digest
 from ebjdat_serve.server.read import http_protocol
 from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware
 from ebjdat_serve.server.read.client_address import ClientAddress
-from ebjdat_serve.server.read.client_limits import Limits
+from ebjdat_serve.server.read.client_limits import ClientLimits
 from ebjdat_serve.server.read.http_protocol import bounded_protocol
 from ebjdat_serve.server.settings import Settings
 from tests.test_keys import key_of
@@ -154,7 +154,7 @@ def test_a_key_with_white_space_around_it_is_the_key():
         await send({"type": "http.response.body"})
 
     keys = KeyRing(None, key_of("shop").model_copy(update={"sha256": digest(KEY)}))
-    guarded = ApiKeyMiddleware(app, Access(keys, ClientAddress(), Limits()), {"/echo": {"classify"}})
+    guarded = ApiKeyMiddleware(app, Access(keys, ClientAddress(), ClientLimits()), {"/echo": {"classify"}})
     for value in (KEY, KEY + b" ", b"\t" + KEY + b" \t"):
         sent, _ = conversation(POST + b"X-API-Key:" + value + b"\r\nContent-Length: 0 \r\n\r\n", app=guarded)
         assert b"204" in sent and b"key:shop" in sent, sent

@@ -12,7 +12,7 @@ from ebjdat_serve.bundle import Input, Provenance
 from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.answer.images import GenerateAnswer, Generated, GeneratePreviewEvent, PngHeaders
 from ebjdat_serve.server.answer.predictions import Classified, ClassifyAnswer, ClassifyList
-from ebjdat_serve.server.answer.status import Health, Index, Info, Limits
+from ebjdat_serve.server.answer.status import Health, Index, Info, LimitsInfo
 from ebjdat_serve.server.settings import Profile
 
 DECIMALS = 2
@@ -97,7 +97,7 @@ class PublicInfo(Schema):
     model: str
     labels: list[str]
     input: Input
-    limits: Limits
+    limits: LimitsInfo
 
 
 PUBLIC_SCHEMAS: dict[type[Schema], type[Schema]] = {

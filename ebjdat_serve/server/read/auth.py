@@ -16,7 +16,7 @@ from ebjdat_serve.keys import Key, KeyRing, Reading, Scope, environment_key
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.auth_failures import LONGEST_DELAY, AuthFailures
 from ebjdat_serve.server.read.client_address import ClientAddress, client_name, network_name
-from ebjdat_serve.server.read.client_limits import ClientLimits, Limits, limits_of
+from ebjdat_serve.server.read.client_limits import ClientCounts, ClientLimits, limits_of
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.threads import in_daemon_thread
 
@@ -36,8 +36,8 @@ class Access:
 
     keys: KeyRing
     address: ClientAddress
-    limits: Limits
-    counts: ClientLimits = field(default_factory=ClientLimits)
+    limits: ClientLimits
+    counts: ClientCounts = field(default_factory=ClientCounts)
     failures: AuthFailures = field(default_factory=AuthFailures)
 
     @staticmethod
@@ -77,7 +77,7 @@ class ApiKeyMiddleware:
 
     A server with keys answers 401 without a known X-API-Key and 403 for a key without the path's scope; any server 429 beyond a limit of
     the client. The scope that is passed on has the client's name (str) as ``client_name``, the scopes of its key as ``scopes``, none
-    without one, and its Limits as ``limits``.
+    without one, and its ClientLimits as ``limits``.
     """
 
     def __init__(self, app: ASGI, access: Access, scopes: Mapping[str, Collection[Scope]]) -> None:
@@ -98,7 +98,7 @@ class ApiKeyMiddleware:
             known = {"client_name": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
             return await self._app(scope | known, receive, send)
 
-    def _count(self, client: str, limits: Limits, headers: list[tuple[bytes, bytes]], receive: Receive, held: ExitStack) -> Receive:
+    def _count(self, client: str, limits: ClientLimits, headers: list[tuple[bytes, bytes]], receive: Receive, held: ExitStack) -> Receive:
         """Count a request until ``held`` is closed, and its body until the returned ``receive`` has given all of it.
 
         Raises Problem 429 beyond a limit.
@@ -119,14 +119,14 @@ class ApiKeyMiddleware:
 
         return receive_body
 
-    async def _identify(self, scope: Any) -> tuple[str, Key | None, Limits]:
+    async def _identify(self, scope: Any) -> tuple[str, Key | None, ClientLimits]:
         """Return the client's name, its key if the server has keys, and its limits. Raises Problem 400, 401, 403, 404 or 429."""
         access = self._access
         address = access.address(scope["client"] and scope["client"][0], scope["headers"])
         path = scope["path"]
         needed = self._scopes.get(path)
         if needed is not None and not needed:
-            return network_name(address), None, Limits()
+            return network_name(address), None, ClientLimits()
         if not access.keys.closed:
             return network_name(address), None, access.limits
         key = await self._key(scope["headers"], network_name(address))
