@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import re
 
 import pytest
 
@@ -9,6 +10,8 @@ from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.decoding.pool import Decoders
 from ebjdat_serve.decoding.pool_settings import PoolSettings
 from ebjdat_serve.errors import cause
+from ebjdat_serve.server.problems import TITLES
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -24,6 +27,13 @@ from ebjdat_serve.errors import cause
 )
 def test_an_exception_that_says_nothing_is_named(error, said):
     assert cause(error) == said
+
+
+def test_every_status_of_a_problem_has_a_title_of_its_own():
+    sources = (ROOT / "ebjdat_serve").rglob("*.py")
+    used = {int(status) for file in sources for status in re.findall(r"Problem\(\s*(\d{3})", file.read_text(encoding="utf-8"))}
+    assert {400, 408, 499, 504} <= used <= set(TITLES)
+    assert len(set(TITLES.values())) == len(TITLES)
 
 
 def test_the_log_says_why_no_decoder_starts(monkeypatch, caplog):
