@@ -13,7 +13,7 @@ from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware
 from ebjdat_serve.server.read.client_address import ClientAddress
 from ebjdat_serve.server.read.client_limits import ClientLimits
 from ebjdat_serve.server.read.http_protocol import bounded_protocol
-from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.settings import SETTINGS, Settings
 from tests.test_keys import key_of
 
 KEY = b"a-key-of-the-tests"
@@ -97,6 +97,11 @@ def conversation(*parts, app=None, **settings):
             connection.lost()
 
     return asyncio.run(talk())
+
+
+def test_what_a_header_counts_for_is_what_the_setting_says():
+    (about,) = [one.about for one in SETTINGS if one.name == "max_headers"]
+    assert about.help.endswith(f"and {http_protocol.HEADER_COST} more for each header")
 
 
 # white space around values ---------------------------------------------------------------------------------------------------
