@@ -8,15 +8,15 @@ selftest.safetensors eight images and torch's outputs on them   bundle.json.sig 
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ebjdat_serve.atomic import replacing
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.bounds import COUNT, NATS, Bounds, label_fault
+from ebjdat_serve.errors import BundleError, cause
 from ebjdat_serve.graphs import check_graph
 from ebjdat_serve.precision import check
 from ebjdat_serve.rows import Row, parse_rows, to_json
@@ -26,8 +26,8 @@ from ebjdat_serve.sgld import Sampler
 SCHEMA = 1
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-LARGEST_JSON = 64 * 2**20
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+LARGEST_MANIFEST, LARGEST_JSON = 4 * 2**20, 64 * 2**20
 GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
 SERVED = ("weights.safetensors", "prior.safetensors", *GRAPHS, "calibration.json", "selftest.safetensors")
 EVIDENCE = ("metrics.json", "README.md", "samples.png", "landscape.png", "baseline.json")
@@ -38,8 +38,8 @@ T = TypeVar("T")
 class Input:
     """The input contract: images are squashed to height x width by area averaging, pixels in [0,1]."""
 
-    height: int
-    width: int
+    height: Annotated[int, Bounds(1, 4096)]
+    width: Annotated[int, Bounds(1, 4096)]
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Provenance:
 
     git: str
     preset: str
-    seed: int
+    seed: Annotated[int, COUNT]
     dataset: str
     data_sha256: str
-    steps: int
-    planned_steps: int
-    rollbacks: int
+    steps: Annotated[int, COUNT]
+    planned_steps: Annotated[int, COUNT]
+    rollbacks: Annotated[int, COUNT]
     init_sha256: str
     started: str
     configuration: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class FileEntry:
     """The expected size and sha256 of one file."""
 
     sha256: str
-    bytes: int
+    bytes: Annotated[int, COUNT]
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class Calibration:
     of: str
     precision: str
     dataset: str
-    temperature: float
-    energies: list[float]
+    temperature: Annotated[float, Bounds(1e-3, 1e3)]
+    energies: list[Annotated[float, NATS]]
     score: str
-    weight: float
-    scores: list[float]
+    weight: Annotated[float, Bounds(-1e6, 1e6)]
+    scores: list[Annotated[float, NATS]]
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,14 @@ class Bundle:
             raise BundleError(f"{bundle.path} is not finished: {', '.join(missing)} missing; export and calibrate it first")
         bundle.check_files()
         bundle.calibration()
-        sampler = bundle.manifest.sampler
-        if sampler.steps < 1 or not all(math.isfinite(value) for value in vars(sampler).values()):
-            raise BundleError(f"{bundle.path / MANIFEST}: the sampler's numbers must be finite and its steps at least 1")
         return bundle
 
     @staticmethod
     def draft(path: Path) -> "Bundle":
         """Return the bundle at ``path`` even if it is unfinished; only the manifest is checked."""
         path = resolve(path)
-        content = read_bytes(path / MANIFEST)
-        manifest = parse(Manifest, parse_json(content, path / MANIFEST), MANIFEST)
+        content = read_bytes(path / MANIFEST, LARGEST_MANIFEST)
+        manifest = parse(Manifest, parse_json(content, path / MANIFEST), str(path / MANIFEST))
         if manifest.schema != SCHEMA:
             raise BundleError(f"{path / MANIFEST}: schema {manifest.schema} is unknown; this version reads schema {SCHEMA}")
         strange = [name for name in manifest.files if Path(name).name != name]
@@ -140,8 +137,11 @@ class Bundle:
         for what in (manifest.name, manifest.version):
             if not NAME.fullmatch(what):
                 raise BundleError(
-                    f"{path / MANIFEST}: {what[:40]!r} is not a valid name or version: letters, digits and, after the first, . _ + -"
+                    f"{path / MANIFEST}: {what[:40]!r} is not a valid name or version: letters, digits and, after the first, . _ + -, "
+                    "100 in all"
                 )
+        if fault := label_fault(manifest.labels):
+            raise BundleError(f"{path / MANIFEST}: labels: {fault}")
         return Bundle(path, manifest, hashlib.sha256(content).hexdigest())
 
     @property
@@ -162,7 +162,7 @@ class Bundle:
             try:
                 whole = file.stat().st_size == entry.bytes and sha256(file) == entry.sha256
             except OSError as error:
-                raise BundleError(f"{file} cannot be read: {error.strerror}") from error
+                raise BundleError(f"{file} cannot be read: {cause(error)}") from error
             if not whole:
                 raise BundleError(f"{file} is damaged: it does not match its sha256 in {MANIFEST}; restore the bundle")
             if name.endswith(".onnx"):
@@ -204,7 +204,7 @@ class Bundle:
         found = read_json(file) if file.is_file() else []
         if not isinstance(found, list):
             raise BundleError(f"{file} must be a list of calibrations")
-        return [parse(Calibration, calibration, "calibration.json") for calibration in found]
+        return [parse(Calibration, calibration, str(file)) for calibration in found]
 
     def calibration(self, precision: str = "fp32") -> Calibration:
         """Return the calibration of ``precision``; raise BundleError when it is missing or measured on another graph."""
@@ -218,10 +218,10 @@ class Bundle:
                 f"{self.measured(precision)[:12]}; calibrate again"
             )
         for values in (found.energies, found.scores):
-            if values != sorted(values) or not all(map(math.isfinite, values)) or len(values) != len(found.energies):
-                raise BundleError(f"{self.path / 'calibration.json'}: energies and scores must be finite, sorted and of equal number")
-        if found.score not in SCORES or not math.isfinite(found.weight) or not 0 < found.temperature < math.inf:
-            raise BundleError(f"{self.path / 'calibration.json'}: score must be one of {', '.join(SCORES)}, and the temperature positive")
+            if values != sorted(values) or len(values) != len(found.energies):
+                raise BundleError(f"{self.path / 'calibration.json'}: energies and scores must be sorted and of equal number")
+        if found.score not in SCORES:
+            raise BundleError(f"{self.path / 'calibration.json'}: score must be one of {', '.join(SCORES)}")
         return found
 
     def metrics(self) -> list[Row]:
@@ -260,10 +260,13 @@ def resolve(path: Path) -> Path:
 
 
 def parse(kind: type[T], data: Any, where: str) -> T:
-    """Return ``data`` as the dataclass ``kind``; raise BundleError for unknown or missing keys and wrong types."""
+    """Return ``data`` as the dataclass ``kind``.
+
+    Raises BundleError for unknown or missing keys, wrong types, and numbers beyond the ``Bounds`` that annotate their field.
+    """
     if not isinstance(data, dict):
         raise BundleError(f"{where}: expected an object, found {type(data).__name__}")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     unknown = sorted(set(data) - set(hints))
     missing = sorted({f.name for f in fields(kind)} - set(data))  # type: ignore[arg-type]
     if unknown or missing:
@@ -275,6 +278,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hasattr(hint, "__dataclass_fields__"):
         return parse(hint, value, where)
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        number = _value(arguments[0], value, where)
+        if fault := arguments[1].fault(number):
+            raise BundleError(f"{where} {fault}")
+        return number
     if origin is dict and isinstance(value, dict):
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is list and isinstance(value, list):
@@ -285,7 +293,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
-    raise BundleError(f"{where}: {value!r} is not a {getattr(hint, '__name__', hint)}")
+    raise BundleError(f"{where}: {repr(value)[:40]} is not a {getattr(hint, '__name__', hint)}")
 
 
 def sha256(file: Path) -> str:
@@ -309,14 +317,14 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
     write_json(file, [to_json(row) for row in rows])
 
 
-def read_bytes(file: Path) -> bytes:
-    """Return the file's content; raise BundleError when it cannot be read or exceeds LARGEST_JSON bytes."""
+def read_bytes(file: Path, most: int = LARGEST_JSON) -> bytes:
+    """Return the file's content; raise BundleError when it cannot be read or exceeds ``most`` bytes."""
     try:
-        if file.stat().st_size > LARGEST_JSON:
-            raise BundleError(f"{file} is larger than {LARGEST_JSON} bytes")
+        if file.stat().st_size > most:
+            raise BundleError(f"{file} is larger than {most} bytes")
         return file.read_bytes()
     except OSError as error:
-        raise BundleError(f"{file} cannot be read: {error}") from error
+        raise BundleError(f"{file} cannot be read: {cause(error)}") from error
 
 
 def parse_json(content: bytes, file: Path) -> Any:

@@ -14,7 +14,7 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.console import advice, flush, parser_of, unread
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.keys import VARIABLE
+from ebjdat_serve.keys import KEY_VARIABLE
 from ebjdat_serve.verification import Terms
 
 log = logging.getLogger("ebjdat_serve")
@@ -107,7 +107,7 @@ def serve(options: argparse.Namespace) -> None:
     options.log = settings.log  # main() reports errors there
     logs.configure(settings.log)
     litserve_adapter.check_address(settings.host, settings.port)
-    if settings.exposed and settings.profile == "full" and not (settings.keys or os.environ.get(VARIABLE)):
+    if settings.exposed and settings.profile == "full" and not (settings.keys or os.environ.get(KEY_VARIABLE)):
         log.warning("%s", OPEN)
     logs.announce(settings.log, f"starting {settings.model}")
     if settings.stock:

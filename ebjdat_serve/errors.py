@@ -3,6 +3,11 @@
 from collections.abc import Collection
 
 
+def cause(error: BaseException) -> str:
+    """Return what an exception says, the system's words for one of the system; its name for one that says nothing, as TimeoutError()."""
+    return (error.strerror if isinstance(error, OSError) else "") or str(error) or repr(error)
+
+
 class EbjdatError(Exception):
     """Base of every error this package raises on purpose.
 

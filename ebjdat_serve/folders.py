@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import EbjdatError, cause
 
 
 def folder(variable: str, name: str = "") -> Path:
@@ -27,5 +27,5 @@ def ensure_folder(path: Path, variable: str) -> Path:
 
 def unwritable(path: Path, variable: str, error: OSError | None = None) -> EbjdatError:
     """Return the error for a folder that cannot be written."""
-    why = f" ({error.strerror})" if error else ""
+    why = f" ({cause(error)})" if error else ""
     return EbjdatError(f"{path} cannot be written{why}: set {variable} to a folder that can")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bundle import Bundle, parse, read_json
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.errors import BundleError, cause
 
 SERVED_FILE = "served.json"
 DATED = re.compile(r"(\d{4})\.(\d\d)\.(\d\d)\b.*")
@@ -98,7 +98,7 @@ def read_history(store: Path) -> History:
     try:
         there = file.exists()
     except OSError as error:
-        raise BundleError(f"{file} cannot be read: {error.strerror}") from error
+        raise BundleError(f"{file} cannot be read: {cause(error)}") from error
     if not there:
         return History()
     try:

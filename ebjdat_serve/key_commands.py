@@ -14,7 +14,7 @@ from ebjdat_serve import keys
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.server.settings import SETTINGS
 
-VARIABLE = next(one.variable for one in SETTINGS if one.name == "keys")
+FILE_VARIABLE = next(one.variable for one in SETTINGS if one.name == "keys")
 """The key file of `ebjdat-serve serve` and `ebjdat-serve key` where none is given."""
 
 
@@ -43,8 +43,8 @@ def add(commands: Any) -> None:
 
 def _action(actions: Any, name: str, command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text)
-    default = os.environ.get(VARIABLE)
-    parser.add_argument("--file", type=Path, default=default, required=default is None, help=f"the key file (${VARIABLE})")
+    default = os.environ.get(FILE_VARIABLE)
+    parser.add_argument("--file", type=Path, default=default, required=default is None, help=f"the key file (${FILE_VARIABLE})")
     parser.set_defaults(command=command, parser=parser)
     return parser
 

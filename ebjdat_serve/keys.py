@@ -16,6 +16,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,13 +24,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ebjdat_serve.atomic import replacing
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import EbjdatError, cause
 from ebjdat_serve.locking import exclusive_lock
 
 log = logging.getLogger("ebjdat_serve")
 Scope = Literal["classify", "generate", "operate"]
 SCOPES: tuple[Scope, ...] = ("classify", "generate", "operate")
-VARIABLE = "LIT_SERVER_API_KEY"
+KEY_VARIABLE = "LIT_SERVER_API_KEY"
 PREFIX = "ebjdat_"
 """What our keys begin with, so that scanners of repositories and logs can find one that was lost."""
 LONGEST = 4096
@@ -74,7 +75,7 @@ class Document(BaseModel):
         for field in ("name", "sha256"):
             seen: set[str] = set()
             for key in self.keys:
-                if getattr(key, field) in seen or (field == "name" and key.name == VARIABLE):
+                if getattr(key, field) in seen or (field == "name" and key.name == KEY_VARIABLE):
                     raise ValueError(f"the {field} of key {key.name} is taken")
                 seen.add(getattr(key, field))
         return self
@@ -94,19 +95,21 @@ def environment_key() -> Key | None:
     White space at its ends, as a file of secrets has, is no part of it. Raises EbjdatError for a key that no client could send, and for a
     blank one: the server would be open.
     """
-    text = os.environ.get(VARIABLE)
+    text = os.environ.get(KEY_VARIABLE)
     if text is None:
         return None
     key = text.strip()
     if not key:
-        raise EbjdatError(f"{VARIABLE} is set and holds no key: give one, or unset it to serve without")
+        raise EbjdatError(f"{KEY_VARIABLE} is set and holds no key: give one, or unset it to serve without")
     if not key.isascii() or not key.isprintable():
-        raise EbjdatError(f"{VARIABLE} has characters that are not printable ASCII, which no header can carry: choose another key")
+        raise EbjdatError(f"{KEY_VARIABLE} has characters that are not printable ASCII, which no header can carry: choose another key")
     if len(key) > LONGEST:
-        raise EbjdatError(f"{VARIABLE} has {len(key)} characters, more than the {LONGEST} that fit into a header: is it the right secret?")
+        raise EbjdatError(
+            f"{KEY_VARIABLE} has {len(key)} characters, more than the {LONGEST} that fit into a header: is it the right secret?"
+        )
     if len(key) < GUESSABLE:
-        log.warning("%s has %d characters and can be guessed: use %d random ones or more", VARIABLE, len(key), GUESSABLE)
-    return Key(name=VARIABLE, sha256=digest(key), scopes=frozenset(SCOPES), created=datetime.now(UTC))
+        log.warning("%s has %d characters and can be guessed: use %d random ones or more", KEY_VARIABLE, len(key), GUESSABLE)
+    return Key(name=KEY_VARIABLE, sha256=digest(key), scopes=frozenset(SCOPES), created=datetime.now(UTC))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,7 +146,7 @@ def read(file: Path) -> tuple[bytes, os.stat_result]:
                 raise EbjdatError(f"{file} is not a file")
             content = stream.read(LARGEST_FILE + 1)
     except OSError as error:
-        raise EbjdatError(f"{file} cannot be read: {error.strerror}") from None
+        raise EbjdatError(f"{file} cannot be read: {cause(error)}") from None
     if len(content) > LARGEST_FILE:
         raise EbjdatError(f"{file} is larger than {LARGEST_FILE} bytes")
     if status.st_mode & stat.S_IWOTH:
@@ -193,7 +196,7 @@ def new(file: Path, key: Key) -> str:
     """
     secret = PREFIX + secrets.token_urlsafe(32)
     with edited(file) as keys:
-        if key.name in keys or key.name == VARIABLE:
+        if key.name in keys or key.name == KEY_VARIABLE:
             raise EbjdatError(f"{file} has a key {key.name} already: revoke it first, or choose another name")
         keys[key.name] = key.model_copy(update={"sha256": digest(secret)})
     return secret
@@ -221,19 +224,22 @@ class KeyRing:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """Read ``file``; raise EbjdatError if it is missing or wrong."""
-        self._file, self._environment, self._every, self._clock, self._now = file, environment, every, clock, now
+        self.file, self._environment, self._every, self._clock, self._now = file, environment, every, clock, now
         self._keys: tuple[Key, ...] = ()
         self._signature: tuple[int, ...] | None = None
         self._said, self._next = "", clock() + every
         if file:
-            self._keys = self._changed(file) or ()
+            reading = self.read_again()
+            if reading.error:
+                raise EbjdatError(reading.error)
+            self._keys, self._signature = reading.keys or (), reading.signature
             if (mode := file.stat().st_mode) & (stat.S_IROTH | stat.S_IWGRP):
                 log.warning("%s may be read by others or written by its group (mode %o): chmod 600 %s", file, stat.S_IMODE(mode), file)
 
     @property
     def closed(self) -> bool:
         """Whether requests need a key: a file closes a server even while no key is left in it."""
-        return self._file is not None or self._environment is not None
+        return self.file is not None or self._environment is not None
 
     def find(self, sent: bytes) -> Key | None:
         """Return the key that a client sent, None if it is unknown or expired; all are compared, whichever it is."""
@@ -248,34 +254,47 @@ class KeyRing:
         return None if found is None or found.expired(self._now()) else found
 
     def look(self) -> None:
-        """Read the file again if it has changed, at most once in ``every`` seconds.
+        """Read the file again if it has changed, at most once in ``every`` seconds."""
+        if self.file is not None and self._clock() >= self._next:
+            self.take(self.read_again())
 
-        A file that is gone or wrong leaves the keys as they are, and is said once in the log.
-        """
-        if self._file is None or self._clock() < self._next:
-            return
+    def read_again(self) -> "Reading":
+        """Return what the file says now; changes nothing here, so that a thread may wait for a file system that hangs."""
+        assert self.file is not None
+        return _read_again(self.file, self._signature, self._now)
+
+    def take(self, reading: "Reading") -> None:
+        """Take the keys that were read. A file that is gone or wrong leaves the keys as they are, and is said once in the log."""
         self._next = self._clock() + self._every
-        try:
-            keys = self._changed(self._file)
-        except EbjdatError as error:
-            if self._said != str(error):
-                self._said = str(error)
-                log.error("%s; the keys that were read before remain", error)
-            return
-        if keys is not None and (keys != self._keys or self._said):
-            self._keys, self._said = keys, ""
-            log.info("%s was read again: %d keys", self._file, len(keys))
+        self._signature = reading.signature
+        if reading.error:
+            if self._said != reading.error:
+                self._said = reading.error
+                log.error("%s; the keys that were read before remain", reading.error)
+        elif reading.keys is not None and (reading.keys != self._keys or self._said):
+            self._keys, self._said = reading.keys, ""
+            log.info("%s was read again: %d keys", self.file, len(reading.keys))
 
-    def _changed(self, file: Path) -> tuple[Key, ...] | None:
-        """Return the file's keys, None while it looks as it did; raise EbjdatError."""
-        with contextlib.suppress(OSError):  # read says it
-            if self._signature == _signature(file.stat()):
-                return None
-        self._signature = None
+
+@dataclass(frozen=True)
+class Reading:
+    """What a look at a key file found: its keys, None while it looks as it did; or why it could not be read."""
+
+    keys: tuple[Key, ...] | None = None
+    signature: tuple[int, ...] | None = None  # of the file that need not be read again
+    error: str = ""
+
+
+def _read_again(file: Path, signature: tuple[int, ...] | None, now: Callable[[], datetime]) -> Reading:
+    with contextlib.suppress(OSError):  # read says it
+        if signature == _signature(file.stat()):
+            return Reading(signature=signature)
+    try:
         content, status = read(file)
-        if self._now().timestamp() - status.st_mtime > UNSETTLED:
-            self._signature = _signature(status)
-        return parse(content, file)
+        settled = now().timestamp() - status.st_mtime > UNSETTLED
+        return Reading(parse(content, file), _signature(status) if settled else None)
+    except EbjdatError as error:
+        return Reading(error=str(error))
 
 
 def _signature(status: os.stat_result) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ LOWER = ("fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True)
-class Limits:
+class PrecisionLimits:
     """Largest loss of a precision against fp32 on the same images; a row's metric is the field's name, _ and the precision."""
 
     label_disagreement: float = 0.02
@@ -22,7 +22,7 @@ class Limits:
     flag_rate_excess: float = 0.0  # distance of the clean flag rate, with its own calibration, from its 99 % interval
 
 
-LIMITS = Limits()
+LIMITS = PrecisionLimits()
 FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, FEWEST_STEPPED = 200, 100, 50, 8
 """Smallest number of images of a figure: in general, under PGD, under Square, after Langevin steps."""
 LEAST = {"accuracy_pgd20_transfer_drop": FEWEST_ATTACKED, "accuracy_square_drop": FEWEST_SQUARE, "step_error_max": FEWEST_STEPPED}
@@ -33,7 +33,7 @@ def rows_of(rows: Iterable[Row], precision: str) -> list[Row]:
     return [row for row in rows if row.precision == precision]
 
 
-def check(rows: Iterable[Row], precision: str, of: Collection[str], limits: Limits = LIMITS) -> None:
+def check(rows: Iterable[Row], precision: str, of: Collection[str], limits: PrecisionLimits = LIMITS) -> None:
     """Raise BundleError unless every figure of ``precision`` is measured on one of ``of``, on enough images, and within its limit."""
     found = {row.metric: row for row in rows_of(rows, precision) if row.of in of}
     for name, limit in asdict(limits).items():

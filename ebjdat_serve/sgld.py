@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+
+from ebjdat_serve.bounds import Bounds
 
 Array = TypeVar("Array", bound=Any)
 Floats = NDArray[np.float32]
@@ -22,10 +24,10 @@ class Sampler:
     With an affine first layer this is also JEM++'s PYLD(M, N): steps = M, step_size = N alpha.
     """
 
-    steps: int
-    step_size: float
-    grad_clip: float
-    noise_std: float
+    steps: Annotated[int, Bounds(1, 10_000)]  # bounds hold for what a bundle says
+    step_size: Annotated[float, Bounds(0, 1e3)]
+    grad_clip: Annotated[float, Bounds(0, 1e9)]
+    noise_std: Annotated[float, Bounds(0, 10)]
 
 
 def langevin_step(x: Array, score: Array, noise: Array, sampler: Sampler) -> Array:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, read_bytes
-from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.errors import BundleError, EbjdatError, cause
 
 SIGNATURE_BYTES = 64
 
@@ -31,7 +31,7 @@ def write_signature(folder: Path, signature: bytes) -> Path:
         with replacing(file) as temporary:
             temporary.write_bytes(signature)
     except OSError as error:
-        raise EbjdatError(f"{file} cannot be written: {error.strerror}") from error
+        raise EbjdatError(f"{file} cannot be written: {cause(error)}") from error
     return file
 
 
@@ -52,7 +52,7 @@ def public_key(file: Path) -> Ed25519PublicKey:
         content = file.read_bytes()
         key = load_pem_public_key(content)
     except OSError as error:
-        raise EbjdatError(f"{file} cannot be read as a public key: {error.strerror}") from error
+        raise EbjdatError(f"{file} cannot be read as a public key: {cause(error)}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         what = "holds a private key, which does not belong on a server" if b"PRIVATE KEY" in content else "cannot be read as a public key"
         # not into this file: it may be the only copy of the private key

@@ -16,7 +16,7 @@ from typing import Any
 
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, read_bytes, read_json, write_json
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.errors import BundleError, cause
 from ebjdat_serve.history import REVISION, SERVED_FILE, read_history, write_history
 from ebjdat_serve.locking import abandoned, exclusive_lock, hold
 from ebjdat_serve.selftest import FUNCTIONS
@@ -312,4 +312,4 @@ def _locked(store: Path, *, create: bool = False, wait: bool = True) -> Iterator
             _sweep(store)
             yield
     except OSError as error:
-        raise BundleError(f"{store} cannot be changed: {error.strerror or error}; its current version is unchanged") from error
+        raise BundleError(f"{store} cannot be changed: {cause(error)}; its current version is unchanged") from error

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ebjdat_serve.bundle import MANIFEST, Bundle, Manifest, parse, resolve, sha256
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.server.read.generate_request import find_label
 from ebjdat_serve.store import publish
 
 
@@ -69,6 +70,91 @@ def test_a_strange_manifest_is_refused(copy, change, said):
     edit(copy, change)
     with pytest.raises(BundleError, match=said):
         Bundle.load(copy)
+
+
+def labels(*names):
+    return lambda m: m.update(labels=[*names, *m["labels"][len(names) :]])
+
+
+def number(part, name, value):
+    return lambda m: m[part].update({name: value})
+
+
+BEYOND = {
+    "steps": (number("sampler", "steps", 10**12), "sampler: steps must be 1 to 10000, not 1000000000000"),
+    "no steps": (number("sampler", "steps", 0), "sampler: steps must be 1 to 10000, not 0"),
+    "noise": (number("sampler", "noise_std", -1e308), r"sampler: noise_std must be 0 to 10, not -1e\+308"),
+    "noise that is none": (number("sampler", "noise_std", float("nan")), "sampler: noise_std must be 0 to 10, not nan"),
+    "step size": (number("sampler", "step_size", float("inf")), "sampler: step_size must be 0 to 1000, not inf"),
+    "clip": (number("sampler", "grad_clip", -1), r"sampler: grad_clip must be 0 to 1e\+09, not -1"),
+    "height": (number("input", "height", 10**6), "input: height must be 1 to 4096"),
+    "width": (number("input", "width", 0), "input: width must be 1 to 4096"),
+    "seed": (number("provenance", "seed", 10**400), "provenance: seed must be 0 to"),
+    "rollbacks": (number("provenance", "rollbacks", -1), "provenance: rollbacks must be 0 to"),
+    "size of a file": (lambda m: m["files"]["step.onnx"].update(bytes=-1), r"files.step.onnx: bytes must be 0 to"),
+    "number of another class": (labels("3"), "labels: the label of class 0, '3', is the number of class 3"),
+    "number written otherwise": (labels("a", "0_0"), "labels: the label of class 1, '0_0', is the number of class 0"),
+    "from one": (lambda m: m.update(labels=[str(i) for i in range(1, 11)]), "is the number of class 1: give it a name, or number all"),
+    "empty label": (labels(""), "labels: the label of class 0, '', is empty"),
+    "blank label": (labels("a", " "), "labels: the label of class 1, ' ', is empty"),
+    "white space": (labels("a\u3000"), "white space at an end"),
+    "twice": (labels("a", "b", "a"), "labels: the label of class 2, 'a', is that of class 0 too"),
+    "twice in other forms": (labels("\u00e9", "e\u0301"), "is that of class 0 too"),
+    "bidi": (labels("\u202ecat"), r"labels: the label of class 0, '\\u202ecat', holds a control character, or one that orders"),
+    "isolate": (labels("a\u2066b"), "holds a control character"),
+    "line end": (labels("a\r\nSet-Cookie: x"), "holds a control character"),
+    "nul": (labels("a\0b"), "holds a control character"),
+    "no width": (labels("a\u200bb"), "holds a control character"),
+    "long label": (labels("a" * 500_000), "'a{40}', has 500000 characters, more than 200"),
+    "no labels": (lambda m: m.update(labels=[]), "there is no label"),
+    "long name": (lambda m: m.update(name="a" * 101), "not a valid name or version"),
+    "long manifest": (lambda m: m["provenance"].update(git="a" * 5_000_000), r"bundle.json is larger than 4194304 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_numbers_and_labels_beyond_their_bounds_are_refused_by_field_and_bound(shipped, tmp_path, kind):
+    """As soon as a manifest is read, by whoever reads it."""
+    change, said = BEYOND[kind]
+    shutil.copyfile(shipped.path / MANIFEST, tmp_path / MANIFEST)
+    edit(tmp_path, change)
+    with pytest.raises(BundleError, match=said) as told:
+        Bundle.draft(tmp_path)
+    assert len(str(told.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [str(i) for i in range(10)],
+        ["Cat", "cat", "10", "3.5", "-1", "\u0664", "a b", "\u0645\u06cc\u200c\u062e\u0648", "\U0001f469\u200d\U0001f52c", "9"],
+    ],
+    ids=["digits in order", "others"],
+)
+def test_labels_that_name_one_class_each_pass(shipped, tmp_path, names):
+    shutil.copyfile(shipped.path / MANIFEST, tmp_path / MANIFEST)
+    edit(tmp_path, labels(*names))
+    found = Bundle.draft(tmp_path).manifest.labels
+    assert [find_label(name, found) for name in found] == list(range(10))
+    assert [find_label(str(index), found) for index in range(10)] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("temperature", 1e308, "temperature must be 0.001 to 1000"),
+        ("temperature", 0, "temperature must be 0.001 to 1000, not 0.0"),
+        ("temperature", float("nan"), "temperature must be 0.001 to 1000, not nan"),
+        ("weight", float("inf"), r"weight must be -1e\+06 to 1e\+06, not inf"),
+        ("energies", [0.0, float("nan")], r"energies must be -1e\+12 to 1e\+12, not nan"),
+        ("scores", [-1e308, 0.0], r"scores must be -1e\+12 to 1e\+12, not -1e\+308"),
+    ],
+)
+def test_a_calibration_beyond_its_bounds_is_refused_by_field_and_bound(shipped, tmp_path, field, value, said):
+    rows = json.loads((shipped.path / "calibration.json").read_text())
+    (tmp_path / "calibration.json").write_text(json.dumps([{**rows[0], field: value}]))
+    with pytest.raises(BundleError, match=rf"calibration.json: .*{said}"):
+        replace(shipped, path=tmp_path).calibration()
 
 
 def test_a_manifest_that_is_not_json_is_refused(copy):

@@ -28,7 +28,7 @@ from ebjdat_serve.decoding.pool import Decoders
 from ebjdat_serve.decoding.pool_settings import PoolSettings
 from ebjdat_serve.decoding.processes import Channel
 from ebjdat_serve.errors import EbjdatError, InvalidImage
-from ebjdat_serve.server.read.images import Decode, ImageDecoder
+from ebjdat_serve.server.read.images import ImageDecoder
 from ebjdat_serve.server.settings import Settings
 from tests.test_headers import HOSTILE, colour, needs_heic
 
@@ -597,36 +597,6 @@ def test_a_decode_may_take_as_long_as_its_request():
     settings = asyncio.run(main())
     assert settings.timeout == 60
     assert settings.limits.max_seconds == 30
-
-
-def test_a_connection_that_fails_to_say_whether_it_is_there_ends_the_watch_over_no_other(caplog):
-    class Connection:
-        def __init__(self, answer):
-            self.answer = answer
-
-        async def is_disconnected(self):
-            if self.answer is None:
-                raise RuntimeError("nobody foresaw this")
-            return self.answer
-
-    async def main():
-        decoder = ImageDecoder(Settings())
-        watching = asyncio.create_task(decoder.watch())
-        async with asyncio.timeout(5) as fails, asyncio.timeout(5) as stays:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(5) as leaves:
-                    began = time.monotonic() - 1
-                    pairs = [(None, fails), (False, stays), (True, leaves)]
-                    decodes = [Decode(Connection(answer), began, timeout) for answer, timeout in pairs]
-                    decoder.under_way.update(decodes)
-                    await asyncio.sleep(4)
-            left = [one.left for one in decodes]
-        assert not watching.done()
-        watching.cancel()
-        return left
-
-    assert asyncio.run(main()) == [False, False, True]
-    assert "nobody foresaw this" in caplog.text
 
 
 def test_memory_that_is_too_little_for_one_image_is_refused_at_the_start():

@@ -232,6 +232,16 @@ def test_a_worker_that_hangs_is_replaced(battered, picture):
     assert "has not said a word for 3 s" in battered.log.read_text()
 
 
+def test_who_closes_the_sending_side_is_taken_for_gone(long_live):
+    """As by uvicorn and nginx: it looks as a closed connection does, whose work would else go on."""
+    with connect(long_live) as client:
+        client.sendall(b"GET /generate?class=1&n=2&steps=1000 HTTP/1.1\r\nHost: x\r\n\r\n")
+        drawing(long_live, 2)
+        client.shutdown(socket.SHUT_WR)
+        assert closed_after(client)[1] == b""
+    idle(long_live)
+
+
 def test_clients_that_leave_take_their_chains_along(long_live):
     for kind in ("", "&stream=true"):
         for _ in range(24):  # more than may be under way: leavers must not fill it
@@ -404,6 +414,7 @@ def impatient(tmp_path_factory):
         for name, text in variables.items():
             patch.setenv(f"EBJDAT_{name}", text)
         with serving(SHIPPED, tmp_path_factory.mktemp("impatient") / "log", *LONG, "--body-timeout", "2", "--keep-alive", "2") as server:
+            patch.undo()  # or the servers of other tests would be impatient too
             yield server
 
 
@@ -576,6 +587,11 @@ def test_half_sent_requests_and_slow_readers_do_not_keep_the_server_from_stoppin
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
         assert 1 < time.monotonic() - begin < 5
+        for client in clients[:2]:
+            _, received = closed_after(client)
+            assert received.startswith(b"HTTP/1.1 503 ")
+            assert b"\r\nRetry-After: 5\r\n" in received
+            assert received.endswith(b'try again when it is back"}')
         gone(tree)
 
 

@@ -1,12 +1,14 @@
 """The key file: what it takes and refuses, that it never holds a key, that it is read again, and that edits of several do not get lost."""
 
 import argparse
+import asyncio
 import json
 import logging
 import os
 import stat
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,7 +18,10 @@ from hypothesis import strategies as st
 
 from ebjdat_serve import key_commands, keys
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.keys import LONGEST, MOST_KEYS, VARIABLE, KeyRing, digest, environment_key
+from ebjdat_serve.keys import KEY_VARIABLE, LONGEST, MOST_KEYS, KeyRing, digest, environment_key
+from ebjdat_serve.server.read import auth
+from ebjdat_serve.server.read.client_address import ClientAddress
+from ebjdat_serve.server.read.client_limits import ClientLimits
 
 SECRET = "ebjdat_" + "s" * 43
 ROW = {"name": "shop", "sha256": digest(SECRET), "scopes": ["classify"], "created": "2026-11-26T08:00:00Z"}
@@ -40,7 +45,7 @@ def file(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
-    for name in (VARIABLE, key_commands.VARIABLE):
+    for name in (KEY_VARIABLE, key_commands.FILE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -57,7 +62,7 @@ def no_variables(monkeypatch):
         ({"name": "a b"}, "keys.0.name"),
         ({"name": "line\nend"}, "keys.0.name"),
         ({"name": ""}, "keys.0.name"),
-        ({"name": VARIABLE}, f"the name of key {VARIABLE} is taken"),
+        ({"name": KEY_VARIABLE}, f"the name of key {KEY_VARIABLE} is taken"),
         ({"sha256": SECRET}, "keys.0.sha256"),
         ({"sha256": digest(SECRET).upper()}, "keys.0.sha256"),
         ({"rate": 0}, "keys.0.rate"),
@@ -173,11 +178,11 @@ def test_a_key_expires_while_the_server_runs(file):
 
 
 def test_the_environments_key_has_all_scopes_and_white_space_at_its_ends_is_no_part_of_it(monkeypatch):
-    monkeypatch.setenv(VARIABLE, f" \t{SECRET}\r\n")
+    monkeypatch.setenv(KEY_VARIABLE, f" \t{SECRET}\r\n")
     ring = KeyRing(None, environment_key())
     assert ring.closed
     found = ring.find(SECRET.encode())
-    assert (found.name, found.scopes) == (VARIABLE, set(keys.SCOPES))
+    assert (found.name, found.scopes) == (KEY_VARIABLE, set(keys.SCOPES))
     assert ring.find(b"") is None
 
 
@@ -195,10 +200,10 @@ def test_the_environments_key_has_all_scopes_and_white_space_at_its_ends_is_no_p
     ],
 )
 def test_a_key_that_cannot_be_one_stops_the_start(monkeypatch, value, said):
-    monkeypatch.setenv(VARIABLE, value)
+    monkeypatch.setenv(KEY_VARIABLE, value)
     with pytest.raises(EbjdatError, match=said) as refused:
         environment_key()
-    assert VARIABLE in str(refused.value)
+    assert KEY_VARIABLE in str(refused.value)
     assert not value.strip() or value.strip() not in str(refused.value)
 
 
@@ -210,16 +215,16 @@ def test_without_file_and_variable_the_server_is_open():
 
 
 def test_a_short_key_is_warned_of_without_being_written_to_the_log(monkeypatch, caplog):
-    monkeypatch.setenv(VARIABLE, "hunter2")
+    monkeypatch.setenv(KEY_VARIABLE, "hunter2")
     assert environment_key()
     assert "can be guessed" in caplog.text
     assert "hunter2" not in caplog.text
 
 
 def test_file_and_environment_both_count(file, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "e" * 32)
+    monkeypatch.setenv(KEY_VARIABLE, "e" * 32)
     ring = KeyRing(file, environment_key())
-    assert [ring.find(sent).name for sent in (SECRET.encode(), b"e" * 32)] == ["shop", VARIABLE]
+    assert [ring.find(sent).name for sent in (SECRET.encode(), b"e" * 32)] == ["shop", KEY_VARIABLE]
 
 
 # reading again ---------------------------------------------------------------------------------------------------------------
@@ -309,6 +314,59 @@ def test_a_mounted_secret_that_is_swapped_by_its_link_is_followed(tmp_path):
     (tmp_path / "next").rename(tmp_path / "data")
     ring.later()
     assert ring.find(SECRET.encode()).name == "other"
+
+
+def test_a_file_system_that_hangs_keeps_the_old_keys_is_said_once_and_takes_few_threads(file, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "ebjdat_serve")
+    monkeypatch.setattr(auth, "LOOK_SECONDS", 0.005)
+    monkeypatch.setattr(auth, "READ_SECONDS", 0.02)
+    access = auth.Access(KeyRing(file, every=0.0), ClientAddress(), ClientLimits())
+    back, reads, real = threading.Event(), [], keys.read
+
+    def hanging(path):
+        reads.append(path)
+        back.wait(30)
+        return real(path)
+
+    async def scenario():
+        monkeypatch.setattr(keys, "read", hanging)
+        following = asyncio.create_task(access.follow())
+        before = threading.active_count()
+        await asyncio.sleep(0.4)
+        assert len(reads) == threading.active_count() - before == auth.MOST_HUNG
+        assert access.keys.find(SECRET.encode())
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert f"{file} cannot be read within" in caplog.text
+        file.write_bytes(document({**ROW, "name": "later"}))
+        back.set()
+        while access.keys.find(SECRET.encode()).name != "later":
+            await asyncio.sleep(0.005)
+        assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_stop_waits_for_no_file_system_that_hangs(file):
+    """asyncio's own executor is joined as the process ends."""
+    script = (
+        "import asyncio, sys, time\n"
+        "from pathlib import Path\n"
+        "from ebjdat_serve import keys\n"
+        "from ebjdat_serve.server.read import auth\n"
+        "from ebjdat_serve.server.settings import Settings\n"
+        "access = auth.Access.of(Settings(keys=Path(sys.argv[1])))\n"
+        "auth.LOOK_SECONDS = 0.01\n"
+        "keys.read = lambda file: print('hangs', flush=True) or time.sleep(60)\n"
+        "async def scenario():\n"
+        "    following = asyncio.create_task(access.follow())\n"
+        "    await asyncio.sleep(0.3)\n"
+        "    following.cancel()\n"
+        "asyncio.run(scenario())\n"
+        "print('stopped', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True, timeout=20)
+    assert done.stdout.split() == ["hangs", "stopped"]
 
 
 # writing ---------------------------------------------------------------------------------------------------------------------
@@ -419,7 +477,7 @@ def test_new_list_and_revoke(tmp_path, capsys, monkeypatch):
     file = tmp_path / "keys.json"
     run("new", "shop", "--rate", "5", "--days", "90", "--file", file)
     secret = capsys.readouterr().out.strip()  # alone on standard output: KEY=$(ebjdat-serve key new shop)
-    monkeypatch.setenv(key_commands.VARIABLE, str(file))
+    monkeypatch.setenv(key_commands.FILE_VARIABLE, str(file))
     run("new", "ops", "--scope", "operate", "--concurrency", "2")
     other = capsys.readouterr().out.strip()
     ring = KeyRing(file)
@@ -440,7 +498,7 @@ def test_new_list_and_revoke(tmp_path, capsys, monkeypatch):
     ("words", "said"),
     [
         (["new", "shop"], "has a key shop already"),
-        (["new", VARIABLE], "has a key LIT_SERVER_API_KEY already"),
+        (["new", KEY_VARIABLE], "has a key LIT_SERVER_API_KEY already"),
         (["new", "a b"], "name 'a b'"),
         (["new", "other", "--rate", "nan"], "rate nan"),
         (["new", "other", "--concurrency", "0"], "concurrency 0"),

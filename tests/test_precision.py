@@ -19,7 +19,7 @@ from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_rows
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.precision import LOWER, Limits, check, rows_of
+from ebjdat_serve.precision import LOWER, PrecisionLimits, check, rows_of
 from ebjdat_serve.rows import Row
 from ebjdat_serve.server.compute.model import Model
 from ebjdat_serve.server.settings import Settings
@@ -216,7 +216,7 @@ def row(metric, value, of="ab"):
     return Row(metric=metric, value=value, n=200, of=of, seed=0, dataset="d", precision="int8")
 
 
-WITHIN = [row(f"{name}_int8", 0.0) for name in Limits.__dataclass_fields__]
+WITHIN = [row(f"{name}_int8", 0.0) for name in PrecisionLimits.__dataclass_fields__]
 
 
 def test_the_gate_wants_every_figure_of_this_very_graph():
@@ -228,7 +228,7 @@ def test_the_gate_wants_every_figure_of_this_very_graph():
             check(WITHIN[:i] + WITHIN[i + 1 :], "int8", {"ab"})
 
 
-@pytest.mark.parametrize("name", list(Limits.__dataclass_fields__))
+@pytest.mark.parametrize("name", list(PrecisionLimits.__dataclass_fields__))
 @pytest.mark.parametrize("value", [0.5, float("nan")])
 def test_the_gate_refuses_each_figure_beyond_its_limit(name, value):
     rows = [replace(r, value=value) if r.metric == f"{name}_int8" else r for r in WITHIN]

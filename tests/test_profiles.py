@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.server.answer.public import PUBLIC, PUBLIC_DATASETS, of_public_data, told
+from ebjdat_serve.server.answer.public import PUBLIC_DATASETS, PUBLIC_SCHEMAS, of_public_data, told
 from ebjdat_serve.server.answer.status import Load
 from ebjdat_serve.server.endpoints import ENDPOINTS
 from ebjdat_serve.server.settings import SHIPPED, Settings
@@ -146,7 +146,7 @@ def test_an_endpoint_without_a_public_answer_is_refused_and_an_answer_without_on
     assert Settings(profile="public").profile_for({"scopes": frozenset({"classify", "operate"})}) == "full"
     assert Settings(profile="public").profile_for({"scopes": frozenset({"classify", "generate"})}) == "public"
     assert Settings(profile="public").profile_for({}) == "public"
-    for full, one in PUBLIC.items():
+    for full, one in PUBLIC_SCHEMAS.items():
         assert set(one.model_fields) <= set(full.model_fields)
         assert not set(one.model_fields) & set(SECRET)
 

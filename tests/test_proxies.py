@@ -93,6 +93,10 @@ def test_a_page_of_the_list_is_answered_by_preflight_and_read_and_another_is_not
         ({"Origin": "https://api.example.org", "Sec-Fetch-Site": "same-origin"}, 200),  # also where a proxy has changed Host
         ({"Origin": PAGE}, 200),
         ({"Origin": "self"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}, 403),  # a form
+        ({"Sec-Fetch-Site": "none"}, 200),
     ],
 )
 def test_a_simple_post_of_another_site_is_refused(published, picture, headers, status):
@@ -106,6 +110,35 @@ def test_a_simple_post_of_another_site_is_refused(published, picture, headers, s
         assert "--cors-origin" in answer.json()["detail"]
 
 
+IMAGE = {"Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
+LINK = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),  # no browser
+        ({"Sec-Fetch-Site": "cross-site", **IMAGE}, 403),
+        ({"Sec-Fetch-Site": "same-site", **IMAGE}, 403),
+        ({"Sec-Fetch-Site": "same-origin", **IMAGE}, 200),  # on a page of this server
+        ({"Sec-Fetch-Site": "cross-site", **LINK}, 200),
+        ({"Sec-Fetch-Site": "none", **LINK}, 200),  # typed, or from a bookmark
+        ({"Sec-Fetch-Site": "cross-site", **LINK, "Sec-Fetch-Dest": "iframe"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": STRANGER, "Sec-Fetch-Mode": "cors"}, 403),
+        ({"Origin": STRANGER}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": PAGE, "Sec-Fetch-Mode": "cors"}, 200),  # <img crossorigin>, fetch
+    ],
+)
+def test_a_page_of_another_site_has_nothing_drawn_but_a_link_is_followed(published, method, headers, status):
+    for path in ("/generate?class=3&steps=1", "/info", "/docs"):
+        answer = httpx2.request(method, f"{published.url}{path}", headers=headers)
+        assert answer.status_code == status, path
+        assert httpx2.request(method, f"{published.url}/health", headers=headers).status_code == 200  # it costs nothing
+        if status == 403 and method == "GET":
+            assert "--cors-origin" in answer.json()["detail"]
+
+
 def test_without_a_list_pages_of_other_sites_are_refused_too(live, picture):
     assert httpx2.post(f"{live.url}/classify", content=picture, headers={"Origin": PAGE}).status_code == 403
     assert httpx2.post(f"{live.url}/classify", content=picture, headers={"Origin": live.url}).status_code == 200
@@ -113,7 +146,18 @@ def test_without_a_list_pages_of_other_sites_are_refused_too(live, picture):
 
 
 def test_a_request_for_another_host_is_refused_but_a_probe_is_answered(published, picture):
-    for host, status in (("api.example.org", 200), ("API.example.org:8080", 200), ("evil.example", 421), ("example.org.evil", 421)):
+    asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+    for host, status in (
+        ("api.example.org", 200),
+        ("API.example.org:8080", 200),
+        ("api.example.org.", 200),  # the whole name
+        ("api.example.org.:8080", 200),
+        ("evil.example", 421),
+        ("example.org.evil", 421),
+        ("api.example.org..", 421),
+    ):
+        preflight = httpx2.options(f"{published.url}/classify", headers={"Host": host, **asked})
+        assert (preflight.status_code, "access-control-allow-origin" in preflight.headers) == (status, status == 200), host
         assert httpx2.post(f"{published.url}/classify", content=picture, headers={"Host": host}).status_code == status, host
         assert httpx2.get(f"{published.url}/health", headers={"Host": host}).status_code == 200
 
@@ -121,6 +165,9 @@ def test_a_request_for_another_host_is_refused_but_a_probe_is_answered(published
 def test_host_names_match_with_and_without_ports():
     assert matches("[::1]:8000", "[::1]")
     assert matches("localhost:8000", "localhost:8000")
+    assert matches("localhost.:8000", "localhost:8000")
+    assert matches("example.org", "example.org.")
+    assert not matches("localhost", "localhost:8000")
     assert not matches("localhost:8001", "localhost:8000")
     assert not matches("example.org", "*.example.org")
     assert not matches("badexample.org", "*.example.org")

@@ -1,5 +1,7 @@
 """Tests that `publish`, `sign` and `rollback` refuse what a server would, and that running and restarted servers agree."""
 
+import io
+import itertools
 import json
 import os
 import shutil
@@ -143,6 +145,8 @@ def deep(manifest):
 
 
 STRANGE = {
+    "a label that is another's number": (said(MANIFEST, lambda m: m.update(labels=["3", *m["labels"][1:]])), "is the number of class 3"),
+    "steps without end": (said(MANIFEST, lambda m: m["sampler"].update(steps=10**12)), "steps must be 1 to 10000"),
     "labels cut": (lambda bundle: bundle.update(labels=bundle.manifest.labels[:5]), "not from one model"),
     "a label that is half a character": (said(MANIFEST, lambda m: m.update(labels=["\ud800", *m["labels"][1:]])), "lone surrogate"),
     "a key that is half a character": (said(MANIFEST, lambda m: m["provenance"]["configuration"].update({"\udcff": 1})), "lone surrogate"),
@@ -310,6 +314,41 @@ def test_what_is_moved_by_hand_to_an_older_version_is_refused_at_the_start_as_at
     assert "--allow-older" in refused
     assert open_first(replace(settings, model=trusted / "current"))[0].name == "digits@new"
     assert open_first(replace(SETTINGS, model=trusted))[0].name == "digits@old"  # without --trust age does not count
+
+
+def test_a_bundle_that_vanishes_while_it_is_verified_is_refused_and_what_was_served_last_goes_on(
+    trusted, trusting, keys, tmp_path, monkeypatch
+):
+    """At each of the moments at which one of its files is opened."""
+    settings = replace(trusting[1], model=trusted)
+    home = publish(digits(tmp_path / "third"), trusted, keys / "ours.pem")
+    aside, real, left, outcomes = tmp_path / "aside", io.open, [0], []
+
+    def vanishing(file, *arguments, **options):
+        if isinstance(file, Path) and file.parent == home.resolve():
+            left[0] -= 1
+            if left[0] == 0:
+                home.rename(aside)
+        return real(file, *arguments, **options)
+
+    for moment in itertools.count(1):
+        for start in (lambda: open_bundle(trusted, settings, trusted), lambda: open_first(settings)[0]):
+            left[0] = moment
+            with monkeypatch.context() as patch:
+                patch.setattr(io, "open", vanishing)
+                try:
+                    outcomes.append(start().name)
+                except BundleError as error:
+                    outcomes.append(str(error).replace(str(home.resolve()), "it"))
+            if left[0] > 0:
+                break
+            aside.rename(home)
+        if left[0] > 0:
+            break
+    assert moment > len(Bundle.load(home).manifest.files)
+    assert outcomes.pop() == "digits@third"  # once it stays
+    assert set(outcomes[1::2]) == {"digits@new"}
+    assert all(refused.startswith(("it ", "it/")) for refused in outcomes[::2]), outcomes
 
 
 def test_a_start_goes_on_with_what_was_served_last_when_current_is_refused(tmp_path):

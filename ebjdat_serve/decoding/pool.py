@@ -17,7 +17,7 @@ from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, 
 from ebjdat_serve.decoding.judge import each, judge_all, judge_kind
 from ebjdat_serve.decoding.pool_settings import LIGHT, PoolSettings
 from ebjdat_serve.decoding.processes import UNKNOWN, Channel, Zygote
-from ebjdat_serve.errors import InvalidImage
+from ebjdat_serve.errors import InvalidImage, cause
 from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
 
@@ -125,7 +125,7 @@ class Decoders:
             try:
                 failure = await self._use_one(large=large)
             except OSError as error:
-                failure = f"cannot start a decoder: {error}"
+                failure = f"cannot start a decoder: {cause(error)}"
             except Exception:
                 log.exception("a decoder was lost for a fault of the server")
                 failure = "the task of a decoder failed"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from ebjdat_serve.server import litserve_adapter
+from ebjdat_serve.server import disconnects, litserve_adapter
 from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.compute.workers import ClassifyWorker, GenerateWorker, Worker
 from ebjdat_serve.server.endpoints import ENDPOINTS
@@ -52,7 +52,7 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
 
     async def serve(server: litserve_adapter.Server) -> None:
         async with service.decoder.running():
-            await manager.run(server.announce, server.give_up, beside=[access.follow()])
+            await manager.run(server.announce, server.give_up, beside=[access.follow(), disconnects.watch()])
 
     return litserve_adapter.Server(
         workers, service.install, serve, service.begin_drain, service.drain, sockets, settings

@@ -21,12 +21,12 @@ from typing import Any
 import litserve as ls
 from fastapi import FastAPI
 
-from ebjdat_serve.errors import EngineError
+from ebjdat_serve.errors import EngineError, cause
 from ebjdat_serve.logs import adopt
 from ebjdat_serve.server.answer.headers import DEFAULT_HEADERS
 from ebjdat_serve.server.compute.workers import Worker
 from ebjdat_serve.server.memory import return_large_blocks
-from ebjdat_serve.server.read.http_protocol import bounded_protocol, connections, hang_up
+from ebjdat_serve.server.read.http_protocol import bounded_protocol, connections, hang_up, refuse_unfinished
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.worker_sockets import FAILED, WorkerSockets
 
@@ -208,14 +208,17 @@ class Server(ls.LitServer):
     def _served(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()):
             log.error("the HTTP process cannot go on", exc_info=error)
-            self.give_up(f"the HTTP process cannot go on: {error}")
+            self.give_up(f"the HTTP process cannot go on: {cause(error)}")
 
     async def _end(self) -> None:
-        """Let requests in progress end, then close the connections that are left: half a request, or nobody who reads the response."""
+        """Let requests in progress end, refuse those that are still coming by then, and close the connections that are left."""
         loop = asyncio.get_running_loop()
         began = loop.time()
+        late = loop.call_later(self._settings.graceful_timeout, refuse_unfinished)  # drawings may take longer
         await self._drain()
-        end = max(began + self._settings.graceful_timeout, loop.time() + 1.0)  # a client that was answered only now has a second to read it
+        late.cancel()
+        refuse_unfinished()
+        end = max(began + self._settings.graceful_timeout, loop.time() + 1.0)  # who is answered only now has a second to read it
         while connections() and loop.time() < end:
             await asyncio.sleep(0.05)
         hang_up()
@@ -298,7 +301,7 @@ def check_address(host: str, port: int) -> None:
     try:
         bind(host, port)
     except OSError as error:
-        raise EngineError(f"cannot listen on {host}:{port} ({error.strerror})", options=free_port(host, port)) from error
+        raise EngineError(f"cannot listen on {host}:{port} ({cause(error)})", options=free_port(host, port)) from error
 
 
 def bind(host: str, port: int) -> None:

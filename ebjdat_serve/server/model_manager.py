@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ebjdat_serve.bundle import resolve
-from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.errors import BundleError, EbjdatError, cause
 from ebjdat_serve.history import SERVED_FILE
 from ebjdat_serve.listing import printable
 from ebjdat_serve.locking import Held, hold
@@ -20,6 +20,7 @@ from ebjdat_serve.server import ipc
 from ebjdat_serve.server.queues.request_queue import RequestQueue, WorkerConnection
 from ebjdat_serve.server.served_model import ServedModel, fingerprint, open_bundle, open_last, store_at
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.threads import in_daemon_thread
 from ebjdat_serve.server.worker_sockets import WorkerSockets
 from ebjdat_serve.store import remember
 
@@ -107,7 +108,7 @@ class ModelManager:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("the HTTP process cannot go on", exc_info=error)
-            self._give_up(f"the HTTP process cannot go on: {error}")
+            self._give_up(f"the HTTP process cannot go on: {cause(error)}")
 
     # workers ---------------------------------------------------------------------------------------------------------
 
@@ -196,7 +197,7 @@ class ModelManager:
             return
         self._seen = seen
         try:
-            served = await asyncio.get_running_loop().run_in_executor(None, open_bundle, folder, self._settings, self._store)
+            served = await in_daemon_thread(partial(open_bundle, folder, self._settings, self._store))
         except EbjdatError as error:
             self._note_refusal(folder.name, str(error))
             return
@@ -237,7 +238,7 @@ class ModelManager:
             return
         try:
             work = partial(remember, store, served.bundle, self._settings.trusted())  # reads the keys of --trust
-            await asyncio.get_running_loop().run_in_executor(None, work)
+            await in_daemon_thread(work)
             self._memorable = True
         except Held:
             return

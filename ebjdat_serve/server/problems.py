@@ -1,10 +1,12 @@
 """Errors as RFC 9457 problem documents: what is wrong, which limit or fix, and never a traceback."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from ebjdat_serve.server.api_docs import prefix_of
 from ebjdat_serve.server.settings import Settings
@@ -15,7 +17,7 @@ TITLES = {
     403: "Not allowed",
     404: "Not found",
     405: "Method not allowed",
-    408: "Body too slow",
+    408: "Request too slow",
     413: "Too large",
     414: "Target too long",
     415: "Unsupported content type",
@@ -24,6 +26,7 @@ TITLES = {
     422: "Invalid input",
     429: "Too much at once",
     431: "Headers too large",
+    499: "Client closed the connection",
     500: "Internal error",
     503: "Busy",
     504: "Deadline exceeded",
@@ -61,6 +64,13 @@ class Problem(Exception):
     def response(self) -> Response:
         """Return the problem as a response."""
         return Response(self.document(), self.status, headers=self.headers, media_type=MEDIA_TYPE)
+
+    def last_response(self, default_headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        """Return the problem as the bytes of a response that ends its connection."""
+        body = self.document().encode()
+        own = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), "cache-control": "no-store", "connection": "close"}
+        headers = [*default_headers, *((name.encode(), value.encode()) for name, value in (own | (self.headers or {})).items())]
+        return b"".join([STATUS_LINE[self.status], *(b"%b: %b\r\n" % header for header in headers), b"\r\n", body])
 
 
 def install(app: FastAPI, settings: Settings) -> None:

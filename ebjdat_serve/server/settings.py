@@ -173,7 +173,7 @@ class Settings:
     max_connections_per_address: Annotated[
         int, count(CONNECTION, "open connections of one address other than loopback and trusted proxies; 0: no limit", "connections", 0)
     ] = 256
-    max_headers: Annotated[int, count(CONNECTION, "request target and headers, and 32 more for each header", "bytes")] = 64 * 2**10
+    max_headers: Annotated[int, count(CONNECTION, "request target and headers, and 160 more for each header", "bytes")] = 64 * 2**10
     header_timeout: Annotated[float, seconds(CONNECTION, "time for the headers of a request to arrive")] = 20.0
     body_timeout: Annotated[float, seconds(CONNECTION, "time for a body to arrive")] = 30.0
     upload_grace: Annotated[float, seconds(CONNECTION, "time after which a body must have come at --min-upload-rate")] = 10.0

@@ -18,9 +18,9 @@ from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from ebjdat_serve import pixels
-from ebjdat_serve.errors import EbjdatError, EngineError, InvalidImage
+from ebjdat_serve.errors import EbjdatError, EngineError, InvalidImage, cause
 from ebjdat_serve.generation import generate
-from ebjdat_serve.keys import VARIABLE
+from ebjdat_serve.keys import KEY_VARIABLE
 from ebjdat_serve.locking import hold
 from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.server import api_docs
@@ -131,8 +131,8 @@ class StockGenerate(Stock):
 
 def run(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; raise EngineError when a worker cannot start, EbjdatError for keys, which this mode does not check."""
-    if settings.keys or os.environ.get(VARIABLE) is not None:
-        raise EbjdatError(f"serve --stock checks no keys: leave it out, or --keys and {VARIABLE}")
+    if settings.keys or os.environ.get(KEY_VARIABLE) is not None:
+        raise EbjdatError(f"serve --stock checks no keys: leave it out, or --keys and {KEY_VARIABLE}")
     classify = StockClassify(settings, max_batch_size=settings.max_batch, batch_timeout=BATCH_SECONDS, api_path="/classify")
     apis: list[ls.LitAPI] = [classify]
     if settings.generate_workers:
@@ -155,4 +155,4 @@ def run(settings: Settings) -> None:
                 host=settings.host, port=settings.port, num_api_servers=1, log_level="warning", generate_client_file=False, access_log=False
             )
         except RuntimeError as error:
-            raise EngineError(f"LitServe could not start: {error}") from error
+            raise EngineError(f"LitServe could not start: {cause(error)}") from error

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ebjdat_serve.bounds import label_fault
 from ebjdat_serve.decoding.judge import accepted
 from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.folders import folder
@@ -83,10 +84,12 @@ def class_folders(folder: Path, listing: Listing) -> dict[str, list[Path]]:
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """Return the names of the classes that ``folder`` holds; raise DataError for fewer than two."""
+    """Return the names of the classes that ``folder`` holds; raise DataError for fewer than two, and for one that no bundle may have."""
     names = tuple(class_folders(folder, Listing()))
     if len(names) < 2:
         raise DataError(f"{folder} must hold a sub-folder of images for each of two or more classes; it holds {list(names)}")
+    if fault := label_fault(names):
+        raise DataError(f"{folder}: {fault}; rename its folder")
     return names
 
 

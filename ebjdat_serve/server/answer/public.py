@@ -12,7 +12,7 @@ from ebjdat_serve.bundle import Input, Provenance
 from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.answer.images import GenerateAnswer, Generated, GeneratePreviewEvent, PngHeaders
 from ebjdat_serve.server.answer.predictions import Classified, ClassifyAnswer, ClassifyList
-from ebjdat_serve.server.answer.status import Health, Index, Info, Limits
+from ebjdat_serve.server.answer.status import Health, Index, Info, LimitsInfo
 from ebjdat_serve.server.settings import Profile
 
 DECIMALS = 2
@@ -97,10 +97,10 @@ class PublicInfo(Schema):
     model: str
     labels: list[str]
     input: Input
-    limits: Limits
+    limits: LimitsInfo
 
 
-PUBLIC: dict[type[Schema], type[Schema]] = {
+PUBLIC_SCHEMAS: dict[type[Schema], type[Schema]] = {
     Classified: PublicClassified,
     ClassifyAnswer: PublicClassifyAnswer,
     ClassifyList: PublicClassifyList,
@@ -119,7 +119,7 @@ def told(answer: Schema, profile: Profile) -> Schema:
     """Return what of ``answer`` a profile tells; raise KeyError for an answer that the public profile does not have."""
     if profile == "full":
         return answer
-    return PUBLIC[type(answer)].model_validate(answer, from_attributes=True)
+    return PUBLIC_SCHEMAS[type(answer)].model_validate(answer, from_attributes=True)
 
 
 def of_public_data(provenance: Provenance) -> bool:

@@ -37,7 +37,7 @@ class CalibrationInfo(Schema):
     weight: float
 
 
-class ClientLimits(Schema):
+class ClientLimitsInfo(Schema):
     """What the client that asks may have: requests per second, and requests, unfinished bodies and chains at a time; null: no limit."""
 
     rate: float | None = None
@@ -46,7 +46,7 @@ class ClientLimits(Schema):
     chains: int | None = None
 
 
-class Limits(Schema):
+class LimitsInfo(Schema):
     """Limits of one request, and of the work in progress."""
 
     body_bytes: int
@@ -61,7 +61,7 @@ class Limits(Schema):
     scale: int
     chains: int
     backlog_seconds: float
-    client: ClientLimits
+    client: ClientLimitsInfo
 
 
 class ClassifyLoad(Schema):
@@ -109,7 +109,7 @@ class Info(Schema):
     precision: Annotated[str, Field(description="absent until a worker is ready")] = ""
     alpha: float
     calibration: CalibrationInfo
-    limits: Limits
+    limits: LimitsInfo
     load: Load
     refresh: Refresh
     metrics: Annotated[list[Any], Field(description="rows of the bundle's metrics.json")]
@@ -121,7 +121,7 @@ def info_answer(
     settings: Settings,
     *,
     steps: int,
-    client: ClientLimits,
+    client: ClientLimitsInfo,
     engine_info: dict[str, str],
     load: Load,
     refresh: dict[str, Any],
@@ -144,7 +144,7 @@ def info_answer(
             score=calibration.score,
             weight=calibration.weight,
         ),
-        limits=Limits(
+        limits=LimitsInfo(
             body_bytes=s.max_body,
             image_bytes=ImageLimits.max_bytes,
             image_pixels=s.max_pixels,

@@ -5,7 +5,7 @@ from fastapi import Request, Response
 from ebjdat_serve.keys import SCOPES
 from ebjdat_serve.server.answer import respond
 from ebjdat_serve.server.answer.public import PublicInfo, told
-from ebjdat_serve.server.answer.status import ClassifyLoad, ClientLimits, GenerateLoad, Health, Index, Info, Load, info_answer
+from ebjdat_serve.server.answer.status import ClassifyLoad, ClientLimitsInfo, GenerateLoad, Health, Index, Info, Load, info_answer
 from ebjdat_serve.server.api_docs import prefix_of
 from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
 from ebjdat_serve.server.read.generate_request import max_steps
@@ -25,7 +25,7 @@ async def info(service: Service, request: Request) -> Response:
         served,
         service.settings,
         steps=max_steps(served.bundle.manifest, service.settings),
-        client=ClientLimits(rate=own.rate, requests=own.requests, bodies=own.bodies, chains=own.chains),
+        client=ClientLimitsInfo(rate=own.rate, requests=own.requests, bodies=own.bodies, chains=own.chains),
         engine_info=service.manager.engine_info(),
         load=load(service),
         refresh=service.manager.refresh_status(),

@@ -11,17 +11,19 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 
 from ebjdat_serve.fairness import may_hold
 from ebjdat_serve.server import ipc
+from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem
 
 log = logging.getLogger("ebjdat_serve")
-POLL_SECONDS = 0.1
-"""Seconds between checks that clients are still connected."""
+LOOK_SECONDS = 0.1
+"""Seconds between checks that workers are heard of."""
 
 
 @dataclass(eq=False)
@@ -124,7 +126,10 @@ class RequestQueue(ABC):
 
     @contextlib.contextmanager
     def waiting(self, pending: PendingRequest) -> Iterator[None]:
-        """Queue ``pending`` until the block ends: it fails at its deadline, and is withdrawn when nobody waits for it any more."""
+        """Queue ``pending`` until the block ends.
+
+        It fails at its deadline and when its client leaves, and is withdrawn when nobody waits for it any more.
+        """
         if self.closed:
             raise Problem(503, self.closed, headers={"Retry-After": "5"})
         overdue = Problem(
@@ -133,9 +138,11 @@ class RequestQueue(ABC):
         timer = asyncio.get_running_loop().call_later(max(0.0, pending.deadline - time.monotonic()), pending.fail, overdue)
         self.pending.add(pending)
         pending.future.add_done_callback(lambda _: self.withdraw(pending))  # also when nobody reads a stream to its end
+        left = Problem(499, "the client closed the connection")
         try:
             self.enqueue(pending)
-            yield
+            with on_disconnect(pending.request, partial(pending.fail, left)):
+                yield
         finally:
             timer.cancel()
             self.pending.discard(pending)
@@ -207,13 +214,10 @@ class RequestQueue(ABC):
             pending.fail(Problem(503, why, headers={"Retry-After": "5"}))
 
     async def watch(self) -> None:
-        """Cancel the requests of clients that left and kill workers that hang, for ever."""
+        """Kill workers that hang, for ever."""
         while True:
-            await asyncio.sleep(POLL_SECONDS if self.pending else 5 * POLL_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
             now = time.monotonic()
-            for pending in list(self.pending):
-                if now - pending.since > POLL_SECONDS and await pending.request.is_disconnected():
-                    pending.fail(Problem(499, "the client closed the connection"))
             for worker in self.workers:
                 if not worker.in_flight:
                     worker.last_heard = now

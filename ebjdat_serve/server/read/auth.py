@@ -12,17 +12,22 @@ from typing import Any
 
 from fastapi import Request
 
-from ebjdat_serve.keys import Key, KeyRing, Scope, environment_key
+from ebjdat_serve.keys import Key, KeyRing, Reading, Scope, environment_key
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.auth_failures import LONGEST_DELAY, AuthFailures
 from ebjdat_serve.server.read.client_address import ClientAddress, client_name, network_name
-from ebjdat_serve.server.read.client_limits import ClientLimits, Limits, limits_of
+from ebjdat_serve.server.read.client_limits import ClientCounts, ClientLimits, limits_of
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.threads import in_daemon_thread
 
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 Receive = Callable[[], Awaitable[Any]]
 LOOK_SECONDS = 1.0
 """Seconds between looks at the key file."""
+READ_SECONDS = 5.0
+"""Seconds after which a read of the key file is given up."""
+MOST_HUNG = 3
+"""Threads that wait for a file system that hangs, beyond which none is added until one returns."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Access:
 
     keys: KeyRing
     address: ClientAddress
-    limits: Limits
-    counts: ClientLimits = field(default_factory=ClientLimits)
+    limits: ClientLimits
+    counts: ClientCounts = field(default_factory=ClientCounts)
     failures: AuthFailures = field(default_factory=AuthFailures)
 
     @staticmethod
@@ -45,10 +50,22 @@ class Access:
         )
 
     async def follow(self) -> None:
-        """Read the key file again whenever it changes, until cancelled; in a thread, as its file system may be slow."""
-        while True:
+        """Read the key file again whenever it changes, until cancelled.
+
+        A thread reads it, as its file system may hang: then the keys stay as they are, and others try, a few at most.
+        """
+        hung: list[asyncio.Future[Reading]] = []
+        while self.keys.file is not None:
             await asyncio.sleep(LOOK_SECONDS)
-            await asyncio.to_thread(self.keys.look)
+            hung = [one for one in hung if not one.done()]
+            if len(hung) >= MOST_HUNG:
+                continue
+            reading = in_daemon_thread(self.keys.read_again)
+            if (await asyncio.wait([reading], timeout=READ_SECONDS))[0]:
+                self.keys.take(reading.result())
+            else:
+                hung.append(reading)
+                self.keys.take(Reading(error=f"{self.keys.file} cannot be read within {READ_SECONDS:g} s: its file system may hang"))
 
     def chains(self, request: Request, n: int) -> AbstractContextManager[None]:
         """Count ``n`` chains of the client that sends ``request`` until the block ends; raise Problem 429 beyond its limit."""
@@ -60,7 +77,7 @@ class ApiKeyMiddleware:
 
     A server with keys answers 401 without a known X-API-Key and 403 for a key without the path's scope; any server 429 beyond a limit of
     the client. The scope that is passed on has the client's name (str) as ``client_name``, the scopes of its key as ``scopes``, none
-    without one, and its Limits as ``limits``.
+    without one, and its ClientLimits as ``limits``.
     """
 
     def __init__(self, app: ASGI, access: Access, scopes: Mapping[str, Collection[Scope]]) -> None:
@@ -81,7 +98,7 @@ class ApiKeyMiddleware:
             known = {"client_name": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
             return await self._app(scope | known, receive, send)
 
-    def _count(self, client: str, limits: Limits, headers: list[tuple[bytes, bytes]], receive: Receive, held: ExitStack) -> Receive:
+    def _count(self, client: str, limits: ClientLimits, headers: list[tuple[bytes, bytes]], receive: Receive, held: ExitStack) -> Receive:
         """Count a request until ``held`` is closed, and its body until the returned ``receive`` has given all of it.
 
         Raises Problem 429 beyond a limit.
@@ -102,14 +119,14 @@ class ApiKeyMiddleware:
 
         return receive_body
 
-    async def _identify(self, scope: Any) -> tuple[str, Key | None, Limits]:
+    async def _identify(self, scope: Any) -> tuple[str, Key | None, ClientLimits]:
         """Return the client's name, its key if the server has keys, and its limits. Raises Problem 400, 401, 403, 404 or 429."""
         access = self._access
         address = access.address(scope["client"] and scope["client"][0], scope["headers"])
         path = scope["path"]
         needed = self._scopes.get(path)
         if needed is not None and not needed:
-            return network_name(address), None, Limits()
+            return network_name(address), None, ClientLimits()
         if not access.keys.closed:
             return network_name(address), None, access.limits
         key = await self._key(scope["headers"], network_name(address))
@@ -146,4 +163,4 @@ def unauthorized(detail: str) -> Problem:
 
 def has_body(headers: list[tuple[bytes, bytes]]) -> bool:
     """Return whether a request announces a body."""
-    return any(name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0 \t") != b"") for name, value in headers)
+    return any(name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0") != b"") for name, value in headers)

@@ -18,7 +18,6 @@ PREFLIGHT_SECONDS = 600
 """Seconds for which a browser may keep the answer to a preflight."""
 SAME_SITE = ("same-origin", "none")
 """Values of Sec-Fetch-Site, which no page can set, of requests by this server's own pages or by the person at the browser."""
-SAFE = ("GET", "HEAD", "OPTIONS")
 PROBED = ("/health",)
 """Paths that balancers ask for by address, under no name."""
 
@@ -53,7 +52,7 @@ def check(settings: Settings) -> tuple[list[str], list[str]]:
 def install(app: FastAPI, settings: Settings, exposed: Sequence[str]) -> None:
     """Add the checks to ``app``, outside of the check of keys: a preflight carries none. Pages may read the headers ``exposed``."""
     origins, hosts = check(settings)
-    app.add_middleware(SiteMiddleware, origins=origins, hosts=hosts)
+    app.add_middleware(SiteMiddleware, origins=origins)
     if origins:
         app.add_middleware(
             CORSMiddleware,
@@ -63,38 +62,71 @@ def install(app: FastAPI, settings: Settings, exposed: Sequence[str]) -> None:
             expose_headers=[*exposed, "Retry-After"],
             max_age=PREFLIGHT_SECONDS,
         )
+    if hosts:
+        app.add_middleware(HostMiddleware, hosts=hosts)  # outside: no preflight passes for another host
+
+
+class HostMiddleware:
+    """Answers 421 to a request for a host name that is not served, as a page has it sent whose name was made to mean our address."""
+
+    def __init__(self, app: ASGI, hosts: Sequence[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass on a request that is for this server."""
+        if scope["type"] == "http" and scope["path"] not in PROBED:
+            host = Headers(scope=scope).get("host", "").lower()
+            if not any(matches(host, one) for one in self._hosts):
+                problem = Problem(421, f"this server is not {host[:100] or 'nameless'}; serve --allowed-host names the hosts it is")
+                return await problem.response()(scope, receive, send)
+        return await self._app(scope, receive, send)
 
 
 class SiteMiddleware:
-    """Answers 403 to what another site's page sends without asking first, and 421 to a request for a host name that is not served.
+    """Answers 403 to what a page of another site has its visitor's browser send, unless the visitor followed a link.
 
-    Browsers send a simple POST (a form, plain text) across sites without a preflight, so any page could have its visitors upload
-    to a server that only they can reach.
+    Browsers send a simple POST (a form, plain text) and a GET (an image) across sites without asking first, so any page could have its
+    visitors upload to a server that only they can reach, or draw there.
     """
 
-    def __init__(self, app: ASGI, origins: Sequence[str], hosts: Sequence[str]) -> None:
-        self._app, self._origins, self._hosts = app, origins, hosts
+    def __init__(self, app: ASGI, origins: Sequence[str]) -> None:
+        self._app, self._origins = app, origins
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass on a request that is for this server, and from no page of another site."""
-        if scope["type"] == "http" and (problem := self._refuse(scope)):
+        """Pass on a request that is from no page of another site."""
+        if scope["type"] == "http" and scope["path"] not in PROBED and (problem := self._refuse(scope)):
             return await problem.response()(scope, receive, send)
         return await self._app(scope, receive, send)
 
     def _refuse(self, scope: Any) -> Problem | None:
         headers = Headers(scope=scope)
-        host = headers.get("host", "").lower()
-        if self._hosts and scope["path"] not in PROBED and not any(matches(host, one) for one in self._hosts):
-            return Problem(421, f"this server is not {host[:100] or 'nameless'}; serve --allowed-host names the hosts it is")
-        origin = headers.get("origin", "").lower()
-        if scope["method"] in SAFE or not origin or origin in self._origins or ANY in self._origins:
+        origin, site = headers.get("origin", "").lower(), headers.get("sec-fetch-site")
+        if scope["method"] == "OPTIONS" or ANY in self._origins or origin in self._origins:
             return None
-        site = headers.get("sec-fetch-site")
-        same = site in SAME_SITE if site else origin.partition("://")[2] == host
-        return None if same else Problem(403, f"pages of {origin[:100]} may not send to this server; serve --cors-origin allows them")
+        if site:
+            allowed = site in SAME_SITE or (scope["method"] in ("GET", "HEAD") and follows_link(headers))
+        else:  # no browser, or an old one, which sends Origin with what is not simple
+            allowed = not origin or origin.partition("://")[2] == headers.get("host", "").lower()
+        if allowed:
+            return None
+        return Problem(403, f"pages of {origin[:100] or 'other sites'} may not send to this server; serve --cors-origin allows them")
+
+
+def follows_link(headers: Headers) -> bool:
+    """Return whether a browser loads the answer as a page of its own, not into a frame or as a part of another page."""
+    return headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
 
 
 def matches(host: str, allowed: str) -> bool:
     """Return whether a Host header means the host ``allowed``, with its port if that has one, by any subdomain for "*.example.org"."""
-    name = host if urlsplit(f"//{allowed}").port else host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    return name == allowed or allowed == ANY or (allowed.startswith("*.") and name.endswith(allowed[1:]))
+    name, port = split_port(host)
+    wanted, wanted_port = split_port(allowed)
+    if wanted_port and port != wanted_port:
+        return False
+    return name == wanted or allowed == ANY or (wanted.startswith("*.") and name.endswith(wanted[1:]))
+
+
+def split_port(host: str) -> tuple[str, str]:
+    """Return the name in a Host header, without the dot that a whole name may end with, and its port, "" without one."""
+    name, _, port = host.rpartition(":") if host.rpartition(":")[2].isdigit() else (host, "", "")
+    return name.removesuffix("."), port

@@ -18,7 +18,7 @@ CLIENTS = 10_000
 
 
 @dataclass(frozen=True)
-class Limits:
+class ClientLimits:
     """Limits of one client, None for none; ``own`` names those that its key sets."""
 
     rate: float | None = None  # requests per second
@@ -34,7 +34,7 @@ class Limits:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, not {value}")
 
-    def of_key(self, *, rate: float | None, burst: int | None, concurrency: int | None) -> "Limits":
+    def of_key(self, *, rate: float | None, burst: int | None, concurrency: int | None) -> "ClientLimits":
         """Return these limits with those that a key sets."""
         changes: dict[str, float | int | None] = {}
         if rate is not None:
@@ -59,14 +59,14 @@ class Limits:
         return (burst - 1) / self.rate
 
 
-PUBLIC = Limits(rate=50.0, requests=32, bodies=16, chains=64)
+BEYOND_LOOPBACK = ClientLimits(rate=50.0, requests=32, bodies=16, chains=64)
 """The limits beyond loopback: a client may take all the server has for a second or two, and one drawing of the largest size."""
 
 
-def limits_of(settings: Settings) -> Limits:
+def limits_of(settings: Settings) -> ClientLimits:
     """Return the limits of a client whose key sets none; unless they are set, none where only this machine's programs are clients."""
-    default, s = PUBLIC if settings.exposed else Limits(), settings
-    return Limits(
+    default, s = BEYOND_LOOPBACK if settings.exposed else ClientLimits(), settings
+    return ClientLimits(
         rate=default.rate if s.client_rate is None else s.client_rate or None,
         requests=default.requests if s.client_requests is None else s.client_requests or None,
         bodies=default.bodies if s.client_bodies is None else s.client_bodies or None,
@@ -80,7 +80,7 @@ class _Client:
     under_way: dict[Counted, int] = field(default_factory=dict)
 
 
-class ClientLimits:
+class ClientCounts:
     """Counts what clients do, and refuses with 429 what is beyond their limits.
 
     A client is forgotten when it has nothing under way and could take its whole burst again, so nothing is lost by it. Beyond CLIENTS,
@@ -94,7 +94,7 @@ class ClientLimits:
     def __len__(self) -> int:
         return len(self._clients)
 
-    def request(self, client: str, limits: Limits) -> None:
+    def request(self, client: str, limits: ClientLimits) -> None:
         """Count a request; raise Problem 429 when they come faster than ``limits`` allow. A refused one does not count."""
         if limits.rate is None:
             return
@@ -109,7 +109,7 @@ class ClientLimits:
         state.due = due + 1 / limits.rate
 
     @contextlib.contextmanager
-    def held(self, client: str, what: Counted, limits: Limits, n: int = 1) -> Iterator[None]:
+    def held(self, client: str, what: Counted, limits: ClientLimits, n: int = 1) -> Iterator[None]:
         """Count ``n`` of ``what`` until the block ends; raise Problem 429 when they are more than ``limits`` allow."""
         state, most = self._state(client, self._clock()), getattr(limits, what)
         under_way = state.under_way.get(what, 0)
@@ -130,11 +130,6 @@ class ClientLimits:
             else:
                 del state.under_way[what]
 
-    def under_way(self, client: str, what: Counted) -> int:
-        """Return how many of ``what`` the client has under way."""
-        state = self._clients.get(client)
-        return state.under_way.get(what, 0) if state else 0
-
     def _state(self, client: str, now: float) -> _Client:
         if client in self._clients:
             self._clients.move_to_end(client)
@@ -153,7 +148,7 @@ class ClientLimits:
             del self._clients[oldest]
 
 
-def _option(name: str, limits: Limits) -> str:
+def _option(name: str, limits: ClientLimits) -> str:
     return f"{'rate' if name == 'rate' else 'concurrency'} of its key" if name in limits.own else OPTIONS[name]
 
 

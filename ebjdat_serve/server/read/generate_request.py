@@ -1,6 +1,5 @@
 """Requests to /generate: from a query or a body to a validated job, each limit named."""
 
-import contextlib
 import math
 import secrets
 import unicodedata
@@ -12,6 +11,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from ebjdat_serve.bounds import LONGEST_LABEL, class_number
 from ebjdat_serve.bundle import Manifest
 from ebjdat_serve.server.payloads import GenerateJob
 from ebjdat_serve.server.problems import Problem
@@ -24,8 +24,6 @@ MAX_BODY = 64 * 1024
 """Bytes of a request body, which holds a few numbers."""
 MAX_FORM = 8 * 1024
 """Bytes of a form, as of a target: its escapes are replaced at once, in Python."""
-MAX_NAME = 200
-"""Characters of a class name: the time to normalise one grows with the square of its combining marks."""
 MAX_FIELDS = 32
 """Parameters of a query, a form or a JSON object, of which there are eleven."""
 
@@ -139,8 +137,8 @@ def explain(error: ValidationError) -> str:
 def find_label(wanted: str | int, labels: list[str]) -> int:
     """Return the class index that an index or a name means; a name in any case and either of Unicode's normal forms."""
     text = str(wanted).strip()
-    if len(text) > MAX_NAME:
-        raise Problem(422, f"class may have {MAX_NAME} characters: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
+    if len(text) > LONGEST_LABEL:
+        raise Problem(422, f"class may have {LONGEST_LABEL} characters: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
     text = unicodedata.normalize("NFC", text)
     if not isinstance(wanted, int):
         known = [unicodedata.normalize("NFC", label) for label in labels]
@@ -148,9 +146,8 @@ def find_label(wanted: str | int, labels: list[str]) -> int:
         for name, among in ((text, known), (text.casefold(), folded)):
             if name in among:
                 return among.index(name)
-    with contextlib.suppress(ValueError):
-        if text.isascii() and 0 <= int(text) < len(labels):
-            return int(text)
+    if (number := class_number(text, len(labels))) is not None:
+        return number
     raise Problem(422, f"class {text[:40]!r} is unknown: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
 
 

@@ -12,7 +12,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Any, NoReturn
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.client_address import Address, network_name, networks, parse_address
@@ -158,10 +158,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._end(Problem(414, f"a request target may have {MAX_TARGET} bytes"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header, or a trailer after a body in chunks, which is dropped: it would stand among the headers, unseen by proxies."""
+        """Count a header, or a trailer after a body in chunks, which is dropped: it would stand among the headers, unseen by proxies.
+
+        White space around a value is no part of it (RFC 9112, 5.1); the parser leaves what follows it.
+        """
         self._count(len(name) + len(value) + HEADER_COST)
         if self._begun:
-            super().on_header(name, value)
+            super().on_header(name, value.strip(b" \t"))
 
     def on_headers_complete(self) -> None:
         """Pass the request on, or refuse what is none that we take; the bounds on its body are in bodies.py."""
@@ -261,16 +264,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True  # the application hears that its client has left
             self.cycle.message_event.set()
-        body = problem.document().encode()
-        headers = {
-            "content-type": "application/problem+json",
-            "content-length": str(len(body)),
-            "cache-control": "no-store",
-            "connection": "close",
-            **(problem.headers or {}),
-        }
-        lines = [*self.server_state.default_headers, *((name.encode(), value.encode()) for name, value in headers.items())]
-        self.transport.write(b"".join([STATUS_LINE[problem.status], *(b"%b: %b\r\n" % line for line in lines), b"\r\n", body]))
+        self.transport.write(problem.last_response(self.server_state.default_headers))
         self._linger(LINGER_SECONDS, LINGER_BYTES)
 
     def _linger(self, seconds: float, most: int) -> None:
@@ -282,6 +276,16 @@ class BoundedProtocol(HttpToolsProtocol):
         with contextlib.suppress(OSError):  # the client has gone
             self.transport.write_eof()
         self._linger_timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def shutdown(self) -> None:
+        """Close the connection at a stop if it is idle; a request that is still coming has the time of those in progress."""
+        if not self._begun:
+            super().shutdown()
+
+    def refuse_unfinished(self) -> None:
+        """Refuse a request that is still coming when that time is over."""
+        if self._begun or (self.cycle is not None and self.cycle.more_body and not self.cycle.response_started):
+            self._refuse(Problem(503, "the server is stopping; try again when it is back", headers={"Retry-After": "5"}))
 
     def pause_writing(self) -> None:
         """Start the timer for the client to read some more."""
@@ -309,12 +313,8 @@ class CycleTransport:
     """The transport as a response sees it: to close it reads on first, if the request is still coming."""
 
     def __init__(self, protocol: BoundedProtocol) -> None:
-        self._protocol = protocol
         self.write, self.is_closing = protocol.transport.write, protocol.transport.is_closing
-
-    def close(self) -> None:
-        """End the connection after what was written."""
-        self._protocol.end_response()
+        self.close = protocol.end_response
 
 
 def bounded_protocol(settings: Settings) -> type[BoundedProtocol]:
@@ -335,6 +335,12 @@ def stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
 def connections() -> int:
     """Return how many connections are open."""
     return len(_open)
+
+
+def refuse_unfinished() -> None:
+    """Refuse the requests that are still coming."""
+    for protocol in list(_open):
+        protocol.refuse_unfinished()
 
 
 def hang_up() -> None:

@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from fastapi import Request
@@ -17,12 +15,9 @@ from ebjdat_serve.decoding.pool import Decoders
 from ebjdat_serve.decoding.pool_settings import LIGHT, PoolSettings
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.pixels import Pixels
+from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
-
-log = logging.getLogger(__name__)
-POLL_SECONDS = 0.1
-"""Seconds between checks that clients are still connected."""
 
 
 def limits(settings: Settings) -> Limits:
@@ -33,16 +28,6 @@ def limits(settings: Settings) -> Limits:
         max_seconds=settings.decode_seconds,
         jpeg_draft=settings.jpeg_draft,
     )
-
-
-@dataclass(eq=False)
-class Decode:
-    """One under way."""
-
-    request: Request
-    since: float
-    timeout: asyncio.Timeout
-    left: bool = False  # its client has
 
 
 class ImageDecoder:
@@ -58,32 +43,15 @@ class ImageDecoder:
         # each request ends its own decode at its deadline; this is for a zygote that does not hear of it
         pool = PoolSettings(self.limits, large=settings.decoders, memory=settings.decode_memory, timeout=settings.classify_deadline)
         self.decoders = Decoders(pool)
-        self.under_way: set[Decode] = set()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keep decoders running until the end of the block."""
         await self.decoders.start()
-        watching = asyncio.create_task(self.watch())
         try:
             yield
         finally:
-            watching.cancel()
             await self.decoders.close()
-
-    async def watch(self) -> None:
-        """End the decodes of clients that have left, for ever."""
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            for one in list(self.under_way):
-                try:
-                    gone = time.monotonic() - one.since > POLL_SECONDS and await one.request.is_disconnected()
-                except Exception:
-                    log.exception("cannot tell whether a client has left")
-                    continue
-                if gone and one in self.under_way and not one.timeout.expired():
-                    one.left = True
-                    one.timeout.reschedule(0)  # now
 
     async def decode(self, request: Request, images: Sequence[Bytes], contract: Input, deadline: float, *, listed: bool) -> Pixels:
         """Return the images of ``request`` as (n, H, W, 3).
@@ -91,21 +59,24 @@ class ImageDecoder:
         Raises Problem: 413 too large, 422 not an image (with its index in a list), 499 the client has left, 503 the decoder ended before
         it answered, 504 at ``deadline``, a time of time.monotonic().
         """
-        now = time.monotonic()
+        left = False
+
+        def leave() -> None:
+            nonlocal left
+            if not timeout.expired():
+                left = True
+                timeout.reschedule(0)  # now
+
         try:
-            async with asyncio.timeout(deadline - now) as timeout:
-                one = Decode(request, now, timeout)
-                self.under_way.add(one)
-                try:
+            async with asyncio.timeout(deadline - time.monotonic()) as timeout:
+                with on_disconnect(request, leave):
                     return np.stack(await self.decoders.decode(images, contract.height, contract.width, request.scope["client_name"]))
-                finally:
-                    self.under_way.discard(one)
         except InvalidImage as error:
             raise refusal(error, listed=listed) from None
         except DecoderLost as error:
             raise Problem(503, str(error), headers={"Retry-After": "1"}) from None
         except TimeoutError:
-            if one.left:
+            if left:
                 raise Problem(499, "the client closed the connection") from None
             late = "the image was not decoded by the deadline; try again, or send it smaller"
             raise Problem(504, late, headers={"Retry-After": "1"}) from None

@@ -25,13 +25,14 @@ def side_door(version: str, method: bytes, target: bytes, headers: Headers, *, u
         return Problem(400, "no connection is upgraded here, neither to WebSocket nor to HTTP/2; send the request without Upgrade")
     if not target.startswith(b"/"):
         return Problem(400, "the request target must be a path that begins with /; this server is no proxy")
-    if version == "1.1" and len(found.get(b"host", [])) != 1:
+    hosts = len(found.get(b"host", []))
+    if hosts > 1 or (version == "1.1" and not hosts):
         return Problem(400, "send one header Host")
     if any(value.lower() != b"100-continue" for value in found.get(b"expect", [])):
         return Problem(417, "the only expectation that is met is 100-continue")
     encodings = found.get(b"transfer-encoding", [])
-    if encodings and (version == "1.0" or [value.strip().lower() for value in encodings] != [b"chunked"]):
+    if encodings and (version == "1.0" or [value.lower() for value in encodings] != [b"chunked"]):
         return Problem(400, "the only transfer encoding is chunked, of HTTP/1.1")
-    if method in BODILESS and (encodings or any(value.strip() != b"0" for value in found.get(b"content-length", []))):
+    if method in BODILESS and (encodings or any(value != b"0" for value in found.get(b"content-length", []))):
         return Problem(400, f"{method.decode('ascii')} takes no body")
     return None

@@ -1,0 +1,56 @@
+"""What numbers and class labels a bundle may hold."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LONGEST_LABEL = 200
+"""Characters of a class label, in a bundle and in a request: the time to normalise one grows with the square of its combining marks."""
+JOINERS = "\u200c\u200d"
+"""Characters without a shape of their own that words of some scripts need."""
+UNSEEN = ("Cc", "Cf", "Zl", "Zp")
+"""Unicode's categories of characters that a reader does not see, or that order others anew: control, format, and ends of lines."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The least and the most that a number may be; NaN is neither."""
+
+    least: float
+    most: float
+
+    def fault(self, value: float) -> str:
+        """Return what is wrong with a number, "" if nothing is."""
+        return "" if self.least <= value <= self.most else f"must be {self.least:g} to {self.most:g}, not {str(value)[:40]}"
+
+
+COUNT = Bounds(0, 2**53)
+"""What any reader of JSON takes for the same integer."""
+NATS = Bounds(-1e12, 1e12)
+"""Energies and scores."""
+
+
+def class_number(text: str, classes: int) -> int | None:
+    """Return the class that a text names by its number, None where it is no number of one."""
+    try:
+        return int(text) if text.isascii() and 0 <= int(text) < classes else None
+    except ValueError:
+        return None
+
+
+def label_fault(labels: Sequence[str]) -> str:
+    """Return what is wrong with the labels of a model's classes, "" if nothing is: each must name its class alone."""
+    seen: dict[str, int] = {}
+    for index, label in enumerate(labels):
+        said = f"the label of class {index}, {label[:40]!r}, "
+        if not label or label != label.strip():
+            return f"{said}is empty or has white space at an end"
+        if len(label) > LONGEST_LABEL:
+            return f"{said}has {len(label)} characters, more than {LONGEST_LABEL}"
+        if any(unicodedata.category(one) in UNSEEN and one not in JOINERS for one in label):
+            return f"{said}holds a control character, or one that orders text anew"
+        if (number := class_number(label, len(labels))) not in (None, index):
+            return f"{said}is the number of class {number}: give it a name, or number all classes from 0 in order"
+        if (other := seen.setdefault(unicodedata.normalize("NFC", label), index)) != index:
+            return f"{said}is that of class {other} too"
+    return "" if labels else "there is no label"
