@@ -286,8 +286,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is list and isinstance(value, list):
-        if set(map(type, value)) == set(arguments):  # a calibration has ten thousand scores
-            return value
+        if get_args(arguments[0])[:1] == (float,) and set(map(type, value)) == {float}:  # a calibration has ten thousand scores
+            bounds = get_args(arguments[0])[1]
+            if all(bounds.least <= number <= bounds.most for number in value):
+                return value
         return [_value(arguments[0], item, where) for item in value]
     if hint is Any or (isinstance(hint, type) and isinstance(value, hint) and not isinstance(value, bool)):
         return value

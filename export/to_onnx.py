@@ -23,6 +23,7 @@ import onnx
 import torch
 from onnx_ir.passes import Sequential, common
 from onnxscript import optimizer
+from safetensors.numpy import load_file
 
 from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
 from ebjdat_serve.console import command, parser_of
@@ -31,6 +32,7 @@ from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import Precision
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import EbjdatError
+from export.reference import write_selftest
 from export.tracing import Classify, Function, Score, Step, program
 
 log = logging.getLogger("export")
@@ -52,6 +54,16 @@ def export(bundle: Bundle) -> Bundle:
     """Write the graphs into ``bundle`` and record them; raise EbjdatError when a constant is not in the weights file."""
     bundle = without_strangers(bundle)
     return bundle.update(*(write(bundle, function, "fp32") for function in KINDS))
+
+
+def export_again(bundle: Bundle) -> Bundle:
+    """Write the graphs, and what torch says of the self-test's images by the weights that the bundle has now."""
+    file = bundle.path / "selftest.safetensors"
+    if not file.is_file():
+        raise EbjdatError(f"{bundle.path} has no {file.name}, which training writes: train again")
+    exported = export(bundle)
+    write_selftest(exported, load_file(file)["image"])
+    return exported.update(file.name)
 
 
 def without_strangers(bundle: Bundle) -> Bundle:
@@ -182,7 +194,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(threads())
     with command(parser):
-        bundle = edit(options.bundle, export, force=options.force)
+        bundle = edit(options.bundle, export_again, force=options.force)
         for name in GRAPHS:
             print(f"{bundle.path / name}  {bundle.manifest.files[name].bytes / 1024:.0f} KiB")
 

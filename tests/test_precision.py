@@ -25,7 +25,7 @@ from ebjdat_serve.server.compute.model import Model
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import publish
 from export.to_int8 import write_int8
-from export.to_onnx import export
+from export.to_onnx import export_again
 from tests.conftest import ROOT, serving
 from training.calibrate import calibrate
 from training.data.datasets import load
@@ -202,7 +202,7 @@ def test_graphs_of_other_weights_are_dropped_at_the_next_export(precise, tmp_pat
     bundle = Bundle.draft(tmp_path / "other")
     tensors = load_file(bundle.path / "weights.safetensors")
     save_file({name: value * np.asarray(1.001, value.dtype) for name, value in tensors.items()}, bundle.path / "weights.safetensors")
-    again = export(bundle.update("weights.safetensors"))
+    again = export_again(bundle.update("weights.safetensors"))
     assert not [name for name in again.manifest.files if ".int8." in name or ".fp16." in name]
     with pytest.raises(BundleError, match=r"no classify\.int8\.onnx"):
         again.calibration("int8")
