@@ -239,6 +239,35 @@ def test_a_killed_decoder_of_small_images_costs_nobody_anything():
     asyncio.run(main())
 
 
+def camera(kind, **options):
+    """Return an image of a few kilobytes with EXIF as cameras write it."""
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x010F: "a camera", 0x011A: 72.0, 0x011B: 72.0})
+    exif.get_ifd(0x8769).update({0x9000 + i: b"a" * 40 for i in range(40)} | {0x829A: 0.01, 0x829D: 2.8, 0x920A: 35.0})
+    exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 8.0, 30.5), 3: "E", 4: (11.0, 34.0, 5.25), 29: "2026:11:26"})
+    return encoded(colour((48, 32)), kind, exif=exif, icc_profile=os.urandom(500), **options)
+
+
+def test_ordinary_lists_do_not_wait_for_decoders_of_large_images():
+    lists = [
+        [camera("PNG")] * 64,
+        [camera("JPEG")] * 64,
+        [camera("JPEG", progressive=True)] * 64,
+        [camera("WEBP")] * 64,
+        [camera("JPEG"), camera("PNG"), encoded(colour(), "TIFF"), encoded(colour(), "GIF"), encoded(colour(), "BMP")] * 12,
+    ]
+
+    async def main():
+        async with decoders(replace(PATIENT, large=1)) as running:
+            await running.decode([MEDIUM], 32, 32)
+            os.kill(of_large(running), signal.SIGSTOP)
+            for images in lists:
+                async with asyncio.timeout(10):
+                    assert len(await running.decode(images, 32, 32)) == len(images)
+
+    asyncio.run(main())
+
+
 def test_a_small_image_that_hangs_its_decoder_delays_the_others_of_its_message_by_the_timeout():
     async def main():
         async with decoders(replace(PATIENT, small_timeout=0.5)) as running:
