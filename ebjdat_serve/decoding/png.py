@@ -4,6 +4,7 @@ import re
 
 from ebjdat_serve.decoding.exif import MOST_TAGS, TAG_WORK, exif_work
 from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, Steps, damaged
+from ebjdat_serve.errors import InvalidImage
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
@@ -32,6 +33,8 @@ def judge_png(data: Bytes, limits: Limits, steps: Steps) -> Header:
         kind, length = bytes(data[at + 4 : at + 8]), int.from_bytes(data[at : at + 4])
         if kind == b"IEND" or not NAME.fullmatch(kind):
             break
+        if kind == b"tRNS" and (bits, colour) == (16, 2):  # Pillow reads 8 of the 16 bits, which name no one colour
+            raise InvalidImage("the PNG has a transparent colour of 16 bits a sample; save it with an alpha channel, or with 8 bits")
         if kind == b"IHDR":
             damaged("PNG", "it has two IHDR chunks")
         if kind == b"IDAT" or (kind == b"fdAT" and length >= SMALL_CHUNK):

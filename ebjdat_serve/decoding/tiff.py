@@ -29,6 +29,11 @@ def judge_tiff(data: Bytes, limits: Limits, steps: Steps) -> Header:
     bits, samples = reader.first(tags, BITS, 1), reader.first(tags, SAMPLES, 1)
     if bits not in (1, 2, 4, 8, 12, 16) or reader.first(tags, FORMAT, 1) not in (1, 4):
         raise InvalidImage(f"the TIFF has samples of {bits} bits or of floating point; send whole numbers of at most 16 bits")
+    unusual = (bits == 12) + (not reader.little) + (reader.first(tags, PHOTOMETRIC, 0) == 0)
+    if bits in (12, 16) and samples == 1 and unusual > 1:
+        raise InvalidImage(
+            f"the TIFF has samples of {bits} bits in an order that is not read; save it with 16 bits, little-endian, and 0 for black"
+        )
     if not 1 <= samples <= 6:
         raise InvalidImage(f"the TIFF has {samples} samples per pixel; the limit is 6")
     strips = Count(limits.max_strips, "TIFF", "strips or tiles", Steps())  # which are not walked
