@@ -28,6 +28,7 @@ from ebjdat_serve.decoding.pool import Decoders
 from ebjdat_serve.decoding.pool_settings import PoolSettings
 from ebjdat_serve.decoding.processes import Channel
 from ebjdat_serve.errors import EbjdatError, InvalidImage
+from ebjdat_serve.server.read import images
 from ebjdat_serve.server.read.images import Decode, ImageDecoder
 from ebjdat_serve.server.settings import Settings
 from tests.test_headers import HOSTILE, colour, needs_heic
@@ -626,6 +627,35 @@ def test_a_decode_may_take_as_long_as_its_request():
     settings = asyncio.run(main())
     assert settings.timeout == 60
     assert settings.limits.max_seconds == 30
+
+
+def test_an_image_may_have_as_many_bytes_as_the_settings_say():
+    settings = Settings(max_image_bytes=len(SMALL) - 1)
+
+    async def main():
+        decoder = ImageDecoder(settings)
+        with pytest.raises(InvalidImage, match=f"{len(SMALL)} bytes; the limit is {len(SMALL) - 1}") as refused:
+            await decoder.decoders.decode([SMALL], 32, 32)
+        return refused.value
+
+    assert asyncio.run(main()).too_large
+    assert images.limits(Settings(max_image_bytes=30 * 2**20)).max_bytes == 30 * 2**20
+
+
+def test_an_image_that_needs_more_memory_with_its_bytes_than_there_is_is_refused():
+    """It waited for memory until its deadline."""
+    large = encoded(Image.new("RGB", (2000, 2000)))
+    limits = replace(PATIENT.limits, max_memory=judge(large, 32, 32, PATIENT.limits).memory(32, 32, PATIENT.limits) + 2**20)
+
+    async def main():
+        async with decoders(replace(PATIENT, limits=limits, memory=limits.max_memory + 64 * 2**20)) as running:
+            async with asyncio.timeout(10):
+                assert len(await running.decode([large], 32, 32)) == 1
+                with pytest.raises(InvalidImage, match=r"MiB to decode; the limit is \d+: send it smaller") as refused:
+                    await running.decode([large + bytes(2**20)], 32, 32)
+                assert refused.value.too_large
+
+    asyncio.run(main())
 
 
 def test_a_connection_that_fails_to_say_whether_it_is_there_ends_the_watch_over_no_other(caplog):

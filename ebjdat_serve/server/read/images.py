@@ -28,6 +28,7 @@ POLL_SECONDS = 0.1
 def limits(settings: Settings) -> Limits:
     """Return the limits of one image."""
     return Limits(
+        max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_pixels,
         max_memory=settings.decode_memory - LIGHT * (settings.decoders - 1),
         max_seconds=settings.decode_seconds,
