@@ -28,7 +28,7 @@ from benchmarks.hostile_images import (
     tiff,
 )
 from ebjdat_serve import pixels
-from ebjdat_serve.decoding.pool import SMALL_BYTES
+from ebjdat_serve.decoding.small import SMALL_BYTES
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import SMALL_BODY, BodyMemory
 from ebjdat_serve.server.read.uploads import encoded_images, read_upload

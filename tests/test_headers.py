@@ -33,7 +33,7 @@ from benchmarks.hostile_images import (
     webp_of_tags,
 )
 from ebjdat_serve.decoding import judge as judging
-from ebjdat_serve.decoding import pool
+from ebjdat_serve.decoding import small
 from ebjdat_serve.decoding.exif import exif_work
 from ebjdat_serve.decoding.header import Header, Limits, Steps
 from ebjdat_serve.decoding.judge import accepted, format_of, judge
@@ -131,10 +131,10 @@ COSTLY = {
 @pytest.mark.parametrize("name", COSTLY)
 def test_what_costs_more_than_its_pixels_is_kept_from_small_images(name):
     data = COSTLY[name]
-    assert len(data) <= pool.SMALL_BYTES
+    assert len(data) <= small.SMALL_BYTES
     header = judge(data, 32, 32, LIMITS)
-    assert header.pixels <= pool.SMALL_WORK
-    assert not header.sure or header.work > pool.SMALL_WORK
+    assert header.pixels <= small.SMALL_WORK
+    assert not header.sure or header.work > small.SMALL_WORK
 
 
 def test_exif_as_cameras_write_it_costs_nothing_to_speak_of():
@@ -144,7 +144,7 @@ def test_exif_as_cameras_write_it_costs_nothing_to_speak_of():
     exif.get_ifd(0x8825).update(dict.fromkeys((1, 3, 16, 29), "a" * 20))
     for kind in ("PNG", "JPEG", "WEBP"):
         plain, tagged = (judge(encoded(colour(), kind, **options), 32, 32, LIMITS) for options in ({}, {"exif": exif}))
-        assert plain.work <= tagged.work <= pool.SMALL_WORK // 2
+        assert plain.work <= tagged.work <= small.SMALL_WORK // 2
     for rubbish in (b"", b"II*\0", b"MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0", os.urandom(300)):
         assert exif_work(rubbish, Steps()) == 0
 
@@ -281,8 +281,8 @@ def test_a_jpeg_may_be_larger_where_draft_is_allowed():
         big.check(32, 32, replace(LIMITS, jpeg_draft=False))
     with pytest.raises(InvalidImage, match="the limit is 25000000"):
         big.check(1024, 1024, LIMITS)  # too little would be left of it
-    for small in (Header("JPEG", 1600, 1200), Header("PNG", 8064, 6048)):
-        assert small.scale(32, 32, LIMITS) == 1
+    for one in (Header("JPEG", 1600, 1200), Header("PNG", 8064, 6048)):
+        assert one.scale(32, 32, LIMITS) == 1
 
 
 def test_a_decode_that_takes_too_much_memory_is_refused():

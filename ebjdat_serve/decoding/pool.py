@@ -12,21 +12,18 @@ import socket
 from collections.abc import Sequence
 
 from ebjdat_serve.decoding import wire
-from ebjdat_serve.decoding.header import Bytes, Header, Steps, TooLong
+from ebjdat_serve.decoding.header import Bytes, Header
 from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
-from ebjdat_serve.decoding.judge import NEVER_SURE, check_list, each, judge, judge_kind
+from ebjdat_serve.decoding.judge import NEVER_SURE, each, judge_kind
 from ebjdat_serve.decoding.pool_settings import LIGHT, PoolSettings
 from ebjdat_serve.decoding.processes import UNKNOWN, Channel, Zygote
+from ebjdat_serve.decoding.small import SMALL_BYTES, small_headers
 from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
 
 log = logging.getLogger(__name__)
 
-SMALL_BYTES, SMALL_WORK = 2**19, 2**18
-"""Encoded bytes of a request that is judged in the event loop, and work of an image that is then small."""
-SMALL_STEPS, TURN_STEPS = 4000, 1000
-"""Steps that all its images may take there, and those of one turn of the loop, about 2 ms."""
 MESSAGE_IMAGES, MESSAGE_BYTES, MESSAGE_WORK = 64, 2**20, 2**19
 PATIENCE = 1.0
 """Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
@@ -85,27 +82,9 @@ class Decoders:
         kinds = set(each(images, lambda data: judge_kind(data, self.limits)))  # before anything of it is held and sent
         if sum(map(len, images)) <= SMALL_BYTES and NEVER_SURE.isdisjoint(kinds) and client not in self.suspects:
             small = list(map(bytes, images))
-            if headers := await self._judge_small(small, height, width):
+            if headers := await small_headers(small, height, width, self.limits):
                 return await self._decode_small(small, headers, height, width, client)
         return await self._decode_large(list(images), height, width, client)
-
-    async def _judge_small(self, images: Sequence[bytes], height: int, width: int) -> list[Header]:
-        """Return the headers of images that are all small; none where one is not, or judging takes too long here. Raises InvalidImage."""
-        headers = []
-        steps, spare = Steps(TURN_STEPS), SMALL_STEPS - TURN_STEPS
-        try:
-            for header in each(images, lambda data: judge(data, height, width, self.limits, steps)):
-                if not header.sure or header.work > SMALL_WORK:
-                    return []
-                headers.append(header)
-                if steps.left < TURN_STEPS // 2 and spare > 0:
-                    await asyncio.sleep(0)
-                    spare -= TURN_STEPS - int(steps.left)
-                    steps.left = TURN_STEPS
-        except TooLong:
-            return []
-        check_list(headers, self.limits)
-        return headers
 
     async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int, client: str) -> list[Pixels]:
         loop = asyncio.get_running_loop()
