@@ -55,6 +55,25 @@ def exif_of_tags(n: int, size: int) -> bytes:
     return block.ljust(size + 8, b"\0")
 
 
+def exif_of_numbers(kind: int, size: int, n: int, pointer: int = 0) -> bytes:
+    """Return EXIF that turns an image, and ``n`` numbers of a type and of ``size`` bytes: in the directory of a tag if that is given."""
+    own, at = [(0x0112, 3, 1, 6)], 200
+    numbers = [(0x9286, kind, n, at)]
+    head = directory(own + ([(pointer, 4, 1, 100)] if pointer else numbers))
+    return b"II*\0\x08\0\0\0" + head.ljust(92, b"\0") + directory(numbers).ljust(100, b"\0") + struct.pack("<II", 72, 1) * (n * size // 8)
+
+
+def directory(tags: list[tuple[int, int, int, int]]) -> bytes:
+    """Return a directory of (tag, type, count, value)."""
+    return struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+
+
+def tiff(tags: list[tuple[int, int, int, int]], rest: bytes = b"") -> bytes:
+    """Return a grey TIFF of 8 x 8 pixels with further tags; ``rest`` begins at byte 400."""
+    own = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 64)]
+    return (b"II*\0\x08\0\0\0" + directory(sorted(own + tags))).ljust(400, b"\0") + rest
+
+
 def png_of_tags(n: int, size: int) -> bytes:
     """Return a whole PNG with such EXIF."""
     return png(40, 40, chunk(b"eXIf", exif_of_tags(n, size)), pixels=bytes(40 * 121))
@@ -67,9 +86,13 @@ def webp_of_tags(n: int, size: int) -> bytes:
 
 def jpeg_of_tags(n: int, size: int, marker: bytes = b"\xff\xe1", name: bytes = b"Exif\0\0") -> bytes:
     """Return a whole JPEG with such EXIF, or with a list of pictures of this form."""
-    body = name + exif_of_tags(n, size)
+    return jpeg_with((marker[1], name + exif_of_tags(n, size)))
+
+
+def jpeg_with(*segments: tuple[int, bytes]) -> bytes:
+    """Return a whole JPEG with segments of (marker, body) after its first two bytes."""
     whole = encoded(Image.new("RGB", (64, 64)), "JPEG")
-    return whole[:2] + marker + struct.pack(">H", len(body) + 2) + body + whole[2:]
+    return whole[:2] + b"".join(struct.pack(">BBH", 0xFF, code, len(body) + 2) + body for code, body in segments) + whole[2:]
 
 
 def avif_that_lies(size: tuple[int, int], promised: tuple[int, int]) -> bytes:

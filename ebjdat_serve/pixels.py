@@ -7,7 +7,7 @@ composited on white; 16-bit images are scaled to 8; EXIF rotation is applied; of
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -97,10 +97,25 @@ def load(picture: Image.Image, height: int, width: int, scale: int = 1) -> Pixel
     with _hostile(), picture:
         if scale > 1:
             return _load_draft(picture, height, width, scale)
+        tiles = getattr(picture, "tile", [])
+        stored = str(tiles[0].args) if picture.format == "PNG" and tiles else ""
         picture.load()
         vars(picture).pop("_decoder", None)  # WebP's and AVIF's, with canvases of its own
+        _scale_transparent(picture, stored)
         upright = _upright(picture, _turn(picture))
         return np.asarray(upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BOX))
+
+
+def _scale_transparent(picture: Image.Image, stored: str) -> None:
+    """Have the level that a PNG names as transparent be one of the loaded image; in the file it has the bits of ``stored`` samples, or 8.
+
+    Of what the file has, 16 bits, the lowest count. Pillow does so itself for samples of 1 bit; those of 16 bits are compared as they are.
+    """
+    named = picture.info.get("transparency")
+    if not stored or named is None or picture.mode not in ("L", "RGB"):
+        return
+    most = 2 ** {"L;2": 2, "L;4": 4}.get(stored, 8) - 1
+    picture.info["transparency"] = tuple(level & most for level in named) if isinstance(named, tuple) else (named & most) * (255 // most)
 
 
 def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
@@ -109,12 +124,14 @@ def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
         return picture
     columns, rows = picture.size[::-1] if turn in SIDEWAYS else picture.size
     step = max(1, STRIP_PIXELS // columns)
+    to_rgb = _deep_to_rgb(picture) if picture.mode in ("I", "F") or picture.mode.startswith("I;16") else _rgb
     if step >= rows:
-        return _converted(picture, turn)
+        return to_rgb(picture if turn is None else picture.transpose(turn))
     upright = Image.new("RGB", (columns, rows))
     for top in range(0, rows, step):
         box = _stored(turn, columns, rows, top, min(top + step, rows))
-        upright.paste(_converted(picture.crop(box), turn), (0, top))
+        strip = picture.crop(box)
+        upright.paste(to_rgb(strip if turn is None else strip.transpose(turn)), (0, top))
     return upright
 
 
@@ -151,10 +168,6 @@ def _shares(extent: float, n: int, limit: int) -> Iterator[tuple[int, NDArray[np
         yield first, (covered / covered.sum()).astype(np.float32)
 
 
-def _converted(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
-    return _rgb(_eight_bit(picture if turn is None else picture.transpose(turn)))
-
-
 @contextmanager
 def _hostile() -> Iterator[None]:
     """Turn any exception that Pillow raises on hostile bytes into InvalidImage."""
@@ -163,7 +176,7 @@ def _hostile() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise InvalidImage("the image has more pixels than its header promises; save it anew") from error
     except UnidentifiedImageError as error:
-        raise InvalidImage("the image is truncated or damaged: it only begins as one") from error
+        raise InvalidImage("the image is truncated or damaged, or a rare variant of its format; save it anew, as a PNG or JPEG") from error
     except MemoryError as error:
         raise InvalidImage("the image takes more memory to decode than its header promises; save it anew") from error
     except Exception as error:  # Pillow's decoders raise arbitrary exceptions; none may pass this line
@@ -193,13 +206,26 @@ def _stored(turn: Image.Transpose | None, columns: int, rows: int, top: int, bot
     return 0, top, columns, bottom
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        shallow = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        # the orientation is kept; a transparent grey level has 16 bits and is meaningless here
-        shallow.info = {key: value for key, value in image.info.items() if key != "transparency"}
-        return shallow
-    return image
+def _deep_to_rgb(picture: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Return what makes RGB of parts of a grey image of more than 8 bits: its 8 highest, white where it is transparent.
+
+    Pillow leaves samples of TIFFs as they are stored: of 12 bits, and 0 for white where the file says so.
+    """
+    tags = getattr(picture, "tag_v2", {})
+    bits = 12 if tags.get(ExifTags.Base.BitsPerSample) in (12, (12,)) else 16
+    inverted = picture.format == "TIFF" and tags.get(ExifTags.Base.PhotometricInterpretation, 0) == 0
+    transparent = picture.info.get("transparency")
+
+    def to_rgb(part: Image.Image) -> Image.Image:
+        levels = np.asarray(part)
+        grey = (levels >> bits - 8).clip(0, 255).astype(np.uint8)
+        if inverted:
+            grey = 255 - grey
+        if transparent is not None:
+            grey[levels == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+
+    return to_rgb
 
 
 def _rgb(image: Image.Image) -> Image.Image:

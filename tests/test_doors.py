@@ -6,6 +6,7 @@ import contextlib
 import json
 import select
 import socket
+import struct
 import sys
 import time
 
@@ -13,8 +14,21 @@ import httpx2
 import numpy as np
 import pytest
 from fastapi import Request
+from PIL import Image
 
+from benchmarks.hostile_images import (
+    chunk,
+    directory,
+    encoded,
+    exif_of_tags,
+    jpeg_of_scans,
+    jpeg_of_tags,
+    jpeg_with,
+    png,
+    tiff,
+)
 from ebjdat_serve import pixels
+from ebjdat_serve.decoding.small import SMALL_BYTES
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import SMALL_BODY, BodyMemory
 from ebjdat_serve.server.read.uploads import encoded_images, read_upload
@@ -392,7 +406,63 @@ FILE = b'Content-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
 TEXT = b'Content-Disposition: form-data; name="image"\r\n\r\n'
 JSON, FORM, IMAGE = "application/json", "multipart/form-data; boundary=b", "image/png"
 
+
+def listed(image, last=b"\x89PNG\r\n\x1a\n"):
+    """Return a document of as many copies of an image as are judged in the event loop, whose last is refused so that none is decoded."""
+    n = min(64, SMALL_BYTES // len(image))
+    return document([base64.b64encode(one).decode() for one in [image] * (n - 1) + [last or image]], "images")
+
+
+def jpeg_of_exif(n):
+    """Return a JPEG of so many tags, in as many segments."""
+    return jpeg_with(*[(0xE1, b"Exif\0\0II*\0\x08\0\0\0" + directory([(0x9286, 3, 1, 0)] * 3))] * n)
+
+
+def tiff_of_pages(n):
+    """Return a TIFF with a chain of so many empty directories behind its own."""
+    chain = b"".join(struct.pack("<HI", 0, 406 + 6 * i) for i in range(n))
+    whole = bytearray(tiff([], chain))
+    own = 8 + len(directory([(0, 0, 0, 0)] * 7))
+    whole[own - 4 : own] = struct.pack("<I", 400)
+    return bytes(whole)
+
+
+def box(name, body):
+    return struct.pack(">I", 8 + len(body)) + name + body
+
+
+def avif_of_places(entries, places):
+    """Return an AVIF whose items have so many properties each."""
+    list_of_properties = box(b"ipma", struct.pack(">II", 0, entries) + (struct.pack(">HB", 1, places) + b"\1" * places) * entries)
+    properties = box(b"iprp", box(b"ipco", box(b"ispe", struct.pack(">III", 0, 8, 8))) + list_of_properties)
+    return box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"meta", bytes(4) + box(b"pitm", struct.pack(">IH", 0, 1)) + properties)
+
+
+GIF = b"GIF89a\x08\0\x08\0\0\0\0" + b"\1" * 980 + b"," + bytes(4) + b"\x08\0\x08\0\0\x08" + b"\1\0" * 2000 + b"\0;"
+WEBP = b"WEBPVP8X\x0a\0\0\0" + bytes(4) + b"\7\0\0\7\0\0" + b"ABCD\0\0\0\0" * 980 + b"VP8 \x0a\0\0\0\0\0\0\x9d\1\x2a\x08\0\x08\0"
+LISTS = {
+    "PNGs of chunks": lambda: listed(png(8, 8, chunk(b"tEXt", b"") * 640)),
+    "PNGs of as many chunks as they may have": lambda: listed(png(8, 8, chunk(b"tEXt", b"") * 990)),
+    "one PNG of chunks of pixels": lambda: listed(png(8, 8, chunk(b"tEXt", b"") * 900 + chunk(b"IDAT", bytes(256)) * 1800)),
+    "PNGs of EXIF": lambda: listed(png(8, 8, chunk(b"eXIf", exif_of_tags(20, 8)) * 20)),
+    "JPEGs of segments": lambda: listed(jpeg_with(*[(0xE5, b"")] * 980)),
+    "JPEGs of fill": lambda: listed(b"\xff\xd8" + b"\xff" * 980 + jpeg_with()[2:]),
+    "JPEGs of EXIF": lambda: listed(jpeg_of_exif(100)),
+    "JPEGs of tags": lambda: listed(jpeg_of_tags(500, 8)),
+    "JPEGs of scans": lambda: listed(jpeg_of_scans(64, (8, 8))),
+    "TIFFs of pages": lambda: listed(tiff_of_pages(999)),
+    "TIFFs of tags": lambda: listed(tiff([(1000 + i, 4, 1, 0) for i in range(29)])),
+    "TIFFs of as many tags as they may have": lambda: listed(tiff([(1000 + i, 4, 1, 0) for i in range(980)])),
+    "GIFs of blocks": lambda: listed(GIF),
+    "WebPs of chunks": lambda: listed(b"RIFF" + struct.pack("<I", len(WEBP)) + WEBP),
+    "AVIFs of places": lambda: listed(avif_of_places(980, 255)),
+    "AVIFs of entries": lambda: listed(avif_of_places(980, 1)),
+    "AVIFs of brands": lambda: listed(box(b"ftyp", b"avif" + bytes(4092))),
+    "BMPs": lambda: listed(encoded(Image.new("RGB", (40, 40)), "BMP"), b""),
+    "JPEGs of cameras": lambda: listed(jpeg_of_tags(60, 100), b""),
+}
 HOSTILE = {
+    **{f"64 {name}": (JSON, make) for name, make in LISTS.items()},
     "16 MiB of base64": (JSON, lambda: document(BASE64)),
     "22 MB of base64 with blanks": (JSON, lambda: document(" ".join(BASE64[: 11 * 10**6]))),
     "base64 in lines": (JSON, lambda: document(base64.encodebytes(NOISE[: 12 * 2**20]).decode())),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from benchmarks.hostile_images import chunk, png
 from ebjdat_serve import pixels
 from ebjdat_serve.decoding.header import Header, Limits
 from ebjdat_serve.decoding.judge import judge
@@ -52,6 +53,81 @@ def test_sixteen_bits_are_scaled_not_clipped():
 def test_a_transparent_level_of_sixteen_bits_does_not_turn_black_into_white():
     deep = Image.fromarray(np.zeros((32, 32), np.uint16))
     assert (pixels.decode(encoded(deep, transparency=256), 32, 32) == 0).all()
+
+
+def packed(bits, levels):
+    """Return levels as samples of so many bits, the highest first."""
+    return np.packbits(np.unpackbits(np.array(levels, ">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 16 - bits :]).tobytes()
+
+
+def grey_png(bits, levels, *chunks):
+    """Return a PNG of 32 x 32 pixels whose rows are all ``levels``."""
+    return png(32, 32, *chunks, bits=bits, kind=0, pixels=(b"\0" + packed(bits, levels)) * 32)
+
+
+def flat(data):
+    """Return the one level of each column of a decoded image, of 32 x 32 grey pixels."""
+    out = pixels.decode(data, 32, 32)
+    assert (out == out[:1, :, :1]).all()
+    return out[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_each_grey_level_of_a_png_may_be_transparent(bits):
+    most = 2**bits - 1
+    levels = [0, most, most // 2, most // 3] * 8
+    shown = [level >> 8 if bits == 16 else level * 255 // most for level in levels]
+    assert flat(grey_png(bits, levels)) == shown
+    for key in set(levels):
+        data = grey_png(bits, levels, chunk(b"tRNS", struct.pack(">H", key)))
+        assert flat(data) == [255 if level == key else grey for level, grey in zip(levels, shown, strict=True)]
+    if bits in (2, 4, 8):  # of a key, the bits that samples have count
+        assert flat(grey_png(bits, levels, chunk(b"tRNS", b"\xff\0"))) == [grey or 255 for grey in shown]
+
+
+def test_a_transparent_level_of_16_bits_is_told_from_those_with_the_same_8():
+    assert flat(grey_png(16, [0x1234, 0x1235] * 16, chunk(b"tRNS", b"\x12\x34"))) == [255, 0x12] * 16
+
+
+def test_a_transparent_colour_of_8_bits_is_laid_on_white_and_one_of_16_is_refused():
+    key = chunk(b"tRNS", b"\xff\1\0\2\0\3")  # whose high bits do not count
+    assert (pixels.decode(png(32, 32, key, pixels=(b"\0" + b"\1\2\3" * 32) * 32), 32, 32) == 255).all()
+    assert (pixels.decode(png(32, 32, key, pixels=(b"\0" + b"\1\2\4" * 32) * 32), 32, 32) == [1, 2, 4]).all()
+    with pytest.raises(InvalidImage, match="save it with an alpha channel, or with 8 bits"):
+        pixels.decode(png(32, 32, key, bits=16, pixels=(b"\0" + b"\0\1\0\2\0\3" * 32) * 32), 32, 32)
+
+
+def grey_tiff(bits, white_is_zero, levels, order="<", orientation=1):
+    """Return a TIFF of 32 x 32 pixels, whose rows are all ``levels``."""
+    row = np.array(levels, f"{order}u2").tobytes() if bits == 16 else packed(bits, levels)
+    tags = [(256, 32), (257, 32), (258, bits), (259, 1), (262, 0 if white_is_zero else 1), (273, 400), (274, orientation), (278, 32)]
+    tags.append((279, 32 * len(row)))
+    head = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags))
+    body = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    return (head + body).ljust(400, b"\0") + row * 32
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 16])
+def test_levels_of_a_tiff_are_read_as_its_photometric_interpretation_says(bits, white_is_zero):
+    most = 2**bits - 1
+    levels = [0, most, most // 2, most // 3] * 8
+    if bits == 12 and white_is_zero:
+        with pytest.raises(InvalidImage, match="samples of 12 bits in an order that is not read; save it with 16 bits"):
+            pixels.decode(grey_tiff(bits, white_is_zero, levels), 32, 32)
+        return
+    shown = [level >> bits - 8 if bits > 8 else level * 255 // most for level in levels]
+    assert flat(grey_tiff(bits, white_is_zero, levels)) == [255 - grey if white_is_zero else grey for grey in shown]
+    turned = pixels.decode(grey_tiff(bits, white_is_zero, levels, orientation=2), 32, 32)[0, ::-1, 0].tolist()
+    assert turned == [255 - grey if white_is_zero else grey for grey in shown]
+
+
+def test_big_endian_levels_of_a_tiff_are_read_or_refused_with_the_fix():
+    levels = [0, 65535, 1000, 40_000] * 8
+    assert flat(grey_tiff(16, False, levels, ">")) == [level >> 8 for level in levels]
+    for bits, white_is_zero in ((16, True), (12, False)):
+        with pytest.raises(InvalidImage, match="save it with 16 bits, little-endian, and 0 for black"):
+            pixels.decode(grey_tiff(bits, white_is_zero, [0] * 32, ">"), 32, 32)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

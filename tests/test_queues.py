@@ -1,23 +1,31 @@
 """Tests of the HTTP process's queues: admission, batches by bundle and operation, shares of clients, the rows of each request."""
 
 import asyncio
-import pickle
 import re
+import socket
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from benchmarks.hostile_images import encoded
+from ebjdat_serve import pixels
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.payloads import GenerateJob
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
+from ebjdat_serve.server.queues.classify_queue import ClassifyQueue, together
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest, WorkerConnection
+from ebjdat_serve.server.read.images import ImageDecoder, stacked
+from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.sgld import Sampler
 
 
@@ -25,16 +33,127 @@ from ebjdat_serve.sgld import Sampler
 class Writer:
     """A socket that goes nowhere."""
 
-    sent: list[bytes] = field(default_factory=list)
+    sent: list[ipc.Parts] = field(default_factory=list)
 
-    def write(self, data):
-        self.sent.append(data)
+    def writelines(self, parts):
+        self.sent.append(parts)
 
     def is_closing(self):
         return False
 
     def messages(self):
-        return [pickle.loads(data[ipc.LENGTH.size :]) for data in self.sent]
+        return [received(parts) for parts in self.sent]
+
+
+def received(parts):
+    """Return the message that a worker makes of the parts of one."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        threading.Thread(target=ours.sendall, args=(b"".join(parts),)).start()
+        return ipc.Channel(theirs).receive()
+
+
+def test_large_arrays_of_a_message_are_sent_and_received_without_being_copied_as_a_whole():
+    images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    message = ipc.Request(7, "k", "predict", [images, images[:1], images[::2]], "one")
+    parts = ipc.encode(message)
+    assert [len(part) for part in parts[1:]] == [images.nbytes]  # one is small, and one has gaps
+    assert parts[1].obj is images
+
+    async def read():
+        reader = asyncio.StreamReader()
+        reader.feed_data(b"".join(parts))
+        arrived = await ipc.receive(reader)
+        reader.feed_data(b"".join(parts)[:-1])
+        reader.feed_eof()
+        with pytest.raises(asyncio.IncompleteReadError):
+            await ipc.receive(reader)
+        return arrived
+
+    for arrived in (received(parts), asyncio.run(read())):
+        assert (arrived.number, arrived.operation, arrived.client) == (7, "predict", "one")
+        for array, expected in zip(arrived.payload, message.payload, strict=True):
+            np.testing.assert_array_equal(array, expected)
+
+
+def test_a_large_batch_is_put_together_by_the_worker():
+    small, large = np.zeros((1, 8, 8, 3), np.uint8), np.ones((1, 500, 500, 3), np.uint8)
+    assert together([small]) is small
+    assert together([small, small]).shape == (2, 8, 8, 3)
+    assert together([large, large])[1] is large
+
+
+async def longest_turn():
+    """Return the longest turn of the event loop, in milliseconds of its thread's own time, once cancelled."""
+    longest, last = 0.0, time.thread_time()
+    try:
+        while True:
+            await asyncio.sleep(0)
+            now = time.thread_time()
+            longest, last = max(longest, now - last), now
+    except asyncio.CancelledError:
+        return 1000 * longest
+
+
+def sum_rows(connection):
+    """Be a worker that answers with the sum of each image, until the other end hangs up."""
+    channel = ipc.Channel(connection)
+    with suppress(EOFError):
+        while True:
+            request = channel.receive()
+            images = np.concatenate(request.payload) if isinstance(request.payload, list) else request.payload
+            channel.send(ipc.Response(request.number, images.sum(axis=(1, 2, 3))))
+
+
+@pytest.mark.parametrize("lists", [[64], [1] * 32, [16] * 8])
+def test_pixels_of_a_model_of_224_keep_the_event_loop_for_no_turn(lists):
+    image = encoded(Image.effect_noise((50, 50), 60).convert("RGB"))
+    expected = pixels.decode(image, 224, 224).sum()
+
+    async def main():
+        decoder, queue = ImageDecoder(Settings()), classify_queue(max_batch=32)
+        ours, theirs = socket.socketpair()
+        worker = threading.Thread(target=sum_rows, args=(theirs,))
+        worker.start()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        connection = WorkerConnection(1, reader, writer, loaded={"k": ipc.ModelLoaded("k", {})})
+        queue.workers.append(connection)
+
+        async def serve():
+            async for _ in queue.serve(connection):
+                pass
+
+        async def ask(n):
+            request = SimpleNamespace(scope={"client_name": "one"})
+            size = SimpleNamespace(height=224, width=224)
+            images = await decoder.decode(request, [image] * n, size, time.monotonic() + 60, listed=True)
+            return await queue.submit(pending(images))
+
+        await decoder.decoders.start()
+        serving, turns = asyncio.create_task(serve()), []
+        try:
+            for _ in range(3):
+                watching = asyncio.create_task(longest_turn())
+                for n, sums in zip(lists, await asyncio.gather(*map(ask, lists)), strict=True):
+                    assert sums.tolist() == [expected] * n
+                watching.cancel()
+                turns.append(await watching)
+        finally:
+            serving.cancel()
+            writer.close()
+            await decoder.decoders.close()
+            await asyncio.to_thread(worker.join)
+            theirs.close()
+        return turns
+
+    turns = uvloop.run(main())  # as the server does
+    print(f"{turns} ms")
+    assert sorted(turns)[1] < 10
+
+
+def test_images_of_a_list_become_one_array():
+    images = list(np.random.default_rng(0).integers(0, 256, (9, 400, 400, 3), dtype=np.uint8))
+    np.testing.assert_array_equal(asyncio.run(stacked(images)), np.stack(images))
 
 
 def connected(queue, *keys):

@@ -1,9 +1,10 @@
 """Headers of AVIF and HEIC: boxes of the ISO base media file format."""
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, damaged
+from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, Steps, damaged
 from ebjdat_serve.errors import InvalidImage
 
 AVIF = {b"avif", b"avis"}
@@ -14,6 +15,8 @@ NESTED = {b"iprp", b"ipco", b"moov", b"trak", b"mdia", b"minf", b"stbl"}
 VERSIONED = {b"meta", b"iref"}
 """Boxes that hold boxes, at once or after a version and flags."""
 DEEPEST = 8
+LONGEST_BRANDS = 1024
+"""Bytes of the box of brands: ordinary ones have 24 to 48."""
 
 
 @dataclass
@@ -26,7 +29,6 @@ class Found:
     items: int = 0
     tiles: int = 0  # of the largest grid
     tracks: list[tuple[int, int]] = field(default_factory=list)
-    frames: int = 1
     samples: int = 2  # of luma and chroma in two pixels: 2 grey, 3 4:2:0, 4 4:2:2, 6 4:4:4
     deep: bool = False
     alpha: bool = False
@@ -35,22 +37,23 @@ class Found:
 def brands(data: Bytes) -> set[bytes]:
     """Return the major and the compatible brands, or nothing."""
     length = int.from_bytes(data[:4])
-    if data[4:8] != b"ftyp" or not 16 <= length <= min(len(data), 4096):
+    if data[4:8] != b"ftyp" or not 16 <= length <= min(len(data), LONGEST_BRANDS):
         return set()
-    return {bytes(data[8:12]), *(bytes(data[i : i + 4]) for i in range(16, length - 3, 4))}
+    return {bytes(data[8:12]), *(name for (name,) in struct.iter_unpack("4s", data[16 : length - length % 4]))}
 
 
-def judge_bmff(data: Bytes, limits: Limits) -> Header:
+def judge_bmff(data: Bytes, limits: Limits, steps: Steps) -> Header:
     """Return what an AVIF or HEIC promises of its primary image, or of its track if it is a sequence. Raises InvalidImage.
 
     The coded frame has a size of its own, which may be another: libavif scales it.
     """
     names = brands(data)
     kind = "AVIF" if names & AVIF else "HEIC"
-    pieces = Count(limits.max_pieces, kind, "boxes and properties")
-    items = Count(limits.max_items, kind, "items")
+    pieces = Count(limits.max_pieces, kind, "boxes and properties", steps)
+    items = Count(limits.max_items, kind, "items", steps)
+    places = Count(limits.max_strips, kind, "properties of items", steps)
     found = Found()
-    _walk(data, 0, len(data), kind, pieces, items, found)
+    _walk(data, 0, len(data), kind, (pieces, items, places), found)
     sizes = [size for size in found.sizes if size != (0, 0)]
     own = [found.sizes[place] for place in found.of_primary if place < len(found.sizes) and found.sizes[place] != (0, 0)]
     tracked = bytes(data[8:12]) in SEQUENCES and found.tracks
@@ -65,8 +68,8 @@ def judge_bmff(data: Bytes, limits: Limits) -> Header:
     # a grid's planes are put together from those of its tiles; RGB bytes and an image are made of them
     depth = int(-(-planes // 1)) + 8
     fixed = max((size[0] * size[1] for size in sizes), default=0) * depth // 4 if found.tiles else 0
-    work = (pieces.n + items.n) * CHUNK_WORK // 64
-    return Header(kind, width, height, found.frames, depth, fixed + len(data), passes=3.0, extra_work=work, sure=False)
+    work = (pieces.n + items.n + places.n) * CHUNK_WORK // 64
+    return Header(kind, width, height, depth, fixed + len(data), passes=3.0, extra_work=work, sure=False)
 
 
 def _boxes(data: Bytes, at: int, end: int, kind: str, pieces: Count) -> Iterator[tuple[bytes, int, int]]:
@@ -84,14 +87,17 @@ def _boxes(data: Bytes, at: int, end: int, kind: str, pieces: Count) -> Iterator
         at += length
 
 
-def _walk(data: Bytes, at: int, end: int, kind: str, pieces: Count, items: Count, found: Found, inside: tuple[bytes, ...] = ()) -> None:
+def _walk(
+    data: Bytes, at: int, end: int, kind: str, counts: tuple[Count, Count, Count], found: Found, inside: tuple[bytes, ...] = ()
+) -> None:
     """Read the boxes between two places, and those in them."""
+    pieces, items, places = counts
     if len(inside) > DEEPEST:
         damaged(kind, "its boxes are nested too deep")
     for name, start, stop in _boxes(data, at, end, kind, pieces):
         body = memoryview(data)[start:stop]
         if name in NESTED or name in VERSIONED:
-            _walk(data, start + 4 * (name in VERSIONED), stop, kind, pieces, items, found, (*inside, name))
+            _walk(data, start + 4 * (name in VERSIONED), stop, kind, counts, found, (*inside, name))
         elif inside[-1:] == (b"ipco",):
             _property(name, body, found)
         elif name == b"pitm" and len(body) >= 6:
@@ -102,12 +108,10 @@ def _walk(data: Bytes, at: int, end: int, kind: str, pieces: Count, items: Count
             found.tiles = max(found.tiles, _references(body))
             items.add(_references(body))
         elif name == b"ipma":
-            _associations(body, kind, pieces, found)
+            _associations(body, kind, places, found)
         elif name == b"tkhd" and len(body) >= 84:
             size = int.from_bytes(body[-8:-6]), int.from_bytes(body[-4:-2])  # of 16.16 bits
             found.tracks += [size] if 0 not in size else []
-        elif name == b"stsz" and len(body) >= 12:
-            found.frames = max(found.frames, int.from_bytes(body[8:12]))
 
 
 def _property(name: bytes, body: memoryview, found: Found) -> None:
@@ -132,7 +136,7 @@ def _references(body: memoryview) -> int:
     return int.from_bytes(body[2:4]) if len(body) == 4 + 2 * int.from_bytes(body[2:4]) else int.from_bytes(body[4:6])
 
 
-def _associations(body: memoryview, kind: str, pieces: Count, found: Found) -> None:
+def _associations(body: memoryview, kind: str, counted: Count, found: Found) -> None:
     """Note which properties the primary item has."""
     if len(body) < 8:
         return
@@ -143,7 +147,7 @@ def _associations(body: memoryview, kind: str, pieces: Count, found: Found) -> N
             damaged(kind, "its list of properties is cut off")
         item, n = int.from_bytes(body[at : at + wide]), body[at + wide]
         at += wide + 1
-        pieces.add()
+        counted.add(1 + n)
         if item == found.primary:
             step = 1 + long
             places = [int.from_bytes(body[i : i + step]) & (0x7FFF if long else 0x7F) for i in range(at, at + n * step, step)]

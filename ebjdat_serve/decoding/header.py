@@ -1,9 +1,11 @@
 """What an encoded image promises, and what keeping the promise costs: read from its bytes before any pixel is made.
 
 ``judge`` walks the structure of the whole file, since a decoder does: a JPEG of 700 kB may hold 8,000 scans, each of which passes over all
-its pixels. The walk ends at a limit, so that its own time is bounded: about 1 ms per MiB of any bytes.
+its pixels. The walk ends at a limit, so that its own time is bounded: about 1 ms per MiB of any bytes. In the event loop all images of a
+request share Steps, which end it sooner.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -48,7 +50,6 @@ class Header:
     format: str
     width: int
     height: int
-    frames: int = 1  # as far as they were counted
     depth: int = 8  # bytes per pixel while it is decoded and turned upright, all buffers together
     fixed: int = 0  # bytes that do not shrink with a draft
     passes: float = 1.0  # over all pixels
@@ -99,17 +100,37 @@ class Header:
             raise InvalidImage(said, too_large=True)
 
 
-class Count:
-    """Counts the pieces of a file, and refuses it beyond a limit."""
+class TooLong(Exception):
+    """Judging takes more steps than it was given."""
 
-    def __init__(self, limit: int, kind: str, what: str) -> None:
-        self.limit, self.kind, self.what, self.n = limit, kind, what, 0
+
+class Steps:
+    """How many more steps, of 2 microseconds or less, judging may take: pieces of files, of all images of one request together."""
+
+    def __init__(self, left: float = math.inf) -> None:
+        self.left = left
+
+    def take(self, n: int = 1) -> None:
+        """Take ``n`` of them. Raises TooLong: so many are not left."""
+        self.left -= n
+        if self.left < 0:
+            raise TooLong
+
+
+class Count:
+    """Counts the pieces of a file, each of which is a step, and refuses it beyond a limit."""
+
+    def __init__(self, limit: int, kind: str, what: str, steps: Steps) -> None:
+        self.limit, self.kind, self.what, self.steps, self.n = limit, kind, what, steps, 0
 
     def add(self, n: int = 1) -> None:
-        """Count ``n`` more. Raises InvalidImage beyond the limit."""
+        """Count ``n`` more. Raises InvalidImage beyond the limit, TooLong where no steps are left."""
         self.n += n
         if self.n > self.limit:
             raise InvalidImage(f"the {self.kind} has too many {self.what}, more than {self.limit}: save the image anew")
+        self.steps.left -= n  # as take, whose call would cost as much as all else here
+        if self.steps.left < 0:
+            raise TooLong
 
 
 def damaged(kind: str, why: str) -> NoReturn:

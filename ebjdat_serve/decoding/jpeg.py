@@ -5,25 +5,29 @@ import re
 import numpy as np
 
 from ebjdat_serve.decoding.exif import BYTES_PER_PIXEL, exif_work
-from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, damaged
+from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, Steps, damaged
 from ebjdat_serve.errors import InvalidImage
 
-SOI, EOI, SOS, APP1, APP2, TEM, DHP, EXP = 0xD8, 0xD9, 0xDA, 0xE1, 0xE2, 0x01, 0xDE, 0xDF
+SOI, EOI, SOS, DQT, APP1, APP2, APP13, TEM, DHP, EXP = 0xD8, 0xD9, 0xDA, 0xDB, 0xE1, 0xE2, 0xED, 0x01, 0xDE, 0xDF
 FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 HIERARCHICAL = {0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, DHP, EXP}
 RESTARTS = range(0xD0, 0xD8)
+RESOURCE_WORK, TABLE_WORK, ENTRY_WORK = 150, 10, 20
+"""Pixels whose decoding takes about as long as Pillow's reading of a Photoshop resource, and of a byte of a quantization table or of a list
+of pictures."""
 SHORT, BLOCK = 4096, 2**15
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """In the coded pixels of a scan: neither a stuffed zero, nor a restart, nor fill before another byte."""
 
 
-def judge_jpeg(data: Bytes, limits: Limits) -> Header:
+def judge_jpeg(data: Bytes, limits: Limits, steps: Steps) -> Header:
     """Return what a JPEG promises; scans and segments are counted up to its end-of-image marker. Raises InvalidImage."""
-    pieces = Count(limits.max_pieces, "JPEG", "segments, or bytes between them")
-    scans = Count(limits.max_scans, "JPEG", "scans")
+    pieces = Count(limits.max_pieces, "JPEG", "segments, or bytes between them", steps)
+    scans = Count(limits.max_scans, "JPEG", "scans", steps)
     frame: tuple[int, int, int, bytes] | None = None
-    at, partial, metadata, exif, parts = 2, False, 0, 0, 0
+    at, partial, metadata = 2, False, 0
+    exif, pictures = bytearray(), bytearray()
     while at + 2 <= len(data):
         if data[at] != 0xFF or data[at + 1] == 0xFF:
             pieces.add()  # fill, or rubbish between segments
@@ -41,9 +45,16 @@ def judge_jpeg(data: Bytes, limits: Limits) -> Header:
             frame = _frame(data, at, length, frame)
         start, at = at, at + 2 + max(length, 2)
         metadata += length
-        if code in (APP1, APP2) and data[start + 4 : start + 8] in (b"Exif", b"MPF\0"):
-            parts += length  # Pillow puts together those that come after the first
-            exif += exif_work(data[start + (4 if code == APP1 else 8) : at], parts) + parts // BYTES_PER_PIXEL
+        if code == APP1 and data[start + 4 : start + 10] == b"Exif\0\0":
+            exif += data[start + 10 : at]  # Pillow puts them together
+            metadata += len(exif) // BYTES_PER_PIXEL
+        elif code == APP2 and data[start + 4 : start + 8] == b"MPF\0":
+            pictures[:] = data[start + 8 : at]  # Pillow reads the last
+            metadata += ENTRY_WORK * length
+        elif code == APP13:
+            metadata += RESOURCE_WORK * data.count(b"8BIM", start, at)
+        elif code == DQT:
+            metadata += TABLE_WORK * length
         if code == SOS:
             if frame is None:
                 damaged("JPEG", "a scan comes before its frame")
@@ -51,7 +62,9 @@ def judge_jpeg(data: Bytes, limits: Limits) -> Header:
             at = next_marker(data, at)
     if frame is None or not scans.n:
         damaged("JPEG", "it has no frame and scan")
-    return _header(*frame, partial, scans.n, metadata + exif + pieces.n * CHUNK_WORK // 16)
+    if exif or pictures:
+        metadata += exif_work(exif, steps) + exif_work(pictures, steps)
+    return _header(*frame, partial, scans.n, metadata + pieces.n * CHUNK_WORK // 16)
 
 
 def _frame(data: Bytes, at: int, length: int, before: tuple[int, int, int, bytes] | None) -> tuple[int, int, int, bytes]:
@@ -80,7 +93,7 @@ def _header(code: int, width: int, height: int, sampling: bytes, partial: bool, 
     # a decoder keeps the coefficients of the whole image, 2 bytes each, when they come in more than one scan
     kept = 2 * samples if partial or scans > 1 or code in PROGRESSIVE else 0
     passes = max(scans * samples / max(width * height, 1) / 2, 0.5)
-    return Header("JPEG", width, height, 1, 5 if len(sampling) == 1 else 8, kept, passes, extra_work)
+    return Header("JPEG", width, height, 5 if len(sampling) == 1 else 8, kept, passes, extra_work)
 
 
 def next_marker(data: Bytes, at: int) -> int:

@@ -1,16 +1,16 @@
 """Which format some bytes are, and the verdict on their header."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import TypeVar
 
 from ebjdat_serve.decoding import bmff, bmp, gif, jpeg, png, tiff, webp
-from ebjdat_serve.decoding.header import Bytes, Header, Limits
+from ebjdat_serve.decoding.header import Bytes, Header, Limits, Steps
 from ebjdat_serve.errors import InvalidImage
 
 T = TypeVar("T")
-JUDGES: dict[str, Callable[[Bytes, Limits], Header]] = {
+JUDGES: dict[str, Callable[[Bytes, Limits, Steps], Header]] = {
     "PNG": png.judge_png,
     "JPEG": jpeg.judge_jpeg,
     "WEBP": webp.judge_webp,
@@ -20,6 +20,10 @@ JUDGES: dict[str, Callable[[Bytes, Limits], Header]] = {
     "AVIF": bmff.judge_bmff,
     "HEIC": bmff.judge_bmff,
 }
+NEVER_SURE = {"AVIF", "HEIC"}
+"""Formats whose decoders can be given more pixels than any header promises."""
+STEPS_OF_ANY = 8
+"""Steps that the shortest header takes."""
 STRANGERS = {
     b"%PDF": "a PDF",
     b"<svg": "an SVG",
@@ -43,12 +47,15 @@ STRANGERS = {
 """What else arrives, by how it begins."""
 
 
-def judge(data: Bytes, height: int, width: int, limits: Limits) -> Header:
+def judge(data: Bytes, height: int, width: int, limits: Limits, steps: Steps | None = None) -> Header:
     """Return what the image in ``data`` promises, if that is within the limits for a decode to ``height`` x ``width``.
 
-    Raises InvalidImage: what arrived, and the limit or the fix. Takes about 1 ms per MiB at the most.
+    Raises InvalidImage: what arrived, and the limit or the fix; TooLong: that takes more than ``steps``. Takes about 1 ms per MiB at the
+    most.
     """
-    header = JUDGES[judge_kind(data, limits)](data, limits)
+    steps = steps or Steps()
+    steps.take(STEPS_OF_ANY)
+    header = JUDGES[judge_kind(data, limits)](data, limits, steps)
     header.check(height, width, limits)
     return header
 
@@ -69,26 +76,29 @@ def judge_kind(data: Bytes, limits: Limits) -> str:
     return kind
 
 
-def each(images: Sequence[Bytes], verdict: Callable[[Bytes], T]) -> list[T]:
-    """Return a verdict on each image of one request. Raises InvalidImage, with the index of the first that is refused."""
-    verdicts = []
+def each(images: Sequence[Bytes], verdict: Callable[[Bytes], T]) -> Iterator[T]:
+    """Yield a verdict on each image of one request. Raises InvalidImage, with the index of the first that is refused."""
     for index, data in enumerate(images):
         try:
-            verdicts.append(verdict(data))
+            yield verdict(data)
         except InvalidImage as error:
             error.index = index
             raise
-    return verdicts
 
 
 def judge_all(images: Sequence[Bytes], height: int, width: int, limits: Limits) -> tuple[Header, ...]:
     """Return the headers of the images of one request. Raises InvalidImage, with the index of the first that is refused."""
-    headers = each(images, lambda data: judge(data, height, width, limits))
+    headers = tuple(each(images, lambda data: judge(data, height, width, limits)))
+    check_list(headers, limits)
+    return headers
+
+
+def check_list(headers: Sequence[Header], limits: Limits) -> None:
+    """Raise InvalidImage for the images of one request if they have more pixels together than one may have."""
     total = sum(one.pixels for one in headers)
     if len(headers) > 1 and total > limits.max_pixels:
         said = f"the images of one list have {total} pixels; the limit is {limits.max_pixels} in all: send them one by one"
         raise InvalidImage(said, too_large=True)
-    return tuple(headers)
 
 
 def format_of(data: Bytes) -> str:

@@ -14,18 +14,17 @@ from collections.abc import Sequence
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Bytes, Header
 from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
-from ebjdat_serve.decoding.judge import each, judge_all, judge_kind
+from ebjdat_serve.decoding.judge import NEVER_SURE, each, judge_kind
 from ebjdat_serve.decoding.pool_settings import LIGHT, PoolSettings
 from ebjdat_serve.decoding.processes import UNKNOWN, Channel, Zygote
+from ebjdat_serve.decoding.small import SMALL_BYTES, small_headers
 from ebjdat_serve.errors import InvalidImage, cause
 from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
 
 log = logging.getLogger(__name__)
 
-SMALL_BYTES, SMALL_WORK = 2**19, 2**18
-"""Encoded bytes of a request that is judged in the event loop, in less than a millisecond; and work of an image that is then small."""
-MESSAGE_IMAGES, MESSAGE_WORK = 64, 2**19
+MESSAGE_IMAGES, MESSAGE_BYTES, MESSAGE_WORK = 64, 2**20, 2**19
 PATIENCE = 1.0
 """Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
 PAUSE, LONGEST_PAUSE = 0.25, 15.0
@@ -80,11 +79,11 @@ class Decoders:
         """
         if self.closed:
             raise DecoderLost(STOPPING)
-        if sum(map(len, images)) <= SMALL_BYTES and client not in self.suspects:
-            headers = judge_all(small := list(map(bytes, images)), height, width, self.limits)
-            if all(one.sure and one.work <= SMALL_WORK for one in headers):
+        kinds = set(each(images, lambda data: judge_kind(data, self.limits)))  # before anything of it is held and sent
+        if sum(map(len, images)) <= SMALL_BYTES and NEVER_SURE.isdisjoint(kinds) and client not in self.suspects:
+            small = list(map(bytes, images))
+            if headers := await small_headers(small, height, width, self.limits):
                 return await self._decode_small(small, headers, height, width, client)
-        each(images, lambda data: judge_kind(data, self.limits))  # at once, before anything of it is held and sent
         return await self._decode_large(list(images), height, width, client)
 
     async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int, client: str) -> list[Pixels]:
@@ -218,14 +217,15 @@ class Decoders:
     def _batch(self) -> list[Small]:
         """Take out small images of one size of result, up to the limits of a message."""
         batch: list[Small] = []
-        work = 0
-        while (item := self.small.peek()) and len(batch) < MESSAGE_IMAGES and work < MESSAGE_WORK:
+        work = size = 0
+        while (item := self.small.peek()) and len(batch) < MESSAGE_IMAGES and work < MESSAGE_WORK and size < MESSAGE_BYTES:
             if batch and (item.height, item.width) != (batch[0].height, batch[0].width):
                 break
             self.small.pop()
             if not item.future.done():  # its client has gone
                 batch.append(item)
                 work += item.header.work
+                size += len(item.data)
         return batch
 
     def _suspect(self, batch: list[Small]) -> None:

@@ -39,7 +39,7 @@ class Channel(asyncio.Protocol):
         self.asked = self.answered = False  # ever
         self.held = bytearray()
         self.kind, self.most = 0, 0  # of the answer that is waited for, and how many bytes it has at the most
-        self.waiting: asyncio.Future[bytes | None] | None = None  # None: there will be no answer
+        self.waiting: asyncio.Future[memoryview | None] | None = None  # None: there will be no answer
         self.writable = asyncio.Event()
         self.writable.set()
 
@@ -58,7 +58,7 @@ class Channel(asyncio.Protocol):
             if kind != self.kind or length > self.most or len(self.held) > end:
                 self._cut()
             elif len(self.held) == end:
-                self.waiting.set_result(bytes(self.held[wire.FRAME.size :]))
+                self.waiting.set_result(memoryview(self.held)[wire.FRAME.size :])
                 self.held, self.answered = bytearray(), True
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -79,7 +79,7 @@ class Channel(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.writable.set()
 
-    async def ask(self, parts: Sequence[Bytes], kind: int, most: int, *, sliced: bool = False) -> bytes:
+    async def ask(self, parts: Sequence[Bytes], kind: int, most: int, *, sliced: bool = False) -> memoryview:
         """Send a message, in slices if it is large, and return its answer, of ``kind`` and at most ``most`` bytes.
 
         Raises EOFError: the decoder is gone, or says anything else.
@@ -106,6 +106,7 @@ class Channel(asyncio.Protocol):
             for start in range(0, len(part), SLICE):
                 self.transport.write(bytes(part[start : start + SLICE]))
                 await self.writable.wait()
+                await asyncio.sleep(0)  # the event is often set, and then no wait
                 if self.lost:
                     raise EOFError
 

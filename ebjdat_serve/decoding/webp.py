@@ -1,22 +1,22 @@
 """Headers of WebP."""
 
 from ebjdat_serve.decoding.exif import exif_work
-from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, damaged
+from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limits, Steps, damaged
 
 DEPTH = 16
 """Bytes per pixel: the decoder of animations, which is Pillow's only one, keeps two canvases; bytes and image are two copies more."""
 
 
-def judge_webp(data: Bytes, limits: Limits) -> Header:
+def judge_webp(data: Bytes, limits: Limits, steps: Steps) -> Header:
     """Return what a WebP promises: the canvas, which must hold every frame. Raises InvalidImage."""
-    pieces = Count(limits.max_pieces, "WebP", "chunks")
+    pieces = Count(limits.max_pieces, "WebP", "chunks", steps)
     end = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
-    canvas, frames, lossless, at, exif = (0, 0), 0, False, 12, 0
+    canvas, framed, lossless, at, exif = (0, 0), False, False, 12, 0
     while at + 8 <= end:
         pieces.add()
         kind, length = bytes(data[at : at + 4]), int.from_bytes(data[at + 4 : at + 8], "little")
         if kind == b"ANMF":
-            frames += 1
+            framed = True
             _check_animation(bytes(data[at + 8 : min(at + 24, end)]), canvas)
             at += 8 + length + length % 2
             continue
@@ -28,16 +28,16 @@ def judge_webp(data: Bytes, limits: Limits) -> Header:
         elif kind in (b"VP8 ", b"VP8L"):
             size = _frame_size(kind, body)
             lossless |= kind == b"VP8L"
-            frames += 1
+            framed = True
             if canvas != (0, 0) and size != canvas:
                 damaged("WebP", f"its frame of {size[0]} x {size[1]} is not its canvas of {canvas[0]} x {canvas[1]}")
             canvas = size
         elif kind == b"EXIF":
-            exif += exif_work(data[at + 8 : min(at + 8 + length, at + 2**17, end)], length)
+            exif += exif_work(data[at + 8 : min(at + 8 + length, end)], steps)
         at += 8 + length + length % 2
-    if not frames or canvas == (0, 0):
+    if not framed or canvas == (0, 0):
         damaged("WebP", "it has no frame")
-    return Header("WEBP", *canvas, frames, DEPTH, passes=2.0 if lossless else 1.5, extra_work=pieces.n * CHUNK_WORK // 64 + exif)
+    return Header("WEBP", *canvas, DEPTH, passes=2.0 if lossless else 1.5, extra_work=pieces.n * CHUNK_WORK // 64 + exif)
 
 
 def _frame_size(kind: bytes, body: bytes) -> tuple[int, int]:

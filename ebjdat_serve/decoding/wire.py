@@ -110,7 +110,7 @@ def largest_results(n: int, height: int, width: int) -> int:
     return n * max(1 + 3 * height * width, ERROR.size + LONGEST_TEXT)
 
 
-def decode_plan(body: bytes) -> int:
+def decode_plan(body: bytes | memoryview) -> int:
     """Return how much memory is needed. Raises InvalidImage: what the decoder refuses; ValueError: no answer of ours."""
     if len(body) == NEED.size:
         return int(NEED.unpack(body)[0])
@@ -120,7 +120,7 @@ def decode_plan(body: bytes) -> int:
     raise error
 
 
-def decode_results(body: bytes, n: int, height: int, width: int) -> list[Decoded]:
+def decode_results(body: bytes | memoryview, n: int, height: int, width: int) -> list[Decoded]:
     """Return the images and errors of ``n`` images in an answer. Raises ValueError: no answer of ours."""
     results: list[Decoded] = []
     size, rest = height * width * 3, memoryview(body)

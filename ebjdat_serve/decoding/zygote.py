@@ -18,13 +18,14 @@ import traceback
 import warnings
 from contextlib import suppress
 from importlib import import_module
+from itertools import repeat
 from typing import NoReturn
 
 import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.decoding import wire
-from ebjdat_serve.decoding.header import Header, Limits
+from ebjdat_serve.decoding.header import Bytes, Header, Limits
 from ebjdat_serve.decoding.judge import accepted, judge, judge_all
 from ebjdat_serve.errors import InvalidImage
 
@@ -168,11 +169,11 @@ class Decoder:
         self.allow_time()
         try:
             headers = judge_all(work.images, work.height, work.width, self.limits)
+            need = max(map(self.need, headers, work.images, repeat(work)))
         except InvalidImage as error:
             self.line.sendall(wire.encode_plan(error))
             return
-        needs = [one.memory(work.height, work.width, self.limits) + 3 * len(data) for one, data in zip(headers, work.images, strict=True)]
-        self.line.sendall(wire.encode_plan(max(needs)))
+        self.line.sendall(wire.encode_plan(need))
         answer = wire.receive(self.line)
         if isinstance(answer, wire.Go):
             self.restrict(int(SLACK * answer.memory) + IDLE_MEMORY)
@@ -180,6 +181,14 @@ class Decoder:
             gc.collect()  # what an error held in a circle
             self.restrict(IDLE_MEMORY)
             self.line.sendall(wire.encode_results(results))
+
+    def need(self, header: Header, data: Bytes, work: wire.Work) -> int:
+        """Return how much memory an image needs with its encoded bytes. Raises InvalidImage: more than there ever is."""
+        need = header.memory(work.height, work.width, self.limits) + 3 * len(data)
+        if need > self.limits.max_memory:
+            said = f"the {header.format} takes about {need // 2**20} MiB to decode; the limit is {self.limits.max_memory // 2**20}"
+            raise InvalidImage(f"{said}: send it smaller", too_large=True)
+        return need
 
     def decode(self, work: wire.Work, headers: tuple[Header, ...]) -> list[wire.Decoded]:
         """Return the image or the error of each."""

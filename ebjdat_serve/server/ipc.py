@@ -1,4 +1,6 @@
-"""Messages between the HTTP process and its workers, over one Unix socket per worker: a length, then a pickled message.
+"""Messages between the HTTP process and its workers, over one Unix socket per worker: a head, a pickled message, its large arrays.
+
+The arrays are sent from where they are and received where they stay: no turn of the event loop copies a whole one.
 
 LitServe's own queues go through a third process and cost half the throughput; a multiprocessing queue stays locked when its reader is
 killed while it waits. A socket has neither fault, and its end tells of a worker's death at once.
@@ -14,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-LENGTH = struct.Struct("!I")
+import numpy as np
+from numpy.typing import NDArray
+
+HEAD = struct.Struct("!II")  # bytes of the pickle, and how many arrays follow it
+SIZE = struct.Struct("!Q")  # bytes of an array; they come before the pickle
+LARGE = 2**16
+"""Bytes from which an array is not part of the pickle."""
+SLICE = 2**18
+"""Bytes that are received at a time."""
+Parts = list[bytes | memoryview]
 Kind = Literal["classify", "generate"]
 """The kinds of worker: one runs a forward pass per batch, the other moves chains."""
 
@@ -119,16 +130,40 @@ class Stats:
     longest_wait: float = 0.0
 
 
-def encode(message: object) -> bytes:
-    """Return the message as bytes: its length, then its pickle."""
-    body = pickle.dumps(message, protocol=5)
-    return LENGTH.pack(len(body)) + body
+def encode(message: object) -> Parts:
+    """Return the message as bytes, and its large arrays as they are, which must not change until they are sent."""
+    beside: list[memoryview] = []
+
+    def within(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes >= LARGE:
+            beside.append(raw)
+        return raw.nbytes < LARGE
+
+    body = pickle.dumps(message, protocol=5, buffer_callback=within)
+    return [HEAD.pack(len(body), len(beside)) + b"".join(SIZE.pack(raw.nbytes) for raw in beside) + body, *beside]
 
 
 async def receive(reader: asyncio.StreamReader) -> Any:
     """Return the next message; raise asyncio.IncompleteReadError or ConnectionError when the worker has gone."""
-    (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-    return pickle.loads(await reader.readexactly(length))
+    length, n = HEAD.unpack(await reader.readexactly(HEAD.size))
+    sizes = _sizes(await reader.readexactly(n * SIZE.size))
+    body = await reader.readexactly(length)
+    return pickle.loads(body, buffers=[await _receive_array(reader, size) for size in sizes])
+
+
+def _sizes(data: bytes | bytearray) -> list[int]:
+    return [size for (size,) in SIZE.iter_unpack(data)]
+
+
+async def _receive_array(reader: asyncio.StreamReader, size: int) -> NDArray[np.uint8]:
+    array, got = np.empty(size, np.uint8), 0
+    while got < size:
+        if not (data := await reader.read(min(SLICE, size - got))):
+            raise asyncio.IncompleteReadError(b"", size - got)
+        array[got : got + len(data)] = np.frombuffer(data, np.uint8)
+        got += len(data)
+    return array
 
 
 class Channel:
@@ -141,7 +176,8 @@ class Channel:
     def send(self, message: object) -> None:
         """Send a message; raise OSError when the HTTP process has gone."""
         with self._lock:
-            self._socket.sendall(encode(message))
+            for part in encode(message):
+                self._socket.sendall(part)
 
     def poll(self, timeout: float | None) -> bool:
         """Return whether a message can be received, waiting up to ``timeout`` seconds for one; None: without limit."""
@@ -149,8 +185,10 @@ class Channel:
 
     def receive(self) -> Any:
         """Return the next message; raise EOFError when the HTTP process has gone."""
-        (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
-        return pickle.loads(self._exactly(length))
+        length, n = HEAD.unpack(self._exactly(HEAD.size))
+        sizes = _sizes(self._exactly(n * SIZE.size))
+        body = self._exactly(length)
+        return pickle.loads(body, buffers=[self._exactly(size) for size in sizes])
 
     def _exactly(self, size: int) -> bytearray:
         data = bytearray(size)

@@ -134,6 +134,9 @@ class Settings:
     ] = ()
 
     max_body: Annotated[int, count(REQUEST, "request body; the default holds the largest image as base64", "bytes")] = 22 * 2**20
+    max_image_bytes: Annotated[int, count(REQUEST, "one encoded image; --max-body holds it, and a third more as base64", "bytes")] = (
+        16 * 2**20
+    )
     max_images: Annotated[int, count(REQUEST, "images in one JSON list", "images")] = 64
     max_pixels: Annotated[int, count(REQUEST, "one image, and a list in all; a JPEG decoded by --jpeg-draft: twice", "pixels")] = 25_000_000
     decode_seconds: Annotated[float, seconds(REQUEST, "processor time that decoding one image may take")] = 5.0

@@ -146,7 +146,7 @@ def info_answer(
         ),
         limits=LimitsInfo(
             body_bytes=s.max_body,
-            image_bytes=ImageLimits.max_bytes,
+            image_bytes=s.max_image_bytes,
             image_pixels=s.max_pixels,
             jpeg_pixels=ImageLimits(max_pixels=s.max_pixels, jpeg_draft=s.jpeg_draft).max_jpeg_pixels,
             formats=accepted(),

@@ -141,7 +141,8 @@ class ClassifyWorker(Worker):
         """Run an operation on a batch."""
         match message:
             case ipc.Request(number, key, operation, payload) if operation in self.operations:
-                self.channel.send(ipc.Response(number, self.operations[operation](self.models[key], payload)))
+                images = np.concatenate(payload) if isinstance(payload, list) else payload
+                self.channel.send(ipc.Response(number, self.operations[operation](self.models[key], images)))
             case _:
                 super().handle(message)
 

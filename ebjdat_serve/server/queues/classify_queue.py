@@ -11,8 +11,17 @@ from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueu
 
 DEPTH = 2
 """Batches in flight per worker, so that the next is there when one is finished."""
+JOINED = 2**20
+"""Bytes of a batch that are copied in the event loop."""
 Use = tuple[str, str]
 """What a batch is for: a bundle and an operation."""
+
+
+def together(parts: list[Any]) -> Any:
+    """Return the rows of several arrays in one; as they are where that would keep the event loop, for the worker to do it."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if sum(part.nbytes for part in parts) <= JOINED else parts
 
 
 class ClassifyQueue(RequestQueue):
@@ -74,8 +83,7 @@ class ClassifyQueue(RequestQueue):
             _, use, worker = min(ready, key=lambda one: one[0])
             number, batch = next(self._numbers), self._batch(use)
             worker.in_flight[number] = batch
-            images = np.concatenate([pending.payload for pending in batch]) if len(batch) > 1 else batch[0].payload
-            worker.send(ipc.Request(number, *use, images))
+            worker.send(ipc.Request(number, *use, together([pending.payload for pending in batch])))
 
     def _free_worker(self, use: Use) -> WorkerConnection | None:
         """Return the idlest worker that has the bundle open and takes another batch."""

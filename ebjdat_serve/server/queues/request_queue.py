@@ -71,7 +71,7 @@ class WorkerConnection:
     def send(self, message: object) -> None:
         """Send a message; the reader of a worker that has gone finds that out."""
         if not self.writer.is_closing():
-            self.writer.write(ipc.encode(message))
+            self.writer.writelines(ipc.encode(message))
 
 
 class RequestQueue(ABC):

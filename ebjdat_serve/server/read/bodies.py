@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NoReturn
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.fairness import may_hold
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
@@ -88,7 +87,7 @@ async def read_body(request: Request, limit: int, settings: Settings, memory: Bo
 def refuse_large(size: int, limit: int, settings: Settings) -> None:
     """Raise Problem 413 for a body above the limit."""
     if size > limit:
-        image = f"an image may have {Limits.max_bytes} bytes and {settings.max_pixels} pixels"
+        image = f"an image may have {settings.max_image_bytes} bytes and {settings.max_pixels} pixels"
         raise Problem(413, f"the body is larger than the limit of {limit} bytes; {image}")
 
 

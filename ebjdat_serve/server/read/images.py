@@ -19,10 +19,14 @@ from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
+SLICE = 2**20
+"""Bytes of images that are copied before the event loop has its turn."""
+
 
 def limits(settings: Settings) -> Limits:
     """Return the limits of one image."""
     return Limits(
+        max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_pixels,
         max_memory=settings.decode_memory - LIGHT * (settings.decoders - 1),
         max_seconds=settings.decode_seconds,
@@ -70,7 +74,8 @@ class ImageDecoder:
         try:
             async with asyncio.timeout(deadline - time.monotonic()) as timeout:
                 with on_disconnect(request, leave):
-                    return np.stack(await self.decoders.decode(images, contract.height, contract.width, request.scope["client_name"]))
+                    decoded = await self.decoders.decode(images, contract.height, contract.width, request.scope["client_name"])
+                    return await stacked(decoded)
         except InvalidImage as error:
             raise refusal(error, listed=listed) from None
         except DecoderLost as error:
@@ -80,6 +85,18 @@ class ImageDecoder:
                 raise Problem(499, "the client closed the connection") from None
             late = "the image was not decoded by the deadline; try again, or send it smaller"
             raise Problem(504, late, headers={"Retry-After": "1"}) from None
+
+
+async def stacked(images: Sequence[Pixels]) -> Pixels:
+    """Return images of one size as one array; the event loop has its turns meanwhile."""
+    together, unseen = np.empty((len(images), *images[0].shape), np.uint8), 0
+    for place, image in zip(together, images, strict=True):
+        place[...] = image
+        unseen += image.nbytes
+        if unseen >= SLICE:
+            unseen = 0
+            await asyncio.sleep(0)
+    return together
 
 
 def refusal(error: InvalidImage, *, listed: bool) -> Problem:
