@@ -1,0 +1,218 @@
+"""Views: scores of how unlike the data an image is, whose ranks add up to one OOD score. To add one, write a function, add it to ``VIEWS``.
+
+A view is a function of what was stored when it was fitted and of what is ``Seen`` of images, to a score per image, higher = less like
+the data. A score s becomes its upper-tail rank among clean images that the network was not trained on,
+
+    term(s) = -log((1 + #{clean scores >= s}) / (n + 1)),    0 <= term <= log(n + 1), nats
+
+which is finite however strange the image. The terms of the views are added, and the sum is one score, calibrated as one: p-values are
+never combined. The correction by one is that of conformal p-values: a clean image's term exceeds t with probability exp(-t) at most.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.scores import DEFAULT, SCORES, ood_score
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Arrays = Mapping[str, NDArray[Any]]
+"""What a fitted view stores, by name; float16 is widened to float32 when it is used."""
+
+MOST_NEIGHBOURS = 11_000
+"""Stored features of the view ``neighbours`` at most: with 128 features of two bytes 2.8 MB."""
+NEIGHBOUR_SHARE = 50 / MOST_NEIGHBOURS
+"""Which neighbour's distance counts, as a share of the stored features: the 50th of 11,000."""
+LEAST_CHANGE = 1e-3
+"""What is added to a statistic before its logarithm, in pixels of [0,1]: a quarter of a grey level, so that a flat image has one."""
+RIDGE = 1e-4
+"""What a Gaussian adds to each variance, as a share of their mean: a dimension in which no training image varies has a scale, too."""
+ZLIB_LEVEL = 1
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What views look at: images (N, 3, H, W) in [0,1], their pooled features (N, F) and logits (N, K)."""
+
+    image: Floats
+    features: Floats
+    logits: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What views are fitted on: training images, images of the selection split, and the head's weight (K, F) and bias (K,)."""
+
+    training: Seen
+    selection: Seen
+    weight: Floats
+    bias: Floats
+
+
+@dataclass(frozen=True)
+class View:
+    """A score (N,) of stored arrays and images; its fit, if it has any; and its words, which tell what is unusual about an image."""
+
+    score: Callable[[Arrays, Seen], Doubles]
+    words: str
+    fit: Callable[[Known], Arrays] = lambda known: {}
+    needs_features: bool = False
+
+
+def of_logits(name: str, words: str) -> View:
+    """Return the view of a score of ebjdat_serve/scores.py, its weight fitted on the selection split."""
+
+    def score(stored: Arrays, seen: Seen) -> Doubles:
+        return ood_score(name, float(stored["weight"]), seen.logits).astype(np.float64)
+
+    return View(score, words, lambda known: {"weight": np.float64(SCORES[name].fit(known.selection.logits))})  # type: ignore[dict-item]
+
+
+def fit_neighbours(known: Known) -> Arrays:
+    """Return unit features (M, F) of the first training images, float16."""
+    return {"unit": unit_rows(known.training.features[:MOST_NEIGHBOURS]).astype(np.float16)}
+
+
+def neighbours(stored: Arrays, seen: Seen) -> Doubles:
+    """Return 1 - cos(h, h_k) to the k-th nearest stored feature, shape (N,), k = 50 of 11,000 (Sun et al., arXiv 2204.06507)."""
+    k = max(1, round(NEIGHBOUR_SHARE * len(stored["unit"])))
+    cosine = unit_rows(seen.features) @ stored["unit"].T
+    return 1.0 - np.partition(cosine, -k, axis=1)[:, -k].astype(np.float64)
+
+
+def unit_rows(x: Floats) -> Floats:
+    """Return the rows of ``x`` at length 1; a row of zeros stays."""
+    result: Floats = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    return result
+
+
+def gaussian(x: NDArray[Any]) -> Arrays:
+    """Return the mean (F,) and the whitening (F, F) of a Gaussian of rows (N, F).
+
+    Their covariance is S shrunk by F / (N + F) to its diagonal, and has ``RIDGE`` of its mean variance added.
+    """
+    n, f = x.shape
+    x = x.astype(np.float64)
+    mean = x.mean(axis=0)
+    covariance = (x - mean).T @ (x - mean) / n
+    shrunk = (n * covariance + f * np.diag(np.diag(covariance))) / (n + f)
+    shrunk += (RIDGE * np.trace(covariance) / f + 1e-12) * np.eye(f)
+    return {"mean": mean.astype(np.float32), "whitening": np.linalg.inv(np.linalg.cholesky(shrunk)).T.astype(np.float32)}
+
+
+def distance(stored: Arrays, x: NDArray[Any]) -> Doubles:
+    """Return the squared Mahalanobis distance of each row of (N, F) to a ``gaussian``, shape (N,)."""
+    white = (x - stored["mean"]) @ stored["whitening"]
+    result: Doubles = np.square(white, dtype=np.float64).sum(axis=1)
+    return result
+
+
+def statistics(image: Floats) -> Floats:
+    """Return five statistics of each image (N, 3, H, W), H and W at least 3, shape (N, 5).
+
+    Logarithms of the total variation, of the mean standard deviation of a channel and of the standard deviation of the luminance's
+    Laplacian; the brightness; and the bytes per pixel that zlib needs for the luminance's horizontal differences. None looks at
+    colour: saturation, or zlib of three channels, would flag grey images.
+    """
+    luma = np.tensordot(image, LUMA, axes=(1, 0))
+    variation = np.abs(np.diff(image, axis=2)).mean(axis=(1, 2, 3)) + np.abs(np.diff(image, axis=3)).mean(axis=(1, 2, 3))
+    contrast = image.std(axis=(2, 3)).mean(axis=1)
+    inside = luma[:, 1:-1, 1:-1]
+    laplacian = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * inside
+    change = np.log(LEAST_CHANGE + np.stack([variation, contrast, laplacian.std(axis=(1, 2))], axis=1))
+    differences = np.diff(np.rint(255 * luma).astype(np.uint8), axis=2)  # modulo 256
+    coded = np.array([len(zlib.compress(one.tobytes(), ZLIB_LEVEL)) for one in differences]) / differences[0].size
+    result: Floats = np.column_stack([change, image.mean(axis=(1, 2, 3)), coded]).astype(np.float32)
+    return result
+
+
+VIEWS = {
+    "logits": of_logits(DEFAULT, "the energy and the entropy of its class"),
+    "neighbours": View(neighbours, "how far its features lie from those of training images", fit_neighbours, needs_features=True),
+    "gaussian": View(
+        lambda stored, seen: distance(stored, seen.features),
+        "how far its features lie from those of training images",
+        lambda known: gaussian(known.training.features),
+        needs_features=True,
+    ),
+    "statistics": View(
+        lambda stored, seen: distance(stored, statistics(seen.image)),
+        "its contrast, brightness, edges or texture",
+        lambda known: gaussian(statistics(known.training.image)),
+    ),
+}
+"""The views that can be fitted and served, by name."""
+DEFAULT_VIEWS = ("logits", "neighbours", "statistics")
+
+
+def rank_term(clean: NDArray[Any], score: NDArray[Any]) -> Doubles:
+    """Return -log((1 + #{clean >= score}) / (n + 1)), nats, in [0, log(n + 1)], of scores (N,) and sorted clean scores (n,).
+
+    A score that is not a number counts as above all.
+    """
+    n = len(clean)
+    at_least = n - np.searchsorted(clean, score, side="left")
+    result: Doubles = np.log((n + 1) / (1 + at_least))
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """Fitted views and the sorted scores (n,) of clean images by each: how an image's terms, their sum and its reason are found."""
+
+    stored: Mapping[str, Arrays]
+    clean: Mapping[str, Floats]
+    views: Mapping[str, View]
+
+    @cached_property
+    def ready(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """Return the stored arrays by view, float16 widened to float32 once."""
+        return {
+            name: {key: array.astype(np.float32) if array.dtype == np.float16 else array for key, array in arrays.items()}
+            for name, arrays in self.stored.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all that is stored."""
+        arrays = [array for stored in self.stored.values() for array in stored.values()]
+        return sum(array.nbytes for array in [*arrays, *self.clean.values()])
+
+    def terms(self, seen: Seen) -> Doubles:
+        """Return each view's term, shape (N, V), nats."""
+        return np.stack(
+            [rank_term(clean, score_of(self.views[name], self.ready[name], seen)) for name, clean in self.clean.items()], axis=1
+        )
+
+    def score(self, terms: Doubles) -> Floats:
+        """Return the OOD score: the sum of the terms, shape (N,), nats."""
+        result: Floats = terms.sum(axis=1).astype(np.float32)
+        return result
+
+    def why(self, terms: Doubles) -> list[str]:
+        """Return the name of the view with the largest term of each image; of equal ones the first."""
+        names = list(self.clean)
+        return [names[index] for index in terms.argmax(axis=1)]
+
+
+def score_of(view: View, stored: Arrays, seen: Seen) -> Floats:
+    """Return a view's score of each image, shape (N,), as it is kept and compared."""
+    return view.score(stored, seen).astype(np.float32)
+
+
+def fit(names: Sequence[str], known: Known, views: Mapping[str, View] = VIEWS) -> Combination:
+    """Return the named views, fitted, with the ranks of the selection split. Raises EbjdatError for an unknown view."""
+    if unknown := [name for name in names if name not in views]:
+        raise EbjdatError(f"view {', '.join(unknown)} is unknown; this version knows {', '.join(views)}: calibrate again")
+    stored = {name: views[name].fit(known) for name in names}
+    fitted = Combination(stored, {}, {name: views[name] for name in names})
+    clean = {name: np.sort(score_of(views[name], fitted.ready[name], known.selection)) for name in names}
+    return Combination(stored, clean, fitted.views)
