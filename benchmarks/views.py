@@ -6,11 +6,12 @@ split at alpha .05, and 2,000 test images are the clean ones. Candidates are cho
 ranks of the first, against proxies made from it (turned, inverted, shuffled, mixed ...): never on the test images or the OOD sets. Four
 ways to calibrate: on clean images alone, or on a mixture in which half of them were lightly handled (training/evaluation/shifts.py),
 then for the calibration alone, for ranks too, or for fits too. Seed 0. Needs CIFAR-10, the OOD atlases and imagenet_500 in the data
-folder; what is missing is named and left out. `--document FILE` writes the tables into a document instead.
+folder; what is missing is named and left out.
 """
 
 import argparse
 import hashlib
+import json
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
+from benchmarks.tables import placed
 from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.engines import Floats, Precision
 from ebjdat_serve.engines.eager import load_model
@@ -31,6 +33,7 @@ from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.pixels import Pixels, decode, to_bytes, to_unit
 from ebjdat_serve.scores import SCORES, ood_score
 from ebjdat_serve.views import (
+    DEFAULT_VIEWS,
     VIEWS,
     Arrays,
     Combination,
@@ -44,6 +47,7 @@ from ebjdat_serve.views import (
     of_logits,
     rank_term,
     score_of,
+    statistics,
 )
 from training.data.bundle_data import dataset_of
 from training.data.datasets import Dataset, data_root
@@ -60,6 +64,8 @@ BENIGN = {
     **{name: SHIFTS[name] for name in ("JPEG q75", "WebP q75", "grey", "resized up x7", "resized up x2", "resized down x0.75 and up")},
     "brightness x1.15": lambda picture: brightened(picture, 1.15),
 }
+
+BLURRED = ("resized up x2", "resized down x0.75 and up")
 
 # Candidates that are not in the package ------------------------------------------------------------------------------
 
@@ -116,21 +122,6 @@ def two_sided(stored: Arrays, seen: Seen) -> Doubles:
     return result
 
 
-def fit_relative(known: Known) -> Arrays:
-    """Return a Gaussian of all features, and the means and common whitening of those of each predicted class."""
-    x, label = known.training.features, known.training.logits.argmax(axis=1)
-    means = np.stack([x[label == y].mean(axis=0) for y in range(known.training.logits.shape[1])])
-    return {**gaussian(x), "means": means, "within": gaussian(x - means[label])["whitening"]}
-
-
-def relative(stored: Arrays, seen: Seen) -> Doubles:
-    """Return the Mahalanobis distance to the nearest class mean, less that to all (Ren et al., arXiv 2106.09022)."""
-    white, means = seen.features @ stored["within"], stored["means"] @ stored["within"]
-    to_class = np.square(white[:, None] - means, dtype=np.float64).sum(axis=2).min(axis=1)
-    result: Doubles = to_class - distance(stored, seen.features)
-    return result
-
-
 def fewer(view: View, n: int) -> View:
     """Return a view fitted on the first ``n`` training images."""
 
@@ -141,31 +132,45 @@ def fewer(view: View, n: int) -> View:
     return View(view.score, view.words, lambda known: view.fit(first(known)), view.needs_features)
 
 
+STATISTICS = ("log total variation", "log contrast", "log sd of the Laplacian", "brightness", "zlib")
+
+
+def all_but(index: int) -> View:
+    """Return the view of four of the five statistics."""
+    kept = [i for i in range(len(STATISTICS)) if i != index]
+    return View(
+        lambda stored, seen: distance(stored, statistics(seen.image)[:, kept]),
+        "",
+        lambda known: gaussian(statistics(known.training.image)[:, kept]),
+    )
+
+
+FEWER = {f"statistics without {name}": all_but(index) for index, name in enumerate(STATISTICS)}
 CANDIDATES: dict[str, View] = {
     **VIEWS,
     **{name: of_logits(name, "") for name in SCORES if name != "energy_entropy"},
     "neighbours of 2,000": fewer(VIEWS["neighbours"], 2000),
-    "relative gaussian": View(relative, "", fit_relative),
     "vim": View(vim, "", fit_vim),
     "gen": View(gen, ""),
     "react": View(react, "", fit_react),
     "two-sided energy": View(two_sided, "", fit_two_sided),
 }
-DEFAULT = ("logits", "neighbours", "statistics")
+MORE = ("max_softmax", "gen", "react", "two-sided energy")
+VIEWED = CANDIDATES | FEWER
 SUMS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in CANDIDATES},
-    "sum": DEFAULT,
-    "without logits": ("neighbours", "statistics"),
-    "without neighbours": ("logits", "statistics"),
-    "without statistics": ("logits", "neighbours"),
-    **{
-        f"{name} for neighbours": ("logits", name, "statistics") for name in ("neighbours of 2,000", "gaussian", "relative gaussian", "vim")
-    },
-    **{f"{name} for logits": (name, "neighbours", "statistics") for name in ("energy", "max_softmax", "gen", "react", "two-sided energy")},
-    **{f"sum and {name}": (*DEFAULT, name) for name in ("gaussian", "vim", "gen", "react", "two-sided energy")},
+    "sum": DEFAULT_VIEWS,
+    **{f"without {name}": tuple(other for other in DEFAULT_VIEWS if other != name) for name in DEFAULT_VIEWS},
+    **{f"{name} for features": ("logits", name, "statistics") for name in ("neighbours", "neighbours of 2,000", "gaussian", "vim")},
+    **{f"{name} for logits": (name, "features", "statistics") for name in ("energy", *MORE)},
+    **{name: ("logits", "features", name) for name in FEWER},
+    **{f"sum and {name}": (*DEFAULT_VIEWS, name) for name in ("neighbours", "gaussian", "vim", *MORE)},
 }
+"""What is measured: views alone, and sums of the terms of several."""
 LARGEST = "largest term"
 """The largest of the default views' terms in place of their sum."""
+CLOSELY = ("max_softmax", "sum", "neighbours for features", "sum and max_softmax")
+"""What is calibrated in all four ways; the rest on clean images, and with all on the mixture."""
 
 # Images --------------------------------------------------------------------------------------------------------------
 
@@ -315,6 +320,9 @@ MODES = {
 }
 
 
+MIXED = "fitted on the mixture"
+
+
 class Figures:
     """Scores of every view on every set, and rows of sums."""
 
@@ -324,12 +332,14 @@ class Figures:
         self.fits: dict[str, Combination] = {}
         for kind in ("clean", "handled"):
             known = Known(seen[f"{kind}/train"], seen[f"{kind}/selection"], weight, bias)
-            self.fits[kind] = found = fit(list(CANDIDATES), known, CANDIDATES)
+            self.fits[kind] = found = fit(list(VIEWED), known, VIEWED)
             self.raw[kind] = {
                 name: {
-                    where: score_of(CANDIDATES[name], found.ready[name], images) for where, images in seen.items() if "train" not in where
+                    where: score_of(VIEWED[name], found.ready[name], images)
+                    for where, images in seen.items()
+                    if not where.endswith("/train")
                 }
-                for name in CANDIDATES
+                for name in VIEWED
             }
 
     def terms(self, names: tuple[str, ...], mode: Mode, where: str, part: slice = slice(None)) -> Doubles:
@@ -341,7 +351,7 @@ class Figures:
     def score(self, title: str, mode: Mode, where: str, part: slice = slice(None)) -> Doubles:
         """Return the sum of the terms; of a view alone its own score, which has the same order and fewer ties."""
         if title == LARGEST:
-            largest: Doubles = self.terms(DEFAULT, mode, where, part).max(axis=1)
+            largest: Doubles = self.terms(DEFAULT_VIEWS, mode, where, part).max(axis=1)
             return largest
         names = SUMS[title]
         if len(names) == 1:
@@ -374,7 +384,7 @@ class Figures:
                 yield row("flag rate", where, float((value >= least).mean()), len(value), **common)
                 continue
             yield row("power", where, float((value >= least).mean()), len(value), **common)
-            if len(value) > 1:
+            if role == "ood":
                 yield row("AUROC", where, auroc(clean, value), len(value), **common, stderr=auroc_stderr(clean, value))
 
     def choice_rows(self, title: str, mode_name: str) -> Iterator[Row]:
@@ -395,8 +405,6 @@ class Figures:
             else:
                 areas.append(auroc(clean, value))
                 powers.append(float((value >= least).mean()))
-                yield row("AUROC", where, areas[-1], len(value), **common)
-                yield row("power", where, powers[-1], len(value), **common)
         yield row("AUROC", "mean of proxies", float(np.mean(areas)), len(areas), **common)
         yield row("power", "mean of proxies", float(np.mean(powers)), len(powers), **common)
 
@@ -428,7 +436,7 @@ def row(metric: str, where: str, value: float, n: int, **more: Any) -> Row:
     title = more.get("score", "")
     by = f", {more['view']}" if "view" in more else ""
     name = f"{metric}, {where}: {title}{by}" + (f", {more['mode']}" if "mode" in more else "")
-    return {"name": name, "value": value, "unit": "", "metric": metric, "set": where, "n": n, "alpha": ALPHA, "seed": SEED, **more}
+    return {"name": name, "value": value, "unit": "", "metric": metric, "set": where, "n": n, **more}
 
 
 def cost_rows(bundle: Bundle, figures: Figures, seconds: float) -> Iterator[Row]:
@@ -457,7 +465,132 @@ def cost_rows(bundle: Bundle, figures: Figures, seconds: float) -> Iterator[Row]
             yield {"name": f"ms an image, {name}, batch {batch}", "value": 1e3 * took / batch, "unit": "ms", **about}
 
 
-def measure(bundle: Bundle, precision: Precision, cache: Path | None, seconds: float) -> list[Row]:
+# Tables --------------------------------------------------------------------------------------------------------------
+
+SHORT = {
+    "ood/svhn_train_first1080": "SVHN",
+    "ood/cifar100_test_3000": "CIFAR-100",
+    "ood/imagenet_500": "ImageNet",
+    "ood/interpolations": "interpolations",
+    "ood/test turned by 90 degrees": "turned 90°",
+    "ood/test inverted": "inverted",
+}
+Key = tuple[str, str, str, str]
+
+
+def tables(rows: list[Row]) -> dict[str, str]:
+    """Return the tables of the decision by their markers."""
+    found: dict[Key, Row] = {(r["metric"], r["set"], r["score"], r["mode"]): r for r in rows if "mode" in r and "view" not in r}
+    return {
+        "ablation": ablation(found),
+        "choice": choice_table(found),
+        "odd": odd_table(found),
+        "benign": benign_table(found),
+        "cost": cost_table(rows),
+        "why": why_table(rows),
+    }
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    """Return a markdown table."""
+    return "\n".join("| " + " | ".join(each) + " |" for each in [head, ["---"] * len(head), *body])
+
+
+def both(found: dict[Key, Row], where: str, title: str, mode: str) -> str:
+    """Return AUROC / power as text."""
+    area, power = (found[metric, where, title, mode]["value"] for metric in ("AUROC", "power"))
+    return f"{area:.3f} / {power:.2f}"
+
+
+def least_odd(found: dict[Key, Row], title: str, mode: str) -> float:
+    """Return the least power on an odd set."""
+    return min(
+        float(r["value"])
+        for (metric, where, *by), r in found.items()
+        if metric == "power" and where.startswith("odd/") and by == [title, mode]
+    )
+
+
+def ablation(found: dict[Key, Row]) -> str:
+    """Return AUROC / power of every view and sum on test images, all fitted and calibrated on the mixture."""
+    body = []
+    for title in (*SUMS, LARGEST):
+        cells = [f"**{title}**" if title == "sum" else title]
+        cells += [both(found, where, title, MIXED) for where in SHORT]
+        body.append([*cells, f"{least_odd(found, title, MIXED):.3f}"])
+    return table(["score", *SHORT.values(), "least power on an odd set"], body)
+
+
+def choice_table(found: dict[Key, Row]) -> str:
+    """Return what sums were chosen by, all on the selection split: proxies, and benign flag rates."""
+    body = []
+    for title in (*SUMS, LARGEST):
+        if len(SUMS.get(title, DEFAULT_VIEWS)) == 1:
+            continue
+        for mode in ("clean", MIXED):
+            rates = [found["flag rate", f"benign selection/{name}", title, mode]["value"] for name in BENIGN]
+            blurred = max(rate for name, rate in zip(BENIGN, rates, strict=True) if name in BLURRED)
+            other = max(rate for name, rate in zip(BENIGN, rates, strict=True) if name not in BLURRED)
+            body.append([title, mode, both(found, "mean of proxies", title, mode), f"{other:.3f}", f"{blurred:.3f}"])
+    return table(["sum", "calibration", "proxies", "largest benign rate (bar .08)", "of the two blurs (bar .12)"], body)
+
+
+def odd_table(found: dict[Key, Row]) -> str:
+    """Return the power on every odd set."""
+    titles = ("max_softmax", "logits", "features", "statistics", "sum")
+    sets = [
+        where for (metric, where, score, mode) in found if (metric, score, mode) == ("power", "sum", MIXED) and where.startswith("odd/")
+    ]
+    body = [
+        [where.removeprefix("odd/"), str(found["power", where, "sum", MIXED]["n"])]
+        + [f"{found['power', where, title, MIXED]['value']:.3f}" for title in titles]
+        for where in sets
+    ]
+    return table(["set", "n", *titles], body)
+
+
+def benign_table(found: dict[Key, Row]) -> str:
+    """Return flag rates of clean and of benignly shifted test images, and separation, by how the sum is calibrated."""
+    body = []
+    for title in CLOSELY:
+        for mode in MODES:
+            kind = MODES[mode].calibrated
+            own, clean = found["flag rate", f"{kind}/test", title, mode], found["flag rate", "clean/test", title, mode]
+            low, high = own["expected"]
+            cells = [title, mode, f"{clean['value']:.3f}", f"{own['value']:.3f} [{low:.3f}, {high:.3f}]"]
+            cells += [f"{found['flag rate', f'benign/{name}', title, mode]['value']:.3f}" for name in BENIGN]
+            body.append(cells + [both(found, where, title, mode) for where in list(SHORT)[:3]])
+    return table(["score", "calibration", "clean", "what it is calibrated on [99 %]", *BENIGN, *list(SHORT.values())[:3]], body)
+
+
+def cost_table(rows: list[Row]) -> str:
+    """Return ms an image and bytes of every view."""
+    cost = {(r["metric"], r["score"], r.get("batch")): r for r in rows if r["metric"] in ("ms", "bytes")}
+    body = []
+    for name in ("classify graph", *CANDIDATES):
+        ms = [cost["ms", name, batch] for batch in (1, 32)]
+        kept = f"{cost['bytes', name, None]['value']:,}" if ("bytes", name, None) in cost else ""
+        body.append([name, kept, *(f"{r['value']:.3f} ({r['ratio_to_classify']:.3f})" for r in ms)])
+    return table(["view", "bytes", "ms an image, batch 1 (of classify)", "batch 32"], body)
+
+
+def why_table(rows: list[Row]) -> str:
+    """Return which view spoke of the flagged images of each set."""
+    found = {(r["set"], r["view"]): r for r in rows if r.get("view") and r["mode"] == MIXED}
+    sets = list(dict.fromkeys(where for where, _ in found))
+    names = list(dict.fromkeys(name for _, name in found))
+    body = [[where, str(found[where, names[0]]["n"]), *(f"{found[where, name]['value']:.2f}" for name in names)] for where in sets]
+    return table(["set", "flagged", *names], body)
+
+
+def document(text: str, rows: list[Row]) -> str:
+    """Return ``text`` with the tables of ``rows``."""
+    for name, content in tables(rows).items():
+        text = placed(text, name, content)
+    return text
+
+
+def measure(bundle: Bundle, precision: Precision, cache: Path | None, seconds: float, only: list[str]) -> list[Row]:
     """Return all rows."""
     data = dataset_of(bundle)
     forward, weight, bias = eager(bundle)
@@ -466,8 +599,8 @@ def measure(bundle: Bundle, precision: Precision, cache: Path | None, seconds: f
     key = f"{bundle.manifest.files['weights.safetensors'].sha256} {precision}"
     figures = Figures({where: looked(image, forward, cache, key) for where, image in sets.items()}, weight, bias)
     rows = []
-    for title in (*SUMS, LARGEST):
-        for mode in MODES:
+    for title in only or (*SUMS, LARGEST):
+        for mode in MODES if title in CLOSELY else ("clean", MIXED):
             rows += [*figures.rows(title, mode), *figures.choice_rows(title, mode)]
     for mode in MODES:
         rows += [*figures.paired_rows("sum", mode), *figures.spoke_rows("sum", mode)]
@@ -480,14 +613,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("bundle", type=Path, nargs="?", default=SHIPPED)
     parser.add_argument("--precision", default="fp32", help="fp32 by torch, or a precision of which there is a classify graph")
+    parser.add_argument("--only", nargs="*", default=[], choices=[*SUMS, LARGEST], metavar="SCORE", help="measure these views and sums")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--document", type=Path, help="write the tables of --json's rows into this file, and measure nothing")
     parser.add_argument("--cache", type=Path, help="a folder that keeps features and logits")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, per batch size")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.document:
+        if not options.json:
+            parser.error("--document needs --json, the rows that it shows")
+        rows = json.loads(options.json.read_text(encoding="utf-8"))
+        options.document.write_text(document(options.document.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        return
     if options.cache:
         options.cache.mkdir(parents=True, exist_ok=True)
-    rows = measure(Bundle.load(options.bundle), options.precision, options.cache, options.seconds)
+    rows = measure(Bundle.load(options.bundle), options.precision, options.cache, options.seconds, options.only)
     for each in rows:
         if each.get("score") in ("sum", "max_softmax") and each.get("mode", "clean") == "clean":
             print(f"{each['name']:90s} {each['value']:.4f}")

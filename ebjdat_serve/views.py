@@ -115,6 +115,27 @@ def distance(stored: Arrays, x: NDArray[Any]) -> Doubles:
     return result
 
 
+def fit_relative(known: Known) -> Arrays:
+    """Return the Gaussian of all training features; and of each predicted class the mean, with the whitening of what is left.
+
+    No labels are needed. A class that is predicted for none of the training images has no mean.
+    """
+    x, predicted = known.training.features, known.training.logits.argmax(axis=1)
+    classes, index = np.unique(predicted, return_inverse=True)
+    means = np.stack([x[predicted == y].mean(axis=0, dtype=np.float64) for y in classes])
+    within = gaussian(x - means[index])["whitening"]
+    return {**gaussian(x), "within": within, "white_means": (means @ within).astype(np.float32)}
+
+
+def relative(stored: Arrays, seen: Seen) -> Doubles:
+    """Return the squared Mahalanobis distance to the nearest class less that to all training images (Ren et al., arXiv 2106.09022)."""
+    white = (seen.features @ stored["within"]).astype(np.float64)
+    means = stored["white_means"].astype(np.float64)
+    squared = np.square(white).sum(axis=1)[:, None] - 2 * white @ means.T + np.square(means).sum(axis=1)
+    result: Doubles = squared.min(axis=1) - distance(stored, seen.features)
+    return result
+
+
 def statistics(image: Floats) -> Floats:
     """Return five statistics of each image (N, 3, H, W), H and W at least 3, shape (N, 5).
 
@@ -134,23 +155,31 @@ def statistics(image: Floats) -> Floats:
     return result
 
 
+FAR = "how far its features lie from those of training images"
 VIEWS = {
     "logits": of_logits(DEFAULT, "the energy and the entropy of its class"),
-    "neighbours": View(neighbours, "how far its features lie from those of training images", fit_neighbours, needs_features=True),
-    "gaussian": View(
-        lambda stored, seen: distance(stored, seen.features),
-        "how far its features lie from those of training images",
-        lambda known: gaussian(known.training.features),
-        needs_features=True,
-    ),
+    "features": View(relative, FAR, fit_relative, needs_features=True),
     "statistics": View(
         lambda stored, seen: distance(stored, statistics(seen.image)),
         "its contrast, brightness, edges or texture",
         lambda known: gaussian(statistics(known.training.image)),
     ),
+    "neighbours": View(neighbours, FAR, fit_neighbours, needs_features=True),
+    "gaussian": View(
+        lambda stored, seen: distance(stored, seen.features), FAR, lambda known: gaussian(known.training.features), needs_features=True
+    ),
 }
 """The views that can be fitted and served, by name."""
-DEFAULT_VIEWS = ("logits", "neighbours", "statistics")
+DEFAULT_VIEWS = ("logits", "features", "statistics")
+"""docs/decisions/0023 says why these."""
+LEAST_FOR_FEATURES = 500
+"""The fewest calibration images with which views of features are used."""
+
+
+def usable(names: Sequence[str], calibration_n: int, views: Mapping[str, View] = VIEWS) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return which of the named views are used with this many calibration images, and which are left out."""
+    out = tuple(name for name in names if views[name].needs_features and calibration_n < LEAST_FOR_FEATURES)
+    return tuple(name for name in names if name not in out), out
 
 
 def rank_term(clean: NDArray[Any], score: NDArray[Any]) -> Doubles:

@@ -20,12 +20,15 @@ from ebjdat_serve.views import (
     distance,
     fit,
     fit_neighbours,
+    fit_relative,
     gaussian,
     neighbours,
     of_logits,
     rank_term,
+    relative,
     score_of,
     statistics,
+    usable,
 )
 from training.evaluation.metrics import flag_rate_interval
 from training.evaluation.odd import ODD, odd_images
@@ -41,11 +44,11 @@ def seen(n, seed, shift=0.0):
     coarse = np.repeat(np.repeat(rng.random((n, 3, 4, 4)), 4, axis=2), 4, axis=3)
     image = (coarse + rng.normal(0, 0.05, coarse.shape)).clip(0, 1).astype(np.float32)
     features = (rng.normal(size=(n, F)) + 3 + shift).astype(np.float32)
-    return Seen(image, features, features @ HEAD.T)
+    return Seen(image, features, (features - 3) @ HEAD.T)
 
 
 HEAD = np.random.default_rng(9).normal(size=(K, F)).astype(np.float32)
-KNOWN = Known(seen(600, 0), seen(300, 1), HEAD, np.zeros(K, np.float32))
+KNOWN = Known(seen(600, 0), seen(300, 1), HEAD, -3 * HEAD.sum(axis=1))
 FITTED = fit(list(VIEWS), KNOWN)
 
 
@@ -119,6 +122,37 @@ def test_the_distance_is_mahalanobis():
     np.testing.assert_allclose(distance(gaussian(x), asked), expected, rtol=5e-3, atol=1e-3)
 
 
+def test_relative_is_the_difference_of_two_mahalanobis_distances():
+    stored, asked = fit_relative(KNOWN), seen(20, 3)
+    x, y = KNOWN.training.features.astype(np.float64), KNOWN.training.logits.argmax(axis=1)
+    means = np.stack([x[y == label].mean(axis=0) for label in np.unique(y)])
+    left = np.concatenate([x[y == label] - x[y == label].mean(axis=0) for label in np.unique(y)])
+
+    def squared(rows, mean, of):
+        n, f = of.shape
+        covariance = (of - of.mean(axis=0)).T @ (of - of.mean(axis=0)) / n
+        shrunk = (n * covariance + f * np.diag(np.diag(covariance))) / (n + f) + 1e-4 * np.trace(covariance) / f * np.eye(f)
+        return np.einsum("nf,fg,ng->n", rows - mean, np.linalg.inv(shrunk), rows - mean)
+
+    rows = asked.features.astype(np.float64)
+    expected = np.min([squared(rows, mean, left) for mean in means], axis=0) - squared(rows, x.mean(axis=0), x)
+    np.testing.assert_allclose(relative(stored, asked), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_class_that_is_never_predicted_has_no_mean():
+    t = KNOWN.training
+    some = t.logits.argmax(axis=1) != 2
+    few = Known(Seen(t.image[some], t.features[some], t.logits[some]), KNOWN.selection, HEAD, KNOWN.bias)
+    stored = fit_relative(few)
+    assert len(stored["white_means"]) == len(np.unique(t.logits[some].argmax(axis=1))) < K
+    assert np.isfinite(relative(stored, seen(9, 3))).all()
+
+
+def test_with_few_calibration_images_views_of_features_are_left_out():
+    assert usable(DEFAULT_VIEWS, 500) == (DEFAULT_VIEWS, ())
+    assert usable(DEFAULT_VIEWS, 499) == (("logits", "statistics"), ("features",))
+
+
 @settings(deadline=None)
 @given(arrays.arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=st.floats(-100, 100)))
 def test_a_gaussian_of_few_or_equal_rows_is_finite(x):
@@ -173,7 +207,7 @@ def test_the_sum_is_calibrated_as_one():
 
 
 def test_each_view_speaks_of_what_it_sees():
-    combination = fit(DEFAULT_VIEWS, KNOWN)
+    combination = fit(["logits", "neighbours", "statistics"], KNOWN)
     plain = seen(30, 8)
     white = Seen(np.ones_like(plain.image), plain.features, plain.logits)
     # features turned away at the same logits: only the distance to neighbours changes
@@ -202,7 +236,7 @@ def test_a_new_view_is_one_function():
 
 
 def test_an_unknown_view_is_refused():
-    with pytest.raises(EbjdatError, match="view nose is unknown; this version knows logits, neighbours, gaussian, statistics"):
+    with pytest.raises(EbjdatError, match="view nose is unknown; this version knows logits, features, statistics, neighbours, gaussian"):
         fit(["logits", "nose"], KNOWN)
 
 
