@@ -3,10 +3,10 @@
 
 Views are fitted on the first 20,000 training images, their ranks are of the selection split, sums are calibrated on the calibration
 split at alpha .05, and 2,000 test images are the clean ones. Candidates are chosen on the second half of the selection split, with
-ranks of the first, against proxies made from it (turned, inverted, shuffled, mixed ...): never on the test images or the OOD sets. Four
-ways to calibrate: on clean images alone, or on a mixture in which half of them were lightly handled (training/evaluation/shifts.py),
-then for the calibration alone, for ranks too, or for fits too. Seed 0. Needs CIFAR-10, the OOD atlases and imagenet_500 in the data
-folder; what is missing is named and left out.
+ranks of the first, against proxies made from it (turned, inverted, shuffled, mixed ...): never on the test images or the OOD sets.
+Statistics are fitted on clean training images or on 10,000 lightly handled ones (training/evaluation/shifts.py), and ranks and the
+calibration are of clean images or of a mixture in which half were handled: four ways. Seed 0. Needs CIFAR-10, the OOD atlases and
+imagenet_500 in the data folder; what is missing is named and left out.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import json
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from ebjdat_serve.pixels import Pixels, decode, to_bytes, to_unit
 from ebjdat_serve.scores import SCORES, ood_score
 from ebjdat_serve.views import (
     DEFAULT_VIEWS,
+    LUMA,
     VIEWS,
     Arrays,
     Combination,
@@ -59,7 +61,7 @@ from training.evaluation.shifts import SHIFTS, brightened, handled, shifted
 Row = dict[str, Any]
 SHIPPED = Path(__file__).parents[1] / "ebjdat_serve" / "models" / "cifar10"
 ALPHA, SEED = 0.05, 0
-TRAINING, TEST, ODD = 20_000, 2000, 500
+TRAINING, HANDLED, TEST, ODD = 20_000, 10_000, 2000, 500
 BENIGN = {
     **{name: SHIFTS[name] for name in ("JPEG q75", "WebP q75", "grey", "resized up x7", "resized up x2", "resized down x0.75 and up")},
     "brightness x1.15": lambda picture: brightened(picture, 1.15),
@@ -127,25 +129,42 @@ def fewer(view: View, n: int) -> View:
 
     def first(known: Known) -> Known:
         t = known.training
-        return Known(Seen(t.image[:n], t.features[:n], t.logits[:n]), known.selection, known.weight, known.bias)
+        return replace(known, training=Seen(t.image[:n], t.features[:n], t.logits[:n]))
 
     return View(view.score, view.words, lambda known: view.fit(first(known)), view.needs_features)
 
 
-STATISTICS = ("log total variation", "log contrast", "log sd of the Laplacian", "brightness", "zlib")
+STATISTICS = ("log total variation", "log contrast", "log sd of the Laplacian", "brightness", "entropy")
 
 
-def all_but(index: int) -> View:
-    """Return the view of four of the five statistics."""
-    kept = [i for i in range(len(STATISTICS)) if i != index]
-    return View(
-        lambda stored, seen: distance(stored, statistics(seen.image)[:, kept]),
-        "",
-        lambda known: gaussian(statistics(known.training.image)[:, kept]),
-    )
+def with_zlib(image: Floats) -> Floats:
+    """Return the statistics with the bytes per difference that zlib needs in place of their entropy."""
+    grey = np.rint(255 * np.einsum("nchw,c->nhw", image, LUMA)).astype(np.uint8)
+    differences = grey[:, :, 1:] - grey[:, :, :-1]
+    size = [len(zlib.compress(one.tobytes(), 1)) / one.size for one in differences]
+    return np.column_stack([statistics(image)[:, :4], np.array(size, np.float32)])
 
 
-FEWER = {f"statistics without {name}": all_but(index) for index, name in enumerate(STATISTICS)}
+def saturation_too(image: Floats) -> Floats:
+    """Return the statistics with the mean saturation as a sixth."""
+    return np.column_stack([statistics(image), (image.max(axis=1) - image.min(axis=1)).mean(axis=(1, 2))])
+
+
+def of_statistics(function: Callable[[Floats], Floats]) -> View:
+    """Return the view of other statistics."""
+    return View(lambda stored, seen: distance(stored, function(seen.image)), "", lambda known: gaussian(function(known.handled)))
+
+
+def all_but(index: int) -> Callable[[Floats], Floats]:
+    """Return four of the five statistics."""
+    return lambda image: np.delete(statistics(image), index, axis=1)
+
+
+OTHERS = {
+    **{f"statistics without {name}": of_statistics(all_but(index)) for index, name in enumerate(STATISTICS)},
+    "statistics with zlib": of_statistics(with_zlib),
+    "statistics and saturation": of_statistics(saturation_too),
+}
 CANDIDATES: dict[str, View] = {
     **VIEWS,
     **{name: of_logits(name, "") for name in SCORES if name != "energy_entropy"},
@@ -156,21 +175,21 @@ CANDIDATES: dict[str, View] = {
     "two-sided energy": View(two_sided, "", fit_two_sided),
 }
 MORE = ("max_softmax", "gen", "react", "two-sided energy")
-VIEWED = CANDIDATES | FEWER
+VIEWED = CANDIDATES | OTHERS
 SUMS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in CANDIDATES},
     "sum": DEFAULT_VIEWS,
     **{f"without {name}": tuple(other for other in DEFAULT_VIEWS if other != name) for name in DEFAULT_VIEWS},
     **{f"{name} for features": ("logits", name, "statistics") for name in ("neighbours", "neighbours of 2,000", "gaussian", "vim")},
     **{f"{name} for logits": (name, "features", "statistics") for name in ("energy", *MORE)},
-    **{name: ("logits", "features", name) for name in FEWER},
+    **{name: ("logits", "features", name) for name in OTHERS},
     **{f"sum and {name}": (*DEFAULT_VIEWS, name) for name in ("neighbours", "gaussian", "vim", *MORE)},
 }
 """What is measured: views alone, and sums of the terms of several."""
 LARGEST = "largest term"
 """The largest of the default views' terms in place of their sum."""
 CLOSELY = ("max_softmax", "sum", "neighbours for features", "sum and max_softmax")
-"""What is calibrated in all four ways; the rest on clean images, and with all on the mixture."""
+"""What is calibrated in all four ways; the rest in the chosen one."""
 
 # Images --------------------------------------------------------------------------------------------------------------
 
@@ -232,9 +251,9 @@ def image_sets(data: Dataset, say: Callable[[str], None]) -> dict[str, Pixels]:
     height, width = data.size
     test, second = data.test.image[:TEST], data.selection.image[len(data.selection) // 2 :]
     parts = {"train": data.train.image[:TRAINING], "selection": data.selection.image, "calibration": data.calibration.image}
-    sets = {f"clean/{name}": image for name, image in parts.items()}
-    sets |= {f"handled/{name}": handled(image, seed) for seed, (name, image) in enumerate(parts.items())}
-    sets |= {"clean/test": test, "handled/test": handled(test, 3)}
+    sets = {f"clean/{name}": image for name, image in parts.items()} | {"clean/test": test}
+    mixed = {"selection": data.selection.image, "calibration": data.calibration.image, "test": test}
+    sets |= {f"handled/{name}": handled(image, seed) for seed, (name, image) in enumerate(mixed.items(), 1)}
     for name, image in strange_images(data.name, test[:1000], say):
         role = "odd" if name in ("uniform noise", "blank images") else "ood"
         sets[f"{role}/{name}"] = to_bytes(image[:TEST])
@@ -305,47 +324,44 @@ def looked(image: Pixels, forward: Forward, cache: Path | None, key: str) -> See
 
 @dataclass(frozen=True)
 class Mode:
-    """Which parts are of the mixture: fits, ranks, calibration."""
+    """Whether statistics are fitted on clean or handled images, and whether ranks and calibration are of clean ones or the mixture."""
 
     fitted: str
-    ranked: str
     calibrated: str
 
 
+CHOSEN = "handled fit, clean calibration"
 MODES = {
-    "clean": Mode("clean", "clean", "clean"),
-    "calibrated on the mixture": Mode("clean", "clean", "handled"),
-    "ranked on the mixture": Mode("clean", "handled", "handled"),
-    "fitted on the mixture": Mode("handled", "handled", "handled"),
+    "clean fit, clean calibration": Mode("clean", "clean"),
+    CHOSEN: Mode("handled", "clean"),
+    "clean fit, mixture": Mode("clean", "handled"),
+    "handled fit, mixture": Mode("handled", "handled"),
 }
-
-
-MIXED = "fitted on the mixture"
 
 
 class Figures:
     """Scores of every view on every set, and rows of sums."""
 
-    def __init__(self, seen: dict[str, Seen], weight: Floats, bias: Floats) -> None:
+    def __init__(self, seen: dict[str, Seen], lightly: Floats, weight: Floats, bias: Floats) -> None:
         self.seen = seen
         self.raw: dict[str, dict[str, dict[str, Floats]]] = {}
         self.fits: dict[str, Combination] = {}
-        for kind in ("clean", "handled"):
-            known = Known(seen[f"{kind}/train"], seen[f"{kind}/selection"], weight, bias)
-            self.fits[kind] = found = fit(list(VIEWED), known, VIEWED)
+        for kind, images in (("clean", seen["clean/train"].image[:HANDLED]), ("handled", lightly)):
+            found = fit(list(VIEWED), Known(seen["clean/train"], images, seen["clean/selection"], weight, bias), VIEWED)
+            self.fits[kind] = found
             self.raw[kind] = {
                 name: {
-                    where: score_of(VIEWED[name], found.ready[name], images)
-                    for where, images in seen.items()
-                    if not where.endswith("/train")
+                    where: score_of(VIEWED[name], found.ready[name], each) for where, each in seen.items() if not where.endswith("/train")
                 }
+                if kind == "clean" or name.startswith("statistics")
+                else self.raw["clean"][name]
                 for name in VIEWED
             }
 
     def terms(self, names: tuple[str, ...], mode: Mode, where: str, part: slice = slice(None)) -> Doubles:
         """Return the terms (N, V) of a set, with ranks among ``part`` of the selection split."""
         raw = self.raw[mode.fitted]
-        clean = {name: np.sort(raw[name][f"{mode.ranked}/selection"][part]) for name in names}
+        clean = {name: np.sort(raw[name][f"{mode.calibrated}/selection"][part]) for name in names}
         return np.stack([rank_term(clean[name], raw[name][where]) for name in names], axis=1)
 
     def score(self, title: str, mode: Mode, where: str, part: slice = slice(None)) -> Doubles:
@@ -442,7 +458,7 @@ def row(metric: str, where: str, value: float, n: int, **more: Any) -> Row:
 def cost_rows(bundle: Bundle, figures: Figures, seconds: float) -> Iterator[Row]:
     """Yield ms an image on one core and bytes stored of each view, and ms of the classify graph, in batches of 1 and 32."""
     engine = OnnxEngine(bundle, "cpu", 1)
-    fitted, test = figures.fits["clean"], figures.seen["clean/test"]
+    fitted, test = figures.fits["handled"], figures.seen["clean/test"]
     for name, stored in fitted.stored.items():
         kept = sum(array.nbytes for array in stored.values()) + fitted.clean[name].nbytes
         yield {"name": f"bytes stored, {name}", "value": kept, "unit": "bytes", "metric": "bytes", "score": name}
@@ -512,12 +528,12 @@ def least_odd(found: dict[Key, Row], title: str, mode: str) -> float:
 
 
 def ablation(found: dict[Key, Row]) -> str:
-    """Return AUROC / power of every view and sum on test images, all fitted and calibrated on the mixture."""
+    """Return AUROC / power of every view and sum on test images, calibrated in the chosen way."""
     body = []
     for title in (*SUMS, LARGEST):
         cells = [f"**{title}**" if title == "sum" else title]
-        cells += [both(found, where, title, MIXED) for where in SHORT]
-        body.append([*cells, f"{least_odd(found, title, MIXED):.3f}"])
+        cells += [both(found, where, title, CHOSEN) for where in SHORT]
+        body.append([*cells, f"{least_odd(found, title, CHOSEN):.3f}"])
     return table(["score", *SHORT.values(), "least power on an odd set"], body)
 
 
@@ -527,7 +543,7 @@ def choice_table(found: dict[Key, Row]) -> str:
     for title in (*SUMS, LARGEST):
         if len(SUMS.get(title, DEFAULT_VIEWS)) == 1:
             continue
-        for mode in ("clean", MIXED):
+        for mode in MODES if title in CLOSELY else (CHOSEN,):
             rates = [found["flag rate", f"benign selection/{name}", title, mode]["value"] for name in BENIGN]
             blurred = max(rate for name, rate in zip(BENIGN, rates, strict=True) if name in BLURRED)
             other = max(rate for name, rate in zip(BENIGN, rates, strict=True) if name not in BLURRED)
@@ -539,11 +555,11 @@ def odd_table(found: dict[Key, Row]) -> str:
     """Return the power on every odd set."""
     titles = ("max_softmax", "logits", "features", "statistics", "sum")
     sets = [
-        where for (metric, where, score, mode) in found if (metric, score, mode) == ("power", "sum", MIXED) and where.startswith("odd/")
+        where for (metric, where, score, mode) in found if (metric, score, mode) == ("power", "sum", CHOSEN) and where.startswith("odd/")
     ]
     body = [
-        [where.removeprefix("odd/"), str(found["power", where, "sum", MIXED]["n"])]
-        + [f"{found['power', where, title, MIXED]['value']:.3f}" for title in titles]
+        [where.removeprefix("odd/"), str(found["power", where, "sum", CHOSEN]["n"])]
+        + [f"{found['power', where, title, CHOSEN]['value']:.3f}" for title in titles]
         for where in sets
     ]
     return table(["set", "n", *titles], body)
@@ -576,7 +592,7 @@ def cost_table(rows: list[Row]) -> str:
 
 def why_table(rows: list[Row]) -> str:
     """Return which view spoke of the flagged images of each set."""
-    found = {(r["set"], r["view"]): r for r in rows if r.get("view") and r["mode"] == MIXED}
+    found = {(r["set"], r["view"]): r for r in rows if r.get("view") and r["mode"] == CHOSEN}
     sets = list(dict.fromkeys(where for where, _ in found))
     names = list(dict.fromkeys(name for _, name in found))
     body = [[where, str(found[where, names[0]]["n"]), *(f"{found[where, name]['value']:.2f}" for name in names)] for where in sets]
@@ -597,10 +613,11 @@ def measure(bundle: Bundle, precision: Precision, cache: Path | None, seconds: f
     forward = forward if precision == "fp32" else by_graph(bundle, precision)
     sets = image_sets(data, lambda line: print(line, file=sys.stderr))
     key = f"{bundle.manifest.files['weights.safetensors'].sha256} {precision}"
-    figures = Figures({where: looked(image, forward, cache, key) for where, image in sets.items()}, weight, bias)
+    lightly = to_unit(handled(data.train.image[:HANDLED], 0, untouched=0.0))
+    figures = Figures({where: looked(image, forward, cache, key) for where, image in sets.items()}, lightly, weight, bias)
     rows = []
     for title in only or (*SUMS, LARGEST):
-        for mode in MODES if title in CLOSELY else ("clean", MIXED):
+        for mode in MODES if title in CLOSELY else (CHOSEN,):
             rows += [*figures.rows(title, mode), *figures.choice_rows(title, mode)]
     for mode in MODES:
         rows += [*figures.paired_rows("sum", mode), *figures.spoke_rows("sum", mode)]
@@ -630,7 +647,7 @@ def main() -> None:
         options.cache.mkdir(parents=True, exist_ok=True)
     rows = measure(Bundle.load(options.bundle), options.precision, options.cache, options.seconds, options.only)
     for each in rows:
-        if each.get("score") in ("sum", "max_softmax") and each.get("mode", "clean") == "clean":
+        if each.get("score") in ("sum", "max_softmax") and each.get("mode", CHOSEN) == CHOSEN:
             print(f"{each['name']:90s} {each['value']:.4f}")
     if options.json:
         write_json(options.json, rows)
