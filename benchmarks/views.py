@@ -191,6 +191,9 @@ LARGEST = "largest term"
 CLOSELY = ("max_softmax", "sum", "neighbours for features", "sum and max_softmax")
 """What is calibrated in all four ways; the rest in the chosen one."""
 
+LOWER = ("max_softmax", *DEFAULT_VIEWS, "sum")
+"""What is measured in other precisions than fp32."""
+
 # Images --------------------------------------------------------------------------------------------------------------
 
 SHOWN_SYNSETS = {  # first and last ImageNet synset of a range; every one of these shows the class
@@ -496,7 +499,11 @@ Key = tuple[str, str, str, str]
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """Return the tables of the decision by their markers."""
-    found: dict[Key, Row] = {(r["metric"], r["set"], r["score"], r["mode"]): r for r in rows if "mode" in r and "view" not in r}
+    by_precision: dict[str, dict[Key, Row]] = {}
+    for r in rows:
+        if "mode" in r and "view" not in r:
+            by_precision.setdefault(r["precision"], {})[r["metric"], r["set"], r["score"], r["mode"]] = r
+    rows, found = [r for r in rows if r["precision"] == "fp32"], by_precision["fp32"]
     return {
         "ablation": ablation(found),
         "choice": choice_table(found),
@@ -504,6 +511,8 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "benign": benign_table(found),
         "cost": cost_table(rows),
         "why": why_table(rows),
+        "precisions": precision_table(by_precision),
+        "paired": paired_table(found),
     }
 
 
@@ -599,6 +608,25 @@ def why_table(rows: list[Row]) -> str:
     return table(["set", "flagged", *names], body)
 
 
+def precision_table(by_precision: dict[str, dict[Key, Row]]) -> str:
+    """Return the figures of the sum in each precision."""
+    body = []
+    for precision, found in by_precision.items():
+        cells = [precision, f"{found['flag rate', 'clean/test', 'sum', CHOSEN]['value']:.3f}", f"{least_odd(found, 'sum', CHOSEN):.3f}"]
+        cells += [both(found, where, "sum", CHOSEN) for where in list(SHORT)[:3]]
+        body.append(cells + [f"{found['flag rate', f'benign/{name}', 'sum', CHOSEN]['value']:.3f}" for name in BENIGN])
+    return table(["precision", "clean", "least power on an odd set", *list(SHORT.values())[:3], *BENIGN], body)
+
+
+def paired_table(found: dict[Key, Row]) -> str:
+    """Return by how much the sum's AUROC is above that of max softmax."""
+    metric = "AUROC less max softmax"
+    body = [
+        [name, f"{r['value']:+.3f}", f"{r['stderr']:.3f}"] for where, name in SHORT.items() for r in [found[metric, where, "sum", CHOSEN]]
+    ]
+    return table(["set", metric, "standard error, paired"], body)
+
+
 def document(text: str, rows: list[Row]) -> str:
     """Return ``text`` with the tables of ``rows``."""
     for name, content in tables(rows).items():
@@ -618,18 +646,17 @@ def measure(bundle: Bundle, precision: Precision, cache: Path | None, seconds: f
     rows = []
     for title in only or (*SUMS, LARGEST):
         for mode in MODES if title in CLOSELY else (CHOSEN,):
-            rows += [*figures.rows(title, mode), *figures.choice_rows(title, mode)]
-    for mode in MODES:
-        rows += [*figures.paired_rows("sum", mode), *figures.spoke_rows("sum", mode)]
-    of = {"of": bundle.manifest.files["weights.safetensors"].sha256, "precision": precision, "bundle": bundle.manifest.version}
-    return [{**each, **of} for each in [*rows, *cost_rows(bundle, figures, seconds)]]
+            rows += [*figures.rows(title, mode), *(figures.choice_rows(title, mode) if len(SUMS.get(title, DEFAULT_VIEWS)) > 1 else [])]
+    rows += [*figures.paired_rows("sum", CHOSEN), *figures.spoke_rows("sum", CHOSEN)]
+    of = {"precision": precision, "bundle": bundle.manifest.version}
+    return [{**each, **of} for each in [*rows, *(cost_rows(bundle, figures, seconds) if seconds else [])]]
 
 
 def main() -> None:
     """Measure, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("bundle", type=Path, nargs="?", default=SHIPPED)
-    parser.add_argument("--precision", default="fp32", help="fp32 by torch, or a precision of which there is a classify graph")
+    parser.add_argument("--precision", nargs="*", default=[], help="also these, of which there are classify graphs, each with its own fits")
     parser.add_argument("--only", nargs="*", default=[], choices=[*SUMS, LARGEST], metavar="SCORE", help="measure these views and sums")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--document", type=Path, help="write the tables of --json's rows into this file, and measure nothing")
@@ -645,7 +672,10 @@ def main() -> None:
         return
     if options.cache:
         options.cache.mkdir(parents=True, exist_ok=True)
-    rows = measure(Bundle.load(options.bundle), options.precision, options.cache, options.seconds, options.only)
+    bundle = Bundle.load(options.bundle)
+    rows = measure(bundle, "fp32", options.cache, options.seconds, options.only)
+    for precision in options.precision:
+        rows += measure(bundle, precision, options.cache, 0.0, options.only or list(LOWER))
     for each in rows:
         if each.get("score") in ("sum", "max_softmax") and each.get("mode", CHOSEN) == CHOSEN:
             print(f"{each['name']:90s} {each['value']:.4f}")
