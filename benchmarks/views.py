@@ -333,12 +333,12 @@ class Mode:
     calibrated: str
 
 
-CHOSEN = "handled fit, clean calibration"
+CHOSEN = "handled fit, mixture"
 MODES = {
     "clean fit, clean calibration": Mode("clean", "clean"),
-    CHOSEN: Mode("handled", "clean"),
+    "handled fit, clean calibration": Mode("handled", "clean"),
     "clean fit, mixture": Mode("clean", "handled"),
-    "handled fit, mixture": Mode("handled", "handled"),
+    CHOSEN: Mode("handled", "handled"),
 }
 
 
@@ -547,7 +547,7 @@ def ablation(found: dict[Key, Row]) -> str:
 
 
 def choice_table(found: dict[Key, Row]) -> str:
-    """Return what sums were chosen by, all on the selection split: proxies, and benign flag rates."""
+    """Return what sums were chosen by: proxies and benign flag rates on the selection split, and odd images, which are made."""
     body = []
     for title in (*SUMS, LARGEST):
         if len(SUMS.get(title, DEFAULT_VIEWS)) == 1:
@@ -556,8 +556,10 @@ def choice_table(found: dict[Key, Row]) -> str:
             rates = [found["flag rate", f"benign selection/{name}", title, mode]["value"] for name in BENIGN]
             blurred = max(rate for name, rate in zip(BENIGN, rates, strict=True) if name in BLURRED)
             other = max(rate for name, rate in zip(BENIGN, rates, strict=True) if name not in BLURRED)
-            body.append([title, mode, both(found, "mean of proxies", title, mode), f"{other:.3f}", f"{blurred:.3f}"])
-    return table(["sum", "calibration", "proxies", "largest benign rate (bar .08)", "of the two blurs (bar .12)"], body)
+            cells = [title, mode, both(found, "mean of proxies", title, mode), f"{other:.3f}", f"{blurred:.3f}"]
+            body.append([*cells, f"{least_odd(found, title, mode):.3f}"])
+    head = ["sum", "calibration", "proxies", "largest benign rate (bar .08)", "of the two blurs (bar .12)", "least odd power (bar .95)"]
+    return table(head, body)
 
 
 def odd_table(found: dict[Key, Row]) -> str:

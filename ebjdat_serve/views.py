@@ -49,8 +49,8 @@ class Seen:
 class Known:
     """What views are fitted on: training images, and of the selection split; the head's weight (K, F) and bias (K,).
 
-    ``handled`` are training images (M, 3, H, W) each as a recompression, a resize or the like left it: what is benign, though no clean
-    image looks so. Fits alone see them; ranks and the calibration are of clean images, and so are p-values.
+    ``handled`` are training images (M, 3, H, W), each as a recompression, a resize or the like left it: benign, though no clean image
+    looks so. Fits decide what is powerful; what a p-value speaks of is decided by the images of the calibration alone.
     """
 
     training: Seen
