@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-import benchmarks.views as measured
+from benchmarks import view_candidates as candidates
+from benchmarks import view_figures as figured
+from benchmarks.view_images import BENIGN, BLURRED, proxies
+from benchmarks.view_tables import document
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.pixels import to_unit
@@ -283,14 +286,14 @@ ROWS = json.loads((ROOT / "benchmarks" / "views.json").read_text(encoding="utf-8
 
 def test_the_tables_of_the_decision_are_those_of_the_json():
     text = (ROOT / "docs" / "decisions" / "0023-views.md").read_text(encoding="utf-8")
-    assert measured.document(text, ROWS) == text, (
+    assert document(text, ROWS) == text, (
         "run python benchmarks/views.py --json benchmarks/views.json --document docs/decisions/0023-views.md"
     )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_sum_meets_its_bars(precision):
-    chosen = [row for row in ROWS if row.get("score") == "sum" and row.get("mode") == measured.CHOSEN and row["precision"] == precision]
+    chosen = [row for row in ROWS if row.get("score") == "sum" and row.get("mode") == figured.CHOSEN and row["precision"] == precision]
     value = {(row["metric"], row["set"]): row["value"] for row in chosen}
     odd = [found for (metric, where), found in value.items() if metric == "power" and where.startswith("odd/")]
     assert len(odd) == 10
@@ -298,8 +301,8 @@ def test_the_sum_meets_its_bars(precision):
     for where, area, power in (("svhn_train_first1080", 0.95, 0.75), ("cifar100_test_3000", 0.68, 0.0), ("imagenet_500", 0.72, 0.0)):
         assert value["AUROC", f"ood/{where}"] >= area
         assert value["power", f"ood/{where}"] >= power
-    for name in measured.BENIGN:
-        assert value["flag rate", f"benign/{name}"] <= (0.12 if name in measured.BLURRED else 0.08), name
+    for name in BENIGN:
+        assert value["flag rate", f"benign/{name}"] <= (0.12 if name in BLURRED else 0.08), name
     for row in chosen:
         if row["metric"] == "flag rate" and row["set"] in ("clean/test", "handled/test"):
             assert row["expected"][0] <= row["value"] <= row["expected"][1]
@@ -307,18 +310,18 @@ def test_the_sum_meets_its_bars(precision):
 
 @given(st.lists(st.integers(0, 40), min_size=30, max_size=120), st.lists(st.integers(-5, 45), min_size=1, max_size=30))
 def test_the_benchmark_flags_as_the_detector_does(clean, asked):
-    figures = measured.Figures.__new__(measured.Figures)
+    figures = figured.Figures.__new__(figured.Figures)
     scores = {"clean/calibration": np.array(clean, np.float32), "clean/test": np.array(asked, np.float32)}
     figures.raw = {"clean": {"energy": scores}}
-    mode = measured.Mode("clean", "clean")
+    mode = figured.Mode("clean", "clean")
     flagged = figures.score("energy", mode, "clean/test") >= figures.threshold("energy", mode)
-    detector = Detector(np.sort(np.array(clean, np.float64)), measured.ALPHA)
+    detector = Detector(np.sort(np.array(clean, np.float64)), figured.ALPHA)
     np.testing.assert_array_equal(flagged, detector.suspicious(detector.p_value(scores["clean/test"])))
 
 
 def test_proxies_are_made_of_the_images_and_are_not_them():
     image = np.random.default_rng(0).integers(0, 256, (6, 16, 24, 3), dtype=np.uint8)
-    found = measured.proxies(image)
+    found = proxies(image)
     assert (np.sort(found["sixteen tiles shuffled"].reshape(6, -1)) == np.sort(image.reshape(6, -1))).all()
     assert (found["inverted"].astype(int) + image == 255).all()
     assert (found["halves of two"][1, :, :12] == image[1, :, :12]).all()
@@ -331,6 +334,6 @@ def test_proxies_are_made_of_the_images_and_are_not_them():
 
 def test_statistics_with_zlib_and_saturation_extend_the_five():
     image = seen(5, 3).image
-    assert (measured.with_zlib(image)[:, :4] == statistics(image)[:, :4]).all()
-    assert (measured.saturation_too(image)[:, :5] == statistics(image)).all()
-    assert measured.all_but(3)(image).shape == (5, 4)
+    assert (candidates.with_zlib(image)[:, :4] == statistics(image)[:, :4]).all()
+    assert (candidates.saturation_too(image)[:, :5] == statistics(image)).all()
+    assert candidates.all_but(3)(image).shape == (5, 4)
