@@ -21,7 +21,12 @@ class Bounds:
 
     def fault(self, value: float) -> str:
         """Return what is wrong with a number, "" if nothing is."""
-        return "" if self.least <= value <= self.most else f"must be {self.least:g} to {self.most:g}, not {str(value)[:40]}"
+        return "" if self.least <= value <= self.most else f"must be {said(self.least)} to {said(self.most)}, not {str(value)[:40]}"
+
+
+def said(bound: float) -> str:
+    """Return a bound as people write it."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 COUNT = Bounds(0, 2**53)
@@ -38,6 +43,11 @@ def class_number(text: str, classes: int) -> int | None:
         return None
 
 
+def seen_as(label: str) -> str:
+    """Return a label as readers tell it from others: composed, without joiners."""
+    return unicodedata.normalize("NFC", label.translate(dict.fromkeys(map(ord, JOINERS))))
+
+
 def label_fault(labels: Sequence[str]) -> str:
     """Return what is wrong with the labels of a model's classes, "" if nothing is: each must name its class alone."""
     seen: dict[str, int] = {}
@@ -51,6 +61,6 @@ def label_fault(labels: Sequence[str]) -> str:
             return f"{said}holds a control character, or one that orders text anew"
         if (number := class_number(label, len(labels))) not in (None, index):
             return f"{said}is the number of class {number}: give it a name, or number all classes from 0 in order"
-        if (other := seen.setdefault(unicodedata.normalize("NFC", label), index)) != index:
+        if (other := seen.setdefault(seen_as(label), index)) != index:
             return f"{said}is that of class {other} too"
     return "" if labels else "there is no label"

@@ -100,6 +100,7 @@ BEYOND = {
     "white space": (labels("a\u3000"), "white space at an end"),
     "twice": (labels("a", "b", "a"), "labels: the label of class 2, 'a', is that of class 0 too"),
     "twice in other forms": (labels("\u00e9", "e\u0301"), "is that of class 0 too"),
+    "twice, with a joiner": (labels("cat", "cat\u200d"), "is that of class 0 too"),
     "bidi": (labels("\u202ecat"), r"labels: the label of class 0, '\\u202ecat', holds a control character, or one that orders"),
     "isolate": (labels("a\u2066b"), "holds a control character"),
     "line end": (labels("a\r\nSet-Cookie: x"), "holds a control character"),

@@ -659,6 +659,21 @@ def test_an_image_that_needs_more_memory_with_its_bytes_than_there_is_is_refused
     asyncio.run(main())
 
 
+def test_bytes_that_are_more_than_a_decoder_has_for_itself_reach_it_and_cost_no_decoder():
+    limits = replace(PATIENT.limits, max_bytes=200 * 2**20, max_memory=2**29)
+    small_part = encoded(Image.new("RGB", (600, 600)))
+
+    async def main():
+        async with decoders(replace(PATIENT, limits=limits, memory=2**29 + 64 * 2**20, large=1)) as running:
+            assert len(await running.decode([small_part + bytes(110 * 2**20)], 32, 32)) == 1
+            with pytest.raises(InvalidImage, match="MiB to decode") as refused:
+                await running.decode([small_part, small_part + bytes(190 * 2**20)], 32, 32)
+            assert refused.value.index == 1
+            return running.numbers
+
+    assert asyncio.run(main()) == PATIENT.small + 1
+
+
 def test_memory_that_is_too_little_for_one_image_is_refused_at_the_start():
     with pytest.raises(EbjdatError, match="at least 512 MiB for one image of 448 MiB"):
         PoolSettings(memory=400 * 2**20)

@@ -231,15 +231,15 @@ def test_file_and_environment_both_count(file, monkeypatch):
 
 
 class Ring(KeyRing):
-    """A ring whose clock the test moves."""
+    """A ring for which the test says what time it is."""
 
     def __init__(self, file):
         self.seconds = 0.0
-        super().__init__(file, clock=lambda: self.seconds, now=lambda: datetime.now(UTC) + timedelta(seconds=self.seconds))
+        super().__init__(file, now=lambda: datetime.now(UTC) + timedelta(seconds=self.seconds))
 
     def later(self, seconds=1.1):
         self.seconds += seconds
-        self.look()
+        self.take(self.read_again())
 
 
 def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(file, monkeypatch):
@@ -251,8 +251,6 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(file, monkeypa
         ring.later()
     assert len(opened) == 1  # once more after the start, for a clock of files that ticks slowly
     secret = keys.new(file, key_of("second"))
-    ring.look()
-    assert ring.find(secret.encode()) is None  # not within the second
     ring.later()
     assert ring.find(secret.encode()).name == "second"
     keys.revoke(file, "shop")
@@ -320,7 +318,7 @@ def test_a_file_system_that_hangs_keeps_the_old_keys_is_said_once_and_takes_few_
     caplog.set_level(logging.INFO, "ebjdat_serve")
     monkeypatch.setattr(auth, "LOOK_SECONDS", 0.005)
     monkeypatch.setattr(auth, "READ_SECONDS", 0.02)
-    access = auth.Access(KeyRing(file, every=0.0), ClientAddress(), ClientLimits())
+    access = auth.Access(KeyRing(file), ClientAddress(), ClientLimits())
     back, reads, real = threading.Event(), [], keys.read
 
     def hanging(path):
@@ -342,6 +340,28 @@ def test_a_file_system_that_hangs_keeps_the_old_keys_is_said_once_and_takes_few_
         while access.keys.find(SECRET.encode()).name != "later":
             await asyncio.sleep(0.005)
         assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_where_no_thread_can_start_the_old_keys_remain_and_following_goes_on(file, caplog, monkeypatch):
+    monkeypatch.setattr(auth, "LOOK_SECONDS", 0.005)
+    access = auth.Access(KeyRing(file), ClientAddress(), ClientLimits())
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    async def scenario():
+        following = asyncio.create_task(access.follow())
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            while "can't start new thread" not in caplog.text:
+                await asyncio.sleep(0.005)
+        assert access.keys.find(SECRET.encode())
+        file.write_bytes(document({**ROW, "name": "later"}))
+        while access.keys.find(SECRET.encode()).name != "later":
+            await asyncio.sleep(0.005)
         following.cancel()
 
     asyncio.run(asyncio.wait_for(scenario(), 20))

@@ -105,7 +105,7 @@ class TooLong(Exception):
 
 
 class Steps:
-    """How many more steps, of 2 microseconds or less, judging may take: pieces of files, of all images of one request together."""
+    """How many more steps, of some microseconds, judging may take: pieces of files, of all images of one request together."""
 
     def __init__(self, left: float = math.inf) -> None:
         self.left = left

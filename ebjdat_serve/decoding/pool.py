@@ -82,7 +82,7 @@ class Decoders:
         kinds = set(each(images, lambda data: judge_kind(data, self.limits)))  # before anything of it is held and sent
         if sum(map(len, images)) <= SMALL_BYTES and NEVER_SURE.isdisjoint(kinds) and client not in self.suspects:
             small = list(map(bytes, images))
-            if headers := await small_headers(small, height, width, self.limits):
+            if (headers := await small_headers(small, height, width, self.limits)) and not self.closed:
                 return await self._decode_small(small, headers, height, width, client)
         return await self._decode_large(list(images), height, width, client)
 
@@ -107,6 +107,8 @@ class Decoders:
         return decoded
 
     async def _decode_large(self, images: list[Bytes], height: int, width: int, client: str) -> list[Pixels]:
+        if self.closed:  # meanwhile
+            raise DecoderLost(STOPPING)
         job = Large(images, height, width, asyncio.get_running_loop().create_future(), client)
         job.wait_in(self.fresh)
         self.changed.set()

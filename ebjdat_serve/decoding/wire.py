@@ -7,6 +7,7 @@ bytes, and what it says is not unpickled.
 import pickle
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,10 +67,14 @@ def packed(message: object) -> bytes:
     return LENGTH.pack(len(head)) + head
 
 
-def receive(line: socket.socket) -> object:
-    """Return the next message to a decoder. Raises EOFError when the other end hangs up."""
+def receive(line: socket.socket, expect: Callable[[int], None] = lambda n: None) -> object:
+    """Return the next message to a decoder; ``expect`` is told how many bytes of images come, before they do.
+
+    Raises EOFError when the other end hangs up.
+    """
     message = pickle.loads(read(line, LENGTH.unpack(read(line, LENGTH.size))[0]))
     if isinstance(message, Work):
+        expect(sum(message.lengths))
         message.images.extend(read_images(line, message.lengths))
     return message
 

@@ -18,7 +18,6 @@ import traceback
 import warnings
 from contextlib import suppress
 from importlib import import_module
-from itertools import repeat
 from typing import NoReturn
 
 import numpy as np
@@ -26,7 +25,7 @@ import numpy as np
 from ebjdat_serve import pixels
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Bytes, Header, Limits
-from ebjdat_serve.decoding.judge import accepted, judge, judge_all
+from ebjdat_serve.decoding.judge import accepted, each, judge, judge_all
 from ebjdat_serve.errors import InvalidImage
 
 NICE = 10
@@ -156,27 +155,32 @@ class Decoder:
     def run(self) -> None:
         """Serve until the other end hangs up."""
         while True:
-            message = wire.receive(self.line)
-            assert isinstance(message, wire.Work)
-            if message.headers:
-                self.allow_time()
-                self.line.sendall(wire.encode_results(self.decode(message, message.headers)))
-            else:
-                self.judge_first(message)
+            self.answer()  # in a call of its own: nothing of a message is held while the next one comes
+
+    def answer(self) -> None:
+        """Receive images, with memory for them, and answer."""
+        message = wire.receive(self.line, lambda n: self.restrict(IDLE_MEMORY + n))
+        assert isinstance(message, wire.Work)
+        if message.headers:
+            self.allow_time()
+            self.line.sendall(wire.encode_results(self.decode(message, message.headers)))
+        else:
+            self.judge_first(message)
 
     def judge_first(self, work: wire.Work) -> None:
         """Say what the images need, and decode them if there is memory for it."""
         self.allow_time()
         try:
             headers = judge_all(work.images, work.height, work.width, self.limits)
-            need = max(map(self.need, headers, work.images, repeat(work)))
+            pairs = iter(zip(headers, work.images, strict=True))
+            need = max(each(work.images, lambda _: self.need(*next(pairs), work)))
         except InvalidImage as error:
             self.line.sendall(wire.encode_plan(error))
             return
         self.line.sendall(wire.encode_plan(need))
         answer = wire.receive(self.line)
         if isinstance(answer, wire.Go):
-            self.restrict(int(SLACK * answer.memory) + IDLE_MEMORY)
+            self.restrict(int(SLACK * answer.memory) + IDLE_MEMORY + sum(work.lengths))
             results = self.decode(work, headers)
             gc.collect()  # what an error held in a circle
             self.restrict(IDLE_MEMORY)

@@ -42,9 +42,8 @@ async def watch() -> None:
         for one in list(_watched):
             try:
                 gone = time.monotonic() - one.since > POLL_SECONDS and await one.request.is_disconnected()
+                if gone and one in _watched:
+                    _watched.discard(one)
+                    one.leave()
             except Exception:
-                log.exception("cannot tell whether a client has left")
-                continue
-            if gone and one in _watched:
-                _watched.discard(one)
-                one.leave()
+                log.exception("cannot tell whether a client has left, or stop its work")

@@ -214,7 +214,7 @@ class Server(ls.LitServer):
         """Let requests in progress end, refuse those that are still coming by then, and close the connections that are left."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        late = loop.call_later(self._settings.graceful_timeout, refuse_unfinished)  # drawings may take longer
+        late = loop.call_later(self._settings.last_answers, refuse_unfinished)  # drawings may take longer
         await self._drain()
         late.cancel()
         refuse_unfinished()

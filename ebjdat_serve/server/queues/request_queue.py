@@ -22,7 +22,7 @@ from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem
 
 log = logging.getLogger("ebjdat_serve")
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.5
 """Seconds between checks that workers are heard of."""
 
 

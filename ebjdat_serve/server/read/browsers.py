@@ -113,8 +113,8 @@ class SiteMiddleware:
 
 
 def follows_link(headers: Headers) -> bool:
-    """Return whether a browser loads the answer as a page of its own, not into a frame or as a part of another page."""
-    return headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    """Return whether a browser loads the answer as a page of its own, not into a frame, as a part of another page, or ahead of a click."""
+    return "sec-purpose" not in headers and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
 
 
 def matches(host: str, allowed: str) -> bool:
