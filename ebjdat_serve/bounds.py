@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 LONGEST_LABEL = 200
 """Characters of a class label, in a bundle and in a request: the time to normalise one grows with the square of its combining marks."""
+SEEN = ("L", "N", "P", "S", "Cs")
+"""Unicode's categories of what a reader sees: letters, numbers, punctuation, symbols; and half a character, which is refused as such."""
 JOINERS = "\u200c\u200d"
 """Characters without a shape of their own that words of some scripts need."""
 UNSEEN = ("Cc", "Cf", "Zl", "Zp")
@@ -53,8 +55,10 @@ def label_fault(labels: Sequence[str]) -> str:
     seen: dict[str, int] = {}
     for index, label in enumerate(labels):
         said = f"the label of class {index}, {label[:40]!r}, "
-        if not label or label != label.strip():
-            return f"{said}is empty or has white space at an end"
+        if not any(unicodedata.category(one).startswith(SEEN) for one in label):
+            return f"{said}shows nothing"
+        if label != label.strip():
+            return f"{said}has white space at an end"
         if len(label) > LONGEST_LABEL:
             return f"{said}has {len(label)} characters, more than {LONGEST_LABEL}"
         if any(unicodedata.category(one) in UNSEEN and one not in JOINERS for one in label):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bounds import COUNT, NATS, Bounds, label_fault
@@ -26,6 +26,7 @@ from ebjdat_serve.sgld import Sampler
 SCHEMA = 1
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
+CANDIDATE = "candidate.json"  # in the folder of a bundle that a store holds back: {"reason", "comparison"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 LARGEST_MANIFEST, LARGEST_JSON = 4 * 2**20, 64 * 2**20
 GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
@@ -132,6 +133,8 @@ class Bundle:
         strange = [name for name in manifest.files if Path(name).name != name]
         if strange:
             raise BundleError(f"{path / MANIFEST}: {strange[0]!r} is not a plain file name")
+        if taken := [name for name in manifest.files if name in (MANIFEST, SIGNATURE, CANDIDATE)]:
+            raise BundleError(f"{path / MANIFEST}: files lists {taken[0]}, which others write beside it; leave it out")
         if not isinstance(manifest.architecture.get("family"), str):
             raise BundleError(f"{path / MANIFEST}: architecture must name the network's family")
         for what in (manifest.name, manifest.version):
@@ -330,9 +333,13 @@ def read_bytes(file: Path, most: int = LARGEST_JSON) -> bytes:
 
 
 def parse_json(content: bytes, file: Path) -> Any:
-    """Return the JSON document in ``content``; raise BundleError naming ``file`` when it is not JSON."""
+    """Return the JSON document in ``content``; raise BundleError naming ``file`` when it is not JSON, which has no NaN and no Infinity."""
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} cannot be read: {error}") from error
 

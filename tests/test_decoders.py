@@ -12,6 +12,7 @@ import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from PIL import Image
 
 from benchmarks.hostile_images import encoded, jpeg_of_scans, png, webp
 from ebjdat_serve import pixels
-from ebjdat_serve.decoding import pool, pool_settings, small, wire
+from ebjdat_serve.decoding import jobs, pool, pool_settings, small, wire
 from ebjdat_serve.decoding.header import Limits
-from ebjdat_serve.decoding.jobs import DecoderLost
+from ebjdat_serve.decoding.jobs import DecoderLost, Small, Suspects
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.decoding.pool import Decoders
 from ebjdat_serve.decoding.pool_settings import PoolSettings
@@ -737,22 +738,46 @@ def test_the_largest_answers_that_decoders_give_are_not_cut_off():
     assert len(wire.encode_plan(2**40)) < frame + wire.LARGEST_PLAN
     for size in (8, 32):
         image = np.zeros((size, size, 3), np.uint8)
-        assert max(len(wire.encode_results([one] * 3)) for one in (refusal, image)) == frame + wire.largest_results(3, size, size)
+        assert max(len(wire.encode_results([one] * 3, [0.5] * 3)) for one in (refusal, image)) == frame + wire.largest_results(
+            3, size, size
+        )
 
 
 @pytest.mark.parametrize("too_large", [False, True])
 def test_a_refusal_comes_from_a_decoder_as_it_was(too_large):
     refusal = InvalidImage("the limit is elsewhere", too_large=too_large)
     refusal.index = 3
-    [arrived] = wire.decode_results(wire.encode_results([refusal])[wire.FRAME.size :], 1, 2, 2)
+    [arrived], [took] = wire.decode_results(wire.encode_results([refusal], [0.25])[wire.FRAME.size :], 1, 2, 2)
+    assert took == 0.25
     with pytest.raises(InvalidImage) as raised:
         wire.decode_plan(wire.encode_plan(refusal)[wire.FRAME.size :])
     for error in (arrived, raised.value):
         assert (str(error), error.index, error.too_large) == (str(refusal), 3, too_large)
 
 
+def test_a_client_whose_small_images_take_long_is_charged_and_then_suspect(monkeypatch):
+    """A file that takes 30 ms more than it may is answered; the fourth makes its client suspect. Honest ones may take four times as long."""
+    suspects, now = Suspects(), [1000.0]
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    item = Small(SMALL, judge(SMALL, 32, 32, PATIENT.limits), 32, 32, None, "greedy")
+    allowed = 4 * (5e-4 + 15e-9 * item.header.work + 8e-9 * len(SMALL))
+    assert suspects.took(item, allowed) == 0
+    for _ in range(4):
+        assert "greedy" not in suspects
+        assert suspects.took(item, allowed + 0.03) == pytest.approx(0.03 / 15e-9)
+        now[0] += 0.1
+    assert "greedy" in suspects
+    assert "polite" not in suspects
+    now[0] += 61
+    assert "greedy" not in suspects
+    for _ in range(20):  # forgiven meanwhile
+        suspects.took(item, allowed + 0.03)
+        now[0] += 1.6
+    assert "greedy" not in suspects
+
+
 def test_answers_of_a_decoder_are_checked():
-    for body in (b"", b"P123", b"T", b"T" + bytes(8), wire.encode_results([np.zeros((2, 2, 3), np.uint8)] * 2)[5:], b"X" * 20):
+    for body in (b"", b"P123", b"T", b"T" + bytes(8), wire.encode_results([np.zeros((2, 2, 3), np.uint8)] * 2, [0.0] * 2)[5:], b"X" * 20):
         with pytest.raises(ValueError, match="a decoder's"):
             wire.decode_results(body, 1, 2, 2)
     with pytest.raises(ValueError, match="a decoder's"):

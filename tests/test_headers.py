@@ -124,6 +124,10 @@ COSTLY = {
     "a TIFF that holds a JPEG": encoded(colour(), "TIFF", compression="jpeg"),
     "a PNG of tiny chunks of pixels": png(200, 200, chunk(b"IDAT", bytes(256)) * 1900),
     "a PNG of texts": png_of_texts(16),
+    "a PNG of bytes that make no pixels": png(8, 8, chunk(b"IDAT", os.urandom(300_000))),
+    "a TIFF of tiles that are the same bytes, mostly beyond it": tiff(
+        [(322, 4, 1, 16), (323, 4, 1, 60_000), (324, 4, 20, 400), (325, 4, 20, 480)], bytes(200)
+    ),
 }
 """What costs a decoder more than its pixels: files of a few kilobytes that are accepted, and took up to .6 s of processor time."""
 
@@ -237,7 +241,7 @@ def test_heic_without_its_extra_names_it(monkeypatch):
         (b"BM" + bytes(12) + struct.pack("<IiiHHIIIIII", 40, 8, 8, 1, 8, 0, 0, 0, 0, 257, 0), "257 colours, and pixels of 8 bits"),
         (b"II*\0\x08\0\0\0\xff\xff" + bytes(12 * 65535), "too many tags"),
         (tiff([(320, 3, 200_000, 8)]), "its palette has more than 196608 numbers"),
-        (encoded(Image.new("F", (8, 8)), "TIFF"), "samples of 32 bits or of floating point"),
+        (encoded(Image.new("F", (8, 8)), "TIFF"), "samples of 32 bits, signed or of floating point"),
         (encoded(colour(), "TIFF", compression="zstd"), "compression 50000; send none"),
         (b"\0\0\0\x14ftypavif\0\0\0\0avif" + b"\0\0\0\x08free" * 1001, "too many boxes"),
         (b"\0\0\0\x14ftypavif\0\0\0\0avif" + b"".join(struct.pack(">I", 800 - 8 * i) + b"moov" for i in range(100)), "nested too deep"),

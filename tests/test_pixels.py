@@ -270,3 +270,16 @@ def test_a_generated_png_says_so_to_machines():
 def test_units_round_trip():
     image = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     np.testing.assert_array_equal(pixels.to_bytes(pixels.to_unit(image)), image)
+
+
+@pytest.mark.parametrize("background", [0, 2])
+def test_what_the_first_frame_of_a_gif_leaves_of_its_screen_is_white(background):
+    """Browsers leave it transparent, whatever the header says of a background."""
+    codes = [code for _ in range(16 * 16) for code in (4, 1)] + [5]  # a clear code before each pixel: no table, and codes of 3 bits
+    bits = sum(code << 3 * i for i, code in enumerate(codes)).to_bytes(-(-3 * len(codes) // 8), "little")
+    blocks = b"".join(bytes([len(part)]) + part for part in (bits[i : i + 255] for i in range(0, len(bits), 255)))
+    header = b"GIF89a" + struct.pack("<HHBBB", 32, 32, 0x81, background, 0) + bytes([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    decoded = pixels.decode(header + b"\x2c" + struct.pack("<HHHHB", 4, 8, 16, 16, 0) + b"\2" + blocks + b"\0;", 32, 32)
+    expected = np.full((32, 32, 3), 255)
+    expected[8:24, 4:20] = (0, 255, 0)
+    np.testing.assert_array_equal(decoded, expected)

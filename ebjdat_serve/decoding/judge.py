@@ -1,6 +1,7 @@
 """Which format some bytes are, and the verdict on their header."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import TypeVar
@@ -10,6 +11,9 @@ from ebjdat_serve.decoding.header import Bytes, Header, Limits, Steps
 from ebjdat_serve.errors import InvalidImage
 
 T = TypeVar("T")
+RAW_BYTES, FREE_BYTES, BYTE_WORK = 4, 2**16, 9
+"""Bytes of a pixel without compression, and of metadata: what a file has beyond them can hold no pixels, and each such byte of a PNG, made
+of nothing but tables of Huffman codes, takes as long as nine pixels."""
 JUDGES: dict[str, Callable[[Bytes, Limits, Steps], Header]] = {
     "PNG": png.judge_png,
     "JPEG": jpeg.judge_jpeg,
@@ -57,6 +61,8 @@ def judge(data: Bytes, height: int, width: int, limits: Limits, steps: Steps | N
     steps.take(STEPS_OF_ANY)
     header = JUDGES[judge_kind(data, limits)](data, limits, steps)
     header.check(height, width, limits)
+    if (beyond := len(data) - RAW_BYTES * header.pixels - FREE_BYTES) > 0:
+        return replace(header, extra_work=header.extra_work + BYTE_WORK * beyond)
     return header
 
 

@@ -14,10 +14,12 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
 from contextlib import suppress
 from importlib import import_module
+from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
@@ -163,7 +165,7 @@ class Decoder:
         assert isinstance(message, wire.Work)
         if message.headers:
             self.allow_time()
-            self.line.sendall(wire.encode_results(self.decode(message, message.headers)))
+            self.line.sendall(wire.encode_results(*self.decode(message, message.headers)))
         else:
             self.judge_first(message)
 
@@ -181,10 +183,10 @@ class Decoder:
         answer = wire.receive(self.line)
         if isinstance(answer, wire.Go):
             self.restrict(int(SLACK * answer.memory) + IDLE_MEMORY + sum(work.lengths))
-            results = self.decode(work, headers)
+            results, seconds = self.decode(work, headers)
             gc.collect()  # what an error held in a circle
             self.restrict(IDLE_MEMORY)
-            self.line.sendall(wire.encode_results(results))
+            self.line.sendall(wire.encode_results(results, seconds))
 
     def need(self, header: Header, data: Bytes, work: wire.Work) -> int:
         """Return how much memory an image needs with its encoded bytes. Raises InvalidImage: more than there ever is."""
@@ -194,9 +196,10 @@ class Decoder:
             raise InvalidImage(f"{said}: send it smaller", too_large=True)
         return need
 
-    def decode(self, work: wire.Work, headers: tuple[Header, ...]) -> list[wire.Decoded]:
-        """Return the image or the error of each."""
+    def decode(self, work: wire.Work, headers: tuple[Header, ...]) -> tuple[list[wire.Decoded], list[float]]:
+        """Return the image or the error of each, and the processor time that it took."""
         results: list[wire.Decoded] = []
+        times = [time.thread_time()]
         for data, header in zip(work.images, headers, strict=True):
             if not work.headers:
                 self.allow_time()  # for each; small ones take none to speak of
@@ -206,7 +209,8 @@ class Decoder:
             except InvalidImage as error:
                 # this one holds no frame, and so nothing of what was being decoded
                 results.append(InvalidImage(str(error), too_large=error.too_large))
-        return results
+            times.append(time.thread_time())
+        return results, [end - begin for begin, end in pairwise(times)]
 
     def restrict(self, memory: int) -> None:
         """Let this process have ``memory`` bytes more than it started with."""
