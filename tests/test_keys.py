@@ -370,23 +370,26 @@ def test_where_no_thread_can_start_the_old_keys_remain_and_following_goes_on(fil
 def test_a_stop_waits_for_no_file_system_that_hangs(file):
     """asyncio's own executor is joined as the process ends."""
     script = (
-        "import asyncio, sys, time\n"
+        "import asyncio, sys, threading, time\n"
         "from pathlib import Path\n"
         "from ebjdat_serve import keys\n"
         "from ebjdat_serve.server.read import auth\n"
         "from ebjdat_serve.server.settings import Settings\n"
         "access = auth.Access.of(Settings(keys=Path(sys.argv[1])))\n"
         "auth.LOOK_SECONDS = 0.01\n"
-        "keys.read = lambda file: print('hangs', flush=True) or time.sleep(60)\n"
+        "Path(sys.argv[1]).touch()\n"  # or, had this process started slowly, the file would be old enough not to be read again
+        "hangs = threading.Event()\n"
+        "keys.read = lambda file: hangs.set() or time.sleep(600)\n"
         "async def scenario():\n"
         "    following = asyncio.create_task(access.follow())\n"
-        "    await asyncio.sleep(0.3)\n"
+        "    while not hangs.is_set():\n"
+        "        await asyncio.sleep(0.01)\n"
         "    following.cancel()\n"
         "asyncio.run(scenario())\n"
         "print('stopped', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True, timeout=20)
-    assert done.stdout.split() == ["hangs", "stopped"]
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "stopped\n"
 
 
 # writing ---------------------------------------------------------------------------------------------------------------------
