@@ -139,7 +139,7 @@ class Attackers:
 
     def drawings(self, dice):
         """Drawings of many images, some of which it does not wait for."""
-        query, patience = {"class": dice.randrange(10), "n": 16, "steps": 40}, dice.choice([0.5, 130])
+        query, patience = {"class": dice.randrange(10), "n": 16, "steps": dice.choice([10, 40])}, dice.choice([0.5, 130])
         try:
             answer = httpx2.get(
                 f"{self.url}/generate",
