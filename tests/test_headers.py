@@ -34,6 +34,7 @@ from benchmarks.hostile_images import (
 )
 from ebjdat_serve.decoding import judge as judging
 from ebjdat_serve.decoding import small
+from ebjdat_serve.decoding.bmff import LONGEST_BRANDS
 from ebjdat_serve.decoding.exif import exif_work
 from ebjdat_serve.decoding.header import Header, Limits, Steps
 from ebjdat_serve.decoding.judge import accepted, format_of, judge
@@ -62,6 +63,21 @@ HOSTILE = {
 
 
 RATIONALS = exif_of_numbers(5, 8, 8000)  # as many as a segment of a JPEG holds: .1 s of Pillow's time
+
+
+def box(name, body):
+    return struct.pack(">I", 8 + len(body)) + name + body
+
+
+def avif_of(*boxes):
+    """Return an AVIF of 8 x 8 pixels, with no pixels, and of boxes about its items."""
+    size = box(b"iprp", box(b"ipco", box(b"ispe", struct.pack(">III", 0, 8, 8))))
+    return box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"meta", bytes(4) + box(b"pitm", struct.pack(">IH", 0, 1)) + size + b"".join(boxes))
+
+
+def properties_of_items(items, places):
+    """Return a box that gives so many items so many properties each."""
+    return box(b"ipma", struct.pack(">II", 0, items) + (struct.pack(">HB", 1, places) + b"\1" * places) * items)
 
 
 def mpf(n):
@@ -245,6 +261,9 @@ def test_heic_without_its_extra_names_it(monkeypatch):
         (encoded(colour(), "TIFF", compression="zstd"), "compression 50000; send none"),
         (b"\0\0\0\x14ftypavif\0\0\0\0avif" + b"\0\0\0\x08free" * 1001, "too many boxes"),
         (b"\0\0\0\x14ftypavif\0\0\0\0avif" + b"".join(struct.pack(">I", 800 - 8 * i) + b"moov" for i in range(100)), "nested too deep"),
+        (avif_of(properties_of_items(100, 200)), "too many properties of items, more than 20000"),
+        (avif_of(box(b"iinf", struct.pack(">IH", 0, 1025))), "too many items, more than 1024"),
+        (struct.pack(">I", LONGEST_BRANDS + 4) + b"ftypavif" + bytes(LONGEST_BRANDS), "not an image this server reads"),
         (webp(100, 100)[:20] + bytes(26), "is not its canvas|has no frame|no signature"),
     ],
     ids=lambda value: str(value)[:30],
@@ -252,6 +271,12 @@ def test_heic_without_its_extra_names_it(monkeypatch):
 def test_refusals_name_what_arrived_and_the_limit_or_the_fix(data, said):
     with pytest.raises(InvalidImage, match=said):
         judge(data, 32, 32, LIMITS)
+
+
+def test_an_avif_may_have_as_many_properties_items_and_brands_as_its_limits_say():
+    items = box(b"iinf", struct.pack(">IH", 0, 1024))
+    assert judge(avif_of(properties_of_items(100, 199), items), 32, 32, LIMITS).pixels == 64
+    assert format_of(struct.pack(">I", LONGEST_BRANDS) + b"ftypavif" + bytes(LONGEST_BRANDS)) == "AVIF"
 
 
 def test_a_frame_other_than_its_canvas_is_refused():

@@ -64,7 +64,7 @@ def start(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("style", ["text", pytest.param("json", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("style", ["text", "json"])
 def test_training_is_a_line_for_people_and_all_figures_for_machines(tmp_path, start, style):
     words = (ROOT / "training" / "train.py", "digits", "--only-train", "--init", start, "--run", "noise", "--threads", "1")
     more = ("--set", "epochs=1", "--log", style)
@@ -114,7 +114,7 @@ def mismatched(tmp_path_factory):
     return home
 
 
-@pytest.mark.parametrize("style", ["text", pytest.param("json", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("style", ["text", "json"])
 def test_a_failed_start_is_one_line_with_the_reason(mismatched, tmp_path, style):
     words = ("-m", "ebjdat_serve.cli", "serve", mismatched, "--port", free_port(), "--device", "cpu", "--threads", "1", "--log", style)
     done = python(*words, cwd=tmp_path, PYTHONPATH=str(ROOT))
