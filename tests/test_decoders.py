@@ -756,7 +756,7 @@ def test_a_refusal_comes_from_a_decoder_as_it_was(too_large):
 
 
 def test_a_client_whose_small_images_take_long_is_charged_and_then_suspect(monkeypatch):
-    """A file that takes 30 ms more than it may is answered; the fourth makes its client suspect. Honest ones may take four times as long."""
+    """Each takes 30 ms more than it may; with the fourth its client is suspect."""
     suspects, now = Suspects(), [1000.0]
     monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
     item = Small(SMALL, judge(SMALL, 32, 32, PATIENT.limits), 32, 32, None, "greedy")
