@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from ebjdat_serve import strict_json
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bounds import COUNT, NATS, Bounds, label_fault
 from ebjdat_serve.errors import BundleError, cause
@@ -334,12 +335,8 @@ def read_bytes(file: Path, most: int = LARGEST_JSON) -> bytes:
 
 def parse_json(content: bytes, file: Path) -> Any:
     """Return the JSON document in ``content``; raise BundleError naming ``file`` when it is not JSON, which has no NaN and no Infinity."""
-
-    def refuse_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        return json.loads(content, parse_constant=refuse_constant)
+        return strict_json.loads(content)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} cannot be read: {error}") from error
 

@@ -188,6 +188,7 @@ def test_wrong_keys_are_slowed_and_logged_by_address_and_no_key_is_in_the_log(ke
     assert not any(secret in text for secret in keyed.secrets.values())
 
 
+@pytest.mark.slow
 def test_answers_that_are_held_back_are_few(keyed):
     """Ten at a time of one client: those beyond four are refused at once."""
     here = {"X-Forwarded-For": "203.0.113.9"}

@@ -776,6 +776,26 @@ def test_a_client_whose_small_images_take_long_is_charged_and_then_suspect(monke
     assert "greedy" not in suspects
 
 
+def test_decoders_say_what_each_small_image_took_and_its_client_is_charged(monkeypatch):
+    """As if an image might take no time at all: whatever the decoder measures is beyond what it may."""
+    monkeypatch.setattr(jobs, "LENIENCE", 0)
+    monkeypatch.setattr(jobs, "FORGIVEN", 0)
+    charged = []
+
+    async def main():
+        async with decoders(PATIENT) as running:
+            charge = running.small.charge
+            running.small.charge = lambda client, cost: (charged.append((client, cost)), charge(client, cost))
+            while "greedy" not in running.suspects:
+                await running.decode([SMALL] * 30, 32, 32, "greedy")
+            assert "polite" not in running.suspects
+
+    asyncio.run(main())
+    seconds = [jobs.PIXEL_SECONDS * cost for client, cost in charged if client == "greedy"]
+    assert sum(seconds) > jobs.EXCESS_SECONDS
+    assert all(1e-6 <= one < 1 for one in seconds)
+
+
 def test_answers_of_a_decoder_are_checked():
     for body in (b"", b"P123", b"T", b"T" + bytes(8), wire.encode_results([np.zeros((2, 2, 3), np.uint8)] * 2, [0.0] * 2)[5:], b"X" * 20):
         with pytest.raises(ValueError, match="a decoder's"):

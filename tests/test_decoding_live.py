@@ -91,6 +91,7 @@ def test_what_broke_the_server_is_refused_at_once(server, data, said):
     assert max(resident(server)) < 400
 
 
+@pytest.mark.slow
 def test_images_that_cost_more_than_their_pixels_are_answered_and_write_no_log(server):
     before = server.log.stat().st_size
     for data in COSTLY.values():

@@ -543,16 +543,16 @@ def test_hostile_lists_are_judged_in_so_many_steps_a_turn_and_in_all(name):
 
 
 def check(act):
-    """Assert that ``act`` keeps the loop for less than 10 ms: the least of up to five, since a busy machine only ever adds to it.
+    """Assert that ``act`` keeps the loop for less than 10 ms: the median of five where the first does not.
 
-    That also hides what is slow one time in a few: the evidence of lists are their steps, which are the same each time; this shows that a
+    A garbage collection may fall into the first. The evidence of lists are their steps, which are the same each time; this shows that a
     step takes no longer than it is said to.
     """
-    measured: list[float] = []
-    while len(measured) < 5 and not any(ms < 10 for ms in measured):
-        measured.append(act())
+    measured = [act()]
+    if measured[0] >= 10:
+        measured += [act() for _ in range(4)]
     print(f"{measured} ms")
-    assert min(measured) < 10
+    assert sorted(measured)[len(measured) // 2] < 10
 
 
 def lag(server):

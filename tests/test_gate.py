@@ -95,6 +95,7 @@ def test_a_worse_model_stays_a_candidate_and_current_is_what_it_was(good, worse,
     assert json.loads((tmp_path / "gate.json").read_text())["reason"] == said["reason"]
 
 
+@pytest.mark.slow
 def test_a_candidate_is_listed_never_served_and_published_by_force(good, worse, tmp_path):
     store = tmp_path / "store"
     first = publish(good, store)

@@ -2,15 +2,15 @@
 
 import asyncio
 import contextlib
-import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from ebjdat_serve import strict_json
 from ebjdat_serve.fairness import may_hold
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
@@ -93,11 +93,7 @@ def refuse_large(size: int, limit: int, settings: Settings) -> None:
 
 def parse_json(body: bytes | bytearray) -> Any:
     """Return the JSON document; NaN and Infinity are not JSON. Raises Problem 400."""
-
-    def refuse_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        return json.loads(body, parse_constant=refuse_constant)
+        return strict_json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"the body is not valid JSON: {error}") from None
