@@ -131,9 +131,9 @@ class Bundle:
         manifest = parse(Manifest, parse_json(content, path / MANIFEST), str(path / MANIFEST))
         if manifest.schema != SCHEMA:
             raise BundleError(f"{path / MANIFEST}: schema {manifest.schema} is unknown; this version reads schema {SCHEMA}")
-        strange = [name for name in manifest.files if Path(name).name != name]
+        strange = [name for name in manifest.files if not NAME.fullmatch(name)]
         if strange:
-            raise BundleError(f"{path / MANIFEST}: {strange[0]!r} is not a plain file name")
+            raise BundleError(f"{path / MANIFEST}: {strange[0][:40]!r} is not a plain file name")
         if taken := [name for name in manifest.files if name in (MANIFEST, SIGNATURE, CANDIDATE)]:
             raise BundleError(f"{path / MANIFEST}: files lists {taken[0]}, which others write beside it; leave it out")
         if not isinstance(manifest.architecture.get("family"), str):

@@ -122,9 +122,12 @@ def _scale_transparent(picture: Image.Image, stored: str) -> None:
 
 
 def _on_white(picture: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
-    """Return a loaded GIF whose first frame is a part of its screen, on white: Pillow fills the rest with the first colour."""
+    """Return a loaded GIF whose first frame is a part of its screen, on white, in strips: Pillow fills the rest with the first colour."""
     screen = Image.new("RGB", picture.size, "white")
-    screen.paste(_rgb(picture.crop(frame)), frame)
+    left, above, right, below = frame
+    step = max(1, STRIP_PIXELS // max(1, right - left))
+    for top in range(above, below, step):
+        screen.paste(_rgb(picture.crop((left, top, right, min(top + step, below)))), (left, top))
     return screen
 
 

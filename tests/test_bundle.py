@@ -104,6 +104,12 @@ BEYOND = {
         "which others write",
     ),
     "a file that holds it back": (lambda m: m["files"].update({"candidate.json": m["files"]["prior.safetensors"]}), "which others write"),
+    "a file of a folder above": (lambda m: m["files"].update({"..": m["files"]["prior.safetensors"]}), "'..' is not a plain file name"),
+    "a file of no name": (lambda m: m["files"].update({"": m["files"]["prior.safetensors"]}), "'' is not a plain file name"),
+    "a file of a long name": (
+        lambda m: m["files"].update({"a" * 300: m["files"]["prior.safetensors"]}),
+        "'a{40}' is not a plain file name",
+    ),
     "infinity": (lambda m: m["provenance"].update(configuration={"a": float("inf")}), "Infinity is not JSON"),
     "white space": (labels("a\u3000"), "white space at an end"),
     "twice": (labels("a", "b", "a"), "labels: the label of class 2, 'a', is that of class 0 too"),

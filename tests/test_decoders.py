@@ -760,11 +760,17 @@ def test_a_client_whose_small_images_take_long_is_charged_and_then_suspect(monke
     suspects, now = Suspects(), [1000.0]
     monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
     item = Small(SMALL, judge(SMALL, 32, 32, PATIENT.limits), 32, 32, None, "greedy")
-    allowed = 4 * (5e-4 + 15e-9 * item.header.work + 8e-9 * len(SMALL))
-    assert suspects.took(item, allowed) == 0
+    allowed = 4 * (5e-4 + 15e-9 * (item.header.work + 32 * 32) + 8e-9 * len(SMALL))
+    assert suspects.took(item, 15e-9 * item.header.work) == pytest.approx(0, abs=1e-6)
+    assert suspects.took(item, 0.0) == -item.header.work
+    for _ in range(100):
+        suspects.took(item, allowed)
+    large = replace(item, height=2048, width=2048)  # whose result takes longer than its pixels
+    for _ in range(100):
+        suspects.took(large, 0.2)
     for _ in range(4):
         assert "greedy" not in suspects
-        assert suspects.took(item, allowed + 0.03) == pytest.approx(0.03 / 15e-9)
+        assert suspects.took(item, allowed + 0.03) == pytest.approx((allowed + 0.03) / 15e-9 - item.header.work)
         now[0] += 0.1
     assert "greedy" in suspects
     assert "polite" not in suspects
@@ -791,7 +797,8 @@ def test_decoders_say_what_each_small_image_took_and_its_client_is_charged(monke
             assert "polite" not in running.suspects
 
     asyncio.run(main())
-    seconds = [jobs.PIXEL_SECONDS * cost for client, cost in charged if client == "greedy"]
+    work = judge(SMALL, 32, 32, PATIENT.limits).work
+    seconds = [jobs.PIXEL_SECONDS * (cost + work) for client, cost in charged if client == "greedy"]
     assert sum(seconds) > jobs.EXCESS_SECONDS
     assert all(1e-6 <= one < 1 for one in seconds)
 

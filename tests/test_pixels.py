@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -283,3 +285,28 @@ def test_what_the_first_frame_of_a_gif_leaves_of_its_screen_is_white(background)
     expected = np.full((32, 32, 3), 255)
     expected[8:24, 4:20] = (0, 255, 0)
     np.testing.assert_array_equal(decoded, expected)
+
+
+def test_a_large_gif_whose_first_frame_is_a_part_of_its_screen_takes_no_more_memory_than_its_header_promises():
+    """It was converted whole, with transparency, and refused for its memory."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 4, (2999, 4000), dtype=np.uint8), "P")
+    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    data = bytearray(encoded(picture, "GIF", transparency=3))
+    data[8:10] = struct.pack("<H", 3000)  # the screen has a row more
+    header = judge(bytes(data), 32, 32, Limits())
+    code = (
+        "import re, sys\n"
+        "from pathlib import Path\n"
+        "from ebjdat_serve import pixels\n"
+        "from ebjdat_serve.decoding.judge import judge\n"
+        "from ebjdat_serve.decoding.header import Limits\n"
+        "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "data = sys.stdin.buffer.read()\n"
+        "header = judge(data, 32, 32, Limits())\n"
+        "pixels.register('GIF')\n"
+        "before = peak()\n"
+        "assert pixels.decode_judged(data, header, 32, 32).shape == (32, 32, 3)\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=bytes(data), capture_output=True, check=True)
+    assert 3 * header.pixels < int(done.stdout) < header.memory(32, 32, Limits())

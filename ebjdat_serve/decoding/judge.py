@@ -11,9 +11,9 @@ from ebjdat_serve.decoding.header import Bytes, Header, Limits, Steps
 from ebjdat_serve.errors import InvalidImage
 
 T = TypeVar("T")
-RAW_BYTES, FREE_BYTES, BYTE_WORK = 4, 2**16, 9
-"""Bytes of a pixel without compression, and of metadata: what a file has beyond them can hold no pixels, and each such byte of a PNG, made
-of nothing but tables of Huffman codes, takes as long as nine pixels."""
+HUFFMAN, RAW_BYTES, FREE_BYTES, BYTE_WORK = ("PNG", "TIFF", "WEBP"), 4, 2**16, 9
+"""Formats whose bytes may be nothing but tables of Huffman codes, each byte of which takes as long as nine pixels; bytes of a pixel without
+compression, and of metadata: what a file has beyond them can hold no pixels."""
 JUDGES: dict[str, Callable[[Bytes, Limits, Steps], Header]] = {
     "PNG": png.judge_png,
     "JPEG": jpeg.judge_jpeg,
@@ -61,7 +61,7 @@ def judge(data: Bytes, height: int, width: int, limits: Limits, steps: Steps | N
     steps.take(STEPS_OF_ANY)
     header = JUDGES[judge_kind(data, limits)](data, limits, steps)
     header.check(height, width, limits)
-    if (beyond := len(data) - RAW_BYTES * header.pixels - FREE_BYTES) > 0:
+    if (beyond := len(data) - RAW_BYTES * header.pixels - FREE_BYTES) > 0 and header.format in HUFFMAN:
         return replace(header, extra_work=header.extra_work + BYTE_WORK * beyond)
     return header
 

@@ -212,8 +212,7 @@ class Decoders:
                 refuse(item.future, DecoderLost(STOPPING if isinstance(error, asyncio.CancelledError) else FAILED))
             raise
         for item, result, took in zip(batch, results, seconds, strict=True):
-            if beyond := self.suspects.took(item, took):
-                self.small.charge(item.client, beyond)
+            self.small.charge(item.client, self.suspects.took(item, took))
             settle(item.future, result)
 
     def _batch(self) -> list[Small]:
