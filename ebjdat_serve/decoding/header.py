@@ -7,7 +7,7 @@ request share Steps, which end it sooner.
 
 import math
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from ebjdat_serve.errors import InvalidImage
 
@@ -43,8 +43,7 @@ class Limits:
         return 2 * self.max_pixels if self.jpeg_draft else self.max_pixels
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What a header promises. ``width`` and ``height`` are as stored, before EXIF rotation."""
 
     format: str

@@ -1,7 +1,6 @@
 """Which format some bytes are, and the verdict on their header."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import TypeVar
@@ -62,7 +61,7 @@ def judge(data: Bytes, height: int, width: int, limits: Limits, steps: Steps | N
     header = JUDGES[judge_kind(data, limits)](data, limits, steps)
     header.check(height, width, limits)
     if (beyond := len(data) - RAW_BYTES * header.pixels - FREE_BYTES) > 0 and header.format in HUFFMAN:
-        return replace(header, extra_work=header.extra_work + BYTE_WORK * beyond)
+        return header._replace(extra_work=header.extra_work + BYTE_WORK * beyond)
     return header
 
 

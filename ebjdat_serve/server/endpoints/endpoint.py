@@ -145,9 +145,11 @@ class Service:
         app.add_middleware(ApiKeyMiddleware, access=self.access, scopes=self.scopes())
         browsers.install(app, self.settings, exposed=[field.alias or name for name, field in PngHeaders.model_fields.items()])
         app.add_middleware(ResponseHeadersMiddleware, draining=lambda: self.draining)
-        app.add_middleware(RootPathMiddleware, settings=self.settings)
+        if prefix := api_docs.prefix_of(self.settings):
+            app.add_middleware(RootPathMiddleware, prefix=prefix)
         for endpoint in self.endpoints:
             endpoint.install(app, self)
+        app.router.routes.sort(key=lambda route: not isinstance(route, DirectRoute))  # they are tried in turn, FastAPI's own last
 
 
 Handler = Callable[[Service, Request], Awaitable[Response]]

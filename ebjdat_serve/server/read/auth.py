@@ -94,15 +94,19 @@ class ApiKeyMiddleware:
         """Pass on a request that is allowed."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        try:
+            client, key, limits = await self._identify(scope)
+        except Problem as problem:
+            return await problem.response()(scope, receive, send)
+        scope = scope | {"client_name": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
+        if not limits.on_requests:
+            return await self._app(scope, receive, send)
         with ExitStack() as held:
             try:
-                client, key, limits = await self._identify(scope)
-                if limits.on_requests:
-                    receive = self._count(client, limits, scope["headers"], receive, held)
+                receive = self._count(client, limits, scope["headers"], receive, held)
             except Problem as problem:
                 return await problem.response()(scope, receive, send)
-            known = {"client_name": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
-            return await self._app(scope | known, receive, send)
+            return await self._app(scope, receive, send)
 
     def _count(self, client: str, limits: ClientLimits, headers: list[tuple[bytes, bytes]], receive: Receive, held: ExitStack) -> Receive:
         """Count a request until ``held`` is closed, and its body until the returned ``receive`` has given all of it.

@@ -99,6 +99,8 @@ class SiteMiddleware:
         return await self._app(scope, receive, send)
 
     def _refuse(self, scope: Any) -> Problem | None:
+        if not any(name in (b"origin", b"sec-fetch-site") for name, _ in scope["headers"]):
+            return None  # no browser's, or one that is too old to say
         headers = Headers(scope=scope)
         origin, site = headers.get("origin", "").lower(), headers.get("sec-fetch-site")
         if scope["method"] == "OPTIONS" or ANY in self._origins or origin in self._origins:
