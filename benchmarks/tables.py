@@ -23,10 +23,10 @@ def main() -> None:
 
 
 def serving(text: str) -> str:
-    """Return ``text`` with the generated tables of classify_load.json, generate_load.json and the settings."""
+    """Return ``text`` with the generated tables of the load tests and the settings."""
     text = placed(text, "settings", settings.table())
-    for name in ("classify", "generate"):
-        text = placed(text, name, table(json.loads((HERE / f"{name}_load.json").read_text(encoding="utf-8"))))
+    for name in ("classify_load", "generate_load", "shares", "hostile_load"):
+        text = placed(text, name.removesuffix("_load"), table(json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))))
     return text
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 LONGEST_LABEL = 200
 """Characters of a class label, in a bundle and in a request: the time to normalise one grows with the square of its combining marks."""
+SEEN = ("L", "N", "P", "S", "Cs")
+"""Unicode's categories of what a reader sees: letters, numbers, punctuation, symbols; and half a character, which is refused as such."""
 JOINERS = "\u200c\u200d"
 """Characters without a shape of their own that words of some scripts need."""
 UNSEEN = ("Cc", "Cf", "Zl", "Zp")
@@ -21,7 +23,12 @@ class Bounds:
 
     def fault(self, value: float) -> str:
         """Return what is wrong with a number, "" if nothing is."""
-        return "" if self.least <= value <= self.most else f"must be {self.least:g} to {self.most:g}, not {str(value)[:40]}"
+        return "" if self.least <= value <= self.most else f"must be {said(self.least)} to {said(self.most)}, not {str(value)[:40]}"
+
+
+def said(bound: float) -> str:
+    """Return a bound as people write it."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 COUNT = Bounds(0, 2**53)
@@ -38,19 +45,26 @@ def class_number(text: str, classes: int) -> int | None:
         return None
 
 
+def seen_as(label: str) -> str:
+    """Return a label as readers tell it from others: composed, without joiners."""
+    return unicodedata.normalize("NFC", label.translate(dict.fromkeys(map(ord, JOINERS))))
+
+
 def label_fault(labels: Sequence[str]) -> str:
     """Return what is wrong with the labels of a model's classes, "" if nothing is: each must name its class alone."""
     seen: dict[str, int] = {}
     for index, label in enumerate(labels):
         said = f"the label of class {index}, {label[:40]!r}, "
-        if not label or label != label.strip():
-            return f"{said}is empty or has white space at an end"
+        if not any(unicodedata.category(one).startswith(SEEN) for one in label):
+            return f"{said}shows nothing"
+        if label != label.strip():
+            return f"{said}has white space at an end"
         if len(label) > LONGEST_LABEL:
             return f"{said}has {len(label)} characters, more than {LONGEST_LABEL}"
         if any(unicodedata.category(one) in UNSEEN and one not in JOINERS for one in label):
             return f"{said}holds a control character, or one that orders text anew"
         if (number := class_number(label, len(labels))) not in (None, index):
             return f"{said}is the number of class {number}: give it a name, or number all classes from 0 in order"
-        if (other := seen.setdefault(unicodedata.normalize("NFC", label), index)) != index:
+        if (other := seen.setdefault(seen_as(label), index)) != index:
             return f"{said}is that of class {other} too"
     return "" if labels else "there is no label"

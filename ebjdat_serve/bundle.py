@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from ebjdat_serve import strict_json
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bounds import COUNT, NATS, Bounds, label_fault
 from ebjdat_serve.errors import BundleError, cause
@@ -26,6 +27,7 @@ from ebjdat_serve.sgld import Sampler
 SCHEMA = 1
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
+CANDIDATE = "candidate.json"  # in the folder of a bundle that a store holds back: {"reason", "comparison"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 LARGEST_MANIFEST, LARGEST_JSON = 4 * 2**20, 64 * 2**20
 GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
@@ -129,9 +131,11 @@ class Bundle:
         manifest = parse(Manifest, parse_json(content, path / MANIFEST), str(path / MANIFEST))
         if manifest.schema != SCHEMA:
             raise BundleError(f"{path / MANIFEST}: schema {manifest.schema} is unknown; this version reads schema {SCHEMA}")
-        strange = [name for name in manifest.files if Path(name).name != name]
+        strange = [name for name in manifest.files if not NAME.fullmatch(name)]
         if strange:
-            raise BundleError(f"{path / MANIFEST}: {strange[0]!r} is not a plain file name")
+            raise BundleError(f"{path / MANIFEST}: {strange[0][:40]!r} is not a plain file name")
+        if taken := [name for name in manifest.files if name in (MANIFEST, SIGNATURE, CANDIDATE)]:
+            raise BundleError(f"{path / MANIFEST}: files lists {taken[0]}, which others write beside it; leave it out")
         if not isinstance(manifest.architecture.get("family"), str):
             raise BundleError(f"{path / MANIFEST}: architecture must name the network's family")
         for what in (manifest.name, manifest.version):
@@ -330,9 +334,9 @@ def read_bytes(file: Path, most: int = LARGEST_JSON) -> bytes:
 
 
 def parse_json(content: bytes, file: Path) -> Any:
-    """Return the JSON document in ``content``; raise BundleError naming ``file`` when it is not JSON."""
+    """Return the JSON document in ``content``; raise BundleError naming ``file`` when it is not JSON, which has no NaN and no Infinity."""
     try:
-        return json.loads(content)
+        return strict_json.loads(content)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} cannot be read: {error}") from error
 

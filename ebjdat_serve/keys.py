@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import stat
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -211,6 +210,15 @@ def revoke(file: Path, name: str) -> None:
             raise EbjdatError(f"{file} has no key {name}; it has {', '.join(keys) or 'none'}")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a look at a key file found: its keys, None while it looks as it did; or why it could not be read."""
+
+    keys: tuple[Key, ...] | None = None
+    signature: tuple[int, ...] | None = None  # of the file that need not be read again
+    error: str = ""
+
+
 class KeyRing:
     """The keys a server takes: those of a file, which is read again when it changes, and the environment's."""
 
@@ -219,15 +227,13 @@ class KeyRing:
         file: Path | None,
         environment: Key | None = None,
         *,
-        every: float = 1.0,
-        clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """Read ``file``; raise EbjdatError if it is missing or wrong."""
-        self.file, self._environment, self._every, self._clock, self._now = file, environment, every, clock, now
+        self.file, self._environment, self._now = file, environment, now
         self._keys: tuple[Key, ...] = ()
         self._signature: tuple[int, ...] | None = None
-        self._said, self._next = "", clock() + every
+        self._said = ""
         if file:
             reading = self.read_again()
             if reading.error:
@@ -253,19 +259,21 @@ class KeyRing:
                 found = key
         return None if found is None or found.expired(self._now()) else found
 
-    def look(self) -> None:
-        """Read the file again if it has changed, at most once in ``every`` seconds."""
-        if self.file is not None and self._clock() >= self._next:
-            self.take(self.read_again())
-
-    def read_again(self) -> "Reading":
+    def read_again(self) -> Reading:
         """Return what the file says now; changes nothing here, so that a thread may wait for a file system that hangs."""
         assert self.file is not None
-        return _read_again(self.file, self._signature, self._now)
+        with contextlib.suppress(OSError):  # read says it
+            if self._signature == _signature(self.file.stat()):
+                return Reading(signature=self._signature)
+        try:
+            content, status = read(self.file)
+            settled = self._now().timestamp() - status.st_mtime > UNSETTLED
+            return Reading(parse(content, self.file), _signature(status) if settled else None)
+        except EbjdatError as error:
+            return Reading(error=str(error))
 
-    def take(self, reading: "Reading") -> None:
+    def take(self, reading: Reading) -> None:
         """Take the keys that were read. A file that is gone or wrong leaves the keys as they are, and is said once in the log."""
-        self._next = self._clock() + self._every
         self._signature = reading.signature
         if reading.error:
             if self._said != reading.error:
@@ -274,27 +282,6 @@ class KeyRing:
         elif reading.keys is not None and (reading.keys != self._keys or self._said):
             self._keys, self._said = reading.keys, ""
             log.info("%s was read again: %d keys", self.file, len(reading.keys))
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a look at a key file found: its keys, None while it looks as it did; or why it could not be read."""
-
-    keys: tuple[Key, ...] | None = None
-    signature: tuple[int, ...] | None = None  # of the file that need not be read again
-    error: str = ""
-
-
-def _read_again(file: Path, signature: tuple[int, ...] | None, now: Callable[[], datetime]) -> Reading:
-    with contextlib.suppress(OSError):  # read says it
-        if signature == _signature(file.stat()):
-            return Reading(signature=signature)
-    try:
-        content, status = read(file)
-        settled = now().timestamp() - status.st_mtime > UNSETTLED
-        return Reading(parse(content, file), _signature(status) if settled else None)
-    except EbjdatError as error:
-        return Reading(error=str(error))
 
 
 def _signature(status: os.stat_result) -> tuple[int, ...]:

@@ -99,9 +99,12 @@ def load(picture: Image.Image, height: int, width: int, scale: int = 1) -> Pixel
             return _load_draft(picture, height, width, scale)
         tiles = getattr(picture, "tile", [])
         stored = str(tiles[0].args) if picture.format == "PNG" and tiles else ""
+        frame = tiles[0].extents if picture.format == "GIF" and tiles else None
         picture.load()
         vars(picture).pop("_decoder", None)  # WebP's and AVIF's, with canvases of its own
         _scale_transparent(picture, stored)
+        if frame is not None and frame != (0, 0, *picture.size):
+            picture = _on_white(picture, frame)
         upright = _upright(picture, _turn(picture))
         return np.asarray(upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BOX))
 
@@ -116,6 +119,16 @@ def _scale_transparent(picture: Image.Image, stored: str) -> None:
         return
     most = 2 ** {"L;2": 2, "L;4": 4}.get(stored, 8) - 1
     picture.info["transparency"] = tuple(level & most for level in named) if isinstance(named, tuple) else (named & most) * (255 // most)
+
+
+def _on_white(picture: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
+    """Return a loaded GIF whose first frame is a part of its screen, on white, in strips: Pillow fills the rest with the first colour."""
+    screen = Image.new("RGB", picture.size, "white")
+    left, above, right, below = frame
+    step = max(1, STRIP_PIXELS // max(1, right - left))
+    for top in range(above, below, step):
+        screen.paste(_rgb(picture.crop((left, top, right, min(top + step, below)))), (left, top))
+    return screen
 
 
 def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:

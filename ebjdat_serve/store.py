@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ebjdat_serve.atomic import replacing
-from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, read_bytes, read_json, write_json
+from ebjdat_serve.bundle import CANDIDATE, MANIFEST, SIGNATURE, Bundle, read_bytes, read_json, write_json
 from ebjdat_serve.errors import BundleError, cause
 from ebjdat_serve.history import REVISION, SERVED_FILE, read_history, write_history
 from ebjdat_serve.locking import abandoned, exclusive_lock, hold
@@ -24,7 +24,6 @@ from ebjdat_serve.verification import USUAL, Terms, verified
 
 CURRENT, PREVIOUS = "current", "previous"
 CANDIDATES = "candidates"
-CANDIDATE = "candidate.json"  # in the folder of a held-back bundle, not in its manifest: {"reason", "comparison"}
 INCOMING, REMOVED, SCRATCH = ".incoming-", ".removed-", ".scratch-"
 """What the names of unfinished folders begin with: a copy, a deletion, and a folder that its process holds."""
 EMPTY = Path()

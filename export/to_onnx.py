@@ -23,6 +23,7 @@ import onnx
 import torch
 from onnx_ir.passes import Sequential, common
 from onnxscript import optimizer
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
@@ -61,8 +62,12 @@ def export_again(bundle: Bundle) -> Bundle:
     file = bundle.path / "selftest.safetensors"
     if not file.is_file():
         raise EbjdatError(f"{bundle.path} has no {file.name}, which training writes: train again")
+    try:
+        image = load_file(file)["image"]
+    except (SafetensorError, KeyError) as error:
+        raise EbjdatError(f"{file} cannot be read ({error}): train again") from error
     exported = export(bundle)
-    write_selftest(exported, load_file(file)["image"])
+    write_selftest(exported, image)
     return exported.update(file.name)
 
 

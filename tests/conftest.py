@@ -211,6 +211,17 @@ def live(tmp_path_factory) -> Iterator[Live]:
         yield server
 
 
+@pytest.fixture
+def no_start(monkeypatch) -> None:
+    """For `serve` in this process: it must end before a server starts, and not have all that follows logged to the stream of one test."""
+    from ebjdat_serve import logs
+    from ebjdat_serve.server import litserve_adapter
+
+    monkeypatch.setattr(litserve_adapter, "run", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(logs, "configure", lambda _: None)
+    monkeypatch.setenv("EBJDAT_PORT", str(free_port()))  # a taken one would be named first
+
+
 LONG = ("--device", "cpu", "--max-steps", "1000")
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from benchmarks.load import free_port
 from ebjdat_serve import cli
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.server.app import build_server
@@ -189,6 +188,7 @@ def test_wrong_keys_are_slowed_and_logged_by_address_and_no_key_is_in_the_log(ke
     assert not any(secret in text for secret in keyed.secrets.values())
 
 
+@pytest.mark.slow
 def test_answers_that_are_held_back_are_few(keyed):
     """Ten at a time of one client: those beyond four are refused at once."""
     here = {"X-Forwarded-For": "203.0.113.9"}
@@ -337,13 +337,14 @@ def test_on_loopback_without_proxies_nobody_is_limited_and_no_header_is_believed
         ('{"schema": 1,', "is not a key file"),
     ],
 )
+@pytest.mark.usefixtures("no_start")
 def test_a_key_file_that_is_wrong_stops_the_start(tmp_path, monkeypatch, content, said):
     file = tmp_path / "keys.json"
     if content is not None:
         file.write_text(content)
-    by_option = command("serve", "--port", str(free_port()), "--keys", file)
+    by_option = command("serve", "--keys", file)
     monkeypatch.setenv("EBJDAT_KEYS", str(file))
-    for status, out, errors in (by_option, command("serve", "--port", str(free_port()))):
+    for status, out, errors in (by_option, command("serve")):
         assert status == 2
         assert said in errors
         assert str(file) in errors
@@ -358,18 +359,20 @@ def test_a_proxy_that_is_none_and_limits_that_are_none_stop_the_start():
         Settings(client_rate=-1)
 
 
+@pytest.mark.usefixtures("no_start")
 def test_the_stock_mode_refuses_keys(tmp_path, monkeypatch):
     file, said = tmp_path / "keys.json", "--stock checks no keys: leave it out, or --keys and LIT_SERVER_API_KEY"
     new(file, "shop")
-    status, _, errors = command("serve", "--port", str(free_port()), "--stock", "--keys", file)
+    status, _, errors = command("serve", "--stock", "--keys", file)
     assert (status, said in errors) == (2, True)
     for key in ("x" * 30, ""):
         monkeypatch.setenv("LIT_SERVER_API_KEY", key)
-        status, _, errors = command("serve", "--port", str(free_port()), "--stock")
+        status, _, errors = command("serve", "--stock")
         assert (status, said in errors) == (2, True)
 
 
-def test_a_server_that_others_can_reach_without_keys_says_so_in_one_line(tmp_path):
+@pytest.mark.usefixtures("no_start")
+def test_a_server_that_others_can_reach_without_keys_says_so_in_one_line(tmp_path, caplog):
     said = "whoever can reach this server can use it"
     file = tmp_path / "keys.json"
     new(file, "shop")
@@ -380,9 +383,10 @@ def test_a_server_that_others_can_reach_without_keys_says_so_in_one_line(tmp_pat
         (("--host", "0.0.0.0", "--keys", file), 0),
         (("--host", "0.0.0.0", "--profile", "public"), 0),
     ):
-        status, _, errors = command("serve", "/nowhere", "--port", str(free_port()), *options)
-        assert status == 2  # there is no such model
-        assert errors.count(said) == errors.count("WARNING") == lines, errors
+        caplog.clear()
+        assert command("serve", "/nowhere", *options)[0] == 2  # there is no such model
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * lines, caplog.text
+        assert caplog.text.count(said) == lines
 
 
 @pytest.mark.slow

@@ -84,8 +84,8 @@ BEYOND = {
     "steps": (number("sampler", "steps", 10**12), "sampler: steps must be 1 to 10000, not 1000000000000"),
     "no steps": (number("sampler", "steps", 0), "sampler: steps must be 1 to 10000, not 0"),
     "noise": (number("sampler", "noise_std", -1e308), r"sampler: noise_std must be 0 to 10, not -1e\+308"),
-    "noise that is none": (number("sampler", "noise_std", float("nan")), "sampler: noise_std must be 0 to 10, not nan"),
-    "step size": (number("sampler", "step_size", float("inf")), "sampler: step_size must be 0 to 1000, not inf"),
+    "noise that is none": (number("sampler", "noise_std", float("nan")), "NaN is not JSON"),
+    "step size": (number("sampler", "step_size", float("inf")), "Infinity is not JSON"),
     "clip": (number("sampler", "grad_clip", -1), r"sampler: grad_clip must be 0 to 1e\+09, not -1"),
     "height": (number("input", "height", 10**6), "input: height must be 1 to 4096"),
     "width": (number("input", "width", 0), "input: width must be 1 to 4096"),
@@ -95,11 +95,26 @@ BEYOND = {
     "number of another class": (labels("3"), "labels: the label of class 0, '3', is the number of class 3"),
     "number written otherwise": (labels("a", "0_0"), "labels: the label of class 1, '0_0', is the number of class 0"),
     "from one": (lambda m: m.update(labels=[str(i) for i in range(1, 11)]), "is the number of class 1: give it a name, or number all"),
-    "empty label": (labels(""), "labels: the label of class 0, '', is empty"),
-    "blank label": (labels("a", " "), "labels: the label of class 1, ' ', is empty"),
+    "empty label": (labels(""), "labels: the label of class 0, '', shows nothing"),
+    "blank label": (labels("a", " "), "labels: the label of class 1, ' ', shows nothing"),
+    "nothing to see": (labels("\u200d"), "shows nothing"),
+    "a mark of nothing": (labels("\ufe0f"), "shows nothing"),
+    "a file that is the signature": (
+        lambda m: m["files"].update({"bundle.json.sig": m["files"]["prior.safetensors"]}),
+        "which others write",
+    ),
+    "a file that holds it back": (lambda m: m["files"].update({"candidate.json": m["files"]["prior.safetensors"]}), "which others write"),
+    "a file of a folder above": (lambda m: m["files"].update({"..": m["files"]["prior.safetensors"]}), "'..' is not a plain file name"),
+    "a file of no name": (lambda m: m["files"].update({"": m["files"]["prior.safetensors"]}), "'' is not a plain file name"),
+    "a file of a long name": (
+        lambda m: m["files"].update({"a" * 300: m["files"]["prior.safetensors"]}),
+        "'a{40}' is not a plain file name",
+    ),
+    "infinity": (lambda m: m["provenance"].update(configuration={"a": float("inf")}), "Infinity is not JSON"),
     "white space": (labels("a\u3000"), "white space at an end"),
     "twice": (labels("a", "b", "a"), "labels: the label of class 2, 'a', is that of class 0 too"),
     "twice in other forms": (labels("\u00e9", "e\u0301"), "is that of class 0 too"),
+    "twice, with a joiner": (labels("cat", "cat\u200d"), "is that of class 0 too"),
     "bidi": (labels("\u202ecat"), r"labels: the label of class 0, '\\u202ecat', holds a control character, or one that orders"),
     "isolate": (labels("a\u2066b"), "holds a control character"),
     "line end": (labels("a\r\nSet-Cookie: x"), "holds a control character"),
@@ -144,16 +159,16 @@ def test_labels_that_name_one_class_each_pass(shipped, tmp_path, names):
     [
         ("temperature", 1e308, "temperature must be 0.001 to 1000"),
         ("temperature", 0, "temperature must be 0.001 to 1000, not 0.0"),
-        ("temperature", float("nan"), "temperature must be 0.001 to 1000, not nan"),
-        ("weight", float("inf"), r"weight must be -1e\+06 to 1e\+06, not inf"),
-        ("energies", [0.0, float("nan")], r"energies must be -1e\+12 to 1e\+12, not nan"),
+        ("temperature", float("nan"), "NaN is not JSON"),
+        ("weight", 1e17, r"weight must be -1e\+06 to 1e\+06, not 1e\+17"),
+        ("energies", [0.0, 1e17], r"energies must be -1e\+12 to 1e\+12, not 1e\+17"),
         ("scores", [-1e308, 0.0], r"scores must be -1e\+12 to 1e\+12, not -1e\+308"),
     ],
 )
 def test_a_calibration_beyond_its_bounds_is_refused_by_field_and_bound(shipped, tmp_path, field, value, said):
     rows = json.loads((shipped.path / "calibration.json").read_text())
     (tmp_path / "calibration.json").write_text(json.dumps([{**rows[0], field: value}]))
-    with pytest.raises(BundleError, match=rf"calibration.json: .*{said}"):
+    with pytest.raises(BundleError, match=rf"calibration.json.*{said}"):
         replace(shipped, path=tmp_path).calibration()
 
 

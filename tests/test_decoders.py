@@ -12,6 +12,7 @@ import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from PIL import Image
 
 from benchmarks.hostile_images import encoded, jpeg_of_scans, png, webp
 from ebjdat_serve import pixels
-from ebjdat_serve.decoding import pool, pool_settings, small, wire
+from ebjdat_serve.decoding import jobs, pool, pool_settings, small, wire
 from ebjdat_serve.decoding.header import Limits
-from ebjdat_serve.decoding.jobs import DecoderLost
+from ebjdat_serve.decoding.jobs import DecoderLost, Small, Suspects
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.decoding.pool import Decoders
 from ebjdat_serve.decoding.pool_settings import PoolSettings
@@ -530,7 +531,8 @@ def test_decoders_that_end_before_they_are_asked_anything_are_started_again_ever
             while time.monotonic() < end:
                 forked |= set(pids(running))
                 for pid in pids(running):
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # ended between the list and here
+                        os.kill(pid, signal.SIGKILL)
                 await asyncio.sleep(0.001)
             assert len(forked) <= 3 * 6  # 0.05 + 0.1 + 0.2 + 0.4 + 0.8 s
             assert len(await running.decode([SMALL], 32, 32)) == 1
@@ -659,6 +661,21 @@ def test_an_image_that_needs_more_memory_with_its_bytes_than_there_is_is_refused
     asyncio.run(main())
 
 
+def test_bytes_that_are_more_than_a_decoder_has_for_itself_reach_it_and_cost_no_decoder():
+    limits = replace(PATIENT.limits, max_bytes=200 * 2**20, max_memory=2**29)
+    small_part = encoded(Image.new("RGB", (600, 600)))
+
+    async def main():
+        async with decoders(replace(PATIENT, limits=limits, memory=2**29 + 64 * 2**20, large=1)) as running:
+            assert len(await running.decode([small_part + bytes(110 * 2**20)], 32, 32)) == 1
+            with pytest.raises(InvalidImage, match="MiB to decode") as refused:
+                await running.decode([small_part, small_part + bytes(190 * 2**20)], 32, 32)
+            assert refused.value.index == 1
+            return running.numbers
+
+    assert asyncio.run(main()) == PATIENT.small + 1
+
+
 def test_memory_that_is_too_little_for_one_image_is_refused_at_the_start():
     with pytest.raises(EbjdatError, match="at least 512 MiB for one image of 448 MiB"):
         PoolSettings(memory=400 * 2**20)
@@ -722,22 +739,73 @@ def test_the_largest_answers_that_decoders_give_are_not_cut_off():
     assert len(wire.encode_plan(2**40)) < frame + wire.LARGEST_PLAN
     for size in (8, 32):
         image = np.zeros((size, size, 3), np.uint8)
-        assert max(len(wire.encode_results([one] * 3)) for one in (refusal, image)) == frame + wire.largest_results(3, size, size)
+        assert max(len(wire.encode_results([one] * 3, [0.5] * 3)) for one in (refusal, image)) == frame + wire.largest_results(
+            3, size, size
+        )
 
 
 @pytest.mark.parametrize("too_large", [False, True])
 def test_a_refusal_comes_from_a_decoder_as_it_was(too_large):
     refusal = InvalidImage("the limit is elsewhere", too_large=too_large)
     refusal.index = 3
-    [arrived] = wire.decode_results(wire.encode_results([refusal])[wire.FRAME.size :], 1, 2, 2)
+    [arrived], [took] = wire.decode_results(wire.encode_results([refusal], [0.25])[wire.FRAME.size :], 1, 2, 2)
+    assert took == 0.25
     with pytest.raises(InvalidImage) as raised:
         wire.decode_plan(wire.encode_plan(refusal)[wire.FRAME.size :])
     for error in (arrived, raised.value):
         assert (str(error), error.index, error.too_large) == (str(refusal), 3, too_large)
 
 
+def test_a_client_whose_small_images_take_long_is_charged_and_then_suspect(monkeypatch):
+    """Each takes 30 ms more than it may; with the fourth its client is suspect."""
+    suspects, now = Suspects(), [1000.0]
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    item = Small(SMALL, judge(SMALL, 32, 32, PATIENT.limits), 32, 32, None, "greedy")
+    allowed = 4 * (5e-4 + 15e-9 * (item.header.work + 32 * 32) + 8e-9 * len(SMALL))
+    assert suspects.took(item, 15e-9 * item.header.work) == pytest.approx(0, abs=1e-6)
+    assert suspects.took(item, 0.0) == -item.header.work
+    for _ in range(100):
+        suspects.took(item, allowed)
+    large = replace(item, height=2048, width=2048)  # whose result takes longer than its pixels
+    for _ in range(100):
+        suspects.took(large, 0.2)
+    for _ in range(4):
+        assert "greedy" not in suspects
+        assert suspects.took(item, allowed + 0.03) == pytest.approx((allowed + 0.03) / 15e-9 - item.header.work)
+        now[0] += 0.1
+    assert "greedy" in suspects
+    assert "polite" not in suspects
+    now[0] += 61
+    assert "greedy" not in suspects
+    for _ in range(20):  # forgiven meanwhile
+        suspects.took(item, allowed + 0.03)
+        now[0] += 1.6
+    assert "greedy" not in suspects
+
+
+def test_decoders_say_what_each_small_image_took_and_its_client_is_charged(monkeypatch):
+    """As if an image might take no time at all: whatever the decoder measures is beyond what it may."""
+    monkeypatch.setattr(jobs, "LENIENCE", 0)
+    monkeypatch.setattr(jobs, "FORGIVEN", 0)
+    charged = []
+
+    async def main():
+        async with decoders(PATIENT) as running:
+            charge = running.small.charge
+            running.small.charge = lambda client, cost: (charged.append((client, cost)), charge(client, cost))
+            while "greedy" not in running.suspects:
+                await running.decode([SMALL] * 30, 32, 32, "greedy")
+            assert "polite" not in running.suspects
+
+    asyncio.run(main())
+    work = judge(SMALL, 32, 32, PATIENT.limits).work
+    seconds = [jobs.PIXEL_SECONDS * (cost + work) for client, cost in charged if client == "greedy"]
+    assert sum(seconds) > jobs.EXCESS_SECONDS
+    assert all(1e-6 <= one < 1 for one in seconds)
+
+
 def test_answers_of_a_decoder_are_checked():
-    for body in (b"", b"P123", b"T", b"T" + bytes(8), wire.encode_results([np.zeros((2, 2, 3), np.uint8)] * 2)[5:], b"X" * 20):
+    for body in (b"", b"P123", b"T", b"T" + bytes(8), wire.encode_results([np.zeros((2, 2, 3), np.uint8)] * 2, [0.0] * 2)[5:], b"X" * 20):
         with pytest.raises(ValueError, match="a decoder's"):
             wire.decode_results(body, 1, 2, 2)
     with pytest.raises(ValueError, match="a decoder's"):

@@ -91,6 +91,7 @@ def test_what_broke_the_server_is_refused_at_once(server, data, said):
     assert max(resident(server)) < 400
 
 
+@pytest.mark.slow
 def test_images_that_cost_more_than_their_pixels_are_answered_and_write_no_log(server):
     before = server.log.stat().st_size
     for data in COSTLY.values():
@@ -249,7 +250,8 @@ def children_of(pid):
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
 
 
-@pytest.mark.parametrize("graceful", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("graceful", [2, 6])
 def test_a_stop_signal_is_obeyed_in_time_while_images_are_decoded(tmp_path, graceful):
     options = ("--device", "cpu", "--generate-workers", "0", "--graceful-timeout", str(graceful))
     with serving(SHIPPED, tmp_path / "log", *options) as server:

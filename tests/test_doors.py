@@ -14,6 +14,8 @@ import httpx2
 import numpy as np
 import pytest
 from fastapi import Request
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.hostile_images import (
@@ -28,7 +30,11 @@ from benchmarks.hostile_images import (
     tiff,
 )
 from ebjdat_serve import pixels
-from ebjdat_serve.decoding.small import SMALL_BYTES
+from ebjdat_serve.decoding import small
+from ebjdat_serve.decoding.bmff import LONGEST_BRANDS
+from ebjdat_serve.decoding.header import Header, Limits
+from ebjdat_serve.decoding.judge import judge
+from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import SMALL_BODY, BodyMemory
 from ebjdat_serve.server.read.uploads import encoded_images, read_upload
@@ -408,9 +414,11 @@ JSON, FORM, IMAGE = "application/json", "multipart/form-data; boundary=b", "imag
 
 
 def listed(image, last=b"\x89PNG\r\n\x1a\n"):
-    """Return a document of as many copies of an image as are judged in the event loop, whose last is refused so that none is decoded."""
-    n = min(64, SMALL_BYTES // len(image))
-    return document([base64.b64encode(one).decode() for one in [image] * (n - 1) + [last or image]], "images")
+    """Return a document of as many copies of an image as the event loop judges, and of one that is refused, so that none is decoded."""
+    images = [last] if last else []
+    n = min(64 - len(images), (small.SMALL_BYTES - len(last)) // len(image))
+    assert n >= 2
+    return document([base64.b64encode(one).decode() for one in [image] * n + images], "images")
 
 
 def jpeg_of_exif(n):
@@ -427,23 +435,13 @@ def tiff_of_pages(n):
     return bytes(whole)
 
 
-def box(name, body):
-    return struct.pack(">I", 8 + len(body)) + name + body
-
-
-def avif_of_places(entries, places):
-    """Return an AVIF whose items have so many properties each."""
-    list_of_properties = box(b"ipma", struct.pack(">II", 0, entries) + (struct.pack(">HB", 1, places) + b"\1" * places) * entries)
-    properties = box(b"iprp", box(b"ipco", box(b"ispe", struct.pack(">III", 0, 8, 8))) + list_of_properties)
-    return box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"meta", bytes(4) + box(b"pitm", struct.pack(">IH", 0, 1)) + properties)
-
-
 GIF = b"GIF89a\x08\0\x08\0\0\0\0" + b"\1" * 980 + b"," + bytes(4) + b"\x08\0\x08\0\0\x08" + b"\1\0" * 2000 + b"\0;"
 WEBP = b"WEBPVP8X\x0a\0\0\0" + bytes(4) + b"\7\0\0\7\0\0" + b"ABCD\0\0\0\0" * 980 + b"VP8 \x0a\0\0\0\0\0\0\x9d\1\x2a\x08\0\x08\0"
 LISTS = {
     "PNGs of chunks": lambda: listed(png(8, 8, chunk(b"tEXt", b"") * 640)),
     "PNGs of as many chunks as they may have": lambda: listed(png(8, 8, chunk(b"tEXt", b"") * 990)),
-    "one PNG of chunks of pixels": lambda: listed(png(8, 8, chunk(b"tEXt", b"") * 900 + chunk(b"IDAT", bytes(256)) * 1800)),
+    "PNGs of chunks of pixels": lambda: listed(png(8, 8, chunk(b"IDAT", bytes(256)) * 900)),
+    "PNGs of as many chunks of pixels as a small one has": lambda: listed(png(8, 8, chunk(b"IDAT", bytes(256)) * 495)),
     "PNGs of EXIF": lambda: listed(png(8, 8, chunk(b"eXIf", exif_of_tags(20, 8)) * 20)),
     "JPEGs of segments": lambda: listed(jpeg_with(*[(0xE5, b"")] * 980)),
     "JPEGs of fill": lambda: listed(b"\xff\xd8" + b"\xff" * 980 + jpeg_with()[2:]),
@@ -455,9 +453,7 @@ LISTS = {
     "TIFFs of as many tags as they may have": lambda: listed(tiff([(1000 + i, 4, 1, 0) for i in range(980)])),
     "GIFs of blocks": lambda: listed(GIF),
     "WebPs of chunks": lambda: listed(b"RIFF" + struct.pack("<I", len(WEBP)) + WEBP),
-    "AVIFs of places": lambda: listed(avif_of_places(980, 255)),
-    "AVIFs of entries": lambda: listed(avif_of_places(980, 1)),
-    "AVIFs of brands": lambda: listed(box(b"ftyp", b"avif" + bytes(4092))),
+    "AVIFs of brands": lambda: listed(struct.pack(">I", LONGEST_BRANDS) + b"ftypavif" + bytes(LONGEST_BRANDS - 12)),
     "BMPs": lambda: listed(encoded(Image.new("RGB", (40, 40)), "BMP"), b""),
     "JPEGs of cameras": lambda: listed(jpeg_of_tags(60, 100), b""),
 }
@@ -498,13 +494,65 @@ HOSTILE = {
 }
 
 
+def judged(images, verdict=judge):
+    """Return the headers of a request's images, none where they are not small or one is refused, and the steps of each turn of the loop."""
+    turns = []
+
+    def counted(data, height, width, limits, steps):
+        before = steps.left
+        try:
+            return verdict(data, height, width, limits, steps)
+        finally:
+            turns[-1] += before - max(steps.left, 0)  # below zero what was asked for was not done
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(InvalidImage):
+        patch.setattr(small, "judge", counted)
+        judging = small.small_headers(images, 32, 32, Limits())
+        while True:
+            turns.append(0)
+            try:
+                judging.send(None)  # until it gives the event loop its turn
+            except StopIteration as ended:
+                return ended.value, turns
+    return [], turns
+
+
+@given(st.lists(st.integers(1, 1100), min_size=1, max_size=64))
+@example([500] * 8)
+@example([500] * 8 + [1])
+@example([501] * 7)
+@example([600] * 7)
+def test_images_of_a_request_are_judged_in_so_many_steps_a_turn_and_in_all(costs):
+    def verdict(data, height, width, limits, steps):
+        steps.take(int.from_bytes(data))
+        return Header("PNG", 8, 8)
+
+    headers, turns = judged([n.to_bytes(2) for n in costs], verdict)
+    assert max(turns) <= small.TURN_STEPS
+    assert sum(turns) <= small.SMALL_STEPS
+    if max(costs) <= small.TURN_STEPS // 2:
+        assert len(headers) == (len(costs) if sum(costs) <= small.SMALL_STEPS else 0)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_hostile_lists_are_judged_in_so_many_steps_a_turn_and_in_all(name):
+    images = [base64.b64decode(text) for text in json.loads(LISTS[name]())["images"]]
+    _, turns = judged(images)
+    assert max(turns) <= small.TURN_STEPS
+    assert sum(turns) <= small.SMALL_STEPS
+
+
 def check(act):
-    """Assert that ``act`` keeps the loop for less than 10 ms: the least of up to five, since a busy machine only ever adds to it."""
-    measured: list[float] = []
-    while len(measured) < 5 and not any(ms < 10 for ms in measured):
-        measured.append(act())
+    """Assert that ``act`` keeps the loop for less than 10 ms: the median of five where the first does not.
+
+    A garbage collection may fall into the first. The evidence of lists are their steps, which are the same each time; this shows that a
+    step takes no longer than it is said to.
+    """
+    measured = [act()]
+    if measured[0] >= 10:
+        measured += [act() for _ in range(4)]
     print(f"{measured} ms")
-    assert min(measured) < 10
+    assert sorted(measured)[len(measured) // 2] < 10
 
 
 def lag(server):

@@ -645,6 +645,7 @@ def test_the_death_of_the_main_process_ends_the_others(tmp_path):
         (["verify", "/nowhere"], "neither a bundle"),
     ],
 )
+@pytest.mark.usefixtures("no_start")
 def test_a_wrong_wish_is_an_error_at_the_prompt(arguments, said, capsys):
     try:
         status = cli.main(arguments)

@@ -13,13 +13,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import training.train
-from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
+from ebjdat_serve.bundle import CANDIDATE, MANIFEST, Bundle, write_json
 from ebjdat_serve.editing import check_editable, copied
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.rows import Images
 from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import Settings
-from ebjdat_serve.store import CANDIDATE, CURRENT, candidates, listing, publish, rollback, versions, withhold
+from ebjdat_serve.store import CURRENT, candidates, listing, publish, rollback, versions, withhold
 from export.reference import write_selftest
 from training.calibrate import calibrate
 from training.data.datasets import load
@@ -95,6 +95,7 @@ def test_a_worse_model_stays_a_candidate_and_current_is_what_it_was(good, worse,
     assert json.loads((tmp_path / "gate.json").read_text())["reason"] == said["reason"]
 
 
+@pytest.mark.slow
 def test_a_candidate_is_listed_never_served_and_published_by_force(good, worse, tmp_path):
     store = tmp_path / "store"
     first = publish(good, store)

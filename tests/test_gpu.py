@@ -8,6 +8,7 @@ import pytest
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.sgld import Chains, Prior
+from tests.test_scheduling import few_beside_many
 
 pytestmark = pytest.mark.gpu
 
@@ -61,6 +62,11 @@ def test_more_chains_than_one_graph_moves(shipped, chains):
     many = Chains.join([chains] * 30)
     end = engine.advance(many, 2).image
     np.testing.assert_allclose(end[-11:], end[:11], atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda")])
+def test_clients_share_turns_of_a_gpus_width(shipped, kind, device):
+    few_beside_many(engine_or_skip(shipped, kind, device), Prior.load(shipped.path / "prior.safetensors"), shipped.manifest.sampler)
 
 
 def test_no_operator_of_a_step_runs_on_the_cpu_but_those_on_shapes(shipped, chains):

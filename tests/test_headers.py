@@ -34,6 +34,7 @@ from benchmarks.hostile_images import (
 )
 from ebjdat_serve.decoding import judge as judging
 from ebjdat_serve.decoding import small
+from ebjdat_serve.decoding.bmff import LONGEST_BRANDS
 from ebjdat_serve.decoding.exif import exif_work
 from ebjdat_serve.decoding.header import Header, Limits, Steps
 from ebjdat_serve.decoding.judge import accepted, format_of, judge
@@ -62,6 +63,21 @@ HOSTILE = {
 
 
 RATIONALS = exif_of_numbers(5, 8, 8000)  # as many as a segment of a JPEG holds: .1 s of Pillow's time
+
+
+def box(name, body):
+    return struct.pack(">I", 8 + len(body)) + name + body
+
+
+def avif_of(*boxes):
+    """Return an AVIF of 8 x 8 pixels, with no pixels, and of boxes about its items."""
+    size = box(b"iprp", box(b"ipco", box(b"ispe", struct.pack(">III", 0, 8, 8))))
+    return box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"meta", bytes(4) + box(b"pitm", struct.pack(">IH", 0, 1)) + size + b"".join(boxes))
+
+
+def properties_of_items(items, places):
+    """Return a box that gives so many items so many properties each."""
+    return box(b"ipma", struct.pack(">II", 0, items) + (struct.pack(">HB", 1, places) + b"\1" * places) * items)
 
 
 def mpf(n):
@@ -124,6 +140,10 @@ COSTLY = {
     "a TIFF that holds a JPEG": encoded(colour(), "TIFF", compression="jpeg"),
     "a PNG of tiny chunks of pixels": png(200, 200, chunk(b"IDAT", bytes(256)) * 1900),
     "a PNG of texts": png_of_texts(16),
+    "a PNG of bytes that make no pixels": png(8, 8, chunk(b"IDAT", os.urandom(300_000))),
+    "a TIFF of tiles that are the same bytes, mostly beyond it": tiff(
+        [(322, 4, 1, 16), (323, 4, 1, 60_000), (324, 4, 20, 400), (325, 4, 20, 480)], bytes(200)
+    ),
 }
 """What costs a decoder more than its pixels: files of a few kilobytes that are accepted, and took up to .6 s of processor time."""
 
@@ -237,10 +257,13 @@ def test_heic_without_its_extra_names_it(monkeypatch):
         (b"BM" + bytes(12) + struct.pack("<IiiHHIIIIII", 40, 8, 8, 1, 8, 0, 0, 0, 0, 257, 0), "257 colours, and pixels of 8 bits"),
         (b"II*\0\x08\0\0\0\xff\xff" + bytes(12 * 65535), "too many tags"),
         (tiff([(320, 3, 200_000, 8)]), "its palette has more than 196608 numbers"),
-        (encoded(Image.new("F", (8, 8)), "TIFF"), "samples of 32 bits or of floating point"),
+        (encoded(Image.new("F", (8, 8)), "TIFF"), "samples of 32 bits, signed or of floating point"),
         (encoded(colour(), "TIFF", compression="zstd"), "compression 50000; send none"),
         (b"\0\0\0\x14ftypavif\0\0\0\0avif" + b"\0\0\0\x08free" * 1001, "too many boxes"),
         (b"\0\0\0\x14ftypavif\0\0\0\0avif" + b"".join(struct.pack(">I", 800 - 8 * i) + b"moov" for i in range(100)), "nested too deep"),
+        (avif_of(properties_of_items(100, 200)), "too many properties of items, more than 20000"),
+        (avif_of(box(b"iinf", struct.pack(">IH", 0, 1025))), "too many items, more than 1024"),
+        (struct.pack(">I", LONGEST_BRANDS + 4) + b"ftypavif" + bytes(LONGEST_BRANDS), "not an image this server reads"),
         (webp(100, 100)[:20] + bytes(26), "is not its canvas|has no frame|no signature"),
     ],
     ids=lambda value: str(value)[:30],
@@ -248,6 +271,12 @@ def test_heic_without_its_extra_names_it(monkeypatch):
 def test_refusals_name_what_arrived_and_the_limit_or_the_fix(data, said):
     with pytest.raises(InvalidImage, match=said):
         judge(data, 32, 32, LIMITS)
+
+
+def test_an_avif_may_have_as_many_properties_items_and_brands_as_its_limits_say():
+    items = box(b"iinf", struct.pack(">IH", 0, 1024))
+    assert judge(avif_of(properties_of_items(100, 199), items), 32, 32, LIMITS).pixels == 64
+    assert format_of(struct.pack(">I", LONGEST_BRANDS) + b"ftypavif" + bytes(LONGEST_BRANDS)) == "AVIF"
 
 
 def test_a_frame_other_than_its_canvas_is_refused():

@@ -201,6 +201,10 @@ def test_pictures_of_any_kind_are_squashed_as_the_server_squashes_them(tmp_path)
             r"caf\\xe9: a class needs a name in UTF-8",
         ),
         (lambda root: pictures(root, ("1", "2"), 40), "the label of class 0, '1', is the number of class 1: .*; rename its folder"),
+        (
+            lambda root: pictures(root, tuple(map(str, range(11))), 40),
+            "the label of class 2, '10', is the number of class 10: .* leading zeros: 00, 01 to 10",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_trained_on_says_why(tmp_path, build, said):

@@ -85,6 +85,7 @@ def test_answers_are_not_compressed(live):
     assert "content-encoding" not in answer.headers
 
 
+@pytest.mark.slow
 def test_a_stop_that_python_drops_is_given_again(tmp_path):
     """A signal whose exception is raised inside a destructor is lost; two seconds later it comes again."""
     script = tmp_path / "lost.py"

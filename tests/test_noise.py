@@ -64,7 +64,7 @@ def start(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("style", ["text", pytest.param("json", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("style", ["text", "json"])
 def test_training_is_a_line_for_people_and_all_figures_for_machines(tmp_path, start, style):
     words = (ROOT / "training" / "train.py", "digits", "--only-train", "--init", start, "--run", "noise", "--threads", "1")
     more = ("--set", "epochs=1", "--log", style)

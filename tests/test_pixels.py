@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -270,3 +272,41 @@ def test_a_generated_png_says_so_to_machines():
 def test_units_round_trip():
     image = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     np.testing.assert_array_equal(pixels.to_bytes(pixels.to_unit(image)), image)
+
+
+@pytest.mark.parametrize("background", [0, 2])
+def test_what_the_first_frame_of_a_gif_leaves_of_its_screen_is_white(background):
+    """Browsers leave it transparent, whatever the header says of a background."""
+    codes = [code for _ in range(16 * 16) for code in (4, 1)] + [5]  # a clear code before each pixel: no table, and codes of 3 bits
+    bits = sum(code << 3 * i for i, code in enumerate(codes)).to_bytes(-(-3 * len(codes) // 8), "little")
+    blocks = b"".join(bytes([len(part)]) + part for part in (bits[i : i + 255] for i in range(0, len(bits), 255)))
+    header = b"GIF89a" + struct.pack("<HHBBB", 32, 32, 0x81, background, 0) + bytes([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    decoded = pixels.decode(header + b"\x2c" + struct.pack("<HHHHB", 4, 8, 16, 16, 0) + b"\2" + blocks + b"\0;", 32, 32)
+    expected = np.full((32, 32, 3), 255)
+    expected[8:24, 4:20] = (0, 255, 0)
+    np.testing.assert_array_equal(decoded, expected)
+
+
+def test_a_large_gif_whose_first_frame_is_a_part_of_its_screen_takes_no_more_memory_than_its_header_promises():
+    """It was converted whole, with transparency, and refused for its memory."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 4, (2999, 4000), dtype=np.uint8), "P")
+    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    data = bytearray(encoded(picture, "GIF", transparency=3))
+    data[8:10] = struct.pack("<H", 3000)  # the screen has a row more
+    header = judge(bytes(data), 32, 32, Limits())
+    code = (
+        "import re, sys\n"
+        "from pathlib import Path\n"
+        "from ebjdat_serve import pixels\n"
+        "from ebjdat_serve.decoding.judge import judge\n"
+        "from ebjdat_serve.decoding.header import Limits\n"
+        "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "data = sys.stdin.buffer.read()\n"
+        "header = judge(data, 32, 32, Limits())\n"
+        "pixels.register('GIF')\n"
+        "before = peak()\n"
+        "assert pixels.decode_judged(data, header, 32, 32).shape == (32, 32, 3)\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=bytes(data), capture_output=True, check=True)
+    assert 3 * header.pixels < int(done.stdout) < header.memory(32, 32, Limits())

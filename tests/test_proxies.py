@@ -123,6 +123,7 @@ LINK = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
         ({"Sec-Fetch-Site": "same-site", **IMAGE}, 403),
         ({"Sec-Fetch-Site": "same-origin", **IMAGE}, 200),  # on a page of this server
         ({"Sec-Fetch-Site": "cross-site", **LINK}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Purpose": "prefetch;prerender", **LINK}, 403),
         ({"Sec-Fetch-Site": "none", **LINK}, 200),  # typed, or from a bookmark
         ({"Sec-Fetch-Site": "cross-site", **LINK, "Sec-Fetch-Dest": "iframe"}, 403),
         ({"Sec-Fetch-Site": "cross-site", "Origin": STRANGER, "Sec-Fetch-Mode": "cors"}, 403),

@@ -388,6 +388,7 @@ def test_nothing_is_remembered_of_a_version_that_current_has_left_nor_while_a_pu
         remember(trusted, Bundle.load(trusted), trusting[0].trust)
 
 
+@pytest.mark.slow
 def test_running_and_restarted_servers_agree_on_what_is_served(tmp_path, keys, trusting):
     store, settings = tmp_path / "store", replace(trusting[1], model=tmp_path / "store")
     trust = ("--trust", str(keys / "ours.pub.pem"))

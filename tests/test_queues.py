@@ -1,6 +1,7 @@
 """Tests of the HTTP process's queues: admission, batches by bundle and operation, shares of clients, the rows of each request."""
 
 import asyncio
+import gc
 import re
 import socket
 import threading
@@ -105,7 +106,17 @@ def sum_rows(connection):
             channel.send(ipc.Response(request.number, images.sum(axis=(1, 2, 3))))
 
 
+@pytest.fixture
+def frozen():
+    """As in the server's process: collections skip what exists before, here all that the tests have imported and kept."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("lists", [[64], [1] * 32, [16] * 8])
+@pytest.mark.usefixtures("frozen")
 def test_pixels_of_a_model_of_224_keep_the_event_loop_for_no_turn(lists):
     image = encoded(Image.effect_noise((50, 50), 60).convert("RGB"))
     expected = pixels.decode(image, 224, 224).sum()

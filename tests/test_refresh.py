@@ -279,6 +279,7 @@ def test_a_slow_upload_across_a_refresh_is_answered_by_the_new_model(followed, g
             answer.close()
 
 
+@pytest.mark.slow
 def test_a_worker_killed_during_a_refresh_delays_it_only(followed, tmp_path):
     store, server = followed
     publish(copied(SHIPPED, tmp_path / "next", version="next"), store)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.client_shares import CLIENT_QUOTA, CREDIT
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.scheduling import FAIRNESS_QUOTA, ChainGroup, Policy, Scheduler
@@ -310,3 +311,30 @@ def test_what_is_known_of_clients_goes_with_them():
         scheduler.join(blank(engine, 1, 1, f"client {i}"))
         scheduler.advance()
     assert len(scheduler._quota) <= len({group.client for group in scheduler.groups}) + 1
+
+
+def few_beside_many(engine, prior, sampler, steps=10):
+    """Assert that ten chains of one client take every step of a GPU's turns, however many wait of another, and are drawn as alone."""
+
+    def group(client, n, seed):
+        return ChainGroup(engine, Chains.start(prior, sampler, np.arange(n) % len(prior.mean), seed), steps, client)
+
+    scheduler, few, many = Scheduler(), group("few", 10, 1), [group("many", 300, seed) for seed in (2, 3)]
+    alone = engine.advance(few.chains, steps).image
+    for one in (*many, few):
+        scheduler.join(one)
+    taken = 0
+    while few in scheduler.groups:
+        moved = scheduler.advance()
+        assert sum(len(one.rows) for one in moved) == Policy.of(engine).width == 256
+        taken += max(one.steps for one in moved)
+    assert taken == steps
+    np.testing.assert_allclose(few.chains.image, alone, atol=1e-3)
+    assert sum(one.left for one in many) == 2 * 300 * steps - (256 - 10) * steps
+
+
+def test_clients_share_turns_of_a_gpus_width(golden, monkeypatch):
+    """What test_gpu runs on a GPU, by the policy for one on the CPU."""
+    monkeypatch.setattr(Policy, "of", lambda engine: Policy(256, False))
+    bundle = Bundle.load(golden)
+    few_beside_many(load_engine(bundle, "onnx", "cpu"), Prior.load(bundle.path / "prior.safetensors"), bundle.manifest.sampler)

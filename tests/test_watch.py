@@ -56,7 +56,8 @@ def test_what_a_name_says_is_text_in_the_report(tmp_path):
     assert "<b>" not in report
 
 
-@pytest.mark.parametrize("absent", ["jinja2", pytest.param("matplotlib", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("absent", ["jinja2", "matplotlib"])
 def test_without_its_libraries_there_is_a_note_and_no_report(stage, tmp_path, absent):
     (tmp_path / "log.jsonl").write_bytes((stage / "log.jsonl").read_bytes())
     code = f"import sys; sys.modules[{absent!r}] = None; from pathlib import Path; from training.report import write_report; "

@@ -7,7 +7,7 @@ request share Steps, which end it sooner.
 
 import math
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from ebjdat_serve.errors import InvalidImage
 
@@ -43,8 +43,7 @@ class Limits:
         return 2 * self.max_pixels if self.jpeg_draft else self.max_pixels
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What a header promises. ``width`` and ``height`` are as stored, before EXIF rotation."""
 
     format: str
@@ -105,7 +104,7 @@ class TooLong(Exception):
 
 
 class Steps:
-    """How many more steps, of 2 microseconds or less, judging may take: pieces of files, of all images of one request together."""
+    """How many more steps, of some microseconds, judging may take: pieces of files, of all images of one request together."""
 
     def __init__(self, left: float = math.inf) -> None:
         self.left = left

@@ -12,6 +12,10 @@ from ebjdat_serve.pixels import Pixels
 
 T = TypeVar("T")
 SUSPICION_SECONDS = 60.0
+PIXEL_SECONDS, BYTE_SECONDS, IMAGE_SECONDS, LENIENCE = 15e-9, 8e-9, 5e-4, 4
+"""What an honest small image takes for each pixel of its work and of its result, each byte and itself, and how many times that it may."""
+EXCESS_SECONDS, FORGIVEN = 0.1, 0.02
+"""Seconds beyond that of a client's images together which make it suspect, and those that are forgiven each second."""
 TURN_SECONDS = 0.05
 """What a turn at a decoder of large images is taken to cost before it is over."""
 
@@ -58,10 +62,30 @@ class Large:
 
 
 class Suspects:
-    """Clients one of whose small images has cost the decoder of small ones: for a while all of theirs are decoded as large ones."""
+    """Clients whose small images have cost the decoder of small ones: for a while all of theirs are decoded as large ones."""
 
     def __init__(self) -> None:
         self.until: dict[str, float] = {}
+        self.excess: dict[str, tuple[float, float]] = {}  # by client: seconds, as of a time
+
+    def took(self, item: Small, seconds: float) -> float:
+        """Count what a small image took beyond what it may: a client whose images did so too often is suspect.
+
+        Return its work, in pixels, beyond that of its header, for the client to be charged; it is negative where the header said more.
+        """
+        charge = seconds / PIXEL_SECONDS - item.header.work
+        pixels = item.header.work + item.height * item.width
+        beyond = seconds - LENIENCE * (IMAGE_SECONDS + PIXEL_SECONDS * pixels + BYTE_SECONDS * len(item.data))
+        if beyond <= 0:
+            return charge
+        now = time.monotonic()
+        self.excess = {name: (left, now) for name, (was, at) in self.excess.items() if (left := was - FORGIVEN * (now - at)) > 0}
+        total = self.excess.pop(item.client, (0.0, now))[0] + beyond
+        if total > EXCESS_SECONDS:
+            self.add(item.client)
+        else:
+            self.excess[item.client] = total, now
+        return charge
 
     def add(self, client: str) -> None:
         """Suspect a client from now on."""

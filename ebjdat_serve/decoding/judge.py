@@ -10,6 +10,9 @@ from ebjdat_serve.decoding.header import Bytes, Header, Limits, Steps
 from ebjdat_serve.errors import InvalidImage
 
 T = TypeVar("T")
+HUFFMAN, RAW_BYTES, FREE_BYTES, BYTE_WORK = ("PNG", "TIFF", "WEBP"), 4, 2**16, 9
+"""Formats whose bytes may be nothing but tables of Huffman codes, each byte of which takes as long as nine pixels; bytes of a pixel without
+compression, and of metadata: what a file has beyond them can hold no pixels."""
 JUDGES: dict[str, Callable[[Bytes, Limits, Steps], Header]] = {
     "PNG": png.judge_png,
     "JPEG": jpeg.judge_jpeg,
@@ -57,6 +60,8 @@ def judge(data: Bytes, height: int, width: int, limits: Limits, steps: Steps | N
     steps.take(STEPS_OF_ANY)
     header = JUDGES[judge_kind(data, limits)](data, limits, steps)
     header.check(height, width, limits)
+    if (beyond := len(data) - RAW_BYTES * header.pixels - FREE_BYTES) > 0 and header.format in HUFFMAN:
+        return header._replace(extra_work=header.extra_work + BYTE_WORK * beyond)
     return header
 
 

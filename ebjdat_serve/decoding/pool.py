@@ -77,13 +77,14 @@ class Decoders:
         Raises InvalidImage: the first that is refused, with its index; DecoderLost: an image's decoder ended, or the server does.
         To cancel it ends a decoder that works on it.
         """
+        kinds = set(each(images, lambda data: judge_kind(data, self.limits)))  # before anything of it is held and sent
+        few = sum(map(len, images)) <= SMALL_BYTES and NEVER_SURE.isdisjoint(kinds) and client not in self.suspects
+        small = list(map(bytes, images)) if few else []
+        headers = await small_headers(small, height, width, self.limits) if small else []
         if self.closed:
             raise DecoderLost(STOPPING)
-        kinds = set(each(images, lambda data: judge_kind(data, self.limits)))  # before anything of it is held and sent
-        if sum(map(len, images)) <= SMALL_BYTES and NEVER_SURE.isdisjoint(kinds) and client not in self.suspects:
-            small = list(map(bytes, images))
-            if headers := await small_headers(small, height, width, self.limits):
-                return await self._decode_small(small, headers, height, width, client)
+        if headers:
+            return await self._decode_small(small, headers, height, width, client)
         return await self._decode_large(list(images), height, width, client)
 
     async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int, client: str) -> list[Pixels]:
@@ -192,8 +193,7 @@ class Decoders:
             await self.arrived.wait()
             if channel.lost:
                 return
-        batch = self._batch()
-        if not batch:
+        if not (batch := self._batch()):
             return
         height, width = batch[0].height, batch[0].width
         work = wire.Work(
@@ -202,7 +202,7 @@ class Decoders:
         try:
             async with asyncio.timeout(self.settings.small_timeout):
                 body = await channel.ask(work.encoded(), wire.RESULTS, wire.largest_results(len(batch), height, width))
-            results = wire.decode_results(body, len(batch), height, width)
+            results, seconds = wire.decode_results(body, len(batch), height, width)
         except (EOFError, TimeoutError, ValueError):
             channel.lost = True
             self._suspect(batch)
@@ -211,7 +211,8 @@ class Decoders:
             for item in batch:
                 refuse(item.future, DecoderLost(STOPPING if isinstance(error, asyncio.CancelledError) else FAILED))
             raise
-        for item, result in zip(batch, results, strict=True):
+        for item, result, took in zip(batch, results, seconds, strict=True):
+            self.small.charge(item.client, self.suspects.took(item, took))
             settle(item.future, result)
 
     def _batch(self) -> list[Small]:
@@ -337,7 +338,7 @@ class Decoders:
             self._grant(job)
         n = len(job.images)
         body = await channel.ask([wire.packed(wire.Go(need))], wire.RESULTS, wire.largest_results(n, job.height, job.width))
-        results = wire.decode_results(body, n, job.height, job.width)
+        results, _ = wire.decode_results(body, n, job.height, job.width)
         images: list[Pixels] = []
         for index, one in enumerate(results):
             if isinstance(one, InvalidImage):

@@ -26,8 +26,9 @@ async def small_headers(images: Sequence[Bytes], height: int, width: int, limits
             headers.append(header)
             if steps.left < TURN_STEPS // 2 and spare > 0:
                 await asyncio.sleep(0)
-                spare -= TURN_STEPS - int(steps.left)
-                steps.left = TURN_STEPS
+                grant = min(TURN_STEPS - int(steps.left), spare)
+                spare -= grant
+                steps.left += grant
     except TooLong:
         return []
     check_list(headers, limits)

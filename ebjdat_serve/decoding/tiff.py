@@ -7,7 +7,7 @@ from ebjdat_serve.decoding.header import CHUNK_WORK, Bytes, Count, Header, Limit
 from ebjdat_serve.errors import InvalidImage
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, STRIPS, SAMPLES, ROWS = 256, 257, 258, 259, 262, 273, 277, 278
-TILE_WIDTH, TILE_HEIGHT, TILES, FORMAT = 322, 323, 324, 339
+TILE_WIDTH, TILE_HEIGHT, TILES, FORMAT, PLANES = 322, 323, 324, 339, 284
 COMPRESSIONS = {1: "none", 2: "CCITT", 3: "fax 3", 4: "fax 4", 5: "LZW", 7: "JPEG", 8: "deflate", 32773: "PackBits", 32946: "deflate"}
 WIDTHS = {1: 1, 3: 2, 4: 4, 16: 8}
 """Bytes of the types of whole numbers: BYTE, SHORT, LONG, LONG8."""
@@ -28,7 +28,7 @@ def judge_tiff(data: Bytes, limits: Limits, steps: Steps) -> Header:
         raise InvalidImage(f"the TIFF has compression {compression}; send {known}")
     bits, samples = reader.first(tags, BITS, 1), reader.first(tags, SAMPLES, 1)
     if bits not in (1, 2, 4, 8, 12, 16) or reader.first(tags, FORMAT, 1) not in (1, 4):
-        raise InvalidImage(f"the TIFF has samples of {bits} bits or of floating point; send whole numbers of at most 16 bits")
+        raise InvalidImage(f"the TIFF has samples of {bits} bits, signed or of floating point; send unsigned ones of at most 16 bits")
     unusual = (bits == 12) + (not reader.little) + (reader.first(tags, PHOTOMETRIC, 0) == 0)
     if bits in (12, 16) and samples == 1 and unusual > 1:
         raise InvalidImage(
@@ -44,11 +44,17 @@ def judge_tiff(data: Bytes, limits: Limits, steps: Steps) -> Header:
         damaged("TIFF", f"its palette has more than {MAX_COLOURS} numbers")
     per_sample = 2 if bits > 8 else 1
     tile = reader.first(tags, TILE_WIDTH, width) * reader.first(tags, TILE_HEIGHT, min(reader.first(tags, ROWS, height), height))
+    # all of each is decoded, also what lies beyond the image; several may be the same bytes
+    beyond = strips.n * tile - width * height
+    if beyond // (samples if reader.first(tags, PLANES, 1) == 2 else 1) > limits.max_pixels:
+        raise InvalidImage(
+            f"the TIFF's strips or tiles hold {strips.n * tile} pixels, far more than its image: save it anew", too_large=True
+        )
     # libtiff reads YCbCr as RGBA
     buffer = 0 if compression == 1 else tile * max(samples * per_sample, 4 if reader.first(tags, PHOTOMETRIC, 0) == 6 else 1)
     depth = 8 if samples > 1 or compression == 7 else 6 if bits > 8 else 5
     # Pillow reads the tags once as those of the file, and once as EXIF
-    work = strips.n * CHUNK_WORK // 32 + 2 * tags_work(data, reader.order, start, steps, big=big)
+    work = max(0, beyond) + strips.n * CHUNK_WORK // 32 + 2 * tags_work(data, reader.order, start, steps, big=big)
     return Header("TIFF", width, height, depth, fixed=buffer + len(data), passes=1.5, extra_work=work, sure=compression != 7)
 
 

@@ -7,6 +7,7 @@ bytes, and what it says is not unpickled.
 import pickle
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,7 @@ FRAME = struct.Struct("!BI")  # PLAN or RESULTS, bytes that follow
 NEED = struct.Struct("!Q")
 TEXT, PIXELS = b"TP"
 ERROR = struct.Struct("!Bi?I")  # TEXT, which image, -1: none of them; whether it is too large; bytes of UTF-8 that follow
+TOOK = struct.Struct("!I")  # microseconds of processor time, one for each image before all results
 LONGEST_TEXT = 2000
 LARGEST_PLAN = ERROR.size + LONGEST_TEXT
 TOGETHER = 2**18
@@ -66,10 +68,14 @@ def packed(message: object) -> bytes:
     return LENGTH.pack(len(head)) + head
 
 
-def receive(line: socket.socket) -> object:
-    """Return the next message to a decoder. Raises EOFError when the other end hangs up."""
+def receive(line: socket.socket, expect: Callable[[int], None] = lambda n: None) -> object:
+    """Return the next message to a decoder; ``expect`` is told how many bytes of images come, before they do.
+
+    Raises EOFError when the other end hangs up.
+    """
     message = pickle.loads(read(line, LENGTH.unpack(read(line, LENGTH.size))[0]))
     if isinstance(message, Work):
+        expect(sum(message.lengths))
         message.images.extend(read_images(line, message.lengths))
     return message
 
@@ -99,15 +105,16 @@ def encode_plan(judged: int | InvalidImage) -> bytes:
     return FRAME.pack(PLAN, len(body)) + body
 
 
-def encode_results(decoded: list[Decoded]) -> bytes:
-    """Return the answer of a decoder that decoded."""
-    body = b"".join(_text(one) if isinstance(one, InvalidImage) else bytes([PIXELS]) + one.tobytes() for one in decoded)
+def encode_results(decoded: list[Decoded], seconds: list[float]) -> bytes:
+    """Return the answer of a decoder that decoded, and took so much processor time for each image."""
+    took = b"".join(TOOK.pack(min(int(1e6 * one), 2**32 - 1)) for one in seconds)
+    body = took + b"".join(_text(one) if isinstance(one, InvalidImage) else bytes([PIXELS]) + one.tobytes() for one in decoded)
     return FRAME.pack(RESULTS, len(body)) + body
 
 
 def largest_results(n: int, height: int, width: int) -> int:
     """Return the most bytes after the frame that the results of ``n`` images take."""
-    return n * max(1 + 3 * height * width, ERROR.size + LONGEST_TEXT)
+    return n * (TOOK.size + max(1 + 3 * height * width, ERROR.size + LONGEST_TEXT))
 
 
 def decode_plan(body: bytes | memoryview) -> int:
@@ -120,10 +127,13 @@ def decode_plan(body: bytes | memoryview) -> int:
     raise error
 
 
-def decode_results(body: bytes | memoryview, n: int, height: int, width: int) -> list[Decoded]:
-    """Return the images and errors of ``n`` images in an answer. Raises ValueError: no answer of ours."""
+def decode_results(body: bytes | memoryview, n: int, height: int, width: int) -> tuple[list[Decoded], list[float]]:
+    """Return the images and errors of ``n`` images in an answer, and the seconds each took. Raises ValueError: no answer of ours."""
     results: list[Decoded] = []
-    size, rest = height * width * 3, memoryview(body)
+    if len(body) < n * TOOK.size:
+        raise ValueError("a decoder's answer is cut off")
+    seconds = [1e-6 * took for (took,) in TOOK.iter_unpack(body[: n * TOOK.size])]
+    size, rest = height * width * 3, memoryview(body)[n * TOOK.size :]
     for _ in range(n):
         if rest[:1] == bytes([PIXELS]) and len(rest) > size:
             results.append(np.frombuffer(rest[1 : 1 + size], np.uint8).reshape(height, width, 3))
@@ -133,7 +143,7 @@ def decode_results(body: bytes | memoryview, n: int, height: int, width: int) ->
             results.append(error)
     if rest:
         raise ValueError("a decoder's answer is too long")
-    return results
+    return results, seconds
 
 
 def _text(error: InvalidImage) -> bytes:

@@ -14,11 +14,12 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
 from contextlib import suppress
 from importlib import import_module
-from itertools import repeat
+from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
@@ -26,7 +27,7 @@ import numpy as np
 from ebjdat_serve import pixels
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Bytes, Header, Limits
-from ebjdat_serve.decoding.judge import accepted, judge, judge_all
+from ebjdat_serve.decoding.judge import accepted, each, judge, judge_all
 from ebjdat_serve.errors import InvalidImage
 
 NICE = 10
@@ -156,31 +157,36 @@ class Decoder:
     def run(self) -> None:
         """Serve until the other end hangs up."""
         while True:
-            message = wire.receive(self.line)
-            assert isinstance(message, wire.Work)
-            if message.headers:
-                self.allow_time()
-                self.line.sendall(wire.encode_results(self.decode(message, message.headers)))
-            else:
-                self.judge_first(message)
+            self.answer()  # in a call of its own: nothing of a message is held while the next one comes
+
+    def answer(self) -> None:
+        """Receive images, with memory for them, and answer."""
+        message = wire.receive(self.line, lambda n: self.restrict(IDLE_MEMORY + n))
+        assert isinstance(message, wire.Work)
+        if message.headers:
+            self.allow_time()
+            self.line.sendall(wire.encode_results(*self.decode(message, message.headers)))
+        else:
+            self.judge_first(message)
 
     def judge_first(self, work: wire.Work) -> None:
         """Say what the images need, and decode them if there is memory for it."""
         self.allow_time()
         try:
             headers = judge_all(work.images, work.height, work.width, self.limits)
-            need = max(map(self.need, headers, work.images, repeat(work)))
+            pairs = iter(zip(headers, work.images, strict=True))
+            need = max(each(work.images, lambda _: self.need(*next(pairs), work)))
         except InvalidImage as error:
             self.line.sendall(wire.encode_plan(error))
             return
         self.line.sendall(wire.encode_plan(need))
         answer = wire.receive(self.line)
         if isinstance(answer, wire.Go):
-            self.restrict(int(SLACK * answer.memory) + IDLE_MEMORY)
-            results = self.decode(work, headers)
+            self.restrict(int(SLACK * answer.memory) + IDLE_MEMORY + sum(work.lengths))
+            results, seconds = self.decode(work, headers)
             gc.collect()  # what an error held in a circle
             self.restrict(IDLE_MEMORY)
-            self.line.sendall(wire.encode_results(results))
+            self.line.sendall(wire.encode_results(results, seconds))
 
     def need(self, header: Header, data: Bytes, work: wire.Work) -> int:
         """Return how much memory an image needs with its encoded bytes. Raises InvalidImage: more than there ever is."""
@@ -190,9 +196,10 @@ class Decoder:
             raise InvalidImage(f"{said}: send it smaller", too_large=True)
         return need
 
-    def decode(self, work: wire.Work, headers: tuple[Header, ...]) -> list[wire.Decoded]:
-        """Return the image or the error of each."""
+    def decode(self, work: wire.Work, headers: tuple[Header, ...]) -> tuple[list[wire.Decoded], list[float]]:
+        """Return the image or the error of each, and the processor time that it took."""
         results: list[wire.Decoded] = []
+        times = [time.thread_time()]
         for data, header in zip(work.images, headers, strict=True):
             if not work.headers:
                 self.allow_time()  # for each; small ones take none to speak of
@@ -202,7 +209,8 @@ class Decoder:
             except InvalidImage as error:
                 # this one holds no frame, and so nothing of what was being decoded
                 results.append(InvalidImage(str(error), too_large=error.too_large))
-        return results
+            times.append(time.thread_time())
+        return results, [end - begin for begin, end in pairwise(times)]
 
     def restrict(self, memory: int) -> None:
         """Let this process have ``memory`` bytes more than it started with."""

@@ -1,11 +1,9 @@
 """Clients that leave before their answer: whoever works for a request is told within a moment, and can stop."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from fastapi import Request
 
@@ -14,25 +12,20 @@ POLL_SECONDS = 0.1
 """Seconds between checks that clients are still connected; a request that takes less is not looked at."""
 
 
-@dataclass(eq=False)
-class _Watched:
-    request: Request
-    leave: Callable[[], None]
-    since: float
-
-
-_watched: set[_Watched] = set()
-
-
-@contextlib.contextmanager
-def on_disconnect(request: Request, leave: Callable[[], None]) -> Iterator[None]:
+class on_disconnect:  # noqa: N801 - a context manager
     """Have ``leave`` called, once, if the client of ``request`` disconnects before the block ends. The body must have been read."""
-    one = _Watched(request, leave, time.monotonic())
-    _watched.add(one)
-    try:
-        yield
-    finally:
-        _watched.discard(one)
+
+    def __init__(self, request: Request, leave: Callable[[], None]) -> None:
+        self.request, self.leave, self.since = request, leave, time.monotonic()
+
+    def __enter__(self) -> None:
+        _watched.add(self)
+
+    def __exit__(self, *_: object) -> None:
+        _watched.discard(self)
+
+
+_watched: set[on_disconnect] = set()
 
 
 async def watch() -> None:
@@ -42,9 +35,8 @@ async def watch() -> None:
         for one in list(_watched):
             try:
                 gone = time.monotonic() - one.since > POLL_SECONDS and await one.request.is_disconnected()
+                if gone and one in _watched:
+                    _watched.discard(one)
+                    one.leave()
             except Exception:
-                log.exception("cannot tell whether a client has left")
-                continue
-            if gone and one in _watched:
-                _watched.discard(one)
-                one.leave()
+                log.exception("cannot tell whether a client has left, or stop its work")

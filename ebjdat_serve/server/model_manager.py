@@ -198,8 +198,10 @@ class ModelManager:
         self._seen = seen
         try:
             served = await in_daemon_thread(partial(open_bundle, folder, self._settings, self._store))
-        except EbjdatError as error:
-            self._note_refusal(folder.name, str(error))
+        except (EbjdatError, OSError) as error:
+            self._note_refusal(folder.name, cause(error))
+            if isinstance(error, OSError):
+                self._seen = ()  # looked at again: the system had no thread left
             return
         if served.key == self.active.key:
             self.active, self.refused = served, {}  # the same model, perhaps with more evidence: /info shows it, and nothing is opened
@@ -242,9 +244,9 @@ class ModelManager:
             self._memorable = True
         except Held:
             return
-        except EbjdatError as error:
+        except (EbjdatError, OSError) as error:
             self._memorable = False
-            log.log(logging.WARNING if self._settings.trust else logging.DEBUG, "what is served is not remembered: %s", error)
+            log.log(logging.WARNING if self._settings.trust else logging.DEBUG, "what is served is not remembered: %s", cause(error))
         self._remembered = served.key
 
     def _close_retired(self) -> None:

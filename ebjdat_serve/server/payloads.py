@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.sgld import Sampler
 
+TOP = 5
+"""Classes that an answer names."""
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -20,6 +23,7 @@ class Predictions:
     suspicion: NDArray[np.float32]
     p_value: NDArray[np.float64]
     suspicious: NDArray[np.bool_]
+    top: NDArray[np.int64]  # (n, TOP), classes, the likeliest first
 
     def __getitem__(self, rows: slice) -> "Predictions":
         return Predictions(*(array[rows] for array in vars(self).values()))

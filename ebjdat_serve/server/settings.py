@@ -28,6 +28,8 @@ MODEL, ADDRESS, CLIENTS, WORKERS, PUBLISHING, REQUEST, LOAD, CONNECTION, OUTPUT 
     "connections and shutdown", "output",
 )  # fmt: skip
 Header = Literal["x-forwarded-for", "forwarded"]
+ARRIVE_SECONDS = 2.0
+"""Time of a stop in which last answers are read by their clients."""
 SEPARATORS = {Path: ":", str: ","}
 """What separates the values of a variable for an option that may be repeated; an IPv6 address has colons."""
 
@@ -201,6 +203,11 @@ class Settings:
     def exposed(self) -> bool:
         """Whether others than this machine's programs can be clients: beyond loopback, and through a proxy."""
         return self.host not in ("127.0.0.1", "localhost") or bool(self.trusted_proxy)
+
+    @property
+    def last_answers(self) -> float:
+        """Seconds after a stop signal by which whoever waits is answered, so that the answers arrive within ``graceful_timeout``."""
+        return max(self.graceful_timeout / 2, self.graceful_timeout - ARRIVE_SECONDS)
 
     def terms(self, trust: tuple[bytes, ...] = ()) -> Terms:
         """Return how a bundle is to be served, with the public keys that ``trusted`` reads."""

@@ -10,7 +10,10 @@ T = TypeVar("T")
 
 
 def in_daemon_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
-    """Return the future result of ``work``, which a thread of its own begins at once, and which may touch files that hang."""
+    """Return the future result of ``work``, which a thread of its own begins at once, and which may touch files that hang.
+
+    The result is an OSError where the system has no thread left.
+    """
     done: Future[T] = Future()
     done.set_running_or_notify_cancel()  # or one that nobody awaits any more could not take its result
 
@@ -20,5 +23,8 @@ def in_daemon_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
         except BaseException as error:  # noqa: BLE001 (who awaits the future gets it)
             done.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    try:
+        threading.Thread(target=run, daemon=True, name="files").start()
+    except RuntimeError as error:
+        done.set_exception(OSError(str(error)))
     return asyncio.wrap_future(done)

@@ -89,7 +89,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
     if len(names) < 2:
         raise DataError(f"{folder} must hold a sub-folder of images for each of two or more classes; it holds {list(names)}")
     if fault := label_fault(names):
-        raise DataError(f"{folder}: {fault}; rename its folder")
+        raise DataError(f"{folder}: {fault}; rename its folder (numbers sort in order with leading zeros: 00, 01 to 10)")
     return names
 
 

@@ -3,15 +3,11 @@
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field
 
 from ebjdat_serve.server.answer import Attributed, Schema
 from ebjdat_serve.server.payloads import Predictions
 from ebjdat_serve.server.served_model import ServedModel
-
-TOP = 5
-"""Classes in ``top``."""
 
 
 class Candidate(Schema):
@@ -73,34 +69,30 @@ def flags(predictions: Predictions) -> Iterator[dict[str, Any]]:
     return (dict(zip(Flag.model_fields, row, strict=True)) for row in zip(*columns, strict=True))
 
 
-def classified(predictions: Predictions, labels: list[str]) -> list[Classified]:
-    """Return each image's classes, the likeliest first."""
-    order = np.argsort(-predictions.probability, axis=1, kind="stable")[:, :TOP]
-    probability = predictions.probability[np.arange(len(order))[:, None], order]
-    rows = []
-    for classes, likely, flag in zip(order.tolist(), probability.tolist(), flags(predictions), strict=True):
-        top = [Candidate(class_=i, label=labels[i], probability=p) for i, p in zip(classes, likely, strict=True)]
-        rows.append(Classified(**vars(top[0]), **flag, top=top))
-    return rows
+def classified(predictions: Predictions, labels: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the fields of each image's Classified, classes the likeliest first."""
+    for classes, probability, flag in zip(predictions.top.tolist(), predictions.probability.tolist(), flags(predictions), strict=True):
+        top = [Candidate(class_=i, label=labels[i], probability=probability[i]) for i in classes]
+        yield {**vars(top[0]), **flag, "top": top}
 
 
-def energies(predictions: Predictions) -> list[Energies]:
-    """Return each image's energies."""
+def energies(predictions: Predictions) -> Iterator[dict[str, Any]]:
+    """Yield the fields of each image's Energies."""
     joint_energy = predictions.joint_energy.tolist()
-    return [Energies(**flag, joint_energy=row) for flag, row in zip(flags(predictions), joint_energy, strict=True)]
+    return ({**flag, "joint_energy": row} for flag, row in zip(flags(predictions), joint_energy, strict=True))
 
 
 def classify_answer(predictions: Predictions, listed: bool, model: ServedModel, alpha: float) -> ClassifyAnswer | ClassifyList:
     """Return the answer of /classify to one image, or to a list."""
     rows = classified(predictions, model.labels)
     if listed:
-        return ClassifyList(results=rows, alpha=alpha, model=model.name)
-    return ClassifyAnswer(**vars(rows[0]), alpha=alpha, model=model.name)
+        return ClassifyList(results=[Classified(**row) for row in rows], alpha=alpha, model=model.name)
+    return ClassifyAnswer(**next(rows), alpha=alpha, model=model.name)
 
 
 def energy_answer(predictions: Predictions, listed: bool, model: ServedModel, alpha: float) -> EnergyAnswer | EnergyList:
     """Return the answer of /energy to one image, or to a list."""
     rows = energies(predictions)
     if listed:
-        return EnergyList(results=rows, alpha=alpha, model=model.name)
-    return EnergyAnswer(**vars(rows[0]), alpha=alpha, model=model.name)
+        return EnergyList(results=[Energies(**row) for row in rows], alpha=alpha, model=model.name)
+    return EnergyAnswer(**next(rows), alpha=alpha, model=model.name)

@@ -13,7 +13,7 @@ from ebjdat_serve.engines import Floats
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.scores import ood_score
 from ebjdat_serve.server import ipc
-from ebjdat_serve.server.payloads import Predictions
+from ebjdat_serve.server.payloads import TOP, Predictions
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.verification import verified
 
@@ -43,7 +43,8 @@ class Model:
         scores = ood_score(self.calibration.score, self.calibration.weight, logits)
         p_value = self.detector.p_value(scores)
         probability = probabilities(logits, self.calibration.temperature)
-        return Predictions(probability, -logits, energy, scores, p_value, self.detector.suspicious(p_value))
+        top = np.argsort(-probability, axis=1, kind="stable")[:, :TOP]
+        return Predictions(probability, -logits, energy, scores, p_value, self.detector.suspicious(p_value), top)
 
 
 @dataclass(frozen=True)

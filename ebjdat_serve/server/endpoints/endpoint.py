@@ -37,9 +37,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for code in (400, 401, 403, 408, 413, 415, 421, 422, 429, 500, 503, 504)
 }
 
-STOP_SECONDS = 2.0
-"""Seconds before the end of --graceful-timeout at which images that are still being decoded are refused: the rest of a stop takes them."""
-
 BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
 
 
@@ -120,7 +117,7 @@ class Service:
         graceful = self.settings.graceful_timeout
         while any(queue.active for queue in queues) or connections():  # uvicorn has closed the idle connections
             await asyncio.sleep(0.1)
-            if loop.time() - began > max(graceful / 2, graceful - STOP_SECONDS):
+            if loop.time() - began > self.settings.last_answers:
                 await self.decoder.decoders.close()  # what is decoded by then is still classified
             drawing = self.generate_queue and self.generate_queue.chains
             if loop.time() - began > (self.settings.generate_graceful_timeout if drawing else graceful):
@@ -148,9 +145,11 @@ class Service:
         app.add_middleware(ApiKeyMiddleware, access=self.access, scopes=self.scopes())
         browsers.install(app, self.settings, exposed=[field.alias or name for name, field in PngHeaders.model_fields.items()])
         app.add_middleware(ResponseHeadersMiddleware, draining=lambda: self.draining)
-        app.add_middleware(RootPathMiddleware, settings=self.settings)
+        if prefix := api_docs.prefix_of(self.settings):
+            app.add_middleware(RootPathMiddleware, prefix=prefix)
         for endpoint in self.endpoints:
             endpoint.install(app, self)
+        app.router.routes.sort(key=lambda route: not isinstance(route, DirectRoute))  # they are tried in turn, FastAPI's own last
 
 
 Handler = Callable[[Service, Request], Awaitable[Response]]

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -22,7 +21,7 @@ from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem
 
 log = logging.getLogger("ebjdat_serve")
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.5
 """Seconds between checks that workers are heard of."""
 
 
@@ -132,16 +131,17 @@ class RequestQueue(ABC):
         """
         if self.closed:
             raise Problem(503, self.closed, headers={"Retry-After": "5"})
-        overdue = Problem(
-            504, f"no answer within {self._deadline:g} s; try again, or ask for less", headers={"Retry-After": str(self.retry_after())}
-        )
-        timer = asyncio.get_running_loop().call_later(max(0.0, pending.deadline - time.monotonic()), pending.fail, overdue)
+        after = str(self.retry_after())  # by what waits now: this request may be all that waits by then
+
+        def overdue() -> None:
+            pending.fail(Problem(504, f"no answer within {self._deadline:g} s; try again, or ask for less", headers={"Retry-After": after}))
+
+        timer = asyncio.get_running_loop().call_later(max(0.0, pending.deadline - time.monotonic()), overdue)
         self.pending.add(pending)
         pending.future.add_done_callback(lambda _: self.withdraw(pending))  # also when nobody reads a stream to its end
-        left = Problem(499, "the client closed the connection")
         try:
             self.enqueue(pending)
-            with on_disconnect(pending.request, partial(pending.fail, left)):
+            with on_disconnect(pending.request, lambda: pending.fail(Problem(499, "the client closed the connection"))):
                 yield
         finally:
             timer.cancel()

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import Request
 
+from ebjdat_serve.errors import cause
 from ebjdat_serve.keys import Key, KeyRing, Reading, Scope, environment_key
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.auth_failures import LONGEST_DELAY, AuthFailures
@@ -26,7 +27,7 @@ LOOK_SECONDS = 1.0
 """Seconds between looks at the key file."""
 READ_SECONDS = 5.0
 """Seconds after which a read of the key file is given up."""
-MOST_HUNG = 3
+MAX_HUNG_READS = 3
 """Threads that wait for a file system that hangs, beyond which none is added until one returns."""
 
 
@@ -44,7 +45,7 @@ class Access:
     def of(settings: Settings) -> "Access":
         """Return what ``settings`` and LIT_SERVER_API_KEY say; raise EbjdatError for a key, a key file or a proxy that is none."""
         return Access(
-            KeyRing(settings.keys, environment_key(), every=LOOK_SECONDS),
+            KeyRing(settings.keys, environment_key()),
             ClientAddress(settings.trusted_proxy, settings.forwarded_header),
             limits_of(settings),
         )
@@ -58,14 +59,19 @@ class Access:
         while self.keys.file is not None:
             await asyncio.sleep(LOOK_SECONDS)
             hung = [one for one in hung if not one.done()]
-            if len(hung) >= MOST_HUNG:
+            if len(hung) >= MAX_HUNG_READS:
+                given_up = "has not answered for long: keys are followed no more until its file system does, or the server is started again"
+                self.keys.take(Reading(error=f"{self.keys.file} {given_up}"))
                 continue
             reading = in_daemon_thread(self.keys.read_again)
-            if (await asyncio.wait([reading], timeout=READ_SECONDS))[0]:
-                self.keys.take(reading.result())
-            else:
+            if not (await asyncio.wait([reading], timeout=READ_SECONDS))[0]:
                 hung.append(reading)
                 self.keys.take(Reading(error=f"{self.keys.file} cannot be read within {READ_SECONDS:g} s: its file system may hang"))
+                continue
+            try:
+                self.keys.take(reading.result())
+            except OSError as error:
+                self.keys.take(Reading(error=f"{self.keys.file} cannot be read: {cause(error)}"))
 
     def chains(self, request: Request, n: int) -> AbstractContextManager[None]:
         """Count ``n`` chains of the client that sends ``request`` until the block ends; raise Problem 429 beyond its limit."""
@@ -88,15 +94,19 @@ class ApiKeyMiddleware:
         """Pass on a request that is allowed."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        try:
+            client, key, limits = await self._identify(scope)
+        except Problem as problem:
+            return await problem.response()(scope, receive, send)
+        scope = scope | {"client_name": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
+        if not limits.on_requests:
+            return await self._app(scope, receive, send)
         with ExitStack() as held:
             try:
-                client, key, limits = await self._identify(scope)
-                if limits.on_requests:
-                    receive = self._count(client, limits, scope["headers"], receive, held)
+                receive = self._count(client, limits, scope["headers"], receive, held)
             except Problem as problem:
                 return await problem.response()(scope, receive, send)
-            known = {"client_name": client, "scopes": key.scopes if key else frozenset(), "limits": limits}
-            return await self._app(scope | known, receive, send)
+            return await self._app(scope, receive, send)
 
     def _count(self, client: str, limits: ClientLimits, headers: list[tuple[bytes, bytes]], receive: Receive, held: ExitStack) -> Receive:
         """Count a request until ``held`` is closed, and its body until the returned ``receive`` has given all of it.

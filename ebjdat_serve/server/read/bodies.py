@@ -2,15 +2,14 @@
 
 import asyncio
 import contextlib
-import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from fastapi import Request
-from starlette.requests import ClientDisconnect
 
+from ebjdat_serve import strict_json
 from ebjdat_serve.fairness import may_hold
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
@@ -62,26 +61,34 @@ async def read_body(request: Request, limit: int, settings: Settings, memory: Bo
     memory = memory or BodyMemory(s.upload_memory, request.scope["client_name"])
     held = bytearray()  # one block: a list of chunks would fragment the memory
     began = time.monotonic()
-    slow = Problem(408, f"the body did not arrive within {s.body_timeout:g} s, or came too slowly", headers={"Connection": "close"})
     try:
         memory.hold(BODY_COST)
         refuse_large(int(request.headers.get("content-length", 0)), limit, s)
         try:
             async with asyncio.timeout(s.body_timeout):
-                async for chunk in request.stream():
+                more = True
+                while more:
+                    message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise Problem(499, "the client closed the connection")
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
                     refuse_large(len(held) + len(chunk), limit, s)
                     memory.hold(len(chunk))
                     held += chunk
                     if len(held) < s.min_upload_rate * (time.monotonic() - began - s.upload_grace):
-                        raise slow
+                        raise too_slow(s)
         except TimeoutError:
-            raise slow from None
-        except ClientDisconnect:
-            raise Problem(499, "the client closed the connection") from None
+            raise too_slow(s) from None
         yield held
     finally:
         held.clear()  # at once: the error for a refused body refers to it in a cycle
         memory.release()
+
+
+def too_slow(settings: Settings) -> Problem:
+    """Return Problem 408."""
+    detail = f"the body did not arrive within {settings.body_timeout:g} s, or came too slowly"
+    return Problem(408, detail, headers={"Connection": "close"})
 
 
 def refuse_large(size: int, limit: int, settings: Settings) -> None:
@@ -93,11 +100,7 @@ def refuse_large(size: int, limit: int, settings: Settings) -> None:
 
 def parse_json(body: bytes | bytearray) -> Any:
     """Return the JSON document; NaN and Infinity are not JSON. Raises Problem 400."""
-
-    def refuse_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        return json.loads(body, parse_constant=refuse_constant)
+        return strict_json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"the body is not valid JSON: {error}") from None

@@ -99,6 +99,8 @@ class SiteMiddleware:
         return await self._app(scope, receive, send)
 
     def _refuse(self, scope: Any) -> Problem | None:
+        if not any(name in (b"origin", b"sec-fetch-site") for name, _ in scope["headers"]):
+            return None  # no browser's, or one that is too old to say
         headers = Headers(scope=scope)
         origin, site = headers.get("origin", "").lower(), headers.get("sec-fetch-site")
         if scope["method"] == "OPTIONS" or ANY in self._origins or origin in self._origins:
@@ -113,8 +115,8 @@ class SiteMiddleware:
 
 
 def follows_link(headers: Headers) -> bool:
-    """Return whether a browser loads the answer as a page of its own, not into a frame or as a part of another page."""
-    return headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    """Return whether a browser loads the answer as a page of its own, not into a frame, as a part of another page, or ahead of a click."""
+    return "sec-purpose" not in headers and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
 
 
 def matches(host: str, allowed: str) -> bool:

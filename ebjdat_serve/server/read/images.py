@@ -89,6 +89,8 @@ class ImageDecoder:
 
 async def stacked(images: Sequence[Pixels]) -> Pixels:
     """Return images of one size as one array; the event loop has its turns meanwhile."""
+    if len(images) == 1:
+        return images[0][np.newaxis]
     together, unseen = np.empty((len(images), *images[0].shape), np.uint8), 0
     for place, image in zip(together, images, strict=True):
         place[...] = image
