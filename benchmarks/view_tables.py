@@ -1,4 +1,4 @@
-"""Tables of the figures of benchmarks/views.py, as docs/decisions/0023-views.md shows them."""
+"""Tables of the figures of benchmarks/views.py, as docs/decisions/0025-views.md shows them."""
 
 from benchmarks.tables import placed
 from benchmarks.view_candidates import CANDIDATES, CLOSELY, LARGEST, SUMS

@@ -185,7 +185,7 @@ VIEWS = {
 }
 """The views that can be fitted and served, by name."""
 DEFAULT_VIEWS = ("statistics", "logits", "features")
-"""docs/decisions/0023 says why these; where several are as strange as can be, the first is named."""
+"""docs/decisions/0025 says why these; where several are as strange as can be, the first is named."""
 LEAST_FOR_FEATURES = 500
 """The fewest calibration images with which views of features are used."""
 
