@@ -33,7 +33,7 @@ def main() -> None:
         else:
             pictures = [await request.body()]
         image = pixels.to_unit(np.stack([pixels.decode(one, m.input.height, m.input.width) for one in pictures]))
-        logits, energy = engine.classify(image)
+        logits, energy, _ = engine.classify(image)
         likely = probabilities(logits, 1.0)
         rows = zip(likely.argmax(1).tolist(), likely.max(1).tolist(), energy.tolist(), strict=True)
         return [{"class": label, "label": m.labels[label], "probability": p, "energy": e} for label, p, e in rows]

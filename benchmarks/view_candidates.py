@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,8 +11,24 @@ from ebjdat_serve.scores import SCORES, ood_score
 from ebjdat_serve.views import DEFAULT_VIEWS, LUMA, VIEWS, Arrays, Doubles, Known, Seen, View, distance, gaussian, of_logits, statistics
 
 
+@dataclass(frozen=True, eq=False)
+class KnownMore(Known):
+    """And the head's weight (K, F) and bias (K,), and the images that ``handled`` are the statistics of."""
+
+    weight: Floats = field(kw_only=True)
+    bias: Floats = field(kw_only=True)
+    images: Floats = field(kw_only=True)
+
+
+def more(known: Known) -> KnownMore:
+    """Return what candidates are fitted on, as what it is."""
+    assert isinstance(known, KnownMore)
+    return known
+
+
 def fit_vim(known: Known) -> Arrays:
     """Return ViM's origin, residual space and scale alpha: half of the dimensions are principal (arXiv 2203.10807)."""
+    known = more(known)
     origin = -np.linalg.pinv(known.weight) @ known.bias
     centred = (known.training.features - origin).astype(np.float64)
     residual = np.linalg.eigh(centred.T @ centred)[1][:, : centred.shape[1] // 2]
@@ -37,6 +53,7 @@ def gen(stored: Arrays, seen: Seen) -> Doubles:
 
 def fit_react(known: Known) -> Arrays:
     """Return the head, and the 90th percentile of all training features (Sun et al., arXiv 2111.12797)."""
+    known = more(known)
     return {"most": np.quantile(known.training.features, 0.9), "weight": known.weight, "bias": known.bias}  # type: ignore[dict-item]
 
 
@@ -91,7 +108,7 @@ def saturation_too(image: Floats) -> Floats:
 
 def of_statistics(function: Callable[[Floats], Floats]) -> View:
     """Return the view of other statistics."""
-    return View(lambda stored, seen: distance(stored, function(seen.image)), "", lambda known: gaussian(function(known.handled)))
+    return View(lambda stored, seen: distance(stored, function(seen.image)), "", lambda known: gaussian(function(more(known).images)))
 
 
 def all_but(index: int) -> Callable[[Floats], Floats]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.view_candidates import LARGEST, SUMS, VIEWED
+from benchmarks.view_candidates import LARGEST, SUMS, VIEWED, KnownMore
 from ebjdat_serve.engines import Floats
-from ebjdat_serve.views import DEFAULT_VIEWS, Combination, Doubles, Known, Seen, fit, rank_term, score_of
+from ebjdat_serve.views import DEFAULT_VIEWS, Combination, Doubles, Seen, fit, rank_term, score_of, statistics
 from training.evaluation.metrics import auroc, auroc_difference_stderr, auroc_stderr, flag_rate_interval
 
 Row = dict[str, Any]
@@ -40,7 +40,10 @@ class Figures:
         self.raw: dict[str, dict[str, dict[str, Floats]]] = {}
         self.fits: dict[str, Combination] = {}
         for kind, images in (("clean", seen["clean/train"].image[:HANDLED]), ("handled", lightly)):
-            found = fit(list(VIEWED), Known(seen["clean/train"], images, seen["clean/selection"], weight, bias), VIEWED)
+            train, selection = seen["clean/train"], seen["clean/selection"]
+            known = KnownMore(train, statistics(images), selection, weight=weight, bias=bias, images=images)
+            found = fit(list(VIEWED), known, VIEWED)
+            found = found.with_ranks_of(found.raw(selection))
             self.fits[kind] = found
             self.raw[kind] = {
                 name: {

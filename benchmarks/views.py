@@ -13,14 +13,11 @@ import argparse
 import hashlib
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import torch
 
 from benchmarks.view_candidates import CANDIDATES, CLOSELY, LARGEST, LOWER, SUMS
@@ -28,7 +25,7 @@ from benchmarks.view_figures import CHOSEN, HANDLED, MODES, Figures, Row
 from benchmarks.view_images import image_sets
 from benchmarks.view_tables import document
 from ebjdat_serve.bundle import Bundle, write_json
-from ebjdat_serve.engines import Floats, Precision
+from ebjdat_serve.engines import Floats, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.pixels import Pixels, to_unit
@@ -53,22 +50,13 @@ def eager(bundle: Bundle) -> tuple[Forward, Floats, Floats]:
     return forward, model.head.weight.numpy(), model.head.bias.numpy()
 
 
-def by_graph(bundle: Bundle, precision: Precision) -> Forward:
-    """Return the classify graph of ``precision`` with one more output: what its head takes."""
-    graph = onnx.load(bundle.graph("classify", precision), load_external_data=False)
-    head = next(node for node in graph.graph.node if "logits" in node.output)
-    graph.graph.output.append(onnx.helper.make_tensor_value_info(head.input[0], onnx.TensorProto.FLOAT, None))
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "classify.onnx"
-        onnx.save(graph, file)
-        (Path(folder) / "weights.safetensors").write_bytes((bundle.path / "weights.safetensors").read_bytes())
-        session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+def by_engine(bundle: Bundle, precision: Precision) -> Forward:
+    """Return the engine of ``precision``."""
+    engine = load_engine(bundle, "auto", "cpu", 1, precision)
 
     def forward(image: Floats) -> tuple[Floats, Floats]:
-        features, logits = session.run([head.input[0], "logits"], {"image": image})
-        return features, logits
+        found = engine.classify(image)
+        return found.features, found.logits
 
     return forward
 
@@ -118,7 +106,7 @@ def measure(bundle: Bundle, precision: Precision, cache: Path | None, seconds: f
     """Return all rows."""
     data = dataset_of(bundle)
     forward, weight, bias = eager(bundle)
-    forward = forward if precision == "fp32" else by_graph(bundle, precision)
+    forward = forward if precision == "fp32" else by_engine(bundle, precision)
     sets = image_sets(data, lambda line: print(line, file=sys.stderr))
     key = f"{bundle.manifest.files['weights.safetensors'].sha256} {precision}"
     lightly = to_unit(handled(data.train.image[:HANDLED], 0, untouched=0.0))

@@ -1,104 +1,40 @@
 """The model bundle: a directory that training writes, export completes and the server reads. No pickle anywhere.
 
 bundle.json          this manifest        weights.safetensors  parameters and batch-norm statistics
-prior.safetensors    where chains start   classify.onnx, score.onnx, step.onnx   graphs; their weights are weights.safetensors
-calibration.json     clean energies       metrics.json, README.md, samples.png, landscape.png   the evaluation
-selftest.safetensors eight images and torch's outputs on them   bundle.json.sig      a signature of the manifest, optional
+classify.onnx        with its weights in weights.safetensors, as score.onnx and step.onnx, which not every bundle has
+prior.safetensors    where chains start   views.safetensors    what the views of the OOD score were fitted to
+calibration.json     clean energies and OOD scores   selftest.safetensors eight images and torch's outputs on them
+metrics.json, README.md, samples.png, landscape.png   the evaluation   bundle.json.sig   a signature of the manifest, optional
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 from ebjdat_serve import strict_json
 from ebjdat_serve.atomic import replacing
-from ebjdat_serve.bounds import COUNT, NATS, Bounds, label_fault
+from ebjdat_serve.bounds import label_fault
 from ebjdat_serve.errors import BundleError, cause
 from ebjdat_serve.graphs import check_graph
+from ebjdat_serve.manifest import SCHEMA, YES, Calibration, FileEntry, Manifest
+from ebjdat_serve.parsing import parse
 from ebjdat_serve.precision import check
 from ebjdat_serve.rows import Row, parse_rows, to_json
-from ebjdat_serve.scores import SCORES
-from ebjdat_serve.sgld import Sampler
+from ebjdat_serve.views import Combination, load_views
 
-SCHEMA = 1
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
 CANDIDATE = "candidate.json"  # in the folder of a bundle that a store holds back: {"reason", "comparison"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 LARGEST_MANIFEST, LARGEST_JSON = 4 * 2**20, 64 * 2**20
 GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
-SERVED = ("weights.safetensors", "prior.safetensors", *GRAPHS, "calibration.json", "selftest.safetensors")
+SERVED = ("weights.safetensors", "classify.onnx", "calibration.json", "views.safetensors", "selftest.safetensors")
+"""The files that every finished bundle has; ``Bundle.required`` adds those of what it is capable of."""
 EVIDENCE = ("metrics.json", "README.md", "samples.png", "landscape.png", "baseline.json")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Input:
-    """The input contract: images are squashed to height x width by area averaging, pixels in [0,1]."""
-
-    height: Annotated[int, Bounds(1, 4096)]
-    width: Annotated[int, Bounds(1, 4096)]
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where the weights come from."""
-
-    git: str
-    preset: str
-    seed: Annotated[int, COUNT]
-    dataset: str
-    data_sha256: str
-    steps: Annotated[int, COUNT]
-    planned_steps: Annotated[int, COUNT]
-    rollbacks: Annotated[int, COUNT]
-    init_sha256: str
-    started: str
-    configuration: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """The expected size and sha256 of one file."""
-
-    sha256: str
-    bytes: Annotated[int, COUNT]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """bundle.json."""
-
-    name: str
-    version: str
-    architecture: dict[str, Any]  # family and the family's own sizes: ebjdat_serve.networks reads them
-    labels: list[str]
-    input: Input
-    sampler: Sampler
-    provenance: Provenance
-    files: dict[str, FileEntry]
-    schema: int = SCHEMA
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Clean energies and scores taken through one served graph, each sorted, and the temperature of p(y|x) (the others keep 1).
-
-    ``score`` and ``weight`` define the score that ``suspicious`` thresholds: scores.ood_score.
-    """
-
-    of: str
-    precision: str
-    dataset: str
-    temperature: Annotated[float, Bounds(1e-3, 1e3)]
-    energies: list[Annotated[float, NATS]]
-    score: str
-    weight: Annotated[float, Bounds(-1e6, 1e6)]
-    scores: list[Annotated[float, NATS]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +52,7 @@ class Bundle:
         Raises BundleError naming a file that is missing, damaged, of an unknown schema, or has unknown keys.
         """
         bundle = Bundle.draft(path)
-        missing = [name for name in SERVED if name not in bundle.manifest.files]
+        missing = [name for name in bundle.required if name not in bundle.manifest.files]
         if missing:
             raise BundleError(f"{bundle.path} is not finished: {', '.join(missing)} missing; export and calibrate it first")
         bundle.check_files()
@@ -128,9 +64,11 @@ class Bundle:
         """Return the bundle at ``path`` even if it is unfinished; only the manifest is checked."""
         path = resolve(path)
         content = read_bytes(path / MANIFEST, LARGEST_MANIFEST)
-        manifest = parse(Manifest, parse_json(content, path / MANIFEST), str(path / MANIFEST))
-        if manifest.schema != SCHEMA:
-            raise BundleError(f"{path / MANIFEST}: schema {manifest.schema} is unknown; this version reads schema {SCHEMA}")
+        data = parse_json(content, path / MANIFEST)
+        if isinstance(data, dict) and (schema := data.get("schema")) != SCHEMA:
+            fix = f"ebjdat-serve upgrade {path} converts it" if schema == 1 else "serve it with the version that wrote it"
+            raise BundleError(f"{path / MANIFEST}: schema {repr(schema)[:20]} is not {SCHEMA}, which this version reads; {fix}")
+        manifest = parse(Manifest, data, str(path / MANIFEST))
         strange = [name for name in manifest.files if not NAME.fullmatch(name)]
         if strange:
             raise BundleError(f"{path / MANIFEST}: {strange[0][:40]!r} is not a plain file name")
@@ -147,6 +85,13 @@ class Bundle:
         if fault := label_fault(manifest.labels):
             raise BundleError(f"{path / MANIFEST}: labels: {fault}")
         return Bundle(path, manifest, hashlib.sha256(content).hexdigest())
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Return the files without which the bundle is unfinished, by what it is capable of."""
+        can = self.manifest.capabilities
+        score = ("score.onnx",) if can.gradient == YES else ()
+        return (*SERVED, *score, *(("step.onnx", "prior.safetensors") if can.generate == YES else ()))
 
     @property
     def served(self) -> str:
@@ -224,9 +169,11 @@ class Bundle:
         for values in (found.energies, found.scores):
             if values != sorted(values) or len(values) != len(found.energies):
                 raise BundleError(f"{self.path / 'calibration.json'}: energies and scores must be sorted and of equal number")
-        if found.score not in SCORES:
-            raise BundleError(f"{self.path / 'calibration.json'}: score must be one of {', '.join(SCORES)}")
         return found
+
+    def combination(self, precision: str = "fp32") -> Combination:
+        """Return the views of the OOD score in ``precision``, as fitted; raise BundleError for one that is unknown or was not stored."""
+        return load_views(self.path / "views.safetensors", precision, self.calibration(precision).views)
 
     def metrics(self) -> list[Row]:
         """Return the rows of metrics.json, or an empty list when the bundle was not evaluated; raise BundleError for an invalid row."""
@@ -261,45 +208,6 @@ def resolve(path: Path) -> Path:
     if (path / "current" / MANIFEST).is_file():
         return (path / "current").resolve()
     raise BundleError(f"{path} is neither a bundle (no {MANIFEST}) nor a store (no current/{MANIFEST})")
-
-
-def parse(kind: type[T], data: Any, where: str) -> T:
-    """Return ``data`` as the dataclass ``kind``.
-
-    Raises BundleError for unknown or missing keys, wrong types, and numbers beyond the ``Bounds`` that annotate their field.
-    """
-    if not isinstance(data, dict):
-        raise BundleError(f"{where}: expected an object, found {type(data).__name__}")
-    hints = get_type_hints(kind, include_extras=True)
-    unknown = sorted(set(data) - set(hints))
-    missing = sorted({f.name for f in fields(kind)} - set(data))  # type: ignore[arg-type]
-    if unknown or missing:
-        raise BundleError(f"{where}: unknown keys {unknown}, missing keys {missing}")
-    return kind(**{name: _value(hints[name], data[name], f"{where}: {name}") for name in hints})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if hasattr(hint, "__dataclass_fields__"):
-        return parse(hint, value, where)
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        number = _value(arguments[0], value, where)
-        if fault := arguments[1].fault(number):
-            raise BundleError(f"{where} {fault}")
-        return number
-    if origin is dict and isinstance(value, dict):
-        return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is list and isinstance(value, list):
-        if get_args(arguments[0])[:1] == (float,) and set(map(type, value)) == {float}:  # a calibration has ten thousand scores
-            bounds = get_args(arguments[0])[1]
-            if all(bounds.least <= number <= bounds.most for number in value):
-                return value
-        return [_value(arguments[0], item, where) for item in value]
-    if hint is Any or (isinstance(hint, type) and isinstance(value, hint) and not isinstance(value, bool)):
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
-        return float(value)
-    raise BundleError(f"{where}: {repr(value)[:40]} is not a {getattr(hint, '__name__', hint)}")
 
 
 def sha256(file: Path) -> str:

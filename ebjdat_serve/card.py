@@ -1,6 +1,7 @@
 """Text renderings of a bundle's JSON: the summary that `inspect` prints, and the title and tables of the model card."""
 
-from ebjdat_serve.bundle import Bundle, Manifest, network_name
+from ebjdat_serve.bundle import Bundle, network_name
+from ebjdat_serve.manifest import Manifest
 from ebjdat_serve.rows import Row
 from ebjdat_serve.sentences import data_words, protocol_words
 from ebjdat_serve.store import reason_held_back

@@ -1,12 +1,11 @@
 """Conditional generation: prior, Langevin steps along an engine's score, and the logits and energy of the delivered pixels."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ebjdat_serve import pixels
-from ebjdat_serve.engines import Engine, Floats, Labels
+from ebjdat_serve.engines import Engine, Floats, Labels, Outputs
 from ebjdat_serve.sgld import Chains, Prior, Sampler
 
 CHUNK = 16
@@ -32,11 +31,11 @@ def generate(engine: Engine, prior: Prior, sampler: Sampler, label: Labels, seed
         for i in range(0, len(label), CHUNK)
     ]
     image = pixels.to_bytes(np.concatenate(parts))
-    logits, energy = (np.concatenate(a) for a in zip(*classify_in_chunks(engine, pixels.to_unit(image)), strict=True))
-    return Samples(image, logits, energy)
+    found = classify_in_chunks(engine, pixels.to_unit(image))
+    return Samples(image, found.logits, found.energy)
 
 
-def classify_in_chunks(engine: Engine, image: Floats, size: int = 64) -> Iterator[tuple[Floats, Floats]]:
-    """Yield (logits, energy) of ``size`` images at a time."""
-    for start in range(0, len(image), size):
-        yield engine.classify(image[start : start + size])
+def classify_in_chunks(engine: Engine, image: Floats, size: int = 64) -> Outputs:
+    """Return logits, energy and features of at least one image, computed ``size`` at a time."""
+    parts = [engine.classify(image[start : start + size]) for start in range(0, len(image), size)]
+    return parts[0] if len(parts) == 1 else Outputs(*(np.concatenate(part) for part in zip(*parts, strict=True)))

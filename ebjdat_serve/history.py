@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ebjdat_serve.atomic import replacing
-from ebjdat_serve.bundle import Bundle, parse, read_json
+from ebjdat_serve.bundle import Bundle, read_json
 from ebjdat_serve.errors import BundleError, cause
+from ebjdat_serve.parsing import parse
 
 SERVED_FILE = "served.json"
 DATED = re.compile(r"(\d{4})\.(\d\d)\.(\d\d)\b.*")

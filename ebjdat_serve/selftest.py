@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.engines import Device, Engine, EngineKind, Precision, load_engine
+from ebjdat_serve.engines import Device, Engine, EngineKind, Outputs, Precision, load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.sgld import Chains, Prior, Sampler
 
@@ -39,7 +39,7 @@ def outputs(engine: Engine, image: np.ndarray, label: np.ndarray, functions: Seq
     """Return every output of an engine's ``functions`` on ``image`` and ``label``, and the images after two Langevin steps."""
     found: dict[str, np.ndarray] = {}
     if "classify" in functions:
-        found["logits"], found["energy"] = engine.classify(image)
+        found |= engine.classify(image)._asdict()
     if "score" in functions:
         found["score"], found["joint_energy"] = engine.score(image, label)
     if "step" in functions:
@@ -60,7 +60,7 @@ def verify(bundle: Bundle, engine: Engine, functions: Sequence[str] = FUNCTIONS)
         prior = Prior.load(bundle.path / "prior.safetensors")
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"{bundle.path}: selftest.safetensors or prior.safetensors cannot be read: {error}") from error
-    if missing := {"image", "label", "logits", "energy", "score", "joint_energy", "moved"} - set(expected):
+    if missing := {"image", "label", *Outputs._fields, "score", "joint_energy", "moved"} - set(expected):
         made = "the self-test was written by an earlier version; python export/to_onnx.py BUNDLE writes it again"
         raise BundleError(f"{bundle.path}: {made} ({', '.join(sorted(missing))} missing)")
     size, classes = (3, m.input.height, m.input.width), len(m.labels)

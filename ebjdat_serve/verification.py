@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from ebjdat_serve import selftest
-from ebjdat_serve.bundle import MANIFEST, Bundle, Calibration, resolve
+from ebjdat_serve.bundle import MANIFEST, Bundle, resolve
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Device, Engine, EngineKind, Precision, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.rows import Row, to_json
 from ebjdat_serve.scores import ood_score
 from ebjdat_serve.sgld import Chains, Prior

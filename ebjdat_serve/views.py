@@ -9,15 +9,19 @@ which is finite however strange the image. The terms of the views are added, and
 never combined. The correction by one is that of conformal p-values: a clean image's term exceeds t with probability exp(-t) at most.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.scores import DEFAULT, SCORES, ood_score
 
 Floats = NDArray[np.float32]
@@ -47,17 +51,17 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What views are fitted on: training images, and of the selection split; the head's weight (K, F) and bias (K,).
+    """What views are fitted on: what is seen of training images and of the selection split; a fit needs the images of neither.
 
-    ``handled`` are training images (M, 3, H, W), each as a recompression, a resize or the like left it: benign, though no clean image
-    looks so. Fits decide what is powerful; what a p-value speaks of is decided by the images of the calibration alone.
+    ``handled`` are the statistics (M, 5) of training images, each as a recompression, a resize or the like left it: benign, though no
+    clean image looks so. Fits decide what is powerful; what a p-value speaks of is decided by the images of the calibration alone.
+    ``budget``: the most bytes that a view of features may store.
     """
 
     training: Seen
     handled: Floats
     selection: Seen
-    weight: Floats
-    bias: Floats
+    budget: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -121,21 +125,37 @@ def distance(stored: Arrays, x: NDArray[Any]) -> Doubles:
 def fit_relative(known: Known) -> Arrays:
     """Return the Gaussian of all training features; and of each predicted class the mean, with the whitening of what is left.
 
-    No labels are needed. A class that is predicted for none of the training images has no mean.
+    No labels are needed. A class that is predicted for none of the training images has no mean. Features of so many dimensions that this
+    is beyond the budget are projected at random first.
     """
     x, predicted = known.training.features, known.training.logits.argmax(axis=1)
     classes, index = np.unique(predicted, return_inverse=True)
+    kept: dict[str, NDArray[Any]] = {}
+    if (d := dimensions(x.shape[1], len(classes), known.budget)) < x.shape[1]:
+        directions = np.random.default_rng(0).normal(size=(x.shape[1], d))
+        kept["projection"] = np.linalg.qr(directions)[0].astype(np.float16)
+        x = x @ kept["projection"].astype(np.float32)
     means = np.stack([x[predicted == y].mean(axis=0, dtype=np.float64) for y in classes])
     within = gaussian(x - means[index])["whitening"]
-    return {**gaussian(x), "within": within, "white_means": (means @ within).astype(np.float32)}
+    return {**kept, **gaussian(x), "within": within, "white_means": (means @ within).astype(np.float32)}
+
+
+def dimensions(features: int, classes: int, budget: float) -> int:
+    """Return how many of ``features`` dimensions ``fit_relative`` can keep within ``budget`` bytes, 0 if none."""
+
+    def cost(d: int) -> int:
+        return 4 * d * (1 + 2 * d + classes) + (2 * features * d if d < features else 0)
+
+    return features if cost(features) <= budget else max((d for d in range(features) if cost(d) <= budget), default=0)
 
 
 def relative(stored: Arrays, seen: Seen) -> Doubles:
     """Return the squared Mahalanobis distance to the nearest class less that to all training images (Ren et al., arXiv 2106.09022)."""
-    white = (seen.features @ stored["within"]).astype(np.float64)
+    x = seen.features @ stored["projection"] if "projection" in stored else seen.features
+    white = (x @ stored["within"]).astype(np.float64)
     means = stored["white_means"].astype(np.float64)
     squared = np.square(white).sum(axis=1)[:, None] - 2 * white @ means.T + np.square(means).sum(axis=1)
-    result: Doubles = squared.min(axis=1) - distance(stored, seen.features)
+    result: Doubles = squared.min(axis=1) - distance(stored, x)
     return result
 
 
@@ -172,11 +192,13 @@ def entropies(levels: NDArray[np.uint8]) -> Doubles:
 FAR = "how far its features lie from those of training images"
 VIEWS = {
     "logits": of_logits(DEFAULT, "the energy and the entropy of its class"),
+    "energy": of_logits("energy", "its energy"),
+    "max_softmax": of_logits("max_softmax", "how unsure its class is"),
     "features": View(relative, FAR, fit_relative, needs_features=True),
     "statistics": View(
         lambda stored, seen: distance(stored, statistics(seen.image)),
         "its contrast, brightness, edges or texture",
-        lambda known: gaussian(statistics(known.handled)),
+        lambda known: gaussian(known.handled),
     ),
     "neighbours": View(neighbours, FAR, fit_neighbours, needs_features=True),
     "gaussian": View(
@@ -186,14 +208,18 @@ VIEWS = {
 """The views that can be fitted and served, by name."""
 DEFAULT_VIEWS = ("statistics", "logits", "features")
 """docs/decisions/0025 says why these; where several are as strange as can be, the first is named."""
-LEAST_FOR_FEATURES = 500
-"""The fewest calibration images with which views of features are used."""
+LEAST_FOR_FEATURES, LEAST_DIMENSIONS = 500, 8
+"""The fewest calibration images, and dimensions of features within the budget, with which views of features are used."""
 
 
-def usable(names: Sequence[str], calibration_n: int, views: Mapping[str, View] = VIEWS) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return which of the named views are used with this many calibration images, and which are left out."""
-    out = tuple(name for name in names if views[name].needs_features and calibration_n < LEAST_FOR_FEATURES)
-    return tuple(name for name in names if name not in out), out
+def left_out(names: Sequence[str], calibration_n: int, d: int, views: Mapping[str, View] = VIEWS) -> dict[str, str]:
+    """Return which of the named views are not used, and why: with so many calibration images, and ``d`` dimensions within the budget."""
+    why = ""
+    if calibration_n < LEAST_FOR_FEATURES:
+        why = f"{calibration_n} calibration images; views of features need {LEAST_FOR_FEATURES}"
+    elif d < LEAST_DIMENSIONS:
+        why = f"a tenth of the weights' bytes holds {d} dimensions of features; {LEAST_DIMENSIONS} are the least"
+    return {name: why for name in names if why and views[name].needs_features}
 
 
 def rank_term(clean: NDArray[Any], score: NDArray[Any]) -> Doubles:
@@ -229,11 +255,17 @@ class Combination:
         arrays = [array for stored in self.stored.values() for array in stored.values()]
         return sum(array.nbytes for array in [*arrays, *self.clean.values()])
 
+    def raw(self, seen: Seen) -> Floats:
+        """Return each view's score, shape (N, V)."""
+        return np.stack([score_of(self.views[name], self.ready[name], seen) for name in self.stored], axis=1)
+
     def terms(self, seen: Seen) -> Doubles:
         """Return each view's term, shape (N, V), nats."""
-        return np.stack(
-            [rank_term(clean, score_of(self.views[name], self.ready[name], seen)) for name, clean in self.clean.items()], axis=1
-        )
+        return self.ranked(self.raw(seen))
+
+    def ranked(self, raw: Floats) -> Doubles:
+        """Return the term of each score (N, V), nats."""
+        return np.stack([rank_term(self.clean[name], column) for name, column in zip(self.stored, raw.T, strict=True)], axis=1)
 
     def score(self, terms: Doubles) -> Floats:
         """Return the OOD score: the sum of the terms, shape (N,), nats."""
@@ -242,8 +274,13 @@ class Combination:
 
     def why(self, terms: Doubles) -> list[str]:
         """Return the name of the view with the largest term of each image; of equal ones the first."""
-        names = list(self.clean)
+        names = list(self.stored)
         return [names[index] for index in terms.argmax(axis=1)]
+
+    def with_ranks_of(self, raw: Floats) -> "Combination":
+        """Return the same views with the ranks of clean images, whose scores (N, V) are given."""
+        clean = {name: np.sort(column) for name, column in zip(self.stored, raw.T, strict=True)}
+        return Combination(self.stored, clean, self.views)
 
 
 def score_of(view: View, stored: Arrays, seen: Seen) -> Floats:
@@ -252,10 +289,43 @@ def score_of(view: View, stored: Arrays, seen: Seen) -> Floats:
 
 
 def fit(names: Sequence[str], known: Known, views: Mapping[str, View] = VIEWS) -> Combination:
-    """Return the named views, fitted, with the ranks of the selection split. Raises EbjdatError for an unknown view."""
+    """Return the named views, fitted, without ranks. Raises EbjdatError for an unknown view."""
     if unknown := [name for name in names if name not in views]:
         raise EbjdatError(f"view {', '.join(unknown)} is unknown; this version knows {', '.join(views)}: calibrate again")
-    stored = {name: views[name].fit(known) for name in names}
-    fitted = Combination(stored, {}, {name: views[name] for name in names})
-    clean = {name: np.sort(score_of(views[name], fitted.ready[name], known.selection)) for name in names}
-    return Combination(stored, clean, fitted.views)
+    return Combination({name: views[name].fit(known) for name in names}, {}, {name: views[name] for name in names})
+
+
+# views.safetensors ---------------------------------------------------------------------------------------------------
+
+CLEAN = "clean"
+"""The name of a view's sorted clean scores among the arrays that it stores."""
+
+
+def save_views(file: Path, fitted: Mapping[str, Combination]) -> None:
+    """Write the views of each precision, tensors PRECISION.VIEW.ARRAY."""
+    tensors = {
+        f"{precision}.{name}.{key}": np.ascontiguousarray(array)
+        for precision, combination in fitted.items()
+        for name, stored in combination.stored.items()
+        for key, array in {**stored, CLEAN: combination.clean[name]}.items()
+    }
+    save_file(tensors, file)
+
+
+def load_views(file: Path, precision: str, names: Sequence[str], views: Mapping[str, View] | None = None) -> Combination:
+    """Return the named views of ``precision``; raise BundleError for a view that is unknown, or not stored whole."""
+    known = VIEWS if views is None else views
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{file} cannot be read: {error}") from error
+    if unknown := [name for name in names if name not in known]:
+        raise BundleError(f"{file}: view {unknown[0][:40]!r} is unknown; this version knows {', '.join(known)}: calibrate again")
+    if not names or len(set(names)) < len(names):
+        raise BundleError(f"{file}: the OOD score must be of one view or more, each once")
+    stored = {name: {key.rpartition(".")[2]: tensors[key] for key in tensors if key.startswith(f"{precision}.{name}.")} for name in names}
+    clean = {name: arrays.pop(CLEAN, np.empty(0, np.float32)) for name, arrays in stored.items()}
+    for name, values in clean.items():
+        if values.dtype != np.float32 or values.ndim != 1 or not len(values) or not (np.diff(values) >= 0).all():
+            raise BundleError(f"{file}: {precision}.{name}.{CLEAN} must be sorted scores of clean images, fp32: calibrate again")
+    return Combination(stored, clean, {name: known[name] for name in names})

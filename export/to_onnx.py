@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the graphs of a bundle: `python export/to_onnx.py BUNDLE`.
 
-    classify.onnx   image (N, 3, H, W) -> logits (N, K), energy (N,)
+    classify.onnx   image (N, 3, H, W) -> logits (N, K), energy (N,), features (N, F), which the head takes
     score.onnx      image, label (N,)  -> score (N, 3, H, W) = -dE(x,y)/dx, energy (N,); label -1 is the marginal
     step.onnx       image, label, key (N, 4, 4), step, step_size, grad_clip, noise_std (N,)
                     -> next_image, energy = E(x,y) before the step, next_step: one Langevin step, its noise made in the graph
@@ -43,7 +43,7 @@ OPSET = 20
 KINDS: dict[str, type[Function]] = {"classify": Classify, "score": Score, "step": Step}
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 NAMES: dict[type[Function], tuple[list[str], list[str]]] = {
-    Classify: (["image"], ["logits", "energy"]),
+    Classify: (["image"], ["logits", "energy", "features"]),
     Score: (["image", "label"], ["score", "energy"]),
     Step: (["image", "label", "key", "step", "step_size", "grad_clip", "noise_std"], ["next_image", "energy", "next_step"]),
 }

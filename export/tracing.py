@@ -26,11 +26,13 @@ class Function(nn.Module):
 
 
 class Classify(Function):
-    """image -> f(x), E(x); in fp32 with unfolded norms, which engines fold and quantisation needs."""
+    """image -> f(x), E(x), features; in fp32 with unfolded norms, which engines fold and quantisation needs."""
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(image) if self.dtype == torch.float32 else self.model.folded(self.dtype)(image)
-        return logits, energy(logits)
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        exact = self.dtype == torch.float32
+        features = self.model.features(image) if exact else self.model.folded_features(self.dtype)(image)
+        logits = self.model.head(features)
+        return logits, energy(logits), features
 
 
 class Score(Function):

@@ -90,14 +90,14 @@ def test_a_picture_of_the_models_size_is_read_as_it_is(page, test_images):
 
 
 def test_logits_and_energy_are_the_servers(page, engine, test_images):
-    logits, energy = engine.classify(pixels.to_unit(test_images[0][[CAT]]))
+    logits, energy, _ = engine.classify(pixels.to_unit(test_images[0][[CAT]]))
     assert near(page["classified"]["logits"], logits)
     assert near(page["classified"]["energy"], energy)
     assert np.argmax(page["classified"]["logits"]) == logits.argmax()
 
 
 def test_the_page_shows_what_the_server_would_say(page, shipped, engine, test_images):
-    logits, energy = engine.classify(pixels.to_unit(test_images[0][[CAT]]))
+    logits, energy, _ = engine.classify(pixels.to_unit(test_images[0][[CAT]]))
     calibration = shipped.calibration()
     detector = Detector(np.array(calibration.scores), 0.05)
     p_value = detector.p_value(ood_score(calibration.score, calibration.weight, logits))

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ebjdat_serve.bundle import MANIFEST, Bundle, Manifest, parse, resolve, sha256
+from ebjdat_serve.bundle import MANIFEST, Bundle, resolve, sha256
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.manifest import Manifest
+from ebjdat_serve.parsing import parse
 from ebjdat_serve.server.read.generate_request import find_label
 from ebjdat_serve.store import publish
 

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from ebjdat_serve.bundle import Input
+from ebjdat_serve.manifest import Input
 from ebjdat_serve.server import disconnects
 from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem

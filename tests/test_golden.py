@@ -58,7 +58,7 @@ def test_the_kept_digits_bundle_reaches_its_floors_and_is_what_its_figures_say(g
     bundle = Bundle.load(golden)
     reaches_its_floors(bundle)
     test = load("digits").test
-    logits, _ = OnnxEngine(bundle, "cpu").classify(to_unit(test.image))
+    logits, _, _ = OnnxEngine(bundle, "cpu").classify(to_unit(test.image))
     assert float((logits.argmax(axis=1) == test.label).mean()) == pytest.approx(metric(bundle, "accuracy_clean"))
 
 

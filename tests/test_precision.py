@@ -85,7 +85,7 @@ def test_int8_quantises_convolutions_alone(precise):
 
 def test_the_server_flags_with_the_precisions_own_threshold(precise, tmp_path):
     image = load("digits").test.image[:8]
-    expected = OnnxEngine(precise, "cpu", 1, "fp16").classify(to_unit(image))[1]
+    expected = OnnxEngine(precise, "cpu", 1, "fp16").classify(to_unit(image)).energy
     with serving(precise.path, tmp_path / "log", "--precision", "fp16", "--device", "cpu") as server:
         info = httpx2.get(f"{server.url}/info").json()
         assert (info["precision"], info["provider"]) == ("fp16", "CPUExecutionProvider")

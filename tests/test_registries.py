@@ -122,7 +122,7 @@ def test_a_network_of_another_family_is_trained_exported_and_served(monkeypatch,
     assert bundle.manifest.architecture == {"family": "tiny", "channels": 8}
     assert network_name(bundle.manifest.architecture) == "tiny 8"
     assert "tiny 8, input 8 x 8" in summary(bundle)
-    logits, _ = OnnxEngine(bundle, "cpu").classify(to_unit(data.test.image))
+    logits, _, _ = OnnxEngine(bundle, "cpu").classify(to_unit(data.test.image))
     with torch.no_grad():
         trained = build(architecture_of(bundle.manifest.architecture), 10, load_weights(weights))
         expected = trained(torch.from_numpy(to_unit(data.test.image))).numpy()

@@ -14,28 +14,32 @@ from benchmarks import view_figures as figured
 from benchmarks.view_images import BENIGN, BLURRED, proxies
 from benchmarks.view_tables import document
 from ebjdat_serve.detection import Detector
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.scores import SCORES, ood_score
 from ebjdat_serve.views import (
     DEFAULT_VIEWS,
     NEIGHBOUR_SHARE,
     VIEWS,
+    Combination,
     Known,
     Seen,
     View,
+    dimensions,
     distance,
     fit,
     fit_neighbours,
     fit_relative,
     gaussian,
+    left_out,
+    load_views,
     neighbours,
     of_logits,
     rank_term,
     relative,
+    save_views,
     score_of,
     statistics,
-    usable,
 )
 from tests.conftest import ROOT
 from training.evaluation.metrics import flag_rate_interval
@@ -56,8 +60,16 @@ def seen(n, seed, shift=0.0):
 
 
 HEAD = np.random.default_rng(9).normal(size=(K, F)).astype(np.float32)
-KNOWN = Known(seen(600, 0), seen(600, 0).image, seen(300, 1), HEAD, -3 * HEAD.sum(axis=1))
-FITTED = fit(list(VIEWS), KNOWN)
+KNOWN = Known(seen(600, 0), statistics(seen(600, 0).image), seen(300, 1))
+
+
+def ranked(names, known=KNOWN, views=VIEWS):
+    """Views, fitted, with the ranks of the selection split."""
+    found = fit(names, known, views)
+    return found.with_ranks_of(found.raw(known.selection))
+
+
+FITTED = ranked(list(VIEWS))
 
 
 @given(values, values)
@@ -157,9 +169,60 @@ def test_a_class_that_is_never_predicted_has_no_mean():
     assert np.isfinite(relative(stored, seen(9, 3))).all()
 
 
-def test_with_few_calibration_images_views_of_features_are_left_out():
-    assert usable(DEFAULT_VIEWS, 500) == (DEFAULT_VIEWS, ())
-    assert usable(DEFAULT_VIEWS, 499) == (("statistics", "logits"), ("features",))
+def test_with_few_calibration_images_or_little_room_views_of_features_are_left_out():
+    assert left_out(DEFAULT_VIEWS, 500, 8) == {}
+    assert left_out(DEFAULT_VIEWS, 499, 128) == {"features": "499 calibration images; views of features need 500"}
+    assert "holds 7 dimensions of features; 8 are the least" in left_out(DEFAULT_VIEWS, 2500, 7)["features"]
+
+
+@given(st.integers(1, 3000), st.integers(1, 1000), st.integers(0, 10**8))
+def test_no_more_dimensions_are_kept_than_the_budget_holds(f, classes, budget):
+    d = dimensions(f, classes, budget)
+    assert 0 <= d <= f
+
+    def cost(d):
+        return 4 * d + 8 * d * d + 4 * classes * d + (2 * f * d if d < f else 0)
+
+    assert cost(d) <= budget or d == 0
+    assert d == f or cost(d + 1) > budget
+
+
+def test_features_of_many_dimensions_are_projected_into_the_budget():
+    free, tight = fit_relative(KNOWN), fit_relative(replace(KNOWN, budget=1200))
+    assert "projection" not in free
+    assert tight["projection"].shape[1] == dimensions(F, len(free["white_means"]), 1200) < F
+    assert sum(array.nbytes for array in tight.values()) <= 1200
+    np.testing.assert_allclose(tight["projection"].astype(float).T @ tight["projection"], np.eye(tight["projection"].shape[1]), atol=2e-3)
+    turned = np.linalg.qr(np.random.default_rng(2).normal(size=(F, F)))[0].astype(np.float32)  # in another basis it is the same distance
+    asked = seen(20, 3)
+    basis = replace(KNOWN, training=replace(KNOWN.training, features=KNOWN.training.features @ turned), budget=1200)
+    assert np.isfinite(relative(fit_relative(basis), replace(asked, features=asked.features @ turned))).all()
+    strange = replace(asked, features=asked.features + 30)
+    assert relative(tight, strange).min() > relative(tight, asked).max()
+
+
+def test_fitted_views_are_read_as_they_were_written(tmp_path):
+    file, names = tmp_path / "views.safetensors", list(VIEWS)
+    save_views(file, {"fp32": FITTED, "int8": ranked(["logits"])})
+    found, asked = load_views(file, "fp32", names), seen(50, 11)
+    np.testing.assert_array_equal(found.terms(asked), FITTED.terms(asked))
+    assert list(load_views(file, "fp32", ["statistics", "logits"]).clean) == ["statistics", "logits"]
+    assert found.nbytes == FITTED.nbytes
+    for names, precision, said in (
+        (["logits", "nose"], "fp32", "view 'nose' is unknown"),
+        (["features"], "int8", r"int8\.features\.clean must be sorted"),
+        ([], "fp32", "one view or more"),
+        (["logits", "logits"], "fp32", "each once"),
+    ):
+        with pytest.raises(BundleError, match=said):
+            load_views(file, precision, names)
+    shuffled = Combination(FITTED.stored, {**FITTED.clean, "logits": FITTED.clean["logits"][::-1]}, FITTED.views)
+    save_views(file, {"fp32": shuffled})
+    with pytest.raises(BundleError, match="must be sorted"):
+        load_views(file, "fp32", ["logits"])
+    file.write_bytes(b"no tensors")
+    with pytest.raises(BundleError, match="cannot be read"):
+        load_views(file, "fp32", ["logits"])
 
 
 @settings(deadline=None)
@@ -210,7 +273,7 @@ def test_an_image_has_the_same_score_alone_and_in_a_batch():
 
 def test_the_sum_is_calibrated_as_one():
     """Terms may depend on each other as they like: false alarms of the sum are inside the interval."""
-    combination = fit(DEFAULT_VIEWS, KNOWN)
+    combination = ranked(DEFAULT_VIEWS)
     calibration, test = (combination.score(combination.terms(seen(1000, seed))) for seed in (6, 7))
     detector = Detector(np.sort(calibration).astype(np.float64), 0.05)
     low, high = flag_rate_interval(1000, 1000, 0.05)
@@ -218,7 +281,7 @@ def test_the_sum_is_calibrated_as_one():
 
 
 def test_each_view_speaks_of_what_it_sees():
-    combination = fit(["logits", "neighbours", "statistics"], KNOWN)
+    combination = ranked(["logits", "neighbours", "statistics"])
     plain = seen(30, 8)
     white = Seen(np.ones_like(plain.image), plain.features, plain.logits)
     # features turned away at the same logits: only the distance to neighbours changes
@@ -239,7 +302,7 @@ def test_of_equal_terms_the_first_view_speaks():
 
 def test_a_new_view_is_one_function():
     views = {**VIEWS, "redness": View(lambda stored, seen: seen.image[:, 0].mean(axis=(1, 2)).astype(np.float64), "how red it is")}
-    combination = fit(["logits", "redness"], KNOWN, views)
+    combination = ranked(["logits", "redness"], views=views)
     red = seen(5, 9)
     red.image[:] = np.array([1, 0, 0], np.float32)[:, None, None]
     assert combination.why(combination.terms(red)) == ["redness"] * 5
@@ -247,12 +310,15 @@ def test_a_new_view_is_one_function():
 
 
 def test_an_unknown_view_is_refused():
-    with pytest.raises(EbjdatError, match="view nose is unknown; this version knows logits, features, statistics, neighbours, gaussian"):
+    with pytest.raises(
+        EbjdatError,
+        match="view nose is unknown; this version knows logits, energy, max_softmax, features, ",
+    ):
         fit(["logits", "nose"], KNOWN)
 
 
 def test_bytes_are_counted():
-    combination = fit(["neighbours"], KNOWN)
+    combination = ranked(["neighbours"])
     assert combination.nbytes == 600 * F * 2 + 300 * 4
     assert combination.ready["neighbours"]["unit"].dtype == np.float32
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ebjdat_serve.bundle import Bundle, Calibration, write_json
+from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, check_editable, edit
 from ebjdat_serve.engines import Engine, Floats, Precision, load_engine
 from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
 from ebjdat_serve.scores import DEFAULT, SCORES, ood_score, score_named
 from training.card import rewrite

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ebjdat_serve.bundle import Bundle, Calibration, write_rows
+from ebjdat_serve.bundle import Bundle, write_rows
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.editing import FORCED, check_editable
@@ -25,6 +25,7 @@ from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
 from ebjdat_serve.rows import Images, Row, first

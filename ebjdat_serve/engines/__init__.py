@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,14 @@ Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
+class Outputs(NamedTuple):
+    """Logits f(x) (N, K), energy E(x) (N,), nats, and the features (N, F) that the head takes."""
+
+    logits: Floats
+    energy: Floats
+    features: Floats
+
+
 class Engine(Protocol):
     """The interface of a model for server, calibration and evaluation; images (N, 3, H, W) float32 in [0,1]."""
 
@@ -26,8 +34,8 @@ class Engine(Protocol):
     provider: str
     precision: Precision
 
-    def classify(self, image: Floats) -> tuple[Floats, Floats]:
-        """Return logits (N, K) and energy E(x) (N,), nats."""
+    def classify(self, image: Floats) -> Outputs:
+        """Return logits, energy and features."""
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.energy import energy, score
-from ebjdat_serve.engines import Device, Floats, Labels, Precision
+from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.networks import Network, architecture_of, build
 from ebjdat_serve.noise import normal
@@ -50,16 +50,19 @@ class TorchEngine:
         self.precision: Precision = precision
         self.provider = f"torch {torch.__version__} {self._device.type}"
         model = load_model(bundle).to(self._device)
-        self._fast = model.folded(DTYPES[precision])
+        self._fast, self._head = model.folded(DTYPES[precision]), model.head
         # fp32 stays unfolded: it is the reference of every other engine
-        self._model: Callable[[Tensor], Tensor] = model if precision == "fp32" else self._fast
+        exactly = precision == "fp32"
+        self._model: Callable[[Tensor], Tensor] = model if exactly else self._fast
+        self._features: Callable[[Tensor], Tensor] = model.features if exactly else model.folded_features(DTYPES[precision])
         self._walks: dict[tuple[int, ...], Walk] = {}
 
-    def classify(self, image: Floats) -> tuple[Floats, Floats]:
-        """Return logits (N, K) and energy E(x) (N,), nats."""
+    def classify(self, image: Floats) -> Outputs:
+        """Return logits, energy and features."""
         with self._lock(), torch.inference_mode():
-            logits = self._model(torch.from_numpy(image).to(self._device))
-            return logits.cpu().numpy(), energy(logits).cpu().numpy()
+            features = self._features(torch.from_numpy(image).to(self._device))
+            logits = self._head(features)
+            return Outputs(*(part.cpu().numpy() for part in (logits, energy(logits), features)))
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""

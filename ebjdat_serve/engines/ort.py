@@ -11,7 +11,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.engines import Device, Floats, Labels, Precision
+from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision
 from ebjdat_serve.engines.providers import BATCHES, CPU, GPU, TENSORRT, chosen, options_for
 from ebjdat_serve.errors import BundleError, EngineError
 from ebjdat_serve.listing import printable
@@ -89,10 +89,9 @@ class OnnxEngine:
         sessions = {name: self.__dict__[f"_{name}"] for name in ("classify", "score", "step") if f"_{name}" in self.__dict__}
         return {name: dict(_operators(session)) for name, session in sessions.items()}
 
-    def classify(self, image: Floats) -> tuple[Floats, Floats]:
-        """Return logits (N, K) and energy E(x) (N,), nats."""
-        logits, energy = self._classify.run(["logits", "energy"], {"image": image})
-        return logits, energy
+    def classify(self, image: Floats) -> Outputs:
+        """Return logits, energy and features."""
+        return Outputs(*self._classify.run(list(Outputs._fields), {"image": image}))
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""

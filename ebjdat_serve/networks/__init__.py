@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ebjdat_serve.bundle import parse
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.networks.network import Architecture, Network
 from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
+from ebjdat_serve.parsing import parse
 
 FAMILIES: dict[str, type[Architecture]] = {
     WideResNetArchitecture.family: WideResNetArchitecture,

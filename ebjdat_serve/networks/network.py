@@ -31,20 +31,32 @@ class Network(nn.Module, ABC):
 
     def logits(self, image: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the logits, features computed in ``dtype``."""
-        if dtype == torch.float32:
-            features = self.features(image)
-        else:
-            with torch.autocast(image.device.type, dtype):
-                features = self.features(image.contiguous(memory_format=torch.channels_last)).float()
-        logits: Tensor = self.head(features)
+        logits: Tensor = self.head(self.features_in(image, dtype))
         return logits
+
+    def features_in(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the features, computed in ``dtype``, in fp32."""
+        if dtype == torch.float32:
+            return self.features(image)
+        with torch.autocast(image.device.type, dtype):
+            return self.features(image.contiguous(memory_format=torch.channels_last)).float()
 
     def folded(self, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
         """Return x -> logits in ``dtype`` (by default that of ``autocast``) for samplers, attacks and graphs; eval mode is assumed.
 
-        A family may return a faster form. Parameters must not change while it is used, and receive no gradient.
+        Parameters must not change while it is used, and receive no gradient.
         """
-        return partial(self.logits, dtype=dtype or self.autocast or torch.float32)
+        features, head = self.folded_features(dtype or self.autocast or torch.float32), self.head
+
+        def forward(image: Tensor) -> Tensor:
+            logits: Tensor = head(features(image))
+            return logits
+
+        return forward
+
+    def folded_features(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """Return x -> features (N, F) in fp32, computed in ``dtype``; a family may return a faster form."""
+        return partial(self.features_in, dtype=dtype)
 
 
 class Architecture(ABC):

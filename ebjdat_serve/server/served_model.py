@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, Calibration, resolve
+from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, resolve
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.history import SERVED_FILE, read_history
+from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.rows import to_json
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import CURRENT, reason_held_back

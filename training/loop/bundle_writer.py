@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ebjdat_serve.bundle import Bundle, Input, Manifest, Provenance, sha256, write_json
+from ebjdat_serve.bundle import Bundle, sha256, write_json
+from ebjdat_serve.manifest import Input, Manifest, Provenance
 from ebjdat_serve.pixels import to_unit
 from export.reference import write_selftest
 from training.config import Preset, describe

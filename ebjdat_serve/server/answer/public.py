@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from ebjdat_serve.bundle import Input, Provenance
+from ebjdat_serve.manifest import Input, Provenance
 from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.answer.images import GenerateAnswer, Generated, GeneratePreviewEvent, PngHeaders
 from ebjdat_serve.server.answer.predictions import Classified, ClassifyAnswer, ClassifyList

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ebjdat_serve import __version__
-from ebjdat_serve.bundle import Input, Provenance
 from ebjdat_serve.decoding.header import Limits as ImageLimits
 from ebjdat_serve.decoding.judge import accepted
+from ebjdat_serve.manifest import Input, Provenance
 from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Settings

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 from pydantic_core import PydanticCustomError
 
 from ebjdat_serve.bounds import LONGEST_LABEL, class_number
-from ebjdat_serve.bundle import Manifest
+from ebjdat_serve.manifest import Manifest
 from ebjdat_serve.server.payloads import GenerateJob
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import parse_json, read_body

@@ -1,0 +1,105 @@
+"""What a bundle's JSON says: the manifest bundle.json, schema 2, and the calibrations of calibration.json."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from ebjdat_serve.bounds import COUNT, NATS, Bounds
+from ebjdat_serve.sgld import Sampler
+
+SCHEMA = 2
+YES = "yes"
+
+
+@dataclass(frozen=True)
+class Input:
+    """The input contract: how an image of any size becomes height x width pixels in [0,1].
+
+    Today's values of the rest are the only ones: squashed by area averaging, not cropped, not compressed again.
+    """
+
+    height: Annotated[int, Bounds(1, 4096)]
+    width: Annotated[int, Bounds(1, 4096)]
+    resize: Literal["squash"] = "squash"
+    filter: Literal["area"] = "area"
+    crop: Annotated[float, Bounds(1.0, 1.0)] = 1.0  # of the shorter side, about the centre
+    jpeg_quality: Annotated[int, Bounds(0, 0)] = 0  # of a recompression before anything else; 0: none
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What can be asked of a model: "yes", or the reason why it cannot."""
+
+    energy: str = YES
+    gradient: str = YES
+    generate: str = YES
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Under which licences code, weights and training data are, as SPDX names or in words; "unknown" where nobody has said."""
+
+    code: str = "unknown"
+    weights: str = "unknown"
+    data: str = "unknown"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the weights come from."""
+
+    git: str
+    preset: str
+    seed: Annotated[int, COUNT]
+    dataset: str
+    data_sha256: str
+    steps: Annotated[int, COUNT]
+    planned_steps: Annotated[int, COUNT]
+    rollbacks: Annotated[int, COUNT]
+    init_sha256: str
+    started: str
+    configuration: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """The expected size and sha256 of one file."""
+
+    sha256: str
+    bytes: Annotated[int, COUNT]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """bundle.json."""
+
+    name: str
+    version: str
+    architecture: dict[str, Any]  # family and the family's own sizes: ebjdat_serve.networks reads them
+    labels: list[str]
+    input: Input
+    sampler: Sampler
+    provenance: Provenance
+    files: dict[str, FileEntry]
+    output: Literal["logits"] = "logits"
+    capabilities: Capabilities = field(default_factory=Capabilities)
+    licence: Licence = field(default_factory=Licence)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Energies and OOD scores taken through one served graph, each sorted, and the temperature of p(y|x) (the others keep 1).
+
+    The OOD score, which ``suspicious`` thresholds, is the sum of the terms of ``views`` (views.safetensors has what they were fitted to).
+    The images are a split's, a share ``handled`` of them after a recompression, a resize or the like: p-values speak of that mixture.
+    """
+
+    of: str
+    precision: str
+    dataset: str
+    handled: Annotated[float, Bounds(0.0, 1.0)]
+    temperature: Annotated[float, Bounds(1e-3, 1e3)]
+    energies: list[Annotated[float, NATS]]
+    views: list[str]
+    left_out: dict[str, str]  # views that are not used, and why
+    scores: list[Annotated[float, NATS]]
