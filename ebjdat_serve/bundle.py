@@ -66,7 +66,7 @@ class Bundle:
         content = read_bytes(path / MANIFEST, LARGEST_MANIFEST)
         data = parse_json(content, path / MANIFEST)
         if isinstance(data, dict) and (schema := data.get("schema")) != SCHEMA:
-            fix = f"ebjdat-serve upgrade {path} converts it" if schema == 1 else "serve it with the version that wrote it"
+            fix = f"ebjdat-serve upgrade {path} NEW converts it" if schema == 1 else "serve it with the version that wrote it"
             raise BundleError(f"{path / MANIFEST}: schema {repr(schema)[:20]} is not {SCHEMA}, which this version reads; {fix}")
         manifest = parse(Manifest, data, str(path / MANIFEST))
         strange = [name for name in manifest.files if not NAME.fullmatch(name)]
@@ -87,11 +87,16 @@ class Bundle:
         return Bundle(path, manifest, hashlib.sha256(content).hexdigest())
 
     @property
+    def functions(self) -> tuple[str, ...]:
+        """Return the functions that the bundle is capable of: classify, and score and step if it has a gradient and generates."""
+        can = self.manifest.capabilities
+        return ("classify", *(["score"] if can.gradient == YES else []), *(["step"] if can.generate == YES else []))
+
+    @property
     def required(self) -> tuple[str, ...]:
         """Return the files without which the bundle is unfinished, by what it is capable of."""
-        can = self.manifest.capabilities
-        score = ("score.onnx",) if can.gradient == YES else ()
-        return (*SERVED, *score, *(("step.onnx", "prior.safetensors") if can.generate == YES else ()))
+        prior = ["prior.safetensors"] if "step" in self.functions else []
+        return (*SERVED, *(graph_name(function, "fp32") for function in self.functions if function != "classify"), *prior)
 
     @property
     def served(self) -> str:

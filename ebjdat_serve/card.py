@@ -1,7 +1,7 @@
 """Text renderings of a bundle's JSON: the summary that `inspect` prints, and the title and tables of the model card."""
 
 from ebjdat_serve.bundle import Bundle, network_name
-from ebjdat_serve.manifest import Manifest
+from ebjdat_serve.manifest import YES, Manifest
 from ebjdat_serve.rows import Row
 from ebjdat_serve.sentences import data_words, protocol_words
 from ebjdat_serve.store import reason_held_back
@@ -19,12 +19,15 @@ def summary(bundle: Bundle) -> str:
         f"  trained       preset {p.preset}, seed {p.seed}, {p.dataset}, git {p.git[:12]}, {p.started}",
         f"  steps         {p.steps} of {p.planned_steps} planned, rolled back {p.rollbacks} times",
     ]
+    reasons = [f"no {name}: {why}" for name, why in vars(m.capabilities).items() if why != YES]
+    lines += [f"  capable       {'; '.join(reasons) or 'of energy, gradient and generation'}"]
+    lines += [f"  licence       {', '.join(f'{what} {name}' for what, name in vars(m.licence).items())}"]
     if reason := reason_held_back(bundle.path):
         lines.append(f"  candidate     held back, not served: {reason}")
     if "calibration.json" in m.files:
         c = bundle.calibration()
         lines.append(
-            f"  calibration   n = {len(c.energies)} ({c.dataset}), temperature {c.temperature:.3f}, score {c.score}, {c.precision}"
+            f"  calibration   n = {len(c.scores)} ({c.dataset}), temperature {c.temperature:.3f}, {c.precision}, views {', '.join(c.views)}"
         )
     lines.append("  files")
     lines += [f"    {name:24}{entry.bytes:>10} bytes  sha256 {entry.sha256[:16]}" for name, entry in m.files.items()]

@@ -73,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sign_parser.add_argument("bundle", type=Path)
     sign_parser.add_argument("--key", type=Path, required=True)
     sign_parser.set_defaults(command=sign)
+    upgrade_parser = commands.add_parser("upgrade", help="convert a bundle that an earlier version wrote, in a new folder")
+    upgrade_parser.add_argument("old", type=Path, help="a bundle of schema 1, or a store")
+    upgrade_parser.add_argument("new", type=Path, help="a folder that does not exist yet")
+    upgrade_parser.set_defaults(command=upgrade)
     for sub in (publish_parser, rollback_parser, sign_parser):
         add_arguments(sub, VERIFIED_BY)
     key_commands.add(commands)
@@ -165,6 +169,17 @@ def sign(options: argparse.Namespace) -> None:
     from ebjdat_serve import store
 
     print(f"signed: {store.sign(options.bundle, options.key, terms(options))}")
+
+
+def upgrade(options: argparse.Namespace) -> None:
+    """Convert a bundle of an earlier schema."""
+    from ebjdat_serve.upgrade import upgrade
+
+    done = upgrade(options.old, options.new)
+    print(f"{done.path} is {done.manifest.name}@{done.manifest.version}, schema {done.manifest.schema}")
+    calibration = done.calibration()
+    for name, why in calibration.left_out.items():
+        print(f"without the view {name}: {why.replace('BUNDLE', str(done.path))}")
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -95,6 +95,54 @@ def varint(message: memoryview, at: int) -> tuple[int, int]:
     raise ValueError("a number is too long")
 
 
+def with_features(data: bytes, where: str) -> bytes:
+    """Return an ONNX model whose graph also gives ``features``: what the operator that makes ``logits`` takes first.
+
+    The bytes of the model stay as they are but for an operator Identity and an output, both added at the end of the graph. Raises
+    BundleError for a graph without such an operator.
+    """
+    graph = next((value for number, value in fields(memoryview(data)) if number == 7), memoryview(b""))
+    for number, node in fields(graph):
+        if number == 1:
+            said: dict[int, list[str]] = {1: [], 2: []}  # names of inputs and outputs
+            for kind, name in fields(node):
+                if kind in said:
+                    said[kind].append(str(name, "utf-8"))
+            if "logits" in said[2] and said[1]:
+                identity = field(1, said[1][0].encode()) + field(2, b"features") + field(4, b"Identity")
+                output = field(1, b"features") + field(2, field(1, b"\x08\x01"))  # a tensor of floats
+                grown = bytes(graph) + field(1, identity) + field(12, output)
+                return b"".join(field(7, grown) if number == 7 else raw for number, raw in whole_fields(memoryview(data)))
+    raise BundleError(f"{where} has no operator that makes logits")
+
+
+def field(number: int, content: bytes) -> bytes:
+    """Return a field of a protobuf message that has a length."""
+    return as_varint(number << 3 | 2) + as_varint(len(content)) + content
+
+
+def as_varint(value: int) -> bytes:
+    """Return a number in seven bits a byte."""
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def whole_fields(message: memoryview) -> Iterator[tuple[int, bytes]]:
+    """Yield number and bytes of each field of a message that ``fields`` has read, in order."""
+    at = 0
+    while at < len(message):
+        begin = at
+        tag, at = varint(message, at)
+        size = 0
+        if tag & 7 in (0, 2):
+            size, at = varint(message, at)
+        at += {0: 0, 1: 8, 2: size, 5: 4}[tag & 7]
+        yield tag >> 3, bytes(message[begin:at])
+
+
 def check_graph(file: Path, allowed: Collection[str]) -> None:
     """Raise BundleError when a graph takes tensors from a file not in ``allowed``, or runs a compiled engine."""
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ebjdat_serve import selftest
 from ebjdat_serve.bundle import MANIFEST, Bundle, resolve
@@ -18,8 +19,8 @@ from ebjdat_serve.engines import Device, Engine, EngineKind, Precision, load_eng
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.rows import Row, to_json
-from ebjdat_serve.scores import ood_score
 from ebjdat_serve.sgld import Chains, Prior
+from ebjdat_serve.views import Combination, Seen
 
 DEEPEST = 64
 """Levels of nesting in a bundle's JSON; pydantic writes 255."""
@@ -46,7 +47,7 @@ class Opened:
     """A bundle open in an engine: its prior, and the relative error of each output of the self-test."""
 
     engine: Engine
-    prior: Prior
+    prior: Prior | None  # where steps were asked for and the bundle has them
     errors: dict[str, float]
 
 
@@ -56,6 +57,7 @@ class Verified:
 
     bundle: Bundle
     calibration: Calibration
+    combination: Combination
     detector: Detector
     rows: list[Row]
     opened: Opened | None
@@ -64,7 +66,8 @@ class Verified:
 def verified(path: Path, terms: Terms, functions: Sequence[str] = (), *, key: str = "") -> Verified:
     """Return the bundle at ``path``, a bundle or a store, after every check that serving it by ``terms`` needs.
 
-    The engine is opened for ``functions`` (classify, score, step), self-tested and run once; without any, only the files are checked.
+    The engine is opened for ``functions`` (classify, score, step), as far as the bundle has them, self-tested and run once; without any,
+    only the files are checked.
     ``key`` is the ``Bundle.served`` that the bundle must have. Raises BundleError; EbjdatError for an alpha that the calibration cannot
     serve; EngineError for an engine that cannot run here.
     """
@@ -94,18 +97,22 @@ def _verified(folder: Path, terms: Terms, functions: Sequence[str], key: str) ->
     check_json(asdict(bundle.manifest), f"{folder / MANIFEST}")
     check_json([calibration.dataset, *map(to_json, rows)], f"{folder}: calibration.json or metrics.json")
     detector = Detector(np.asarray(calibration.scores), terms.alpha)
-    opened = _opened(bundle, calibration, terms, functions) if functions else None
-    return Verified(bundle, calibration, detector, rows, opened)
+    combination = bundle.combination(terms.precision)
+    opened = _opened(bundle, combination, terms, functions) if functions else None
+    return Verified(bundle, calibration, combination, detector, rows, opened)
 
 
-def _opened(bundle: Bundle, calibration: Calibration, terms: Terms, functions: Sequence[str]) -> Opened:
+def _opened(bundle: Bundle, combination: Combination, terms: Terms, functions: Sequence[str]) -> Opened:
     """Open the engine, replay the self-test, and run what a worker runs: one blank image, and one chain of the last class."""
+    m = bundle.manifest
+    functions = [function for function in functions if function in bundle.functions]
     engine = load_engine(bundle, terms.engine, terms.device, terms.threads, terms.precision)
     errors = selftest.verify(bundle, engine, functions)
-    prior, m = Prior.load(bundle.path / "prior.safetensors"), bundle.manifest
-    logits, energy = engine.classify(np.zeros((1, 3, m.input.height, m.input.width), np.float32))
-    found = [logits, energy, ood_score(calibration.score, calibration.weight, logits)]
-    if "step" in functions:
+    blank = np.zeros((1, 3, m.input.height, m.input.width), np.float32)
+    seen = engine.classify(blank)
+    found: list[NDArray[Any]] = [*seen, combination.terms(Seen(blank, seen.features, seen.logits))]
+    prior = Prior.load(bundle.path / "prior.safetensors") if "step" in functions else None
+    if prior:
         found.append(engine.advance(Chains.start(prior, m.sampler, np.array([len(m.labels) - 1]), seed=0), 1).image)
     if not all(np.isfinite(values).all() for values in found):
         raise BundleError(f"{bundle.path}: a blank image or a first step gives values that are not finite")

@@ -192,8 +192,6 @@ def entropies(levels: NDArray[np.uint8]) -> Doubles:
 FAR = "how far its features lie from those of training images"
 VIEWS = {
     "logits": of_logits(DEFAULT, "the energy and the entropy of its class"),
-    "energy": of_logits("energy", "its energy"),
-    "max_softmax": of_logits("max_softmax", "how unsure its class is"),
     "features": View(relative, FAR, fit_relative, needs_features=True),
     "statistics": View(
         lambda stored, seen: distance(stored, statistics(seen.image)),
@@ -204,6 +202,8 @@ VIEWS = {
     "gaussian": View(
         lambda stored, seen: distance(stored, seen.features), FAR, lambda known: gaussian(known.training.features), needs_features=True
     ),
+    "energy": of_logits("energy", "its energy"),
+    "max_softmax": of_logits("max_softmax", "how unsure its class is"),
 }
 """The views that can be fitted and served, by name."""
 DEFAULT_VIEWS = ("statistics", "logits", "features")
@@ -219,7 +219,7 @@ def left_out(names: Sequence[str], calibration_n: int, d: int, views: Mapping[st
         why = f"{calibration_n} calibration images; views of features need {LEAST_FOR_FEATURES}"
     elif d < LEAST_DIMENSIONS:
         why = f"a tenth of the weights' bytes holds {d} dimensions of features; {LEAST_DIMENSIONS} are the least"
-    return {name: why for name in names if why and views[name].needs_features}
+    return {name: why for name in names if why and name in views and views[name].needs_features}
 
 
 def rank_term(clean: NDArray[Any], score: NDArray[Any]) -> Doubles:
@@ -304,7 +304,7 @@ CLEAN = "clean"
 def save_views(file: Path, fitted: Mapping[str, Combination]) -> None:
     """Write the views of each precision, tensors PRECISION.VIEW.ARRAY."""
     tensors = {
-        f"{precision}.{name}.{key}": np.ascontiguousarray(array)
+        f"{precision}.{name}.{key}": np.array(array, order="C")
         for precision, combination in fitted.items()
         for name, stored in combination.stored.items()
         for key, array in {**stored, CLEAN: combination.clean[name]}.items()

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Calibrate a bundle (calibration.json): `python training/calibrate.py BUNDLE`.
+"""Calibrate a bundle (calibration.json, views.safetensors): `python training/calibrate.py BUNDLE`.
 
-Clean energies and scores are computed by the served engine on images decoded by the server's decoder; the temperature of
-p(y|x), and the weight of a score that has one, are fitted on the selection split.
+The views of the OOD score are fitted on training images; their ranks, and the temperature of p(y|x), are of the selection split; their
+sum is calibrated on the calibration split. All is computed by the served engine on images decoded by the server's decoder. Ranks and
+calibration are of a mixture: half of the images lightly handled, recompressed, resized or the like (docs/decisions/0025).
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,60 +16,111 @@ import numpy as np
 from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, check_editable, edit
-from ebjdat_serve.engines import Engine, Floats, Precision, load_engine
+from ebjdat_serve.engines import Engine, Floats, Outputs, Precision, load_engine
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
-from ebjdat_serve.scores import DEFAULT, SCORES, ood_score, score_named
+from ebjdat_serve.views import DEFAULT_VIEWS, VIEWS, Combination, Known, Seen, dimensions, fit, left_out, load_views, save_views, statistics
 from training.card import rewrite
 from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset
 from training.evaluation.metrics import fit_temperature
+from training.evaluation.rows import SEED
+from training.evaluation.shifts import UNTOUCHED, handled
 
 log = logging.getLogger("training")
+FITTED, FITTED_HANDLED = 20_000, 10_000
+"""Training images that views are fitted on at most, and handled ones."""
+HANDLED_BYTES = 2**28
+"""Bytes of handled images at most: large ones are fewer."""
+CHUNK = 256
+"""Images that are looked at together."""
 
 
-def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", score: str | None = None) -> Bundle:
-    """Record the calibration split's energies and scores and the temperature in ``precision``; other precisions are kept.
+def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", views: Sequence[str] | None = None) -> Bundle:
+    """Record the views' fits, the sums on the calibration split and the temperature in ``precision``; other precisions are kept.
 
-    Without a ``score`` fp32's is used, so that every precision flags by the same score; calibrations by another score are dropped.
+    Without ``views`` fp32's are used, so that every precision flags by the same views; calibrations by other views are dropped.
     """
     check_data(bundle, data)
     engine = load_engine(bundle, "auto", "cpu", 1, precision)
-    known = {row.precision: row.score for row in bundle.calibrations() if bundle.holds(row.of)}
-    score = score or (known.get("fp32", DEFAULT) if precision != "fp32" else DEFAULT)
-    clean, energies = served(engine, data.calibration.image)
-    logits, _ = served(engine, data.selection.image)
-    weight = score_named(score).fit(logits)
+    rows = [row for row in bundle.calibrations() if bundle.holds(row.of)]
+    known = {row.precision: (*row.views, *row.left_out) for row in rows}
+    names = tuple(views or (known.get("fp32", DEFAULT_VIEWS) if precision != "fp32" else DEFAULT_VIEWS))
+    clean = served(engine, data.selection.image)
+    combination, out = fitted(engine, data, names, clean.logits, bundle.manifest.files["weights.safetensors"].bytes / 10)
+    combination = combination.with_ranks_of(looked(engine, combination, handled(data.selection.image, 1))[1])
+    energies, raw = looked(engine, combination, handled(data.calibration.image, 2))
     calibration = Calibration(
         of=bundle.measured(precision),
         precision=precision,
         dataset=f"{data.name} calibration split",
-        temperature=fit_temperature(logits, data.selection.label),
+        handled=1 - UNTOUCHED,
+        temperature=fit_temperature(clean.logits, data.selection.label),
         energies=sorted(float(value) for value in energies),
-        score=score,
-        weight=weight,
-        scores=sorted(float(value) for value in ood_score(score, weight, clean)),
+        views=list(combination.stored),
+        left_out=out,
+        scores=sorted(float(value) for value in combination.score(combination.ranked(raw))),
     )
-    kept = [row for row in bundle.calibrations() if row.precision != precision and bundle.holds(row.of)]
-    others = [row for row in kept if row.score == score]
+    kept = [row for row in rows if row.precision != precision]
+    others = [row for row in kept if row.views == calibration.views]
     if lost := sorted({row.precision for row in kept} - {row.precision for row in others}):
-        log.warning("dropped calibrations by another score: %s; training/precision.py calibrates again", ", ".join(lost))
+        log.warning("dropped calibrations by other views: %s; training/precision.py calibrates again", ", ".join(lost))
+    file = bundle.path / "views.safetensors"
+    save_views(file, {**{row.precision: load_views(file, row.precision, row.views) for row in others}, precision: combination})
     write_json(bundle.path / "calibration.json", [asdict(row) for row in sorted([calibration, *others], key=lambda row: row.precision)])
-    return bundle.update("calibration.json")
+    return bundle.update("calibration.json", file.name)
+
+
+def fitted(engine: Engine, data: Dataset, names: Sequence[str], selection: Floats, budget: float) -> tuple[Combination, dict[str, str]]:
+    """Return the views, fitted but without ranks, and which of ``names`` are left out, and why.
+
+    ``selection`` are the logits of the selection split, ``budget`` the bytes that a view of features may store.
+    """
+    chosen = np.sort(np.random.default_rng(SEED).permutation(len(data.train))[:FITTED])
+    n, width = len(data.calibration), engine.classify(to_unit(data.train.image[:1])).features.shape[1]
+    out = left_out(names, n, dimensions(width, len(data.names), budget))
+    used = [name for name in names if name not in out]
+    featured = any(VIEWS[name].needs_features for name in used if name in VIEWS)
+    training = outputs(engine, data.train.image[chosen]) if featured else engine.classify(to_unit(data.train.image[:1]))
+    some = chosen[: min(FITTED_HANDLED, HANDLED_BYTES // data.train.image[0].nbytes)]
+    lightly = [statistics(to_unit(part)) for part in parts(handled(data.train.image[some], 0, untouched=0.0))]
+    none = np.empty((0, 3, *data.size), np.float32)
+    seen = Seen(none, training.features, training.logits)
+    known = Known(seen, np.concatenate(lightly), Seen(none, np.empty((0, width), np.float32), selection), budget)
+    return fit(used, known), out
+
+
+def looked(engine: Engine, combination: Combination, image: Pixels) -> tuple[Floats, Floats]:
+    """Return energies (N,) and each view's scores (N, V) of uint8 images (N, H, W, 3)."""
+    energies, raw = [], []
+    for part in parts(image):
+        unit = to_unit(part)
+        found = classify_in_chunks(engine, unit)
+        energies.append(found.energy)
+        raw.append(combination.raw(Seen(unit, found.features, found.logits)))
+    return np.concatenate(energies), np.concatenate(raw)
+
+
+def outputs(engine: Engine, image: Pixels) -> Outputs:
+    """Return what the engine says of uint8 images (N, H, W, 3)."""
+    return Outputs(*map(np.concatenate, zip(*(classify_in_chunks(engine, to_unit(part)) for part in parts(image)), strict=True)))
+
+
+def parts(image: Pixels) -> list[Pixels]:
+    """Return images in chunks."""
+    return [image[i : i + CHUNK] for i in range(0, len(image), CHUNK)]
 
 
 def carded(bundle: Bundle) -> Bundle:
-    """Return the bundle with its card, if it has one, written again, since it names the score of the flag."""
+    """Return the bundle with its card, if it has one, written again, since it names the views of the flag."""
     return rewrite(bundle) if "README.md" in bundle.manifest.files else bundle
 
 
-def served(engine: Engine, image: Pixels) -> tuple[Floats, Floats]:
-    """Return logits (N, K) and energy (N,) of uint8 images (N, H, W, 3), encoded as PNG and decoded by the server's decoder."""
+def served(engine: Engine, image: Pixels) -> Outputs:
+    """Return what the engine says of uint8 images (N, H, W, 3), encoded as PNG and decoded by the server's decoder."""
     height, width = image.shape[1:3]
-    decoded = np.stack([decode(encode_png(one), height, width) for one in image])
-    logits, energy = (np.concatenate(part) for part in zip(*classify_in_chunks(engine, to_unit(decoded)), strict=True))
-    return logits, energy
+    return outputs(engine, np.stack([decode(encode_png(one), height, width) for one in image]))
 
 
 def main() -> None:
@@ -75,16 +128,18 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
-    parser.add_argument("--score", choices=SCORES, default=DEFAULT, help="score of the suspicious flag (%(default)s)")
+    parser.add_argument("--views", nargs="+", choices=VIEWS, default=DEFAULT_VIEWS, help="views of the OOD score (%(default)s)")
     parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):
         data = dataset_of(check_editable(options.bundle, force=options.force), options.data)
-        done = edit(options.bundle, lambda draft: carded(calibrate(draft, data, score=options.score)), force=options.force)
+        done = edit(options.bundle, lambda draft: carded(calibrate(draft, data, views=options.views)), force=options.force)
         calibration = done.calibration()
         energies = calibration.energies
-        score = f"score {calibration.score}, weight {calibration.weight:.3f}"
-        print(f"{len(energies)} energies, median {np.median(energies):.3f} nats; temperature {calibration.temperature:.3f}; {score}")
+        named = f"views {', '.join(calibration.views)}"
+        print(f"{len(energies)} energies, median {np.median(energies):.3f} nats; temperature {calibration.temperature:.3f}; {named}")
+        for name, why in calibration.left_out.items():
+            print(f"without {name}: {why}")
         print(f"into {done.path / 'calibration.json'}")
 
 

@@ -25,15 +25,14 @@ from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
-from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
 from ebjdat_serve.rows import Images, Row, first
-from ebjdat_serve.scores import ood_score
 from ebjdat_serve.selftest import PROBE
 from ebjdat_serve.sentences import protocol_words
 from ebjdat_serve.sgld import Chains
 from ebjdat_serve.store import next_revision, publish, scratch, store_of
+from ebjdat_serve.views import Seen
 from export.to_int8 import write_int8
 from export.to_onnx import write
 from training.calibrate import calibrate
@@ -151,9 +150,9 @@ def reference(bundle: Bundle, data: Dataset, amounts: Amounts) -> Reference:
             raise BundleError(f"--{what} {given}, of {len(data.test)} test images: at least {least} are needed")
     engine, test = load_engine(bundle, "auto", "cpu", 1), data.test.first(amounts.n)
     image, label, eps = to_unit(test.image), test.label, ball_of(data.name).linf
-    logits, energy = through(engine, image)
+    logits, energy, _ = classify_in_chunks(engine, image)
     adversarial = transferred(bundle, image[: amounts.attacked], label[: amounts.attacked], eps)
-    right_adversarial = right(through(engine, adversarial)[0], label[: amounts.attacked])
+    right_adversarial = right(classify_in_chunks(engine, adversarial).logits, label[: amounts.attacked])
     square = square_survivors(engine, image[: amounts.square], label[: amounts.square], eps, amounts.queries)
     return Reference(engine, image, label, logits, energy, adversarial, right_adversarial, square, eps)
 
@@ -174,14 +173,15 @@ def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference
     def row(metric: str, value: float, n: int, images: Images = where, of: str = bundle.measured(precision), **more: Any) -> Row:
         return number(f"{metric}_{precision}", value, n, images, of, precision=precision, provider=low.provider, **more)
 
-    f_low, e_low = through(low, image)
+    found = classify_in_chunks(low, image)
+    f_low, e_low, _ = found
     yield row("logit_error_max", np.abs(f_low - f).max() / np.abs(f).max(), len(f))
     yield row("energy_error_max", np.abs(e_low - e).max(), len(e))
     yield row("energy_error_mean_over_sd", np.abs(e_low - e).mean() / e.std(), len(e))
     yield row("label_disagreement", (f_low.argmax(1) != f.argmax(1)).mean(), len(f))
     yield from costs(row, "accuracy_clean", right(f, label), right(f_low, label), where)
 
-    survivors = right(through(low, fp32.adversarial)[0], label[: len(fp32.adversarial)])
+    survivors = right(classify_in_chunks(low, fp32.adversarial).logits, label[: len(fp32.adversarial)])
     threat: dict[str, Any] = {"norm": "linf", "eps": fp32.eps}
     images = replace(where, attack="transfer", surrogate="fp32", steps=20, iterate="last", **threat)
     yield from costs(row, "accuracy_pgd20_transfer", fp32.right_adversarial, survivors, images)
@@ -194,13 +194,14 @@ def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference
     yield row("step_error_max", apart, 32, replace(where, steps=PROBE.steps), of=bundle.manifest.files[step].sha256)
 
     calibration = bundle.calibration(precision)
-    rate = flag_rate(calibration, f_low)
+    seen = Seen(image, found.features, found.logits)
+    rate = flag_rate(bundle, precision, seen)
     bounds = flag_rate_interval(len(calibration.scores), len(e), ALPHA)
     low_bound, high_bound = (float(bound) for bound in bounds)
     own: dict[str, Any] = {"alpha": ALPHA, "calibration": precision, "expected": (low_bound, high_bound)}
     yield row("flag_rate_clean", rate, len(e), **own)
     yield row("flag_rate_excess", max(low_bound - rate, rate - high_bound, 0.0), len(e), **own)
-    by_fp32 = flag_rate(bundle.calibration(), f_low)
+    by_fp32 = flag_rate(bundle, "fp32", seen)
     yield row("flag_rate_clean_fp32_threshold", by_fp32, len(e), alpha=ALPHA, calibration="fp32")
     if precision != "bf16":
         yield row("graph_bytes", bundle.graph("classify", precision).stat().st_size, 1)
@@ -208,16 +209,10 @@ def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference
         yield row(f"ratio_classify_batch{batch}", speed_ratio(fp32.engine, low, image[:batch]), TIMES, batch=batch, threads=1)
 
 
-def through(engine: Engine, image: Floats) -> tuple[Floats, Floats]:
-    """Return logits and energies of images (N, 3, H, W) from an engine."""
-    logits, energy = (np.concatenate(part) for part in zip(*classify_in_chunks(engine, image), strict=True))
-    return logits, energy
-
-
-def flag_rate(calibration: Calibration, logits: Floats) -> float:
-    """Return the share of images that a calibration flags at ALPHA."""
-    flagged = Detector(np.asarray(calibration.scores), ALPHA)
-    return float(flagged.suspicious(flagged.p_value(ood_score(calibration.score, calibration.weight, logits))).mean())
+def flag_rate(bundle: Bundle, precision: Precision, seen: Seen) -> float:
+    """Return the share of images that the calibration of ``precision`` flags at ALPHA."""
+    combination, detector = bundle.combination(precision), Detector(np.asarray(bundle.calibration(precision).scores), ALPHA)
+    return float(detector.suspicious(detector.p_value(combination.score(combination.terms(seen)))).mean())
 
 
 def costs(row: Callable[..., Row], metric: str, before: np.ndarray, after: np.ndarray, images: Images) -> Iterator[Row]:
@@ -249,7 +244,7 @@ def square_survivors(engine: Engine, image: Floats, label: Labels, eps: float, q
     from pyautoattack.square import SquareAttack
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(through(engine, x.contiguous().numpy())[0])
+        return torch.from_numpy(classify_in_chunks(engine, x.contiguous().numpy()).logits)
 
     attack = SquareAttack(ask, "Linf", queries, eps, seed=SEED, device="cpu")
     x, y = torch.from_numpy(image), torch.from_numpy(label)

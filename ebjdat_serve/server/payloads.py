@@ -24,6 +24,7 @@ class Predictions:
     p_value: NDArray[np.float64]
     suspicious: NDArray[np.bool_]
     top: NDArray[np.int64]  # (n, TOP), classes, the likeliest first
+    why: NDArray[np.int64]  # the view of the OOD score with the largest term, by its place in the calibration
 
     def __getitem__(self, rows: slice) -> "Predictions":
         return Predictions(*(array[rows] for array in vars(self).values()))

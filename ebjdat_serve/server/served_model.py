@@ -55,6 +55,9 @@ def open_bundle(path: Path, settings: Settings, store: Path | None = None) -> Se
         raise BundleError(f"{folder} is a candidate and is not served: {reason}; ebjdat-serve publish {folder} STORE --force publishes it")
     trust = settings.trusted()
     found = verified(folder, settings.terms(trust))
+    if settings.generate_workers and "step" not in found.bundle.functions:
+        why = found.bundle.manifest.capabilities.generate
+        raise BundleError(f"{folder} cannot generate: {why}; serve --generate-workers 0 serves the rest")
     if store and trust and (reason := read_history(store).superseded(found.bundle)):
         raise BundleError(f"{folder}: {reason}; ebjdat-serve rollback {store} {folder.name} --allow-older has it served")
     return ServedModel(found.bundle.served, found.bundle, found.calibration, [to_json(row) for row in found.rows])

@@ -80,7 +80,7 @@ class GenerateAnswers:
         """Return the answer with format=json, also the data of the last event of a stream."""
         job = self.job
         probability = result.predictions.probability[:, job.label].tolist()
-        rows = zip(result.image, probability, flags(result.predictions), range(job.seed, job.seed + job.n), strict=True)
+        rows = zip(result.image, probability, flags(result.predictions, self.model), range(job.seed, job.seed + job.n), strict=True)
         images = [
             Generated(class_=job.label, label=self.label, probability=p, **flag, seed=seed, png=self._base64(image, [seed]))
             for image, p, flag, seed in rows

@@ -19,12 +19,13 @@ class Candidate(Schema):
 
 
 class Flag(Schema):
-    """E(x), the outlier score that the bundle was calibrated with, its conformal p-value, and whether that is below alpha."""
+    """E(x), the OOD score, its conformal p-value, whether that is below alpha, and the view that spoke."""
 
     energy: Annotated[float, Field(description="E(x) = -logsumexp of the logits, nats; lower = likelier")]
-    suspicion: Annotated[float, Field(description="the calibrated score, nats; high = unlike the data; /info says which score")]
+    suspicion: Annotated[float, Field(description="the OOD score, a sum of views, nats; high = unlike the data; /info names the views")]
     p_value: Annotated[float, Field(description="(1 + clean calibration scores >= this one) / (n + 1)")]
     suspicious: Annotated[bool, Field(description="p_value < alpha")]
+    why: Annotated[str, Field(description="the view that finds the image strangest: a reason where it is suspicious")]
 
 
 class Classified(Flag, Candidate):
@@ -63,28 +64,30 @@ class EnergyList(Schema):
     model: str
 
 
-def flags(predictions: Predictions) -> Iterator[dict[str, Any]]:
+def flags(predictions: Predictions, model: ServedModel) -> Iterator[dict[str, Any]]:
     """Yield the fields of each image's Flag, which Predictions has under the same names."""
     columns = (getattr(predictions, name).tolist() for name in Flag.model_fields)
-    return (dict(zip(Flag.model_fields, row, strict=True)) for row in zip(*columns, strict=True))
+    views = model.calibration.views
+    return (dict(zip(Flag.model_fields, (*row, views[view]), strict=True)) for *row, view in zip(*columns, strict=True))
 
 
-def classified(predictions: Predictions, labels: list[str]) -> Iterator[dict[str, Any]]:
+def classified(predictions: Predictions, model: ServedModel) -> Iterator[dict[str, Any]]:
     """Yield the fields of each image's Classified, classes the likeliest first."""
-    for classes, probability, flag in zip(predictions.top.tolist(), predictions.probability.tolist(), flags(predictions), strict=True):
-        top = [Candidate(class_=i, label=labels[i], probability=probability[i]) for i in classes]
+    rows = zip(predictions.top.tolist(), predictions.probability.tolist(), flags(predictions, model), strict=True)
+    for classes, probability, flag in rows:
+        top = [Candidate(class_=i, label=model.labels[i], probability=probability[i]) for i in classes]
         yield {**vars(top[0]), **flag, "top": top}
 
 
-def energies(predictions: Predictions) -> Iterator[dict[str, Any]]:
+def energies(predictions: Predictions, model: ServedModel) -> Iterator[dict[str, Any]]:
     """Yield the fields of each image's Energies."""
     joint_energy = predictions.joint_energy.tolist()
-    return ({**flag, "joint_energy": row} for flag, row in zip(flags(predictions), joint_energy, strict=True))
+    return ({**flag, "joint_energy": row} for flag, row in zip(flags(predictions, model), joint_energy, strict=True))
 
 
 def classify_answer(predictions: Predictions, listed: bool, model: ServedModel, alpha: float) -> ClassifyAnswer | ClassifyList:
     """Return the answer of /classify to one image, or to a list."""
-    rows = classified(predictions, model.labels)
+    rows = classified(predictions, model)
     if listed:
         return ClassifyList(results=[Classified(**row) for row in rows], alpha=alpha, model=model.name)
     return ClassifyAnswer(**next(rows), alpha=alpha, model=model.name)
@@ -92,7 +95,7 @@ def classify_answer(predictions: Predictions, listed: bool, model: ServedModel, 
 
 def energy_answer(predictions: Predictions, listed: bool, model: ServedModel, alpha: float) -> EnergyAnswer | EnergyList:
     """Return the answer of /energy to one image, or to a list."""
-    rows = energies(predictions)
+    rows = energies(predictions, model)
     if listed:
         return EnergyList(results=[Energies(**row) for row in rows], alpha=alpha, model=model.name)
     return EnergyAnswer(**next(rows), alpha=alpha, model=model.name)

@@ -7,7 +7,7 @@ from pydantic import Field
 from ebjdat_serve import __version__
 from ebjdat_serve.decoding.header import Limits as ImageLimits
 from ebjdat_serve.decoding.judge import accepted
-from ebjdat_serve.manifest import Input, Provenance
+from ebjdat_serve.manifest import Capabilities, Input, Licence, Provenance
 from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Settings
@@ -28,13 +28,14 @@ class Index(Schema):
 
 
 class CalibrationInfo(Schema):
-    """What ``suspicious`` is decided by."""
+    """What ``suspicious`` is decided by: the OOD score's views, those left out with the reason, and the images that p-values speak of."""
 
     n: int
     of: str
     dataset: str
-    score: str
-    weight: float
+    handled: Annotated[float, Field(description="share of these images that were lightly handled: recompressed, resized or the like")]
+    views: list[str]
+    left_out: dict[str, str]
 
 
 class ClientLimitsInfo(Schema):
@@ -104,6 +105,8 @@ class Info(Schema):
     input: Input
     sampler: Sampler
     provenance: Provenance
+    capabilities: Capabilities
+    licence: Licence
     engine: str
     provider: Annotated[str, Field(description="absent until a worker is ready")] = ""
     precision: Annotated[str, Field(description="absent until a worker is ready")] = ""
@@ -135,14 +138,17 @@ def info_answer(
         input=manifest.input,
         sampler=manifest.sampler,
         provenance=manifest.provenance,
+        capabilities=manifest.capabilities,
+        licence=manifest.licence,
         **engine_info,
         alpha=s.alpha,
         calibration=CalibrationInfo(
             n=len(calibration.scores),
             of=calibration.of,
             dataset=calibration.dataset,
-            score=calibration.score,
-            weight=calibration.weight,
+            handled=calibration.handled,
+            views=calibration.views,
+            left_out=calibration.left_out,
         ),
         limits=LimitsInfo(
             body_bytes=s.max_body,

@@ -9,13 +9,13 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.detection import probabilities
-from ebjdat_serve.engines import Floats
 from ebjdat_serve.generation import classify_in_chunks
-from ebjdat_serve.scores import ood_score
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.payloads import TOP, Predictions
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.sgld import Prior
 from ebjdat_serve.verification import verified
+from ebjdat_serve.views import Seen
 
 
 class Model:
@@ -24,27 +24,30 @@ class Model:
     def __init__(self, folder: Path, settings: Settings, functions: Sequence[str] = ("classify",), key: str = "") -> None:
         found = verified(folder, settings.terms(), functions, key=key)  # its signature was checked when ``key`` was read
         assert found.opened
-        self.bundle, self.calibration, self.detector = found.bundle, found.calibration, found.detector
-        self.engine, self.prior = found.opened.engine, found.opened.prior
+        self.bundle, self.calibration = found.bundle, found.calibration
+        self.combination, self.detector = found.combination, found.detector
+        self.engine, self._prior = found.opened.engine, found.opened.prior
+
+    @property
+    def prior(self) -> Prior:
+        """Return where chains start; a model that was opened to step has it."""
+        assert self._prior
+        return self._prior
 
     def engine_info(self) -> dict[str, str]:
         """Return engine, provider and precision."""
         return {"engine": self.engine.name, "provider": self.engine.provider, "precision": self.engine.precision}
 
-    def forward(self, image: pixels.Pixels) -> tuple[Floats, Floats]:
-        """Return logits (n, K) and energy (n,) of pixels (n, H, W, 3)."""
-        parts = classify_in_chunks(self.engine, pixels.to_unit(image))
-        logits, energy = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return logits, energy
-
     def predict(self, image: pixels.Pixels) -> Predictions:
         """Return the predictions for pixels (n, H, W, 3)."""
-        logits, energy = self.forward(image)
-        scores = ood_score(self.calibration.score, self.calibration.weight, logits)
+        unit = pixels.to_unit(image)
+        logits, energy, features = classify_in_chunks(self.engine, unit)
+        terms = self.combination.terms(Seen(unit, features, logits))
+        scores = self.combination.score(terms)
         p_value = self.detector.p_value(scores)
         probability = probabilities(logits, self.calibration.temperature)
         top = np.argsort(-probability, axis=1, kind="stable")[:, :TOP]
-        return Predictions(probability, -logits, energy, scores, p_value, self.detector.suspicious(p_value), top)
+        return Predictions(probability, -logits, energy, scores, p_value, self.detector.suspicious(p_value), top, terms.argmax(axis=1))
 
 
 @dataclass(frozen=True)
