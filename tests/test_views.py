@@ -310,10 +310,7 @@ def test_a_new_view_is_one_function():
 
 
 def test_an_unknown_view_is_refused():
-    with pytest.raises(
-        EbjdatError,
-        match="view nose is unknown; this version knows logits, energy, max_softmax, features, ",
-    ):
+    with pytest.raises(EbjdatError, match="view nose is unknown; this version knows logits, features, statistics, neighbours, gaussian"):
         fit(["logits", "nose"], KNOWN)
 
 
