@@ -4,7 +4,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import beta, kstest
+from torch import nn
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.detection import Detector
@@ -12,7 +14,11 @@ from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.reach import Policy, Reason, cut, margin, p_values, reach_score, search, two_likeliest
 from ebjdat_serve.server.settings import SHIPPED
+from training.evaluation.attacks import Pgd
+from training.evaluation.evaluated_model import open_module
 from training.evaluation.metrics import flag_rate_interval
+from training.evaluation.reach import EvadeReach, Points, Rejecter, Searched, Walked, aurc, evades, rankings
+from training.methods.adversary import Threat
 
 SHAPE = (3, 2, 2)
 R = 2 / 255
@@ -256,3 +262,87 @@ def test_views_of_different_images_are_refused():
         Policy.calibrated({"ood": np.zeros(10), "margin": np.zeros(12)}, 0.5)
     with pytest.raises(EbjdatError, match="not of none"):
         Policy.calibrated({}, 0.5)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+EPS = 0.02
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """Return a linear model of two classes as the evaluation opens it, its images, their margins and the margin's slope."""
+    model, image = linear(2, seed=5)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.from_numpy(model.weight))
+        net[1].bias.copy_(torch.from_numpy(model.bias))
+    return open_module("linear", net, "linear"), image, margin(model.classify(image)[0]), np.abs(model.weight[1] - model.weight[0]).sum()
+
+
+def rejecter(radius=0.0, least=0.0, room=1e6):
+    return Rejecter(least, "energy", 0.0, room, 1.0, radius)
+
+
+def test_tasks_measure_what_the_served_functions_say(subject):
+    opened, image, margins, slope = subject
+    model, _ = linear(2, seed=5)
+    label = np.zeros(len(image), np.int64)
+    found = {**Walked().run(opened, image, label), **Searched(0.01).run(opened, image, label)}
+    assert found["slope"] == pytest.approx(slope, rel=1e-5)
+    assert found["reach"] == pytest.approx(reach_score(model, image), abs=1e-5)
+    assert found["stable"].tolist() == search(model, image, 0.01).tolist()
+    values = rankings(found, "energy", 0.0)
+    assert values["margin_over_slope"] == pytest.approx(-margins / slope, abs=1e-6)  # float32
+    assert values["unstable"].tolist() == (margins <= 0.01 * slope).tolist()
+    assert all(len(value) == len(image) for value in values.values())
+
+
+def test_points_are_where_the_attack_ends(subject):
+    opened, image, _, _ = subject
+    label = opened.logits(image).argmax(axis=1)
+    attack = Pgd(Threat("linf", EPS), leave=False)
+    made = Points(attack).run(opened, image, label)
+    assert 0 < np.abs(made["image"] - image).max() <= EPS + 1e-6
+    assert np.array_equal(made["logits"], attack.run(opened, image, label)["logits"])
+
+
+@pytest.mark.parametrize(("objective", "start"), [("alone", "image"), ("worst", "uniform"), ("sum", "image")])
+@pytest.mark.parametrize("radius", [0.0, EPS / 4, EPS / 2])
+@pytest.mark.parametrize("least", [0.0, 0.05])
+def test_the_adaptive_attack_of_a_linear_model_reaches_all_that_can_be_reached(subject, objective, start, radius, least):
+    opened, image, margins, slope = subject
+    label = opened.logits(image).argmax(axis=1)
+    found = EvadeReach(Threat("linf", EPS), rejecter(radius, least), objective, start=start).run(opened, image, label)
+    assert np.abs(found["image"] - image).max() <= EPS + 1e-6
+    # the far corner of the ball is EPS * slope beyond the image: accepted there if the boundary lies further back than radius and margin
+    depth = EPS * slope - margins
+    reachable = (depth > radius * slope) & (depth >= least) & (depth > 0)
+    near = np.abs(depth - max(radius * slope, least)) < 0.01
+    assert (found["holds"] == ~reachable)[~near].all()
+    assert 0 < found["holds"].sum() < len(image)
+
+
+def test_the_search_gives_what_robust_accuracy_at_eps_less_its_radius_gives_and_no_more(subject):
+    opened, image, margins, slope = subject
+    label = opened.logits(image).argmax(axis=1)
+    for radius in (EPS / 4, EPS / 2):
+        holds = EvadeReach(Threat("linf", EPS), rejecter(radius), "worst").run(opened, image, label)["holds"]
+        assert holds.sum() == pytest.approx((margins > (EPS - radius) * slope).sum(), abs=1)
+
+
+def test_what_is_rejected_evades_nothing(subject):
+    opened, image, _, _ = subject
+    wrong = 1 - opened.logits(image).argmax(axis=1)
+    assert evades(opened, image, wrong, rejecter()).all()
+    assert not evades(opened, image, 1 - wrong, rejecter()).any()
+    assert not evades(opened, image, wrong, rejecter(room=-1e6)).any()
+    assert evades(opened, image, wrong, rejecter(0.01)).tolist() == Searched(0.01).run(opened, image, wrong)["stable"].tolist()
+
+
+def test_the_area_under_the_risk_coverage_curve_by_hand():
+    wrong = np.array([False, True, False, True])
+    assert aurc(np.array([0.0, 3.0, 1.0, 2.0]), wrong) == pytest.approx((0 + 0 + 1 / 3 + 2 / 4) / 4)
+    assert aurc(np.array([3.0, 0.0, 2.0, 1.0]), wrong) == pytest.approx((1 + 1 + 2 / 3 + 2 / 4) / 4)
+    assert aurc(np.zeros(4), wrong) == pytest.approx(0.5)
+    assert aurc(np.array([0.0, 1.0, 1.0, 2.0]), wrong) == pytest.approx((0 + 0.25 + 1 / 3 + 0.5) / 4)  # the order of the pair is chance
