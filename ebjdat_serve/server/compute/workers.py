@@ -151,7 +151,7 @@ class GenerateWorker(Worker):
     """Moves the chains of all its tasks, a turn at a time, and receives messages between two turns."""
 
     kind = "generate"
-    functions = ("classify", "step")
+    functions = ("classify", "score", "step")
 
     def work(self) -> None:
         """Serve until the HTTP process closes the connection."""
