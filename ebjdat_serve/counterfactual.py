@@ -7,14 +7,14 @@ nearer (docs/decisions/0026). The ascent ends at the first image of class t; bis
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat_serve.batch import Batch
 from ebjdat_serve.detection import probabilities
-from ebjdat_serve.engines import Engine, Floats, Labels
+from ebjdat_serve.engines import Floats, Labels
 
 Norm = Literal["l2", "linf"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
@@ -45,11 +45,11 @@ def length(delta: Floats, linf: Mask) -> Floats:
     return result
 
 
-def steepest(gradient: Floats, linf: Mask) -> Floats:
+def steepest(slope: Floats, linf: Mask) -> Floats:
     """Return the direction (N, 3, H, W) of norm 1 in which each gradient climbs most: g / ||g||, in l-inf its sign; 0 of 0."""
-    norm = length(gradient, np.zeros(len(gradient), np.bool_))
-    unit = gradient / np.maximum(_each(norm), TINY)
-    return np.where(_each(linf), np.sign(gradient), unit).astype(np.float32)
+    norm = length(slope, np.zeros(len(slope), np.bool_))
+    unit = slope / np.maximum(_each(norm), TINY)
+    return np.where(_each(linf), np.sign(slope), unit).astype(np.float32)
 
 
 def project(delta: Floats, radius: Floats, linf: Mask) -> Floats:
@@ -128,7 +128,17 @@ def _of(values: Floats, label: Labels) -> Floats:
     return values[np.arange(len(label)), label]
 
 
-def advance(engine: Engine, searches: Searches, steps: int) -> Searches:
+class Differentiable(Protocol):
+    """What a search needs of an Engine."""
+
+    def classify(self, image: Floats) -> tuple[Floats, Floats]:
+        """Return logits (N, K) and energy E(x) (N,), nats."""
+
+    def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
+        """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,)."""
+
+
+def advance(engine: Differentiable, searches: Searches, steps: int) -> Searches:
     """Return ``searches`` after ``steps`` steps each, those that are over as they were."""
     for _ in range(steps):
         going = np.flatnonzero(searches.step < LONGEST)
@@ -143,7 +153,7 @@ def advance(engine: Engine, searches: Searches, steps: int) -> Searches:
     return searches
 
 
-def search_step(engine: Engine, s: Searches) -> Searches:
+def search_step(engine: Differentiable, s: Searches) -> Searches:
     """Return searches that are not over after one step each: of the ascent until an image of the target is found, then a bisection."""
     image = s.image.copy()
     if len(climb := np.flatnonzero(~s.found)):
@@ -169,13 +179,17 @@ def search_step(engine: Engine, s: Searches) -> Searches:
     )
 
 
-def ascend(engine: Engine, s: Searches) -> Floats:
+def ascend(engine: Differentiable, s: Searches) -> Floats:
     """Return x <- Pi(x + eta g / ||g||), (N, 3, H, W)."""
-    gradient = engine.score(s.image, s.target)[0] - engine.score(s.image, s.rival)[0]
     eta = s.radius * np.float32(REACH / STEPS)
-    moved: Floats = s.image + _each(eta) * steepest(gradient, s.linf)
+    moved: Floats = s.image + _each(eta) * steepest(gradient(engine, s), s.linf)
     result: Floats = (s.origin + project(moved - s.origin, s.radius, s.linf)).clip(0, 1)
     return result
+
+
+def gradient(engine: Differentiable, s: Searches) -> Floats:
+    """Return df(x)[t]/dx - df(x)[r]/dx, (N, 3, H, W)."""
+    return engine.score(s.image, s.target)[0] - engine.score(s.image, s.rival)[0]
 
 
 def measures(s: Searches, image: Floats, logits: Floats) -> Floats:
@@ -184,7 +198,7 @@ def measures(s: Searches, image: Floats, logits: Floats) -> Floats:
     return np.stack([_of(probability, s.target), _of(probability, s.source), length(delta, ~linf), length(delta, linf)], axis=1)
 
 
-def counterfactuals(engine: Engine, origin: Floats, target: Labels | None = None, **how: Any) -> Searches:
+def counterfactuals(engine: Differentiable, origin: Floats, target: Labels | None = None, **how: Any) -> Searches:
     """Return finished searches from images (N, 3, H, W) in whole levels; without ``target``, (N,), for the runner-up of each."""
     logits, _ = engine.classify(origin)
     wanted = rivals(logits, logits.argmax(axis=1)) if target is None else target

@@ -96,6 +96,9 @@ def attack_words(row: Images) -> str:
             return ""
         case "pgd":
             parts = [attack_name(row) + (f" on {OBJECTIVES[row.objective]}" if row.objective else ""), threat]
+        case "counterfactual":
+            least = f", with probability {row.probability:g} or more" if row.probability is not None else ""
+            parts = [f"the nearest image of the {row.objective}{least}, {row.steps} steps in the ball", threat]
         case "square":
             parts = [f"Square on the served model, {row.queries} queries", threat]
         case "transfer":
@@ -282,6 +285,12 @@ DEFINITIONS: dict[str, Callable[[Row], str]] = {
     },
     "accuracy_with_rejection": constant("no misclassified, unflagged point of the ball was found"),
     "accuracy_at_half_eps": constant("a detector robust at eps implies some classifier robust at eps/2 (arXiv 2107.11630); this one under"),
+    "explanation_valid": constant("share of images for which one was found"),
+    "explanation_l1_median": constant("of those found, pixels of [0,1]"),
+    "explanation_l2_median": constant("of those found, pixels of [0,1]"),
+    "explanation_agreement_oracle": lambda row: (
+        f"of those found, takes them for the class; {observed(row, 'before'):.3f} before the change"
+    ),
     "inception_score": lambda row: f"mean of {row.splits} splits",
     **of_every(
         "frechet_infinity_{}",

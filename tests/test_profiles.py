@@ -140,7 +140,7 @@ def test_a_key_of_scope_operate_is_told_everything(tmp_path, picture):
 
 
 def test_an_endpoint_without_a_public_answer_is_refused_and_an_answer_without_one_is_not_sent(public):
-    assert [one.path for one in ENDPOINTS if not one.public] == ["/energy"]
+    assert [one.path for one in ENDPOINTS if not one.public] == ["/energy", "/explain"]
     with pytest.raises(KeyError):
         told(Load.model_construct(), "public")
     assert Settings(profile="public").profile_for({"scopes": frozenset({"classify", "operate"})}) == "full"

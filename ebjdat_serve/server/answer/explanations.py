@@ -12,8 +12,7 @@ from ebjdat_serve import __version__, pixels
 from ebjdat_serve.counterfactual import STEPS, Norm
 from ebjdat_serve.server.answer import Attributed, Schema
 from ebjdat_serve.server.answer.predictions import Candidate, Classified, classified
-from ebjdat_serve.server.payloads import Explanation
-from ebjdat_serve.server.read.explain_request import ExplainRequest
+from ebjdat_serve.server.payloads import ExplainJob, Explanation
 from ebjdat_serve.server.served_model import ServedModel
 
 ORIGIN = "AI-generated: a counterfactual, the input changed until the model takes it for another class"
@@ -90,7 +89,8 @@ class ExplainAnswers:
     """Makes the answers to one request to /explain."""
 
     model: ServedModel
-    wanted: ExplainRequest
+    job: ExplainJob
+    scale: int
     alpha: float
 
     def document(self, found: Explanation) -> ExplainAnswer:
@@ -101,8 +101,8 @@ class ExplainAnswers:
             **self._search(found),
             input=Classified(**before),
             counterfactual=Classified(**after),
-            norm=self.wanted.query.norm,
-            radius=self.wanted.radius,
+            norm=self.job.norm,
+            radius=self.job.radius,
             path=list(tried(found)),
             png=self._base64(found.image[1], found),
             strip=self._base64(self._strip(found), found),
@@ -141,7 +141,7 @@ class ExplainAnswers:
         return {"valid": found.valid, "to": to, "distance": distances(found)}
 
     def _strip(self, found: Explanation) -> pixels.Pixels:
-        return pixels.grid(np.concatenate([found.image, difference(found)[0][np.newaxis]]), self.wanted.query.scale, columns=3)
+        return pixels.grid(np.concatenate([found.image, difference(found)[0][np.newaxis]]), self.scale, columns=3)
 
     def _base64(self, image: pixels.Pixels, found: Explanation) -> str:
         return base64.b64encode(self._png(image, found)).decode()

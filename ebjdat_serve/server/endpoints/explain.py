@@ -39,7 +39,7 @@ async def explain(service: Service, request: Request) -> Response:
         queue.admit(client, job)
         pending = PendingRequest(model.key, EXPLAIN.name, job, request, client, deadline)
         stack.enter_context(queue.waiting(pending))
-        answers = ExplainAnswers(model, wanted, settings.alpha)
+        answers = ExplainAnswers(model, job, wanted.query.scale, settings.alpha)
         if wanted.query.stream:
             sent = events(service, queue, pending, opening="searching", preview=answers.preview, done=answers.document)
             return EventStream(sent, stack.pop_all())
