@@ -106,6 +106,15 @@ def test_the_document_is_that_of_the_profile(public, picture):
     assert httpx2.get(f"{public.url}/").json()["paths"] == ["/classify", "/generate?class=3", "/health", "/info", "/docs"]
 
 
+def test_explanations_are_no_part_of_it(public, picture):
+    """They are adversarial images, made on demand, with energies and exact probabilities."""
+    refused = httpx2.post(f"{public.url}/explain", content=picture)
+    assert refused.status_code == 403
+    detail = "/explain is not part of serve --profile public: it takes a key of scope operate and explain"
+    assert refused.json()["detail"] == detail
+    assert "/explain" not in httpx2.get(f"{public.url}/openapi.json").json()["paths"]
+
+
 STATIC = {"x-content-type-options", "x-frame-options"}
 
 
