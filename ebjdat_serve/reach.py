@@ -13,13 +13,13 @@ None of them is a proof, and none is a defence against an attacker who knows it 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat_serve.detection import p_value
-from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.engines import Differentiable, Floats, Labels
 from ebjdat_serve.errors import EbjdatError
 
 Scores = NDArray[np.float64]
@@ -30,16 +30,6 @@ RADIUS = 2 / 255
 """Of the search, l-inf, pixels of [0,1]."""
 STEP_OVER_RADIUS = 2.5
 """The search's steps together over its radius: enough to cross the ball and to turn."""
-
-
-class Differentiable(Protocol):
-    """The part of an engine that walk and search use."""
-
-    def classify(self, image: Floats) -> tuple[Floats, ...]:
-        """Return logits (N, K) first."""
-
-    def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
-        """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,)."""
 
 
 def margin(logits: Floats) -> Floats:

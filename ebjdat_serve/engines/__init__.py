@@ -27,6 +27,16 @@ class Outputs(NamedTuple):
     features: Floats
 
 
+class Differentiable(Protocol):
+    """The part of an engine that searches in image space use."""
+
+    def classify(self, image: Floats) -> tuple[Floats, ...]:
+        """Return logits (N, K) first."""
+
+    def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
+        """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,)."""
+
+
 class Engine(Protocol):
     """The interface of a model for server, calibration and evaluation; images (N, 3, H, W) float32 in [0,1]."""
 

@@ -19,7 +19,7 @@ from litserve.loops import LitLoop
 
 from ebjdat_serve import logs
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.scheduling import ChainGroup, Policy, Scheduler
+from ebjdat_serve.scheduling import Group, Policy, Scheduler
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.compute.generate_task import ChainTask
 from ebjdat_serve.server.compute.model import Model, Operation
@@ -151,13 +151,13 @@ class GenerateWorker(Worker):
     """Moves the chains of all its tasks, a turn at a time, and receives messages between two turns."""
 
     kind = "generate"
-    functions = ("classify", "step")
+    functions = ("classify", "score", "step")
 
     def work(self) -> None:
         """Serve until the HTTP process closes the connection."""
         self.scheduler = Scheduler()
         self.tasks: dict[int, ChainTask] = {}
-        self.numbers: dict[ChainGroup, int] = {}
+        self.numbers: dict[Group[Any], int] = {}
         self.rate, self.steps_taken, self.rate_since = 0.0, 0, time.monotonic()
         super().work()
 
@@ -180,7 +180,7 @@ class GenerateWorker(Worker):
         if not self.scheduler.groups:
             return
         for moved in self.scheduler.advance():
-            self.steps_taken += moved.steps * len(moved.rows)
+            self.steps_taken += moved.work
             number = self.numbers[moved.group]
             task = self.tasks[number]
             task.finish(moved.finished)
