@@ -11,13 +11,14 @@ None of them is a proof, and none is a defence against an attacker who knows it 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebjdat_serve.batch import Batch
 from ebjdat_serve.detection import p_value
 from ebjdat_serve.engines import Differentiable, Floats, Labels
 from ebjdat_serve.errors import EbjdatError
@@ -28,6 +29,8 @@ STEP_SIZE = 2 / 255
 """Of the walk, pixels of [0,1]."""
 RADIUS = 2 / 255
 """Of the search, l-inf, pixels of [0,1]."""
+REVIEW_SHARE = 0.05
+"""Share of clean images that goes to review where nobody says another."""
 STEP_OVER_RADIUS = 2.5
 """The search's steps together over its radius: enough to cross the ball and to turn."""
 
@@ -99,6 +102,72 @@ def search(
     return stable
 
 
+# Walk and search in steps --------------------------------------------------------------------------------------------
+
+CHECK_COST = 4
+"""Langevin steps that a step of a check costs: the gradients of two logits at the walk and at the search, and a forward pass of both."""
+
+
+@dataclass(frozen=True)
+class Checks(Batch):
+    """The complete state of N checks: a walk and a search from the same image, of as many steps."""
+
+    origin: Floats  # (N, 3, H, W) in [0,1]
+    first: Labels  # (N,) predicted class
+    second: Labels  # (N,) runner-up
+    radius: Floats  # (N,) of the search
+    size: Floats  # (N,) step size of the search
+    image: Floats  # (N, 3, H, W): where the walk is
+    searched: Floats  # (N, 3, H, W): where the search is
+    rival: Labels  # (N,) the likeliest class there but the first
+    reach: Floats  # (N,) f_second - f_first where the walk is, nats
+    stable: NDArray[np.bool_]  # (N,) the search has found no other label
+    step: Labels  # (N,)
+
+    moving: ClassVar[tuple[str, ...]] = ("image", "searched", "rival", "reach", "stable", "step")
+
+    @staticmethod
+    def start(image: Floats, logits: Floats, *, radius: float = RADIUS, steps: int = STEPS) -> "Checks":
+        """Return checks of images (N, 3, H, W), of which the model says ``logits`` (N, K), before the first of ``steps`` steps."""
+        n, (first, second) = len(image), two_likeliest(logits)
+        each = [np.full(n, value, np.float32) for value in (radius, STEP_OVER_RADIUS * radius / steps)]
+        return Checks(
+            image, first, second, each[0], each[1], image.copy(), image.copy(), second.copy(), -margin(logits), np.ones(n, bool),
+            np.zeros(n, np.int64),
+        )  # fmt: skip
+
+
+def advance(engine: Differentiable, checks: Checks, steps: int) -> Checks:
+    """Return ``checks`` after ``steps`` steps of each; the results are those of ``reach_score`` and ``search``."""
+    for _ in range(steps):
+        checks = check_step(engine, checks)
+    return checks
+
+
+def check_step(engine: Differentiable, c: Checks) -> Checks:
+    """Return checks after one step of the walk and one of the search."""
+    n, index = len(c), np.arange(len(c))
+    here, rivals = np.concatenate([c.image, c.searched]), np.concatenate([c.second, c.rival])
+    sign = np.sign(difference_gradient(engine, here, rivals, np.concatenate([c.first, c.first])))
+    walked = (c.image + np.float32(STEP_SIZE) * sign[:n]).clip(0.0, 1.0)
+    radius, size = c.radius[:, None, None, None], c.size[:, None, None, None]
+    searched = (c.searched + size * sign[n:]).clip((c.origin - radius).clip(0.0, 1.0), (c.origin + radius).clip(0.0, 1.0))
+    logits = engine.classify(np.concatenate([walked, searched]))[0]
+    ahead, there = logits[:n], logits[n:]
+    others = there.copy()
+    others[index, c.first] = -np.inf
+    stable = c.stable & (there.argmax(axis=1) == c.first)
+    return replace(
+        c,
+        image=walked,
+        searched=searched,
+        rival=others.argmax(axis=1),
+        reach=ahead[index, c.second] - ahead[index, c.first],
+        stable=stable,
+        step=c.step + 1,
+    )
+
+
 # Policy --------------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +234,27 @@ class Policy:
         levels = self.levels.items()
         reasons = tuple(Reason(view, float(p_values[view]), level) for view, level in levels if p_values[view] <= level)
         return Decision("review" if reasons else "accept", reasons)
+
+
+@dataclass(frozen=True)
+class Review:
+    """A policy, and the sorted clean scores (n,) of each view that it looks at, high = suspicious."""
+
+    policy: Policy
+    clean: dict[str, Scores]
+
+    @classmethod
+    def of(cls, clean: Mapping[str, NDArray[Any]], share: float | None) -> "Review":
+        """Return the policy of a ``share``, by default the usual one or the least that so many images can keep; as ``calibrated``."""
+        scores = {view: values.astype(np.float64) for view, values in clean.items()}
+        least = len(scores) / (1 + min(map(len, scores.values()), default=0))
+        policy = Policy.calibrated(scores, max(REVIEW_SHARE, least) if share is None else share)
+        return cls(policy, {view: np.sort(values) for view, values in scores.items()})
+
+    def look(self, scores: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Scores], NDArray[np.bool_]]:
+        """Return the p-values (N,) of each view's scores (N,), and which views send which images to review, (N, V)."""
+        found = {view: p_value(clean, scores[view]) for view, clean in self.clean.items()}
+        return found, np.stack([found[view] <= self.policy.levels[view] for view in self.clean], axis=1)
 
 
 def cut(clean: Mapping[str, Scores], cuts: int) -> dict[str, float]:
