@@ -90,7 +90,7 @@ def test_whole_levels_stay_in_the_ball_and_are_what_eight_bits_hold(delta, radiu
 def test_a_step_climbs_the_difference_of_two_logits(linear, norm, radius, unit):
     """x + eta g / ||g||, in l-inf x + eta sign(g), with g = grad f_t - grad f_r."""
     x = grey(4)
-    logits, _ = linear.classify(x)
+    logits, *_ = linear.classify(x)
     target = logits.argmin(axis=1)
     s = Searches.start(x, logits, target, norm=norm, radius=radius)
     moved = counterfactual.ascend(linear, s)
@@ -107,7 +107,7 @@ def test_of_a_linear_model_the_nearest_is_found_to_a_64th_of_the_way():
     weight = rng.normal(size=(2, 48)) * 0.05
     model = Linear(weight, np.zeros(2))
     x = grey(20)
-    logits, _ = model.classify(x)
+    logits, *_ = model.classify(x)
     s = counterfactuals(model, x, norm="l2", radius=3.0)
     plane = (np.abs(logits[:, 0] - logits[:, 1]) + counterfactual.MARGIN) / np.linalg.norm(model.weight[0] - model.weight[1])
     assert s.found.all()
@@ -120,7 +120,7 @@ def test_what_is_found_is_of_the_target_in_the_ball_and_no_farther_than_the_asce
     s = counterfactuals(engine, images, norm="l2", radius=4.0)
     delivered = pixels.to_unit(pixels.to_bytes(s.best))
     np.testing.assert_array_equal(delivered, s.best)
-    logits, _ = engine.classify(delivered)
+    logits, *_ = engine.classify(delivered)
     assert s.found.mean() >= 0.9
     assert (logits.argmax(axis=1) == s.target)[s.found].all()
     assert (s.source != s.target).all()
@@ -141,7 +141,7 @@ def test_what_is_found_is_of_the_target_in_the_ball_and_no_farther_than_the_asce
 @pytest.mark.parametrize(("norm", "radius"), [("l2", 0.05), ("linf", 1 / 255)])
 def test_where_none_is_in_the_ball_the_last_that_was_tried_is_returned(engine, images, norm, radius):
     images = images[:1]
-    logits, _ = engine.classify(images)
+    logits, *_ = engine.classify(images)
     s = counterfactuals(engine, images, logits.argmin(axis=1), norm=norm, radius=radius)
     assert not s.found.any()
     assert (s.step == LONGEST).all()
@@ -151,7 +151,7 @@ def test_where_none_is_in_the_ball_the_last_that_was_tried_is_returned(engine, i
 
 
 def test_of_its_own_class_an_image_is_its_own_counterfactual(engine, images):
-    logits, _ = engine.classify(images)
+    logits, *_ = engine.classify(images)
     sure = np.sort(logits, axis=1)[:, -1] - np.sort(logits, axis=1)[:, -2] > 0.1
     s = counterfactuals(engine, images, logits.argmax(axis=1), norm="l2", radius=4.0)
     assert s.found[sure].all()
@@ -181,7 +181,7 @@ def test_engines_find_the_same(shipped, images, where):
 
 def searches(engine, images, n=None):
     x = images[:n]
-    logits, _ = engine.classify(x)
+    logits, *_ = engine.classify(x)
     return Searches.start(x, logits, counterfactual.rivals(logits, logits.argmax(axis=1)), norm="l2", radius=4.0)
 
 
@@ -217,7 +217,7 @@ def test_steps_of_several_searches_share_their_gradients(linear):
             return super().score(image, label)
 
     model = Counted(linear.weight, linear.bias)
-    logits, _ = model.classify(x := grey(6))
+    logits, *_ = model.classify(x := grey(6))
     scheduler = Scheduler()
     for i in range(6):
         start = Searches.start(x[i : i + 1], logits[i : i + 1], logits[i : i + 1].argmin(axis=1), norm="l2", radius=0.01)

@@ -12,7 +12,7 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.reach import Policy, Reason, cut, margin, p_values, reach_score, search, two_likeliest
+from ebjdat_serve.reach import Checks, Policy, Reason, advance, cut, margin, p_values, reach_score, search, two_likeliest
 from ebjdat_serve.server.settings import SHIPPED
 from training.evaluation.attacks import Pgd
 from training.evaluation.evaluated_model import open_module
@@ -48,6 +48,23 @@ def linear(classes, seed=0):
     weight = draw.normal(size=(classes, 12))
     image = np.float32(0.5 + draw.uniform(-0.1, 0.1, (40, *SHAPE)))
     return Linear(weight, -0.5 * weight.sum(axis=1)), image
+
+
+@pytest.mark.parametrize("steps", [1, 5, 8])
+def test_checks_step_by_step_find_what_walk_and_search_find(steps):
+    """However they are split and joined: a worker moves the rows of several jobs together."""
+    engine, image = linear(4, seed=3)
+    logits = engine.classify(image)[0]
+    radius = np.quantile(margin(logits), 0.5) / 30
+    checks = Checks.start(image, logits, radius=radius, steps=steps)
+    for step in range(steps):
+        parts = [advance(engine, checks.rows(slice(0, 7 + step)), 1), advance(engine, checks.rows(slice(7 + step, None)), 1)]
+        checks = Checks.join(parts)
+    stable = search(engine, image, radius, steps)
+    assert 0 < stable.sum() < len(stable)
+    np.testing.assert_array_equal(checks.stable, stable)
+    np.testing.assert_allclose(checks.reach, reach_score(engine, image, steps), atol=1e-5)
+    assert checks.step.tolist() == [steps] * len(image)
 
 
 def test_the_margin_is_between_the_two_largest_logits_and_0_where_they_tie():

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ebjdat_serve.counterfactual import LONGEST, STEP_COST, Norm
 from ebjdat_serve.pixels import Pixels
+from ebjdat_serve.reach import CHECK_COST
 from ebjdat_serve.sgld import Sampler
 
 TOP = 5
@@ -92,6 +93,37 @@ class ExplainJob:
     def work(self) -> int:
         """Chain-steps at most."""
         return STEP_COST * LONGEST
+
+
+@dataclass(frozen=True)
+class CheckJob:
+    """Tell whether the labels of images (n, H, W, 3) are within reach: a walk of ``steps``, and a search of as many within ``radius``."""
+
+    image: Pixels
+    radius: float
+    steps: int
+    every: ClassVar[int] = 0
+
+    @property
+    def n(self) -> int:
+        """Images."""
+        return len(self.image)
+
+    @property
+    def work(self) -> int:
+        """Chain-steps."""
+        return CHECK_COST * self.n * self.steps
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The result of a CheckJob, arrays with n rows."""
+
+    predictions: Predictions
+    reach: NDArray[np.float32]  # f_runner-up - f_label at the end of the walk, nats
+    reach_p_value: NDArray[np.float64]
+    stable: NDArray[np.bool_]  # the search found no other label
+    reasons: NDArray[np.bool_]  # (n, R), which of ood, margin and reach send the image to review
 
 
 @dataclass(frozen=True)
