@@ -190,6 +190,6 @@ def measures(s: Searches, image: Floats, logits: Floats) -> Floats:
 
 def counterfactuals(engine: Differentiable, origin: Floats, target: Labels | None = None, **how: Any) -> Searches:
     """Return finished searches from images (N, 3, H, W) in whole levels; without ``target``, (N,), for the runner-up of each."""
-    logits, _ = engine.classify(origin)
+    logits = engine.classify(origin)[0]
     wanted = rivals(logits, logits.argmax(axis=1)) if target is None else target
     return advance(engine, Searches.start(origin, logits, wanted, **how), LONGEST)

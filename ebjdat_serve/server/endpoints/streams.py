@@ -48,7 +48,7 @@ async def events(
 
 def encode_event(kind: str, make: Callable[[Any], Schema], value: Any) -> Callable[[], bytes]:
     """Return a function that makes the event of a preview or a result."""
-    return lambda: event(kind, make(value).model_dump_json())
+    return lambda: event(kind, make(value).model_dump_json(exclude_unset=True))
 
 
 async def in_encoder(service: Service, make: Callable[[], Made]) -> Made:
