@@ -55,7 +55,11 @@ class Handler(BaseHTTPRequestHandler):
         if act == "drop":
             self.close_connection = True
             return None
-        good = (200, {"Content-Type": "image/png", "X-Valid": "true"}, PNG) if self.path.startswith(("/generate", "/explain")) else (200, {}, GOOD)
+        good = (
+            (200, {"Content-Type": "image/png", "X-Valid": "true"}, PNG)
+            if self.path.startswith(("/generate", "/explain"))
+            else (200, {}, GOOD)
+        )
         return self.reply(*(act or good))
 
     def reply(self, status, headers, body):
