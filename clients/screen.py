@@ -160,7 +160,7 @@ def unwritten(error: OSError, output: Path | None = None) -> int:
     return 1
 
 
-# Reading an image. These lines are identical in classify.py and screen.py.
+# Reading an image. These lines are identical in classify.py, explain.py and screen.py.
 LARGEST = 16 * 2**20
 """Largest image in bytes: the server's limit."""
 

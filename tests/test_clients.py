@@ -96,7 +96,25 @@ def test_generate(live, tmp_path):
     assert not (tmp_path / "no.png").exists()
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("classify.py", ["real0.png"]), ("screen.py", ["real0.png"]), ("generate.py", ["3"])])
+def test_explain(live, folder, tmp_path):
+    done = client("explain.py", folder / "real0.png", "--scale", "2", "-o", tmp_path / "why.png", "--url", live.url)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"why.png: \w+ -> \w+: probability 0\.\d+, l2 \d\.\d+, l-inf 0\.\d+$", done.stdout.strip())
+    with Image.open(tmp_path / "why.png") as strip:
+        assert strip.size == (192, 64)
+    none = client("explain.py", folder / "real0.png", "--to", "8", "--radius", "0.01", "-o", tmp_path / "none.png", "--url", live.url)
+    assert none.returncode == 3
+    assert "-> ship was not found; the last that was tried: probability" in none.stdout
+    wrong = client("explain.py", folder / "real0.png", "--to", "catt", "-o", tmp_path / "no.png", "--url", live.url)
+    assert wrong.returncode == 1
+    assert "to 'catt' is unknown" in wrong.stderr
+    assert not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("classify.py", ["real0.png"]), ("screen.py", ["real0.png"]), ("generate.py", ["3"]), ("explain.py", ["real0.png"])],
+)
 def test_without_a_server_they_say_how_to_start_one(folder, name, arguments):
     done = client(name, *arguments, "--url", f"http://127.0.0.1:{free_port()}", cwd=folder)
     assert done.returncode == 2

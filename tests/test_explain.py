@@ -1,5 +1,6 @@
 """/explain through a running server: its three answers, what it refuses, and that it shares workers with drawings."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -7,23 +8,30 @@ import json
 import os
 import signal
 import socket
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
 import pytest
+from fastapi import Request
 from PIL import Image
 
 from ebjdat_serve import pixels
 from ebjdat_serve.counterfactual import BISECTIONS, STEPS, counterfactuals
-from ebjdat_serve.engines import load_engine
-from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.engines import load_engine, without_score
+from ebjdat_serve.server.compute.workers import GenerateWorker
+from ebjdat_serve.server.endpoints.explain import explain
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.served_model import ServedModel
+from ebjdat_serve.server.settings import SHIPPED, Settings
 from tests.conftest import HTTP, serving, until
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    options = ("--device", "cpu", "--generate-deadline", "4", "--max-steps", "1000")
+    options = ("--device", "cpu", "--generate-deadline", "3", "--max-steps", "1000")
     with serving(SHIPPED, tmp_path_factory.mktemp("explain") / "log", *options) as live:
         yield live
 
@@ -241,7 +249,7 @@ def test_it_is_answered_504_at_the_deadline(server, sent):
     with stopped(server):
         late = HTTP.post(f"{server.url}/explain", content=sent)
     assert late.status_code == 504
-    assert "no answer within 4 s" in late.json()["detail"]
+    assert "no answer within 3 s" in late.json()["detail"]
     assert int(late.headers["retry-after"]) >= 1
 
 
@@ -267,9 +275,26 @@ def test_it_is_not_kept_waiting_by_a_long_drawing_which_goes_on(server, sent, an
     until(lambda: chains(server) == 0)
 
 
+@pytest.mark.slow
 def test_of_a_server_that_draws_nothing_it_is_refused_by_name(tmp_path, sent):
     with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--generate-workers", "0") as none:
         refused = HTTP.post(f"{none.url}/explain", content=sent)
         assert refused.status_code == 404
         assert "serve --generate-workers 0" in refused.json()["detail"]
         assert "/explain" not in HTTP.get(f"{none.url}/").json()["paths"]
+
+
+def test_a_model_without_a_score_graph_says_so_and_is_served_all_the_same(shipped, tmp_path):
+    """No bundle of schema 1 lacks one."""
+    files = {name: entry for name, entry in shipped.manifest.files.items() if name != "score.onnx"}
+    lacking = replace(shipped, manifest=replace(shipped.manifest, files=files))
+    served = ServedModel("key", lacking, shipped.calibration(), [])
+    service = SimpleNamespace(generate_queue=object(), settings=Settings(), manager=SimpleNamespace(active=served))
+    request = Request({"type": "http", "query_string": b"", "headers": [], "client_name": "somebody"})
+    with pytest.raises(Problem, match=r"nothing is explained: cifar10-small@.* has no score graph \(score.onnx\)") as refused:
+        asyncio.run(explain(service, request))
+    assert refused.value.status == 404
+    assert without_score(lacking, "torch", "fp32") == without_score(lacking, "auto", "bf16") == without_score(shipped, "auto", "fp32") == ""
+    (tmp_path / "bundle.json").write_text(json.dumps(asdict(lacking.manifest)), encoding="utf-8")
+    assert GenerateWorker(Settings(), []).functions_of(tmp_path) == ["classify", "step"]
+    assert GenerateWorker(Settings(engine="torch"), []).functions_of(tmp_path) == ["classify", "score", "step"]

@@ -4,6 +4,7 @@ import contextlib
 
 from fastapi import Request, Response
 
+from ebjdat_serve.engines import without_score
 from ebjdat_serve.keys import Scope
 from ebjdat_serve.server.answer import respond
 from ebjdat_serve.server.answer.explanations import ExplainAnswer, ExplainAnswers, ExplainPreviewEvent, StripHeaders
@@ -14,7 +15,9 @@ from ebjdat_serve.server.endpoints.streams import EventStream, events, in_encode
 from ebjdat_serve.server.payloads import Explanation
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.request_queue import PendingRequest
-from ebjdat_serve.server.read.explain_request import ExplainQuery, validate
+from ebjdat_serve.server.read.explain_request import ExplainQuery, ExplainRequest, validate
+from ebjdat_serve.server.served_model import ServedModel
+from ebjdat_serve.server.settings import Settings
 
 NO_WORKERS = "this server explains nothing: it was started by serve --generate-workers 0"
 
@@ -28,12 +31,12 @@ async def explain(service: Service, request: Request) -> Response:
     if queue is None:
         raise Problem(404, NO_WORKERS)
     client = request.scope["client_name"]
-    validate(request, service.manager.active.bundle.manifest, settings)  # before the body is read
+    check(request, service.manager.active, settings)  # before the body is read
     with contextlib.ExitStack() as stack:
         model, images, listed, deadline = await service.read_images(request, queue, stack)
         if listed:
             raise Problem(422, 'send one image, as it is or as {"image": "<base64>"}: a request explains one')
-        wanted = validate(request, model.bundle.manifest, settings)  # which may be another by now
+        wanted = check(request, model, settings)  # which may be another model by now
         job = wanted.job(images)
         stack.enter_context(service.access.chains(request, job.n))
         queue.admit(client, job)
@@ -47,6 +50,13 @@ async def explain(service: Service, request: Request) -> Response:
         if wanted.query.format == "json":
             return await in_encoder(service, lambda: respond(answers.document(found)))
         return await in_encoder(service, lambda: png(*answers.sheet(found)))
+
+
+def check(request: Request, model: ServedModel, settings: Settings) -> ExplainRequest:
+    """Return what ``request`` asks for; raise Problem 404 for a model without gradients, 422 for a wrong parameter."""
+    if reason := without_score(model.bundle, settings.engine, settings.precision):
+        raise Problem(404, f"nothing is explained: {reason}")
+    return validate(request, model.bundle.manifest, settings)
 
 
 def png(sheet: bytes, headers: StripHeaders) -> Response:
