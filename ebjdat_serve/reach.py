@@ -4,7 +4,7 @@ f(x) in R^K are logits, a the predicted class and b the runner-up at the image. 
 score(x, b) - score(x, a), since score(x, y) = -dE(x, y)/dx and E(x, y) = -f(x)[y].
 
     margin        f_a(x) - f_b(x), free (margin consistency: Kim et al., arXiv 2406.18451)
-    reach_score   f_b - f_a after a walk x <- clip(x + step_size sign d(f_b - f_a)/dx), not projected; it ranks
+    reach_score   the mean of f_b - f_a along a walk x <- clip(x + step_size sign d(f_b - f_a)/dx), not projected; it ranks
     search        PGD on f_k - f_a, k the likeliest other class, in the l-inf ball of ``radius``; it decides (CPR, arXiv 2305.01139)
 
 None of them is a proof, and none is a defence against an attacker who knows it (docs/decisions/0027-reach.md).
@@ -50,29 +50,39 @@ def two_likeliest(logits: Floats) -> tuple[Labels, Labels]:
     return first, others.argmax(axis=1)
 
 
-def difference_gradient(engine: Differentiable, image: Floats, b: Labels, a: Labels) -> Floats:
-    """Return d(f_b - f_a)/dx, shape (N, 3, H, W), from one call of 2N."""
-    gradient, _ = engine.score(np.concatenate([image, image]), np.concatenate([b, a]))
-    result: Floats = gradient[: len(image)] - gradient[len(image) :]
-    return result
+def difference(engine: Differentiable, image: Floats, b: Labels, a: Labels) -> tuple[Floats, Floats]:
+    """Return d(f_b - f_a)/dx, shape (N, 3, H, W), and f_b - f_a, nats, (N,), from one call of 2N."""
+    n = len(image)
+    gradient, energy = engine.score(np.concatenate([image, image]), np.concatenate([b, a]))
+    return gradient[:n] - gradient[n:], energy[n:] - energy[:n]
+
+
+def walk(engine: Differentiable, image: Floats, steps: int = STEPS, step_size: float = STEP_SIZE, logits: Floats | None = None) -> Floats:
+    """Return f_b - f_a, nats, at the image and after each of ``steps`` sign steps towards the runner-up b, shape (N, steps + 1).
+
+    ``logits`` (N, K) of the image save a forward pass. Takes 2 x ``steps`` gradients. Raises EbjdatError for no step.
+    """
+    if steps < 1 or not step_size > 0:
+        raise EbjdatError(f"a walk takes 1 or more steps of a size above 0, not {steps} of {step_size:g}")
+    a, b = two_likeliest(engine.classify(image)[0] if logits is None else logits)
+    x, index, leads = image, np.arange(len(image)), []
+    for _ in range(steps):
+        gradient, lead = difference(engine, x, b, a)
+        leads.append(lead)
+        x = (x + np.float32(step_size) * np.sign(gradient)).clip(0.0, 1.0)
+    end = engine.classify(x)[0]
+    return np.stack([*leads, end[index, b] - end[index, a]], axis=1)
 
 
 def reach_score(
     engine: Differentiable, image: Floats, steps: int = STEPS, step_size: float = STEP_SIZE, logits: Floats | None = None
 ) -> Floats:
-    """Return f_b - f_a, nats, shape (N,), where ``steps`` sign steps towards the runner-up b end; high = within reach.
+    """Return the mean of f_b - f_a along the walk, nats, shape (N,); high = within reach. Arguments are those of ``walk``.
 
-    The walk leaves any ball: where the runner-up soon overtakes, the image lay near the boundary or was pushed across it. ``logits``
-    (N, K) of the image save a forward pass. Takes 2 x ``steps`` gradients.
+    The walk leaves any ball: where the runner-up soon overtakes, the image lay near the boundary or was pushed across it. Its first
+    points tell small perturbations, its last ones large.
     """
-    if steps < 1 or not step_size > 0:
-        raise EbjdatError(f"a walk takes 1 or more steps of a size above 0, not {steps} of {step_size:g}")
-    a, b = two_likeliest(engine.classify(image)[0] if logits is None else logits)
-    x = image
-    for _ in range(steps):
-        x = (x + np.float32(step_size) * np.sign(difference_gradient(engine, x, b, a))).clip(0.0, 1.0)
-    end, index = engine.classify(x)[0], np.arange(len(x))
-    result: Floats = end[index, b] - end[index, a]
+    result: Floats = walk(engine, image, steps, step_size, logits).mean(axis=1)
     return result
 
 
@@ -93,7 +103,7 @@ def search(
     for _ in range(steps):
         if not len(going):
             break
-        gradient = difference_gradient(engine, x, two_likeliest(f)[1], a[going])
+        gradient, _ = difference(engine, x, two_likeliest(f)[1], a[going])
         x = (x + np.float32(STEP_OVER_RADIUS * radius / steps) * np.sign(gradient)).clip(low[going], high[going])
         f = engine.classify(x)[0]
         same = f.argmax(axis=1) == a[going]
@@ -120,7 +130,7 @@ class Checks(Batch):
     image: Floats  # (N, 3, H, W): where the walk is
     searched: Floats  # (N, 3, H, W): where the search is
     rival: Labels  # (N,) the likeliest class there but the first
-    reach: Floats  # (N,) f_second - f_first where the walk is, nats
+    reach: Floats  # (N,) mean of f_second - f_first along the walk so far, nats
     stable: NDArray[np.bool_]  # (N,) the search has found no other label
     step: Labels  # (N,)
 
@@ -148,7 +158,7 @@ def check_step(engine: Differentiable, c: Checks) -> Checks:
     """Return checks after one step of the walk and one of the search."""
     n, index = len(c), np.arange(len(c))
     here, rivals = np.concatenate([c.image, c.searched]), np.concatenate([c.second, c.rival])
-    sign = np.sign(difference_gradient(engine, here, rivals, np.concatenate([c.first, c.first])))
+    sign = np.sign(difference(engine, here, rivals, np.concatenate([c.first, c.first]))[0])
     walked = (c.image + np.float32(STEP_SIZE) * sign[:n]).clip(0.0, 1.0)
     radius, size = c.radius[:, None, None, None], c.size[:, None, None, None]
     searched = (c.searched + size * sign[n:]).clip((c.origin - radius).clip(0.0, 1.0), (c.origin + radius).clip(0.0, 1.0))
@@ -157,12 +167,13 @@ def check_step(engine: Differentiable, c: Checks) -> Checks:
     others = there.copy()
     others[index, c.first] = -np.inf
     stable = c.stable & (there.argmax(axis=1) == c.first)
+    lead, points = ahead[index, c.second] - ahead[index, c.first], (c.step + 1).astype(np.float32)
     return replace(
         c,
         image=walked,
         searched=searched,
         rival=others.argmax(axis=1),
-        reach=ahead[index, c.second] - ahead[index, c.first],
+        reach=(c.reach * points + lead) / (points + 1),
         stable=stable,
         step=c.step + 1,
     )

@@ -120,7 +120,7 @@ class Checked:
     """The result of a CheckJob, arrays with n rows."""
 
     predictions: Predictions
-    reach: NDArray[np.float32]  # f_runner-up - f_label at the end of the walk, nats
+    reach: NDArray[np.float32]  # mean of f_runner-up - f_label along the walk, nats
     reach_p_value: NDArray[np.float64]
     stable: NDArray[np.bool_]  # the search found no other label
     reasons: NDArray[np.bool_]  # (n, R), which of ood, margin and reach send the image to review
