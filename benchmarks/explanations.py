@@ -16,9 +16,9 @@ import torch
 from benchmarks.tables import placed
 from ebjdat_serve import counterfactual, pixels
 from ebjdat_serve.bundle import Bundle, write_json
-from ebjdat_serve.counterfactual import Differentiable, Norm, Searches, counterfactuals, length
+from ebjdat_serve.counterfactual import Norm, Searches, counterfactuals, length
 from ebjdat_serve.cpus import cpus
-from ebjdat_serve.engines import Floats, load_engine
+from ebjdat_serve.engines import Differentiable, Floats, load_engine
 from ebjdat_serve.rows import Row, first, parse_row, to_json
 from ebjdat_serve.server.settings import SHIPPED
 from training.data.datasets import load, read_atlas

@@ -173,7 +173,7 @@ def check_step(engine: Differentiable, c: Checks) -> Checks:
         image=walked,
         searched=searched,
         rival=others.argmax(axis=1),
-        reach=(c.reach * points + lead) / (points + 1),
+        reach=((c.reach * points + lead) / (points + 1)).astype(np.float32),
         stable=stable,
         step=c.step + 1,
     )
