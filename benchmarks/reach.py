@@ -3,7 +3,7 @@
 
 The rows are those of `training/evaluate.py --part reach` at the sizes of docs/decisions/0027-reach.md. P-values come from the
 calibration split; test images are only measured. Results are kept in chunks, so a killed run continues, and rows are written as they
-come. On one CPU thread the default takes about an hour and a half.
+come. On one CPU thread the default takes about an hour.
 """
 
 import argparse
@@ -44,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--n", type=int, default=500, help="images under PGD and transfer, and of each corruption (%(default)s)")
-    parser.add_argument("--strong", type=int, default=200, help="images under APGD and Square (%(default)s)")
-    parser.add_argument("--clean", type=int, default=1000, help="clean images of review and coverage (%(default)s)")
+    parser.add_argument("--n", type=int, default=500, help="images under PGD and transfer (%(default)s)")
+    parser.add_argument("--strong", type=int, default=100, help="images under APGD and Square (%(default)s)")
+    parser.add_argument("--clean", type=int, default=500, help="clean images of review and coverage (%(default)s)")
+    parser.add_argument("--covered", type=int, default=200, help="corrupted and attacked images of coverage (%(default)s)")
     parser.add_argument("--hostile", type=int, default=200, help="images under the adaptive attack (%(default)s)")
     parser.add_argument("--queries", type=int, default=1000, help="of Square (%(default)s)")
     parser.add_argument("--processes", type=int, default=1)
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bundle = Bundle.load(SHIPPED)
     data = dataset_of(bundle)
     check_data(bundle, data)
-    sizes = {"test": o.clean, "looked": o.n, "shifted": o.n, "strong": o.strong, "hostile": o.hostile, "queries": o.queries}
+    sizes = {"test": o.clean, "looked": o.n, "shifted": o.covered, "strong": o.strong, "hostile": o.hostile, "queries": o.queries}
     c = context(bundle_spec(SHIPPED), data, replace(SUITES["quick"], **sizes), processes=o.processes, bundle=bundle, folder=o.folder)
     rows: list[dict[str, Any]] = []
     for part in o.part:

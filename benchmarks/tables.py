@@ -88,7 +88,8 @@ def separation(rows: list[Figure]) -> str:
         pairs = ((cell(rows, "reach_auroc", images, score=s), cell(rows, "reach_auroc_right", images, score=s)) for s in scores)
         lines.append([name, "AUROC", *(f"{every} \\| {right}" for every, right in pairs)])
         powers = {s: cell(rows, "reach_power", images, score=s) for s in scores}
-        powers["unstable"] = f"{cell(rows, 'unstable', images)} (clean {cell(rows, 'unstable', Images(dataset='cifar10', split='test'))})"
+        clean = first(rows, "unstable", attack=None)
+        powers["unstable"] = f"{cell(rows, 'unstable', images)} (clean {clean.value:.3f})" if clean else ""
         lines.append(["", "power", *powers.values()])
     return pivot(["images", "", *scores], lines)
 

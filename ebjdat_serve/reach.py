@@ -3,7 +3,7 @@
 f(x) in R^K are logits, a the predicted class and b the runner-up at the image. The gradient of f_b - f_a is
 score(x, b) - score(x, a), since score(x, y) = -dE(x, y)/dx and E(x, y) = -f(x)[y].
 
-    margin        f_a(x) - f_b(x), free (margin consistency: Kim et al., arXiv 2406.18451)
+    margin        f_a(x) - f_b(x), free (margin consistency, arXiv 2406.18451)
     reach_score   the mean of f_b - f_a along a walk x <- clip(x + step_size sign d(f_b - f_a)/dx), not projected; it ranks
     search        PGD on f_k - f_a, k the likeliest other class, in the l-inf ball of ``radius``; it decides (CPR, arXiv 2305.01139)
 

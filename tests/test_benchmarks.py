@@ -18,7 +18,7 @@ from benchmarks import equal_budget, gpu_check, gpu_parallel, load, tables
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.bundle import write_rows
 from ebjdat_serve.errors import EngineError
-from ebjdat_serve.rows import Images, parse_rows, rows_where
+from ebjdat_serve.rows import Images, first, parse_rows, rows_where
 from tests.conftest import ROOT
 from training.config import describe
 from training.evaluation.rows import number
@@ -55,6 +55,26 @@ def test_other_libraries_say_the_same():
     assert {row["library"].split(",")[0] for row in rows} == {"scikit-learn", "pytorch-ood", "torchmetrics", "counted by hand"}
     for row in rows:
         assert row["ours"] == pytest.approx(row["value"], abs=2e-5), row["name"]
+
+
+def test_the_walk_tells_fooled_images_from_clean_ones_as_well_as_it_must_and_better_than_max_softmax():
+    rows = [tables.parsed(row) for row in json.loads((ROOT / "benchmarks" / "reach.json").read_text())]
+    assert len({row.key for row in rows}) == len(rows)
+    for eps, bar in ((8 / 255, 0.77), (4 / 255, 0.83)):
+        found = {row.score: row.value for row in rows_where(rows, "reach_auroc", attack="pgd", eps=eps)}
+        assert found["reach_score"] >= max(bar, found["max_softmax"], found["margin"])
+    for row in rows_where(rows, "review_share", attack=None):
+        low, high = row.expected
+        assert low <= row.value <= high
+
+
+def test_what_rejection_gives_against_an_attack_that_knows_it_is_no_more_than_the_radius_of_its_search():
+    """Far more would show a weak attack, not a strong defence."""
+    rows = [tables.parsed(row) for row in json.loads((ROOT / "benchmarks" / "reach.json").read_text())]
+    for row in rows_where(rows, "accuracy_with_search"):
+        less = first(rows, "accuracy_less_radius", radius=row.radius)
+        assert row.n == less.n >= 200
+        assert row.value <= less.interval[1]
 
 
 def test_each_process_has_a_core_of_its_own():
