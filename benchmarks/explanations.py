@@ -22,9 +22,9 @@ from ebjdat_serve.engines import Floats, load_engine
 from ebjdat_serve.rows import Row, first, parse_row, to_json
 from ebjdat_serve.server.settings import SHIPPED
 from training.data.datasets import load, read_atlas
-from training.evaluate import context, evaluate, measured
+from training.evaluate import evaluate, evaluate_module
 from training.evaluation.context import SUITES
-from training.evaluation.evaluated_model import weights_spec
+from training.evaluation.evaluated_model import load_weights
 from training.evaluation.explanation import LIKELY, RANDOM, RUNNER_UP, SEARCHES
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def measure(n: int, processes: int) -> list[dict[str, Any]]:
         if path == SHIPPED:
             rows = evaluate(Bundle.load(path), data, suite, parts=("explanation",), processes=processes).rows
         else:
-            rows = measured(context(weights_spec(path, torch.device("cpu")), data, suite, processes=processes), ("explanation",))
+            rows = evaluate_module(load_weights(path), data, suite=suite, parts=("explanation",), name=name, processes=processes)
         found += [{"name": f"{row.metric} {name}", "unit": "", "model": name, **to_json(row)} for row in rows if row.part == "explanation"]
     return found
 
