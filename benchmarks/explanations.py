@@ -22,9 +22,9 @@ from ebjdat_serve.engines import Differentiable, Floats, load_engine
 from ebjdat_serve.rows import Row, first, parse_row, to_json
 from ebjdat_serve.server.settings import SHIPPED
 from training.data.datasets import load, read_atlas
-from training.evaluate import context, evaluate, measured
+from training.evaluate import evaluate, evaluate_module
 from training.evaluation.context import SUITES
-from training.evaluation.evaluated_model import weights_spec
+from training.evaluation.evaluated_model import load_weights
 from training.evaluation.explanation import LIKELY, RANDOM, RUNNER_UP, SEARCHES
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def measure(n: int, processes: int) -> list[dict[str, Any]]:
         if path == SHIPPED:
             rows = evaluate(Bundle.load(path), data, suite, parts=("explanation",), processes=processes).rows
         else:
-            rows = measured(context(weights_spec(path, torch.device("cpu")), data, suite, processes=processes), ("explanation",))
+            rows = evaluate_module(load_weights(path), data, suite=suite, parts=("explanation",), name=name, processes=processes)
         found += [{"name": f"{row.metric} {name}", "unit": "", "model": name, **to_json(row)} for row in rows if row.part == "explanation"]
     return found
 
@@ -82,7 +82,7 @@ def directions(n: int) -> list[dict[str, Any]]:
     targets = {RUNNER_UP: None, RANDOM: (own + 1 + np.arange(n) % 9) % 10}
     balls: tuple[tuple[Norm, float], ...] = (("l2", 2.0), ("l2", 4.0), ("linf", 8 / 255), ("linf", 32 / 255))
     for target_name, target in targets.items():
-        for norm, radius in balls:
+        for norm, radius in balls if target_name == RUNNER_UP else balls[:2]:
             found = {name: climbed(engine, image, target, gradient, norm, radius) for name, gradient in DIRECTIONS.items()}
             every = np.all([s.found for s in found.values()], axis=0)
             for name, s in found.items():

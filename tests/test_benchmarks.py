@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import benchmarks.engines as engines
-from benchmarks import equal_budget, gpu_check, gpu_parallel, load, tables
+from benchmarks import equal_budget, explanations, gpu_check, gpu_parallel, load, tables
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.bundle import write_rows
 from ebjdat_serve.errors import EngineError
@@ -40,6 +40,15 @@ def test_the_tables_of_serving_are_those_of_the_json():
 def test_the_tables_of_the_evaluation_are_those_of_the_json():
     text = (ROOT / "docs" / "evaluation.md").read_text()
     assert tables.evaluation(text) == text, "run python benchmarks/tables.py"
+
+
+def test_the_table_of_explanations_is_that_of_the_json():
+    rows = json.loads((ROOT / "benchmarks" / "explanations.json").read_text())
+    text = (ROOT / "docs" / "explanations.md").read_text()
+    assert explanations.document(text, rows) == text
+    strip = ROOT / "docs" / "explanations.png"
+    assert b"trainedAlgorithmicMedia" in strip.read_bytes()
+    assert strip.stat().st_size < 150_000
 
 
 def test_our_attacks_land_on_the_known_figures_of_the_public_nets():

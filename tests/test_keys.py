@@ -57,7 +57,7 @@ def no_variables(monkeypatch):
     [
         ({"scpoes": ["classify"]}, "keys.0.scpoes: unknown field; known are name, sha256, scopes"),
         ({"scopes": []}, "keys.0.scopes"),
-        ({"scopes": ["classify", "admin"]}, "keys.0.scopes.1: Input should be 'classify', 'generate' or 'operate'"),
+        ({"scopes": ["classify", "admin"]}, "keys.0.scopes.1: Input should be 'classify', 'generate', 'explain' or 'operate'"),
         ({"scopes": "classify"}, "keys.0.scopes"),
         ({"name": "a b"}, "keys.0.name"),
         ({"name": "line\nend"}, "keys.0.name"),

@@ -125,7 +125,7 @@ class Settings:
 
     threads: Annotated[int, About(WORKERS, "threads of each worker", "threads", at_least=1, shown="half of the CPUs")] = max(1, cpus() // 2)
     classify_workers: Annotated[int, count(WORKERS, "workers for /classify and /energy", "processes")] = 1
-    generate_workers: Annotated[int, count(WORKERS, "workers for /generate; 0: no /generate, and less memory", "processes", 0)] = 1
+    generate_workers: Annotated[int, count(WORKERS, "workers for /generate and /explain; 0: neither, and less memory", "processes", 0)] = 1
     max_batch: Annotated[int, count(WORKERS, "images in one forward pass, unless a single list has more", "images")] = 32
     worker_timeout: Annotated[float, seconds(WORKERS, "silence after which a worker with requests is killed and replaced")] = 30.0
     open_timeout: Annotated[float, seconds(WORKERS, "time to open a new version; TensorRT builds engines for minutes")] = 1200.0
