@@ -26,7 +26,7 @@ from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset
 from training.evaluation.metrics import fit_temperature
 from training.evaluation.rows import SEED
-from training.evaluation.shifts import UNTOUCHED, handled
+from training.evaluation.shifts import UNTOUCHED, handled, mixture
 
 log = logging.getLogger("training")
 FITTED, FITTED_HANDLED = 20_000, 10_000
@@ -50,7 +50,7 @@ def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", view
     clean = served(engine, data.selection.image)
     combination, out = fitted(engine, data, names, clean.logits, bundle.manifest.files["weights.safetensors"].bytes / 10)
     combination = combination.with_ranks_of(looked(engine, combination, handled(data.selection.image, 1))[1])
-    energies, raw = looked(engine, combination, handled(data.calibration.image, 2))
+    energies, raw = looked(engine, combination, mixture(data.calibration.image))
     calibration = Calibration(
         of=bundle.measured(precision),
         precision=precision,

@@ -39,7 +39,7 @@ class AutoAttack:
         return 1500.0 if self.attacks else 6000.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return robust_mask (N,), logits (N, K) of its images, and notes: the package's warnings, and the images each attack left."""
+        """Return robust_mask (N,), logits (N, K) and terms (N, V) of its images, and notes: warnings, and the images each attack left."""
         x, y = tensors(subject, image, label)
         count = subject.logits(image[:1]).shape[1]
         named = list(self.attacks) or ["apgd-ce", "apgd-t", "fab-t", "square"]
@@ -56,10 +56,10 @@ class AutoAttack:
         with captured_log() as lines:
             x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
         check_ball(x_adv, x, self.threat)
-        logits = subject.logits(x_adv.cpu().numpy())
-        right = (subject.logits(image).argmax(axis=1) == label) & (logits.argmax(axis=1) == label)
+        found = subject.look(x_adv.cpu().numpy())
+        right = (subject.logits(image).argmax(axis=1) == label) & (found["logits"].argmax(axis=1) == label)
         left_out = [f"{name} is not run: it needs four classes" for name in named if name not in chosen]
-        return {"robust_mask": right, "logits": logits, "notes": notes([*summary(lines, len(label)), *left_out])}
+        return {"robust_mask": right, **found, "notes": notes([*summary(lines, len(label)), *left_out])}
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,14 @@ class Square:
         return self.queries / 2
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return robust_mask (N,) and the logits (N, K) of its images."""
-        x, y = torch.from_numpy(image), torch.from_numpy(label)
-        logits = subject.logits(image)
-        right = logits.argmax(axis=1) == label
+        """Return robust_mask (N,), and logits (N, K) and terms (N, V) of its images."""
+        right = subject.logits(image).argmax(axis=1) == label
+        points = image.copy()
         if right.any():
             attack = square(lambda z: torch.from_numpy(subject.logits(z.numpy()).copy()), self.threat, self.queries)
-            logits = logits.copy()
-            logits[right] = subject.logits(attack.perturb(x[right], y[right]).numpy())
-        return {"robust_mask": right & (logits.argmax(axis=1) == label), "logits": logits}
+            points[right] = attack.perturb(torch.from_numpy(image[right]), torch.from_numpy(label[right])).numpy()
+        found = subject.look(points)
+        return {"robust_mask": right & (found["logits"].argmax(axis=1) == label), **found}
 
 
 @dataclass(frozen=True)
