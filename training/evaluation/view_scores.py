@@ -49,7 +49,7 @@ def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
 
 def of_logits(name: str) -> Form:
     """Return the form of a score of the logits."""
-    return lambda stored, seen: ood_score_of(name, float(stored["weight"]))(seen.logits)
+    return lambda stored, seen: ood_score_of(name, float(stored["weight"]))(seen.logits.double()).to(seen.logits.dtype)
 
 
 def distance(stored: Stored, x: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ def distance(stored: Stored, x: Tensor) -> Tensor:
 def relative(stored: Stored, seen: SeenTensors) -> Tensor:
     """Return the squared Mahalanobis distance to the nearest class less that to all training images, shape (N,)."""
     x = seen.features @ stored["projection"] if "projection" in stored else seen.features
-    white = (x @ stored["within"])[:, None] - stored["white_means"]
+    white: Tensor = (x @ stored["within"])[:, None] - stored["white_means"]
     return white.square().sum(dim=2).amin(dim=1) - distance(stored, x)
 
 
 def neighbours(stored: Stored, seen: SeenTensors) -> Tensor:
     """Return 1 - cos(h, h_k) to the k-th nearest stored feature, shape (N,)."""
     k = max(1, round(NEIGHBOUR_SHARE * len(stored["unit"])))
-    cosine = seen.features / seen.features.norm(dim=1, keepdim=True).clamp_min(1e-12) @ stored["unit"].T
+    cosine: Tensor = seen.features / seen.features.norm(dim=1, keepdim=True).clamp_min(1e-12) @ stored["unit"].T
     return 1.0 - cosine.topk(k, dim=1).values[:, -1]
 
 
@@ -134,7 +134,7 @@ def without_form(combination: Combination) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Rank:
-    """The term of a view: exact, and its stand-in between knots (score, term), sorted, and beyond the last by ``slope``."""
+    """The term of a view, from sorted clean scores; and its stand-in between knots (score, term), double, and beyond the last."""
 
     clean: Tensor
     score: Tensor
@@ -149,11 +149,13 @@ class Rank:
 
     def smooth(self, score: Tensor) -> Tensor:
         """Return the stand-in: linear between knots, 0 below the first; beyond the last it rises by the logarithm of the distance."""
-        inside = score.clamp(self.score[0], self.score[-1])
+        s = score.double()
+        inside = s.clamp(self.score[0], self.score[-1])
         right = torch.searchsorted(self.score, inside.detach().contiguous()).clamp(1, len(self.score) - 1)
         left = right - 1
         rise = (self.term[right] - self.term[left]) / (self.score[right] - self.score[left])
-        return self.term[left] + rise * (inside - self.score[left]) + torch.log1p(self.slope * (score - self.score[-1]).clamp_min(0))
+        total = self.term[left] + rise * (inside - self.score[left]) + torch.log1p(self.slope * (s - self.score[-1]).clamp_min(0))
+        return total.to(score.dtype)
 
     def __call__(self, score: Tensor) -> Tensor:
         return straight_through(self.exact(score), self.smooth(score))
@@ -173,11 +175,8 @@ def rank_of(clean: NDArray[np.float32], device: torch.device) -> Rank:
     score, term = values[kept], terms[kept]
     middle = int(np.searchsorted(term[:-1], term[-1] / 2, side="right")) - 1
     slope = (term[-1] - term[middle]) / (score[-1] - score[middle]) or 1.0  # of the upper half
-
-    def tensor(x: NDArray[np.floating]) -> Tensor:
-        return torch.from_numpy(x.astype(np.float32)).to(device)
-
-    return Rank(tensor(clean), tensor(score), tensor(term), float(slope))
+    arrays = [torch.from_numpy(x).to(device) for x in (clean, score, term)]
+    return Rank(arrays[0], arrays[1], arrays[2], float(slope))
 
 
 @dataclass(frozen=True, eq=False)
