@@ -24,6 +24,7 @@ from ebjdat_serve.views import DEFAULT_VIEWS, VIEWS, Combination, save_views
 
 LATER = "the bundle was converted from schema 1, which had none: python training/calibrate.py BUNDLE"
 FEATURES = "features"
+OLD_CALIBRATION = ("of", "precision", "dataset", "temperature", "energies", "score", "weight", "scores")
 SINCE = {"output": "logits", "capabilities": asdict(Capabilities()), "licence": asdict(Licence())}
 INPUT = {"resize": "squash", "filter": "area", "crop": 1.0, "jpeg_quality": 0}
 """What schema 2 says in addition: for a bundle of schema 1 these are the values."""
@@ -38,9 +39,8 @@ def upgrade(old: Path, new: Path) -> Bundle:
     manifest = read_json(home / MANIFEST)
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != 1:
-        raise BundleError(
-            f"{home} is of schema {repr(schema)[:20]}{', which needs no upgrade' if schema == SCHEMA else '; only 1 is converted'}"
-        )
+        why = "which needs no upgrade" if schema == SCHEMA else "and only 1 is converted"
+        raise BundleError(f"{home} is of schema {repr(schema)[:20]}, {why}")
     if new.exists():
         raise BundleError(f"{new} exists already: name a folder that does not")
     new.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,10 @@ def recalibrated(folder: Path, now: Mapping[str, str]) -> list[str]:
     The view's ranks are those of the calibration's own scores: a rank is monotone in the score, so the p-values stay what they were.
     """
     file, calibrations, fitted = folder / "calibration.json", [], {}
-    for row in read_json(file):
+    rows = read_json(file)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(OLD_CALIBRATION) for row in rows):
+        raise BundleError(f"{file} is no calibration of schema 1, which has {', '.join(OLD_CALIBRATION)}")
+    for row in rows:
         name = "logits" if row["score"] == DEFAULT else row["score"]
         if name not in VIEWS:
             raise BundleError(f"{file}: the score {name!r} is no view of this version, which knows {', '.join(VIEWS)}")

@@ -202,10 +202,9 @@ VIEWS = {
     "gaussian": View(
         lambda stored, seen: distance(stored, seen.features), FAR, lambda known: gaussian(known.training.features), needs_features=True
     ),
-    "energy": of_logits("energy", "its energy"),
-    "max_softmax": of_logits("max_softmax", "how unsure its class is"),
+    **{name: of_logits(name, score.equation) for name, score in SCORES.items() if name != DEFAULT},
 }
-"""The views that can be fitted and served, by name."""
+"""The views that can be fitted and served, by name; every score of the logits is one."""
 DEFAULT_VIEWS = ("statistics", "logits", "features")
 """docs/decisions/0025 says why these; where several are as strange as can be, the first is named."""
 LEAST_FOR_FEATURES, LEAST_DIMENSIONS = 500, 8

@@ -12,8 +12,8 @@ import pytest
 from ebjdat_serve import pixels
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.engines.ort import OnnxEngine
-from ebjdat_serve.scores import ood_score
 from ebjdat_serve.sgld import Chains, Prior, Sampler
+from ebjdat_serve.views import Seen
 from tests.conftest import ROOT
 
 HOME = ROOT / "clients" / "browser"
@@ -97,16 +97,18 @@ def test_logits_and_energy_are_the_servers(page, engine, test_images):
 
 
 def test_the_page_shows_what_the_server_would_say(page, shipped, engine, test_images):
-    logits, energy, _ = engine.classify(pixels.to_unit(test_images[0][[CAT]]))
-    calibration = shipped.calibration()
+    image = pixels.to_unit(test_images[0][[CAT]])
+    logits, energy, features = engine.classify(image)
+    calibration, combination = shipped.calibration(), shipped.combination()
     detector = Detector(np.array(calibration.scores), 0.05)
-    p_value = detector.p_value(ood_score(calibration.score, calibration.weight, logits))
+    terms = combination.terms(Seen(image, features, logits))
+    p_value = detector.p_value(combination.score(terms))
     shown = page["shown"]
     assert shown["label"] == shipped.manifest.labels[logits.argmax()]
     assert float(shown["probability"]) == pytest.approx(probabilities(logits, calibration.temperature).max(), abs=1e-3)
     assert float(shown["energy"].removesuffix(" nats")) == pytest.approx(energy[0], abs=1e-3)
     assert float(shown["p_value"]) == pytest.approx(p_value[0], abs=2e-3)
-    assert shown["suspicious"] == ("yes" if detector.suspicious(p_value)[0] else "no")
+    assert shown["suspicious"] == (f"yes ({combination.why(terms)[0]})" if detector.suspicious(p_value)[0] else "no")
 
 
 def test_chains_take_the_servers_steps(page, engine, chains):

@@ -13,6 +13,7 @@ from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.scores import SCORES, OodScore, ood_score
+from ebjdat_serve.views import VIEWS, of_logits
 from training.calibrate import calibrate, carded
 from training.data.datasets import load
 from training.evaluation.distances import frechet_distance
@@ -33,12 +34,13 @@ def test_a_new_score_is_one_line(golden, tmp_path, monkeypatch):
     """Calibrated, described on the card, judged by the evaluation's attacks: all from its line in SCORES."""
     halved = OodScore(lambda e, log_p, weight, xp: e - weight * xp.amax(log_p, 1), "E(x) - {weight:.1f} max log p", lambda logits: 0.5)
     monkeypatch.setitem(SCORES, "halved", halved)
+    monkeypatch.setitem(VIEWS, "halved", of_logits("halved", halved.equation))  # as VIEWS has every score
     folder = tmp_path / "bundle"
     shutil.copytree(golden / "current", folder)
-    found = carded(calibrate(Bundle.draft(folder), load("digits"), score="halved"))
-    calibration = found.calibration()
-    assert (calibration.score, calibration.weight) == ("halved", 0.5)
-    assert "s(x) = E(x) - 0.5 max log p" in (found.path / "README.md").read_text(encoding="utf-8")
+    found = carded(calibrate(Bundle.draft(folder), load("digits"), views=["halved"]))
+    assert found.calibration().views == ["halved"]
+    assert float(found.combination().stored["halved"]["weight"]) == 0.5
+    assert "halved" in (found.path / "README.md").read_text(encoding="utf-8")
     logits = np.random.default_rng(0).normal(size=(9, 10)).astype(np.float32)
     served = ood_score("halved", 0.5, logits)
     np.testing.assert_allclose(served, ood_score("energy", 0, logits) + 0.5 * ood_score("max_softmax", 0, logits), atol=1e-5)
@@ -123,22 +125,23 @@ def test_every_published_interval_of_a_share_is_wilsons(shipped):
         assert wilson(count, row["n"]) == pytest.approx(row["interval"], abs=1e-9), row
 
 
-def test_a_calibration_that_names_no_score_is_refused(golden, tmp_path):
+def test_a_calibration_that_names_no_views_is_refused(golden, tmp_path):
     folder = tmp_path / "older"
     shutil.copytree(golden / "current", folder)
     rows = json.loads((folder / "calibration.json").read_text())
-    old = [{key: value for key, value in row.items() if key not in ("score", "weight", "scores")} for row in rows]
+    old = [{key: value for key, value in row.items() if key not in ("views", "scores")} for row in rows]
     write_json(folder / "calibration.json", old)
-    with pytest.raises(BundleError, match=r"calibration.json: unknown keys \[\], missing keys \['score', 'scores', 'weight'\]"):
+    with pytest.raises(BundleError, match=r"calibration.json: unknown keys \[\], missing keys \['scores', 'views'\]"):
         Bundle.draft(folder).update("calibration.json").calibration()
 
 
-def test_every_precision_flags_by_the_score_of_fp32(golden, tmp_path):
+def test_every_precision_flags_by_the_views_of_fp32(golden, tmp_path):
     folder, data = tmp_path / "bundle", load("digits")
     shutil.copytree(golden / "current", folder)
-    bundle = calibrate(Bundle.draft(folder), data, score="max_softmax")
+    bundle = calibrate(Bundle.draft(folder), data, views=["max_softmax"])
     bundle = calibrate(bundle, data, "bf16")
-    assert {row.precision: row.score for row in bundle.calibrations()} == {"fp32": "max_softmax", "bf16": "max_softmax"}
-    assert [row.precision for row in calibrate(bundle, data).calibrations()] == ["fp32"]  # another score: bf16's is gone, and says so
+    assert {row.precision: row.views for row in bundle.calibrations()} == {"fp32": ["max_softmax"], "bf16": ["max_softmax"]}
+    assert bundle.combination("bf16").clean["max_softmax"].tolist() != bundle.combination().clean["max_softmax"].tolist()
+    assert [row.precision for row in calibrate(bundle, data).calibrations()] == ["fp32"]  # other views: bf16's is gone, and says so
     with pytest.raises(BundleError, match="holds no bf16 calibration"):
         Bundle.draft(folder).calibration("bf16")

@@ -23,6 +23,7 @@ from ebjdat_serve.locking import hold, is_held
 from ebjdat_serve.rows import FRESH, Row
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.store import next_revision, publish, sign, versions
+from ebjdat_serve.views import save_views
 from tests.conftest import serving
 from tests.test_faults import workers
 from tests.test_refresh import info, until
@@ -132,10 +133,10 @@ def test_another_score_is_said_by_the_card_of_the_same_version(bundle, tmp_path,
     store = tmp_path / "store"
     publish(bundle, store)
     samples = bundle.manifest.files["samples.png"]
-    monkeypatch.setattr(sys, "argv", ["calibrate.py", str(store), "--score", "max_softmax", "--force"])
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", str(store), "--views", "max_softmax", "--force"])
     calibrate.main()
     done = Bundle.load(store)
-    assert done.calibration().score == "max_softmax"
+    assert done.calibration().views == ["max_softmax"]
     before, after = ((one.path / "README.md").read_text(encoding="utf-8") for one in (bundle, done))
     assert ("s(x) = E(x) +" in before, "s(x) = E(x) +" in after) == (True, False)
     assert done.manifest.files["samples.png"] == samples  # no image is drawn again for it
@@ -144,8 +145,9 @@ def test_another_score_is_said_by_the_card_of_the_same_version(bundle, tmp_path,
 def test_precisions_that_a_calibration_drops_are_named(bundle, caplog):
     rows = json.loads((bundle.path / "calibration.json").read_text(encoding="utf-8"))
     write_json(bundle.path / "calibration.json", [*rows, {**rows[0], "precision": "bf16"}])
-    calibrate.calibrate(bundle.update("calibration.json"), load("digits"), score="max_softmax")
-    assert "another score: bf16;" in caplog.text
+    save_views(bundle.path / "views.safetensors", {"fp32": bundle.combination(), "bf16": bundle.combination()})
+    calibrate.calibrate(bundle.update("calibration.json", "views.safetensors"), load("digits"), views=["max_softmax"])
+    assert "other views: bf16;" in caplog.text
 
 
 def test_the_way_to_take_figures_that_is_advised_is_open(bundle, tmp_path, monkeypatch, capsys):

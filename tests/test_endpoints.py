@@ -37,7 +37,7 @@ class Outputs(Schema):
 
 
 def run_forward(model, image):
-    return model.forward(image)[0]
+    return model.forward(image).logits
 
 
 FORWARD = Operation("forward", "classify", run_forward)

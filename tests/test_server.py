@@ -20,13 +20,15 @@ from starlette.requests import Request
 
 from ebjdat_serve import pixels
 from ebjdat_serve.decoding.header import Limits
+from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.keys import digest, environment_key
-from ebjdat_serve.scores import ood_score
+from ebjdat_serve.pixels import decode, encode_png, to_unit
 from ebjdat_serve.server.app import build_server
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.generate_request import find_label, read_values
 from ebjdat_serve.server.settings import SHIPPED, Settings
+from ebjdat_serve.views import Seen
 from tests.conftest import ROOT, serving
 from tests.test_pixels import bomb
 
@@ -63,12 +65,24 @@ def test_energy_is_the_logsumexp_of_the_joint_energies(live, shipped, picture):
     classified = raw(live, "/classify", picture).json()
     assert said["energy"] == pytest.approx(classified["energy"], abs=1e-5)
     assert (said["suspicion"], said["p_value"]) == (classified["suspicion"], classified["p_value"])
-    calibration = shipped.calibration()
-    expected = ood_score(calibration.score, calibration.weight, -joint[None].astype(np.float32))
-    assert said["suspicion"] == pytest.approx(float(expected[0]), abs=1e-4)
+    calibration, combination = shipped.calibration(), shipped.combination()
+    image = to_unit(decode(picture, 32, 32)[None])
+    terms = combination.terms(Seen(image, load_engine(shipped, "onnx", "cpu").classify(image).features, -joint[None].astype(np.float32)))
+    assert said["suspicion"] == pytest.approx(float(terms.sum()), abs=0.02)  # rounding may pass one clean score
+    assert said["why"] == classified["why"] == combination.why(terms)[0]
     assert said["p_value"] == (1 + sum(score >= said["suspicion"] for score in calibration.scores)) / (len(calibration.scores) + 1)
     info = httpx2.get(f"{live.url}/info").json()["calibration"]
-    assert (info["score"], info["weight"]) == (calibration.score, calibration.weight)
+    assert (info["views"], info["left_out"], info["handled"]) == (calibration.views, {}, 0.5)
+
+
+def test_what_a_new_user_tries_first_is_suspicious_for_what_it_looks_like(live):
+    """A white square had a p-value of .997."""
+    white, noise = np.full((32, 32, 3), 255, np.uint8), np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    board = np.kron(np.indices((8, 8)).sum(axis=0) % 2, np.ones((4, 4)))[..., None].repeat(3, axis=2).astype(np.uint8) * 255
+    for image in (white, 255 - white, noise, board):
+        said = raw(live, "/classify", encode_png(image)).json()
+        assert said["suspicious"], said
+        assert said["why"] == "statistics"
 
 
 @pytest.mark.parametrize("path", ["/classify", "/energy"])

@@ -16,6 +16,7 @@ from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import rows_where
 from ebjdat_serve.scores import ood_score
 from ebjdat_serve.selftest import replay
+from ebjdat_serve.views import Seen
 from export.parity import check
 from tests.conftest import ROOT
 from training.evaluation.metrics import flag_rate_interval, wilson
@@ -30,11 +31,16 @@ def metric(bundle: Bundle, name: str, **where) -> float:
 
 def test_it_holds_everything_and_stays_small(shipped):
     names = set(shipped.manifest.files)
-    assert set(SERVED) | {"metrics.json", "README.md", "samples.png", "landscape.png"} <= names
+    assert set(shipped.required) == {*SERVED, "score.onnx", "step.onnx", "prior.safetensors"}
+    assert set(shipped.required) | {"metrics.json", "README.md", "samples.png", "landscape.png"} <= names
     # an evaluation leaves its report beside the bundle, in no manifest and no wheel
     assert {path.name for path in shipped.path.iterdir()} - {"report.html"} == names | {"bundle.json"}
     assert sum(entry.bytes for entry in shipped.manifest.files.values()) <= 10 * 2**20
-    assert len(shipped.calibration().energies) == 2500
+    for calibration in shipped.calibrations():
+        assert (calibration.views, calibration.left_out) == (["statistics", "logits", "features"], {})
+        assert len(calibration.energies) == len(calibration.scores) == 2500
+    # a tenth of the weights' bytes for each precision
+    assert shipped.combination().nbytes < shipped.manifest.files["weights.safetensors"].bytes / 10
 
 
 def test_the_wheel_holds_the_bundle_and_nothing_of_the_laboratory(shipped, tmp_path):
@@ -62,13 +68,14 @@ def test_every_figure_says_what_it_was_measured_on(shipped):
 
 def test_accuracy_and_flag_rate_on_real_pictures_are_the_cards(shipped, test_images):
     image, label = test_images
-    engine, calibration = OnnxEngine(shipped, "cpu"), shipped.calibration()
-    logits, energy, _ = classify_in_chunks(engine, to_unit(image))
+    engine, calibration, combination = OnnxEngine(shipped, "cpu"), shipped.calibration(), shipped.combination()
+    logits, energy, features = classify_in_chunks(engine, to_unit(image))
     correct = int((logits.argmax(axis=1) == label).sum())
     low, high = wilson(correct, len(label), level=0.999)
     assert low <= metric(shipped, "accuracy_clean") <= high
     np.testing.assert_allclose(ood_score("energy", 0.0, logits), energy, atol=1e-5)
-    p_value = Detector(np.asarray(calibration.scores), 0.05).p_value(ood_score(calibration.score, calibration.weight, logits))
+    scores = combination.score(combination.terms(Seen(to_unit(image), features, logits)))
+    p_value = Detector(np.asarray(calibration.scores), 0.05).p_value(scores)
     low, high = flag_rate_interval(len(calibration.energies), len(label), 0.05, level=0.999)
     assert low <= float((p_value < 0.05).mean()) <= high
 

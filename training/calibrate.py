@@ -29,10 +29,8 @@ from training.evaluation.rows import SEED
 from training.evaluation.shifts import UNTOUCHED, handled, mixture
 
 log = logging.getLogger("training")
-FITTED, FITTED_HANDLED = 20_000, 10_000
-"""Training images that views are fitted on at most, and handled ones."""
-HANDLED_BYTES = 2**28
-"""Bytes of handled images at most: large ones are fewer."""
+FITTED, FITTED_BYTES = 10_000, 2**28
+"""Training images that views are fitted on, at most, and their bytes: large ones are fewer."""
 CHUNK = 256
 """Images that are looked at together."""
 
@@ -77,14 +75,14 @@ def fitted(engine: Engine, data: Dataset, names: Sequence[str], selection: Float
 
     ``selection`` are the logits of the selection split, ``budget`` the bytes that a view of features may store.
     """
-    chosen = np.sort(np.random.default_rng(SEED).permutation(len(data.train))[:FITTED])
+    most = min(FITTED, FITTED_BYTES // data.train.image[0].nbytes)
+    chosen = np.sort(np.random.default_rng(SEED).permutation(len(data.train))[:most])
     n, width = len(data.calibration), engine.classify(to_unit(data.train.image[:1])).features.shape[1]
     out = left_out(names, n, dimensions(width, len(data.names), budget))
     used = [name for name in names if name not in out]
     featured = any(VIEWS[name].needs_features for name in used if name in VIEWS)
     training = outputs(engine, data.train.image[chosen]) if featured else engine.classify(to_unit(data.train.image[:1]))
-    some = chosen[: min(FITTED_HANDLED, HANDLED_BYTES // data.train.image[0].nbytes)]
-    lightly = [statistics(to_unit(part)) for part in parts(handled(data.train.image[some], 0, untouched=0.0))]
+    lightly = [statistics(to_unit(part)) for part in parts(handled(data.train.image[chosen], 0, untouched=0.0))]
     none = np.empty((0, 3, *data.size), np.float32)
     seen = Seen(none, training.features, training.logits)
     known = Known(seen, np.concatenate(lightly), Seen(none, np.empty((0, width), np.float32), selection), budget)

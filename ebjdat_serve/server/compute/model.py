@@ -9,6 +9,7 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.detection import probabilities
+from ebjdat_serve.engines import Outputs
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.payloads import TOP, Predictions
@@ -37,6 +38,10 @@ class Model:
     def engine_info(self) -> dict[str, str]:
         """Return engine, provider and precision."""
         return {"engine": self.engine.name, "provider": self.engine.provider, "precision": self.engine.precision}
+
+    def forward(self, image: pixels.Pixels) -> Outputs:
+        """Return logits, energy and features of pixels (n, H, W, 3)."""
+        return classify_in_chunks(self.engine, pixels.to_unit(image))
 
     def predict(self, image: pixels.Pixels) -> Predictions:
         """Return the predictions for pixels (n, H, W, 3)."""
