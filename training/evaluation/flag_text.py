@@ -1,6 +1,6 @@
 """The card's section on the flag, and the README's limits of it: every claim is of a row, and max softmax stands beside."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,44 +12,6 @@ from ebjdat_serve.sentences import eps_name, set_name
 from ebjdat_serve.views import VIEWS
 from training.evaluation.chosen import ALPHA, model_of, served_score
 from training.evaluation.ood_sets import BLANK, IMAGENET, MIXED, ODD_SETS, OOD_ATLASES
-
-
-def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
-    """Return the section on the flag: its views, what its p-values speak of, and its figures, adaptive attacks included."""
-    if "calibration.json" not in bundle.manifest.files:
-        return "The bundle is not calibrated yet, so nothing is flagged."
-    m, f = model_of(bundle), Flagged(bundle, rows)
-    eps, level = eps_name(m.eps), {"alpha": ALPHA}
-    calibration = bundle.calibration()
-    n = len(calibration.scores)
-    views = "\n".join(f"- `{name}`: {VIEWS[name].words};" for name in calibration.views)
-    out = "".join(f" Without `{name}`: {why}." for name, why in calibration.left_out.items())
-    shifts = [row.shift for row in rows_where(rows, "flag_rate_shifted", score=m.score) if row.shift]
-    fooled, others = (f.text("flag_power", subset=subset, **m.test, **m.pgd, **level) for subset in ("fooled", "not fooled"))
-    junk, limit = f.text("auroc_robust_ood", moved="ood"), first(rows, "accuracy_at_half_eps")
-    least = figure(limit) if limit else "not measured"
-    return f"""`suspicious` means p < alpha, with p = (1 + how many of {n:,} calibration scores are at least this one) / {n + 1:,}.
-The score is a sum of views, each of one number whose term is -log of the share of clean images in which it is as large:
-
-{views}
-
-the view with the largest term is the answer's `why`.{out}
-
-{mixture_sentence(calibration.handled)} At most alpha of such images are flagged on average over calibration draws; given this one
-set the rate is Beta-distributed around it. At alpha 0.05 the flag finds these shares; those of max softmax, which needs no energy and is
-calibrated alike, are in brackets:
-
-- test images of that mixture {f.text("flag_rate_mixture", **level)}; untouched ones {f.text("flag_rate_clean", **level)};
-  changed in one way: {f.list("flag_rate_shifted", "shift", shifts)};
-- other data: {f.list("flag_power", "dataset", (*OOD_ATLASES, IMAGENET, MIXED))};
-- odd pictures: {f.list("flag_power", "dataset", ODD_SETS)};
-- images that PGD-20 fooled at {eps} {fooled}; the other attacked images {others}.
-
-{spoken(bundle, rows)}**It does not defend against an adaptive attacker**, who knows all views and their ranks: on OOD images
-perturbed within {eps} to look normal the AUROC is {junk} (0.5 is chance, 0 is fooled every time);
-the share of images for which no misclassified, unflagged point of the ball was found is
-{f.text("accuracy_with_rejection", **level)} at alpha 0.05,
-and a flag robust at {eps} would imply a classifier robust at half of it, where this one keeps {least}."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +32,64 @@ class Flagged:
         own, plain = (figure(row) if row else "not measured" for row in self.both(metric, **wanted))
         return f"{own} (max softmax: {plain})"
 
-    def list(self, metric: str, field: str, names: Sequence[str]) -> str:
-        """Return both figures at ``ALPHA`` of each of the named sets that was measured."""
-        found = [(name, {field: name, "alpha": ALPHA}) for name in dict.fromkeys(names)]
-        parts = [f"{name} {self.text(metric, **wanted)}" for name, wanted in found if self.both(metric, **wanted)[0]]
-        return "; ".join(parts) or "not measured"
+    def lines(self, sets: Iterable[tuple[str, str, dict[str, Any]]]) -> str:
+        """Return a table of both shares at ``ALPHA`` of each set that was measured, given as text, metric and fields."""
+        found = []
+        for text, metric, wanted in sets:
+            own, plain = self.both(metric, alpha=ALPHA, **wanted)
+            if own:
+                found.append(f"| {text} | {figure(own)} | {figure(plain) if plain else 'not measured'} | {own.n:,} |")
+        return "\n".join(["| images | flagged | by max softmax | n |", "|---|---|---|---|", *found]) if found else "Not measured."
+
+
+def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
+    """Return the section on the flag: its views, what its p-values speak of, and its figures, adaptive attacks included."""
+    if "calibration.json" not in bundle.manifest.files:
+        return "The bundle is not calibrated yet, so nothing is flagged."
+    m, f = model_of(bundle), Flagged(bundle, rows)
+    calibration = bundle.calibration()
+    n = len(calibration.scores)
+    views = "\n".join(f"- `{name}`: {VIEWS[name].words};" for name in calibration.views)
+    out = "".join(f" Without `{name}`: {why}." for name, why in calibration.left_out.items())
+    shifts = [row.shift for row in rows_where(rows, "flag_rate_shifted", score=m.score) if row.shift]
+    pgd = f"PGD-20 at {eps_name(m.eps)}"
+    sets: list[tuple[str, str, dict[str, Any]]] = [
+        ("test images, handled as the calibration's", "flag_rate_mixture", {}),
+        ("test images, untouched", "flag_rate_clean", {}),
+        *((f"test images after {shift}", "flag_rate_shifted", {"shift": shift}) for shift in shifts),
+        *((name, "flag_power", {"dataset": name}) for name in (*OOD_ATLASES, IMAGENET, MIXED, *ODD_SETS)),
+        (f"fooled by {pgd}", "flag_power", {"subset": "fooled", **m.test, **m.pgd}),
+        (f"attacked by {pgd}, not fooled", "flag_power", {"subset": "not fooled", **m.test, **m.pgd}),
+    ]
+    return f"""`suspicious` means p < alpha, with p = (1 + how many of {n:,} calibration scores are at least this one) / {n + 1:,}.
+The score is a sum of views, each of one number whose term is -log of the share of held-out images of which it is as large:
+
+{views}
+
+the view with the largest term is the answer's `why`.{out}
+
+{mixture_sentence(calibration.handled)}
+At most alpha of such images are flagged on average over calibration draws; given this one set the rate is Beta-distributed around it.
+At alpha 0.05 the flag finds these shares, beside those of max softmax, which needs no energy and is calibrated alike:
+
+{f.lines(sets)}
+
+{spoken(bundle, rows)}{adaptive(f)}"""
+
+
+def adaptive(f: Flagged) -> str:
+    """Return a paragraph on attackers who know the flag, as far as that was measured."""
+    eps = eps_name(model_of(f.bundle).eps)
+    said = "**It does not defend against an adaptive attacker**, who knows all views and their ranks"
+    junk, rejected = f.both("auroc_robust_ood", moved="ood")[0], f.both("accuracy_with_rejection", alpha=ALPHA)[0]
+    limit = first(f.rows, "accuracy_at_half_eps")
+    if junk is None or rejected is None or limit is None:
+        return f"{said}: how far one gets was not measured for this score."
+    return f"""{said}: on OOD images perturbed within {eps} to look normal the AUROC is
+{f.text("auroc_robust_ood", moved="ood")} (0.5 is chance, 0 is fooled every time);
+the share of images for which no misclassified, unflagged point of the ball was found is
+{f.text("accuracy_with_rejection", alpha=ALPHA)} at alpha 0.05,
+and a flag robust at {eps} would imply a classifier robust at half of it, where this one keeps {figure(limit)}."""
 
 
 def mixture_sentence(handled: float) -> str:

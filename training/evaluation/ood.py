@@ -46,12 +46,15 @@ def suspicion_rows(c: Context) -> Iterator[Row]:
     if share:
         yield from mixture_rows(c, flags, share)
     yield from why_rows(c, flag, c.where, clean)
-    odd, main = odd_pictures(c), {**strange(c), **attacked(c)}
+    main, odd = {**strange(c), **attacked(c)}, odd_pictures(c)
     flagging = [*flags, *(other for other in every if other.column is not None)]
-    for images, found in {**odd, **main}.items():
-        if len(found["label"]) > 1:  # a rate of one image is a figure, an AUROC of it is none
-            for other in able(every, found):
-                yield from separation_rows(c, other, images, like(images, clean, found), found)
+    for images, found in {**main, **odd}.items():
+        for other in able(every, found):
+            own = like(images, clean, found)
+            if images in main:
+                yield from separation_rows(c, other, images, own, found)
+            elif len(found["label"]) > 1:  # a rate of one image is a figure, an AUROC of it is none
+                yield auroc_row(c, f"auroc_{other.score}", other, images, other.value(own), other.value(found))
         for shown in flagging:
             yield from power_rows(c, shown, images, found)
         yield from why_rows(c, flag, images, found)

@@ -31,7 +31,7 @@ SAID = {
     "masking": "1 is passed. A failed check does not show that the model is weak, but that its robust accuracies are unreliable.",
     "robustness": "Accuracies carry Wilson 95 % intervals; a target is met by the lower bound. The worst case counts an image only if every attack left it.",
     "suspicion": "Every rate of the served score is followed by that of max softmax, which needs no energy. Images that an attack fooled are counted apart from the rest.",
-    "hostile": "The attacker knows model, score and threshold. No flag here defends against such a user; these figures show how far it goes.",
+    "hostile": "The attacker knows model, views, ranks and threshold. No flag here defends against such a user; these figures show how far it goes.",
     "generation": "No figure is FID unless Inception-v3 with its standard weights was available. Distances at small n are biased upwards: compare them with the floor.",
     "released-code": "Half of the stated eps, and a weakened list of attacks: for comparison with published tables only.",
 }
