@@ -31,14 +31,19 @@ class Detector:
 
     def p_value(self, score: Floats) -> NDArray[np.float64]:
         """Return the conformal p-value of each score, shape (N,), in [1/(n+1), 1]."""
-        n = len(self.scores)
-        at_least = n - np.searchsorted(self.scores, score.astype(np.float64), side="left")
-        result: NDArray[np.float64] = (1 + at_least) / (n + 1)
-        return result
+        return p_value(self.scores, score)
 
     def suspicious(self, p_value: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Return which p-values are below alpha."""
         return p_value < self.alpha
+
+
+def p_value(clean: NDArray[np.float64], score: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return (1 + #{clean >= score}) / (n + 1), shape (N,): the upper-tail conformal p-value among ``clean`` (n,), sorted ascending."""
+    n = len(clean)
+    at_least = n - np.searchsorted(clean, score.astype(np.float64), side="left")
+    result: NDArray[np.float64] = (1 + at_least) / (n + 1)
+    return result
 
 
 def probabilities(logits: Floats, temperature: float) -> Floats:

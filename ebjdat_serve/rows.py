@@ -41,8 +41,9 @@ class Images:
     subset          fooled or not fooled by the attack; one half of the images
     shift           benign shift, as JPEG q75
     corruption      one kind of corruption; severity: 1 to 5; recipe: own, where it is not CIFAR-10-C's; kinds: how many are pooled
-    attack          pgd, apgd (APGD-CE and APGD-T), autoattack, square, transfer, worst_case (all of ``attacks``), released_autoattack,
-                    score (on the detection score), evasion (wrong and not flagged)
+    attack          pgd, apgd (APGD-CE and APGD-T), apgd_ce_dlr, autoattack, square, transfer, worst_case (all of ``attacks``),
+                    released_autoattack, score (on the detection score), evasion (wrong and not flagged), reach (wrong, accepted by
+                    the policy and stable under the search)
     norm, eps       linf or l2; radius in pixels of [0,1]
     objective       ce (cross-entropy) or margin
     steps           of the attack, or of the sampler
@@ -101,6 +102,8 @@ class Row(Images):
     against         data set that the images are compared with; against_split: the split; against_n: how many images of it
     score, alpha    OOD score; level of its flag
     baseline        score that ``score`` is compared with
+    radius          of the search for another label around an image, l-inf, pixels of [0,1]
+    views           p-values that a policy combines; alpha is then the share of clean images that it sends to review
     moved           which images an attack on the score perturbs: none, ood, clean, both
     expected        interval in which the value, or the rate it is about, should lie
     temperature     of p(y|x): 1 or fitted; bins, draws: of the calibration error and of its floor
@@ -129,6 +132,8 @@ class Row(Images):
     score: str | None = None
     alpha: float | None = None
     baseline: str | None = None
+    radius: float | None = None
+    views: tuple[str, ...] | None = None
     moved: str | None = None
     expected: tuple[float, float] | None = None
     temperature: str | None = None

@@ -54,6 +54,8 @@ def attack_name(images: Images) -> str:
             return f"PGD-{images.steps}"
         case "apgd":
             return "APGD-CE and APGD-T of AutoAttack"
+        case "apgd_ce_dlr":
+            return "APGD-CE and APGD-DLR of AutoAttack"
         case "autoattack":
             return f"official {images.version} AutoAttack" if images.version else "AutoAttack"
         case "square":
@@ -111,6 +113,11 @@ def attack_words(row: Images) -> str:
         case "evasion":
             found = f"PGD-{row.steps} joint, selective and orthogonal, {row.restarts} starts each, and Square of {row.queries} queries"
             parts = [threat, f"{found} on both aims, and points of APGD-CE and APGD-T that pass"]
+        case "reach":
+            parts = [
+                threat,
+                f"PGD-{row.steps} on margin, search (BPDA) and OOD score at once, {row.restarts} variants, the worst of each image",
+            ]
         case _:
             parts = [attack_name(row), threat]
     if row.attack == "pgd":
@@ -132,6 +139,8 @@ def calibration_words(row: Row) -> str:
 def flag_words(row: Row) -> str:
     """Return the OOD score and the level of its flag as text."""
     parts = [f"alpha {row.alpha:g}" if row.alpha is not None else "", f"score {row.score}" if row.score else ""]
+    parts += [f"policy of {' + '.join(row.views)}"] if row.views else []
+    parts += [f"search within l-inf {eps_name(row.radius)}"] if row.radius else []
     parts += [calibration_words(row), f"moves {MOVED[row.moved]}" if row.moved else ""]
     parts.append("Beta-binomial 99 % interval [{:.4f}, {:.4f}]".format(*row.expected) if row.expected else "")
     return ", ".join(part for part in parts if part)
@@ -284,6 +293,17 @@ DEFINITIONS: dict[str, Callable[[Row], str]] = {
     "share_of_flags": constant("share of the flagged images of which this view's term is the largest"),
     "accuracy_with_rejection": constant("no misclassified, unflagged point of the ball was found"),
     "accuracy_at_half_eps": constant("a detector robust at eps implies some classifier robust at eps/2 (arXiv 2107.11630); this one under"),
+    "unstable": constant("share for which the search finds another label"),
+    "review_share": constant("share that the policy sends to review; alpha is the share of clean images asked for"),
+    "error": constant("share of wrong answers"),
+    "aurc": constant("area under the risk-coverage curve, most suspicious images refused first; lower is better"),
+    "reach_auroc": lambda row: f"positives are the {row.subset}, negatives all clean images of the attack",
+    "reach_auroc_right": lambda row: f"positives are the {row.subset}, negatives the clean images that are classified right",
+    "reach_power": constant("share flagged by the score's own calibration"),
+    "accuracy_with_search": constant("no wrong point of the ball was found that the policy accepts and the search finds stable"),
+    "accuracy_less_radius": lambda row: f"robust accuracy without rejection at eps less the radius {eps_name(row.radius or 0.0)}",
+    "clean_rejected": constant("share of clean images that the policy or the search rejects"),
+    "accuracy_accepted": constant("of the clean images that are not rejected"),
     "inception_score": lambda row: f"mean of {row.splits} splits",
     **of_every(
         "frechet_infinity_{}",

@@ -60,7 +60,7 @@ def test_a_missing_or_short_file_is_refused_and_named(copy, name):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda m: m.update(schema=99), "schema 99 is unknown"),
+        (lambda m: m.update(schema=99), "schema 99 is not 2"),
         (lambda m: m.update(colour="red"), r"unknown keys \['colour'\]"),
         (lambda m: m.pop("labels"), r"missing keys \['labels'\]"),
         (lambda m: m["sampler"].update(steps="many"), "sampler: steps"),

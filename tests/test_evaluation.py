@@ -309,6 +309,27 @@ def test_results_are_of_their_views(golden, tmp_path):
     assert bundle_spec(bundle.path)().key != before
 
 
+@pytest.mark.slow
+def test_reach_is_a_part_whose_figures_fit_together(weights, runs):
+    few = replace(SUITES["quick"], test=60, looked=40, strong=20, hostile=20, shifted=20, queries=30)
+    rows = evaluate_module(made(Net, weights), "digits", suite=few, parts=("reach",), folder=runs / "reach")
+    assert len({row.key for row in rows}) == len(rows)
+    for found in rows_where(rows, "review_share", split="test", attack=None):
+        low, high = found.expected
+        assert low <= found.value <= high
+    fooled_by_pgd = rows_where(rows, "reach_auroc", attack="pgd", score="margin")
+    assert [row.eps for row in fooled_by_pgd] == [LINF.eps, LINF.eps / 2]
+    assert all(value(rows, "reach_auroc_right", attack="pgd", score="margin", eps=row.eps) >= row.value for row in fooled_by_pgd)
+    curve = rows_where(rows, "accuracy_with_search")
+    assert [row.radius for row in curve] == [share * LINF.eps for share in (0.0, 0.125, 0.25, 0.5)]
+    assert all("worst of each image" in protocol_words(row) for row in curve)
+    less = [row.value for row in rows_where(rows, "accuracy_less_radius")]
+    assert less == sorted(less)
+    rejected = [row.value for row in rows_where(rows, "clean_rejected")]
+    assert rejected == sorted(rejected)
+    assert value(rows, "aurc", score="max_softmax", attack=None, corruption=None) < value(rows, "error", attack=None, corruption=None)
+
+
 def test_the_gradient_norm_is_that_of_the_energy(weights, digits, runs):
     net = made(Net, weights).eval()
     measured(Net, weights, runs, parts=("clean",))

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.test_repo import tracked
 
 EXAMPLES = sorted((ROOT / "docs" / "extending").glob("*.diff"))
-KINDS = {"method", "network", "score", "endpoint", "dataset"}
+KINDS = {"method", "network", "score", "view", "endpoint", "dataset"}
 REGISTRY_TESTS = (
     "test_repo", "test_registries", "test_detection", "test_endpoints", "test_settings", "test_advice", "test_methods", "test_rows",
     "test_benchmarks",
@@ -87,9 +87,9 @@ def test_an_addition_is_one_file_of_code_one_line_a_test_and_a_line_of_docs(diff
     assert (len(tests), len(docs), len(registry)) == (1, 1, 1), files
     assert tests[0] in new
     assert docs[0] not in new
-    if diff.stem == "score":  # the scores' file is their registry
+    if diff.stem in ("score", "view"):  # their file is their registry
         assert own == []
-        assert sum("OodScore(" in line for line in files[registry[0]]) == 1
+        assert sum(f": {'OodScore' if diff.stem == 'score' else 'View'}(" in line for line in files[registry[0]]) == 1
     else:
         assert len(own) == 1
         assert len(files[registry[0]]) <= 3, files[registry[0]]

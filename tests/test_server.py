@@ -48,7 +48,7 @@ def raw(live, path, data, kind="application/octet-stream"):
 
 def test_classify_says_everything_it_promises(live, shipped, picture):
     said = raw(live, "/classify", picture).json()
-    assert set(said) == {"class", "label", "probability", "energy", "suspicion", "p_value", "suspicious", "top", "alpha", "model"}
+    assert set(said) == {"class", "label", "probability", "energy", "suspicion", "p_value", "suspicious", "why", "top", "alpha", "model"}
     assert said["label"] == shipped.manifest.labels[said["class"]]
     assert len(said["top"]) == 5
     assert said["top"][0] == {name: said[name] for name in ("class", "label", "probability")}

@@ -49,6 +49,7 @@ from training.evaluation.generation import generation_rows
 from training.evaluation.hostile import hostile_rows
 from training.evaluation.landscape import landscape_rows
 from training.evaluation.ood import shift_rows, suspicion_rows
+from training.evaluation.reach_rows import reach_rows
 from training.evaluation.report import write_evaluation_report
 from training.evaluation.result_cache import ResultCache, load_arrays, load_flat, unflattened, work_root, write
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
@@ -66,13 +67,15 @@ PARTS: dict[str, Part] = {
     "shifts": shift_rows,
     "generation": generation_rows,
     "landscape": landscape_rows,
+    "reach": reach_rows,
     "released-code": released_rows,
 }
 LEAST = {
     "test": 20, "attacked": 1, "attacked_other": 1, "strong": 0, "autoattack": 0, "autoattack_other": 0, "checked": 1, "looked": 2,
     "hostile": 1, "shifted": 2, "samples": 50, "queries": 1,
 }  # fmt: skip
-USUAL = tuple(name for name in PARTS if name != "released-code")
+USUAL = tuple(name for name in PARTS if name not in ("reach", "released-code"))
+"""``reach`` takes ten gradients of every calibration image."""
 SURROGATE = Path(__file__).parent.parent / "benchmarks" / "models" / "pgd-at" / "weights.safetensors"
 
 

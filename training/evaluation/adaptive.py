@@ -10,7 +10,7 @@ from ebjdat_serve.engines import Floats, Labels
 from training.evaluation.attacks import tensors
 from training.evaluation.autoattack import square
 from training.evaluation.evaluated_model import EvaluatedModel
-from training.evaluation.flags import Flag
+from training.evaluation.flags import score_of
 from training.evaluation.result_cache import Arrays
 from training.evaluation.scores import margin
 from training.methods.adversary import Threat, ascent, norm, project
@@ -209,7 +209,7 @@ def evades(subject: EvaluatedModel, image: Floats, label: Labels, attack: Evade 
 def served(subject: EvaluatedModel, attack: ScoreAttack | Evade | EvadeBySquare, image: Floats) -> tuple[Floats, Floats]:
     """Return the served logits (N, K) and OOD score (N,)."""
     found = subject.look(image)
-    return found["logits"], Flag(attack.score, attack.weight, np.empty(0)).value(found)
+    return found["logits"], score_of(attack.score, attack.weight, found)
 
 
 def gradient_of(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:

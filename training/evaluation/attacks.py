@@ -73,6 +73,11 @@ class Pgd:
             result |= {**subject.look(x_adv.cpu().numpy()), "gradient": gradient_norm(subject, x_adv)}
         return result
 
+    def points(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Tensor:
+        """Return where the first restart ends, (N, 3, H, W)."""
+        x, y = tensors(subject, image, label)
+        return self.search(subject, x, y, begin(x.cpu(), self.threat, "uniform", Noise.seeded(SEED)).to(x.device))
+
     def search(self, subject: EvaluatedModel, image: Tensor, label: Tensor, x_adv: Tensor) -> Tensor:
         """Return the first iterate that fools the network, or the last iterate."""
         found, going = x_adv.clone(), torch.arange(len(label), device=image.device)
@@ -135,15 +140,20 @@ class Transfer:
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return robust_mask (N,), and logits (N, K), terms (N, V) and gradient (N,) of the transferred images."""
+        x_adv = self.points(subject, image, label)
+        found = subject.look(x_adv.cpu().numpy())
+        robust_mask = (subject.logits(image).argmax(axis=1) == label) & (found["logits"].argmax(axis=1) == label)
+        return {"robust_mask": robust_mask, **found, "gradient": gradient_norm(subject, x_adv)}
+
+    def points(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Tensor:
+        """Return the last iterates on the surrogate, (N, 3, H, W)."""
         other = surrogate(self.surrogate, subject.device)
         x, y = tensors(subject, image, label)
         x_adv = begin(x.cpu(), self.threat, "uniform", Noise.seeded(SEED)).to(x.device)
         for _ in range(20):
             gradient, _ = input_gradient(other, x_adv, y, cross_entropy)
             x_adv = project(x_adv + self.threat.eps / 4 * ascent(gradient, self.threat.norm), x, self.threat)
-        found = subject.look(x_adv.cpu().numpy())
-        robust_mask = (subject.logits(image).argmax(axis=1) == label) & (found["logits"].argmax(axis=1) == label)
-        return {"robust_mask": robust_mask, **found, "gradient": gradient_norm(subject, x_adv)}
+        return x_adv
 
 
 @lru_cache(maxsize=2)

@@ -40,10 +40,21 @@ class AutoAttack:
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return robust_mask (N,), logits (N, K) and terms (N, V) of its images, and notes: warnings, and the images each attack left."""
+        x_adv, said = self.attacked(subject, image, label)
+        found = subject.look(x_adv.cpu().numpy())
+        right = (subject.logits(image).argmax(axis=1) == label) & (found["logits"].argmax(axis=1) == label)
+        return {"robust_mask": right, **found, "notes": notes(said)}
+
+    def points(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Tensor:
+        """Return the points that fool the model, and the images that no attack fooled, (N, 3, H, W)."""
+        return self.attacked(subject, image, label)[0]
+
+    def attacked(self, subject: EvaluatedModel, image: Floats, label: Labels) -> tuple[Tensor, list[str]]:
+        """Return the points (N, 3, H, W) and the notes."""
         x, y = tensors(subject, image, label)
         count = subject.logits(image[:1]).shape[1]
         named = list(self.attacks) or ["apgd-ce", "apgd-t", "fab-t", "square"]
-        chosen = [name for name in named if name != "apgd-t" or count > 3]  # the targeted DLR loss uses four logits
+        chosen = [name for name in named if name not in ("apgd-t", "apgd-dlr") or count > 3]  # the DLR losses use three and four logits
         version: dict[str, Any] = {"version": "rand"} if self.rand and count > 2 else {"version": "custom", "attacks": chosen}
         if not self.attacks and not self.rand and chosen == named:
             version = {"version": "standard"}
@@ -56,10 +67,8 @@ class AutoAttack:
         with captured_log() as lines:
             x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
         check_ball(x_adv, x, self.threat)
-        found = subject.look(x_adv.cpu().numpy())
-        right = (subject.logits(image).argmax(axis=1) == label) & (found["logits"].argmax(axis=1) == label)
         left_out = [f"{name} is not run: it needs four classes" for name in named if name not in chosen]
-        return {"robust_mask": right, **found, "notes": notes([*summary(lines, len(label)), *left_out])}
+        return x_adv, [*summary(lines, len(label)), *left_out]
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,18 @@ class Square:
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return robust_mask (N,), and logits (N, K) and terms (N, V) of its images."""
-        right = subject.logits(image).argmax(axis=1) == label
-        points = image.copy()
-        if right.any():
-            attack = square(lambda z: torch.from_numpy(subject.logits(z.numpy()).copy()), self.threat, self.queries)
-            points[right] = attack.perturb(torch.from_numpy(image[right]), torch.from_numpy(label[right])).numpy()
-        found = subject.look(points)
-        return {"robust_mask": right & (found["logits"].argmax(axis=1) == label), **found}
+        found = subject.look(self.points(subject, image, label).numpy())
+        right = (subject.logits(image).argmax(axis=1) == label) & (found["logits"].argmax(axis=1) == label)
+        return {"robust_mask": right, **found}
+
+    def points(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Tensor:
+        """Return the points that fool the served model, and the images that were wrong before or that it did not fool, (N, 3, H, W)."""
+        x, y = torch.from_numpy(image), torch.from_numpy(label)
+        right = torch.from_numpy(subject.logits(image).argmax(axis=1) == label)
+        if not right.any():
+            return x
+        attack = square(lambda z: torch.from_numpy(subject.logits(z.numpy()).copy()), self.threat, self.queries)
+        return x.masked_scatter(right[:, None, None, None].expand_as(x), attack.perturb(x[right], y[right]))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ebjdat_serve.bundle import Bundle, sha256
-from ebjdat_serve.engines import Floats, Outputs, load_engine
+from ebjdat_serve.energy import score
+from ebjdat_serve.engines import Floats, Labels, Outputs, load_engine
 from ebjdat_serve.engines.eager import Walk, exact, load_model
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.networks import Network, network_of
@@ -63,6 +64,7 @@ class EvaluatedModel:
     weights: str  # sha256 of the parameters
     graph: str  # sha256 of the graph of ``logits``
     device: torch.device
+    score: Callable[[Floats, Labels], tuple[Floats, Floats]]  # -dE(x,y)/dx and E(x,y), served
     advance: Callable[[Chains, int], Chains]  # Langevin steps
     key: str  # sha256 of everything its outputs depend on: the cache key of its results
     random: bool = False  # outputs differ from call to call; ``logits`` are then the mean of ten
@@ -116,6 +118,7 @@ def open_bundle(path: Path) -> EvaluatedModel:
         weights=weights,
         graph=of["classify.onnx"] if engine.name == "onnx" else weights,  # without ONNX Runtime no graph was measured
         device=device,
+        score=engine.score,
         advance=engine.advance,
         key=digest_of(*of.values(), engine.name, device.type),
         views=views,
@@ -156,13 +159,18 @@ def open_module(name: str, module: nn.Module, digest: str, key: str = "", random
         mean: Floats = np.mean([once(image) for _ in range(ANSWERS)], axis=0, dtype=np.float32)
         return mean
 
+    def gradient(image: Floats, label: Labels) -> tuple[Floats, Floats]:
+        towards, energies = score(module, torch.from_numpy(image).to(device), torch.from_numpy(label).to(device))
+        return towards.cpu().numpy(), energies.cpu().numpy()
+
     def advance(chains: Chains, steps: int) -> Chains:
         walk = Walk(module, chains, device)
         for _ in range(steps):
             walk.step()
         return chains.moved(walk.image.cpu().numpy(), steps)
 
-    return EvaluatedModel(name, module, often if random else once, digest, digest, device, advance, key or digest, random)
+    logits = often if random else once
+    return EvaluatedModel(name, module, logits, digest, digest, device, gradient, advance, key or digest, random)
 
 
 def module_spec(module: nn.Module, name: str, probe: Floats | None = None) -> Spec:

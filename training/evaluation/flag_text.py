@@ -105,7 +105,8 @@ def spoken(bundle: Bundle, rows: list[Row]) -> str:
     views = bundle.calibration().views
     lines = []
     for name in views:
-        shares = [row for row in rows_where(rows, "share_of_flags", score=alone(name)) if row.value > 0.5 and row.n >= 20]
+        every = rows_where(rows, "share_of_flags", score=alone(name), attack=None)
+        shares = [row for row in every if row.value > 0.5 and row.n >= 20]
         if shares:
             lines.append(f"`{name}` on {', '.join(set_name(row) for row in shares)}")
     return f"Which view speaks, of more than half of the flagged images: {'; '.join(lines)}.\n\n" if lines else ""

@@ -14,7 +14,10 @@ from training.evaluation.attacks import Predict
 from training.evaluation.context import Context, unit
 from training.evaluation.result_cache import Arrays, Task
 from training.evaluation.rows import ALPHAS
-from training.evaluation.shifts import mixture
+from training.evaluation.shifts import handled, mixture
+
+TEST = 3
+"""The seed by which test images are handled; the calibration split is by another."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,10 @@ class Flag:
 
     def value(self, found: Arrays) -> Floats:
         """Return the score of each image; high is suspicious."""
-        if self.score == SUM:
-            total: Floats = found["terms"].sum(axis=1).astype(np.float32)
-            return total
         if self.column is not None:
             term: Floats = found["terms"][:, self.column].astype(np.float32)
             return term
-        return found["gradient"] if self.score == "gradient_norm" else ood_score(self.score, self.weight, found["logits"])
+        return found["gradient"] if self.score == "gradient_norm" else score_of(self.score, self.weight, found)
 
     def flags(self, found: Arrays, alpha: float) -> np.ndarray:
         """Return which images are suspicious."""
@@ -48,9 +48,34 @@ class Flag:
         return float(self.clean[n - least]) if least > 0 else float("inf")
 
 
+def score_of(score: str, weight: float, found: Arrays) -> Floats:
+    """Return the served score, or a score of the logits, of each image, shape (N,), from what ``EvaluatedModel.look`` returned."""
+    if score == SUM:
+        total: Floats = found["terms"].sum(axis=1).astype(np.float32)
+        return total
+    return ood_score(score, weight, found["logits"])
+
+
 def calibration_of(c: Context) -> Calibration | None:
     """Return the calibration of a calibrated bundle."""
     return c.bundle.calibration() if c.bundle is not None and "calibration.json" in c.bundle.manifest.files else None
+
+
+def handled_share(c: Context) -> float:
+    """Return the share of calibration images that was lightly handled before the served score was calibrated."""
+    served = calibration_of(c)
+    return served.handled if served else 0.0
+
+
+def calibration_images(c: Context) -> tuple[Floats, Labels]:
+    """Return the calibration split as the served score was calibrated on it."""
+    return to_unit(mixture(c.data.calibration.image, 1 - handled_share(c))), unit(c.data.calibration)[1]
+
+
+def images_alike(c: Context, n: int) -> tuple[Floats, Labels]:
+    """Return the first n test images, handled as the calibration split was, so that both are exchangeable."""
+    some = c.data.test.first(n)
+    return to_unit(handled(some.image, TEST, 1 - handled_share(c))), some.label
 
 
 def flags_of(c: Context) -> tuple[Flag, list[Flag]]:
@@ -59,9 +84,7 @@ def flags_of(c: Context) -> tuple[Flag, list[Flag]]:
     All are calibrated alike: on the split as the bundle's calibration handled it.
     """
     served = calibration_of(c)
-    clean, label = unit(c.data.calibration)
-    handled = to_unit(mixture(c.data.calibration.image, 1 - served.handled)) if served else clean
-    splits: list[tuple[Task, Floats, Labels]] = [(Predict(gradient=True), handled, label), (Predict(), *unit(c.data.selection))]
+    splits: list[tuple[Task, Floats, Labels]] = [(Predict(gradient=True), *calibration_images(c)), (Predict(), *unit(c.data.selection))]
     calibration, selection = c.ledger.run("calibration split", splits)
     every = [Flag(name, score.fit(selection["logits"]), np.empty(0)) for name, score in SCORES.items()]
     every.append(Flag("gradient_norm", 0.0, np.empty(0)))

@@ -14,20 +14,18 @@ from ebjdat_serve.sentences import set_name
 from training.evaluation.attacks import Pgd, Predict, Transfer
 from training.evaluation.autoattack import AutoAttack
 from training.evaluation.context import Context
-from training.evaluation.flags import Flag, able, alphas, calibration_of, flags_of, with_baseline
+from training.evaluation.flags import Flag, able, alphas, flags_of, handled_share, images_alike, with_baseline
 from training.evaluation.metrics import auroc, auroc_stderr, average_precision, flag_rate_interval, fpr_at_95
 from training.evaluation.odd import odd_images
 from training.evaluation.ood_sets import strange_images
 from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import ALPHAS, compared_with, number, proportion
-from training.evaluation.shifts import SHIFTS, handled, shifted
+from training.evaluation.shifts import SHIFTS, shifted
 from training.methods.adversary import Threat
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of eps, PGD's strength: 2/255 to 16/255
 ODD = 500
 """Odd pictures of each kind, at most."""
-TEST_MIXTURE = 3
-"""The seed by which test images are handled, as the calibration split was by another."""
 
 
 def suspicion_rows(c: Context) -> Iterator[Row]:
@@ -38,13 +36,12 @@ def suspicion_rows(c: Context) -> Iterator[Row]:
     flag, every = flags_of(c)
     clean = c.look(c.where, Predict(gradient=True), *c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack)))
     flags = with_baseline(flag, every)
-    calibration = calibration_of(c)
-    share = calibration.handled if calibration else 0.0
+    share = handled_share(c)
     for shown in flags:
         for alpha in alphas(shown):
             yield from clean_rows(c, shown, "clean", clean, alpha, exchangeable=not share)
     if share:
-        yield from mixture_rows(c, flags, share)
+        yield from mixture_rows(c, flags)
     yield from why_rows(c, flag, c.where, clean)
     main, odd = {**strange(c), **attacked(c)}, odd_pictures(c)
     flagging = [*flags, *(other for other in every if other.column is not None)]
@@ -67,10 +64,9 @@ def suspicion_rows(c: Context) -> Iterator[Row]:
                 yield versus(c, other, next(flag for flag in every if flag.score == reference), pairs, len(clean["label"]))
 
 
-def mixture_rows(c: Context, flags: list[Flag], share: float) -> Iterator[Row]:
-    """Yield the flag rate of test images of which a ``share`` is lightly handled, as in the calibration, and whether it is as promised."""
-    some = c.data.test.first(c.suite.test)
-    (found,) = c.ledger.run("handled", [(Predict(), to_unit(handled(some.image, TEST_MIXTURE, 1 - share)), some.label)])
+def mixture_rows(c: Context, flags: list[Flag]) -> Iterator[Row]:
+    """Yield the flag rate of test images that are handled as the calibration's were, and whether it is as promised."""
+    (found,) = c.ledger.run("handled", [(Predict(), *images_alike(c, c.suite.test))])
     for flag in flags:
         for alpha in alphas(flag):
             yield from clean_rows(c, flag, "mixture", found, alpha, exchangeable=True)
