@@ -102,4 +102,6 @@ class Calibration:
     energies: list[Annotated[float, NATS]]
     views: list[str]
     left_out: dict[str, str]  # views that are not used, and why
+    reviewed: list[str]  # what `decision` looks at: "ood", and "margin" where it was calibrated
+    reach_steps: Annotated[int, Bounds(0, 1000)]  # of the walk that "reach" was calibrated with, on the first of the images; 0: it was not
     scores: list[Annotated[float, NATS]]

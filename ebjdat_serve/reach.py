@@ -35,8 +35,8 @@ STEP_OVER_RADIUS = 2.5
 class Differentiable(Protocol):
     """The part of an engine that walk and search use."""
 
-    def classify(self, image: Floats) -> tuple[Floats, Floats]:
-        """Return logits (N, K) and energy E(x) (N,), nats."""
+    def classify(self, image: Floats) -> tuple[Floats, ...]:
+        """Return logits (N, K) first."""
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,)."""

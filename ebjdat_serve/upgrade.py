@@ -103,7 +103,7 @@ def recalibrated(folder: Path, now: Mapping[str, str]) -> list[str]:
 
     The view's ranks are those of the calibration's own scores: a rank is monotone in the score, so the p-values stay what they were.
     """
-    file, calibrations, fitted = folder / "calibration.json", [], {}
+    file, calibrations, fitted, reviewed = folder / "calibration.json", [], {}, {}
     rows = read_json(file)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(OLD_CALIBRATION) for row in rows):
         raise BundleError(f"{file} is no calibration of schema 1, which has {', '.join(OLD_CALIBRATION)}")
@@ -113,8 +113,8 @@ def recalibrated(folder: Path, now: Mapping[str, str]) -> list[str]:
             raise BundleError(f"{file}: the score {name!r} is no view of this version, which knows {', '.join(VIEWS)}")
         clean = np.asarray(row["scores"], np.float32)
         combination = Combination({name: {"weight": np.float64(row["weight"])}}, {name: clean}, {name: VIEWS[name]})  # type: ignore[dict-item]
-        fitted[row["precision"]] = combination
         scores = combination.score(combination.ranked(clean[:, None]))
+        fitted[row["precision"]], reviewed[row["precision"]] = combination, {"ood": scores}
         calibrations.append(
             Calibration(
                 of=now.get(row["of"], row["of"]),
@@ -125,9 +125,11 @@ def recalibrated(folder: Path, now: Mapping[str, str]) -> list[str]:
                 energies=row["energies"],
                 views=[name],
                 left_out={view: LATER for view in DEFAULT_VIEWS if view != name},
+                reviewed=["ood"],
+                reach_steps=0,
                 scores=[float(score) for score in scores],
             )
         )
-    save_views(folder / "views.safetensors", fitted)
+    save_views(folder / "views.safetensors", fitted, reviewed)
     write_json(file, [asdict(calibration) for calibration in calibrations])
     return [file.name, "views.safetensors"]

@@ -296,13 +296,14 @@ def fit(names: Sequence[str], known: Known, views: Mapping[str, View] = VIEWS) -
 
 # views.safetensors ---------------------------------------------------------------------------------------------------
 
-CLEAN = "clean"
-"""The name of a view's sorted clean scores among the arrays that it stores."""
+CLEAN, REVIEWED, REACH = "clean", "reviewed", "reach"
+"""Names of a view's sorted clean scores among its arrays; in place of a view's name, of what the policy looks at; there, of the walk."""
 
 
-def save_views(file: Path, fitted: Mapping[str, Combination]) -> None:
-    """Write the views of each precision, tensors PRECISION.VIEW.ARRAY."""
-    tensors = {
+def save_views(file: Path, fitted: Mapping[str, Combination], reviewed: Mapping[str, Mapping[str, Floats]]) -> None:
+    """Write the views of each precision, tensors PRECISION.VIEW.ARRAY, and the scores of the same clean images that a policy looks at."""
+    tensors = {f"{precision}.{REVIEWED}.{name}": scores for precision, each in reviewed.items() for name, scores in each.items()}
+    tensors |= {
         f"{precision}.{name}.{key}": np.array(array, order="C")
         for precision, combination in fitted.items()
         for name, stored in combination.stored.items()
@@ -311,13 +312,27 @@ def save_views(file: Path, fitted: Mapping[str, Combination]) -> None:
     save_file(tensors, file)
 
 
+def load_reviewed(file: Path, precision: str, names: Sequence[str]) -> dict[str, Floats]:
+    """Return the named scores (n,) of the same clean images, high = suspicious; raise BundleError for one that is not there."""
+    tensors = read_tensors(file)
+    try:
+        return {name: tensors[f"{precision}.{REVIEWED}.{name}"] for name in names}
+    except KeyError as error:
+        raise BundleError(f"{file} has no {error.args[0]}: calibrate again") from error
+
+
+def read_tensors(file: Path) -> dict[str, NDArray[Any]]:
+    """Return all tensors of a file; raise BundleError when it cannot be read."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{file} cannot be read: {error}") from error
+
+
 def load_views(file: Path, precision: str, names: Sequence[str], views: Mapping[str, View] | None = None) -> Combination:
     """Return the named views of ``precision``; raise BundleError for a view that is unknown, or not stored whole."""
     known = VIEWS if views is None else views
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"{file} cannot be read: {error}") from error
+    tensors = read_tensors(file)
     if unknown := [name for name in names if name not in known]:
         raise BundleError(f"{file}: view {unknown[0][:40]!r} is unknown; this version knows {', '.join(known)}: calibrate again")
     if not names or len(set(names)) < len(names):

@@ -145,7 +145,7 @@ def test_another_score_is_said_by_the_card_of_the_same_version(bundle, tmp_path,
 def test_precisions_that_a_calibration_drops_are_named(bundle, caplog):
     rows = json.loads((bundle.path / "calibration.json").read_text(encoding="utf-8"))
     write_json(bundle.path / "calibration.json", [*rows, {**rows[0], "precision": "bf16"}])
-    save_views(bundle.path / "views.safetensors", {"fp32": bundle.combination(), "bf16": bundle.combination()})
+    save_views(bundle.path / "views.safetensors", {"fp32": bundle.combination(), "bf16": bundle.combination()}, {})
     calibrate.calibrate(bundle.update("calibration.json", "views.safetensors"), load("digits"), views=["max_softmax"])
     assert "other views: bf16;" in caplog.text
 

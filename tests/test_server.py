@@ -24,11 +24,12 @@ from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.keys import digest, environment_key
 from ebjdat_serve.pixels import decode, encode_png, to_unit
+from ebjdat_serve.reach import Policy
 from ebjdat_serve.server.app import build_server
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.generate_request import find_label, read_values
 from ebjdat_serve.server.settings import SHIPPED, Settings
-from ebjdat_serve.views import Seen
+from ebjdat_serve.views import Seen, load_reviewed
 from tests.conftest import ROOT, serving
 from tests.test_pixels import bomb
 
@@ -48,7 +49,8 @@ def raw(live, path, data, kind="application/octet-stream"):
 
 def test_classify_says_everything_it_promises(live, shipped, picture):
     said = raw(live, "/classify", picture).json()
-    assert set(said) == {"class", "label", "probability", "energy", "suspicion", "p_value", "suspicious", "why", "top", "alpha", "model"}
+    flag = {"energy", "suspicion", "p_value", "suspicious", "why", "margin", "margin_p_value", "decision", "reasons"}
+    assert set(said) == {"class", "label", "probability", *flag, "top", "alpha", "model"}
     assert said["label"] == shipped.manifest.labels[said["class"]]
     assert len(said["top"]) == 5
     assert said["top"][0] == {name: said[name] for name in ("class", "label", "probability")}
@@ -73,6 +75,29 @@ def test_energy_is_the_logsumexp_of_the_joint_energies(live, shipped, picture):
     assert said["p_value"] == (1 + sum(score >= said["suspicion"] for score in calibration.scores)) / (len(calibration.scores) + 1)
     info = httpx2.get(f"{live.url}/info").json()["calibration"]
     assert (info["views"], info["left_out"], info["handled"]) == (calibration.views, {}, 0.5)
+
+
+def test_the_margin_ranks_and_the_decision_follows_from_both_questions(live, shipped, picture, test_images):
+    reviewed = load_reviewed(shipped.path / "views.safetensors", "fp32", ["ood", "margin"])
+    policy = Policy.calibrated({name: scores.astype(np.float64) for name, scores in reviewed.items()}, 0.05)
+    images = [picture, *(encode_png(image) for image in test_images[0][:24]), encode_png(np.full((32, 32, 3), 255, np.uint8))]
+    answers = httpx2.post(f"{live.url}/classify", json={"images": [base64.b64encode(one).decode() for one in images]}, timeout=60).json()[
+        "results"
+    ]
+    joint = httpx2.post(f"{live.url}/energy", json={"images": [base64.b64encode(one).decode() for one in images]}, timeout=60).json()[
+        "results"
+    ]
+    for said, energies in zip(answers, joint, strict=True):
+        first, second = sorted(energies["joint_energy"])[:2]
+        assert said["margin"] == pytest.approx(second - first, abs=1e-5)
+        clean = -reviewed["margin"]
+        assert said["margin_p_value"] == pytest.approx((1 + (clean <= said["margin"]).sum()) / (len(clean) + 1), abs=1e-3)
+        reasons = [name for name, p in (("ood", said["p_value"]), ("margin", said["margin_p_value"])) if p <= policy.levels[name]]
+        assert (said["reasons"], said["decision"]) == (reasons, "review" if reasons else "accept")
+    assert answers[-1]["reasons"][0] == "ood"
+    assert {said["decision"] for said in answers} == {"accept", "review"}
+    info = httpx2.get(f"{live.url}/info").json()["calibration"]
+    assert (info["reviewed"], info["review_share"]) == (["ood", "margin"], pytest.approx(125 / 2501))
 
 
 def test_what_a_new_user_tries_first_is_suspicious_for_what_it_looks_like(live):

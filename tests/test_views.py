@@ -32,6 +32,7 @@ from ebjdat_serve.views import (
     fit_relative,
     gaussian,
     left_out,
+    load_reviewed,
     load_views,
     neighbours,
     of_logits,
@@ -203,7 +204,10 @@ def test_features_of_many_dimensions_are_projected_into_the_budget():
 
 def test_fitted_views_are_read_as_they_were_written(tmp_path):
     file, names = tmp_path / "views.safetensors", list(VIEWS)
-    save_views(file, {"fp32": FITTED, "int8": ranked(["logits"])})
+    save_views(file, {"fp32": FITTED, "int8": ranked(["logits"])}, {"fp32": {"ood": np.arange(5, dtype=np.float32)}})
+    assert load_reviewed(file, "fp32", ["ood"])["ood"].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(BundleError, match=r"has no int8\.reviewed\.margin: calibrate again"):
+        load_reviewed(file, "int8", ["margin"])
     found, asked = load_views(file, "fp32", names), seen(50, 11)
     np.testing.assert_array_equal(found.terms(asked), FITTED.terms(asked))
     assert list(load_views(file, "fp32", ["statistics", "logits"]).clean) == ["statistics", "logits"]
@@ -217,7 +221,7 @@ def test_fitted_views_are_read_as_they_were_written(tmp_path):
         with pytest.raises(BundleError, match=said):
             load_views(file, precision, names)
     shuffled = Combination(FITTED.stored, {**FITTED.clean, "logits": FITTED.clean["logits"][::-1]}, FITTED.views)
-    save_views(file, {"fp32": shuffled})
+    save_views(file, {"fp32": shuffled}, {})
     with pytest.raises(BundleError, match="must be sorted"):
         load_views(file, "fp32", ["logits"])
     file.write_bytes(b"no tensors")

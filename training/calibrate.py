@@ -20,7 +20,22 @@ from ebjdat_serve.engines import Engine, Floats, Outputs, Precision, load_engine
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
-from ebjdat_serve.views import DEFAULT_VIEWS, VIEWS, Combination, Known, Seen, dimensions, fit, left_out, load_views, save_views, statistics
+from ebjdat_serve.reach import STEPS, margin, reach_score
+from ebjdat_serve.views import (
+    DEFAULT_VIEWS,
+    REACH,
+    VIEWS,
+    Combination,
+    Known,
+    Seen,
+    dimensions,
+    fit,
+    left_out,
+    load_reviewed,
+    load_views,
+    save_views,
+    statistics,
+)
 from training.card import rewrite
 from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset
@@ -31,12 +46,18 @@ from training.evaluation.shifts import UNTOUCHED, handled, mixture
 log = logging.getLogger("training")
 FITTED, FITTED_BYTES = 10_000, 2**28
 """Training images that views are fitted on, at most, and their bytes: large ones are fewer."""
+REACHED = 1000
+"""Calibration images that walk towards their runner-up, at most: each takes ten gradients."""
 CHUNK = 256
 """Images that are looked at together."""
 
 
-def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", views: Sequence[str] | None = None) -> Bundle:
+def calibrate(
+    bundle: Bundle, data: Dataset, precision: Precision = "fp32", views: Sequence[str] | None = None, reach_steps: int = STEPS
+) -> Bundle:
     """Record the views' fits, the sums on the calibration split and the temperature in ``precision``; other precisions are kept.
+
+    The walk of ``reach_score`` takes ``reach_steps``; 0: it is not calibrated, nor where the bundle has no gradient.
 
     Without ``views`` fp32's are used, so that every precision flags by the same views; calibrations by other views are dropped.
     """
@@ -48,24 +69,33 @@ def calibrate(bundle: Bundle, data: Dataset, precision: Precision = "fp32", view
     clean = served(engine, data.selection.image)
     combination, out = fitted(engine, data, names, clean.logits, bundle.manifest.files["weights.safetensors"].bytes / 10)
     combination = combination.with_ranks_of(looked(engine, combination, handled(data.selection.image, 1))[1])
-    energies, raw = looked(engine, combination, mixture(data.calibration.image))
+    mixed = mixture(data.calibration.image)
+    found, raw = looked(engine, combination, mixed)
+    reviewed = {"ood": combination.score(combination.ranked(raw)), "margin": -margin(found.logits)}
+    walked = {REACH: reached(engine, mixed[:REACHED], reach_steps)} if "score" in bundle.functions and reach_steps else {}
     calibration = Calibration(
         of=bundle.measured(precision),
         precision=precision,
         dataset=f"{data.name} calibration split",
         handled=1 - UNTOUCHED,
         temperature=fit_temperature(clean.logits, data.selection.label),
-        energies=sorted(float(value) for value in energies),
+        energies=sorted(float(value) for value in found.energy),
         views=list(combination.stored),
         left_out=out,
-        scores=sorted(float(value) for value in combination.score(combination.ranked(raw))),
+        reviewed=list(reviewed),
+        reach_steps=reach_steps if walked else 0,
+        scores=sorted(float(value) for value in reviewed["ood"]),
     )
     kept = [row for row in rows if row.precision != precision]
     others = [row for row in kept if row.views == calibration.views]
     if lost := sorted({row.precision for row in kept} - {row.precision for row in others}):
         log.warning("dropped calibrations by other views: %s; training/precision.py calibrates again", ", ".join(lost))
     file = bundle.path / "views.safetensors"
-    save_views(file, {**{row.precision: load_views(file, row.precision, row.views) for row in others}, precision: combination})
+    save_views(
+        file,
+        {**{row.precision: load_views(file, row.precision, row.views) for row in others}, precision: combination},
+        {**{row.precision: load_reviewed(file, row.precision, scored(row)) for row in others}, precision: {**reviewed, **walked}},
+    )
     write_json(bundle.path / "calibration.json", [asdict(row) for row in sorted([calibration, *others], key=lambda row: row.precision)])
     return bundle.update("calibration.json", file.name)
 
@@ -89,20 +119,34 @@ def fitted(engine: Engine, data: Dataset, names: Sequence[str], selection: Float
     return fit(used, known), out
 
 
-def looked(engine: Engine, combination: Combination, image: Pixels) -> tuple[Floats, Floats]:
-    """Return energies (N,) and each view's scores (N, V) of uint8 images (N, H, W, 3)."""
-    energies, raw = [], []
+def looked(engine: Engine, combination: Combination, image: Pixels) -> tuple[Outputs, Floats]:
+    """Return what the engine says of uint8 images (N, H, W, 3), and each view's scores (N, V)."""
+    found, raw = [], []
     for part in parts(image):
         unit = to_unit(part)
-        found = classify_in_chunks(engine, unit)
-        energies.append(found.energy)
-        raw.append(combination.raw(Seen(unit, found.features, found.logits)))
-    return np.concatenate(energies), np.concatenate(raw)
+        found.append(classify_in_chunks(engine, unit))
+        raw.append(combination.raw(Seen(unit, found[-1].features, found[-1].logits)))
+    return joined(found), np.concatenate(raw)
 
 
 def outputs(engine: Engine, image: Pixels) -> Outputs:
     """Return what the engine says of uint8 images (N, H, W, 3)."""
-    return Outputs(*map(np.concatenate, zip(*(classify_in_chunks(engine, to_unit(part)) for part in parts(image)), strict=True)))
+    return joined([classify_in_chunks(engine, to_unit(part)) for part in parts(image)])
+
+
+def reached(engine: Engine, image: Pixels, steps: int) -> Floats:
+    """Return the ``reach_score`` of uint8 images (N, H, W, 3)."""
+    return np.concatenate([reach_score(engine, to_unit(part), steps) for part in parts(image)])
+
+
+def scored(row: Calibration) -> list[str]:
+    """Return what views.safetensors has of a calibration's images."""
+    return [*row.reviewed, *([REACH] if row.reach_steps else [])]
+
+
+def joined(found: Sequence[Outputs]) -> Outputs:
+    """Return the outputs of several chunks as one."""
+    return Outputs(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def parts(image: Pixels) -> list[Pixels]:
@@ -127,11 +171,18 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--data", help="the folder that a bundle of a user's own data was trained on, when it has moved")
     parser.add_argument("--views", nargs="+", choices=VIEWS, default=DEFAULT_VIEWS, help="views of the OOD score (%(default)s)")
+    parser.add_argument(
+        "--reach-steps", type=int, default=STEPS, help="steps of the walk that tells the label's reach; 0: none (%(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):
         data = dataset_of(check_editable(options.bundle, force=options.force), options.data)
-        done = edit(options.bundle, lambda draft: carded(calibrate(draft, data, views=options.views)), force=options.force)
+        done = edit(
+            options.bundle,
+            lambda draft: carded(calibrate(draft, data, views=options.views, reach_steps=options.reach_steps)),
+            force=options.force,
+        )
         calibration = done.calibration()
         energies = calibration.energies
         named = f"views {', '.join(calibration.views)}"

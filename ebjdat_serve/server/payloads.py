@@ -25,6 +25,9 @@ class Predictions:
     suspicious: NDArray[np.bool_]
     top: NDArray[np.int64]  # (n, TOP), classes, the likeliest first
     why: NDArray[np.int64]  # the view of the OOD score with the largest term, by its place in the calibration
+    margin: NDArray[np.float32]  # nats
+    margin_p_value: NDArray[np.float64]  # NaN where the calibration has no margins
+    reasons: NDArray[np.bool_]  # (n, R), which of what the policy looks at sends the image to review
 
     def __getitem__(self, rows: slice) -> "Predictions":
         return Predictions(*(array[rows] for array in vars(self).values()))

@@ -96,6 +96,9 @@ class Settings:
     device: Annotated[Device, About(MODEL, "device; auto: CUDA if there is one, never TensorRT")] = "auto"
     precision: Annotated[Precision, About(MODEL, "arithmetic of the model; bf16 needs the torch engine")] = "fp32"
     alpha: Annotated[float, About(MODEL, "p-value below which an image is suspicious", above=0, below=1)] = 0.05
+    review_share: Annotated[
+        float | None, About(MODEL, "share of clean images that `decision` sends to review", above=0, below=1, shown="0.05")
+    ] = None
     trust: Annotated[
         tuple[Path, ...],
         About(MODEL, "public key: serve only bundles that one of these keys signed; may be repeated", metavar="KEY.pub.pem"),
@@ -211,7 +214,7 @@ class Settings:
 
     def terms(self, trust: tuple[bytes, ...] = ()) -> Terms:
         """Return how a bundle is to be served, with the public keys that ``trusted`` reads."""
-        return Terms(self.engine, self.device, self.precision, self.alpha, self.threads, trust)
+        return Terms(self.engine, self.device, self.precision, self.alpha, self.threads, trust, self.review_share)
 
     def trusted(self) -> tuple[bytes, ...]:
         """Return the public keys of --trust; raise EbjdatError for a file that holds none."""
@@ -314,7 +317,7 @@ def without_none(kind: Any) -> Any:
 
 
 SETTINGS = declared()
-VERIFIED_BY = ("engine", "device", "precision", "alpha", "trust")
+VERIFIED_BY = ("engine", "device", "precision", "alpha", "review_share", "trust")
 """The settings that decide whether a server accepts a bundle; commands that publish take them, too."""
 
 

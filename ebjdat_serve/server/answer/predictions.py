@@ -1,7 +1,7 @@
 """Answers of /classify and /energy."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -18,14 +18,24 @@ class Candidate(Schema):
     probability: float
 
 
+COLUMNS = ("energy", "suspicion", "p_value", "suspicious", "margin", "margin_p_value")
+"""Fields of a Flag that Predictions has under the same names."""
+
+
 class Flag(Schema):
-    """E(x), the OOD score, its conformal p-value, whether that is below alpha, and the view that spoke."""
+    """Two questions: is the image like the data (OOD score), and is its label within reach (margin)? And what follows from both."""
 
     energy: Annotated[float, Field(description="E(x) = -logsumexp of the logits, nats; lower = likelier")]
     suspicion: Annotated[float, Field(description="the OOD score, a sum of views, nats; high = unlike the data; /info names the views")]
     p_value: Annotated[float, Field(description="(1 + clean calibration scores >= this one) / (n + 1)")]
     suspicious: Annotated[bool, Field(description="p_value < alpha")]
     why: Annotated[str, Field(description="the view that finds the image strangest: a reason where it is suspicious")]
+    margin: Annotated[float, Field(description="largest less second logit, nats: small where the label is within reach of a small change")]
+    margin_p_value: Annotated[
+        float, Field(description="(1 + clean calibration margins <= this one) / (n + 1); absent where the calibration has none")
+    ] = 1.0
+    decision: Annotated[Literal["accept", "review"], Field(description="review: --review-share of clean images go there")]
+    reasons: Annotated[list[str], Field(description="of review: ood, margin; their levels together keep --review-share")]
 
 
 class Classified(Flag, Candidate):
@@ -65,10 +75,15 @@ class EnergyList(Schema):
 
 
 def flags(predictions: Predictions, model: ServedModel) -> Iterator[dict[str, Any]]:
-    """Yield the fields of each image's Flag, which Predictions has under the same names."""
-    columns = (getattr(predictions, name).tolist() for name in Flag.model_fields)
-    views = model.calibration.views
-    return (dict(zip(Flag.model_fields, (*row, views[view]), strict=True)) for *row, view in zip(*columns, strict=True))
+    """Yield the fields of each image's Flag."""
+    views, reviewed = model.calibration.views, model.calibration.reviewed
+    columns = [getattr(predictions, name).tolist() for name in COLUMNS]
+    for values, view, reasons in zip(zip(*columns, strict=True), predictions.why.tolist(), predictions.reasons.tolist(), strict=True):
+        flag: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
+        if "margin" not in reviewed:
+            del flag["margin_p_value"]
+        said = [name for name, hit in zip(reviewed, reasons, strict=True) if hit]
+        yield {**flag, "why": views[view], "decision": "review" if said else "accept", "reasons": said}
 
 
 def classified(predictions: Predictions, model: ServedModel) -> Iterator[dict[str, Any]]:

@@ -36,6 +36,8 @@ class CalibrationInfo(Schema):
     handled: Annotated[float, Field(description="share of these images that were lightly handled: recompressed, resized or the like")]
     views: list[str]
     left_out: dict[str, str]
+    reviewed: Annotated[list[str], Field(description="what `decision` looks at")]
+    review_share: Annotated[float, Field(description="expected share of such images that goes to review")]
 
 
 class ClientLimitsInfo(Schema):
@@ -149,6 +151,8 @@ def info_answer(
             handled=calibration.handled,
             views=calibration.views,
             left_out=calibration.left_out,
+            reviewed=calibration.reviewed,
+            review_share=served.review_share,
         ),
         limits=LimitsInfo(
             body_bytes=s.max_body,

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from ebjdat_serve import pixels
+from ebjdat_serve.detection import p_value as tail
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Outputs
 from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.reach import margin
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.payloads import TOP, Predictions
 from ebjdat_serve.server.settings import Settings
@@ -26,7 +28,7 @@ class Model:
         found = verified(folder, settings.terms(), functions, key=key)  # its signature was checked when ``key`` was read
         assert found.opened
         self.bundle, self.calibration = found.bundle, found.calibration
-        self.combination, self.detector = found.combination, found.detector
+        self.combination, self.detector, self.policy, self.reviewed = found.combination, found.detector, found.policy, found.reviewed
         self.engine, self._prior = found.opened.engine, found.opened.prior
 
     @property
@@ -51,8 +53,14 @@ class Model:
         scores = self.combination.score(terms)
         p_value = self.detector.p_value(scores)
         probability = probabilities(logits, self.calibration.temperature)
-        top = np.argsort(-probability, axis=1, kind="stable")[:, :TOP]
-        return Predictions(probability, -logits, energy, scores, p_value, self.detector.suspicious(p_value), top, terms.argmax(axis=1))
+        top, margins = np.argsort(-probability, axis=1, kind="stable")[:, :TOP], margin(logits)
+        found = {"ood": scores, "margin": -margins}
+        p_values = {name: tail(clean, found[name]) for name, clean in self.reviewed.items()}
+        reasons = np.stack([p_values[name] <= level for name, level in self.policy.levels.items()], axis=1)
+        return Predictions(
+            probability, -logits, energy, scores, p_value, self.detector.suspicious(p_value), top, terms.argmax(axis=1), margins,
+            p_values.get("margin", np.full(len(margins), np.nan)), reasons,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
