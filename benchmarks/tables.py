@@ -2,11 +2,13 @@
 """Generate the tables of docs/serving.md and docs/evaluation.md from the benchmarks' JSON files: `python benchmarks/tables.py`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ebjdat_serve.rows import KINDS, parse_row
-from ebjdat_serve.sentences import protocol_words
+from ebjdat_serve.rows import KINDS, Images, first, parse_row, rows_where
+from ebjdat_serve.rows import Row as Figure
+from ebjdat_serve.sentences import attack_name, eps_name, protocol_words, set_name
 from ebjdat_serve.server import settings
 from training.compare import markdown, read
 
@@ -41,15 +43,95 @@ def evaluation(text: str) -> str:
     checked: list[Row] = json.loads((HERE / "crosscheck.json").read_text(encoding="utf-8"))
     rows = [f"| {row['name']} | {row['ours']:.6f} | {row['value']:.6f} | {row['n']} |" for row in checked]
     text = placed(text, "crosscheck", "\n".join(["| | ours | theirs | n |", "|---|---|---|---|", *rows]))
+    within = [parsed(row) for row in json.loads((HERE / "reach.json").read_text(encoding="utf-8"))]
+    text = placed(text, "reach", "\n\n".join([separation(within), review(within), coverage(within), rejection(within)]))
     return placed(text, "comparison", markdown([read(HERE / "models" / name) for name in MODELS]))
 
 
 def public_protocol(row: Row) -> str:
     """Return the protocol of a public network's figure; the first n test images are attacked."""
-    said = protocol_words(parse_row({name: value for name, value in row.items() if name in KINDS}, row["name"]))
+    said = protocol_words(parsed(row))
     by = f", by {row['implementation']}" if "implementation" in row else ""
     known = f"; known: at most {row['known_at_most']}" if "known_at_most" in row else ""
     return f"{said}{by}, first {row['n']}{known}"
+
+
+def parsed(row: Row) -> Figure:
+    """Return the fields of metrics.json of a benchmark's row."""
+    return parse_row({name: value for name, value in row.items() if name in KINDS}, row["name"])
+
+
+def pivot(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def scores_of(rows: list[Figure], metric: str) -> list[str]:
+    """Return the scores that a metric was measured of, in order."""
+    return list(dict.fromkeys(row.score or "" for row in rows_where(rows, metric)))
+
+
+def cell(rows: list[Figure], metric: str, images: Images, **wanted: Any) -> str:
+    """Return the value of a metric of some images as text."""
+    found = first(rows, metric, images=images, **wanted)
+    return f"{found.value:.3f}" if found else ""
+
+
+def separation(rows: list[Figure]) -> str:
+    """Return AUROC of fooled images against all clean images | against those classified right, and power at alpha .05 of each score."""
+    scores = scores_of(rows, "reach_auroc")
+    lines = []
+    for images in dict.fromkeys(row.images for row in rows_where(rows, "reach_auroc")):
+        success = first(rows, "attack_success", images=replace(images, subset=None))
+        assert success is not None
+        name = f"{attack_name(images)} {eps_name(images.eps or 0.0)}, {round(success.value * success.n)} fooled of {success.n}"
+        pairs = ((cell(rows, "reach_auroc", images, score=s), cell(rows, "reach_auroc_right", images, score=s)) for s in scores)
+        lines.append([name, "AUROC", *(f"{every} \\| {right}" for every, right in pairs)])
+        powers = {s: cell(rows, "reach_power", images, score=s) for s in scores}
+        powers["unstable"] = f"{cell(rows, 'unstable', images)} (clean {cell(rows, 'unstable', Images(dataset='cifar10', split='test'))})"
+        lines.append(["", "power", *powers.values()])
+    return pivot(["images", "", *scores], lines)
+
+
+def review(rows: list[Figure]) -> str:
+    """Return the share of images that each policy sends to review."""
+    policies = list(dict.fromkeys(row.views or () for row in rows_where(rows, "review_share")))
+    lines = []
+    for images, alpha in dict.fromkeys((row.images, row.alpha) for row in rows_where(rows, "review_share")):
+        found = [first(rows, "review_share", images=images, alpha=alpha, views=views) for views in policies]
+        texts = [
+            f"{row.value:.3f}" + (" in [{:.3f}, {:.3f}]".format(*row.expected) if row.expected else "") if row else "" for row in found
+        ]
+        n = next(row.n for row in found if row)
+        lines.append([f"{alpha:g}", f"{set_name(images)}, n = {n}", *texts])
+    return pivot(["share asked for", "images", *(" + ".join(views) for views in policies)], lines)
+
+
+def coverage(rows: list[Figure]) -> str:
+    """Return the area under the risk-coverage curve of each score."""
+    scores = scores_of(rows, "aurc")
+    sets = [(row.images, row) for row in rows_where(rows, "error")]
+    lines = [
+        [f"{set_name(images)}, n = {row.n}", f"{row.value:.3f}", *(cell(rows, "aurc", images, score=score) for score in scores)]
+        for images, row in sets
+    ]
+    return pivot(["images", "error", *scores], lines)
+
+
+def rejection(rows: list[Figure]) -> str:
+    """Return robust accuracy with rejection by radius, beside robust accuracy at eps less the radius and what clean images pay."""
+    metrics = ("accuracy_with_search", "accuracy_less_radius", "clean_rejected", "accuracy_accepted")
+    lines = []
+    for radius in sorted({row.radius or 0.0 for row in rows_where(rows, "accuracy_with_search")}):
+        found = [first(rows, metric, radius=radius) for metric in metrics]
+        lines.append([eps_name(radius), *(f"{row.value:.3f} of {row.n}" if row else "" for row in found)])
+    words = (
+        "robust accuracy with rejection",
+        "robust accuracy at eps - radius",
+        "clean images rejected",
+        "accuracy of accepted clean images",
+    )
+    return pivot(["search radius", *words], lines)
 
 
 def placed(text: str, name: str, content: str) -> str:

@@ -133,7 +133,7 @@ def unwritten(error: OSError, output: Path | None = None) -> int:
     return 1
 
 
-# Reading an image. These lines are identical in classify.py and screen.py.
+# Reading an image. These lines are identical in classify.py, explain.py and screen.py.
 LARGEST = 16 * 2**20
 """Largest image in bytes: the server's limit."""
 
@@ -155,7 +155,8 @@ def classify(client: httpx2.Client, image: Path) -> str:
     answer = ask(client, "POST", "/classify", content=content(image), headers={"Content-Type": "application/octet-stream"})
     try:
         said = answer.json()
-        mark = "  SUSPICIOUS" if said["suspicious"] else ""
+        mark = f"  SUSPICIOUS {one_line(said.get('why') or '')}".rstrip() if said["suspicious"] else ""
+        mark += "  REVIEW" if said.get("decision") == "review" else ""
         more = "".join(f"  {word} {said[name]:.3f}" for name, word in (("energy", "energy"), ("p_value", "p")) if name in said)
         return one_line(said["label"]) + f" {said['probability']:.3f}{more}{mark}"  # serve --profile public tells no more
     except (ValueError, TypeError, KeyError, RecursionError) as error:

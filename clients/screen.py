@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Screen a folder or a glob for suspicious images: `python clients/screen.py 'incoming/*.jpg' -o report.csv`.
+"""Screen a folder or a glob for suspicious images: `python clients/screen.py 'incoming/*.jpg' -o report.csv --sheet sheet.html`.
 
-Sends images concurrently and writes a CSV file with one row per file, sorted by file name: file, class, label, probability, energy,
-p_value, suspicious, error. Files that are images by their first bytes or by their suffix are sent; all other files get a row that
-says "skipped". Exit code: 0 nothing suspicious, 3 at least one suspicious image, 1 an image was refused or there was none, 2 no server.
-Needs httpx2, tqdm.
+Sends images concurrently and writes a CSV file with one row per file, the worst first: file, class, label, probability; whether it is
+like the data (energy, p_value, suspicious, why); whether its label is within reach (margin, margin_p_value); decision, reasons, error.
+--sheet writes a page of thumbnails in the same order. Files that are images by their first bytes or by their suffix are sent; all other
+files get a row that says "skipped". Exit code: 0 nothing suspicious or to review, 3 at least one image is, 1 an image was refused or
+there was none, 2 no server. Needs httpx2, tqdm.
 """
 
 import argparse
 import csv
 import errno
 import glob
+import html
 import os
 import stat
 import sys
@@ -21,13 +23,19 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Event
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 from tqdm import tqdm
 
-COLUMNS = ("file", "class", "label", "probability", "energy", "p_value", "suspicious", "error")
-WITHHELD = ("energy", "p_value")
-"""Columns that are empty when the server runs with --profile public."""
+COLUMNS = (
+    "file", "class", "label", "probability", "energy", "p_value", "suspicious", "why", "margin", "margin_p_value", "decision", "reasons",
+    "error",
+)  # fmt: skip
+WITHHELD = ("energy", "p_value", "why", "margin", "margin_p_value", "decision", "reasons")
+"""Columns that are empty when the server runs with --profile public, or where its bundle has no margins."""
+ON_SHEET = 1000
+"""Images on a sheet at most, the worst."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
 SKIPPED = "skipped: "
 Row = dict[str, Any]
@@ -152,7 +160,7 @@ def unwritten(error: OSError, output: Path | None = None) -> int:
     return 1
 
 
-# Reading an image. These lines are identical in classify.py and screen.py.
+# Reading an image. These lines are identical in classify.py, explain.py and screen.py.
 LARGEST = 16 * 2**20
 """Largest image in bytes: the server's limit."""
 
@@ -224,7 +232,8 @@ def screen(client: httpx2.Client, file: Path, gone: Event) -> Row:
         gone.clear()
         try:
             said = answer.json()
-            return {**row, **{name: said.get(name) if name in WITHHELD else said[name] for name in COLUMNS[1:-1]}}
+            row |= {name: said.get(name) if name in WITHHELD else said[name] for name in COLUMNS[1:-1]}
+            return {**row, "reasons": " ".join(row["reasons"] or ())}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise Refused(reason(answer)) from error
     except Unreachable as error:
@@ -239,6 +248,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted globs")
     parser.add_argument("-o", "--output", type=Path, help="CSV file (default: standard output)")
+    parser.add_argument("--sheet", type=Path, help="HTML page of thumbnails, the worst first")
     parser.add_argument("-j", "--jobs", type=int, default=8, help="concurrent requests (%(default)s)")
     parser.add_argument("--url", type=address, default="http://localhost:8000", help="address of the server (%(default)s)")
     options = parser.parse_args()
@@ -256,37 +266,89 @@ def main() -> int:
             return unwritten(error, options.output)
         try:
             with opened as sink:
-                counted, status = report(client, files, options.jobs, csv.DictWriter(sink, COLUMNS))
+                rows, counted, status = report(client, files, options.jobs)
+                writer = csv.DictWriter(sink, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
                 sink.flush()
         except OSError as error:
             return unwritten(error, options.output)
+        try:
+            if options.sheet:
+                options.sheet.write_text(sheet(rows, options.sheet.parent), encoding="utf-8")
+        except OSError as error:
+            return unwritten(error, options.sheet)
         print(counted, file=sys.stderr)
         return status
 
 
-def report(client: httpx2.Client, files: dict[Path, str], jobs: int, writer: "csv.DictWriter[str]") -> tuple[str, int]:
-    """Write the rows; return a summary of the counts and the exit code."""
+def worst_first(row: Row) -> tuple[int, float]:
+    """Return the place of a row: images to review or suspicious, those refused, the others, files skipped; of equals by p-value."""
+    error = row.get("error", "")
+    kind = 3 if error.startswith(SKIPPED) else 1 if error else 0 if to_review(row) else 2
+    return kind, min(float(row[name]) if row.get(name) is not None else 1.0 for name in ("p_value", "margin_p_value"))
+
+
+def to_review(row: Row) -> bool:
+    """Return whether somebody should look at an image."""
+    return bool(row.get("suspicious")) or row.get("decision") == "review"
+
+
+def sheet(rows: list[Row], folder: Path) -> str:
+    """Return an HTML page of the first rows' images, which it refers to from ``folder``."""
+    figures = []
+    for row in [row for row in rows if not row.get("error", "").startswith(SKIPPED)][:ON_SHEET]:
+        place = quote(os.path.relpath(os.path.abspath(row["file"]), os.path.abspath(folder)))
+        said = [row["error"]] if row.get("error") else [f"{row['label']} {row['probability']:.2f}", *(
+            f"{word} {row[name]:.3f}" for name, word in (("p_value", "p"), ("margin_p_value", "margin p")) if row.get(name) is not None
+        ), *([f"unlike the data: {row['why'] or 'suspicious'}"] if row["suspicious"] else [])]  # fmt: skip
+        mark = ' class="bad"' if row.get("error") or to_review(row) else ""
+        lines = "<br>".join(html.escape(line) for line in [Path(row["file"]).name, *said])
+        figures.append(
+            f'<figure{mark}><a href="{place}"><img src="{place}" alt="" loading="lazy"></a><figcaption>{lines}</figcaption></figure>'
+        )
+    counted = f"{sum(map(to_review, rows))} of {len(rows)} files to review, the worst first"
+    more = f"; the first {len(figures)} are shown" if len(figures) < len(rows) else ""
+    return PAGE.replace("COUNTED", html.escape(counted + more)).replace("FIGURES", "\n".join(figures))
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'">
+<title>Screened images</title>
+<style>
+  body { font: .8rem/1.35 system-ui, sans-serif; margin: 1rem; color-scheme: light dark }
+  main { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem }
+  figure { margin: 0; padding: .4rem; border: 2px solid #8884; border-radius: .4rem; overflow-wrap: anywhere }
+  figure.bad { border-color: #c33 } img { width: 100%; height: 8rem; object-fit: contain; image-rendering: pixelated }
+</style>
+<h1>Screened images</h1><p>COUNTED</p>
+<main>
+FIGURES
+</main></html>
+"""
+
+
+def report(client: httpx2.Client, files: dict[Path, str], jobs: int) -> tuple[list[Row], str, int]:
+    """Return the rows, the worst first, a summary of the counts and the exit code."""
     gone = Event()
     sent = sum(not why for why in files.values())
-    suspicious = refused = left_out = 0
-    writer.writeheader()
+    rows: list[Row] = []
 
     def row_of(file: Path) -> Row:
         return {"file": named(file), "error": files[file]} if files[file] else screen(client, file, gone)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for row in tqdm(pool.map(row_of, files), total=len(files), unit="file", disable=not sys.stderr.isatty()):
-                writer.writerow(row)
-                suspicious += bool(row.get("suspicious"))
-                skip = row.get("error", "").startswith(SKIPPED)
-                left_out += skip
-                refused += "error" in row and not skip
+            rows.extend(tqdm(pool.map(row_of, files), total=len(files), unit="file", disable=not sys.stderr.isatty()))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            return "interrupted; the report ends here", 130
-    counted = f"{sent} images, {suspicious} suspicious, {refused} refused, {left_out} skipped"
-    return counted, 1 if refused or not sent else 3 if suspicious else 0
+            return sorted(rows, key=worst_first), "interrupted; the report has what was answered", 130
+    left_out = sum(row.get("error", "").startswith(SKIPPED) for row in rows)
+    refused = sum("error" in row for row in rows) - left_out
+    suspicious, reviewed = sum(bool(row.get("suspicious")) for row in rows), sum(map(to_review, rows))
+    counted = f"{sent} images, {suspicious} suspicious, {reviewed} to review, {refused} refused, {left_out} skipped"
+    return sorted(rows, key=worst_first), counted, 1 if refused or not sent else 3 if reviewed else 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         "--scope",
         action="append",
         choices=keys.SCOPES,
-        help="what it may do; may be repeated (classify and generate; operate: exact energies, load, metrics)",
+        help="what it may do; may be repeated (classify and generate; explain: adversarial images; operate: exact energies, load, metrics)",
     )
     new_parser.add_argument("--rate", type=float, metavar="REQUESTS", help="requests per second (the server's limit per client)")
     new_parser.add_argument("--burst", type=int, metavar="REQUESTS", help="requests at once after a pause (the server's)")

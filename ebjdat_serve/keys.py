@@ -27,8 +27,8 @@ from ebjdat_serve.errors import EbjdatError, cause
 from ebjdat_serve.locking import exclusive_lock
 
 log = logging.getLogger("ebjdat_serve")
-Scope = Literal["classify", "generate", "operate"]
-SCOPES: tuple[Scope, ...] = ("classify", "generate", "operate")
+Scope = Literal["classify", "generate", "explain", "operate"]
+SCOPES: tuple[Scope, ...] = ("classify", "generate", "explain", "operate")
 KEY_VARIABLE = "LIT_SERVER_API_KEY"
 PREFIX = "ebjdat_"
 """What our keys begin with, so that scanners of repositories and logs can find one that was lost."""

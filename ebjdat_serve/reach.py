@@ -4,22 +4,23 @@ f(x) in R^K are logits, a the predicted class and b the runner-up at the image. 
 score(x, b) - score(x, a), since score(x, y) = -dE(x, y)/dx and E(x, y) = -f(x)[y].
 
     margin        f_a(x) - f_b(x), free (margin consistency: Kim et al., arXiv 2406.18451)
-    reach_score   f_b - f_a after a walk x <- clip(x + step_size sign d(f_b - f_a)/dx), not projected; it ranks
+    reach_score   the mean of f_b - f_a along a walk x <- clip(x + step_size sign d(f_b - f_a)/dx), not projected; it ranks
     search        PGD on f_k - f_a, k the likeliest other class, in the l-inf ball of ``radius``; it decides (CPR, arXiv 2305.01139)
 
 None of them is a proof, and none is a defence against an attacker who knows it (docs/decisions/0027-reach.md).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebjdat_serve.batch import Batch
 from ebjdat_serve.detection import p_value
-from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.engines import Differentiable, Floats, Labels
 from ebjdat_serve.errors import EbjdatError
 
 Scores = NDArray[np.float64]
@@ -28,18 +29,10 @@ STEP_SIZE = 2 / 255
 """Of the walk, pixels of [0,1]."""
 RADIUS = 2 / 255
 """Of the search, l-inf, pixels of [0,1]."""
+REVIEW_SHARE = 0.05
+"""Share of clean images that goes to review where nobody says another."""
 STEP_OVER_RADIUS = 2.5
 """The search's steps together over its radius: enough to cross the ball and to turn."""
-
-
-class Differentiable(Protocol):
-    """The part of an engine that walk and search use."""
-
-    def classify(self, image: Floats) -> tuple[Floats, ...]:
-        """Return logits (N, K) first."""
-
-    def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
-        """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,)."""
 
 
 def margin(logits: Floats) -> Floats:
@@ -57,29 +50,39 @@ def two_likeliest(logits: Floats) -> tuple[Labels, Labels]:
     return first, others.argmax(axis=1)
 
 
-def difference_gradient(engine: Differentiable, image: Floats, b: Labels, a: Labels) -> Floats:
-    """Return d(f_b - f_a)/dx, shape (N, 3, H, W), from one call of 2N."""
-    gradient, _ = engine.score(np.concatenate([image, image]), np.concatenate([b, a]))
-    result: Floats = gradient[: len(image)] - gradient[len(image) :]
-    return result
+def difference(engine: Differentiable, image: Floats, b: Labels, a: Labels) -> tuple[Floats, Floats]:
+    """Return d(f_b - f_a)/dx, shape (N, 3, H, W), and f_b - f_a, nats, (N,), from one call of 2N."""
+    n = len(image)
+    gradient, energy = engine.score(np.concatenate([image, image]), np.concatenate([b, a]))
+    return gradient[:n] - gradient[n:], energy[n:] - energy[:n]
+
+
+def walk(engine: Differentiable, image: Floats, steps: int = STEPS, step_size: float = STEP_SIZE, logits: Floats | None = None) -> Floats:
+    """Return f_b - f_a, nats, at the image and after each of ``steps`` sign steps towards the runner-up b, shape (N, steps + 1).
+
+    ``logits`` (N, K) of the image save a forward pass. Takes 2 x ``steps`` gradients. Raises EbjdatError for no step.
+    """
+    if steps < 1 or not step_size > 0:
+        raise EbjdatError(f"a walk takes 1 or more steps of a size above 0, not {steps} of {step_size:g}")
+    a, b = two_likeliest(engine.classify(image)[0] if logits is None else logits)
+    x, index, leads = image, np.arange(len(image)), []
+    for _ in range(steps):
+        gradient, lead = difference(engine, x, b, a)
+        leads.append(lead)
+        x = (x + np.float32(step_size) * np.sign(gradient)).clip(0.0, 1.0)
+    end = engine.classify(x)[0]
+    return np.stack([*leads, end[index, b] - end[index, a]], axis=1)
 
 
 def reach_score(
     engine: Differentiable, image: Floats, steps: int = STEPS, step_size: float = STEP_SIZE, logits: Floats | None = None
 ) -> Floats:
-    """Return f_b - f_a, nats, shape (N,), where ``steps`` sign steps towards the runner-up b end; high = within reach.
+    """Return the mean of f_b - f_a along the walk, nats, shape (N,); high = within reach. Arguments are those of ``walk``.
 
-    The walk leaves any ball: where the runner-up soon overtakes, the image lay near the boundary or was pushed across it. ``logits``
-    (N, K) of the image save a forward pass. Takes 2 x ``steps`` gradients.
+    The walk leaves any ball: where the runner-up soon overtakes, the image lay near the boundary or was pushed across it. Its first
+    points tell small perturbations, its last ones large.
     """
-    if steps < 1 or not step_size > 0:
-        raise EbjdatError(f"a walk takes 1 or more steps of a size above 0, not {steps} of {step_size:g}")
-    a, b = two_likeliest(engine.classify(image)[0] if logits is None else logits)
-    x = image
-    for _ in range(steps):
-        x = (x + np.float32(step_size) * np.sign(difference_gradient(engine, x, b, a))).clip(0.0, 1.0)
-    end, index = engine.classify(x)[0], np.arange(len(x))
-    result: Floats = end[index, b] - end[index, a]
+    result: Floats = walk(engine, image, steps, step_size, logits).mean(axis=1)
     return result
 
 
@@ -100,13 +103,80 @@ def search(
     for _ in range(steps):
         if not len(going):
             break
-        gradient = difference_gradient(engine, x, two_likeliest(f)[1], a[going])
+        gradient, _ = difference(engine, x, two_likeliest(f)[1], a[going])
         x = (x + np.float32(STEP_OVER_RADIUS * radius / steps) * np.sign(gradient)).clip(low[going], high[going])
         f = engine.classify(x)[0]
         same = f.argmax(axis=1) == a[going]
         stable[going[~same]] = False
         going, x, f = going[same], x[same], f[same]
     return stable
+
+
+# Walk and search in steps --------------------------------------------------------------------------------------------
+
+CHECK_COST = 4
+"""Langevin steps that a step of a check costs: the gradients of two logits at the walk and at the search, and a forward pass of both."""
+
+
+@dataclass(frozen=True)
+class Checks(Batch):
+    """The complete state of N checks: a walk and a search from the same image, of as many steps."""
+
+    origin: Floats  # (N, 3, H, W) in [0,1]
+    first: Labels  # (N,) predicted class
+    second: Labels  # (N,) runner-up
+    radius: Floats  # (N,) of the search
+    size: Floats  # (N,) step size of the search
+    image: Floats  # (N, 3, H, W): where the walk is
+    searched: Floats  # (N, 3, H, W): where the search is
+    rival: Labels  # (N,) the likeliest class there but the first
+    reach: Floats  # (N,) mean of f_second - f_first along the walk so far, nats
+    stable: NDArray[np.bool_]  # (N,) the search has found no other label
+    step: Labels  # (N,)
+
+    moving: ClassVar[tuple[str, ...]] = ("image", "searched", "rival", "reach", "stable", "step")
+
+    @staticmethod
+    def start(image: Floats, logits: Floats, *, radius: float = RADIUS, steps: int = STEPS) -> "Checks":
+        """Return checks of images (N, 3, H, W), of which the model says ``logits`` (N, K), before the first of ``steps`` steps."""
+        n, (first, second) = len(image), two_likeliest(logits)
+        each = [np.full(n, value, np.float32) for value in (radius, STEP_OVER_RADIUS * radius / steps)]
+        return Checks(
+            image, first, second, each[0], each[1], image.copy(), image.copy(), second.copy(), -margin(logits), np.ones(n, bool),
+            np.zeros(n, np.int64),
+        )  # fmt: skip
+
+
+def advance(engine: Differentiable, checks: Checks, steps: int) -> Checks:
+    """Return ``checks`` after ``steps`` steps of each; the results are those of ``reach_score`` and ``search``."""
+    for _ in range(steps):
+        checks = check_step(engine, checks)
+    return checks
+
+
+def check_step(engine: Differentiable, c: Checks) -> Checks:
+    """Return checks after one step of the walk and one of the search."""
+    n, index = len(c), np.arange(len(c))
+    here, rivals = np.concatenate([c.image, c.searched]), np.concatenate([c.second, c.rival])
+    sign = np.sign(difference(engine, here, rivals, np.concatenate([c.first, c.first]))[0])
+    walked = (c.image + np.float32(STEP_SIZE) * sign[:n]).clip(0.0, 1.0)
+    radius, size = c.radius[:, None, None, None], c.size[:, None, None, None]
+    searched = (c.searched + size * sign[n:]).clip((c.origin - radius).clip(0.0, 1.0), (c.origin + radius).clip(0.0, 1.0))
+    logits = engine.classify(np.concatenate([walked, searched]))[0]
+    ahead, there = logits[:n], logits[n:]
+    others = there.copy()
+    others[index, c.first] = -np.inf
+    stable = c.stable & (there.argmax(axis=1) == c.first)
+    lead, points = ahead[index, c.second] - ahead[index, c.first], (c.step + 1).astype(np.float32)
+    return replace(
+        c,
+        image=walked,
+        searched=searched,
+        rival=others.argmax(axis=1),
+        reach=((c.reach * points + lead) / (points + 1)).astype(np.float32),
+        stable=stable,
+        step=c.step + 1,
+    )
 
 
 # Policy --------------------------------------------------------------------------------------------------------------
@@ -175,6 +245,27 @@ class Policy:
         levels = self.levels.items()
         reasons = tuple(Reason(view, float(p_values[view]), level) for view, level in levels if p_values[view] <= level)
         return Decision("review" if reasons else "accept", reasons)
+
+
+@dataclass(frozen=True)
+class Review:
+    """A policy, and the sorted clean scores (n,) of each view that it looks at, high = suspicious."""
+
+    policy: Policy
+    clean: dict[str, Scores]
+
+    @classmethod
+    def of(cls, clean: Mapping[str, NDArray[Any]], share: float | None) -> "Review":
+        """Return the policy of a ``share``, by default the usual one or the least that so many images can keep; as ``calibrated``."""
+        scores = {view: values.astype(np.float64) for view, values in clean.items()}
+        least = len(scores) / (1 + min(map(len, scores.values()), default=0))
+        policy = Policy.calibrated(scores, max(REVIEW_SHARE, least) if share is None else share)
+        return cls(policy, {view: np.sort(values) for view, values in scores.items()})
+
+    def look(self, scores: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Scores], NDArray[np.bool_]]:
+        """Return the p-values (N,) of each view's scores (N,), and which views send which images to review, (N, V)."""
+        found = {view: p_value(clean, scores[view]) for view, clean in self.clean.items()}
+        return found, np.stack([found[view] <= self.policy.levels[view] for view in self.clean], axis=1)
 
 
 def cut(clean: Mapping[str, Scores], cuts: int) -> dict[str, float]:

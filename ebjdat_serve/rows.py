@@ -43,9 +43,10 @@ class Images:
     corruption      one kind of corruption; severity: 1 to 5; recipe: own, where it is not CIFAR-10-C's; kinds: how many are pooled
     attack          pgd, apgd (APGD-CE and APGD-T), apgd_ce_dlr, autoattack, square, transfer, worst_case (all of ``attacks``),
                     released_autoattack, score (on the detection score), evasion (wrong and not flagged), reach (wrong, accepted by
-                    the policy and stable under the search)
+                    the policy and stable under the search), counterfactual (the nearest image of another class)
     norm, eps       linf or l2; radius in pixels of [0,1]
-    objective       ce (cross-entropy) or margin
+    objective       ce (cross-entropy) or margin; of a counterfactual its class: runner-up or random class
+    probability     of its class that a counterfactual must have
     steps           of the attack, or of the sampler
     step_over_eps   step size of the attack over eps
     restarts        random starts
@@ -71,6 +72,7 @@ class Images:
     norm: str | None = None
     eps: float | None = None
     objective: str | None = None
+    probability: float | None = None
     steps: int | None = None
     step_over_eps: float | None = None
     restarts: int | None = None

@@ -98,6 +98,9 @@ def attack_words(row: Images) -> str:
             return ""
         case "pgd":
             parts = [attack_name(row) + (f" on {OBJECTIVES[row.objective]}" if row.objective else ""), threat]
+        case "counterfactual":
+            least = f", with probability {row.probability:g} or more" if row.probability is not None else ""
+            parts = [f"the nearest image of the {row.objective}{least}, {row.steps} steps in the ball", threat]
         case "square":
             parts = [f"Square on the served model, {row.queries} queries", threat]
         case "transfer":
@@ -304,6 +307,12 @@ DEFINITIONS: dict[str, Callable[[Row], str]] = {
     "accuracy_less_radius": lambda row: f"robust accuracy without rejection at eps less the radius {eps_name(row.radius or 0.0)}",
     "clean_rejected": constant("share of clean images that the policy or the search rejects"),
     "accuracy_accepted": constant("of the clean images that are not rejected"),
+    "explanation_valid": constant("share of images for which one was found"),
+    "explanation_l1_median": constant("of those found, pixels of [0,1]"),
+    "explanation_l2_median": constant("of those found, pixels of [0,1]"),
+    "explanation_agreement_oracle": lambda row: (
+        f"of those found, takes them for the class; {observed(row, 'before'):.3f} before the change"
+    ),
     "inception_score": lambda row: f"mean of {row.splits} splits",
     **of_every(
         "frechet_infinity_{}",

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from ebjdat_serve.batch import Batch
 from ebjdat_serve.bounds import Bounds
 
 Array = TypeVar("Array", bound=Any)
@@ -83,8 +84,10 @@ def noises(seed: int, n: int) -> list[np.random.Generator]:
 
 
 @dataclass(frozen=True)
-class Chains:
-    """The complete state of N chains; rows are independent, so chains can be joined and split at any step."""
+class Chains(Batch):
+    """The complete state of N chains; its arrays are named as the step graph's inputs."""
+
+    moving = ("image", "step")
 
     image: Floats  # (N, 3, H, W) in [0,1]
     label: NDArray[np.int64]  # (N,); -1 samples from the marginal E(x)
@@ -107,21 +110,6 @@ class Chains:
         key = np.stack([np.random.default_rng((seed + i, 1)).integers(0, PRIME, (4, 4)) for i in range(n)])
         each = [np.full(n, value, np.float32) for value in (sampler.step_size, sampler.grad_clip, sampler.noise_std)]
         return Chains(image, label.astype(np.int64, copy=False), key, np.zeros(n, np.int64), *each)
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays by the names of the step graph's inputs."""
-        return dict(vars(self))
-
-    def rows(self, chosen: Any) -> "Chains":
-        """Return the chains at ``chosen``: a slice, indices or a mask."""
-        return Chains(*(array[chosen] for array in vars(self).values()))
-
-    @staticmethod
-    def join(parts: "Sequence[Chains]") -> "Chains":
-        """Return all chains of ``parts``, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        return Chains(*(np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts), strict=True)))
 
     def moved(self, image: Floats, steps: int) -> "Chains":
         """Return these chains at ``image``, advanced by ``steps``."""

@@ -4,7 +4,7 @@ Servers, at their start and at a refresh, and `publish`, `sign`, `rollback` and 
 refuses.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Device, Engine, EngineKind, Precision, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.manifest import Calibration
-from ebjdat_serve.reach import Policy
+from ebjdat_serve.reach import Review
 from ebjdat_serve.rows import Row, to_json
 from ebjdat_serve.sgld import Chains, Prior
-from ebjdat_serve.views import Combination, Seen, load_reviewed
+from ebjdat_serve.views import REACH, Combination, Seen, load_reviewed
 
-REVIEW_SHARE = 0.05
 DEEPEST = 64
 """Levels of nesting in a bundle's JSON; pydantic writes 255."""
 
@@ -38,7 +37,7 @@ class Terms:
     alpha: float = 0.05
     threads: int = 1
     trust: tuple[bytes, ...] = ()
-    review_share: float | None = None  # of clean images; None: REVIEW_SHARE, or the least that can be kept
+    review_share: float | None = None  # of clean images; None: reach.REVIEW_SHARE, or the least that can be kept
 
 
 USUAL = Terms()
@@ -62,8 +61,8 @@ class Verified:
     calibration: Calibration
     combination: Combination
     detector: Detector
-    policy: Policy
-    reviewed: dict[str, NDArray[np.float64]]  # sorted clean scores of what the policy looks at
+    review: Review
+    check: Review | None  # with the walk's reach, if it was calibrated
     rows: list[Row]
     opened: Opened | None
 
@@ -103,18 +102,15 @@ def _verified(folder: Path, terms: Terms, functions: Sequence[str], key: str) ->
     check_json([calibration.dataset, *map(to_json, rows)], f"{folder}: calibration.json or metrics.json")
     detector = Detector(np.asarray(calibration.scores), terms.alpha)
     combination = bundle.combination(terms.precision)
-    stored = load_reviewed(folder / "views.safetensors", terms.precision, calibration.reviewed)
-    reviewed = {name: scores.astype(np.float64) for name, scores in stored.items()}
-    policy = Policy.calibrated(reviewed, terms.review_share if terms.review_share else usual_share(reviewed))
-    reviewed = {name: np.sort(scores) for name, scores in reviewed.items()}
+    file = folder / "views.safetensors"
+    reviewed = load_reviewed(file, terms.precision, calibration.reviewed)
+    review = Review.of(reviewed, terms.review_share)
+    check = None
+    if calibration.reach_steps:
+        reach = load_reviewed(file, terms.precision, [REACH])
+        check = Review.of({**{name: scores[: len(reach[REACH])] for name, scores in reviewed.items()}, **reach}, terms.review_share)
     opened = _opened(bundle, combination, terms, functions) if functions else None
-    return Verified(bundle, calibration, combination, detector, policy, reviewed, rows, opened)
-
-
-def usual_share(reviewed: Mapping[str, NDArray[np.float64]]) -> float:
-    """Return REVIEW_SHARE, or the least share that the calibration images can keep if that is more."""
-    n = min(map(len, reviewed.values()), default=0)
-    return max(REVIEW_SHARE, len(reviewed) / (n + 1))
+    return Verified(bundle, calibration, combination, detector, review, check, rows, opened)
 
 
 def _opened(bundle: Bundle, combination: Combination, terms: Terms, functions: Sequence[str]) -> Opened:

@@ -22,7 +22,7 @@ from ebjdat_serve.server.settings import SHIPPED, Settings
 from tests.conftest import HTTP, Live, serving, until
 
 PATHS = {
-    "/classify": "classify", "/energy": "classify", "/generate": "generate",
+    "/classify": "classify", "/energy": "classify", "/generate": "generate", "/explain": "explain",
     "/info": "operate", "/docs": "operate", "/redoc": "operate", "/openapi.json": "operate",
 }  # fmt: skip
 
@@ -60,6 +60,7 @@ def keyed(tmp_path_factory) -> Iterator[Keyed]:
     secrets = {
         "shop": new(file, "shop", "--scope", "classify"),
         "draw": new(file, "draw", "--scope", "generate"),
+        "why": new(file, "why", "--scope", "explain"),
         "ops": new(file, "ops", "--scope", "operate"),
         "slow": new(file, "slow", "--scope", "classify", "--rate", "0.5", "--burst", "2"),
         "narrow": new(file, "narrow", "--scope", "classify", "--concurrency", "1"),
@@ -85,8 +86,8 @@ def problem(answer: httpx2.Response, status: int) -> str:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_key_opens_the_paths_of_its_scopes(keyed, picture, path):
-    content = picture if PATHS[path] == "classify" else None
-    scopes = {"shop": "classify", "draw": "generate", "ops": "operate"}
+    content = picture if PATHS[path] in ("classify", "explain") else None
+    scopes = {"shop": "classify", "draw": "generate", "why": "explain", "ops": "operate"}
     for name, scope in scopes.items():
         answer = keyed.ask(path, name, content)
         if scope == PATHS[path]:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -51,16 +52,30 @@ def test_classify(live, folder):
     assert "absent.png" in bad.stderr
 
 
-def test_screen_writes_every_file_in_order(live, folder, tmp_path):
-    report = tmp_path / "report.csv"
-    done = client("screen.py", folder, "-o", report, "--url", live.url)
+def test_screen_writes_every_file_the_worst_first_and_a_sheet_of_thumbnails(live, folder, tmp_path):
+    report, sheet = tmp_path / "report.csv", tmp_path / "sheet.html"
+    (folder / "white & square.png").write_bytes(pixels.encode_png(np.full((32, 32, 3), 255, np.uint8)))
+    done = client("screen.py", folder, "-o", report, "--sheet", sheet, "--url", live.url)
+    (folder / "white & square.png").unlink()
     with report.open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 10
-    assert [row["file"] for row in rows] == sorted(row["file"] for row in rows)
+    assert len(rows) == 11
+    assert rows[0]["file"].endswith("white & square.png")
+    assert (rows[0]["suspicious"], rows[0]["why"], rows[0]["decision"]) == ("True", "statistics", "review")
+    assert rows[0]["reasons"].split()[0] == "ood"
     assert sum(bool(row["error"]) for row in rows) == 1
     assert done.returncode == 1  # one was refused
-    assert all(0 < float(row["p_value"]) <= 1 for row in rows if not row["error"])
+    answered = [row for row in rows if not row["error"]]
+    assert all(0 < float(row[name]) <= 1 for row in answered for name in ("p_value", "margin_p_value"))
+    assert all((row["decision"] == "review") == bool(row["reasons"]) for row in answered)
+    kinds = [1 if row["error"] else 0 if row["decision"] == "review" or row["suspicious"] == "True" else 2 for row in rows]
+    assert kinds == sorted(kinds)
+    page = sheet.read_text(encoding="utf-8")
+    assert page.count("<figure") == 11
+    assert page.count('class="bad"') == sum(kind < 2 for kind in kinds)
+    assert page.index("white &amp; square.png") < page.index("not an image")
+    first = re.search(r'src="([^"]+)"', page)[1]
+    assert (tmp_path / urllib.parse.unquote(first)).resolve() == (folder / "white & square.png").resolve()
 
 
 def test_screen_tells_suspicious_by_its_exit_code(live, folder, tmp_path):
@@ -81,7 +96,25 @@ def test_generate(live, tmp_path):
     assert not (tmp_path / "no.png").exists()
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("classify.py", ["real0.png"]), ("screen.py", ["real0.png"]), ("generate.py", ["3"])])
+def test_explain(live, folder, tmp_path):
+    done = client("explain.py", folder / "real0.png", "--scale", "2", "-o", tmp_path / "why.png", "--url", live.url)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"why.png: \w+ -> \w+: probability 0\.\d+, l2 \d\.\d+, l-inf 0\.\d+$", done.stdout.strip())
+    with Image.open(tmp_path / "why.png") as strip:
+        assert strip.size == (192, 64)
+    none = client("explain.py", folder / "real0.png", "--to", "8", "--radius", "0.01", "-o", tmp_path / "none.png", "--url", live.url)
+    assert none.returncode == 3
+    assert "-> ship was not found; the last that was tried: probability" in none.stdout
+    wrong = client("explain.py", folder / "real0.png", "--to", "catt", "-o", tmp_path / "no.png", "--url", live.url)
+    assert wrong.returncode == 1
+    assert "to 'catt' is unknown" in wrong.stderr
+    assert not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("classify.py", ["real0.png"]), ("screen.py", ["real0.png"]), ("generate.py", ["3"]), ("explain.py", ["real0.png"])],
+)
 def test_without_a_server_they_say_how_to_start_one(folder, name, arguments):
     done = client(name, *arguments, "--url", f"http://127.0.0.1:{free_port()}", cwd=folder)
     assert done.returncode == 2

@@ -26,7 +26,7 @@ from ebjdat_serve import pixels
 from ebjdat_serve.decoding.header import Limits
 from tests.conftest import ROOT
 
-CLIENTS = ("classify", "screen", "generate")
+CLIENTS = ("classify", "screen", "generate", "explain")
 PAGE = b"<html><body>\x1b[31m moved, down or busy \xe9</body></html>"
 GOOD = b'{"class":3,"label":"cat","probability":0.5,"energy":-1.0,"p_value":0.5,"suspicious":false}'
 PNG = pixels.encode_png(np.zeros((8, 8, 3), np.uint8))
@@ -55,7 +55,11 @@ class Handler(BaseHTTPRequestHandler):
         if act == "drop":
             self.close_connection = True
             return None
-        good = (200, {"Content-Type": "image/png"}, PNG) if self.path.startswith("/generate") else (200, {}, GOOD)
+        good = (
+            (200, {"Content-Type": "image/png", "X-Valid": "true"}, PNG)
+            if self.path.startswith(("/generate", "/explain"))
+            else (200, {}, GOOD)
+        )
         return self.reply(*(act or good))
 
     def reply(self, status, headers, body):
@@ -110,7 +114,8 @@ def picture_file(tmp_path):
 
 
 def arguments(name, picture_file):
-    return ("3", "-o", picture_file.with_name("drawn.png")) if name == "generate" else (picture_file,)
+    output = ("-o", picture_file.with_name("drawn.png")) if name in ("generate", "explain") else ()
+    return ("3" if name == "generate" else picture_file, *output)
 
 
 ANSWERS = {
@@ -336,8 +341,8 @@ def test_every_client_reads_answers_in_the_same_way():
             getattr(node, "name", None) or getattr(getattr(node, "targets", [None])[0], "id", None): ast.dump(node) for node in tree.body
         }
         found.append(([named[name] for name in names], [named.get(name) for name in reads]))
-    classify, screen, generate = found
-    assert classify == screen
+    classify, screen, generate, explain = found
+    assert classify == screen == explain
     assert classify[0] == generate[0]
     assert generate[1] == [None, None]  # it reads no image
 
@@ -478,7 +483,8 @@ def test_a_request_that_cannot_be_sent_is_not_tried_again():
 @pytest.mark.parametrize(("to", "why"), [("> /dev/full", "No space left on device"), ("| sleep 0", "Broken pipe")])
 def test_an_answer_that_cannot_be_written_is_told_and_ends_it(picture_file, name, to, why):
     """The pipe's reader is gone before the first answer: the server waits for it."""
-    given = f"3 -o {picture_file.with_name('drawn.png')}" if name == "generate" else f"{picture_file} {picture_file.with_name('b.png')}"
+    more = picture_file.with_name("b.png") if name in ("classify", "screen") else ""
+    given = " ".join(map(str, (*arguments(name, picture_file), more)))
     picture_file.with_name("b.png").write_bytes(PNG)
     with hostile_server(lambda n, body: time.sleep(0.5)) as server:
         done = shell(

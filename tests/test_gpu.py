@@ -5,9 +5,12 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import pytest
 
+from ebjdat_serve.counterfactual import counterfactuals, length
 from ebjdat_serve.engines import load_engine
+from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.sgld import Chains, Prior
+from tests.test_counterfactual import several_steps_a_turn
 from tests.test_scheduling import few_beside_many
 
 pytestmark = pytest.mark.gpu
@@ -67,6 +70,17 @@ def test_more_chains_than_one_graph_moves(shipped, chains):
 @pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda")])
 def test_clients_share_turns_of_a_gpus_width(shipped, kind, device):
     few_beside_many(engine_or_skip(shipped, kind, device), Prior.load(shipped.path / "prior.safetensors"), shipped.manifest.sampler)
+
+
+@pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda"), ("onnx", "tensorrt")])
+def test_counterfactuals_are_those_of_the_cpu_and_turns_of_several_steps_find_them(shipped, test_images, monkeypatch, kind, device):
+    images = to_unit(test_images[0][4::50])
+    engine, cpu = engine_or_skip(shipped, kind, device), load_engine(shipped, "torch", "cpu")
+    found, expected = (counterfactuals(one, images, norm="l2", radius=4.0) for one in (engine, cpu))
+    np.testing.assert_array_equal(found.found, expected.found)
+    distances = [length(one.best - one.origin, one.linf) for one in (found, expected)]
+    np.testing.assert_allclose(*distances, atol=0.05)
+    several_steps_a_turn(engine, images[:3], monkeypatch)
 
 
 def test_no_operator_of_a_step_runs_on_the_cpu_but_those_on_shapes(shipped, chains):

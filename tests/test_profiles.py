@@ -106,6 +106,15 @@ def test_the_document_is_that_of_the_profile(public, picture):
     assert httpx2.get(f"{public.url}/").json()["paths"] == ["/classify", "/generate?class=3", "/health", "/info", "/docs"]
 
 
+def test_explanations_are_no_part_of_it(public, picture):
+    """They are adversarial images, made on demand, with energies and exact probabilities."""
+    refused = httpx2.post(f"{public.url}/explain", content=picture)
+    assert refused.status_code == 403
+    detail = "/explain is not part of serve --profile public: it takes a key of scope operate and explain"
+    assert refused.json()["detail"] == detail
+    assert "/explain" not in httpx2.get(f"{public.url}/openapi.json").json()["paths"]
+
+
 STATIC = {"x-content-type-options", "x-frame-options"}
 
 
@@ -140,7 +149,7 @@ def test_a_key_of_scope_operate_is_told_everything(tmp_path, picture):
 
 
 def test_an_endpoint_without_a_public_answer_is_refused_and_an_answer_without_one_is_not_sent(public):
-    assert [one.path for one in ENDPOINTS if not one.public] == ["/energy"]
+    assert [one.path for one in ENDPOINTS if not one.public] == ["/energy", "/explain"]
     with pytest.raises(KeyError):
         told(Load.model_construct(), "public")
     assert Settings(profile="public").profile_for({"scopes": frozenset({"classify", "operate"})}) == "full"

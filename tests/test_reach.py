@@ -12,12 +12,12 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.reach import Policy, Reason, cut, margin, p_values, reach_score, search, two_likeliest
+from ebjdat_serve.reach import Checks, Policy, Reason, advance, cut, margin, p_values, reach_score, search, two_likeliest, walk
 from ebjdat_serve.server.settings import SHIPPED
 from training.evaluation.attacks import Pgd
 from training.evaluation.evaluated_model import open_module
 from training.evaluation.metrics import flag_rate_interval
-from training.evaluation.reach import EvadeReach, Points, Rejecter, Searched, Walked, aurc, evades, rankings
+from training.evaluation.reach import EvadeReach, Points, Rejecter, Searched, Slope, Walk, aurc, evades, rankings
 from training.methods.adversary import Threat
 
 SHAPE = (3, 2, 2)
@@ -50,6 +50,23 @@ def linear(classes, seed=0):
     return Linear(weight, -0.5 * weight.sum(axis=1)), image
 
 
+@pytest.mark.parametrize("steps", [1, 5, 8])
+def test_checks_step_by_step_find_what_walk_and_search_find(steps):
+    """However they are split and joined: a worker moves the rows of several jobs together."""
+    engine, image = linear(4, seed=3)
+    logits = engine.classify(image)[0]
+    radius = np.quantile(margin(logits), 0.5) / 30
+    checks = Checks.start(image, logits, radius=radius, steps=steps)
+    for step in range(steps):
+        parts = [advance(engine, checks.rows(slice(0, 7 + step)), 1), advance(engine, checks.rows(slice(7 + step, None)), 1)]
+        checks = Checks.join(parts)
+    stable = search(engine, image, radius, steps)
+    assert 0 < stable.sum() < len(stable)
+    np.testing.assert_array_equal(checks.stable, stable)
+    np.testing.assert_allclose(checks.reach, reach_score(engine, image, steps), atol=1e-5)
+    assert checks.step.tolist() == [steps] * len(image)
+
+
 def test_the_margin_is_between_the_two_largest_logits_and_0_where_they_tie():
     logits = np.float32([[1, 5, 3], [2, 2, -1], [-7, -9, -8]])
     assert margin(logits).tolist() == [2, 0, 1]
@@ -63,9 +80,10 @@ def test_the_walk_of_a_linear_model_climbs_by_the_l1_norm_and_its_runner_up_is_f
     logits, _ = model.classify(image)
     a, b = two_likeliest(logits)
     rise = np.abs(model.weight[b] - model.weight[a]).sum(axis=1)
-    found = reach_score(model, image, steps=3, step_size=0.01)
-    assert found == pytest.approx(-margin(logits) + 3 * 0.01 * rise, abs=1e-5)
-    assert reach_score(model, image, 3, 0.01, logits) == pytest.approx(found, abs=1e-6)
+    found = walk(model, image, steps=3, step_size=0.01)
+    assert found == pytest.approx(-margin(logits)[:, None] + 0.01 * np.arange(4) * rise[:, None], abs=1e-5)
+    assert walk(model, image, 3, 0.01, logits) == pytest.approx(found, abs=1e-6)
+    assert reach_score(model, image, 3, 0.01) == pytest.approx(-margin(logits) + 0.015 * rise, abs=1e-5)
 
 
 def test_the_walk_stays_in_the_box():
@@ -73,7 +91,7 @@ def test_the_walk_stays_in_the_box():
     a, b = two_likeliest(model.classify(image)[0])
     w = model.weight[b] - model.weight[a]
     corner = np.where(w > 0, 1.0, 0.0)  # where a walk without end arrives
-    assert reach_score(model, image, steps=4, step_size=0.5) == pytest.approx(((corner - 0.5) * w).sum(axis=1), abs=1e-5)
+    assert walk(model, image, steps=4, step_size=0.5)[:, -1] == pytest.approx(((corner - 0.5) * w).sum(axis=1), abs=1e-5)
 
 
 def test_the_walk_takes_two_gradients_a_step_and_one_forward_pass_when_it_has_the_logits():
@@ -288,11 +306,14 @@ def test_tasks_measure_what_the_served_functions_say(subject):
     opened, image, margins, slope = subject
     model, _ = linear(2, seed=5)
     label = np.zeros(len(image), np.int64)
-    found = {**Walked().run(opened, image, label), **Searched(0.01).run(opened, image, label)}
+    found = {}
+    for task in (Walk(), Slope(), Searched(0.01)):
+        found |= task.run(opened, image, label)
     assert found["slope"] == pytest.approx(slope, rel=1e-5)
-    assert found["reach"] == pytest.approx(reach_score(model, image), abs=1e-5)
+    assert found["leads"] == pytest.approx(walk(model, image), abs=1e-5)
     assert found["stable"].tolist() == search(model, image, 0.01).tolist()
     values = rankings(found, "energy", 0.0)
+    assert values["reach_score"] == pytest.approx(reach_score(model, image), abs=1e-5)
     assert values["margin_over_slope"] == pytest.approx(-margins / slope, abs=1e-6)  # float32
     assert values["unstable"].tolist() == (margins <= 0.01 * slope).tolist()
     assert all(len(value) == len(image) for value in values.values())

@@ -81,12 +81,8 @@ def test_the_margin_ranks_and_the_decision_follows_from_both_questions(live, shi
     reviewed = load_reviewed(shipped.path / "views.safetensors", "fp32", ["ood", "margin"])
     policy = Policy.calibrated({name: scores.astype(np.float64) for name, scores in reviewed.items()}, 0.05)
     images = [picture, *(encode_png(image) for image in test_images[0][:24]), encode_png(np.full((32, 32, 3), 255, np.uint8))]
-    answers = httpx2.post(f"{live.url}/classify", json={"images": [base64.b64encode(one).decode() for one in images]}, timeout=60).json()[
-        "results"
-    ]
-    joint = httpx2.post(f"{live.url}/energy", json={"images": [base64.b64encode(one).decode() for one in images]}, timeout=60).json()[
-        "results"
-    ]
+    several = {"images": [base64.b64encode(one).decode() for one in images]}
+    answers, joint = (post(live, path, json=several).json()["results"] for path in ("/classify", "/energy"))
     for said, energies in zip(answers, joint, strict=True):
         first, second = sorted(energies["joint_energy"])[:2]
         assert said["margin"] == pytest.approx(second - first, abs=1e-5)

@@ -35,7 +35,7 @@ def sample(one, step=1):
         return f"/models/{step}", Path(f"/models/{step}")
     if get_origin(one.type) is tuple:
         return f"{step}.pub.pem", (get_args(one.type)[0](f"{step}.pub.pem"),)
-    value = one.type(one.default * (1 + step) if one.default else step)
+    value = one.type(one.default * (1 + step) if one.default else step / 4 if one.about.below == 1 else step)
     return str(value), value
 
 

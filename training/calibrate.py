@@ -48,8 +48,8 @@ FITTED, FITTED_BYTES = 10_000, 2**28
 """Training images that views are fitted on, at most, and their bytes: large ones are fewer."""
 REACHED = 1000
 """Calibration images that walk towards their runner-up, at most: each takes ten gradients."""
-CHUNK = 256
-"""Images that are looked at together."""
+CHUNK, WALKING = 256, 32
+"""Images that are looked at together, and that walk together: gradients take more memory."""
 
 
 def calibrate(
@@ -136,7 +136,7 @@ def outputs(engine: Engine, image: Pixels) -> Outputs:
 
 def reached(engine: Engine, image: Pixels, steps: int) -> Floats:
     """Return the ``reach_score`` of uint8 images (N, H, W, 3)."""
-    return np.concatenate([reach_score(engine, to_unit(part), steps) for part in parts(image)])
+    return np.concatenate([reach_score(engine, to_unit(image[i : i + WALKING]), steps) for i in range(0, len(image), WALKING)])
 
 
 def scored(row: Calibration) -> list[str]:

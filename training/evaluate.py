@@ -45,6 +45,7 @@ from training.evaluation.calibration import calibration_rows, clean_rows
 from training.evaluation.context import FORM, SUITES, Context, Suite, claim, unit
 from training.evaluation.evaluated_model import Spec, best_device, bundle_spec, load_weights, module_sha256, module_spec
 from training.evaluation.evidence import Evaluation, take
+from training.evaluation.explanation import explanation_rows
 from training.evaluation.generation import generation_rows
 from training.evaluation.hostile import hostile_rows
 from training.evaluation.landscape import landscape_rows
@@ -66,6 +67,7 @@ PARTS: dict[str, Part] = {
     "hostile": hostile_rows,
     "shifts": shift_rows,
     "generation": generation_rows,
+    "explanation": explanation_rows,
     "landscape": landscape_rows,
     "reach": reach_rows,
     "released-code": released_rows,

@@ -27,6 +27,16 @@ class Outputs(NamedTuple):
     features: Floats
 
 
+class Differentiable(Protocol):
+    """The part of an engine that searches in image space use."""
+
+    def classify(self, image: Floats) -> tuple[Floats, ...]:
+        """Return logits (N, K) first."""
+
+    def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
+        """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,)."""
+
+
 class Engine(Protocol):
     """The interface of a model for server, calibration and evaluation; images (N, 3, H, W) float32 in [0,1]."""
 
@@ -51,7 +61,7 @@ def load_engine(
 
     Raises EngineError when a choice made by name cannot run here, BundleError when the bundle has no such precision.
     """
-    if kind == "torch" or (kind == "auto" and precision == "bf16"):
+    if runs_on_torch(kind, precision):
         if find_spec("torch") is None:
             raise EngineError(
                 f"the torch engine, which bf16 uses, needs PyTorch: {pip('install', 'torch==2.13.0')}",
@@ -64,6 +74,19 @@ def load_engine(
     from ebjdat_serve.engines.ort import OnnxEngine
 
     return OnnxEngine(bundle, device, threads, precision)
+
+
+def runs_on_torch(kind: EngineKind, precision: Precision) -> bool:
+    """Return whether ``load_engine`` opens the torch engine."""
+    return kind == "torch" or (kind == "auto" and precision == "bf16")
+
+
+def without_score(bundle: Bundle, kind: EngineKind, precision: Precision) -> str:
+    """Return why the engine that ``load_engine`` opens has no score of ``bundle``, "" where it has."""
+    if runs_on_torch(kind, precision) or "score.onnx" in bundle.manifest.files:
+        return ""
+    name = f"{bundle.manifest.name}@{bundle.manifest.version}"
+    return f"{name} has no score graph (score.onnx): python export/to_onnx.py BUNDLE writes one, and --engine torch needs none"
 
 
 def check_onnxruntime() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.server import disconnects, litserve_adapter
 from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.compute.workers import ClassifyWorker, GenerateWorker, Worker
@@ -23,6 +24,8 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
     Raises BundleError when the bundle cannot be served, EbjdatError for an API key that no client could send, a key file that is wrong and
     an origin, a host name or a proxy that is none. An engine that cannot run is found by the workers, and ends the server.
     """
+    if settings.check == "reach" and not settings.generate_workers:
+        raise EbjdatError("serve --check reach takes gradients, which workers for /generate compute: it needs --generate-workers 1 or more")
     access = Access.of(settings)
     browsers.check(settings)
     served, refused = open_first(settings)

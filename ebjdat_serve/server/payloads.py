@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebjdat_serve.counterfactual import LONGEST, STEP_COST, Norm
 from ebjdat_serve.pixels import Pixels
+from ebjdat_serve.reach import CHECK_COST
 from ebjdat_serve.sgld import Sampler
 
 TOP = 5
@@ -69,3 +72,70 @@ class GeneratePreview:
     step: int
     image: Pixels
     predictions: Predictions
+
+
+@dataclass(frozen=True)
+class ExplainJob:
+    """Find the nearest image to ``image`` (1, H, W, 3) of class ``target``, None: the runner-up; a preview every ``every`` steps, 0: none.
+
+    ``radius`` of the ball is in pixel units of [0,1], in ``norm``; ``least`` is the probability of the target that is asked for.
+    """
+
+    image: Pixels
+    target: int | None
+    norm: Norm
+    radius: float
+    least: float
+    every: int = 0
+    n: ClassVar[int] = 1
+
+    @property
+    def work(self) -> int:
+        """Chain-steps at most."""
+        return STEP_COST * LONGEST
+
+
+@dataclass(frozen=True)
+class CheckJob:
+    """Tell whether the labels of images (n, H, W, 3) are within reach: a walk of ``steps``, and a search of as many within ``radius``."""
+
+    image: Pixels
+    radius: float
+    steps: int
+    every: ClassVar[int] = 0
+
+    @property
+    def n(self) -> int:
+        """Images."""
+        return len(self.image)
+
+    @property
+    def work(self) -> int:
+        """Chain-steps."""
+        return CHECK_COST * self.n * self.steps
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The result of a CheckJob, arrays with n rows."""
+
+    predictions: Predictions
+    reach: NDArray[np.float32]  # mean of f_runner-up - f_label along the walk, nats
+    reach_p_value: NDArray[np.float64]
+    stable: NDArray[np.bool_]  # the search found no other label
+    reasons: NDArray[np.bool_]  # (n, R), which of ood, margin and reach send the image to review
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A search so far, or at its end: input and counterfactual as pixels (2, H, W, 3), and what the model predicts of exactly those.
+
+    ``path`` (steps, 4) has counterfactual.MEASURES of what each step tried, NaN where there was none.
+    """
+
+    step: int
+    target: int
+    valid: bool  # the counterfactual is of the target
+    image: Pixels
+    predictions: Predictions
+    path: NDArray[np.float32]

@@ -61,7 +61,9 @@ def open_bundle(path: Path, settings: Settings, store: Path | None = None) -> Se
         raise BundleError(f"{folder} cannot generate: {why}; serve --generate-workers 0 serves the rest")
     if store and trust and (reason := read_history(store).superseded(found.bundle)):
         raise BundleError(f"{folder}: {reason}; ebjdat-serve rollback {store} {folder.name} --allow-older has it served")
-    return ServedModel(found.bundle.served, found.bundle, found.calibration, found.policy.expected, [to_json(row) for row in found.rows])
+    return ServedModel(
+        found.bundle.served, found.bundle, found.calibration, found.review.policy.expected, [to_json(row) for row in found.rows]
+    )
 
 
 def open_first(settings: Settings) -> tuple[ServedModel, str]:

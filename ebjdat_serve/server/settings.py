@@ -20,6 +20,7 @@ from ebjdat_serve.verification import Terms
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
 BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 Profile = Literal["full", "public"]
+Check = Literal["none", "reach"]
 """What answers tell: everything, or what answer/public.py leaves."""
 OPERATE = "operate"
 """The scope of a key whose answers are full under any profile."""
@@ -96,6 +97,10 @@ class Settings:
     device: Annotated[Device, About(MODEL, "device; auto: CUDA if there is one, never TensorRT")] = "auto"
     precision: Annotated[Precision, About(MODEL, "arithmetic of the model; bf16 needs the torch engine")] = "fp32"
     alpha: Annotated[float, About(MODEL, "p-value below which an image is suspicious", above=0, below=1)] = 0.05
+    check: Annotated[Check, About(MODEL, "what every /classify is checked for; a request chooses with ?check=")] = "none"
+    check_radius: Annotated[
+        float, About(MODEL, "l-inf radius of a check's search for another label, pixels of [0,1]", above=0, below=1, shown="2/255")
+    ] = 2 / 255
     review_share: Annotated[
         float | None, About(MODEL, "share of clean images that `decision` sends to review", above=0, below=1, shown="0.05")
     ] = None

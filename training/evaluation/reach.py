@@ -69,27 +69,38 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Walked:
-    """What the walk reaches, and the l1 norm of the margin's gradient."""
+class Walk:
+    """The walk towards the runner-up."""
 
     steps: int = reach.STEPS
     step_size: float = reach.STEP_SIZE
 
     @property
     def cost(self) -> float:
-        return 6.0 * self.steps + 8.0
+        return 6.0 * self.steps + 2.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return logits (N, K), terms (N, V), reach (N,) and slope (N,): the l1 norm of d(f_b - f_a)/dx."""
+        """Return logits (N, K), terms (N, V) and leads (N, steps + 1): f_b - f_a along the walk."""
         engine, found = Served(subject), subject.look(image)
-        logits = found["logits"]
-        reached, slope = [], []
-        for i in range(0, len(image), BATCH):
-            x, f = image[i : i + BATCH], logits[i : i + BATCH]
-            a, b = reach.two_likeliest(f)
-            slope.append(np.abs(reach.difference_gradient(engine, x, b, a)).sum(axis=(1, 2, 3)))
-            reached.append(reach.reach_score(engine, x, self.steps, self.step_size, f))
-        return {**found, "reach": np.concatenate(reached), "slope": np.concatenate(slope)}
+        batches = zip(batched(image), batched(found["logits"]), strict=True)
+        return {**found, "leads": np.concatenate([reach.walk(engine, x, self.steps, self.step_size, f) for x, f in batches])}
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How steeply the margin falls at the image."""
+
+    @property
+    def cost(self) -> float:
+        return 7.0
+
+    def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
+        """Return slope (N,): the l1 norm of d(f_b - f_a)/dx."""
+        engine, slope = Served(subject), []
+        for x in batched(image):
+            a, b = reach.two_likeliest(subject.logits(x))
+            slope.append(np.abs(reach.difference(engine, x, b, a)[0]).sum(axis=(1, 2, 3)))
+        return {"slope": np.concatenate(slope)}
 
 
 @dataclass(frozen=True)
@@ -106,30 +117,32 @@ class Searched:
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return stable (N,)."""
         engine = Served(subject)
-        return {"stable": np.concatenate([reach.search(engine, x, self.radius, self.steps) for x in parts_of(image)])}
+        return {"stable": np.concatenate([reach.search(engine, x, self.radius, self.steps) for x in batched(image)])}
 
 
-def parts_of(image: Floats) -> list[Floats]:
-    """Return the images in batches."""
-    return [image[i : i + BATCH] for i in range(0, len(image), BATCH)]
+def batched(array: Floats) -> list[Floats]:
+    """Return the images, or their logits, in batches; one empty batch of none."""
+    return [array[i : i + BATCH] for i in range(0, max(len(array), 1), BATCH)]
 
 
 # Rankings ------------------------------------------------------------------------------------------------------------
 
 
-def rankings(found: Arrays, score: str, weight: float) -> dict[str, Array]:
-    """Return every score of the images (N,), high = suspicious, from Walked's and Searched's arrays and the served OOD score."""
-    logits = found["logits"]
-    margin = reach.margin(logits)
-    return {
-        "reach_score": found["reach"],
-        "margin": -margin,
-        "margin_over_slope": -margin / np.maximum(found["slope"], 1e-12),
-        "unstable": (~found["stable"]).astype(np.float64),
-        "energy": ood_score("energy", 0.0, logits),
-        "ood_score": score_of(score, weight, found),
-        "max_softmax": -probabilities(logits, 1.0).max(axis=1).astype(np.float64),
-    }
+def rankings(found: Arrays, score: str, weight: float) -> dict[str, reach.Scores]:
+    """Return the scores of the images (N,), high = suspicious, that can be computed of the arrays of Walk, Slope and Searched.
+
+    ``score`` and ``weight`` are those of the served OOD score.
+    """
+    logits, margin = found["logits"], reach.margin(found["logits"])
+    values: dict[str, Array] = {"reach_score": found["leads"].mean(axis=1), "walk_end": found["leads"][:, -1], "margin": -margin}
+    if "slope" in found:
+        values["margin_over_slope"] = -margin / np.maximum(found["slope"], 1e-12)
+    if "stable" in found:
+        values["unstable"] = (~found["stable"]).astype(np.float64)
+    values["energy"] = ood_score("energy", 0.0, logits)
+    values["ood_score"] = score_of(score, weight, found)
+    values["max_softmax"] = -probabilities(logits, 1.0).max(axis=1).astype(np.float64)
+    return {name: value.astype(np.float64) for name, value in values.items()}
 
 
 def aurc(suspicion: Array, wrong: NDArray[np.bool_]) -> float:

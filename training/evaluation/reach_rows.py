@@ -17,8 +17,8 @@ from training.evaluation.autoattack import AutoAttack, Square
 from training.evaluation.context import Context
 from training.evaluation.flags import Flag, calibration_images, flags_of, handled_share, images_alike, score_of
 from training.evaluation.metrics import auroc, auroc_stderr, flag_rate_interval
-from training.evaluation.reach import Attack, EvadeReach, Points, Rejecter, Searched, Walked, aurc, rankings
-from training.evaluation.result_cache import Arrays
+from training.evaluation.reach import Attack, EvadeReach, Points, Rejecter, Searched, Slope, Walk, aurc, rankings
+from training.evaluation.result_cache import Arrays, Task
 from training.evaluation.rows import ALPHAS, compared_with, number, proportion
 from training.evaluation.shifts import corrupted
 from training.methods.adversary import Threat
@@ -42,39 +42,29 @@ def reach_rows(c: Context) -> Iterator[Row]:
     yield from rejection_rows(c)
 
 
-def measured(c: Context, image: Floats, label: Labels, title: str) -> Arrays:
-    """Return the arrays of walk and search on images."""
-    (walked,) = c.ledger.run(f"walk, {title}", [(Walked(), image, label)])
-    (searched,) = c.ledger.run(f"search, {title}", [(Searched(), image, label)])
-    return {**walked, **searched}
-
-
-def ranked(flag: Flag, found: Arrays) -> dict[str, Any]:
-    """Return every score of images, with the served OOD score."""
-    return rankings(found, flag.score, flag.weight)
+def measured(c: Context, flag: Flag, image: Floats, label: Labels, title: str, *more: Task) -> dict[str, Scores]:
+    """Return the scores of images: those of the walk, and of ``more``."""
+    arrays: Arrays = {}
+    for work in (Walk(), *more):
+        (found,) = c.ledger.run(f"{type(work).__name__.lower()}, {title}", [(work, image, label)])
+        arrays |= found
+    return rankings(arrays, flag.score, flag.weight)
 
 
 def calibrated(c: Context, flag: Flag) -> dict[str, Scores]:
     """Return the scores of the calibration split in its order; the search has no p-value."""
-    return walked(c, flag, *calibration_images(c), "calibration split")
+    return measured(c, flag, *calibration_images(c), "calibration split")
 
 
-def walked(c: Context, flag: Flag, image: Floats, label: Labels, title: str) -> dict[str, Scores]:
-    """Return every score of images but the search's."""
-    (found,) = c.ledger.run(f"walk, {title}", [(Walked(), image, label)])
-    every = ranked(flag, {**found, "stable": np.ones(len(image), bool)})
-    return {name: value.astype(np.float64) for name, value in every.items() if name != "unstable"}
-
-
-def chosen(scores: Mapping[str, Any], views: tuple[str, ...]) -> dict[str, Scores]:
+def chosen(scores: Mapping[str, Scores], views: tuple[str, ...]) -> dict[str, Scores]:
     """Return the scores of a policy's views."""
-    return {view: scores[NAMES[view]].astype(np.float64) for view in views}
+    return {view: scores[NAMES[view]] for view in views}
 
 
 def review_rows(c: Context) -> Iterator[Row]:
     """Yield the share that each policy sends to review of test images, handled as the calibration's, and where it should lie."""
     flag, _ = flags_of(c)
-    own, calibration = walked(c, flag, *images_alike(c, c.suite.test), "clean"), calibrated(c, flag)
+    own, calibration = measured(c, flag, *images_alike(c, c.suite.test), "clean"), calibrated(c, flag)
     note = "images handled as the calibration's" if handled_share(c) else None
     for views in VIEWS:
         clean = chosen(calibration, views)
@@ -89,11 +79,18 @@ def coverage_rows(c: Context) -> Iterator[Row]:
     """Yield the error and the area under the risk-coverage curve of each score, on clean, corrupted and attacked images."""
     flag, _ = flags_of(c)
     for images, image, label in covered(c):
-        found = measured(c, image, label, set_name(images))
-        wrong = found["logits"].argmax(axis=1) != label
+        scores = measured(c, flag, image, label, set_name(images))
+        wrong = classes(c, image, label) != label
         yield c.share("error", wrong, images, c.subject.graph)
-        for score, value in ranked(flag, found).items():
+        for score, value in scores.items():
             yield number("aurc", aurc(value, wrong), len(wrong), images, c.subject.graph, score=score)
+
+
+def classes(c: Context, image: Floats, label: Labels) -> Labels:
+    """Return the served classes (N,)."""
+    (found,) = c.ledger.run("classes", [(Predict(), image, label)])
+    result: Labels = found["logits"].argmax(axis=1)
+    return result
 
 
 def covered(c: Context) -> Iterator[tuple[Images, Floats, Labels]]:
@@ -137,10 +134,10 @@ def separation_rows(c: Context) -> Iterator[Row]:
     """Yield the separation of images that an attack fooled from clean ones by each score, and the share that is sent to review."""
     flag, _ = flags_of(c)
     image, label = c.test(max(c.suite.looked, c.suite.strong))
-    clean = measured(c, image, label, "clean")
+    clean = measured(c, flag, image, label, "clean", Slope(), Searched())
     calibration, of = calibrated(c, flag), c.subject.graph
-    right = clean["logits"].argmax(axis=1) == label
-    yield proportion("unstable", int((~clean["stable"]).sum()), len(label), c.where, of, radius=RADIUS)
+    right = classes(c, image, label) == label
+    yield proportion("unstable", int(clean["unstable"].sum()), len(label), c.where, of, radius=RADIUS)
     for images, attack, n in attacks(c):
         made = made_by(c, images, attack, image[:n], label[:n])
         fooled = right[:n] & (made["logits"].argmax(axis=1) != label[:n])
@@ -148,13 +145,13 @@ def separation_rows(c: Context) -> Iterator[Row]:
         if not fooled.any():
             c.say(f"{set_name(images)}: no image is fooled, so nothing is separated")
             continue
-        found = measured(c, made["image"][fooled], label[:n][fooled], set_name(images))
-        where, first = replace(images, subset="fooled"), {name: value[:n] for name, value in clean.items()}
-        yield from fooled_rows(c, flag, where, ranked(flag, found), ranked(flag, first), right[:n], calibration)
+        found = measured(c, flag, made["image"][fooled], label[:n][fooled], set_name(images), Slope(), Searched())
+        first = {name: value[:n] for name, value in clean.items()}
+        yield from fooled_rows(c, replace(images, subset="fooled"), found, first, right[:n], calibration)
 
 
 def fooled_rows(
-    c: Context, flag: Flag, where: Images, fooled: dict[str, Any], clean: dict[str, Any], right: Any, calibration: dict[str, Scores]
+    c: Context, where: Images, fooled: dict[str, Scores], clean: dict[str, Scores], right: Any, calibration: dict[str, Scores]
 ) -> Iterator[Row]:
     """Yield AUROC against all clean images and against the right ones, power at alpha .05, and review shares of fooled images."""
     of, alpha = c.subject.graph, ALPHAS[0]
@@ -166,7 +163,7 @@ def fooled_rows(
         if score in calibration:
             caught = p_value(np.sort(calibration[score]), value) < alpha
             yield proportion("reach_power", int(caught.sum()), len(caught), where, of, alpha=alpha, score=score)
-        else:
+        elif score == "unstable":
             yield proportion("unstable", int(value.sum()), len(value), where, of, radius=RADIUS)
     for views in VIEWS:
         reference = chosen(calibration, views)
@@ -221,8 +218,8 @@ def evasions(threat: Threat, r: Rejecter, classes: int) -> Iterator[EvadeReach]:
     yield EvadeReach(threat, r, "alone", start="image", steps=40)
     yield EvadeReach(threat, r, "worst")
     yield EvadeReach(threat, r, "sum", start="image")
-    for target in range(1, min(4, classes)):
-        yield EvadeReach(threat, r, "worst", target, "image")
+    if classes > 2:
+        yield EvadeReach(threat, r, "worst", 2, "image")
 
 
 def clean_rejection_rows(c: Context, r: Rejecter, about: dict[str, Any]) -> Iterator[Row]:

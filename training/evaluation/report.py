@@ -24,6 +24,7 @@ HEADINGS = {
     "shifts": "Benign shifts",
     "calibration": "Probabilities",
     "generation": "Generation",
+    "explanation": "Counterfactuals",
     "landscape": "The energy landscape",
     "released-code": "What the published code computes",
 }
@@ -33,6 +34,7 @@ SAID = {
     "suspicion": "Every rate of the served score is followed by that of max softmax, which needs no energy. Images that an attack fooled are counted apart from the rest.",
     "hostile": "The attacker knows model, views, ranks and threshold. No flag here defends against such a user; these figures show how far it goes.",
     "generation": "No figure is FID unless Inception-v3 with its standard weights was available. Distances at small n are biased upwards: compare them with the floor.",
+    "explanation": "The oracle is an adversarially trained network: an undefended one is fooled by what transfers, and would agree with anything.",
     "released-code": "Half of the stated eps, and a weakened list of attacks: for comparison with published tables only.",
 }
 OPEN = 14

@@ -1,12 +1,12 @@
 """Answers of /classify and /energy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ebjdat_serve.server.answer import Attributed, Schema
-from ebjdat_serve.server.payloads import Predictions
+from ebjdat_serve.server.payloads import Checked, Predictions
 from ebjdat_serve.server.served_model import ServedModel
 
 
@@ -35,7 +35,10 @@ class Flag(Schema):
         float, Field(description="(1 + clean calibration margins <= this one) / (n + 1); absent where the calibration has none")
     ] = 1.0
     decision: Annotated[Literal["accept", "review"], Field(description="review: --review-share of clean images go there")]
-    reasons: Annotated[list[str], Field(description="of review: ood, margin; their levels together keep --review-share")]
+    reasons: Annotated[list[str], Field(description="of review: ood, margin, reach; their levels together keep --review-share")]
+    reach_score: Annotated[float, Field(description="with check=reach: the runner-up's mean lead along a walk towards it, nats")] = 0.0
+    reach_p_value: Annotated[float, Field(description="with check=reach: (1 + clean calibration scores >= this one) / (n + 1)")] = 1.0
+    stable: Annotated[bool, Field(description="with check=reach: a search within the radius found no other label; no proof")] = True
 
 
 class Classified(Flag, Candidate):
@@ -82,8 +85,25 @@ def flags(predictions: Predictions, model: ServedModel) -> Iterator[dict[str, An
         flag: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
         if "margin" not in reviewed:
             del flag["margin_p_value"]
-        said = [name for name, hit in zip(reviewed, reasons, strict=True) if hit]
-        yield {**flag, "why": views[view], "decision": "review" if said else "accept", "reasons": said}
+        yield {**flag, "why": views[view], **decided(reviewed, reasons)}
+
+
+def decided(reviewed: Sequence[str], reasons: Sequence[bool]) -> dict[str, Any]:
+    """Return the fields of a decision."""
+    said = [name for name, hit in zip(reviewed, reasons, strict=True) if hit]
+    return {"decision": "review" if said else "accept", "reasons": said}
+
+
+def checked_answer(checked: Checked, listed: bool, model: ServedModel, alpha: float) -> ClassifyAnswer | ClassifyList:
+    """Return the answer of /classify with check=reach to one image, or to a list."""
+    columns = zip(checked.reach.tolist(), checked.reach_p_value.tolist(), checked.stable.tolist(), checked.reasons.tolist(), strict=True)
+    rows = [
+        {**row, **decided([*model.calibration.reviewed, "reach"], reasons), "reach_score": score, "reach_p_value": p, "stable": stable}
+        for row, (score, p, stable, reasons) in zip(classified(checked.predictions, model), columns, strict=True)
+    ]
+    if listed:
+        return ClassifyList(results=[Classified(**row) for row in rows], alpha=alpha, model=model.name)
+    return ClassifyAnswer(**rows[0], alpha=alpha, model=model.name)
 
 
 def classified(predictions: Predictions, model: ServedModel) -> Iterator[dict[str, Any]]:

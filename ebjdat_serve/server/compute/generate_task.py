@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ebjdat_serve import pixels
-from ebjdat_serve.scheduling import ChainGroup, Rows
+from ebjdat_serve.scheduling import ChainGroup, Group, Rows
 from ebjdat_serve.server.compute.model import Model, Operation
 from ebjdat_serve.server.payloads import GeneratedImages, GenerateJob, GeneratePreview, Predictions, concatenate
 from ebjdat_serve.sgld import Chains
@@ -14,7 +14,10 @@ from ebjdat_serve.sgld import Chains
 class ChainTask(Protocol):
     """A job in progress in a generate worker."""
 
-    group: ChainGroup
+    @property
+    def group(self) -> Group[Any]:
+        """What the scheduler moves."""
+
     preview_taken: bool  # whether the client has received the last preview
 
     @property

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ebjdat_serve import pixels
-from ebjdat_serve.detection import p_value as tail
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Outputs
 from ebjdat_serve.generation import classify_in_chunks
@@ -28,7 +27,7 @@ class Model:
         found = verified(folder, settings.terms(), functions, key=key)  # its signature was checked when ``key`` was read
         assert found.opened
         self.bundle, self.calibration = found.bundle, found.calibration
-        self.combination, self.detector, self.policy, self.reviewed = found.combination, found.detector, found.policy, found.reviewed
+        self.combination, self.detector, self.review, self.check = found.combination, found.detector, found.review, found.check
         self.engine, self._prior = found.opened.engine, found.opened.prior
 
     @property
@@ -54,13 +53,10 @@ class Model:
         p_value = self.detector.p_value(scores)
         probability = probabilities(logits, self.calibration.temperature)
         top, margins = np.argsort(-probability, axis=1, kind="stable")[:, :TOP], margin(logits)
-        found = {"ood": scores, "margin": -margins}
-        p_values = {name: tail(clean, found[name]) for name, clean in self.reviewed.items()}
-        reasons = np.stack([p_values[name] <= level for name, level in self.policy.levels.items()], axis=1)
-        return Predictions(
-            probability, -logits, energy, scores, p_value, self.detector.suspicious(p_value), top, terms.argmax(axis=1), margins,
-            p_values.get("margin", np.full(len(margins), np.nan)), reasons,
-        )  # fmt: skip
+        p_values, reasons = self.review.look({"ood": scores, "margin": -margins})
+        margin_p_value = p_values.get("margin", np.full(len(margins), np.nan))
+        suspicious, why = self.detector.suspicious(p_value), terms.argmax(axis=1)
+        return Predictions(probability, -logits, energy, scores, p_value, suspicious, top, why, margins, margin_p_value, reasons)
 
 
 @dataclass(frozen=True)

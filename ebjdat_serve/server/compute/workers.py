@@ -18,8 +18,10 @@ import numpy as np
 from litserve.loops import LitLoop
 
 from ebjdat_serve import logs
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.engines import without_score
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.scheduling import ChainGroup, Policy, Scheduler
+from ebjdat_serve.scheduling import Group, Policy, Scheduler
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.compute.generate_task import ChainTask
 from ebjdat_serve.server.compute.model import Model, Operation
@@ -90,7 +92,7 @@ class Worker(ls.LitAPI):
 
     def _load(self, wanted: ipc.LoadModel) -> None:
         try:
-            model = Model(wanted.folder, self._settings, self.functions, wanted.key)
+            model = Model(wanted.folder, self._settings, self.functions_of(wanted.folder), wanted.key)
             self.warm_up(model)
         except EbjdatError as error:
             answer: object = ipc.ModelRefused(wanted.key, error.advised())
@@ -101,6 +103,12 @@ class Worker(ls.LitAPI):
             self.models[wanted.key] = model
             answer = ipc.ModelLoaded(wanted.key, model.engine_info())
         self.channel.send(answer)
+
+    def functions_of(self, folder: Path) -> Sequence[str]:
+        """Return ``functions`` without the score where the bundle in ``folder`` has none for the engine: /explain says so then."""
+        s = self._settings
+        lacking = "score" in self.functions and without_score(Bundle.draft(folder), s.engine, s.precision)
+        return [name for name in self.functions if not (name == "score" and lacking)]
 
     def warm_up(self, model: Model) -> None:
         """Run the model once before the first request."""
@@ -151,13 +159,13 @@ class GenerateWorker(Worker):
     """Moves the chains of all its tasks, a turn at a time, and receives messages between two turns."""
 
     kind = "generate"
-    functions = ("classify", "step")
+    functions = ("classify", "score", "step")
 
     def work(self) -> None:
         """Serve until the HTTP process closes the connection."""
         self.scheduler = Scheduler()
         self.tasks: dict[int, ChainTask] = {}
-        self.numbers: dict[ChainGroup, int] = {}
+        self.numbers: dict[Group[Any], int] = {}
         self.rate, self.steps_taken, self.rate_since = 0.0, 0, time.monotonic()
         super().work()
 
@@ -180,7 +188,7 @@ class GenerateWorker(Worker):
         if not self.scheduler.groups:
             return
         for moved in self.scheduler.advance():
-            self.steps_taken += moved.steps * len(moved.rows)
+            self.steps_taken += moved.work
             number = self.numbers[moved.group]
             task = self.tasks[number]
             task.finish(moved.finished)

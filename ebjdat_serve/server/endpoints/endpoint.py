@@ -13,7 +13,9 @@ from starlette.routing import request_response
 
 from ebjdat_serve import __version__
 from ebjdat_serve.keys import Scope
+from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.server import api_docs, problems
+from ebjdat_serve.server.answer.explanations import StripHeaders
 from ebjdat_serve.server.answer.headers import ResponseHeadersMiddleware
 from ebjdat_serve.server.answer.images import PngHeaders
 from ebjdat_serve.server.compute.model import Operation
@@ -36,6 +38,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}, "description": problems.TITLES[code]}
     for code in (400, 401, 403, 408, 413, 415, 421, 422, 429, 500, 503, 504)
 }
+
+EXPOSED = list(dict.fromkeys(field.alias or "" for kind in (PngHeaders, StripHeaders) for field in kind.model_fields.values()))
+"""Headers that pages of other sites may read."""
 
 BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
 
@@ -94,16 +99,27 @@ class Service:
         Raises Problem for whatever is wrong with the request, and when it cannot be answered in time.
         """
         queue = self.classify_queue
-        client = request.scope["client_name"]
-        queue.check_room(client)  # before the body is read; a slow body takes no slot
         with contextlib.ExitStack() as stack:
-            async with read_upload(request, self.settings) as upload:
-                model = self.manager.active
-                deadline = stack.enter_context(queue.slot(model.key, client))
-                encoded, listed = await encoded_images(request, upload, self.settings)
-                images = await self.decoder.decode(request, encoded, model.bundle.manifest.input, deadline, listed=listed)
+            model, images, listed, deadline = await self.read_images(request, queue, stack)
+            client = request.scope["client_name"]
             value = await queue.submit(PendingRequest(model.key, operation.name, images, request, client, deadline))
             return ImageResult(value, listed, model)
+
+    async def read_images(
+        self, request: Request, queue: RequestQueue, stack: contextlib.ExitStack
+    ) -> tuple[ServedModel, Pixels, bool, float]:
+        """Return the model for ``request``, its images (n, H, W, 3), whether they came as a list, and its deadline.
+
+        ``stack`` holds a slot of ``queue`` from the end of the body on. Raises Problem for whatever is wrong with the request.
+        """
+        client = request.scope["client_name"]
+        queue.check_room(client)  # before the body is read; a slow body takes no slot
+        async with read_upload(request, self.settings) as upload:
+            model = self.manager.active
+            deadline = stack.enter_context(queue.slot(model.key, client))
+            encoded, listed = await encoded_images(request, upload, self.settings)
+            images = await self.decoder.decode(request, encoded, model.bundle.manifest.input, deadline, listed=listed)
+        return model, images, listed, deadline
 
     def begin_drain(self) -> None:
         """Have /health answer 503 from now on, and connections end after their next response."""
@@ -143,7 +159,7 @@ class Service:
         api_docs.install(app, self.settings)
         app.add_middleware(HeadMiddleware, own={one.path for one in self.endpoints if one.operations})
         app.add_middleware(ApiKeyMiddleware, access=self.access, scopes=self.scopes())
-        browsers.install(app, self.settings, exposed=[field.alias or name for name, field in PngHeaders.model_fields.items()])
+        browsers.install(app, self.settings, exposed=EXPOSED)
         app.add_middleware(ResponseHeadersMiddleware, draining=lambda: self.draining)
         if prefix := api_docs.prefix_of(self.settings):
             app.add_middleware(RootPathMiddleware, prefix=prefix)
@@ -192,7 +208,8 @@ class Endpoint:
 
         async def endpoint(request: Request) -> Response:
             if not self.public and service.settings.profile_for(request.scope) == "public":
-                raise Problem(403, f"{self.path} is not part of serve --profile public: it takes a key of scope {OPERATE}")
+                also = "".join(f" and {scope}" for scope in sorted(self.scopes or ()) if scope != OPERATE)
+                raise Problem(403, f"{self.path} is not part of serve --profile public: it takes a key of scope {OPERATE}{also}")
             return await self.handler(service, request)
 
         app.router.add_api_route(

@@ -1,15 +1,12 @@
 """/generate."""
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
 
 from ebjdat_serve.server.answer import Schema, respond
-from ebjdat_serve.server.answer.images import GenerateAnswer, GenerateAnswers, GeneratePreviewEvent, PngHeaders, event
+from ebjdat_serve.server.answer.images import GenerateAnswer, GenerateAnswers, GeneratePreviewEvent, PngHeaders
 from ebjdat_serve.server.answer.public import (
     PublicGenerateAnswer,
     PublicPngHeaders,
@@ -19,15 +16,14 @@ from ebjdat_serve.server.answer.public import (
 )
 from ebjdat_serve.server.compute.generate_task import GENERATE
 from ebjdat_serve.server.endpoints.endpoint import ERRORS, Endpoint, Service
+from ebjdat_serve.server.endpoints.streams import EventStream, events, in_encoder
 from ebjdat_serve.server.payloads import GeneratedImages
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest
 from ebjdat_serve.server.read.generate_request import GenerateQuery, read_values, validate
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Profile, Settings
 
-Made = TypeVar("Made")
 NO_WORKERS = "this server draws nothing: it was started by serve --generate-workers 0"
 
 
@@ -49,7 +45,15 @@ async def generate(service: Service, request: Request) -> Response:
         stack.enter_context(queue.waiting(pending))
         answers = GenerateAnswers(model, wanted.job, wanted.query.temperature, wanted.query.scale, settings.alpha)
         if wanted.query.stream:
-            return EventStream(events(service, queue, pending, answers, profile), stack.pop_all())
+            sent = events(
+                service,
+                queue,
+                pending,
+                opening="drawing",
+                preview=lambda made: told(answers.preview(made), profile),
+                done=lambda made: told(answers.document(made), profile),
+            )
+            return EventStream(sent, stack.pop_all())
         result: GeneratedImages = await pending.future
         if wanted.query.format == "json":
             return await in_encoder(service, lambda: respond(told(answers.document(result), profile)))
@@ -79,60 +83,14 @@ def png(sheet: bytes, headers: PngHeaders, profile: Profile) -> Response:
     return Response(sheet, media_type="image/png", headers=told(headers, profile).model_dump())
 
 
-async def events(
-    service: Service, queue: GenerateQueue, pending: PendingRequest, answers: GenerateAnswers, profile: Profile
-) -> AsyncIterator[bytes]:
-    """Yield the newest preview whenever the client has received the last one, then the images, or the error."""
-    yield b": drawing\n\n"
-    while not pending.future.done():
-        try:
-            async with asyncio.timeout(service.settings.stream_heartbeat):
-                await pending.changed.wait()
-        except TimeoutError:
-            yield b": still there\n\n"
-            continue
-        pending.changed.clear()
-        if pending.preview and not pending.future.done():
-            preview, pending.preview = pending.preview, None
-            yield await in_encoder(service, encode_event("preview", answers.preview, preview, profile))
-            queue.preview_taken(pending)
-    try:
-        yield await in_encoder(service, encode_event("done", answers.document, pending.future.result(), profile))
-    except Problem as problem:
-        yield event("error", problem.document())
-
-
-def encode_event(kind: str, make: Callable[[Any], Schema], value: Any, profile: Profile) -> Callable[[], bytes]:
-    """Return a function that makes the event of a preview or a result."""
-    return lambda: event(kind, told(make(value), profile).model_dump_json())
-
-
-async def in_encoder(service: Service, make: Callable[[], Made]) -> Made:
-    """Return what ``make`` returns in a thread: to write a PNG takes time."""
-    return await asyncio.get_running_loop().run_in_executor(service.encoders, make)
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; ``held`` is closed when the last event is sent, or the client leaves."""
-
-    def __init__(self, stream: AsyncIterator[bytes], held: contextlib.ExitStack) -> None:
-        super().__init__(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._held = held
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send the events."""
-        with self._held:
-            await super().__call__(scope, receive, send)
-
-
 QUERY = GenerateQuery.model_json_schema()
 PARAMETERS = [
     {"name": name, "in": "query", "required": name in QUERY["required"], "schema": schema} for name, schema in QUERY["properties"].items()
 ]
-DRAWINGS = "a PNG, JSON with format=json, or events with stream=true: preview, then done, which has what format=json answers"
+PICTURES = "a PNG, JSON with format=json, or events with stream=true: preview, then done, which has what format=json answers"
 
 
-def drawings(headers: type[Schema], preview: type[Schema]) -> dict[int | str, dict[str, Any]]:
+def pictures(headers: type[Schema], preview: type[Schema]) -> dict[int | str, dict[str, Any]]:
     """Return what the OpenAPI document says of a 200 beside its JSON: headers of a PNG, and events."""
     properties = headers.model_json_schema(mode="serialization")["properties"]
     return {
@@ -145,7 +103,7 @@ def drawings(headers: type[Schema], preview: type[Schema]) -> dict[int | str, di
                 name: {"schema": {"type": schema["type"]}, "description": schema.get("description", "")}
                 for name, schema in properties.items()
             },
-            "description": DRAWINGS,
+            "description": PICTURES,
         }
     }
 
@@ -154,8 +112,8 @@ SHARED: dict[str, Any] = {
     "answer": GenerateAnswer,
     "public_answer": PublicGenerateAnswer,
     "operations": [GENERATE],
-    "responses": {**ERRORS, **drawings(PngHeaders, GeneratePreviewEvent)},
-    "public_responses": {**ERRORS, **drawings(PublicPngHeaders, PublicPreviewEvent)},
+    "responses": {**ERRORS, **pictures(PngHeaders, GeneratePreviewEvent)},
+    "public_responses": {**ERRORS, **pictures(PublicPngHeaders, PublicPreviewEvent)},
     "example": "/generate?class=3",
 }
 GENERATE_GET = Endpoint("/generate", generate, method="GET", openapi={"parameters": PARAMETERS}, **SHARED)

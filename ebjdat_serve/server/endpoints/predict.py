@@ -1,26 +1,82 @@
 """/classify and /energy."""
 
-from fastapi import Request, Response
+import contextlib
+from typing import Annotated
 
+from fastapi import Request, Response
+from pydantic import BaseModel, Field, ValidationError
+
+from ebjdat_serve.keys import Scope
 from ebjdat_serve.server.answer import respond
 from ebjdat_serve.server.answer.predictions import (
     ClassifyAnswer,
     ClassifyList,
     EnergyAnswer,
     EnergyList,
+    checked_answer,
     classify_answer,
     energy_answer,
 )
 from ebjdat_serve.server.answer.public import PublicClassifyAnswer, PublicClassifyList, told
+from ebjdat_serve.server.compute.check_task import CHECK
 from ebjdat_serve.server.compute.model import PREDICT
-from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint, Service
+from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint, ImageResult, Service
+from ebjdat_serve.server.payloads import CheckJob
+from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.queues.request_queue import PendingRequest
+from ebjdat_serve.server.read.generate_request import describe
+from ebjdat_serve.server.settings import Check, Settings
 
 
 async def classify(service: Service, request: Request) -> Response:
-    """Return the class, its probability, the energy and whether it is suspicious, of one image or of a list."""
-    result = await service.run_on_images(request, PREDICT)
-    answer = classify_answer(result.value, result.listed, result.model, service.settings.alpha)
-    return respond(told(answer, service.settings.profile_for(request.scope)))
+    """Return the class, its probability, whether the image is like the data and its label within reach, of one image or of a list."""
+    settings, wanted = service.settings, CheckQuery.of(request, service.settings)
+    if wanted.check == "reach":
+        checked = await run_check(service, request, wanted.radius)
+        answer = checked_answer(checked.value, checked.listed, checked.model, settings.alpha)
+    else:
+        result = await service.run_on_images(request, PREDICT)
+        answer = classify_answer(result.value, result.listed, result.model, settings.alpha)
+    return respond(told(answer, settings.profile_for(request.scope)))
+
+
+async def run_check(service: Service, request: Request, radius: float) -> ImageResult:
+    """Read the images of ``request``, and return what a generate worker's walks and searches make of them.
+
+    Raises Problem for whatever is wrong with the request, and when it cannot be answered in time.
+    """
+    queue = service.generate_queue
+    if queue is None:
+        raise Problem(422, "check=reach takes gradients, and this server has no workers for them (serve --generate-workers 0)")
+    with contextlib.ExitStack() as stack:
+        model, images, listed, deadline = await service.read_images(request, queue, stack)
+        if not (steps := model.calibration.reach_steps):
+            raise Problem(422, "the walk of check=reach is not calibrated in this bundle: python training/calibrate.py BUNDLE")
+        job, client = CheckJob(images, radius, steps), request.scope["client_name"]
+        stack.enter_context(service.access.chains(request, job.n))
+        queue.admit(client, job)
+        checked = await queue.submit(PendingRequest(model.key, CHECK.name, job, request, client, deadline))
+        return ImageResult(checked, listed, model)
+
+
+class CheckQuery(BaseModel):
+    """What the label is checked for; other parameters are not read."""
+
+    check: Check
+    radius: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, description="of the search, l-inf, pixels of [0,1]")]
+
+    @staticmethod
+    def of(request: Request, settings: Settings) -> "CheckQuery":
+        """Return what ``request`` asks for, else what ``settings`` say; raise Problem 422 for what is neither."""
+        if not request.scope["query_string"]:
+            return CheckQuery(check=settings.check, radius=settings.check_radius)
+        given = request.query_params
+        try:
+            return CheckQuery.model_validate(
+                {"check": given.get("check", settings.check), "radius": given.get("radius", settings.check_radius)}
+            )
+        except ValidationError as error:
+            raise Problem(422, describe(error, CheckQuery)) from None
 
 
 async def energy(service: Service, request: Request) -> Response:
@@ -29,12 +85,18 @@ async def energy(service: Service, request: Request) -> Response:
     return respond(energy_answer(result.value, result.listed, result.model, service.settings.alpha))
 
 
+PARAMETERS = [
+    {"name": name, "in": "query", "required": False, "schema": schema}
+    for name, schema in CheckQuery.model_json_schema()["properties"].items()
+]
+SCOPES: tuple[Scope, ...] = ("classify",)
 CLASSIFY = Endpoint(
     "/classify",
     classify,
     ClassifyAnswer | ClassifyList,
     public_answer=PublicClassifyAnswer | PublicClassifyList,
-    operations=[PREDICT],
-    openapi=IMAGE_BODY,
+    operations=[PREDICT, CHECK],
+    openapi={"parameters": PARAMETERS, **IMAGE_BODY},
+    scopes=SCOPES,
 )
 ENERGY = Endpoint("/energy", energy, EnergyAnswer | EnergyList, operations=[PREDICT], openapi=IMAGE_BODY)

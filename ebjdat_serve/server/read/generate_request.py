@@ -106,7 +106,7 @@ def validate(values: dict[str, Any], manifest: Manifest, settings: Settings) -> 
     try:
         query = GenerateQuery.model_validate(values)
     except ValidationError as error:
-        raise Problem(422, explain(error)) from None
+        raise Problem(422, describe(error, GenerateQuery)) from None
     label = find_label(query.class_, labels)
     steps = min(manifest.sampler.steps, max_steps(manifest, settings)) if query.steps is None else query.steps
     check_limits(query, steps, manifest, settings)
@@ -121,24 +121,27 @@ def validate(values: dict[str, Any], manifest: Manifest, settings: Settings) -> 
     return GenerateRequest(query, GenerateJob(label, query.n, sampler, seed, every))
 
 
-def explain(error: ValidationError) -> str:
-    """Return pydantic's findings as one readable line."""
+def describe(error: ValidationError, query: type[BaseModel]) -> str:
+    """Return pydantic's findings of a ``query`` as one readable line."""
     found = []
     for item in error.errors(include_context=False):
         place = ".".join(str(part) for part in item["loc"] if part not in ("str", "int"))
         if item["type"] == "extra_forbidden":
-            known = ", ".join(field.alias or name for name, field in GenerateQuery.model_fields.items())
+            known = ", ".join(field.alias or name for name, field in query.model_fields.items())
             found.append(f"{place[:40]} is unknown; known are {known}")
         else:
             found.append(f"{place}: {item['msg']}" if place else item["msg"])
     return "; ".join(found)
 
 
-def find_label(wanted: str | int, labels: list[str]) -> int:
-    """Return the class index that an index or a name means; a name in any case and either of Unicode's normal forms."""
+def find_label(wanted: str | int, labels: list[str], what: str = "class") -> int:
+    """Return the class index that an index or a name means; a name in any case and either of Unicode's normal forms.
+
+    Raises Problem 422, in which the parameter is named ``what``.
+    """
     text = str(wanted).strip()
     if len(text) > LONGEST_LABEL:
-        raise Problem(422, f"class may have {LONGEST_LABEL} characters: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
+        raise Problem(422, f"{what} may have {LONGEST_LABEL} characters: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
     text = unicodedata.normalize("NFC", text)
     if not isinstance(wanted, int):
         known = [unicodedata.normalize("NFC", label) for label in labels]
@@ -148,7 +151,7 @@ def find_label(wanted: str | int, labels: list[str]) -> int:
                 return among.index(name)
     if (number := class_number(text, len(labels))) is not None:
         return number
-    raise Problem(422, f"class {text[:40]!r} is unknown: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
+    raise Problem(422, f"{what} {text[:40]!r} is unknown: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
 
 
 def check_limits(query: GenerateQuery, steps: int, manifest: Manifest, settings: Settings) -> None:

@@ -1,0 +1,96 @@
+"""/classify?check=reach: a walk and a search by generate workers, and a decision by three p-values, through a running server."""
+
+import base64
+
+import httpx2
+import numpy as np
+import pytest
+
+from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.pixels import encode_png, to_unit
+from ebjdat_serve.reach import RADIUS, Review, reach_score, search
+from ebjdat_serve.server.app import build_server
+from ebjdat_serve.server.settings import SHIPPED, Settings
+from ebjdat_serve.views import REACH, load_reviewed
+
+N = 12
+
+
+@pytest.fixture(scope="module")
+def images(test_images):
+    return test_images[0][::41][:N]
+
+
+def asked(live, images, query, path="/classify"):
+    body = {"images": [base64.b64encode(encode_png(image)).decode() for image in images]}
+    return httpx2.post(f"{live.url}{path}{query}", json=body, timeout=120)
+
+
+def test_it_says_what_walk_and_search_find_and_decides_by_all_three(live, shipped, images):
+    engine, unit = OnnxEngine(shipped, "cpu"), to_unit(images)
+    score, stable = reach_score(engine, unit), search(engine, unit)
+    file = shipped.path / "views.safetensors"
+    clean = load_reviewed(file, "fp32", ["ood", "margin", REACH])
+    review = Review.of({name: values[: len(clean[REACH])] for name, values in clean.items()}, None)
+    assert len(clean[REACH]) == 1000
+    said = asked(live, images, "?check=reach").json()["results"]
+    plain = asked(live, images, "").json()["results"]
+    assert 0 < sum(stable) < N  # the test sees both
+    for i, (one, without) in enumerate(zip(said, plain, strict=True)):
+        assert one["reach_score"] == pytest.approx(score[i], abs=2e-3)
+        assert one["stable"] == bool(stable[i])
+        assert one["reach_p_value"] == pytest.approx((1 + (clean[REACH] >= score[i]).sum()) / 1001, abs=5e-3)
+        p = {"ood": 0, "margin": 0, "reach": one["reach_p_value"]}
+        p["ood"], p["margin"] = ((1 + (clean[name][:1000] >= value).sum()) / 1001 for name, value in (
+            ("ood", one["suspicion"]), ("margin", -one["margin"])
+        ))  # fmt: skip
+        assert one["reasons"] == [name for name, level in review.policy.levels.items() if p[name] <= level]
+        assert one["decision"] == ("review" if one["reasons"] else "accept")
+        assert not {"reach_score", "reach_p_value", "stable"} & set(without)
+        assert {name: one[name] for name in ("label", "p_value", "margin_p_value")} == {
+            name: without[name] for name in ("label", "p_value", "margin_p_value")
+        }
+
+
+def test_one_image_and_a_radius_of_ones_own(live, shipped, images):
+    engine, unit = OnnxEngine(shipped, "cpu"), to_unit(images)
+    for radius in (RADIUS / 8, 8 / 255):
+        stable = search(engine, unit, radius)
+        said = asked(live, images, f"?check=reach&radius={radius}").json()["results"]
+        assert [one["stable"] for one in said] == stable.tolist()
+    one = httpx2.post(f"{live.url}/classify?check=reach", content=encode_png(images[0]), timeout=60).json()
+    assert one["reach_score"] == pytest.approx(asked(live, images[:1], "?check=reach").json()["results"][0]["reach_score"], abs=1e-3)
+    assert one["model"]
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("?check=all", "check"),
+        ("?check=reach&radius=0", "radius"),
+        ("?check=reach&radius=nan", "radius"),
+        ("?check=reach&radius=1e9", "radius"),
+    ],
+)
+def test_what_cannot_be_checked_for_is_said(live, images, query, said):
+    answer = asked(live, images[:1], query)
+    assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
+    assert said in answer.json()["detail"]
+
+
+def test_a_bad_image_in_a_list_is_named_and_nothing_is_computed(live, images):
+    body = {"images": [base64.b64encode(encode_png(images[0])).decode(), base64.b64encode(b"no image").decode()]}
+    answer = httpx2.post(f"{live.url}/classify?check=reach", json=body, timeout=60)
+    assert (answer.status_code, answer.json()["index"]) == (422, 1)
+
+
+def test_a_server_that_checks_all_needs_workers_for_gradients():
+    with pytest.raises(EbjdatError, match=r"--check reach takes gradients.*--generate-workers 1"):
+        build_server(Settings(model=SHIPPED, check="reach", generate_workers=0))
+
+
+def test_the_document_lists_the_parameters(live):
+    parameters = httpx2.get(f"{live.url}/openapi.json").json()["paths"]["/classify"]["post"]["parameters"]
+    assert {one["name"] for one in parameters} == {"check", "radius"}
+    assert np.isclose(RADIUS, 2 / 255)
