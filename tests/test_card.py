@@ -142,11 +142,10 @@ def test_the_card_shows_what_was_fooled_and_not_all_attacked(bundle):
 
 
 def test_max_softmax_stands_beside_every_shipped_figure_of_the_score(bundle):
-    # attacks on the flag were measured by a version that attacked no baseline: the card says that it is not measured
-    hostile = [r for r in bundle.metrics() if r.part == "hostile"]
-    assert_max_softmax_beside([r for r in bundle.metrics() if r.part and r not in hostile], served_score(bundle))
-    said = flag_sentence(bundle, bundle.metrics())
-    assert ("(max softmax: not measured)" in said) == (not any(r.score == "max_softmax" for r in hostile))
+    rows, score = [r for r in bundle.metrics() if r.part], served_score(bundle)
+    assert_max_softmax_beside(rows, score)
+    attacked = any(r.part == "hostile" and r.score == score for r in rows)
+    assert ("how far one gets was not measured" in flag_sentence(bundle, rows)) == (not attacked)
 
 
 @pytest.mark.parametrize("text", [None, "<!-- limits --><!-- /limits -->"])

@@ -50,6 +50,7 @@ from training.evaluation.flags import Flag, flags_of
 from training.evaluation.landscape import clean_of
 from training.evaluation.ood import fooled, fooled_rows, shift_rows, suspicion_rows
 from training.evaluation.ood_sets import ODD_SETS
+from training.evaluation.report import write_evaluation_report
 from training.evaluation.resnet20 import load_extractor
 from training.evaluation.result_cache import ResultCache, load_arrays, read
 from training.evaluation.rows import number, proportion
@@ -296,6 +297,20 @@ def test_what_p_values_speak_of_is_measured_beside_untouched_images(sums):
     (again,) = [other for other in every if other.score == "views"]
     np.testing.assert_allclose(again.clean, flag.clean, atol=1e-6)
     assert {len(other.clean) for other in every} == {len(flag.clean)}
+
+
+def test_the_most_confident_wrong_acceptances_are_shown(sums):
+    c, rows = sums
+    shown, clean, (flag, _) = c.drawings["accepted"], c.arrays[c.where], flags_of(c)
+    wrong = (clean["logits"].argmax(axis=1) != clean["label"]) & ~flag.flags(clean, 0.05)
+    assert len(shown["image"]) == min(10, wrong.sum()) > 0
+    assert (shown["answer"] != shown["label"]).all()
+    assert (np.diff(shown["probability"]) <= 0).all()
+    for image, label in zip(shown["image"], shown["label"], strict=True):
+        (place,) = [i for i in np.flatnonzero(wrong) if (c.data.test.image[i] == image).all()]
+        assert c.data.test.label[place] == label
+    page = write_evaluation_report(c, [replace(row, part="suspicion") for row in rows]).read_text()
+    assert f"{c.data.names[shown['label'][0]]} taken for {c.data.names[shown['answer'][0]]} ({shown['probability'][0]:.2f})" in page
 
 
 def test_results_are_of_their_views(golden, tmp_path):

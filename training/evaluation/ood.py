@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import ALL_SETS, SUM, Images, Row, alone
@@ -14,7 +15,7 @@ from ebjdat_serve.sentences import set_name
 from training.evaluation.attacks import Pgd, Predict, Transfer
 from training.evaluation.autoattack import AutoAttack
 from training.evaluation.context import Context
-from training.evaluation.flags import Flag, able, alphas, flags_of, handled_share, images_alike, with_baseline
+from training.evaluation.flags import Flag, able, alphas, calibration_of, flags_of, handled_share, images_alike, with_baseline
 from training.evaluation.metrics import auroc, auroc_stderr, average_precision, flag_rate_interval, fpr_at_95
 from training.evaluation.odd import odd_images
 from training.evaluation.ood_sets import strange_images
@@ -26,6 +27,8 @@ from training.methods.adversary import Threat
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of eps, PGD's strength: 2/255 to 16/255
 ODD = 500
 """Odd pictures of each kind, at most."""
+SHOWN = 10
+"""Wrong acceptances in the report."""
 
 
 def suspicion_rows(c: Context) -> Iterator[Row]:
@@ -43,6 +46,8 @@ def suspicion_rows(c: Context) -> Iterator[Row]:
     if share:
         yield from mixture_rows(c, flags)
     yield from why_rows(c, flag, c.where, clean)
+    if alphas(flag):
+        c.drawings["accepted"] = wrong_acceptances(c, flag, clean)
     main, odd = {**strange(c), **attacked(c)}, odd_pictures(c)
     flagging = [*flags, *(other for other in every if other.column is not None)]
     for images, found in {**main, **odd}.items():
@@ -70,6 +75,17 @@ def mixture_rows(c: Context, flags: list[Flag]) -> Iterator[Row]:
     for flag in flags:
         for alpha in alphas(flag):
             yield from clean_rows(c, flag, "mixture", found, alpha, exchangeable=True)
+
+
+def wrong_acceptances(c: Context, flag: Flag, clean: Arrays) -> Arrays:
+    """Return the most confident wrong answers on test images that are not flagged: image, label, answer and its probability."""
+    calibration = calibration_of(c)
+    p = probabilities(clean["logits"], calibration.temperature if calibration else 1.0)
+    answer, label = p.argmax(axis=1), clean["label"]
+    chosen = np.flatnonzero((answer != label) & ~flag.flags(clean, ALPHAS[0]))
+    chosen = chosen[np.argsort(-p[chosen].max(axis=1), kind="stable")][:SHOWN]
+    image = c.data.test.image[chosen]
+    return {"image": image, "label": label[chosen], "answer": answer[chosen], "probability": p[chosen].max(axis=1)}
 
 
 def why_rows(c: Context, flag: Flag, images: Images, found: Arrays) -> Iterator[Row]:
