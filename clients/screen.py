@@ -307,25 +307,19 @@ def sheet(rows: list[Row], folder: Path) -> str:
         figures.append(
             f'<figure{mark}><a href="{place}"><img src="{place}" alt="" loading="lazy"></a><figcaption>{lines}</figcaption></figure>'
         )
-    counted = f"{sum(map(to_review, rows))} of {len(rows)} files to review, the worst first"
-    more = f"; the first {len(figures)} are shown" if len(figures) < len(rows) else ""
-    return PAGE.replace("COUNTED", html.escape(counted + more)).replace("FIGURES", "\n".join(figures))
+    counted = f"{sum(map(to_review, rows))} of {len(rows)} files to review, the worst first; the first {len(figures)} are shown"
+    return PAGE.replace("COUNTED", html.escape(counted)).replace("FIGURES", "\n".join(figures))
 
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'">
 <title>Screened images</title>
-<style>
-  body { font: .8rem/1.35 system-ui, sans-serif; margin: 1rem; color-scheme: light dark }
+<style>body { font: .8rem/1.35 system-ui, sans-serif; margin: 1rem; color-scheme: light dark }
   main { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem }
   figure { margin: 0; padding: .4rem; border: 2px solid #8884; border-radius: .4rem; overflow-wrap: anywhere }
-  figure.bad { border-color: #c33 } img { width: 100%; height: 8rem; object-fit: contain; image-rendering: pixelated }
-</style>
-<h1>Screened images</h1><p>COUNTED</p>
-<main>
-FIGURES
-</main></html>
+  figure.bad { border-color: #c33 } img { width: 100%; height: 8rem; object-fit: contain; image-rendering: pixelated }</style>
+<h1>Screened images</h1><p>COUNTED</p><main>FIGURES</main></html>
 """
 
 

@@ -288,7 +288,7 @@ def test_a_model_without_a_score_graph_says_so_and_is_served_all_the_same(shippe
     """No bundle of schema 1 lacks one."""
     files = {name: entry for name, entry in shipped.manifest.files.items() if name != "score.onnx"}
     lacking = replace(shipped, manifest=replace(shipped.manifest, files=files))
-    served = ServedModel("key", lacking, shipped.calibration(), [])
+    served = ServedModel("key", lacking, shipped.calibration(), 0.05, [])
     service = SimpleNamespace(generate_queue=object(), settings=Settings(), manager=SimpleNamespace(active=served))
     request = Request({"type": "http", "query_string": b"", "headers": [], "client_name": "somebody"})
     with pytest.raises(Problem, match=r"nothing is explained: cifar10-small@.* has no score graph \(score.onnx\)") as refused:
