@@ -1,50 +1,23 @@
 """Image sets that benchmarks/views.py looks at: clean and handled splits, OOD sets, odd images, benign shifts, proxies."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from ebjdat_serve.pixels import Pixels, decode, to_bytes
-from training.data.datasets import Dataset, data_root
+from ebjdat_serve.pixels import Pixels, to_bytes
+from training.data.datasets import Dataset
 from training.evaluation.odd import odd_images
-from training.evaluation.ood import strange_images
-from training.evaluation.shifts import SHIFTS, brightened, handled, shifted
+from training.evaluation.ood_sets import ODD_SETS, strange_images
+from training.evaluation.shifts import SHIFTS, handled, shifted
 
 SEED = 0
 TRAINING, TEST, ODD = 20_000, 2000, 500
 BENIGN = {
-    **{name: SHIFTS[name] for name in ("JPEG q75", "WebP q75", "grey", "resized up x7", "resized up x2", "resized down x0.75 and up")},
-    "brightness x1.15": lambda picture: brightened(picture, 1.15),
+    name: SHIFTS[name]
+    for name in ("JPEG q75", "WebP q75", "grey", "resized up x7", "resized up x2", "resized down x0.75 and up", "brightness x1.15")
 }
 
 BLURRED = ("resized up x2", "resized down x0.75 and up")
-
-
-SHOWN_SYNSETS = {  # first and last ImageNet synset of a range; every one of these shows the class
-    "bird": ((1514668, 1622779), (1795545, 1860187), (2002556, 2058221)),
-    "frog": ((1641577, 1644900),),
-    "dog": ((2085620, 2113978),),
-    "cat": ((2123045, 2124075),),
-}
-SHOWN_NAMES = [
-    "airliner", "wing", "amphibian", "beach_wagon", "cab", "minibus", "minivan", "police_van",
-    "half_track", "tow_truck", "motor_scooter", "bow", "canoe", "catamaran", "container_ship", "dock",
-    "fireboat", "gondola", "liner", "paddlewheel", "pirate", "schooner", "speedboat", "yawl",
-]  # fmt: skip
-"""Synsets of aeroplanes, cars, trucks and ships, and three whose one picture shows a car (motor_scooter), a deer (bow) or a ship (dock)."""
-
-
-def imagenet(height: int, width: int, say: Callable[[str], None]) -> Pixels:
-    """Return pictures of imagenet_500 that show no CIFAR-10 class, squashed to the size by the server's decoder."""
-    kept: list[Path] = []
-    out: list[Path] = []
-    for file in sorted((data_root() / "imagenet_500").glob("*.jpg")):
-        synset, name = file.stem.split("_", 1)
-        shown = any(first <= int(synset[1:]) <= last for ranges in SHOWN_SYNSETS.values() for first, last in ranges)
-        (out if shown or name in SHOWN_NAMES else kept).append(file)
-    say(f"imagenet_500: {len(kept)} kept; left out {len(out)}: {', '.join(file.stem for file in out)}")
-    return np.stack([decode(file.read_bytes(), height, width) for file in kept]) if kept else np.empty((0, height, width, 3), np.uint8)
 
 
 def proxies(image: Pixels) -> dict[str, Pixels]:
@@ -83,10 +56,8 @@ def image_sets(data: Dataset, say: Callable[[str], None]) -> dict[str, Pixels]:
     mixed = {"selection": data.selection.image, "calibration": data.calibration.image, "test": test}
     sets |= {f"handled/{name}": handled(image, seed) for seed, (name, image) in enumerate(mixed.items(), 1)}
     for name, image in strange_images(data.name, test[:1000], say):
-        role = "odd" if name in ("uniform noise", "blank images") else "ood"
+        role = "odd" if name in ODD_SETS else "ood"
         sets[f"{role}/{name}"] = to_bytes(image[:TEST])
-    if len(pictures := imagenet(height, width, say)):
-        sets["ood/imagenet_500"] = pictures
     sets |= {"ood/test turned by 90 degrees": np.ascontiguousarray(np.rot90(test, axes=(1, 2))), "ood/test inverted": 255 - test}
     sets |= {f"odd/{name}": image for name, image in odd_images(height, width, ODD).items()}
     sets |= {f"benign/{name}": shifted(test, shift) for name, shift in BENIGN.items()}

@@ -13,9 +13,19 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.scores import SCORES
+from ebjdat_serve.views import VIEWS
 
-COMPARED = (*SCORES, "gradient_norm")
-"""The OOD scores that are evaluated: those that can be served, and the norm of the input gradient."""
+SUM = "views"
+"""The served OOD score: the sum of the terms of the bundle's views."""
+
+
+def alone(view: str) -> str:
+    """Return the name of the OOD score that is one view's term alone."""
+    return f"view_{view}"
+
+
+COMPARED = (SUM, *map(alone, VIEWS), *SCORES, "gradient_norm")
+"""The OOD scores that are evaluated: the served sum, each view alone, scores of the logits, and the norm of the input gradient."""
 FRESH, PRIOR, CONTROL, BUFFER = "fresh samples", "prior draws", "control samples", "replay buffer"
 GENERATED = (FRESH, PRIOR, CONTROL, BUFFER)
 """Sets of generated images, which differ from model to model."""

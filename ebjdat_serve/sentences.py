@@ -292,6 +292,8 @@ DEFINITIONS: dict[str, Callable[[Row], str]] = {
         for a in COMPARED
         for b in COMPARED
     },
+    "flag_rate_mixture": constant("images handled as those of the calibration are, of which p-values speak"),
+    "share_of_flags": constant("share of the flagged images of which this view's term is the largest"),
     "accuracy_with_rejection": constant("no misclassified, unflagged point of the ball was found"),
     "accuracy_at_half_eps": constant("a detector robust at eps implies some classifier robust at eps/2 (arXiv 2107.11630); this one under"),
     "unstable": constant("share for which the search finds another label"),

@@ -11,11 +11,13 @@ from ebjdat_serve.card import figure
 from ebjdat_serve.editing import copied
 from ebjdat_serve.rows import CONTROL, FRESH, PRIOR, Row, first, rows_where
 from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.views import VIEWS
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
 from training import card
-from training.card import about_baseline, baseline_of, costs, flag_sentence, readme_limits, readme_table, worse, write_sections
+from training.card import about_baseline, baseline_of, costs, readme_limits, readme_table, worse, write_sections
 from training.evaluation.chosen import Model, chief, comparisons, model_of, readme_figures, readme_rows, served_score, worse_than_chance
+from training.evaluation.flag_text import Flagged, benign_limit, flag_sentence, odd_limit
 
 GENERATED = ("limits", "figures")
 
@@ -140,11 +142,10 @@ def test_the_card_shows_what_was_fooled_and_not_all_attacked(bundle):
 
 
 def test_max_softmax_stands_beside_every_shipped_figure_of_the_score(bundle):
-    # attacks on the flag were measured by a version that attacked no baseline: the card says that it is not measured
-    hostile = [r for r in bundle.metrics() if r.part == "hostile"]
-    assert_max_softmax_beside([r for r in bundle.metrics() if r.part and r not in hostile], served_score(bundle))
-    said = flag_sentence(bundle, bundle.metrics())
-    assert ("(max softmax: not measured)" in said) == (not any(r.score == "max_softmax" for r in hostile))
+    rows, score = [r for r in bundle.metrics() if r.part], served_score(bundle)
+    assert_max_softmax_beside(rows, score)
+    attacked = any(r.part == "hostile" and r.score == score for r in rows)
+    assert ("how far one gets was not measured" in flag_sentence(bundle, rows)) == (not attacked)
 
 
 @pytest.mark.parametrize("text", [None, "<!-- limits --><!-- /limits -->"])
@@ -162,3 +163,45 @@ def test_a_readme_that_cannot_be_written_is_told_before_the_bundle_is_changed(go
 def test_samples_are_judged_by_a_robust_net_that_is_none_of_the_models(bundle):
     judged = {(r.dataset, r.split, r.control) for r in rows_where(bundle.metrics(), "class_agreement_resnet4b")}
     assert judged >= {(FRESH, None, None), (PRIOR, None, None), (CONTROL, None, "pgd-at"), ("cifar10", "test", None)}
+
+
+def test_the_cards_section_on_the_flag_claims_nothing_without_its_row(golden):
+    bundle = Bundle.load(golden)
+    said = flag_sentence(bundle, [])
+    assert "how far one gets was not measured" in said
+    assert not re.search(r"\d\.\d\d\d", said.replace(f"{len(bundle.calibration().scores):,}", ""))
+    for name in bundle.calibration().views:
+        assert f"- `{name}`: {VIEWS[name].words};" in said
+    for name, why in bundle.calibration().left_out.items():
+        assert f"Without `{name}`: {why}." in said
+    assert "a share of 0.5 of them lightly handled" in said
+    assert "not measured" in " ".join(odd_limit(Flagged(bundle, [])))
+    assert benign_limit(Flagged(bundle, []), "") == []
+
+
+def test_the_cards_section_on_the_flag_shows_both_scores(golden):
+    bundle = Bundle.load(golden)
+    alpha = {"alpha": 0.05}
+    rows = [
+        row("flag_rate_mixture", 0.0515, score="views", **alpha),
+        row("flag_rate_mixture", 0.0625, score="max_softmax", **alpha),
+        row("flag_rate_shifted", 0.125, score="views", shift="grey", **alpha),
+        row("flag_rate_shifted", 0.0715, score="views", shift="JPEG q75", **alpha),
+        row("flag_power", 0.875, "gradients", score="views", **alpha),
+        row("flag_power", 0.375, "blank images", score="views", **alpha),
+        row("flag_power", 0.0045, "blank images", score="max_softmax", **alpha),
+        replace(row("share_of_flags", 0.75, "gradients", score="view_statistics", **alpha), n=40),
+    ]
+    said = flag_sentence(bundle, rows)
+    assert "| test images, handled as the calibration's | 0.0515 | 0.0625 | 10 |" in said
+    assert "| test images after grey | 0.125 | not measured | 10 |\n| test images after JPEG q75 | 0.0715 |" in said
+    assert "| blank images | 0.375 | 0.0045 | 10 |\n| gradients | 0.875 |" in said
+    assert "Which view speaks, of more than half of the flagged images: `statistics` on gradients." in said
+    f = Flagged(bundle, rows)
+    assert odd_limit(f) == [
+        "- **The flag misses odd pictures** of 2 kinds: at alpha 0.05 it flags least of blank images, 0.375 (max softmax: 0.0045);"
+        " of blank images 0.375 (max softmax: 0.0045)."
+    ]
+    assert benign_limit(f, "0.04") == [
+        "- Harmless changes: after grey, the worst of 2, it flags 0.125 (max softmax: not measured) of test images, of untouched ones 0.04."
+    ]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -43,10 +44,13 @@ from training.evaluation.attacks import Pgd, Trace
 from training.evaluation.autoattack import APGD, AutoAttack, ReleasedAutoAttack, Square, summary, tally
 from training.evaluation.context import SUITES, claim
 from training.evaluation.crown import load_crown
-from training.evaluation.evaluated_model import module_sha256, module_spec
+from training.evaluation.evaluated_model import bundle_spec, module_sha256, module_spec
 from training.evaluation.extractors import RESNET4B, available
+from training.evaluation.flags import Flag, flags_of
 from training.evaluation.landscape import clean_of
-from training.evaluation.ood import Flag, fooled, fooled_rows
+from training.evaluation.ood import fooled, fooled_rows, shift_rows, suspicion_rows
+from training.evaluation.ood_sets import ODD_SETS
+from training.evaluation.report import write_evaluation_report
 from training.evaluation.resnet20 import load_extractor
 from training.evaluation.result_cache import ResultCache, load_arrays, read
 from training.evaluation.rows import number, proportion
@@ -247,6 +251,77 @@ def test_max_softmax_stands_beside_every_figure_of_the_served_score(weights, run
     rows = evaluate_module(made(Net, weights), "digits", suite=few, parts=("suspicion", "shifts", "hostile"), folder=runs / "few")
     assert_max_softmax_beside(rows, "energy_entropy")
     assert {row.dataset for row in rows_where(rows, "flag_power")} >= {"blank images", "uniform noise"}
+
+
+@pytest.fixture(scope="module")
+def sums(golden, digits, tmp_path_factory):
+    """The context of the digits bundle and its rows of the parts on the flag, of few images."""
+    bundle = Bundle.load(golden)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EBJDAT_RUNS", str(tmp_path_factory.mktemp("runs")))
+        few = SUITES["quick"].at_most(40)
+        c = evaluate.context(bundle_spec(bundle.path), digits, few, bundle=bundle)
+        yield c, [row for part in (suspicion_rows, shift_rows) for row in part(c)]
+
+
+def test_the_served_score_is_the_sum_of_views_with_each_view_and_max_softmax_beside(sums):
+    c, rows = sums
+    assert_max_softmax_beside([row for row in rows if row.metric != "share_of_flags"], "views")
+    noise = Images(dataset="uniform noise")
+    named = list(c.subject.views.combination.stored)
+    for name in ("views", *(f"view_{view}" for view in named), "max_softmax"):
+        assert first(rows, "flag_power", images=noise, alpha=0.05, score=name).n == 40
+        assert first(rows, f"auroc_{name}", images=noise) is not None
+    terms = c.arrays[noise]["terms"]
+    clean, label = c.arrays[c.where]["terms"].sum(axis=1), [0] * 40 + [1] * 40
+    assert first(rows, "auroc_views", images=noise).value == pytest.approx(roc_auc_score(label, [*clean, *terms.sum(axis=1)]), abs=1e-6)
+    detector = Detector(np.asarray(c.bundle.calibration().scores), 0.05)
+    flagged = detector.suspicious(detector.p_value(terms.sum(axis=1).astype(np.float32)))
+    assert first(rows, "flag_power", images=noise, alpha=0.05, score="views").value == flagged.mean() > 0.9
+    spoke = {row.score: row.value for row in rows_where(rows, "share_of_flags", images=noise)}
+    why = c.subject.views.combination.why(terms[flagged])
+    assert spoke == {f"view_{view}": pytest.approx(why.count(view) / len(why)) for view in named}
+
+
+def test_what_p_values_speak_of_is_measured_beside_untouched_images(sums):
+    c, rows = sums
+    for score in ("views", "max_softmax"):
+        assert first(rows, "flag_rate_mixture_in_interval", score=score, alpha=0.05).expected
+        assert first(rows, "flag_rate_clean", score=score, alpha=0.05).n == 40
+    assert not rows_where(rows, "flag_rate_clean_in_interval")  # untouched images are not what is promised about
+    odd = {row.dataset: row.n for row in rows_where(rows, "flag_power", score="views", alpha=0.05) if row.dataset in ODD_SETS}
+    assert odd == dict.fromkeys(ODD_SETS, 40)
+    assert {row.shift for row in rows_where(rows, "flag_rate_shifted", score="views")} == {None, *SHIFTS}
+    # every flag is calibrated on the images that the bundle was: by the same engine the sums are the bundle's own
+    flag, every = flags_of(c)
+    (again,) = [other for other in every if other.score == "views"]
+    np.testing.assert_allclose(again.clean, flag.clean, atol=1e-6)
+    assert {len(other.clean) for other in every} == {len(flag.clean)}
+
+
+def test_the_most_confident_wrong_acceptances_are_shown(sums):
+    c, rows = sums
+    shown, clean, (flag, _) = c.drawings["accepted"], c.arrays[c.where], flags_of(c)
+    wrong = (clean["logits"].argmax(axis=1) != clean["label"]) & ~flag.flags(clean, 0.05)
+    assert len(shown["image"]) == min(10, wrong.sum()) > 0
+    assert (shown["answer"] != shown["label"]).all()
+    assert (np.diff(shown["probability"]) <= 0).all()
+    for image, label in zip(shown["image"], shown["label"], strict=True):
+        (place,) = [i for i in np.flatnonzero(wrong) if (c.data.test.image[i] == image).all()]
+        assert c.data.test.label[place] == label
+    page = write_evaluation_report(c, [replace(row, part="suspicion") for row in rows]).read_text()
+    assert f"{c.data.names[shown['label'][0]]} taken for {c.data.names[shown['answer'][0]]} ({shown['probability'][0]:.2f})" in page
+
+
+def test_results_are_of_their_views(golden, tmp_path):
+    """A bundle that is calibrated again says other things of the same images."""
+    bundle = copied(golden, tmp_path / "again")
+    before = bundle_spec(bundle.path)().key
+    file = bundle.path / "views.safetensors"
+    stored = load_file(file)
+    save_file({name: array + np.float32(0.5) if name.endswith(".clean") else array for name, array in stored.items()}, file)
+    bundle.update("views.safetensors")
+    assert bundle_spec(bundle.path)().key != before
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import training.train
 from ebjdat_serve.bundle import CANDIDATE, MANIFEST, Bundle, write_json
 from ebjdat_serve.editing import check_editable, copied
 from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import Images
 from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import Settings
@@ -26,7 +27,10 @@ from training.data.datasets import load
 from training.errors import HeldBack
 from training.evaluation import context, gate
 from training.evaluation.context import Suite
+from training.evaluation.evaluated_model import bundle_spec
 from training.evaluation.gate import MARGIN, judge
+from training.evaluation.metrics import auroc
+from training.evaluation.ood_sets import strange_images
 from training.loop.clock import Clock
 from training.presets import BUDGETS, METHODS
 from training.refresh import deliver, finished, refresh
@@ -93,6 +97,19 @@ def test_a_worse_model_stays_a_candidate_and_current_is_what_it_was(good, worse,
     assert (rows["auroc_flag"]["against"], rows["auroc_flag"]["against_split"]) == ("digits", "selection")
     assert "flag_rate_clean" in rows
     assert json.loads((tmp_path / "gate.json").read_text())["reason"] == said["reason"]
+
+
+def test_each_model_is_judged_by_its_own_views(good, digits, tmp_path):
+    """One calibrated by the logits alone no longer sees blank images, and is held back for it."""
+    blind = calibrate(copied(good, tmp_path / "blind"), digits, views=("logits",))
+    flagged = {row.images.dataset: row for row in gate.compare(blind, good, digits) if row.metric == "auroc_flag"}
+    blank = flagged["blank images"]
+    for bundle, value in ((blind, blank.new), (good, blank.current)):
+        subject, combination = bundle_spec(bundle.path)(), bundle.combination()
+        sets = (to_unit(digits.selection.image), dict(strange_images("digits", digits.selection.image, print))["blank images"])
+        clean, other = (combination.score(subject.look(image)["terms"]) for image in sets)
+        assert value == pytest.approx(auroc(clean, other), abs=1e-6)
+    assert blank.worse
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def reaches_its_floors(bundle):
     assert bundle.manifest.provenance.preset == "digits"
     assert metric(bundle, "accuracy_clean") >= 0.95
     assert metric(bundle, "accuracy_pgd20", **LINF) >= 0.40
-    assert metric(bundle, "flag_rate_clean_in_interval", alpha=0.05) == 1.0
+    assert metric(bundle, "flag_rate_mixture_in_interval", alpha=0.05) == 1.0
     assert metric(bundle, "class_agreement_own") >= 0.8
 
 

@@ -41,7 +41,7 @@ from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset
 from training.evaluation.metrics import fit_temperature
 from training.evaluation.rows import SEED
-from training.evaluation.shifts import UNTOUCHED, handled
+from training.evaluation.shifts import UNTOUCHED, handled, mixture
 
 log = logging.getLogger("training")
 FITTED, FITTED_BYTES = 10_000, 2**28
@@ -69,10 +69,10 @@ def calibrate(
     clean = served(engine, data.selection.image)
     combination, out = fitted(engine, data, names, clean.logits, bundle.manifest.files["weights.safetensors"].bytes / 10)
     combination = combination.with_ranks_of(looked(engine, combination, handled(data.selection.image, 1))[1])
-    mixture = handled(data.calibration.image, 2)
-    found, raw = looked(engine, combination, mixture)
+    mixed = mixture(data.calibration.image)
+    found, raw = looked(engine, combination, mixed)
     reviewed = {"ood": combination.score(combination.ranked(raw)), "margin": -margin(found.logits)}
-    walked = {REACH: reached(engine, mixture[:REACHED], reach_steps)} if "score" in bundle.functions and reach_steps else {}
+    walked = {REACH: reached(engine, mixed[:REACHED], reach_steps)} if "score" in bundle.functions and reach_steps else {}
     calibration = Calibration(
         of=bundle.measured(precision),
         precision=precision,

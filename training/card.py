@@ -20,12 +20,13 @@ from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import generate
 from ebjdat_serve.rows import Images, Row, first, rows_where
-from ebjdat_serve.scores import BASELINE, SCORES
+from ebjdat_serve.scores import BASELINE
 from ebjdat_serve.sentences import OBJECTIVES, attack_name, eps_name, set_name
 from ebjdat_serve.sgld import Prior
 from training.data.sources import SOURCES
 from training.evaluation.chosen import ALPHA, chief, model_of, readme_rows, served_score, worse_than_chance
-from training.evaluation.ood import BLANK, NEAR
+from training.evaluation.flag_text import Flagged, benign_limit, flag_sentence, odd_limit
+from training.evaluation.ood_sets import NEAR
 from training.evaluation.rows import ball_of
 
 
@@ -177,40 +178,6 @@ def short(git: str) -> str:
     return commit[:12] + dirty
 
 
-def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
-    """Return the section on the flag: what it bounds, and its figures under adaptive attack."""
-    if "calibration.json" not in bundle.manifest.files:
-        return "The bundle is not calibrated yet, so nothing is flagged."
-    calibration = bundle.calibration()
-    score = "s(x) = " + SCORES[calibration.score].equation.format(weight=calibration.weight)
-
-    m = model_of(bundle)
-    eps, flag = eps_name(m.eps), {"alpha": ALPHA}
-
-    def figures(metric: str, **wanted: Any) -> str:
-        row, plain = (first(rows, metric, score=name, **wanted) for name in (calibration.score, BASELINE))
-        text = figure(row) if row else "not measured"
-        return text if calibration.score == BASELINE else f"{text} (max softmax: {figure(plain) if plain else 'not measured'})"
-
-    def flagged(dataset: str) -> str:
-        return figures("flag_power", dataset=dataset, **flag)
-
-    fooled, others = (figures("flag_power", subset=subset, **m.test, **m.pgd, **flag) for subset in ("fooled", "not fooled"))
-    junk, limit = figures("auroc_robust_ood", moved="ood"), first(rows, "accuracy_at_half_eps")
-    return f"""`suspicious` means p < alpha, with p = (1 + how many of {len(calibration.scores):,} clean calibration scores are at least this one) / {len(calibration.scores) + 1:,} and
-{score}. It bounds false alarms on data like the calibration set: at most alpha on average over calibration draws; given this one set the rate is
-Beta-distributed around it. At alpha 0.05 it flags these shares; the shares of max softmax, which needs no energy and is calibrated alike, are in brackets:
-
-- clean test images {figures("flag_rate_clean", **flag)}; after JPEG at quality 75 {figures("flag_rate_shifted", shift="JPEG q75")};
-- SVHN {flagged("svhn_train_first1080")}; CIFAR-100 {flagged(NEAR)}; uniform noise {flagged("uniform noise")}; blank images {flagged(BLANK)};
-- images that PGD-20 fooled at {eps} {fooled}; the other attacked images {others}.
-
-**It does not defend against an adaptive attacker**: on OOD images perturbed within {eps} to look normal the AUROC is {junk}
-(0.5 is chance, 0 is fooled every time); the share of images for which no misclassified, unflagged point of the ball was found is
-{figures("accuracy_with_rejection", **flag)} at alpha 0.05, and a flag robust at {eps} would imply a classifier robust at half of it, where this
-one keeps {figure(limit) if limit else "not measured"}."""
-
-
 def readme_table(bundle: Bundle) -> str:
     """Return the README's table of eight figures, each with its comparison."""
     lines = ["| | this model | compared with | n | metric |", "|---|---|---|---|---|"]
@@ -223,25 +190,19 @@ def readme_table(bundle: Bundle) -> str:
 def readme_limits(bundle: Bundle) -> str:
     """Return the README's limits that are figures; each claim depends on them."""
     rows, m = bundle.metrics(), model_of(bundle)
-    eps, flag = eps_name(m.eps), {"alpha": ALPHA}
-
-    def pair(metric: str, **wanted: Any) -> tuple[str, float, float]:
-        """Return the served score's figure and max softmax's as text, and both values; "{}" in a metric is the score."""
-        found = [first(rows, metric.format(name), score=name, **wanted) for name in (m.score, BASELINE)]
-        own, plain = (figure(row) if row else "not measured" for row in found)
-        value, other = (row.value if row else float("nan") for row in found)
-        return f"{own} (max softmax: {plain})", value, other
-
-    blank, seen, _ = pair("flag_power", dataset=BLANK, **flag)
-    fooled, _, _ = pair("flag_power", subset="fooled", **m.test, **m.pgd, **flag)
-    clean, _, _ = pair("flag_rate_clean", **m.test, **flag)
-    near, own, plain = pair("auroc_{}", dataset=NEAR)
+    f, level = Flagged(bundle, rows), {"alpha": ALPHA}
+    fooled = f.text("flag_power", subset="fooled", **m.test, **m.pgd, **level)
+    clean = f.text("flag_rate_clean", **m.test, **level)
+    own, plain = f.both("auroc_{}", dataset=NEAR)
+    better = own is not None and plain is not None and own.value < plain.value
     return "\n".join(
         [
             *costs(bundle, rows),
-            f"- {'**The flag misses blank images**' if seen < 0.5 else 'Blank images'}: at alpha 0.05 it flags {blank} of those of one colour.",
-            f"- Attacks in the ball: of the images that PGD-20 at {eps} fooled it flags {fooled}, of clean ones {clean}.",
-            f"- Images close to its data{', where max softmax does better' if own < plain else ''}: AUROC against CIFAR-100 {near}.",
+            *odd_limit(f),
+            *benign_limit(f, clean),
+            f"- Attacks in the ball: of the images that PGD-20 at {eps_name(m.eps)} fooled it flags {fooled}, of clean ones {clean}.",
+            f"- Images close to its data{', where max softmax does better' if better else ''}: AUROC against CIFAR-100 "
+            f"{f.text('auroc_{}', dataset=NEAR)}.",
         ]
     )
 

@@ -41,6 +41,7 @@ IN_SHORT = (
     "energy_gap_over_sd",
     "joint_energy_w1_over_sd",
     "attack_success",
+    "auroc_views",
     "auroc_energy",
     "auroc_energy_entropy",
     "auroc_max_softmax",

@@ -47,8 +47,9 @@ from training.evaluation.evaluated_model import Spec, best_device, bundle_spec, 
 from training.evaluation.evidence import Evaluation, take
 from training.evaluation.explanation import explanation_rows
 from training.evaluation.generation import generation_rows
+from training.evaluation.hostile import hostile_rows
 from training.evaluation.landscape import landscape_rows
-from training.evaluation.ood import hostile_rows, shift_rows, suspicion_rows
+from training.evaluation.ood import shift_rows, suspicion_rows
 from training.evaluation.reach_rows import reach_rows
 from training.evaluation.report import write_evaluation_report
 from training.evaluation.result_cache import ResultCache, load_arrays, load_flat, unflattened, work_root, write

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from ebjdat_serve.engines import Floats, Labels
-from training.evaluation.attacks import input_gradient, tensors
+from training.evaluation.attacks import tensors
 from training.evaluation.autoattack import square
 from training.evaluation.evaluated_model import EvaluatedModel
+from training.evaluation.flags import score_of
 from training.evaluation.result_cache import Arrays
-from training.evaluation.scores import margin, ood_score_of
+from training.evaluation.scores import margin
 from training.methods.adversary import Threat, ascent, norm, project
 
 VARIANTS = ("joint", "selective", "orthogonal")
@@ -36,7 +37,7 @@ class ScoreAttack:
         return 6.0 * self.steps + self.queries
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return the served logits (N, K) at the best point, and square (N,): whether Square found a better one than PGD."""
+        """Return logits (N, K) and terms (N, V) of the best point, and square (N,): whether Square found a better one than PGD."""
         x, _ = tensors(subject, image, label)
         noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
         starts = [x, project(x + self.threat.eps * (2 * noise - 1), x, self.threat)]
@@ -50,22 +51,23 @@ class ScoreAttack:
             better = reached > value
             best[better], value[better] = points[better], reached[better]
             by_square = by_square | better if i == len(starts) else by_square & ~better
-        return {"logits": subject.logits(best), "square": by_square}
+        return {**subject.look(best), "square": by_square}
 
     def value(self, subject: EvaluatedModel, image: Floats) -> np.ndarray:
         """Return the served score, negated unless ``up``, (N,)."""
-        score = ood_score_of(self.score, self.weight)(torch.from_numpy(subject.logits(image).copy())).numpy()
-        result: np.ndarray = score if self.up else -score
-        return result
+        score = served(subject, self, image)[1]
+        return score if self.up else -score
 
     def climb(self, subject: EvaluatedModel, x: Tensor, x_adv: Tensor) -> Tensor:
         """Return the best iterate of PGD by the network's own score."""
-        of, sign = ood_score_of(self.score, self.weight), 1.0 if self.up else -1.0
+        sign = 1.0 if self.up else -1.0
         best, kept = torch.full((len(x),), -torch.inf, device=x.device), x.clone()
-        label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for step in range(self.steps + 1):
-            gradient, logits = input_gradient(subject.network, x_adv, label, lambda f, _: sign * of(f))
-            value = sign * of(logits)
+            x_adv = x_adv.detach().requires_grad_()
+            with torch.enable_grad():
+                value = sign * subject.scored(self.score, self.weight, x_adv)[1]
+                gradient = gradient_of(value, x_adv)
+            x_adv, value = x_adv.detach(), value.detach()
             better = value > best
             best, kept[better] = torch.maximum(value, best), x_adv[better]
             rate = 0.25 if step < self.steps // 2 else 0.05
@@ -124,9 +126,8 @@ class Evade:
     def search(self, subject: EvaluatedModel, x: Tensor, y: Tensor, x_adv: Tensor) -> Tensor:
         """Return the first misclassified, unflagged iterate, or the last iterate."""
         found, going = x_adv.clone(), torch.arange(len(y), device=x.device)
-        of = ood_score_of(self.score, self.weight)
         for step in range(self.steps):
-            direction, wrong, room = self.direction(subject, x_adv, y[going], of)
+            direction, wrong, room = self.direction(subject, x_adv, y[going])
             done = wrong & (room > 0)
             found[going] = x_adv
             going, x_adv, direction = going[~done], x_adv[~done], direction[~done]
@@ -137,13 +138,12 @@ class Evade:
         found[going] = x_adv
         return found
 
-    def direction(self, subject: EvaluatedModel, x: Tensor, y: Tensor, of: object) -> tuple[Tensor, Tensor, Tensor]:
+    def direction(self, subject: EvaluatedModel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the ascent direction (N, 3, H, W), which images are wrong (N,), and the slack of each score below the threshold (N,)."""
-        assert callable(of)
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            logits = subject.network(x).float()
-            wrongness, room = margin(logits, y), (self.threshold - of(logits)) / self.spread
+            logits, score = subject.scored(self.score, self.weight, x)
+            wrongness, room = margin(logits, y), (self.threshold - score) / self.spread
             wrong = (wrongness > 0).detach()
             if self.variant == "joint":
                 value = torch.minimum(wrongness / logits.detach().std(), room)
@@ -187,12 +187,11 @@ class EvadeBySquare:
 
     def objective(self, subject: EvaluatedModel, y: int) -> object:
         """Return a function from images of class y to two "logits" whose margin is below 0 where an image is wrong and unflagged."""
-        of = ood_score_of(self.score, self.weight)
 
         def ask(x: Tensor) -> Tensor:
-            logits = torch.from_numpy(subject.logits(x.numpy()).copy())
-            room = (self.threshold - of(logits)) / self.spread
-            value = torch.minimum(margin(logits, torch.full((len(x),), y)), room)
+            logits, score = served(subject, self, x.numpy())
+            room = torch.from_numpy((self.threshold - score) / self.spread)
+            value = torch.minimum(margin(torch.from_numpy(logits.copy()), torch.full((len(x),), y)), room)
             return torch.stack([-value, torch.zeros_like(value)], dim=1)
 
         return ask
@@ -202,10 +201,15 @@ def evades(subject: EvaluatedModel, image: Floats, label: Labels, attack: Evade 
     """Return which images the served model misclassifies and does not flag, (N,) bool."""
     if not len(label):
         return np.zeros(0, bool)
-    logits = torch.from_numpy(subject.logits(image))
-    unflagged = ood_score_of(attack.score, attack.weight)(logits) <= attack.threshold
-    result: np.ndarray = ((logits.argmax(dim=1) != torch.from_numpy(label)) & unflagged).numpy()
+    logits, score = served(subject, attack, image)
+    result: np.ndarray = (logits.argmax(axis=1) != label) & (score <= attack.threshold)
     return result
+
+
+def served(subject: EvaluatedModel, attack: ScoreAttack | Evade | EvadeBySquare, image: Floats) -> tuple[Floats, Floats]:
+    """Return the served logits (N, K) and OOD score (N,)."""
+    found = subject.look(image)
+    return found["logits"], score_of(attack.score, attack.weight, found)
 
 
 def gradient_of(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:

@@ -26,7 +26,7 @@ OBJECTIVES: dict[str, Objective] = {"ce": cross_entropy, "margin": margin}
 
 @dataclass(frozen=True)
 class Predict:
-    """The served logits, and the norm of dE/dx, JEM's approximate mass (arXiv 1912.03263)."""
+    """What is served of the images, and the norm of dE/dx, JEM's approximate mass (arXiv 1912.03263)."""
 
     gradient: bool = False
 
@@ -35,8 +35,8 @@ class Predict:
         return 4.0 if self.gradient else 1.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return logits (N, K) and gradient (N,)."""
-        result: Arrays = {"logits": subject.logits(image)}
+        """Return logits (N, K), of a calibrated bundle terms (N, V), and gradient (N,)."""
+        result = subject.look(image)
         if self.gradient:
             result["gradient"] = gradient_norm(subject, torch.from_numpy(image))
         return result
@@ -59,7 +59,7 @@ class Pgd:
         return 3.0 * self.steps * self.restarts * self.eot * (0.7 if self.leave else 1.0)
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return robust_mask (N,), and without ``leave`` the last iterate's logits (N, K) and gradient (N,)."""
+        """Return robust_mask (N,), and without ``leave`` logits (N, K), terms (N, V) and gradient (N,) of the last iterates."""
         x, y = tensors(subject, image, label)
         noise, x_adv = Noise.seeded(SEED), x.clone()
         robust_mask = classes(subject, x) == y
@@ -70,8 +70,7 @@ class Pgd:
             robust_mask = robust_mask & (classes(subject, x_adv) == y)
         result: Arrays = {"robust_mask": robust_mask.cpu().numpy()}
         if not self.leave:
-            result["logits"] = subject.logits(x_adv.cpu().numpy())
-            result["gradient"] = gradient_norm(subject, x_adv)
+            result |= {**subject.look(x_adv.cpu().numpy()), "gradient": gradient_norm(subject, x_adv)}
         return result
 
     def points(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Tensor:
@@ -140,11 +139,11 @@ class Transfer:
         return 61.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return robust_mask (N,), and the logits (N, K) and gradient (N,) of the transferred images."""
+        """Return robust_mask (N,), and logits (N, K), terms (N, V) and gradient (N,) of the transferred images."""
         x_adv = self.points(subject, image, label)
-        logits = subject.logits(x_adv.cpu().numpy())
-        robust_mask = (subject.logits(image).argmax(axis=1) == label) & (logits.argmax(axis=1) == label)
-        return {"robust_mask": robust_mask, "logits": logits, "gradient": gradient_norm(subject, x_adv)}
+        found = subject.look(x_adv.cpu().numpy())
+        robust_mask = (subject.logits(image).argmax(axis=1) == label) & (found["logits"].argmax(axis=1) == label)
+        return {"robust_mask": robust_mask, **found, "gradient": gradient_norm(subject, x_adv)}
 
     def points(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Tensor:
         """Return the last iterates on the surrogate, (N, 3, H, W)."""

@@ -39,11 +39,11 @@ class AutoAttack:
         return 1500.0 if self.attacks else 6000.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return robust_mask (N,), logits (N, K) of its images, and notes: the package's warnings, and the images each attack left."""
+        """Return robust_mask (N,), logits (N, K) and terms (N, V) of its images, and notes: warnings, and the images each attack left."""
         x_adv, said = self.attacked(subject, image, label)
-        logits = subject.logits(x_adv.cpu().numpy())
-        right = (subject.logits(image).argmax(axis=1) == label) & (logits.argmax(axis=1) == label)
-        return {"robust_mask": right, "logits": logits, "notes": notes(said)}
+        found = subject.look(x_adv.cpu().numpy())
+        right = (subject.logits(image).argmax(axis=1) == label) & (found["logits"].argmax(axis=1) == label)
+        return {"robust_mask": right, **found, "notes": notes(said)}
 
     def points(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Tensor:
         """Return the points that fool the model, and the images that no attack fooled, (N, 3, H, W)."""
@@ -84,10 +84,10 @@ class Square:
         return self.queries / 2
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return robust_mask (N,) and the logits (N, K) of its images."""
-        logits = subject.logits(self.points(subject, image, label).numpy())
-        right = (subject.logits(image).argmax(axis=1) == label) & (logits.argmax(axis=1) == label)
-        return {"robust_mask": right, "logits": logits}
+        """Return robust_mask (N,), and logits (N, K) and terms (N, V) of its images."""
+        found = subject.look(self.points(subject, image, label).numpy())
+        right = (subject.logits(image).argmax(axis=1) == label) & (found["logits"].argmax(axis=1) == label)
+        return {"robust_mask": right, **found}
 
     def points(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Tensor:
         """Return the points that fool the served model, and the images that were wrong before or that it did not fool, (N, 3, H, W)."""

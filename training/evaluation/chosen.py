@@ -6,10 +6,10 @@ from typing import Any
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.card import key
-from ebjdat_serve.rows import CONTROL, FRESH, Row, first, rows_where
+from ebjdat_serve.rows import CONTROL, FRESH, SUM, Row, first, rows_where
 from ebjdat_serve.scores import BASELINE
 from ebjdat_serve.sentences import eps_name
-from training.evaluation.ood import BLANK, NEAR
+from training.evaluation.ood_sets import BLANK, NEAR
 from training.evaluation.rows import ball_of
 
 ALPHA = 0.05
@@ -61,6 +61,9 @@ def chief_figures(m: Model) -> list[tuple[str, Fields]]:
         *((metric, fitted) for metric in ("nll", "brier", "ece", "ece_floor")),
         ("flag_rate_clean", own),
         ("flag_rate_clean", plain),
+        ("flag_rate_mixture", own),
+        ("flag_rate_mixture", plain),
+        ("flag_rate_mixture_in_interval", own),
         ("flag_rate_clean_in_interval", own),
         ("attack_success", {}),
         ("auroc_energy", {}),
@@ -147,8 +150,8 @@ def comparisons(spec: ReadmeRow, plain: ReadmeRow, row: Row, rows: list[Row], ba
 
 
 def served_score(bundle: Bundle) -> str:
-    """Return the name of the score of ``suspicious``."""
-    return bundle.calibration().score if "calibration.json" in bundle.manifest.files else "energy"
+    """Return the name of the score of ``suspicious``, the sum of views; of a bundle that is not calibrated the energy."""
+    return SUM if "calibration.json" in bundle.manifest.files else "energy"
 
 
 def worse_than_chance(row: Row) -> bool:

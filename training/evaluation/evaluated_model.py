@@ -7,21 +7,51 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ebjdat_serve.bundle import Bundle, sha256
 from ebjdat_serve.energy import score
-from ebjdat_serve.engines import Floats, Labels, load_engine
+from ebjdat_serve.engines import Floats, Labels, Outputs, load_engine
 from ebjdat_serve.engines.eager import Walk, exact, load_model
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.networks import Network, network_of
+from ebjdat_serve.rows import SUM
 from ebjdat_serve.sgld import Chains
+from ebjdat_serve.views import Combination, Seen
 from training.errors import DataError
+from training.evaluation.scores import ood_score_of
+from training.evaluation.view_scores import SeenTensors, SumOfViews, sum_of_views
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class ServedViews:
+    """The views of a calibrated bundle: ``outputs`` is served; ``features``, ``head`` and ``total`` are the same for gradients."""
+
+    combination: Combination
+    outputs: Callable[[Floats], Outputs]
+    features: Callable[[Tensor], Tensor]  # (N, 3, H, W) -> (N, F)
+    head: Callable[[Tensor], Tensor]  # (N, F) -> (N, K)
+    total: SumOfViews
+
+    def look(self, image: Floats) -> Arrays:
+        """Return the served logits (N, K) and terms (N, V) of images (N, 3, H, W)."""
+        found = self.outputs(image)
+        return {"logits": found.logits, "terms": self.combination.terms(Seen(image, found.features, found.logits))}
+
+    def scored(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (N, K) and the sum of the views (N,), differentiable."""
+        features = self.features(image)
+        logits = self.head(features)
+        return logits, self.total(SeenTensors(image, features, logits))
 
 
 @dataclass(frozen=True)
@@ -38,6 +68,19 @@ class EvaluatedModel:
     advance: Callable[[Chains, int], Chains]  # Langevin steps
     key: str  # sha256 of everything its outputs depend on: the cache key of its results
     random: bool = False  # outputs differ from call to call; ``logits`` are then the mean of ten
+    views: ServedViews | None = None  # of a calibrated bundle
+
+    def look(self, image: Floats) -> Arrays:
+        """Return the served logits (N, K) and, of a calibrated bundle, each view's term (N, V): all that a score of COMPARED is of."""
+        return self.views.look(image) if self.views else {"logits": self.logits(image)}
+
+    def scored(self, score: str, weight: float, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (N, K) and the OOD score (N,) of the network, differentiable."""
+        if score == SUM:
+            assert self.views is not None, "the sum of views is of a calibrated bundle"
+            return self.views.scored(image)
+        logits = self.network(image).float()
+        return logits, ood_score_of(score, weight)(logits)
 
 
 ANSWERS = 10
@@ -56,15 +99,29 @@ def open_bundle(path: Path) -> EvaluatedModel:
     model = load_model(bundle).to(device)
     files = bundle.manifest.files
 
-    def logits(image: Floats) -> Floats:
-        return classify_in_chunks(engine, np.ascontiguousarray(image)).logits
+    def outputs(image: Floats) -> Outputs:
+        return classify_in_chunks(engine, np.ascontiguousarray(image))
 
     with torch.no_grad():
-        network = model.folded()  # the same function up to rounding, in four fifths of the time
-    of = [files[name].sha256 for name in ("weights.safetensors", "classify.onnx", "step.onnx")]
-    served = of[1] if engine.name == "onnx" else of[0]  # without ONNX Runtime no graph was measured
+        features, head = model.folded_features(torch.float32), model.head  # the same up to rounding, in four fifths of the time
+    views = None
+    if "calibration.json" in files:
+        combination = bundle.combination()
+        views = ServedViews(combination, outputs, features, head, sum_of_views(combination, device))
+    every = ("weights.safetensors", "classify.onnx", "step.onnx", *(["views.safetensors"] if views else []))
+    of = {name: files[name].sha256 for name in every if name in files}
+    weights = of["weights.safetensors"]
     return EvaluatedModel(
-        bundle.manifest.name, network, logits, of[0], served, device, engine.score, engine.advance, digest_of(*of, engine.name, device.type)
+        name=bundle.manifest.name,
+        network=lambda image: head(features(image)),
+        logits=lambda image: outputs(image).logits,
+        weights=weights,
+        graph=of["classify.onnx"] if engine.name == "onnx" else weights,  # without ONNX Runtime no graph was measured
+        device=device,
+        score=engine.score,
+        advance=engine.advance,
+        key=digest_of(*of.values(), engine.name, device.type),
+        views=views,
     )
 
 

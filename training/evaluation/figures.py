@@ -201,7 +201,7 @@ def separations(rows: Sequence[Row]) -> Figure | None:
         return None
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.2, 0.34 * len(table) + 1.2), layout="constrained")
-        for i, kind in enumerate(COMPARED):
+        for i, kind in enumerate(kind for kind in COMPARED if any(kind in values for values in table.values())):
             at = [(y, values[kind]) for y, values in enumerate(table.values()) if kind in values]
             axis.plot([v for _, v in at], [y for y, _ in at], MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], ms=6, label=kind)
         axis.axvline(0.5, color="#999999", lw=1)

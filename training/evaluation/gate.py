@@ -16,7 +16,6 @@ from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.rows import Images, to_json
-from ebjdat_serve.scores import ood_score
 from ebjdat_serve.sentences import images_name, threat_name
 from ebjdat_serve.store import EMPTY, pointed_at
 from training.data.datasets import Dataset
@@ -24,7 +23,7 @@ from training.evaluation.attacks import Pgd, Predict
 from training.evaluation.context import unit
 from training.evaluation.evaluated_model import bundle_spec
 from training.evaluation.metrics import auroc, auroc_difference_stderr, paired_interval
-from training.evaluation.ood import strange_images
+from training.evaluation.ood_sets import strange_images
 from training.evaluation.result_cache import Arrays, ResultCache, work_root
 from training.evaluation.rows import ALPHAS, ball_of
 from training.methods.adversary import Threat
@@ -157,10 +156,10 @@ def seen(bundle: Bundle, data: Dataset, strange: dict[str, Floats]) -> Seen:
     image, label = unit(data.selection)
     attack = Pgd(Threat("linf", ball_of(data.name).linf))
     clean, attacked = ledger.run("gate", [(Predict(), image, label), (attack, image[:ATTACKED], label[:ATTACKED])])
-    calibration = bundle.calibration()
+    calibration, combination = bundle.calibration(), bundle.combination()
 
     def score(found: Arrays) -> Floats:
-        return ood_score(calibration.score, calibration.weight, found["logits"])
+        return combination.score(found["terms"])
 
     mine, flagged = score(clean), None
     if ALPHA * (len(calibration.scores) + 1) >= 1:

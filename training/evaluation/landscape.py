@@ -15,7 +15,8 @@ from training.evaluation.attacks import Pgd, Predict, tensors
 from training.evaluation.context import Context
 from training.evaluation.generation import Draw, start_of
 from training.evaluation.metrics import mean_interval, overlap, wasserstein
-from training.evaluation.ood import NEAR, attacked, strange
+from training.evaluation.ood import attacked, strange
+from training.evaluation.ood_sets import NEAR, NOISE
 from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import SEED, compared_with, estimate, number
 from training.methods.adversary import Threat, begin
@@ -123,6 +124,6 @@ def sets_shown(arrays: dict[Images, Arrays], eps: float) -> list[tuple[Images, s
         "drawn by the model": lambda images: images.dataset == FRESH,
         "SVHN": lambda images: images.dataset == "svhn_train_first1080",
         "CIFAR-100": lambda images: images.dataset == NEAR,
-        "noise": lambda images: images.dataset == "uniform noise",
+        "noise": lambda images: images.dataset == NOISE,
     }
     return [(images, short, found) for short, fits in names.items() for images, found in arrays.items() if fits(images)][:6]

@@ -15,10 +15,10 @@ from ebjdat_serve.scores import ood_score
 from training.evaluation.adaptive import gradient_of
 from training.evaluation.attacks import tensors
 from training.evaluation.evaluated_model import EvaluatedModel
+from training.evaluation.flags import score_of
 from training.evaluation.metrics import Array
 from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import SEED
-from training.evaluation.scores import ood_score_of
 from training.methods.adversary import Threat, ascent, project
 
 BATCH = 50
@@ -47,9 +47,9 @@ class Points:
         return self.attack.cost
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return image (N, 3, H, W) and the served logits (N, K) there."""
+        """Return image (N, 3, H, W), and the served logits (N, K) and terms (N, V) there."""
         made = self.attack.points(subject, image, label).cpu().numpy()
-        return {"image": made, "logits": subject.logits(made)}
+        return {"image": made, **subject.look(made)}
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class Walk:
         return 6.0 * self.steps + 2.0
 
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
-        """Return logits (N, K) and leads (N, steps + 1): f_b - f_a along the walk."""
-        engine, logits = Served(subject), subject.logits(image)
-        batches = zip(batched(image), batched(logits), strict=True)
-        return {"logits": logits, "leads": np.concatenate([reach.walk(engine, x, self.steps, self.step_size, f) for x, f in batches])}
+        """Return logits (N, K), terms (N, V) and leads (N, steps + 1): f_b - f_a along the walk."""
+        engine, found = Served(subject), subject.look(image)
+        batches = zip(batched(image), batched(found["logits"]), strict=True)
+        return {**found, "leads": np.concatenate([reach.walk(engine, x, self.steps, self.step_size, f) for x, f in batches])}
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def rankings(found: Arrays, score: str, weight: float) -> dict[str, reach.Scores
     if "stable" in found:
         values["unstable"] = (~found["stable"]).astype(np.float64)
     values["energy"] = ood_score("energy", 0.0, logits)
-    values["ood_score"] = ood_score(score, weight, logits)
+    values["ood_score"] = score_of(score, weight, found)
     values["max_softmax"] = -probabilities(logits, 1.0).max(axis=1).astype(np.float64)
     return {name: value.astype(np.float64) for name, value in values.items()}
 
@@ -174,8 +174,9 @@ class Rejecter:
 
     def accepts(self, subject: EvaluatedModel, image: Floats) -> NDArray[np.bool_]:
         """Return which images (N,) the served model accepts; the search runs on those that pass the rest."""
-        logits = subject.logits(image)
-        passed: NDArray[np.bool_] = (reach.margin(logits) >= self.margin) & (ood_score(self.score, self.weight, logits) <= self.room)
+        found = subject.look(image)
+        near = score_of(self.score, self.weight, found) <= self.room
+        passed: NDArray[np.bool_] = (reach.margin(found["logits"]) >= self.margin) & near
         if self.radius > 0 and passed.any():
             some = np.flatnonzero(passed)
             passed[some] = Searched(self.radius, self.steps).run(subject, image[some], np.zeros(len(some), np.int64))["stable"]
@@ -229,9 +230,9 @@ class EvadeReach:
         r = self.rejecter
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            logits = subject.network(x).float()
+            logits, score = subject.scored(r.score, r.weight, x)
             c = wrong_class(logits.detach(), y, 1) if c is None else c
-            terms = [lead(logits, c) - r.margin, (r.room - ood_score_of(r.score, r.weight)(logits)) / r.spread]
+            terms = [lead(logits, c) - r.margin, (r.room - score) / r.spread]
             if self.objective == "alone":
                 return gradient_of(terms[0], x), torch.stack(terms).amin(dim=0).detach()
             if r.radius > 0:

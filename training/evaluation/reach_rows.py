@@ -11,13 +11,12 @@ from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.reach import RADIUS, Policy, Scores, margin, p_values
 from ebjdat_serve.rows import Images, Row
-from ebjdat_serve.scores import ood_score
 from ebjdat_serve.sentences import set_name
 from training.evaluation.attacks import Pgd, Predict, Transfer
 from training.evaluation.autoattack import AutoAttack, Square
-from training.evaluation.context import Context, unit
+from training.evaluation.context import Context
+from training.evaluation.flags import Flag, calibration_images, flags_of, handled_share, images_alike, score_of
 from training.evaluation.metrics import auroc, auroc_stderr, flag_rate_interval
-from training.evaluation.ood import Flag, flags_of
 from training.evaluation.reach import Attack, EvadeReach, Points, Rejecter, Searched, Slope, Walk, aurc, rankings
 from training.evaluation.result_cache import Arrays, Task
 from training.evaluation.rows import ALPHAS, compared_with, number, proportion
@@ -54,7 +53,7 @@ def measured(c: Context, flag: Flag, image: Floats, label: Labels, title: str, *
 
 def calibrated(c: Context, flag: Flag) -> dict[str, Scores]:
     """Return the scores of the calibration split in its order; the search has no p-value."""
-    return measured(c, flag, *unit(c.data.calibration), "calibration split")
+    return measured(c, flag, *calibration_images(c), "calibration split")
 
 
 def chosen(scores: Mapping[str, Scores], views: tuple[str, ...]) -> dict[str, Scores]:
@@ -63,16 +62,17 @@ def chosen(scores: Mapping[str, Scores], views: tuple[str, ...]) -> dict[str, Sc
 
 
 def review_rows(c: Context) -> Iterator[Row]:
-    """Yield the share of clean test images that each policy sends to review, with the interval in which it should lie."""
+    """Yield the share that each policy sends to review of test images, handled as the calibration's, and where it should lie."""
     flag, _ = flags_of(c)
-    own, calibration = measured(c, flag, *c.test(c.suite.test), "clean"), calibrated(c, flag)
+    own, calibration = measured(c, flag, *images_alike(c, c.suite.test), "clean"), calibrated(c, flag)
+    note = "images handled as the calibration's" if handled_share(c) else None
     for views in VIEWS:
         clean = chosen(calibration, views)
         for share in (share for share in SHARES if share * (len(clean["ood"]) + 1) >= len(views)):
             policy = Policy.calibrated(clean, share)
             sent = policy.review(p_values(clean, chosen(own, views)))
             expected = flag_rate_interval(policy.n, len(sent), (policy.cuts + 1) / (policy.n + 1))
-            yield c.share("review_share", sent, c.where, c.subject.graph, alpha=share, views=views, expected=expected)
+            yield c.share("review_share", sent, c.where, c.subject.graph, alpha=share, views=views, expected=expected, note=note)
 
 
 def coverage_rows(c: Context) -> Iterator[Row]:
@@ -226,7 +226,7 @@ def clean_rejection_rows(c: Context, r: Rejecter, about: dict[str, Any]) -> Iter
     image, label = c.test(c.suite.looked)
     (found,) = c.ledger.run("clean", [(Predict(), image, label)])
     logits = found["logits"]
-    accepted = (margin(logits) >= r.margin) & (ood_score(r.score, r.weight, logits) <= r.room)
+    accepted = (margin(logits) >= r.margin) & (score_of(r.score, r.weight, found) <= r.room)
     if r.radius > 0:
         (searched,) = c.ledger.run("search, clean", [(Searched(r.radius, r.steps), image, label)])
         accepted &= searched["stable"]

@@ -14,6 +14,8 @@ from training.pages import render
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from training.evaluation.result_cache import Arrays
+
 
 HEADINGS = {
     "clean": "Clean images",
@@ -32,7 +34,7 @@ SAID = {
     "masking": "1 is passed. A failed check does not show that the model is weak, but that its robust accuracies are unreliable.",
     "robustness": "Accuracies carry Wilson 95 % intervals; a target is met by the lower bound. The worst case counts an image only if every attack left it.",
     "suspicion": "Every rate of the served score is followed by that of max softmax, which needs no energy. Images that an attack fooled are counted apart from the rest.",
-    "hostile": "The attacker knows model, score and threshold. No flag here defends against such a user; these figures show how far it goes.",
+    "hostile": "The attacker knows model, views, ranks and threshold. No flag here defends against such a user; these figures show how far it goes.",
     "generation": "No figure is FID unless Inception-v3 with its standard weights was available. Distances at small n are biased upwards: compare them with the floor.",
     "explanation": "The oracle is an adversarially trained network: an undefended one is fooled by what transfers, and would agree with anything.",
     "released-code": "Half of the stated eps, and a weakened list of attacks: for comparison with published tables only.",
@@ -118,6 +120,13 @@ def in_short(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
+def accepted_words(found: "Arrays", names: Sequence[str]) -> str:
+    """Return the caption of the wrong acceptances."""
+    pairs = zip(found["label"], found["answer"], found["probability"], strict=True)
+    said = ", ".join(f"{names[int(label)]} taken for {names[int(answer)]} ({p:.2f})" for label, answer, p in pairs)
+    return f"The most confident wrong answers on clean test images that the flag accepts at alpha 0.05, with their probability: {said}."
+
+
 def ordered(part: str, rows: Sequence[Row]) -> list[Row]:
     """Return a part's rows in order; of masking, the verdict and its checks first, since the rest is plotted."""
     return sorted(rows, key=lambda row: not (row.check or row.metric == "masking_suspected")) if part == "masking" else list(rows)
@@ -157,6 +166,8 @@ def images(c: Context, rows: Sequence[Row]) -> dict[str, list[Image]]:
         add("masking", curves, "accuracy against eps", caption)
     if (separated := draw.separations(rows)) is not None:
         add("suspicion", separated, "AUROC", "How well each score tells strange and attacked images from clean ones.")
+    if "accepted" in shown and len(wrong := shown["accepted"]["image"]):
+        add("suspicion", draw.sheet(wrong, len(wrong), 3), "wrong acceptances", accepted_words(shown["accepted"], c.data.names))
     if "samples" in shown:
         sheet = draw.sheet(shown["samples"]["image"], len(c.data.names))
         add("generation", sheet, "samples", "Fresh samples, one column per class, seeds in order, not selected.")

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.folders import folder as place
 from ebjdat_serve.rows import Images, parse_images
 from training.errors import TrainingError
-from training.evaluation.evaluated_model import EvaluatedModel, Spec
+from training.evaluation.evaluated_model import Arrays, EvaluatedModel, Spec
 from training.loop.clock import duration
 
 CHUNK = 100
@@ -42,7 +42,6 @@ FORMAT = 2
 """Increased when a task changes its computation, so that older results are not found."""
 
 log = logging.getLogger("training")
-Arrays = dict[str, NDArray[Any]]
 
 
 class Task(Protocol):

@@ -45,6 +45,7 @@ SHIFTS: dict[str, Shift] = {
     "screenshot x3, JPEG q90": screenshot,
     "grey": lambda p: encoded(p.convert("L"), "PNG"),
     "grey, 16 bit": sixteen_bit,
+    "brightness x1.15": lambda p: brightened(p, 1.15),
 }
 
 
@@ -58,6 +59,8 @@ def shifted(image: Pixels, shift: Shift) -> Pixels:
 
 UNTOUCHED = 0.5
 """The share of images that ``handled`` leaves as they are."""
+CALIBRATION = 2
+"""The seed by which the calibration split is handled."""
 
 
 def brightened(image: Image.Image, factor: float) -> bytes:
@@ -93,6 +96,11 @@ def handled(image: Pixels, seed: int, untouched: float = UNTOUCHED) -> Pixels:
     for i in np.flatnonzero(noise.random(len(image)) >= untouched):
         found[i] = decode(HANDLINGS[noise.integers(len(HANDLINGS))](Image.fromarray(image[i]), noise), height, width)
     return found
+
+
+def mixture(image: Pixels, untouched: float = UNTOUCHED) -> Pixels:
+    """Return images (N, H, W, 3) as the calibration split's are handled: what the flag's p-values speak of."""
+    return handled(image, CALIBRATION, untouched)
 
 
 # Corruptions ---------------------------------------------------------------------------------------------------------

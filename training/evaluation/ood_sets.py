@@ -1,0 +1,79 @@
+"""Image sets that are not like the data: noise, mixtures, one colour, other data sets, and odd pictures (odd.py)."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ebjdat_serve.engines import Floats
+from ebjdat_serve.pixels import Pixels, decode, to_unit
+from training.data.datasets import data_root, read_atlas
+from training.data.image_folders import load_images
+from training.errors import DataError
+from training.evaluation.odd import ODD
+from training.evaluation.rows import SEED
+
+OOD_ATLASES = {"svhn_train_first1080": "svhn", "cifar100_test_3000": "cifar100"}  # file -> its data set
+NOISE = "uniform noise"
+MIXED = "interpolations"  # means of two test images
+BLANK = "blank images"  # every pixel of one colour, drawn uniformly
+NEAR = "cifar100_test_3000"
+IMAGENET = "imagenet_500"
+ODD_SETS = (NOISE, BLANK, *ODD)
+"""Sets of pictures that no set of photographs holds, as a new user tries them first."""
+SHOWN_SYNSETS = {  # first and last ImageNet synset of a range; every one of these shows the class
+    "bird": ((1514668, 1622779), (1795545, 1860187), (2002556, 2058221)),
+    "frog": ((1641577, 1644900),),
+    "dog": ((2085620, 2113978),),
+    "cat": ((2123045, 2124075),),
+}
+SHOWN_NAMES = [
+    "airliner", "wing", "amphibian", "beach_wagon", "cab", "minibus", "minivan", "police_van",
+    "half_track", "tow_truck", "motor_scooter", "bow", "canoe", "catamaran", "container_ship", "dock",
+    "fireboat", "gondola", "liner", "paddlewheel", "pirate", "schooner", "speedboat", "yawl",
+]  # fmt: skip
+"""Synsets of aeroplanes, cars, trucks and ships, and three whose one picture shows a car (motor_scooter), a deer (bow) or a ship (dock)."""
+
+
+def strange_images(dataset: str, some: Pixels, say: Callable[[str], None]) -> Iterator[tuple[str, Floats]]:
+    """Yield (name, images in [0,1]) of a data set's OOD sets, ``some`` of its images for interpolation; report missing sets by ``say``."""
+    height, width = some.shape[1:3]
+    draw = np.random.default_rng(SEED)
+    yield NOISE, to_unit(draw.integers(0, 256, (1000, height, width, 3), dtype=np.uint8))
+    order = draw.permutation(len(some))
+    partner = np.empty_like(order)
+    partner[order] = np.roll(order, 1)  # one cycle, so that no image is paired with itself
+    yield MIXED, to_unit(((some.astype(np.uint16) + some[partner]) // 2).astype(np.uint8))
+    colour = np.random.default_rng(SEED).integers(0, 256, (1000, 1, 1, 3), dtype=np.uint8)
+    yield BLANK, to_unit(np.broadcast_to(colour, (1000, height, width, 3)))
+    for name, source in OOD_ATLASES.items():
+        if source == dataset:
+            continue  # a data set is not OOD for itself
+        file = data_root() / f"{name}.webp"
+        if (height, width) == (32, 32) and file.is_file():
+            yield name, to_unit(read_atlas(file, 32))
+        else:
+            say(f"{name}: not measured, {name}.webp is not in the data folder or the model's size is not 32 x 32")
+    if dataset == "cifar10" and len(pictures := imagenet(height, width, say)):  # what is left out are pictures of its classes
+        yield IMAGENET, to_unit(pictures)
+    for folder in sorted((data_root() / "ood").glob("*")):
+        try:
+            yield folder.stem, to_unit(load_images(str(folder), height, width))
+        except DataError as error:
+            say(f"{folder.name}: not measured, {error}")
+
+
+def imagenet(height: int, width: int, say: Callable[[str], None]) -> Pixels:
+    """Return pictures of imagenet_500 that show no CIFAR-10 class, squashed to the size by the server's decoder; none if it is missing."""
+    kept: list[Path] = []
+    files = sorted((data_root() / IMAGENET).glob("*.jpg"))
+    for file in files:
+        synset, name = file.stem.split("_", 1)
+        shown = any(first <= int(synset[1:]) <= last for ranges in SHOWN_SYNSETS.values() for first, last in ranges)
+        if not shown and name not in SHOWN_NAMES:
+            kept.append(file)
+    if not kept:
+        say(f"{IMAGENET}: not measured, the folder {IMAGENET} is not in the data folder")
+        return np.empty((0, height, width, 3), np.uint8)
+    say(f"{IMAGENET}: {len(files) - len(kept)} of {len(files)} pictures show a class of CIFAR-10 and are left out")
+    return np.stack([decode(file.read_bytes(), height, width) for file in kept])
