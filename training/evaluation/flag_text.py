@@ -38,7 +38,8 @@ class Flagged:
         for text, metric, wanted in sets:
             own, plain = self.both(metric, alpha=ALPHA, **wanted)
             if own:
-                found.append(f"| {text} | {figure(own)} | {figure(plain) if plain else 'not measured'} | {own.n:,} |")
+                amounts = ", ".join(f"{n:,}" for n in dict.fromkeys(row.n for row in (own, plain) if row))
+                found.append(f"| {text} | {figure(own)} | {figure(plain) if plain else 'not measured'} | {amounts} |")
         return "\n".join(["| images | flagged | by max softmax | n |", "|---|---|---|---|", *found]) if found else "Not measured."
 
 
