@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.install import install, pip
+from ebjdat_serve.manifest import YES
 from ebjdat_serve.sgld import Chains
 
 Floats = NDArray[np.float32]
@@ -83,9 +84,11 @@ def runs_on_torch(kind: EngineKind, precision: Precision) -> bool:
 
 def without_score(bundle: Bundle, kind: EngineKind, precision: Precision) -> str:
     """Return why the engine that ``load_engine`` opens has no score of ``bundle``, "" where it has."""
+    name = f"{bundle.manifest.name}@{bundle.manifest.version}"
+    if (why := bundle.manifest.capabilities.gradient) != YES:
+        return f"{name} has no gradient: {why}"
     if runs_on_torch(kind, precision) or "score.onnx" in bundle.manifest.files:
         return ""
-    name = f"{bundle.manifest.name}@{bundle.manifest.version}"
     return f"{name} has no score graph (score.onnx): python export/to_onnx.py BUNDLE writes one, and --engine torch needs none"
 
 

@@ -98,12 +98,8 @@ class Settings:
     precision: Annotated[Precision, About(MODEL, "arithmetic of the model; bf16 needs the torch engine")] = "fp32"
     alpha: Annotated[float, About(MODEL, "p-value below which an image is suspicious", above=0, below=1)] = 0.05
     check: Annotated[Check, About(MODEL, "what every /classify is checked for; a request chooses with ?check=")] = "none"
-    check_radius: Annotated[
-        float, About(MODEL, "l-inf radius of a check's search for another label, pixels of [0,1]", above=0, below=1, shown="2/255")
-    ] = 2 / 255
-    review_share: Annotated[
-        float | None, About(MODEL, "share of clean images that `decision` sends to review", above=0, below=1, shown="0.05")
-    ] = None
+    check_radius: Annotated[float, About(MODEL, "l-inf radius of a check's search, of [0,1]", above=0, below=1, shown="2/255")] = 2 / 255
+    review_share: Annotated[float | None, About(MODEL, "share of clean images sent to review", above=0, below=1, shown="0.05")] = None
     trust: Annotated[
         tuple[Path, ...],
         About(MODEL, "public key: serve only bundles that one of these keys signed; may be repeated", metavar="KEY.pub.pem"),
