@@ -173,6 +173,9 @@ def sign(options: argparse.Namespace) -> None:
 
 def upgrade(options: argparse.Namespace) -> None:
     """Convert a bundle of an earlier schema."""
+    from ebjdat_serve.engines import check_onnxruntime
+
+    check_onnxruntime()
     from ebjdat_serve.upgrade import upgrade
 
     done = upgrade(options.old, options.new)

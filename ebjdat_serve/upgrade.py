@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from safetensors.numpy import load_file, save_file
 
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, graph_name, read_json, resolve, sha256, write_json, write_rows
@@ -88,8 +89,6 @@ def converted(folder: Path, manifest: dict[str, Any]) -> Bundle:
 
 def probed(bundle: Bundle, name: str) -> Mapping[str, Any]:
     """Return the outputs of a graph on the self-test's images, by name."""
-    import onnxruntime as ort
-
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(str(bundle.path / name), options, providers=["CPUExecutionProvider"])

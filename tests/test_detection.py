@@ -135,6 +135,7 @@ def test_a_calibration_that_names_no_views_is_refused(golden, tmp_path):
         Bundle.draft(folder).update("calibration.json").calibration()
 
 
+@pytest.mark.slow
 def test_every_precision_flags_by_the_views_of_fp32(golden, tmp_path):
     folder, data = tmp_path / "bundle", load("digits")
     shutil.copytree(golden / "current", folder)

@@ -128,7 +128,7 @@ def test_a_new_version_carries_a_card_of_its_own_name_and_the_same_card_again_is
     Bundle.load(store)
 
 
-def test_another_score_is_said_by_the_card_of_the_same_version(bundle, tmp_path, monkeypatch, capsys):
+def test_other_views_are_said_by_the_card_of_the_same_version(bundle, tmp_path, monkeypatch, capsys):
     """A calibration that changed alone left a current version whose card named the score before it."""
     store = tmp_path / "store"
     publish(bundle, store)
@@ -138,7 +138,8 @@ def test_another_score_is_said_by_the_card_of_the_same_version(bundle, tmp_path,
     done = Bundle.load(store)
     assert done.calibration().views == ["max_softmax"]
     before, after = ((one.path / "README.md").read_text(encoding="utf-8") for one in (bundle, done))
-    assert ("s(x) = E(x) +" in before, "s(x) = E(x) +" in after) == (True, False)
+    assert ["- `statistics`:" in card for card in (before, after)] == [True, False]
+    assert ["- `max_softmax`:" in card for card in (before, after)] == [False, True]
     assert done.manifest.files["samples.png"] == samples  # no image is drawn again for it
 
 

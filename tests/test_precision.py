@@ -166,6 +166,7 @@ def test_a_bundle_that_cannot_be_put_in_place_leaves_the_old_one(digits, monkeyp
     assert digest(digits) == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_admission_leaves_the_bundle_as_it_was(digits, monkeypatch):
     before = digest(digits)
     monkeypatch.setattr(training.precision, "put", lambda done, home: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -175,6 +176,7 @@ def test_an_interrupted_admission_leaves_the_bundle_as_it_was(digits, monkeypatc
     Bundle.load(digits)
 
 
+@pytest.mark.slow
 def test_a_store_gets_a_new_version_and_keeps_the_old_one(golden, tmp_path):
     store = tmp_path / "store"
     publish(Bundle.load(golden), store)

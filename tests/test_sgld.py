@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebjdat_serve.energy import score as energy_score
+from ebjdat_serve.engines import Outputs
 from ebjdat_serve.generation import generate
 from ebjdat_serve.networks.wideresnet import WideResNet
 from ebjdat_serve.sgld import Chains, Prior, Sampler, langevin_step, noises, sgld
@@ -102,7 +103,7 @@ class Downhill:
     def classify(self, image):
         mean = image.mean(axis=(1, 2, 3))[:, None]
         logits = -np.abs(mean - np.linspace(0, 1, 3)[None]).astype(np.float32)
-        return logits, -np.log(np.exp(logits).sum(axis=1))
+        return Outputs(logits, -np.log(np.exp(logits).sum(axis=1)), mean)
 
     def advance(self, chains, steps):
         x = chains.image
