@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 import urllib.parse
@@ -128,3 +129,13 @@ def test_curl_script(live, folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"energy"') >= 4
     assert (tmp_path / "generated-grid.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_the_script_of_the_browser_page_is_javascript(tmp_path):
+    """A quote within a quote kept the page from starting, which only the tests in a browser would have seen."""
+    page = (ROOT / "clients" / "browser" / "index.html").read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script type=.module.>(.*?)</script>", page, re.S)
+    (tmp_path / "page.mjs").write_text(script, encoding="utf-8")
+    done = subprocess.run(["node", "--check", str(tmp_path / "page.mjs")], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
