@@ -24,7 +24,8 @@ from ebjdat_serve.manifest import SCHEMA, YES, Calibration, FileEntry, Manifest
 from ebjdat_serve.parsing import parse
 from ebjdat_serve.precision import check
 from ebjdat_serve.rows import Row, parse_rows, to_json
-from ebjdat_serve.views import Combination, load_views
+from ebjdat_serve.view_files import load_views
+from ebjdat_serve.views import Combination
 
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"

@@ -21,7 +21,8 @@ from ebjdat_serve.graphs import with_features
 from ebjdat_serve.manifest import SCHEMA, Calibration, Capabilities, Licence
 from ebjdat_serve.scores import DEFAULT
 from ebjdat_serve.store import next_revision, store_of
-from ebjdat_serve.views import DEFAULT_VIEWS, VIEWS, Combination, save_views
+from ebjdat_serve.view_files import save_views
+from ebjdat_serve.views import DEFAULT_VIEWS, VIEWS, Combination
 
 LATER = "the bundle was converted from schema 1, which had none: python training/calibrate.py BUNDLE"
 FEATURES = "features"

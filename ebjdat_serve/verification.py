@@ -21,7 +21,8 @@ from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.reach import Review
 from ebjdat_serve.rows import Row, to_json
 from ebjdat_serve.sgld import Chains, Prior
-from ebjdat_serve.views import REACH, Combination, Seen, load_reviewed
+from ebjdat_serve.view_files import REACH, load_reviewed
+from ebjdat_serve.views import Combination, Seen
 
 DEEPEST = 64
 """Levels of nesting in a bundle's JSON; pydantic writes 255."""

@@ -13,15 +13,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.scores import DEFAULT, SCORES, ood_score
 
 Floats = NDArray[np.float32]
@@ -292,54 +289,3 @@ def fit(names: Sequence[str], known: Known, views: Mapping[str, View] = VIEWS) -
     if unknown := [name for name in names if name not in views]:
         raise EbjdatError(f"view {', '.join(unknown)} is unknown; this version knows {', '.join(views)}: calibrate again")
     return Combination({name: views[name].fit(known) for name in names}, {}, {name: views[name] for name in names})
-
-
-# views.safetensors ---------------------------------------------------------------------------------------------------
-
-CLEAN, REVIEWED, REACH = "clean", "reviewed", "reach"
-"""Names of a view's sorted clean scores among its arrays; in place of a view's name, of what the policy looks at; there, of the walk."""
-
-
-def save_views(file: Path, fitted: Mapping[str, Combination], reviewed: Mapping[str, Mapping[str, Floats]]) -> None:
-    """Write the views of each precision, tensors PRECISION.VIEW.ARRAY, and the scores of the same clean images that a policy looks at."""
-    tensors = {f"{precision}.{REVIEWED}.{name}": scores for precision, each in reviewed.items() for name, scores in each.items()}
-    tensors |= {
-        f"{precision}.{name}.{key}": np.array(array, order="C")
-        for precision, combination in fitted.items()
-        for name, stored in combination.stored.items()
-        for key, array in {**stored, CLEAN: combination.clean[name]}.items()
-    }
-    save_file(tensors, file)
-
-
-def load_reviewed(file: Path, precision: str, names: Sequence[str]) -> dict[str, Floats]:
-    """Return the named scores (n,) of the same clean images, high = suspicious; raise BundleError for one that is not there."""
-    tensors = read_tensors(file)
-    try:
-        return {name: tensors[f"{precision}.{REVIEWED}.{name}"] for name in names}
-    except KeyError as error:
-        raise BundleError(f"{file} has no {error.args[0]}: calibrate again") from error
-
-
-def read_tensors(file: Path) -> dict[str, NDArray[Any]]:
-    """Return all tensors of a file; raise BundleError when it cannot be read."""
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"{file} cannot be read: {error}") from error
-
-
-def load_views(file: Path, precision: str, names: Sequence[str], views: Mapping[str, View] | None = None) -> Combination:
-    """Return the named views of ``precision``; raise BundleError for a view that is unknown, or not stored whole."""
-    known = VIEWS if views is None else views
-    tensors = read_tensors(file)
-    if unknown := [name for name in names if name not in known]:
-        raise BundleError(f"{file}: view {unknown[0][:40]!r} is unknown; this version knows {', '.join(known)}: calibrate again")
-    if not names or len(set(names)) < len(names):
-        raise BundleError(f"{file}: the OOD score must be of one view or more, each once")
-    stored = {name: {key.rpartition(".")[2]: tensors[key] for key in tensors if key.startswith(f"{precision}.{name}.")} for name in names}
-    clean = {name: arrays.pop(CLEAN, np.empty(0, np.float32)) for name, arrays in stored.items()}
-    for name, values in clean.items():
-        if values.dtype != np.float32 or values.ndim != 1 or not len(values) or not (np.diff(values) >= 0).all():
-            raise BundleError(f"{file}: {precision}.{name}.{CLEAN} must be sorted scores of clean images, fp32: calibrate again")
-    return Combination(stored, clean, {name: known[name] for name in names})

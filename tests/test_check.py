@@ -12,7 +12,7 @@ from ebjdat_serve.pixels import encode_png, to_unit
 from ebjdat_serve.reach import RADIUS, Review, reach_score, search
 from ebjdat_serve.server.app import build_server
 from ebjdat_serve.server.settings import SHIPPED, Settings
-from ebjdat_serve.views import REACH, load_reviewed
+from ebjdat_serve.view_files import REACH, load_reviewed
 
 N = 12
 

@@ -23,7 +23,7 @@ from ebjdat_serve.locking import hold, is_held
 from ebjdat_serve.rows import FRESH, Row
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.store import next_revision, publish, sign, versions
-from ebjdat_serve.views import save_views
+from ebjdat_serve.view_files import save_views
 from tests.conftest import serving
 from tests.test_faults import workers
 from tests.test_refresh import info, until

@@ -29,7 +29,8 @@ from ebjdat_serve.server.app import build_server
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.generate_request import find_label, read_values
 from ebjdat_serve.server.settings import SHIPPED, Settings
-from ebjdat_serve.views import Seen, load_reviewed
+from ebjdat_serve.view_files import load_reviewed
+from ebjdat_serve.views import Seen
 from tests.conftest import ROOT, serving
 from tests.test_pixels import bomb
 

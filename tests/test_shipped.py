@@ -87,7 +87,7 @@ def test_the_self_test_replays(shipped):
 @pytest.mark.slow
 def test_graphs_agree_with_torch_at_every_batch_on_real_images_and_chains(shipped, test_images):
     found = check(shipped, to_unit(test_images[0][::15]))
-    assert len(found) == 5 * 3 * 2
+    assert len(found) == 6 * 3 * 2
     assert max(found.values()) < 1e-4
 
 

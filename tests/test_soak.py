@@ -32,10 +32,10 @@ from tests.test_refresh import copied
 
 STATED = {503: "died", 429: "try again"}
 """What may be answered instead of 200 to a good request, and a word of it."""
-GROWTH, GROWTH_OF_WORKERS, ONCE = 2.0, 8.0, 6.0
+GROWTH, GROWTH_OF_WORKERS, ONCE = 2.0, 8.0, 12.0
 """MB a minute that a process may grow in the last quarter of a long soak, in whose second half no worker is killed: a worker that opens one
 bundle after another grows for some ten of them, by the allocator's fragments, and then no more. ONCE: the MB that it may still keep of
-those, and of bodies on their way, at the end of a soak of less than ten minutes."""
+those, of bodies on their way, and of the largest image that a decoder has had (7 were seen), in a soak of less than ten minutes."""
 
 LONG = 100.0
 """Seconds of a soak that must have seen all that is ANSWERED."""

@@ -17,6 +17,7 @@ from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.scores import SCORES, ood_score
+from ebjdat_serve.view_files import load_reviewed, load_views, save_views
 from ebjdat_serve.views import (
     DEFAULT_VIEWS,
     NEIGHBOUR_SHARE,
@@ -32,13 +33,10 @@ from ebjdat_serve.views import (
     fit_relative,
     gaussian,
     left_out,
-    load_reviewed,
-    load_views,
     neighbours,
     of_logits,
     rank_term,
     relative,
-    save_views,
     score_of,
     statistics,
 )

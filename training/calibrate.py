@@ -21,21 +21,8 @@ from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
 from ebjdat_serve.reach import STEPS, margin, reach_score
-from ebjdat_serve.views import (
-    DEFAULT_VIEWS,
-    REACH,
-    VIEWS,
-    Combination,
-    Known,
-    Seen,
-    dimensions,
-    fit,
-    left_out,
-    load_reviewed,
-    load_views,
-    save_views,
-    statistics,
-)
+from ebjdat_serve.view_files import REACH, load_reviewed, load_views, save_views
+from ebjdat_serve.views import DEFAULT_VIEWS, VIEWS, Combination, Known, Seen, dimensions, fit, left_out, statistics
 from training.card import rewrite
 from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset

@@ -96,7 +96,8 @@ class StockClassify(Stock):
         if isinstance(output, str):
             return JSONResponse({"detail": output}, 422)  # an exception would fail everyone in the batch
         parts = [answer(output, False, self.served, self._settings.alpha) for answer in (classify_answer, energy_answer)]
-        return StockAnswer(**vars(parts[0]) | vars(parts[1])).model_dump()
+        said = {name: getattr(part, name) for part in parts for name in part.model_fields_set}
+        return StockAnswer(**said).model_dump(exclude_unset=True)
 
 
 class StockGenerate(Stock):
@@ -122,7 +123,7 @@ class StockGenerate(Stock):
         job = x.job
         samples = generate(self.model.engine, self.model.prior, job.sampler, np.full(job.n, job.label, np.int64), job.seed)
         answers = GenerateAnswers(self.served, job, x.query.temperature, x.query.scale, self._settings.alpha)
-        return answers.document(GeneratedImages(samples.image, self.model.predict(samples.image))).model_dump()
+        return answers.document(GeneratedImages(samples.image, self.model.predict(samples.image))).model_dump(exclude_unset=True)
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
         """Return the answer."""
