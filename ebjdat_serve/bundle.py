@@ -175,6 +175,8 @@ class Bundle:
         for values in (found.energies, found.scores):
             if values != sorted(values) or len(values) != len(found.energies):
                 raise BundleError(f"{self.path / 'calibration.json'}: energies and scores must be sorted and of equal number")
+        if found.reviewed not in (["ood"], ["ood", "margin"]):
+            raise BundleError(f"{self.path / 'calibration.json'}: reviewed must be ood, or ood and margin")
         return found
 
     def combination(self, precision: str = "fp32") -> Combination:

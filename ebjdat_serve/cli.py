@@ -119,6 +119,8 @@ def serve(options: argparse.Namespace) -> None:
             raise EbjdatError("--stock logs as LitServe does: leave out --log json, or --stock")
         if settings.profile == "public":
             raise EbjdatError("--stock answers everything that the model says: leave out --profile public, or --stock")
+        if settings.check == "reach":
+            raise EbjdatError("--stock checks no label's reach: leave out --check reach, or --stock")
         from ebjdat_serve.server import stock
 
         stock.run(settings)

@@ -13,7 +13,7 @@ None of them is a proof, and none is a defence against an attacker who knows it 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,11 +130,17 @@ class Checks(Batch):
     image: Floats  # (N, 3, H, W): where the walk is
     searched: Floats  # (N, 3, H, W): where the search is
     rival: Labels  # (N,) the likeliest class there but the first
-    reach: Floats  # (N,) mean of f_second - f_first along the walk so far, nats
+    passed: Floats  # (N,) sum of f_second - f_first, nats, where the walk has been, as score says it
+    lead: Floats  # (N,) f_second - f_first where the walk is, as classify says it
     stable: NDArray[np.bool_]  # (N,) the search has found no other label
     step: Labels  # (N,)
 
-    moving: ClassVar[tuple[str, ...]] = ("image", "searched", "rival", "reach", "stable", "step")
+    moving: ClassVar[tuple[str, ...]] = ("image", "searched", "rival", "passed", "lead", "stable", "step")
+
+    @property
+    def reach(self) -> Floats:
+        """Return the mean of f_second - f_first along the walk so far, nats, (N,)."""
+        return ((self.passed + self.lead) / (self.step + 1)).astype(np.float32)
 
     @staticmethod
     def start(image: Floats, logits: Floats, *, radius: float = RADIUS, steps: int = STEPS) -> "Checks":
@@ -142,8 +148,8 @@ class Checks(Batch):
         n, (first, second) = len(image), two_likeliest(logits)
         each = [np.full(n, value, np.float32) for value in (radius, STEP_OVER_RADIUS * radius / steps)]
         return Checks(
-            image, first, second, each[0], each[1], image.copy(), image.copy(), second.copy(), -margin(logits), np.ones(n, bool),
-            np.zeros(n, np.int64),
+            image, first, second, each[0], each[1], image.copy(), image.copy(), second.copy(), np.zeros(n, np.float32), -margin(logits),
+            np.ones(n, bool), np.zeros(n, np.int64),
         )  # fmt: skip
 
 
@@ -158,7 +164,8 @@ def check_step(engine: Differentiable, c: Checks) -> Checks:
     """Return checks after one step of the walk and one of the search."""
     n, index = len(c), np.arange(len(c))
     here, rivals = np.concatenate([c.image, c.searched]), np.concatenate([c.second, c.rival])
-    sign = np.sign(difference(engine, here, rivals, np.concatenate([c.first, c.first]))[0])
+    gradient, leads = difference(engine, here, rivals, np.concatenate([c.first, c.first]))
+    sign = np.sign(gradient)
     walked = (c.image + np.float32(STEP_SIZE) * sign[:n]).clip(0.0, 1.0)
     radius, size = c.radius[:, None, None, None], c.size[:, None, None, None]
     searched = (c.searched + size * sign[n:]).clip((c.origin - radius).clip(0.0, 1.0), (c.origin + radius).clip(0.0, 1.0))
@@ -167,36 +174,19 @@ def check_step(engine: Differentiable, c: Checks) -> Checks:
     others = there.copy()
     others[index, c.first] = -np.inf
     stable = c.stable & (there.argmax(axis=1) == c.first)
-    lead, points = ahead[index, c.second] - ahead[index, c.first], (c.step + 1).astype(np.float32)
     return replace(
         c,
         image=walked,
         searched=searched,
         rival=others.argmax(axis=1),
-        reach=((c.reach * points + lead) / (points + 1)).astype(np.float32),
+        passed=c.passed + leads[:n],
+        lead=ahead[index, c.second] - ahead[index, c.first],
         stable=stable,
         step=c.step + 1,
     )
 
 
 # Policy --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reason:
-    """A view whose p-value is at most its level."""
-
-    view: str
-    p_value: float
-    level: float
-
-
-@dataclass(frozen=True)
-class Decision:
-    """``review`` with the reasons, or ``accept`` without."""
-
-    decision: Literal["accept", "review"]
-    reasons: tuple[Reason, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -239,12 +229,6 @@ class Policy:
         """Return which images (N,) go to review, from the p-values (N,) of every view of the policy."""
         result: NDArray[np.bool_] = np.logical_or.reduce([p_values[view] <= level for view, level in self.levels.items()])
         return result
-
-    def decide(self, p_values: Mapping[str, float]) -> Decision:
-        """Return the decision on one image, and its reasons, from its p-value of every view of the policy."""
-        levels = self.levels.items()
-        reasons = tuple(Reason(view, float(p_values[view]), level) for view, level in levels if p_values[view] <= level)
-        return Decision("review" if reasons else "accept", reasons)
 
 
 @dataclass(frozen=True)

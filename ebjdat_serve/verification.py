@@ -63,7 +63,8 @@ class Verified:
     combination: Combination
     detector: Detector
     review: Review
-    check: Review | None  # with the walk's reach, if it was calibrated
+    check: Review | None  # with the walk's reach, where it can be served
+    no_check: str  # why it cannot
     rows: list[Row]
     opened: Opened | None
 
@@ -106,12 +107,23 @@ def _verified(folder: Path, terms: Terms, functions: Sequence[str], key: str) ->
     file = folder / "views.safetensors"
     reviewed = load_reviewed(file, terms.precision, calibration.reviewed)
     review = Review.of(reviewed, terms.review_share)
-    check = None
-    if calibration.reach_steps:
-        reach = load_reviewed(file, terms.precision, [REACH])
-        check = Review.of({**{name: scores[: len(reach[REACH])] for name, scores in reviewed.items()}, **reach}, terms.review_share)
+    if not np.array_equal(np.sort(reviewed["ood"]), np.asarray(calibration.scores, np.float32)):
+        raise BundleError(f"{file}: {terms.precision}.reviewed.ood are not the scores of calibration.json: calibrate again")
+    check, no_check = _check_of(file, terms, calibration, reviewed)
     opened = _opened(bundle, combination, terms, functions) if functions else None
-    return Verified(bundle, calibration, combination, detector, review, check, rows, opened)
+    return Verified(bundle, calibration, combination, detector, review, check, no_check, rows, opened)
+
+
+def _check_of(file: Path, terms: Terms, calibration: Calibration, reviewed: dict[str, NDArray[Any]]) -> tuple[Review | None, str]:
+    """Return the policy with the walk's reach, calibrated on the first of the images, or None and why there is none."""
+    if not calibration.reach_steps:
+        return None, f"the walk of check=reach is not calibrated for {terms.precision} in this bundle (training/calibrate.py)"
+    reach = load_reviewed(file, terms.precision, [REACH])
+    first = {name: scores[: len(reach[REACH])] for name, scores in reviewed.items()}
+    try:
+        return Review.of({**first, **reach}, terms.review_share), ""
+    except EbjdatError as error:
+        return None, f"check=reach: {error}"
 
 
 def _opened(bundle: Bundle, combination: Combination, terms: Terms, functions: Sequence[str]) -> Opened:

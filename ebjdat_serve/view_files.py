@@ -29,12 +29,21 @@ def save_views(file: Path, fitted: Mapping[str, Combination], reviewed: Mapping[
 
 
 def load_reviewed(file: Path, precision: str, names: Sequence[str]) -> dict[str, Floats]:
-    """Return the named scores (n,) of the same clean images, high = suspicious; raise BundleError for one that is not there."""
+    """Return the named scores (n,) of the same clean images, high = suspicious.
+
+    Raises BundleError for scores that are not there, are no finite fp32 numbers, or are not of as many images.
+    """
     tensors = read_tensors(file)
     try:
-        return {name: tensors[f"{precision}.{REVIEWED}.{name}"] for name in names}
+        found = {name: tensors[f"{precision}.{REVIEWED}.{name}"] for name in names}
     except KeyError as error:
         raise BundleError(f"{file} has no {error.args[0]}: calibrate again") from error
+    for name, scores in found.items():
+        if scores.dtype != np.float32 or scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
+            raise BundleError(f"{file}: {precision}.{REVIEWED}.{name} must be finite scores of clean images, fp32: calibrate again")
+    if len({len(scores) for scores in found.values()}) > 1:
+        raise BundleError(f"{file}: {precision}.{REVIEWED} has scores of different numbers of images: calibrate again")
+    return found
 
 
 def read_tensors(file: Path) -> dict[str, NDArray[Any]]:

@@ -1,17 +1,22 @@
 """/classify?check=reach: a walk and a search by generate workers, and a decision by three p-values, through a running server."""
 
 import base64
+import shutil
 
 import httpx2
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.engines.ort import OnnxEngine
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.pixels import encode_png, to_unit
 from ebjdat_serve.reach import RADIUS, Review, reach_score, search
 from ebjdat_serve.server.app import build_server
+from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import SHIPPED, Settings
+from ebjdat_serve.verification import Terms, verified
 from ebjdat_serve.view_files import REACH, load_reviewed
 
 N = 12
@@ -31,7 +36,7 @@ def test_it_says_what_walk_and_search_find_and_decides_by_all_three(live, shippe
     engine, unit = OnnxEngine(shipped, "cpu"), to_unit(images)
     score, stable = reach_score(engine, unit), search(engine, unit)
     file = shipped.path / "views.safetensors"
-    clean = load_reviewed(file, "fp32", ["ood", "margin", REACH])
+    clean = load_reviewed(file, "fp32", ["ood", "margin"]) | load_reviewed(file, "fp32", [REACH])
     review = Review.of({name: values[: len(clean[REACH])] for name, values in clean.items()}, None)
     assert len(clean[REACH]) == 1000
     said = asked(live, images, "?check=reach").json()["results"]
@@ -71,6 +76,9 @@ def test_one_image_and_a_radius_of_ones_own(live, shipped, images):
         ("?check=reach&radius=0", "radius"),
         ("?check=reach&radius=nan", "radius"),
         ("?check=reach&radius=1e9", "radius"),
+        ("?radius=0.01", "radius is of check=reach"),
+        ("?chek=reach", "chek"),
+        ("?" + "&".join(f"a{i}=1" for i in range(500)), "parameters"),
     ],
 )
 def test_what_cannot_be_checked_for_is_said(live, images, query, said):
@@ -88,6 +96,34 @@ def test_a_bad_image_in_a_list_is_named_and_nothing_is_computed(live, images):
 def test_a_server_that_checks_all_needs_workers_for_gradients():
     with pytest.raises(EbjdatError, match=r"--check reach takes gradients.*--generate-workers 1"):
         build_server(Settings(model=SHIPPED, check="reach", generate_workers=0))
+
+
+@pytest.mark.parametrize(("given", "said"), [({"precision": "bf16"}, "not calibrated for bf16"), ({"review_share": 0.002}, "3 views")])
+def test_a_server_that_checks_all_refuses_a_bundle_that_it_could_not_check(given, said):
+    assert said in open_bundle(SHIPPED, Settings(**given)).no_check  # served, but for check=reach
+    with pytest.raises(BundleError, match=f"{said}.*serve --check none"):
+        open_bundle(SHIPPED, Settings(check="reach", **given))
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "said"),
+    [
+        ("ood", lambda s: s + 100, "are not the scores of calibration.json"),
+        ("margin", lambda s: s * np.float32(np.nan), "must be finite"),
+        ("margin", lambda s: s.astype(np.float64), "fp32"),
+        ("margin", lambda s: s[:-1], "different numbers of images"),
+        ("ood", lambda s: s.reshape(-1, 2), "must be finite scores"),
+    ],
+)
+def test_scores_that_a_policy_cannot_rest_on_are_refused(shipped, tmp_path, name, scores, said):
+    shutil.copytree(shipped.path, tmp_path / "bundle")
+    file = tmp_path / "bundle" / "views.safetensors"
+    tensors = load_file(file)
+    key = f"fp32.reviewed.{name}"
+    save_file({**tensors, key: np.ascontiguousarray(scores(tensors[key]))}, file)
+    Bundle.draft(file.parent).update(file.name)
+    with pytest.raises(BundleError, match=said):
+        verified(file.parent, Terms())
 
 
 def test_the_document_lists_the_parameters(live):

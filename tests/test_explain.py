@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import socket
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +20,8 @@ from PIL import Image
 
 from ebjdat_serve import pixels
 from ebjdat_serve.counterfactual import BISECTIONS, STEPS, counterfactuals
-from ebjdat_serve.engines import load_engine, without_score
-from ebjdat_serve.server.compute.workers import GenerateWorker
+from ebjdat_serve.engines import load_engine
+from ebjdat_serve.manifest import Capabilities
 from ebjdat_serve.server.endpoints.explain import explain
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.served_model import ServedModel
@@ -284,17 +284,13 @@ def test_of_a_server_that_draws_nothing_it_is_refused_by_name(tmp_path, sent):
         assert "/explain" not in HTTP.get(f"{none.url}/").json()["paths"]
 
 
-def test_a_model_without_a_score_graph_says_so_and_is_served_all_the_same(shipped, tmp_path):
-    """No bundle of schema 1 lacks one."""
-    files = {name: entry for name, entry in shipped.manifest.files.items() if name != "score.onnx"}
-    lacking = replace(shipped, manifest=replace(shipped.manifest, files=files))
-    served = ServedModel("key", lacking, shipped.calibration(), 0.05, [])
+def test_a_model_without_a_gradient_says_so(shipped):
+    lacking = replace(shipped, manifest=replace(shipped.manifest, capabilities=Capabilities(gradient="its first layer rounds")))
+    served = ServedModel("key", lacking, shipped.calibration(), 0.05, "", [])
     service = SimpleNamespace(generate_queue=object(), settings=Settings(), manager=SimpleNamespace(active=served))
     request = Request({"type": "http", "query_string": b"", "headers": [], "client_name": "somebody"})
-    with pytest.raises(Problem, match=r"nothing is explained: cifar10-small@.* has no score graph \(score.onnx\)") as refused:
+    with pytest.raises(Problem, match=r"cifar10-small@.* has no gradient, so nothing is explained: its first layer rounds") as refused:
         asyncio.run(explain(service, request))
     assert refused.value.status == 404
-    assert without_score(lacking, "torch", "fp32") == without_score(lacking, "auto", "bf16") == without_score(shipped, "auto", "fp32") == ""
-    (tmp_path / "bundle.json").write_text(json.dumps(asdict(lacking.manifest)), encoding="utf-8")
-    assert GenerateWorker(Settings(), []).functions_of(tmp_path) == ["classify", "step"]
-    assert GenerateWorker(Settings(engine="torch"), []).functions_of(tmp_path) == ["classify", "score", "step"]
+    assert lacking.functions == ("classify", "step")
+    assert "score.onnx" not in lacking.required

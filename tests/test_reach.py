@@ -12,7 +12,7 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.reach import Checks, Policy, Reason, advance, cut, margin, p_values, reach_score, search, two_likeliest, walk
+from ebjdat_serve.reach import Checks, Policy, Review, advance, cut, margin, p_values, reach_score, search, two_likeliest, walk
 from ebjdat_serve.server.settings import SHIPPED
 from training.evaluation.attacks import Pgd
 from training.evaluation.evaluated_model import open_module
@@ -230,21 +230,36 @@ def test_a_policy_of_one_view_is_the_flag():
 
 
 def test_reasons_are_the_views_whose_p_value_is_at_most_its_level():
-    policy = Policy({"ood": 0.03, "margin": 0.02}, 5, 99)
-    assert policy.decide({"ood": 0.04, "margin": 0.03}).decision == "accept"
-    assert policy.decide({"ood": 0.04, "margin": 0.03}).reasons == ()
-    both = policy.decide({"ood": 0.03, "margin": 0.01})
-    assert (both.decision, both.reasons) == ("review", (Reason("ood", 0.03, 0.03), Reason("margin", 0.01, 0.02)))
-    assert policy.decide({"ood": 0.5, "margin": 0.02}).reasons == (Reason("margin", 0.02, 0.02),)
+    review = Review(Policy({"ood": 0.3, "margin": 0.2}, 5, 9), {"ood": np.arange(9.0), "margin": np.arange(9.0)})
+    p, reasons = review.look({"ood": np.float32([6.5, 7, 8]), "margin": np.float32([8, 0, 7.5])})
+    assert p["ood"].tolist() == [0.3, 0.3, 0.2]
+    assert p["margin"].tolist() == [0.2, 1.0, 0.2]
+    assert reasons.tolist() == [[True, True], [True, False], [True, True]]
 
 
-def test_a_decision_is_the_review_of_one_image():
+def test_an_image_is_reviewed_if_any_view_is_a_reason_and_each_can_be_one():
     draw = np.random.default_rng(3)
     clean, fresh = (correlated(draw, n, ("ood", "margin", "reach")) for n in (300, 200))
-    policy, p = Policy.calibrated(clean, 0.1), p_values(clean, fresh)
-    one_by_one = [policy.decide({view: float(value[i]) for view, value in p.items()}) for i in range(200)]
-    assert [one.decision == "review" for one in one_by_one] == policy.review(p).tolist()
-    assert {reason.view for one in one_by_one for reason in one.reasons} == {"ood", "margin", "reach"}
+    _, reasons = Review.of(clean, 0.1).look(fresh)
+    np.testing.assert_array_equal(reasons.any(axis=1), Policy.calibrated(clean, 0.1).review(p_values(clean, fresh)))
+    assert reasons.any(axis=0).all()
+
+
+class LowerPrecision(Linear):
+    """Scores come from the fp32 graph, as in int8, and logits from one that rounds."""
+
+    def classify(self, image):
+        logits, _ = super().classify(image)
+        rounded = np.float32(np.round(logits, 1))
+        return rounded, -np.logaddexp.reduce(rounded, axis=1)
+
+
+def test_a_walk_is_calibrated_and_served_alike_where_logits_and_scores_come_from_two_graphs():
+    exact, image = linear(4, seed=3)
+    engine = LowerPrecision(exact.weight, exact.bias)
+    checks = advance(engine, Checks.start(image, engine.classify(image)[0]), 5)
+    np.testing.assert_allclose(checks.reach, reach_score(engine, image), atol=1e-5)
+    assert np.abs(checks.reach - reach_score(exact, image)).max() > 1e-3  # the graphs do differ
 
 
 def test_views_take_turns_and_no_image_is_cut_twice():

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.install import install, pip
-from ebjdat_serve.manifest import YES
 from ebjdat_serve.sgld import Chains
 
 Floats = NDArray[np.float32]
@@ -62,7 +61,7 @@ def load_engine(
 
     Raises EngineError when a choice made by name cannot run here, BundleError when the bundle has no such precision.
     """
-    if runs_on_torch(kind, precision):
+    if kind == "torch" or (kind == "auto" and precision == "bf16"):
         if find_spec("torch") is None:
             raise EngineError(
                 f"the torch engine, which bf16 uses, needs PyTorch: {pip('install', 'torch==2.13.0')}",
@@ -75,21 +74,6 @@ def load_engine(
     from ebjdat_serve.engines.ort import OnnxEngine
 
     return OnnxEngine(bundle, device, threads, precision)
-
-
-def runs_on_torch(kind: EngineKind, precision: Precision) -> bool:
-    """Return whether ``load_engine`` opens the torch engine."""
-    return kind == "torch" or (kind == "auto" and precision == "bf16")
-
-
-def without_score(bundle: Bundle, kind: EngineKind, precision: Precision) -> str:
-    """Return why the engine that ``load_engine`` opens has no score of ``bundle``, "" where it has."""
-    name = f"{bundle.manifest.name}@{bundle.manifest.version}"
-    if (why := bundle.manifest.capabilities.gradient) != YES:
-        return f"{name} has no gradient: {why}"
-    if runs_on_torch(kind, precision) or "score.onnx" in bundle.manifest.files:
-        return ""
-    return f"{name} has no score graph (score.onnx): python export/to_onnx.py BUNDLE writes one, and --engine torch needs none"
 
 
 def check_onnxruntime() -> None:

@@ -25,6 +25,7 @@ class ServedModel:
     bundle: Bundle
     calibration: Calibration
     review_share: float  # the expected one, at most what was asked for
+    no_check: str  # why check=reach cannot be answered, "" where it can
     metrics: list[dict[str, Any]]
 
     @property
@@ -61,9 +62,10 @@ def open_bundle(path: Path, settings: Settings, store: Path | None = None) -> Se
         raise BundleError(f"{folder} cannot generate: {why}; serve --generate-workers 0 serves the rest")
     if store and trust and (reason := read_history(store).superseded(found.bundle)):
         raise BundleError(f"{folder}: {reason}; ebjdat-serve rollback {store} {folder.name} --allow-older has it served")
-    return ServedModel(
-        found.bundle.served, found.bundle, found.calibration, found.review.policy.expected, [to_json(row) for row in found.rows]
-    )
+    if settings.check == "reach" and found.no_check:
+        raise BundleError(f"{folder}: {found.no_check}; serve --check none serves it")
+    rows = [to_json(row) for row in found.rows]
+    return ServedModel(found.bundle.served, found.bundle, found.calibration, found.review.policy.expected, found.no_check, rows)
 
 
 def open_first(settings: Settings) -> tuple[ServedModel, str]:

@@ -19,8 +19,8 @@ from ebjdat_serve.verification import Terms
 
 SHIPPED = Path(__file__).parent.parent / "models" / "cifar10"
 BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-Profile = Literal["full", "public"]
 Check = Literal["none", "reach"]
+Profile = Literal["full", "public"]
 """What answers tell: everything, or what answer/public.py leaves."""
 OPERATE = "operate"
 """The scope of a key whose answers are full under any profile."""

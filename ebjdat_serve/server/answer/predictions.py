@@ -35,7 +35,9 @@ class Flag(Schema):
         float, Field(description="(1 + clean calibration margins <= this one) / (n + 1); absent where the calibration has none")
     ] = 1.0
     decision: Annotated[Literal["accept", "review"], Field(description="review: --review-share of clean images go there")]
-    reasons: Annotated[list[str], Field(description="of review: ood, margin, reach; their levels together keep --review-share")]
+    reasons: Annotated[
+        list[str], Field(description="of review: ood, margin, reach; by p-values among the images that all of them were calibrated on")
+    ]
     reach_score: Annotated[float, Field(description="with check=reach: the runner-up's mean lead along a walk towards it, nats")] = 0.0
     reach_p_value: Annotated[float, Field(description="with check=reach: (1 + clean calibration scores >= this one) / (n + 1)")] = 1.0
     stable: Annotated[bool, Field(description="with check=reach: a search within the radius found no other label; no proof")] = True

@@ -18,8 +18,6 @@ import numpy as np
 from litserve.loops import LitLoop
 
 from ebjdat_serve import logs
-from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.engines import without_score
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.scheduling import Group, Policy, Scheduler
 from ebjdat_serve.server import ipc
@@ -92,7 +90,7 @@ class Worker(ls.LitAPI):
 
     def _load(self, wanted: ipc.LoadModel) -> None:
         try:
-            model = Model(wanted.folder, self._settings, self.functions_of(wanted.folder), wanted.key)
+            model = Model(wanted.folder, self._settings, self.functions, wanted.key)
             self.warm_up(model)
         except EbjdatError as error:
             answer: object = ipc.ModelRefused(wanted.key, error.advised())
@@ -103,12 +101,6 @@ class Worker(ls.LitAPI):
             self.models[wanted.key] = model
             answer = ipc.ModelLoaded(wanted.key, model.engine_info())
         self.channel.send(answer)
-
-    def functions_of(self, folder: Path) -> Sequence[str]:
-        """Return ``functions`` without the score where the bundle in ``folder`` has none for the engine: /explain says so then."""
-        s = self._settings
-        lacking = "score" in self.functions and without_score(Bundle.draft(folder), s.engine, s.precision)
-        return [name for name in self.functions if not (name == "score" and lacking)]
 
     def warm_up(self, model: Model) -> None:
         """Run the model once before the first request."""

@@ -4,8 +4,8 @@ import contextlib
 
 from fastapi import Request, Response
 
-from ebjdat_serve.engines import without_score
 from ebjdat_serve.keys import Scope
+from ebjdat_serve.manifest import YES
 from ebjdat_serve.server.answer import respond
 from ebjdat_serve.server.answer.explanations import ExplainAnswer, ExplainAnswers, ExplainPreviewEvent, StripHeaders
 from ebjdat_serve.server.compute.explain_task import EXPLAIN
@@ -54,8 +54,8 @@ async def explain(service: Service, request: Request) -> Response:
 
 def check(request: Request, model: ServedModel, settings: Settings) -> ExplainRequest:
     """Return what ``request`` asks for; raise Problem 404 for a model without gradients, 422 for a wrong parameter."""
-    if reason := without_score(model.bundle, settings.engine, settings.precision):
-        raise Problem(404, f"nothing is explained: {reason}")
+    if (reason := model.bundle.manifest.capabilities.gradient) != YES:
+        raise Problem(404, f"{model.name} has no gradient, so nothing is explained: {reason}")
     return validate(request, model.bundle.manifest, settings)
 
 

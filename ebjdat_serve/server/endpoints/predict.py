@@ -4,7 +4,7 @@ import contextlib
 from typing import Annotated
 
 from fastapi import Request, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ebjdat_serve.keys import Scope
 from ebjdat_serve.server.answer import respond
@@ -24,7 +24,7 @@ from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint, ImageRe
 from ebjdat_serve.server.payloads import CheckJob
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.request_queue import PendingRequest
-from ebjdat_serve.server.read.generate_request import describe
+from ebjdat_serve.server.read.generate_request import MAX_FIELDS, describe
 from ebjdat_serve.server.settings import Check, Settings
 
 
@@ -50,9 +50,9 @@ async def run_check(service: Service, request: Request, radius: float) -> ImageR
         raise Problem(422, "check=reach takes gradients, and this server has no workers for them (serve --generate-workers 0)")
     with contextlib.ExitStack() as stack:
         model, images, listed, deadline = await service.read_images(request, queue, stack)
-        if not (steps := model.calibration.reach_steps):
-            raise Problem(422, "the walk of check=reach is not calibrated in this bundle: python training/calibrate.py BUNDLE")
-        job, client = CheckJob(images, radius, steps), request.scope["client_name"]
+        if model.no_check:
+            raise Problem(422, model.no_check)
+        job, client = CheckJob(images, radius, model.calibration.reach_steps), request.scope["client_name"]
         stack.enter_context(service.access.chains(request, job.n))
         queue.admit(client, job)
         checked = await queue.submit(PendingRequest(model.key, CHECK.name, job, request, client, deadline))
@@ -60,8 +60,9 @@ async def run_check(service: Service, request: Request, radius: float) -> ImageR
 
 
 class CheckQuery(BaseModel):
-    """What the label is checked for; other parameters are not read."""
+    """What the label is checked for."""
 
+    model_config = ConfigDict(extra="forbid")
     check: Check
     radius: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, description="of the search, l-inf, pixels of [0,1]")]
 
@@ -70,13 +71,16 @@ class CheckQuery(BaseModel):
         """Return what ``request`` asks for, else what ``settings`` say; raise Problem 422 for what is neither."""
         if not request.scope["query_string"]:
             return CheckQuery(check=settings.check, radius=settings.check_radius)
-        given = request.query_params
+        if request.scope["query_string"].count(b"&") >= MAX_FIELDS:
+            raise Problem(422, f"the query may have {MAX_FIELDS} parameters")
+        given = {"check": settings.check, "radius": settings.check_radius, **request.query_params}
         try:
-            return CheckQuery.model_validate(
-                {"check": given.get("check", settings.check), "radius": given.get("radius", settings.check_radius)}
-            )
+            wanted = CheckQuery.model_validate(given)
         except ValidationError as error:
             raise Problem(422, describe(error, CheckQuery)) from None
+        if wanted.check == "none" and "radius" in request.query_params:
+            raise Problem(422, "radius is of check=reach, which was not asked for")
+        return wanted
 
 
 async def energy(service: Service, request: Request) -> Response:
