@@ -3,9 +3,9 @@
 
 Sends images concurrently and writes a CSV file with one row per file, the worst first: file, class, label, probability; whether it is
 like the data (energy, p_value, suspicious, why); whether its label is within reach (margin, margin_p_value); decision, reasons, error.
---sheet writes a page of thumbnails in the same order. Files that are images by their first bytes or by their suffix are sent; all other
-files get a row that says "skipped". Exit code: 0 nothing suspicious or to review, 3 at least one image is, 1 an image was refused or
-there was none, 2 no server. Needs httpx2, tqdm.
+--sheet writes a page of thumbnails in that order. Files that are images by their first bytes or suffix are sent; all others get a row
+that says "skipped". Exit code: 0 nothing suspicious or to review, 3 something is, 1 an image was refused or there was none, 2 no server.
+Needs httpx2, tqdm.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import csv
 import errno
 import glob
 import html
+import math
 import os
 import stat
 import sys
@@ -34,8 +35,8 @@ COLUMNS = (
 )  # fmt: skip
 WITHHELD = ("energy", "p_value", "why", "margin", "margin_p_value", "decision", "reasons")
 """Columns that are empty when the server runs with --profile public, or where its bundle has no margins."""
-ON_SHEET = 1000
-"""Images on a sheet at most, the worst."""
+NUMBERS = ("probability", "energy", "p_value", "margin", "margin_p_value")
+ON_SHEET = 1000  # images at most, the worst
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
 SKIPPED = "skipped: "
 Row = dict[str, Any]
@@ -232,9 +233,12 @@ def screen(client: httpx2.Client, file: Path, gone: Event) -> Row:
         gone.clear()
         try:
             said = answer.json()
-            row |= {name: said.get(name) if name in WITHHELD else said[name] for name in COLUMNS[1:-1]}
-            return {**row, "reasons": " ".join(row["reasons"] or ())}
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            told = {name: said.get(name) if name in WITHHELD else said[name] for name in COLUMNS[1:-1]}
+            if not all(math.isfinite(told[name] or 0.0) for name in NUMBERS) or told["probability"] is None:  # or TypeError: no number
+                raise ValueError
+            texts = {name: one_line(told[name]) for name in ("label", "why", "decision") if told[name] is not None}
+            return {**row, **told, **texts, "reasons": one_line(" ".join(told["reasons"] or ()))}
+        except (ValueError, TypeError, KeyError, OverflowError, AttributeError, RecursionError) as error:
             raise Refused(reason(answer)) from error
     except Unreachable as error:
         gone.set()
@@ -260,13 +264,14 @@ def main() -> int:
         if not all(files.values()) and (missing := absent(client)):
             print(missing, file=sys.stderr)
             return 2
+        if options.output and (options.output.is_file() or not options.output.exists()):
+            try:
+                options.output.open("a").close()  # an earlier report stays until there is another
+            except OSError as error:
+                return unwritten(error, options.output)
+        rows, counted, status = report(client, files, options.jobs)
         try:
-            opened = options.output.open("w", encoding="utf-8", newline="") if options.output else nullcontext(sys.stdout)
-        except OSError as error:
-            return unwritten(error, options.output)
-        try:
-            with opened as sink:
-                rows, counted, status = report(client, files, options.jobs)
+            with options.output.open("w", encoding="utf-8", newline="") if options.output else nullcontext(sys.stdout) as sink:
                 writer = csv.DictWriter(sink, COLUMNS)
                 writer.writeheader()
                 writer.writerows(rows)
@@ -304,22 +309,18 @@ def sheet(rows: list[Row], folder: Path) -> str:
         ), *([f"unlike the data: {row['why'] or 'suspicious'}"] if row["suspicious"] else [])]  # fmt: skip
         mark = ' class="bad"' if row.get("error") or to_review(row) else ""
         lines = "<br>".join(html.escape(line) for line in [Path(row["file"]).name, *said])
-        figures.append(
-            f'<figure{mark}><a href="{place}"><img src="{place}" alt="" loading="lazy"></a><figcaption>{lines}</figcaption></figure>'
-        )
+        figures.append(f'<figure{mark}><a href="{place}"><img src="{place}" loading="lazy"></a><figcaption>{lines}</figcaption></figure>')
     counted = f"{sum(map(to_review, rows))} of {len(rows)} files to review, the worst first; the first {len(figures)} are shown"
     return PAGE.replace("COUNTED", html.escape(counted)).replace("FIGURES", "\n".join(figures))
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'">
-<title>Screened images</title>
-<style>body { font: .8rem/1.35 system-ui, sans-serif; margin: 1rem; color-scheme: light dark }
+<title>Screened images</title><style> body { font: .8rem/1.35 system-ui, sans-serif; margin: 1rem; color-scheme: light dark }
   main { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem }
   figure { margin: 0; padding: .4rem; border: 2px solid #8884; border-radius: .4rem; overflow-wrap: anywhere }
-  figure.bad { border-color: #c33 } img { width: 100%; height: 8rem; object-fit: contain; image-rendering: pixelated }</style>
-<h1>Screened images</h1><p>COUNTED</p><main>FIGURES</main></html>
+  figure.bad { border-color: #c33 } img { width: 100%; height: 8rem; object-fit: contain; image-rendering: pixelated }
+</style><h1>Screened images</h1><p>COUNTED</p><main>FIGURES</main></html>
 """
 
 

@@ -4,6 +4,7 @@ Its classify graphs gain the output ``features``, which is what their head takes
 score becomes a sum of one view, with the p-values that it had: training/calibrate.py fits the others where the training images are.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -43,8 +44,11 @@ def upgrade(old: Path, new: Path) -> Bundle:
     if schema != 1:
         why = "which needs no upgrade" if schema == SCHEMA else "and only 1 is converted"
         raise BundleError(f"{home} is of schema {repr(schema)[:20]}, {why}")
-    if new.exists():
+    new = Path(os.path.abspath(new))
+    if os.path.lexists(new):
         raise BundleError(f"{new} exists already: name a folder that does not")
+    if new.is_relative_to(home):
+        raise BundleError(f"{new} is inside the bundle that is to be converted: name a folder elsewhere")
     new.parent.mkdir(parents=True, exist_ok=True)
     temporary = new.with_name(f".upgrading-{new.name}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -127,14 +127,18 @@ def _check_of(file: Path, terms: Terms, calibration: Calibration, reviewed: dict
 
 
 def _opened(bundle: Bundle, combination: Combination, terms: Terms, functions: Sequence[str]) -> Opened:
-    """Open the engine, replay the self-test, and run what a worker runs: one blank image, and one chain of the last class."""
+    """Open the engine, replay the self-test, and run what a worker runs: three blank images, and one chain of the last class."""
     m = bundle.manifest
     functions = [function for function in functions if function in bundle.functions]
     engine = load_engine(bundle, terms.engine, terms.device, terms.threads, terms.precision)
     errors = selftest.verify(bundle, engine, functions)
-    blank = np.zeros((1, 3, m.input.height, m.input.width), np.float32)
+    blank = np.stack([np.full((3, m.input.height, m.input.width), level, np.float32) for level in (0.0, 0.5, 1.0)])
     seen = engine.classify(blank)
-    found: list[NDArray[Any]] = [*seen, combination.terms(Seen(blank, seen.features, seen.logits))]
+    views = len(combination.stored)
+    raw, alone = (combination.raw(Seen(blank[:n], seen.features[:n], seen.logits[:n])) for n in (len(blank), 1))
+    if (raw.shape, alone.shape) != ((len(blank), views), (1, views)):
+        raise BundleError(f"{bundle.path}: views.safetensors holds arrays of wrong shapes, with which no image has a score")
+    found: list[NDArray[Any]] = [*seen, raw]
     prior = Prior.load(bundle.path / "prior.safetensors") if "step" in functions else None
     if prior:
         found.append(engine.advance(Chains.start(prior, m.sampler, np.array([len(m.labels) - 1]), seed=0), 1).image)

@@ -63,6 +63,9 @@ def load_views(file: Path, precision: str, names: Sequence[str], views: Mapping[
     if not names or len(set(names)) < len(names):
         raise BundleError(f"{file}: the OOD score must be of one view or more, each once")
     stored = {name: {key.rpartition(".")[2]: tensors[key] for key in tensors if key.startswith(f"{precision}.{name}.")} for name in names}
+    for key, array in ((f"{name}.{key}", array) for name, arrays in stored.items() for key, array in arrays.items()):
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise BundleError(f"{file}: {precision}.{key} must be finite floating-point numbers: calibrate again")
     clean = {name: arrays.pop(CLEAN, np.empty(0, np.float32)) for name, arrays in stored.items()}
     for name, values in clean.items():
         if values.dtype != np.float32 or values.ndim != 1 or not len(values) or not (np.diff(values) >= 0).all():

@@ -1,7 +1,9 @@
 """/classify?check=reach: a walk and a search by generate workers, and a decision by three p-values, through a running server."""
 
 import base64
+import json
 import shutil
+from dataclasses import replace
 
 import httpx2
 import numpy as np
@@ -78,6 +80,8 @@ def test_one_image_and_a_radius_of_ones_own(live, shipped, images):
         ("?check=reach&radius=1e9", "radius"),
         ("?radius=0.01", "radius is of check=reach"),
         ("?chek=reach", "chek"),
+        ("?check=reach&check=none", "once"),
+        ("?check=reach&radius=1e-40", "radius"),
         ("?" + "&".join(f"a{i}=1" for i in range(500)), "parameters"),
     ],
 )
@@ -113,6 +117,7 @@ def test_a_server_that_checks_all_refuses_a_bundle_that_it_could_not_check(given
         ("margin", lambda s: s.astype(np.float64), "fp32"),
         ("margin", lambda s: s[:-1], "different numbers of images"),
         ("ood", lambda s: s.reshape(-1, 2), "must be finite scores"),
+        ("ood", lambda s: np.full_like(s, np.nan), "must be finite scores"),
     ],
 )
 def test_scores_that_a_policy_cannot_rest_on_are_refused(shipped, tmp_path, name, scores, said):
@@ -124,6 +129,38 @@ def test_scores_that_a_policy_cannot_rest_on_are_refused(shipped, tmp_path, name
     Bundle.draft(file.parent).update(file.name)
     with pytest.raises(BundleError, match=said):
         verified(file.parent, Terms())
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        ("fp32.statistics.mean", lambda a: np.stack([a, a]), "cannot be opened|arrays of wrong shapes"),
+        ("fp32.statistics.mean", lambda a: np.stack([a, a, a]), "cannot be opened|arrays of wrong shapes"),
+        ("fp32.features.within", lambda a: np.full_like(a, np.inf), r"features\.within must be finite"),
+        ("fp32.logits.weight", lambda a: a.astype(np.int64), r"logits\.weight must be finite floating-point"),
+    ],
+)
+def test_arrays_that_no_fit_has_written_are_refused_wherever_a_bundle_is_opened(shipped, tmp_path, key, change, said):
+    shutil.copytree(shipped.path, tmp_path / "bundle")
+    file = tmp_path / "bundle" / "views.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, key: np.array(change(tensors[key]), order="C")}, file)
+    Bundle.draft(file.parent).update(file.name)
+    with pytest.raises(BundleError, match=said):
+        verified(file.parent, Terms(), ("classify",))
+
+
+def test_reviewed_names_what_there_is(shipped, tmp_path):
+    rows = json.loads((shipped.path / "calibration.json").read_text(encoding="utf-8"))
+    for names in (["margin"], ["reach"], ["ood", "ood"], []):
+        (tmp_path / "calibration.json").write_text(json.dumps([{**row, "reviewed": names} for row in rows]), encoding="utf-8")
+        with pytest.raises(BundleError, match="reviewed must be ood, or ood and margin"):
+            replace(shipped, path=tmp_path).calibration()
+
+
+def test_energy_takes_no_check(live, images):
+    answer = asked(live, images[:1], "?check=reach", "/energy")
+    assert (answer.status_code, answer.json()["detail"]) == (422, "check is a parameter of /classify")
 
 
 def test_the_document_lists_the_parameters(live):

@@ -271,6 +271,32 @@ def test_what_is_named_is_sent_and_what_is_not_there_is_a_row(run, tmp_path, pic
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'"p_value":"abc"',
+        b'"p_value":[1]',
+        b'"probability":null',
+        b'"energy":1' + b"0" * 400,
+        b'"label":"\\ud800"',
+        b'"reasons":[3]',
+        b'"why":7',
+    ],
+)
+def test_one_odd_answer_costs_its_own_row_alone(run, thirty, tmp_path, odd):
+    """It lost the whole report, and the one before."""
+    answer = GOOD.replace(b"}", b"," + odd + b"}")  # of two members of a name the last counts
+    report, sheet = tmp_path / "report.csv", tmp_path / "sheet.html"
+    with hostile_server(lambda n, body: (200, {}, answer) if n == 3 else None) as server:
+        code, _, err, _ = run("screen", thirty, "-j", "1", "-o", report, "--sheet", sheet, "--url", server.url)
+    found = rows(report.read_text(encoding="utf-8"))
+    wrong = [row for row in found if row["error"]]
+    assert len(found) == 30
+    assert (code, len(wrong)) in ((1, 1), (0, 0))  # a label of half a character is written as what it is
+    assert "Traceback" not in err
+    assert sheet.read_text(encoding="utf-8").count("<figure") == 30
+
+
 @pytest.mark.parametrize("name", ["classify", "screen"])
 def test_any_name_can_be_printed_in_any_locale(tmp_path, name):
     odd = tmp_path / os.fsdecode(b"caf\xe9 \xc3\xa9.png")

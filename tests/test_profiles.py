@@ -54,6 +54,12 @@ def test_classify_tells_the_label_a_rounded_probability_and_suspicious(public, l
     assert listed == {"results": [{name: said[name] for name in said if name != "model"}] * 2, "model": said["model"]}
 
 
+def test_a_check_that_could_not_be_told_is_not_made(public, picture):
+    refused = httpx2.post(f"{public.url}/classify?check=reach", content=picture)
+    assert (refused.status_code, "key of scope operate" in refused.json()["detail"]) == (403, True)
+    assert httpx2.post(f"{public.url}/classify?check=none", content=picture).status_code == 200
+
+
 def test_energies_are_refused_with_the_profile_named(public, picture):
     refused = httpx2.post(f"{public.url}/energy", content=picture)
     assert (refused.status_code, refused.headers["content-type"]) == (403, "application/problem+json")

@@ -95,6 +95,13 @@ def test_what_cannot_be_converted_is_said_and_nothing_is_left(old, tmp_path):
     with pytest.raises(BundleError, match="exists already"):
         upgrade(old, new)
     new.rmdir()
+    for inside in (old / "sub", old / "a" / ".." / "b"):
+        with pytest.raises(BundleError, match="is inside the bundle"):
+            upgrade(old, inside)
+    new.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="exists already"):
+        upgrade(old, new)
+    new.unlink()
     manifest = read_json(old / MANIFEST)
     for change, said in (
         ({"schema": 7}, "is of schema 7, and only 1 is converted"),

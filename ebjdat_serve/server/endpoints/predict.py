@@ -25,12 +25,14 @@ from ebjdat_serve.server.payloads import CheckJob
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.request_queue import PendingRequest
 from ebjdat_serve.server.read.generate_request import MAX_FIELDS, describe
-from ebjdat_serve.server.settings import Check, Settings
+from ebjdat_serve.server.settings import OPERATE, Check, Settings
 
 
 async def classify(service: Service, request: Request) -> Response:
     """Return the class, its probability, whether the image is like the data and its label within reach, of one image or of a list."""
     settings, wanted = service.settings, CheckQuery.of(request, service.settings)
+    if wanted.check == "reach" and settings.profile_for(request.scope) == "public":
+        raise Problem(403, f"serve --profile public does not tell what check=reach finds: it takes a key of scope {OPERATE}")
     if wanted.check == "reach":
         checked = await run_check(service, request, wanted.radius)
         answer = checked_answer(checked.value, checked.listed, checked.model, settings.alpha)
@@ -64,16 +66,19 @@ class CheckQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     check: Check
-    radius: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, description="of the search, l-inf, pixels of [0,1]")]
+    radius: Annotated[float, Field(ge=1e-6, lt=1, allow_inf_nan=False, description="of the search, l-inf, pixels of [0,1]")]
 
     @staticmethod
     def of(request: Request, settings: Settings) -> "CheckQuery":
         """Return what ``request`` asks for, else what ``settings`` say; raise Problem 422 for what is neither."""
+        usual: Check = settings.check if settings.profile_for(request.scope) == "full" else "none"
         if not request.scope["query_string"]:
-            return CheckQuery(check=settings.check, radius=settings.check_radius)
+            return CheckQuery(check=usual, radius=settings.check_radius)
         if request.scope["query_string"].count(b"&") >= MAX_FIELDS:
             raise Problem(422, f"the query may have {MAX_FIELDS} parameters")
-        given = {"check": settings.check, "radius": settings.check_radius, **request.query_params}
+        if len(request.query_params) < len(request.query_params.multi_items()):
+            raise Problem(422, "a parameter may be given once")
+        given = {"check": usual, "radius": settings.check_radius, **request.query_params}
         try:
             wanted = CheckQuery.model_validate(given)
         except ValidationError as error:
@@ -85,6 +90,8 @@ class CheckQuery(BaseModel):
 
 async def energy(service: Service, request: Request) -> Response:
     """Return E(x), E(x, y) for every class, the p-value and whether it is suspicious, of one image or of a list."""
+    if "check" in request.query_params:
+        raise Problem(422, "check is a parameter of /classify")
     result = await service.run_on_images(request, PREDICT)
     return respond(energy_answer(result.value, result.listed, result.model, service.settings.alpha))
 
