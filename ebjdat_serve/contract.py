@@ -6,7 +6,8 @@ Resize and CenterCrop, timm's ResizeKeepRatio and CenterCropOrPad, and the image
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import lru_cache
+from typing import Annotated, Literal, NamedTuple
 
 from ebjdat_serve.bounds import Bounds
 from ebjdat_serve.errors import BundleError
@@ -87,28 +88,23 @@ class Input:
             return (size - wanted) // 2
         return round((size - wanted) / 2) if size >= wanted else -((wanted - size) // 2)
 
-    def fault(self, height: int, width: int, most: int) -> str:
-        """Return why an upright image cannot be resized, "" if it can: it would have more than ``most`` pixels, or a side no JPEG has."""
+    def cost(self, height: int, width: int) -> "Cost":
+        """Return what it takes to resize and crop an upright image."""
         high, wide = self.resized(height, width)
-        if high * wide > most:
-            return f"the model resizes it to {wide} x {high}; the limit is {most} in all: crop it first"
-        if self.jpeg_quality and max(high, wide) > LONGEST_SIDE:
-            return f"the model resizes it to {wide} x {high}; the limit of its JPEG is {LONGEST_SIDE} a side: crop it first"
+        down, across = self._taps(height, high), self._taps(width, wide)
+        pixels, between = high * wide, max(wide * height, high * width)  # what is resampled in one direction
+        again = 8 * pixels if self.jpeg_quality else 0  # compressed, in a buffer of its own, and decoded
+        weights = 8 * int((down + 2) * high + (across + 2) * wide)
+        work = int((across * wide * height + down * pixels) / TAPS_PER_PIXEL) + (JPEG_WORK * pixels if self.jpeg_quality else 0)
+        return Cost(high, wide, 4 * (between + pixels) + weights + again + 12 * self.height * self.width, work)
+
+    def fault(self, cost: "Cost", most: int) -> str:
+        """Return why an image cannot be resized, "" if it can: it would have more than ``most`` pixels, or a side that no JPEG has."""
+        if cost.height * cost.width > most:
+            return f"the model resizes it to {cost.width} x {cost.height}; the limit is {most} in all: crop it first"
+        if self.jpeg_quality and max(cost.height, cost.width) > LONGEST_SIDE:
+            return f"the model resizes it to {cost.width} x {cost.height}; the limit of its JPEG is {LONGEST_SIDE} a side: crop it first"
         return ""
-
-    def memory(self, height: int, width: int) -> int:
-        """Return about how many bytes it takes at its peak to resize and crop an upright image, beside that image."""
-        high, wide = self.resized(height, width)
-        between = 4 * max(wide * height, high * width)  # resampled in one direction
-        weights = 8 * int(sum((self._taps(a, b) + 2) * b for a, b in ((height, high), (width, wide))))
-        again = 8 * high * wide if self.jpeg_quality else 0  # compressed, in a buffer of its own, and decoded
-        return between + weights + 4 * high * wide + again + 12 * self.height * self.width
-
-    def work(self, height: int, width: int) -> int:
-        """Return about how long it takes to resize and crop an upright image, in pixels of a plain PNG."""
-        high, wide = self.resized(height, width)
-        taps = self._taps(width, wide) * wide * height + self._taps(height, high) * high * wide
-        return int(taps / TAPS_PER_PIXEL) + JPEG_WORK * high * wide * (self.jpeg_quality > 0)
 
     def _taps(self, size: int, resized: int) -> float:
         """Return how many pixels of a line of ``size`` each of ``resized`` is made of."""
@@ -122,6 +118,26 @@ class Input:
         words += f", a JPEG of quality {self.jpeg_quality}" if self.jpeg_quality else ""
         words += ", cropped about the centre" if self.crop < 1 or self.resize in ("shorter", "cover") else ""
         return words + (f", on {self.pad_colour}" if self.resize == "pad" else "")
+
+
+class Cost(NamedTuple):
+    """What it takes to resize and crop an image."""
+
+    height: int  # that it is resized to
+    width: int
+    memory: int  # bytes at the peak, beside the image itself
+    work: int  # time, in pixels of a plain PNG
+
+
+@lru_cache(maxsize=1024)
+def cost_of(contract: Input, height: int, width: int) -> Cost:
+    """Return what it takes to resize and crop an image that is stored as ``height`` x ``width``, whichever way it is turned upright."""
+    as_stored = contract.cost(height, width)
+    if height == width or contract.height == contract.width:
+        return as_stored
+    turned = contract.cost(width, height)
+    larger = max(as_stored, turned, key=lambda cost: cost.height * cost.width)
+    return larger._replace(memory=max(as_stored.memory, turned.memory), work=max(as_stored.work, turned.work))
 
 
 def crop_of(height: int, width: int, frame: tuple[int, int]) -> float:
