@@ -222,7 +222,9 @@ def pixels_of(chunks: Iterator[tuple[Places, Pixels]], seen: list[Places]) -> It
 
 def fitted(engine: Engine, images: FolderImages, places: Places) -> tuple[Outputs, Floats, Places]:
     """Return what the engine says of the images to fit on, the statistics of them when handled, and their places."""
-    found, lightly, there = [], [], []
+    found: list[Outputs] = []
+    lightly: list[Floats] = []
+    there: list[Places] = []
     variants = -(-VARIANTS // max(1, len(places)))
     for where, part in images.chunks(places):
         found.append(classify_in_chunks(engine, to_unit(part)))
