@@ -8,6 +8,7 @@ with the images of a folder. Chunks are looked at one after the other: what is k
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -132,19 +133,23 @@ def record(
     others = [row for row in kept if row.views == calibration.views]
     if lost := sorted({row.precision for row in kept} - {row.precision for row in others}):
         log.warning("dropped calibrations by other views: %s; training/precision.py calibrates again", ", ".join(lost))
+    for row in others:
+        if row.dataset != dataset:
+            log.warning("%s stays calibrated on %s; training/precision.py calibrates it again", row.precision, row.dataset)
     file, walk = bundle.path / "views.safetensors", {REACH: walked} if len(walked) else {}
     save_views(
         file,
         {**{row.precision: load_views(file, row.precision, row.views) for row in others}, precision: combination},
-        {**{row.precision: load_reviewed(file, row.precision, scored(row)) for row in others}, precision: {**reviewed, **walk}},
+        {**{row.precision: reviewed_of(file, row) for row in others}, precision: {**reviewed, **walk}},
     )
     write_json(bundle.path / "calibration.json", [asdict(row) for row in sorted([calibration, *others], key=lambda row: row.precision)])
     return bundle.update("calibration.json", file.name)
 
 
-def scored(row: Calibration) -> list[str]:
-    """Return what views.safetensors has of a calibration's images."""
-    return [*row.reviewed, *([REACH] if row.reach_steps else [])]
+def reviewed_of(file: Path, row: Calibration) -> dict[str, Floats]:
+    """Return the scores that views.safetensors has of a calibration's images, and of the first of them that walked."""
+    walked = load_reviewed(file, row.precision, [REACH]) if row.reach_steps else {}
+    return {**load_reviewed(file, row.precision, row.reviewed), **walked}
 
 
 def fit_temperature(logits: Floats, label: Labels) -> float:

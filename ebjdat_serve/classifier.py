@@ -70,7 +70,7 @@ class Classifier:
     @overload
     def classify(self, image: Several, *, check: Check = ..., radius: float = ...) -> ClassifyList: ...
 
-    def classify(self, image: OneImage | Several, *, check: Check = "none", radius: float = RADIUS) -> ClassifyAnswer | ClassifyList:
+    def classify(self, image: "OneImage | Several", *, check: Check = "none", radius: float = RADIUS) -> ClassifyAnswer | ClassifyList:
         """Return what POST /classify answers of an image, or of a list of images.
 
         Example::
