@@ -57,7 +57,7 @@ class Bundle:
         bundle = Bundle.draft(path)
         missing = [name for name in bundle.required if name not in bundle.manifest.files]
         if missing:
-            raise BundleError(f"{bundle.path} is not finished: {', '.join(missing)} missing; export it, and calibrate it if it was")
+            raise BundleError(f"{bundle.path} is not finished: {', '.join(missing)} missing; export and calibrate it first")
         bundle.check_files()
         if bundle.calibrated:
             bundle.calibration()
