@@ -34,7 +34,7 @@ COLUMNS = (
     "error",
 )  # fmt: skip
 WITHHELD = ("energy", "p_value", "why", "margin", "margin_p_value", "decision", "reasons")
-"""Columns that are empty when the server runs with --profile public, or where its bundle has no margins."""
+"""Columns that are empty when the server runs with --profile public, or where its bundle has no energy, calibration or margins."""
 NUMBERS = ("probability", "energy", "p_value", "margin", "margin_p_value")
 ON_SHEET = 1000  # images at most, the worst
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
@@ -343,6 +343,8 @@ def report(client: httpx2.Client, files: dict[Path, str], jobs: int) -> tuple[li
     refused = sum("error" in row for row in rows) - left_out
     suspicious, reviewed = sum(bool(row.get("suspicious")) for row in rows), sum(map(to_review, rows))
     counted = f"{sent} images, {suspicious} suspicious, {reviewed} to review, {refused} refused, {left_out} skipped"
+    if unjudged := sum("error" not in row and row["suspicious"] is None for row in rows):
+        counted += f"; {unjudged} not judged, since the model is not calibrated"
     return sorted(rows, key=worst_first), counted, 1 if refused or not sent else 3 if reviewed else 0
 
 

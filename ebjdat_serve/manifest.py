@@ -15,7 +15,8 @@ YES = "yes"
 class Capabilities:
     """What can be asked of a model: "yes", or the reason why it cannot."""
 
-    energy: str = YES
+    energy: str = YES  # E(x) and E(x, y); never of a model that gives probabilities, whose logs are normalised
+    features: str = YES  # what the last layer takes, an output of classify.onnx
     gradient: str = YES
     generate: str = YES
 
@@ -66,7 +67,7 @@ class Manifest:
     sampler: Sampler
     provenance: Provenance
     files: dict[str, FileEntry]
-    output: Literal["logits"] = "logits"
+    output: Literal["logits", "probabilities"] = "logits"  # the first output of classify.onnx, by its name
     capabilities: Capabilities = field(default_factory=Capabilities)
     licence: Licence = field(default_factory=Licence)
     schema: int = SCHEMA
@@ -85,7 +86,7 @@ class Calibration:
     dataset: str
     handled: Annotated[float, Bounds(0.0, 1.0)]
     temperature: Annotated[float, Bounds(1e-3, 1e3)]
-    energies: list[Annotated[float, NATS]]
+    energies: list[Annotated[float, NATS]]  # none where the model has no energy
     views: list[str]
     left_out: dict[str, str]  # views that are not used, and why
     reviewed: list[str]  # what `decision` looks at: "ood", and "margin" where it was calibrated

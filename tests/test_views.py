@@ -15,6 +15,7 @@ from benchmarks.view_images import BENIGN, BLURRED, proxies
 from benchmarks.view_tables import document
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.handling import handled
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.scores import SCORES, ood_score
 from ebjdat_serve.view_files import load_reviewed, load_views, save_views
@@ -43,7 +44,6 @@ from ebjdat_serve.views import (
 from tests.conftest import ROOT
 from training.evaluation.metrics import flag_rate_interval
 from training.evaluation.odd import ODD, odd_images
-from training.evaluation.shifts import handled
 
 F, K = 12, 5
 values = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, network_name, read_rows, write_rows
-from ebjdat_serve.card import figure, key, table, title
+from ebjdat_serve.card import figure, imported, imported_card, key, measured, table, title
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import load_engine
@@ -37,7 +37,7 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
     """
     refuse_stale(bundle, rows)
     names = ["README.md"]
-    if samples:
+    if samples and "step" in bundle.functions:
         write_samples(bundle)
         names.append("samples.png")
     # without arrays an earlier image is kept as long as its rows are
@@ -99,6 +99,8 @@ def write_landscape(bundle: Bundle, arrays: dict[Images, Any]) -> bool:
 
 def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     """Return the model card."""
+    if imported(bundle.manifest):
+        return f"{imported_card(bundle)}\n{measured(rows)}"
     m, p = bundle.manifest, bundle.manifest.provenance
     drawn = (bundle.path / "landscape.png").is_file()
     landscape = "![energies of clean, adversarial, generated and OOD images](landscape.png)" if drawn else ""
