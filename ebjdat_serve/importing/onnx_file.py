@@ -22,6 +22,7 @@ LARGEST = 2**31 - 1
 """Bytes of a file, and of one tensor: protobuf's own limit."""
 MOST_VALUES, MOST_NODES = 500_000, 50_000
 """Messages, names and numbers outside tensors' raw bytes; operators. A ViT-L/16 has 2,300 operators and 30,000 values."""
+MOST_DIMS = 16
 PACKED_BYTES = 2**26
 """Bytes of integers in seven bits a byte, of which a parser makes eight times as many."""
 PLAIN = ("", "ai.onnx")
@@ -59,8 +60,9 @@ def read(file: Path) -> onnx.ModelProto:
     del content
     try:
         check_operators(model)
+        left = LARGEST
         for tensor in tensors(model):
-            check_tensor(tensor, file.parent)
+            left -= check_tensor(tensor, file.parent, left)
     except ValueError as error:
         raise EbjdatError(f"{where}: {error}") from error
     return model
@@ -171,21 +173,28 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             yield from attribute.tensors
 
 
-def check_tensor(tensor: onnx.TensorProto, folder: Path) -> None:
-    """Read a tensor's external data, which must lie in ``folder``; raise ValueError unless it has as many values as it says."""
+def check_tensor(tensor: onnx.TensorProto, folder: Path, most: int) -> int:
+    """Read a tensor's external data, which must lie in ``folder``, and return its bytes.
+
+    Raises ValueError unless it has as many values as it says, in ``most`` bytes.
+    """
     name = repr(tensor.name[:40])
     kind = KINDS.get(tensor.data_type)
     if kind is None:
         raise ValueError(f"tensor {name} has elements of type {tensor.data_type}, which are not read")
-    if any(n < 0 for n in tensor.dims) or (size := math.prod(tensor.dims)) * np.dtype(kind).itemsize > LARGEST:
-        raise ValueError(f"tensor {name} says it is of shape {list(tensor.dims)[:8]}, more than {LARGEST} bytes")
+    width, size = np.dtype(kind).itemsize, math.prod(tensor.dims)
+    if len(tensor.dims) > MOST_DIMS or any(n < 0 for n in tensor.dims):
+        raise ValueError(f"tensor {name} says it is of shape {list(tensor.dims)[:8]}")
+    if size * width > most:
+        raise ValueError(f"tensor {name} says it is of shape {list(tensor.dims)[:8]}: all tensors together may have {LARGEST} bytes")
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        tensor.raw_data = external(tensor, folder, size * np.dtype(kind).itemsize)
+        tensor.raw_data = external(tensor, folder, size * width)
         tensor.data_location = onnx.TensorProto.DEFAULT
     del tensor.external_data[:]
-    there = len(tensor.raw_data) // np.dtype(kind).itemsize if tensor.HasField("raw_data") else _stored(tensor)
+    there = len(tensor.raw_data) / width if tensor.HasField("raw_data") else _stored(tensor)
     if there != size:
-        raise ValueError(f"tensor {name} says it is of shape {list(tensor.dims)[:8]} and has {there} values")
+        raise ValueError(f"tensor {name} says it is of shape {list(tensor.dims)[:8]} and has {there:g} values")
+    return size * width
 
 
 def _stored(tensor: onnx.TensorProto) -> int:
