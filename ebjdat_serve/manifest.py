@@ -29,7 +29,8 @@ class Input:
 class Capabilities:
     """What can be asked of a model: "yes", or the reason why it cannot."""
 
-    energy: str = YES
+    energy: str = YES  # E(x) and E(x, y); never of a model that gives probabilities, whose logs are normalised
+    features: str = YES  # what the last layer takes, an output of classify.onnx
     gradient: str = YES
     generate: str = YES
 
@@ -80,7 +81,7 @@ class Manifest:
     sampler: Sampler
     provenance: Provenance
     files: dict[str, FileEntry]
-    output: Literal["logits"] = "logits"
+    output: Literal["logits", "probabilities"] = "logits"  # the first output of classify.onnx, by its name
     capabilities: Capabilities = field(default_factory=Capabilities)
     licence: Licence = field(default_factory=Licence)
     schema: int = SCHEMA
