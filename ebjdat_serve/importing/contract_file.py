@@ -82,7 +82,16 @@ def read_contract(file: Path) -> Contract:
         raise EbjdatError(f"{file}: unknown keys {unknown}; known are {', '.join([*INPUT, *(one.name for one in fields(_Rest))])}")
     if isinstance(rest.get("licence"), dict):
         rest["licence"] = asdict(Licence()) | rest["licence"]
-    filler: dict[str, Any] = dict(channel_order="RGB", scale=1.0, mean=[], std=[], layout="NCHW", labels=[], output="", licence=asdict(Licence()))
+    filler: dict[str, Any] = {
+        "channel_order": "RGB",
+        "scale": 1.0,
+        "mean": [],
+        "std": [],
+        "layout": "NCHW",
+        "labels": [],
+        "output": "",
+        "licence": asdict(Licence()),
+    }
     checked = parse(_Rest, filler | rest, str(file))
     for name in ("mean", "std"):
         if name in rest and len(rest[name]) != 3:

@@ -21,7 +21,9 @@ class Found:
 
     name: str
     source: str
-    graph: Network | bytes  # normalisation inside; bytes: a cleaned ONNX ModelProto. RGB NCHW [0,1] in, logits|probabilities (, features) out
+    graph: (
+        Network | bytes
+    )  # normalisation inside; bytes: a cleaned ONNX ModelProto. RGB NCHW [0,1] in, logits|probabilities (, features) out
     architecture: dict[str, Any]  # family + arguments for bundle.json
     input: Input
     labels: list[str] | None

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from ebjdat_serve.errors import EbjdatError, cause
@@ -26,23 +25,26 @@ MOST_DIMS = 16
 PACKED_BYTES = 2**26
 """Bytes of integers in seven bits a byte, of which a parser makes eight times as many."""
 PLAIN = ("", "ai.onnx")
-KINDS = {1: np.float32, 2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64, 12: np.uint32, 13: np.uint64}  # fmt: skip
+KINDS = {
+    1: np.float32, 2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16,
+    11: np.float64, 12: np.uint32, 13: np.uint64,
+}  # fmt: skip
 """Element types of tensors that are read."""
 
+FLOW, SPARSE = "!control flow", "!sparse tensors"
 FOLLOWED = {
-    "model": {1: "", 7: "graph", 8: "opset", 14: "entry", 20: "!training steps", 25: "!functions of its own"},
-    "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value", 15: "!sparse tensors"},
-    "node": {1: "", 2: "", 5: "attribute", 10: "", 9: "entry"},
-    "attribute": {5: "tensor", 6: "!control flow", 11: "!control flow", 10: "tensor", 22: "!sparse tensors", 23: "!sparse tensors", 9: "", 7: "#floats", 8: "#integers"},
-    "tensor": {1: "#integers", 4: "#floats", 5: "#integers", 6: "!tensors of strings", 7: "#integers", 10: "#floats", 11: "#integers", 13: "entry"},
+    "model": {7: "graph", 8: "opset", 14: "entry", 20: "!training steps", 25: "!functions of its own"},
+    "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value", 15: SPARSE},
+    "node": {5: "attribute", 9: "entry"},
+    "attribute": {5: "tensor", 6: FLOW, 7: "#floats", 8: "#integers", 10: "tensor", 11: FLOW, 22: SPARSE, 23: SPARSE},
+    "tensor": {1: "#integers", 5: "#integers", 6: "!tensors of strings", 7: "#integers", 11: "#integers", 13: "entry"},
     "value": {2: "type"},
-    "type": {1: "dims", 4: "!sequences", 5: "!maps", 8: "!sparse tensors", 9: "!optional values"},
+    "type": {1: "dims", 4: "!sequences", 5: "!maps", 8: SPARSE, 9: "!optional values"},
     "dims": {2: "shape"},
-    "shape": {1: ""},
-    "opset": {},
-    "entry": {},
-}  # fmt: skip
-"""Fields of onnx.proto: the message, "" for one without more, # for packed numbers, ! for what no image classifier needs."""
+    "shape": {1: "size"},
+    **dict.fromkeys(("size", "opset", "entry"), {}),
+}
+"""Fields of onnx.proto that are followed: the message, #integers for packed ones, ! for what no image classifier needs."""
 
 
 def read(file: Path) -> onnx.ModelProto:
@@ -55,7 +57,7 @@ def read(file: Path) -> onnx.ModelProto:
     try:
         survey(content)
         model = onnx.ModelProto.FromString(content)
-    except (ValueError, DecodeError) as error:
+    except (ValueError, onnx.onnx_pb.DecodeError) as error:
         raise EbjdatError(f"{where} is not an ONNX model that can be read: {error}") from error
     del content
     try:
@@ -94,16 +96,16 @@ def survey(content: bytes) -> None:
         for number, value in every_field(message):
             spend("values")
             follow = FOLLOWED[kind].get(number)
-            if follow is None or value is None or follow == "":
+            if follow is None or value is None:
                 continue
             if follow[0] == "!":
                 raise ValueError(f"it has {follow[1:]}, which no image classifier needs")
             if follow == "#integers":
                 spend("packed", len(value))
-            elif follow[0] != "#":
-                if follow == "node":
-                    spend("node")
-                walk(follow, value, depth + 1)
+                continue
+            if follow == "node":
+                spend("node")
+            walk(follow, value, depth + 1)
 
     if not content:
         raise ValueError("it is empty")
@@ -151,15 +153,19 @@ def check_operators(model: onnx.ModelProto) -> None:
             raise ValueError(f"operator {name} is unknown in version {versions[0]} of ONNX's operators")
 
 
-_FLOW, _CHANCE, _SIZE, _TEXT = "control flow", "its result is random", "the size of its result depends on pixels", "it is of text or files"
-_LIST = "sequences are no images"
+_SEQUENCES = (
+    "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength", "SplitToSequence",
+    "ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement",
+)  # fmt: skip
+_RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
+_TEXTS = ("StringNormalizer", "StringConcat", "StringSplit", "RegexFullMatch", "TfIdfVectorizer", "ImageDecoder")
 REFUSED = {
-    **dict.fromkeys(("If", "Loop", "Scan", "SequenceMap"), _FLOW),
-    **dict.fromkeys(("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"), _CHANCE),
-    **dict.fromkeys(("NonZero", "Unique", "Compress", "NonMaxSuppression"), _SIZE),
-    **dict.fromkeys(("StringNormalizer", "StringConcat", "StringSplit", "RegexFullMatch", "TfIdfVectorizer", "ImageDecoder"), _TEXT),
-    **dict.fromkeys(("SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength", "SplitToSequence", "ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement"), _LIST),
-}  # fmt: skip
+    **dict.fromkeys(("If", "Loop", "Scan", "SequenceMap"), "control flow"),
+    **dict.fromkeys(_RANDOM, "its result is random"),
+    **dict.fromkeys(("NonZero", "Unique", "Compress", "NonMaxSuppression"), "the size of its result depends on pixels"),
+    **dict.fromkeys(_TEXTS, "it is of text or files"),
+    **dict.fromkeys(_SEQUENCES, "sequences are no images"),
+}
 """Operators of ONNX that are not run, and why."""
 
 

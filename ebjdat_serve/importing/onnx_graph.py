@@ -55,12 +55,16 @@ def image_of(graph: GraphProto, layout: str = "") -> Image:
     if kind not in PIXELS:
         raise ValueError(f"its input {value.name[:40]!r} is not of numbers that pixels can be ({', '.join(PIXELS.values())})")
     if sizes is None or len(sizes) != 4:
-        raise ValueError(f"its input {value.name[:40]!r} is of shape {shape(sizes)}; an image is of 4 sizes, N x 3 x H x W or N x H x W x 3")
+        raise ValueError(
+            f"its input {value.name[:40]!r} is of shape {shape(sizes)}; an image is of 4 sizes, N x 3 x H x W or N x H x W x 3"
+        )
     fits = [name for name, place in (("NCHW", 1), ("NHWC", 3)) if sizes[place] in (3, None) and layout in ("", name)]
     certain = [name for name in fits if sizes[1 if name == "NCHW" else 3] == 3] or fits
     if len(certain) != 1:
         why = "either layout is possible: give layout in the contract" if fits else "it takes no image of 3 channels"
-        raise ValueError(f"its input {value.name[:40]!r} is of shape {shape(sizes)}{f', not {layout}' if layout and not fits else ''}: {why}")
+        raise ValueError(
+            f"its input {value.name[:40]!r} is of shape {shape(sizes)}{f', not {layout}' if layout and not fits else ''}: {why}"
+        )
     height, width = sizes[2:] if certain[0] == "NCHW" else sizes[1:3]
     for name, size in (("height", height), ("width", width), ("batch", sizes[0])):
         if size is not None and not 1 <= size <= 4096:
@@ -97,7 +101,9 @@ def output_of(graph: GraphProto, wished: str = "") -> str:
         return wished
     fit = [v.name for v in graph.output if v.type.tensor_type.elem_type in (0, *FLOATS) and one_row_of_classes(sizes_of(v))]
     if len(fit) != 1:
-        found = f"which of its outputs{some(fit)} holds the classes is not clear" if fit else f"none of its outputs{some(names)} is N x classes"
+        found = (
+            f"which of its outputs{some(fit)} holds the classes is not clear" if fit else f"none of its outputs{some(names)} is N x classes"
+        )
         raise ValueError(f"{found}: give output in the contract")
     return fit[0]
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -120,7 +120,13 @@ def attempt(model: onnx.ModelProto, looked: Looked, pixels: Pixels, size: tuple[
             del expected["features"]
     if not all(np.isfinite(values).all() for values in expected.values()):
         raise ValueError("for some image its output is not finite")
-    rewritten, freed, error = _rewritten(model, about, head, pixels, size, tries, expected)
+    names = [output, *([] if energy else ["energy"]), *(["features"] if head.features else [])]
+    expected[output] = expected.pop("logits")
+
+    def rewritten_to(freed: bool) -> onnx.ModelProto:
+        return served_form(model, about, head, pixels, size, names, freed=freed)
+
+    rewritten, freed, error = _for_any_batch(rewritten_to, tries, expected)
     (folder / ORIGINAL).write_bytes(exposed(model, head).SerializeToString())
     (folder / SERVED).write_bytes(rewritten.SerializeToString())
     features = expected["features"].shape[1] if head.features else 0
@@ -163,19 +169,16 @@ def pooled(features: Floats, head: Head) -> Floats:
     return means.reshape(len(features), -1)
 
 
-def _rewritten(
-    model: onnx.ModelProto,
-    about: Image,
-    head: Head,
-    pixels: Pixels,
-    size: tuple[int, int],
-    tries: Floats,
-    expected: dict[str, Floats],
+def _for_any_batch(
+    rewritten: Callable[[bool], onnx.ModelProto], tries: Floats, expected: dict[str, Floats]
 ) -> tuple[onnx.ModelProto, bool, float]:
-    """Return the rewritten graph, for any number of images, whether its shapes were changed for that, and its error on all and on one."""
+    """Return the rewritten graph, whether its shapes were freed of a batch, and its largest error on all images and on one.
+
+    Raises ValueError for a graph that gives something else for several images at once.
+    """
     why = ""
     for freed in (False, True):
-        done = served_form(model, about, head, pixels, size, freed=freed)
+        done = rewritten(freed)
         try:
             errors = [off(served(done, tries[:n]), {name: values[:n] for name, values in expected.items()}) for n in (len(tries), 1)]
         except ValueError as error:

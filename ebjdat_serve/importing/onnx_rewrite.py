@@ -15,7 +15,7 @@ from ebjdat_serve.importing.onnx_graph import Head, Image, constants_lifted, dep
 OLDEST, TARGET = 13, 17
 """Versions of ONNX's operators: of a graph as it is served at least, and that older ones are converted to."""
 IR = 10
-TAKES_MASK_OF_AXES = 18
+AXES_ARE_AN_INPUT = 18
 """Since this version ReduceLogSumExp takes its axes as an input."""
 
 
@@ -29,8 +29,10 @@ class Pixels:
     std: list[float]
 
 
-def served_form(model: ModelProto, image: Image, head: Head, pixels: Pixels, size: tuple[int, int], *, freed: bool) -> ModelProto:
-    """Return a new model with the input ``image`` and the outputs logits, energy, and features if the head has them.
+def served_form(
+    model: ModelProto, image: Image, head: Head, pixels: Pixels, size: tuple[int, int], outputs: Sequence[str], *, freed: bool
+) -> ModelProto:
+    """Return a new model with the input ``image`` and the ``outputs``: logits or probabilities, energy, features.
 
     ``freed``: a batch that is written into shapes is taken from the image instead. Raises ValueError for a graph that cannot be brought to
     an operator version that is served.
@@ -39,7 +41,7 @@ def served_form(model: ModelProto, image: Image, head: Head, pixels: Pixels, siz
     done.CopyFrom(model)
     graph = done.graph
     constants_lifted(graph)
-    wanted = [name for name in (head.logits, head.features) if name]
+    wanted = [head.logits, *([head.features] if "features" in outputs else [])]
     nodes = ordered(graph, image.name, wanted)
     varying = dependent(nodes, image.name)
     kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
@@ -58,11 +60,15 @@ def served_form(model: ModelProto, image: Image, head: Head, pixels: Pixels, siz
     del plain.graph.value_info[:], plain.graph.input[:], plain.graph.output[:]
     plain.graph.input.append(helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["N", 3, height, width]))
     front = in_front(image, pixels, names[image.name], plain.graph)
-    behind = at_the_end(names[head.logits], names.get(head.features, ""), pooled=head.pooled, version=opset(plain), graph=plain.graph)
+    behind = at_the_end(names[head.logits], outputs[0])
+    if "energy" in outputs:
+        behind += energy_of(outputs[0], plain)
+    if "features" in outputs:
+        behind += at_the_end(pooled(names[head.features], behind) if head.pooled else names[head.features], "features")
     nodes = [*front, *plain.graph.node, *behind]
     del plain.graph.node[:]
     plain.graph.node.extend(nodes)
-    for name in ("logits", "energy", *(["features"] if head.features else [])):
+    for name in outputs:
         sizes = ["N"] if name == "energy" else ["N", None]
         plain.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes))
     return plain
@@ -152,27 +158,28 @@ def in_front(image: Image, pixels: Pixels, target: str, graph: onnx.GraphProto) 
     return nodes
 
 
-def at_the_end(logits: str, features: str, *, pooled: bool, version: int, graph: onnx.GraphProto) -> list[NodeProto]:
-    """Return the operators that make the outputs: float32, logits (N, K), energy -logsumexp (N,), features (N, F) if there are any."""
-    nodes = [
-        helper.make_node("Flatten", [logits], ["output.logits"], axis=1, name="output.Flatten"),
-        helper.make_node("Cast", ["output.logits"], ["logits"], to=onnx.TensorProto.FLOAT, name="output.Cast"),
+def at_the_end(value: str, name: str) -> list[NodeProto]:
+    """Return the operators that make ``value`` the output ``name`` (N, K) in float32."""
+    return [
+        helper.make_node("Flatten", [value], [f"output.{name}"], axis=1, name=f"output.Flatten.{name}"),
+        helper.make_node("Cast", [f"output.{name}"], [name], to=onnx.TensorProto.FLOAT, name=f"output.Cast.{name}"),
     ]
-    if version >= TAKES_MASK_OF_AXES:
-        sums = helper.make_node("ReduceLogSumExp", ["logits", constant(graph, "output.axes", np.array([1]))], ["output.sum"], keepdims=0)
+
+
+def pooled(value: str, nodes: list[NodeProto]) -> str:
+    """Add the operator that averages ``value`` (N, F, H, W) over its places to ``nodes`` and return what it makes."""
+    nodes.append(helper.make_node("GlobalAveragePool", [value], ["output.pooled"], name="output.GlobalAveragePool"))
+    return "output.pooled"
+
+
+def energy_of(logits: str, model: ModelProto) -> list[NodeProto]:
+    """Return the operators that make the energy -logsumexp (N,) of logits (N, K)."""
+    if opset(model) >= AXES_ARE_AN_INPUT:
+        axes = constant(model.graph, "output.axes", np.array([1]))
+        total = helper.make_node("ReduceLogSumExp", [logits, axes], ["output.sum"], keepdims=0, name="output.ReduceLogSumExp")
     else:
-        sums = helper.make_node("ReduceLogSumExp", ["logits"], ["output.sum"], axes=[1], keepdims=0)
-    nodes += [sums, helper.make_node("Neg", ["output.sum"], ["energy"], name="output.Neg")]
-    if features:
-        flat = features
-        if pooled:
-            flat = "output.pooled"
-            nodes.append(helper.make_node("GlobalAveragePool", [features], [flat], name="output.GlobalAveragePool"))
-        nodes += [
-            helper.make_node("Flatten", [flat], ["output.features"], axis=1, name="output.Flatten.features"),
-            helper.make_node("Cast", ["output.features"], ["features"], to=onnx.TensorProto.FLOAT, name="output.Cast.features"),
-        ]
-    return nodes
+        total = helper.make_node("ReduceLogSumExp", [logits], ["output.sum"], axes=[1], keepdims=0, name="output.ReduceLogSumExp")
+    return [total, helper.make_node("Neg", ["output.sum"], ["energy"], name="output.Neg")]
 
 
 def free_batch(graph: onnx.GraphProto, varying: set[str], batch: int) -> None:
@@ -191,12 +198,11 @@ def free_batch(graph: onnx.GraphProto, varying: set[str], batch: int) -> None:
                 new[0] = 0 if -1 in target[1:] and target[0] == batch else -1
                 if (new[1:] == -1).sum() + (new[0] == -1) <= 1:
                     node.input[1] = constant(graph, f"{node.output[0]}.free", new)
-        elif node.op_type == "Concat" and (axis := node.attribute[0].i) != 0 and (like := [n for n in node.input if n in varying]):
+        elif node.op_type == "Concat" and (like := [name for name in node.input if name in varying]):
             for place, name in enumerate(node.input):
                 if name in known and name not in varying and len(known[name].dims) > 1 and known[name].dims[0] == 1:
                     nodes += repeated(graph, name, like[0], f"{node.output[0]}.{place}")
                     node.input[place] = f"{node.output[0]}.{place}.all"
-            assert axis  # batches are never joined
         nodes.append(NodeProto.FromString(node.SerializeToString()))
     del graph.node[:]
     graph.node.extend(nodes)

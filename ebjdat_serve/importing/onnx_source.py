@@ -28,6 +28,7 @@ class FoundGraph(Found):
     """An ONNX classifier; ``forward`` runs the graph as its file has it, on images (N, 3, H, W) in [0,1], for the self-test."""
 
     forward: Callable[[Floats], dict[str, Floats]]
+    classes: int
 
 
 def find(source: str, *, labels: list[str] | None, contract: Contract | None, licence: Licence | None, allow_code: bool) -> Found:
@@ -61,6 +62,7 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
         said=_said(tried, pixels, where if named else ""),
         unknown=_unknown(tried, named, where, licence or contract.licence),
         forward=_forward(original, tried, pixels),
+        classes=tried.classes,
     )
 
 
@@ -80,9 +82,7 @@ def write_template(source: str, file: Path) -> Looked:
     looked = looked_at(Path(source))
     found, _ = labels.of_metadata(looked.metadata, looked.classes or 0)
     image = looked.image
-    contract_file.write_template(
-        file, height=image.height, width=image.width, layout=image.layout, output=looked.head.output, labels=found
-    )
+    contract_file.write_template(file, height=image.height, width=image.width, layout=image.layout, output=looked.head.output, labels=found)
     return looked
 
 

@@ -62,7 +62,9 @@ def _places(file: Path) -> dict[str, tuple[int, int]]:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))
     header.pop("__metadata__", None)
-    return {name: (8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in header.items()}
+    return {
+        name: (8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in header.items()
+    }
 
 
 def _point(tensor: TensorProto, offset: int, length: int) -> None:
