@@ -77,7 +77,7 @@ def import_model(
         bundle = written(found, temporary, described, samples(found, calibration), say)
         if calibration:
             say(f"calibrating on {printable(calibration)}")
-            bundle = calibrated(bundle, calibration)
+            bundle = calibrated(bundle, calibration, say)
         say("checking it as a server does")
         verified(bundle.path, USUAL, FUNCTIONS)
         temporary.rename(out)
@@ -121,9 +121,8 @@ def summary(found: Found) -> list[str]:
     """Return what was found and what could not be known, in lines."""
     able = [name for name, why in vars(found.capabilities).items() if why == YES]
     lacking = [f"  no {name}: {why}" for name, why in vars(found.capabilities).items() if why != YES]
-    contract = getattr(found.input, "described", None)
     lines = [f"{found.name} ({found.source})", *(f"  {line}" for line in found.said)]
-    lines += [f"  input: {contract() if contract else f'{found.input.height} x {found.input.width} pixels'}"]
+    lines += [f"  input: {found.input.described()}"]
     lines += [f"  labels: {listed(found.labels)}" if found.labels else "  labels: none"]
     lines += [f"  gives {', '.join([found.output, *able])}", *lacking]
     lines += [f"  licence of the {name}: {value}" for name, value in vars(found.licence).items()]
@@ -140,7 +139,7 @@ def samples(found: Found, folder: Path | None) -> Floats:
     files = list_images(folder).images[: images.TRIED]
     if not files:
         raise EbjdatError(f"{printable(folder)} holds no images")
-    return to_unit(np.stack([decode(file.read_bytes(), size.height, size.width) for file in files]))
+    return to_unit(np.stack([decode(file.read_bytes(), size) for file in files]))
 
 
 def written(found: Found, folder: Path, contract: Contract | None, image: Floats, say: Callable[[str], None]) -> Bundle:
@@ -168,9 +167,12 @@ def written(found: Found, folder: Path, contract: Contract | None, image: Floats
     return draft.update("README.md")
 
 
-def calibrated(bundle: Bundle, folder: Path) -> Bundle:
+def calibrated(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> Bundle:
     """Return the bundle, calibrated on a folder of images; raise EbjdatError for one of too few."""
-    raise EbjdatError(f"{printable(folder)}: not yet")
+    if find_spec("ebjdat_serve.folder_calibration") is None:
+        raise EbjdatError("this version does not calibrate on folders: leave out --calibration")
+    done: Bundle = import_module("ebjdat_serve.folder_calibration").calibrate_folder(bundle, folder, say=say)
+    return done
 
 
 def classes_of(found: Found) -> int:

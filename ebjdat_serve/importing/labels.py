@@ -42,8 +42,10 @@ def of_metadata(metadata: Mapping[str, str], classes: int) -> tuple[list[str] | 
         text = metadata.get(key, "")
         if not text or len(text) > LARGEST:
             continue
-        found = parsed(text) or [part.strip() for part in (text.split("\n") if "\n" in text else text.split(","))]
-        labels = distinct([label for label in found if label])
+        found = parsed(text)
+        if found is None and not text.lstrip().startswith(("[", "{")):
+            found = [part.strip() for part in (text.split("\n") if "\n" in text else text.split(","))]
+        labels = distinct([label for label in found or [] if label])
         if len(labels) == classes and not label_fault(labels):
             return labels, f"labels from its metadata key {key!r}"
         refused = f"its metadata key {key!r} has {len(labels)} labels for {classes} classes"
@@ -54,7 +56,7 @@ def of_metadata(metadata: Mapping[str, str], classes: int) -> tuple[list[str] | 
 
 def parsed(text: str) -> list[str] | None:
     """Return the labels in a JSON list or object, or in Python's notation of one, None for any other text."""
-    if text.lstrip()[:1] not in ("[", "{"):
+    if not text.lstrip().startswith(("[", "{")):
         return None
     try:
         found: Any = strict_json.loads(text)

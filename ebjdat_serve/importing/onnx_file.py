@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from ebjdat_serve.errors import EbjdatError, cause
@@ -42,7 +43,9 @@ FOLLOWED = {
     "type": {1: "dims", 4: "!sequences", 5: "!maps", 8: SPARSE, 9: "!optional values"},
     "dims": {2: "shape"},
     "shape": {1: "size"},
-    **dict.fromkeys(("size", "opset", "entry"), {}),
+    "size": {},
+    "opset": {},
+    "entry": {},
 }
 """Fields of onnx.proto that are followed: the message, #integers for packed ones, ! for what no image classifier needs."""
 
@@ -57,7 +60,7 @@ def read(file: Path) -> onnx.ModelProto:
     try:
         survey(content)
         model = onnx.ModelProto.FromString(content)
-    except (ValueError, onnx.onnx_pb.DecodeError) as error:
+    except (ValueError, DecodeError) as error:
         raise EbjdatError(f"{where} is not an ONNX model that can be read: {error}") from error
     del content
     try:
@@ -205,7 +208,8 @@ def check_tensor(tensor: onnx.TensorProto, folder: Path, most: int) -> int:
 
 def _stored(tensor: onnx.TensorProto) -> int:
     """Return the number of values in a tensor's typed fields."""
-    return sum(map(len, (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)))
+    fields = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
+    return sum(len(values) for values in fields)
 
 
 def external(tensor: onnx.TensorProto, folder: Path, wanted: int) -> bytes:

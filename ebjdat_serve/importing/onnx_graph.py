@@ -12,6 +12,8 @@ PIXELS = {**FLOATS, 2: "uint8"}
 """Element types of an image input."""
 PASSING = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Dropout")
 """Operators that hand on what they take, in another shape or type."""
+AFTER = ("Sigmoid", "Add", "Sub", "Mul", "Div", "Relu", "GlobalAveragePool", "ReduceMean", "Transpose")
+"""Operators between the last layer and its logits, or probabilities, that may lie there too."""
 SIZED = {
     "Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Range": (0, 1, 2), "Resize": (1, 2, 3), "Upsample": (1,),
     "Pad": (1, 3), "Slice": (1, 2, 3, 4), "OneHot": (1,), "TopK": (1,), "Squeeze": (1,), "Unsqueeze": (1,), "Split": (1,),
@@ -105,7 +107,7 @@ def output_of(graph: GraphProto, wished: str = "") -> str:
             f"which of its outputs{some(fit)} holds the classes is not clear" if fit else f"none of its outputs{some(names)} is N x classes"
         )
         raise ValueError(f"{found}: give output in the contract")
-    return fit[0]
+    return str(fit[0])
 
 
 def one_row_of_classes(sizes: list[int | None] | None) -> bool:
@@ -188,7 +190,7 @@ def head_of(graph: GraphProto, output: str, pixels: set[str]) -> Head:
         elif (written := softmax_by_hand(node, made)) is not None:
             logits, ending = written, "softmax"
     pooled = False
-    for node in back(logits, (*PASSING, "Add", "Sub", "Mul", "Div", "Relu", "GlobalAveragePool", "ReduceMean", "Transpose")):
+    for node in back(logits, (*PASSING, *AFTER)):
         pooled = pooled or node.op_type in ("GlobalAveragePool", "ReduceMean")
         if node.op_type in ("Gemm", "MatMul", "Conv") and node.input[0] in pixels and node.input[1] not in pixels:
             return Head(output, logits, ending, node.input[0], pooled and node.op_type == "Conv")
@@ -206,13 +208,13 @@ def softmax_by_hand(node: NodeProto, made: dict[str, NodeProto]) -> str | None:
     if shifted is not None and shifted.op_type == "Sub":
         most = made.get(shifted.input[1])
         if most is not None and most.op_type == "ReduceMax" and most.input[0] == shifted.input[0]:
-            return shifted.input[0]
-    return top.input[0]
+            return str(shifted.input[0])
+    return str(top.input[0])
 
 
 def opset(model: ModelProto) -> int:
     """Return the version of ONNX's operators that a model is written in."""
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
 
 
 def constants_lifted(graph: GraphProto) -> None:
@@ -222,8 +224,10 @@ def constants_lifted(graph: GraphProto) -> None:
         if node.op_type != "Constant":
             nodes.append(node)
             continue
-        value = node.attribute[0] if len(node.attribute) == 1 else None
-        match value.name if value is not None else "":
+        if len(node.attribute) != 1:
+            raise ValueError(f"its constant {node.output[0][:40]!r} is not one value")
+        value = node.attribute[0]
+        match value.name:
             case "value":
                 tensor = onnx.TensorProto()
                 tensor.CopyFrom(value.t)

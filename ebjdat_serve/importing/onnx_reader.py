@@ -24,9 +24,20 @@ import onnx
 import ebjdat_serve
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.importing import images
+from ebjdat_serve.importing import images, labels
 from ebjdat_serve.importing.onnx_file import read
-from ebjdat_serve.importing.onnx_graph import Head, Image, constants_lifted, dependent, head_of, image_of, opset, ordered, output_of
+from ebjdat_serve.importing.onnx_graph import (
+    Head,
+    Image,
+    constants_lifted,
+    dependent,
+    head_of,
+    image_of,
+    opset,
+    ordered,
+    output_of,
+    sizes_of,
+)
 from ebjdat_serve.importing.onnx_rewrite import Pixels, served_form
 from ebjdat_serve.importing.onnx_run import exposed, first_line, off, run, served, session
 from ebjdat_serve.listing import printable
@@ -78,11 +89,12 @@ def look(model: onnx.ModelProto, layout: str = "", output: str = "") -> Looked:
     pixels = dependent(nodes, image.name)
     if name not in pixels or name == image.name:
         raise ValueError(f"its output {name[:40]!r} does not depend on the image")
-    sizes = next((value.type.tensor_type.shape.dim for value in model.graph.output if value.name == name), [])
-    known = [size.dim_value for size in sizes][1:]
-    classes = math.prod(known) if known and all(known) else None
-    texts = {entry.key[:100]: entry.value for entry in model.metadata_props[:100]}
-    return Looked(image, head_of(lifted.graph, name, pixels), classes, opset(model), model.producer_name[:40], texts)
+    sizes = next((sizes_of(value) for value in model.graph.output if value.name == name), None)
+    known = [size for size in (sizes or [])[1:] if size]
+    classes = math.prod(known) if sizes and len(known) == len(sizes) - 1 else None
+    texts = {entry.key[:100]: entry.value for entry in model.metadata_props[:100] if len(entry.value) <= labels.LARGEST}
+    by = "".join(letter for letter in model.producer_name[:40] if letter.isprintable())
+    return Looked(image, head_of(lifted.graph, name, pixels), classes, opset(model), by, texts)
 
 
 def size_of(image: Image, height: int | None, width: int | None) -> tuple[int, int]:
@@ -106,7 +118,7 @@ def attempt(model: onnx.ModelProto, looked: Looked, pixels: Pixels, size: tuple[
     tries = to_unit(images.made(*size))
     head, found = looked.head, _as_it_is(model, looked.head, tries, about, pixels)
     if head.ending and not _explained(found, head.ending):
-        head = Head(head.output, head.output, head.ending if head.ending == "sigmoid" else "", "", pooled=False)
+        head = replace(head, logits=head.output, ending=head.ending if head.ending == "sigmoid" else "")
         found["logits"] = found["output"]
     output, energy = kind_of(found, head)
     expected = {"logits": found["logits"].reshape(len(tries), -1)}
@@ -208,7 +220,7 @@ def main(folder: Path) -> None:
         answer = {"refused": f"{printable(source)}: {error}"}
     except MemoryError:
         answer = {"refused": f"{printable(source)}: reading it takes more than {request['memory'] // 2**20} MiB of memory"}
-    except Exception as error:  # noqa: BLE001 (ONNX's own libraries raise what they like on strange files; none may pass this line)
+    except Exception as error:  # noqa: BLE001 (ONNX's own libraries raise what they like on strange files)
         answer = {"refused": f"{printable(source)} cannot be read: {type(error).__name__}: {first_line(error)}"}
     (folder / ANSWER).write_text(json.dumps(answer), encoding="utf-8")
 

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from ebjdat_serve.importing.onnx_graph import Head, Image, constants_lifted, dependent, opset, ordered
@@ -21,7 +21,7 @@ AXES_ARE_AN_INPUT = 18
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a model wants its pixels: ``(pixel in [0,1] * scale - mean) / std``, its channels in ``channel_order``, mean and std in it too."""
+    """How a model wants its pixels: ``(pixel in [0,1] * scale - mean) / std``, channels, mean and std in ``channel_order``."""
 
     channel_order: Literal["RGB", "BGR"]
     scale: float
@@ -119,7 +119,7 @@ def renamed(graph: onnx.GraphProto, image: str) -> dict[str, str]:
     return names
 
 
-def constant(graph: onnx.GraphProto, name: str, value: NDArray[np.generic]) -> str:
+def constant(graph: onnx.GraphProto, name: str, value: ArrayLike) -> str:
     """Add an initialiser to ``graph`` and return its name."""
     graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     return name
@@ -130,7 +130,7 @@ def in_front(image: Image, pixels: Pixels, target: str, graph: onnx.GraphProto) 
     nodes: list[NodeProto] = []
     value = "image"
 
-    def then(kind: str, *more: str, **attributes: object) -> None:
+    def then(kind: str, *more: str, **attributes: Any) -> None:
         nonlocal value
         made = f"input.{len(nodes)}"
         nodes.append(helper.make_node(kind, [value, *more], [made], name=f"input.{kind}.{len(nodes)}", **attributes))

@@ -21,7 +21,7 @@ def session(model: bytes | Path, threads: int = 1) -> ort.InferenceSession:
     options.log_severity_level = 4
     try:
         return ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 (its exceptions have no common base, and std::bad_alloc is a RuntimeError)
+    except Exception as error:  # its exceptions have no common base
         raise ValueError(f"ONNX Runtime does not open it: {first_line(error)}") from error
 
 
@@ -67,7 +67,7 @@ def run(opened: ort.InferenceSession, image: Floats, about: Image, pixels: Pixel
         batch = np.repeat(one[None], about.batch or 1, axis=0)
         try:
             found = opened.run(list(names.values()), {about.name: batch})
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise ValueError(f"ONNX Runtime does not run it: {first_line(error)}") from error
         for name, values in zip(names, found, strict=True):
             if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu" or not values.ndim or len(values) != len(batch):
@@ -82,7 +82,7 @@ def served(model: ModelProto, image: Floats) -> dict[str, Floats]:
     names = [output.name for output in opened.get_outputs()]
     try:
         return dict(zip(names, opened.run(names, {"image": image}), strict=True))
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise ValueError(f"ONNX Runtime does not run it: {first_line(error)}") from error
 
 

@@ -50,7 +50,7 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
     sizes = contract.input_of(*tried.size)
     return FoundGraph(
         name=file.stem,
-        source=printable(file.name),
+        source="".join(letter for letter in printable(file.name) if letter.isprintable()),
         graph=graph,
         architecture={"family": "onnx", "opset": tried.opset},
         input=sizes,
@@ -92,7 +92,7 @@ def _unsaid(file: Path, contract: Contract | None, looked: Looked) -> EbjdatErro
     line = contract_file.as_line(names)
     return EbjdatError(
         f"{printable(file)} takes {_sizes(looked)} and does not say how an image becomes that: "
-        f"{'add to the contract' if contract else 'write a contract'} the values that it was trained with, such as {line}; "
+        f"{'the contract lacks' if contract else 'give --contract FILE with'} what it was trained with, such as {line}; "
         f"ebjdat-serve import {printable(file)} --write-contract FILE begins one (docs/import.md)"
     )
 
@@ -115,10 +115,11 @@ def _said(tried: Tried, pixels: Pixels, labelled: str) -> list[str]:
     ending = {"softmax": "its softmax is cut off", "log-softmax": "its log-softmax is cut off", "sigmoid": "it ends in a sigmoid"}
     batch = f"; it was written for {looked.image.batch} and now takes any number" if looked.image.batch else ""
     features = f"{tried.features} features, which the last layer takes" if tried.features else "no features"
+    normal = f"(pixel in [0,1] * {pixels.scale:g} - {pixels.mean}) / {pixels.std}"
     version = f", converted to {tried.opset}" if tried.opset != looked.opset else ""
     return [
         f"an ONNX graph in version {looked.opset} of its operators{version}{by}",
-        f"it takes {_sizes(looked)}, {pixels.channel_order}, (pixel in [0,1] * {pixels.scale:g} - {pixels.mean}) / {pixels.std}: now in the graph{batch}",
+        f"it takes {_sizes(looked)}, {pixels.channel_order}, {normal}: now in the graph{batch}",
         f"{tried.classes} classes from {looked.head.output[:60]!r}, {ending.get(looked.head.ending, 'which are logits')}; {features}",
         f"rewritten, it answers as the file does to {tried.error:.0e} of the largest value, on 8 images and on one",
         *([labelled] if labelled else []),
