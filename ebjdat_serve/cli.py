@@ -1,4 +1,4 @@
-"""The command line: `ebjdat-serve serve | inspect | verify | list | publish | rollback | sign | key`."""
+"""The command line: `ebjdat-serve serve | import | inspect | verify | list | publish | rollback | sign | key`."""
 
 import argparse
 import logging

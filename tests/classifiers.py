@@ -3,7 +3,7 @@
 Outputs and gradient are computed here in NumPy, too: the self-test does not come from the graph that it tests.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ebjdat_serve.bundle import Bundle, sha256, write_json
 from ebjdat_serve.manifest import YES, Capabilities, Input, Licence, Manifest, Provenance
 from ebjdat_serve.pixels import encode_png
 from ebjdat_serve.sgld import Sampler
-from dataclasses import asdict
 
 WIDTH = 6
 NO_GRADIENT, NO_PRIOR, NO_FEATURES, NO_ENERGY = (

@@ -26,6 +26,9 @@ HOST = {
     "training/overrides.py": "training/train.py",
     "training/refresh.py": "training/train.py",
     "ebjdat_serve/server/read/browsers.py": "ebjdat-serve serve",
+    "ebjdat_serve/import_command.py": "ebjdat-serve import",
+    "ebjdat_serve/importing/__init__.py": "ebjdat-serve import",
+    "ebjdat_serve/importing/onnx_source.py": "ebjdat-serve import",
 }
 """Modules that are no commands and whose errors one command alone ends with."""
 

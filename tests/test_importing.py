@@ -132,7 +132,7 @@ def test_a_batch_that_images_share_is_refused(tmp_path):
         helper.make_node("MatMul", ["s", "w"], ["y"]),
         given=[constant("w", WEIGHT, np.float32)],
     )
-    with pytest.raises(ValueError, match="of several images at once it answers otherwise, off by .*: export it with a dynamic batch"):
+    with pytest.raises(ValueError, match=r"of several images at once it answers otherwise, off by .*: export it with a dynamic batch"):
         tried(model, tmp_path)
 
 

@@ -108,6 +108,7 @@ HOSTILE = {
     "an absolute file": (outside(location="/etc/passwd"), "is no file in the folder"),
     "no file": (outside(), "kept in '', which is no file"),
     "a null": (outside(location="a\0b"), "is no file in the folder"),
+    "a long name": (outside(location="a" * 5000), "is no file in the folder"),
     "the folder": (outside(location="."), "is no file in the folder"),
     "beyond the end": (outside(location="data", offset="99999999999"), "does not lie within 'data'"),
     "before the start": (outside(location="data", offset="-4"), "does not lie within 'data'"),

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 
 from ebjdat_serve.errors import EbjdatError, cause
 from ebjdat_serve.graphs import DEEPEST, varint
@@ -59,7 +58,7 @@ def read(file: Path) -> onnx.ModelProto:
     content = _content(file, where)
     try:
         survey(content)
-        model = onnx.ModelProto.FromString(content)
+        model: onnx.ModelProto = onnx.ModelProto.FromString(content)
     except (ValueError, DecodeError) as error:
         raise EbjdatError(f"{where} is not an ONNX model that can be read: {error}") from error
     del content
@@ -203,7 +202,7 @@ def check_tensor(tensor: onnx.TensorProto, folder: Path, most: int) -> int:
     there = len(tensor.raw_data) / width if tensor.HasField("raw_data") else _stored(tensor)
     if there != size:
         raise ValueError(f"tensor {name} says it is of shape {list(tensor.dims)[:8]} and has {there:g} values")
-    return size * width
+    return int(size * width)
 
 
 def _stored(tensor: onnx.TensorProto) -> int:
@@ -217,8 +216,7 @@ def external(tensor: onnx.TensorProto, folder: Path, wanted: int) -> bytes:
     name, said = repr(tensor.name[:40]), {entry.key: entry.value for entry in tensor.external_data}
     location = said.get("location", "")
     file = folder / location
-    home = folder.resolve()
-    if not location or "\0" in location or os.path.isabs(location) or not file.resolve().is_relative_to(home) or not file.is_file():
+    if not _lies_in(file, folder, location):
         raise ValueError(f"tensor {name} is kept in {location[:80]!r}, which is no file in the folder of the model")
     try:
         offset, length = int(said.get("offset", "0")), int(said.get("length", wanted))
@@ -228,10 +226,15 @@ def external(tensor: onnx.TensorProto, folder: Path, wanted: int) -> bytes:
         raise ValueError(f"tensor {name}: its data does not lie within {location[:80]!r}")
     with file.open("rb") as opened:
         opened.seek(offset)
-        return opened.read(length)
+        content: bytes = opened.read(length)
+    return content
 
 
-def array(tensor: onnx.TensorProto) -> NDArray[np.generic]:
-    """Return a checked tensor's values."""
-    values: NDArray[np.generic] = onnx.numpy_helper.to_array(tensor)
-    return values
+def _lies_in(file: Path, folder: Path, location: str) -> bool:
+    """Return whether a file, named by ``location``, lies in ``folder`` when links are followed."""
+    if not location or "\0" in location or os.path.isabs(location):
+        return False
+    try:
+        return file.resolve().is_relative_to(folder.resolve()) and file.is_file()
+    except (OSError, RuntimeError):  # a name that is too long, a circle of links
+        return False
