@@ -103,7 +103,7 @@ def texts(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
 
 
 NAMED = re.compile(
-    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)|(?:ebjdat-)?(?P<served>serve|sign|publish|rollback|verify)(?= )"
+    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)|(?:ebjdat-)?(?P<served>serve(?! import)|sign|publish|rollback|verify)(?= )"
     r"|(?P<flag>--[a-z][a-z-]*)"
 )
 
