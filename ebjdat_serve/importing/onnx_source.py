@@ -72,7 +72,7 @@ def capabilities(tried: Tried) -> Capabilities:
         "energy": tried.energy or YES,
         "features": YES if tried.features else "the layer that gives the logits was not found in the graph",
         "gradient": NO_GRADIENT,
-        "generate": f"{NO_GRADIENT}: nothing can be drawn by it",
+        "generate": f"drawing follows a gradient: {NO_GRADIENT}",
     }
     return Capabilities(**{name: why for name, why in reasons.items() if name in {one.name for one in fields(Capabilities)}})
 
