@@ -16,12 +16,12 @@ import training.train
 from ebjdat_serve.bundle import CANDIDATE, MANIFEST, Bundle, write_json
 from ebjdat_serve.editing import check_editable, copied
 from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.exporting.reference import write_selftest
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import Images
 from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import CURRENT, candidates, listing, publish, rollback, versions, withhold
-from export.reference import write_selftest
 from training.calibrate import calibrate
 from training.data.datasets import load
 from training.errors import HeldBack

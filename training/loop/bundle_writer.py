@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ebjdat_serve.bundle import Bundle, sha256, write_json
+from ebjdat_serve.exporting.reference import write_selftest
 from ebjdat_serve.manifest import Input, Manifest, Provenance
 from ebjdat_serve.pixels import to_unit
-from export.reference import write_selftest
 from training.config import Preset, describe
 from training.data.datasets import Dataset
 from training.loop.state import Position
