@@ -396,9 +396,12 @@ def other(tmp_path_factory):
     return Bundle.draft(folder).update()
 
 
+OPTIONS = ("--device", "cpu", "--generate-workers", "0", "--upload-memory", "30000")
+
+
 @pytest.fixture(scope="module")
 def server(other, tmp_path_factory):
-    with serving(other.path, tmp_path_factory.mktemp("log") / "log", "--device", "cpu", "--generate-workers", "0") as running:
+    with serving(other.path, tmp_path_factory.mktemp("log") / "log", *OPTIONS) as running:
         yield running
 
 
@@ -409,7 +412,7 @@ def energies(bundle, image):
 
 
 def test_a_server_obeys_the_contract_of_its_bundle(server, other):
-    image = colour((83, 61))
+    image = colour((23, 17))
     resized = transformers_shortest(image, 16, "bicubic")
     buffer = io.BytesIO()
     resized.save(buffer, "JPEG", quality=60)
@@ -417,7 +420,9 @@ def test_a_server_obeys_the_contract_of_its_bundle(server, other):
     for data in (encoded(image), encoded(image, "TIFF"), encoded(image, "WEBP", lossless=True)):
         assert httpx2.post(f"{server.url}/energy", content=data).json()["energy"] == pytest.approx(expected, abs=1e-4)
     assert abs(energies(other, image.resize((8, 8), PIL["area"])) - expected) > 0.01
-    assert server.info()["input"] == asdict(other.manifest.input)
+    info = server.info()
+    assert info["input"] == asdict(other.manifest.input)
+    assert info["limits"]["jpeg_pixels"] == info["limits"]["image_pixels"] == 25_000_000  # none is reduced while it is decoded
 
 
 def test_a_server_answers_a_picture_that_it_cannot_resize_with_one_clear_error(server):
@@ -428,3 +433,12 @@ def test_a_server_answers_a_picture_that_it_cannot_resize_with_one_clear_error(s
     answer = httpx2.post(f"{server.url}/classify", json=listed)
     assert (answer.status_code, answer.json()["detail"]) == (422, f"images[1]: the PNG has {said}; nothing was computed")
     assert httpx2.post(f"{server.url}/classify", content=encoded(Image.new("L", (1, 4000)))).status_code == 200
+
+
+def test_pixels_count_as_memory_until_they_are_answered(server):
+    """Of 30,000 bytes one client has half; 64 images of 8 x 8 are 12,288 bytes, beside 5,300 encoded."""
+    dot = base64.b64encode(encoded(Image.new("L", (1, 1)))).decode()
+    for n, status in ((32, 200), (64, 503), (32, 200)):
+        answer = httpx2.post(f"{server.url}/classify", json={"images": [dot] * n})
+        assert answer.status_code == status, answer.text
+        assert (status == 200) == ("your share of the memory for bodies is full (serve --upload-memory)" not in answer.text)
