@@ -26,6 +26,7 @@ HOST = {
     "training/overrides.py": "training/train.py",
     "training/refresh.py": "training/train.py",
     "ebjdat_serve/server/read/browsers.py": "ebjdat-serve serve",
+    "ebjdat_serve/folder_calibration.py": "ebjdat-serve calibrate",
 }
 """Modules that are no commands and whose errors one command alone ends with."""
 
