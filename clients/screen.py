@@ -266,7 +266,7 @@ def main() -> int:
             return 2
         if options.output and (options.output.is_file() or not options.output.exists()):
             try:
-                options.output.open("a").close()  # an earlier report stays until there is another
+                options.output.open("ab").close()  # an earlier report stays until there is another
             except OSError as error:
                 return unwritten(error, options.output)
         rows, counted, status = report(client, files, options.jobs)
@@ -326,9 +326,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 
 def report(client: httpx2.Client, files: dict[Path, str], jobs: int) -> tuple[list[Row], str, int]:
     """Return the rows, the worst first, a summary of the counts and the exit code."""
-    gone = Event()
-    sent = sum(not why for why in files.values())
-    rows: list[Row] = []
+    gone, sent, rows = Event(), sum(not why for why in files.values()), list[Row]()
 
     def row_of(file: Path) -> Row:
         return {"file": named(file), "error": files[file]} if files[file] else screen(client, file, gone)

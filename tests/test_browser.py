@@ -147,7 +147,8 @@ def test_a_model_that_lacks_energy_calibration_and_prior_says_so(tmp_path):
     said = json.loads(done.stdout)
     f = Tiny.of(4).logits(pixels.to_unit(images(1, (12, 10), 9)))
     assert near(np.exp(said["classified"]["logits"]), softmax(f))
-    assert (said["shown"]["energy"], said["shown"]["p_value"], said["shown"]["suspicious"]) == (NO_ENERGY, "not calibrated", "not calibrated")
+    shown = said["shown"]
+    assert (shown["energy"], shown["p_value"], shown["suspicious"]) == (NO_ENERGY, "not calibrated", "not calibrated")
     assert float(said["shown"]["probability"]) == pytest.approx(softmax(f).max(), abs=1e-3)
     assert said["drawn"]["verdict"] == f"This model draws nothing: {NO_PRIOR}."
 
