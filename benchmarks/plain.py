@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.detection import probabilities
-from ebjdat_serve.engines import load_engine
+from ebjdat_serve.engines import given, load_engine
 from ebjdat_serve.server.settings import SHIPPED
 
 
@@ -32,10 +32,10 @@ def main() -> None:
             pictures = [base64.b64decode(one) for one in (await request.json())["images"]]
         else:
             pictures = [await request.body()]
-        image = pixels.to_unit(np.stack([pixels.decode(one, m.input.height, m.input.width) for one in pictures]))
+        image = pixels.to_unit(np.stack([pixels.decode(one, m.input) for one in pictures]))
         logits, energy, _ = engine.classify(image)
         likely = probabilities(logits, 1.0)
-        rows = zip(likely.argmax(1).tolist(), likely.max(1).tolist(), energy.tolist(), strict=True)
+        rows = zip(likely.argmax(1).tolist(), likely.max(1).tolist(), given(energy, "energy").tolist(), strict=True)
         return [{"class": label, "label": m.labels[label], "probability": p, "energy": e} for label, p, e in rows]
 
     @app.get("/health")

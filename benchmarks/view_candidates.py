@@ -8,7 +8,21 @@ import numpy as np
 
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.scores import SCORES, ood_score
-from ebjdat_serve.views import DEFAULT_VIEWS, LUMA, VIEWS, Arrays, Doubles, Known, Seen, View, distance, gaussian, of_logits, statistics
+from ebjdat_serve.views import (
+    DEFAULT_VIEWS,
+    LUMA,
+    VIEWS,
+    Arrays,
+    Doubles,
+    Known,
+    Seen,
+    View,
+    distance,
+    featured,
+    gaussian,
+    of_logits,
+    statistics,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +44,7 @@ def fit_vim(known: Known) -> Arrays:
     """Return ViM's origin, residual space and scale alpha: half of the dimensions are principal (arXiv 2203.10807)."""
     known = more(known)
     origin = -np.linalg.pinv(known.weight) @ known.bias
-    centred = (known.training.features - origin).astype(np.float64)
+    centred = (featured(known.training) - origin).astype(np.float64)
     residual = np.linalg.eigh(centred.T @ centred)[1][:, : centred.shape[1] // 2]
     alpha = known.training.logits.max(axis=1).mean() / np.linalg.norm(centred @ residual, axis=1).mean()
     return {"origin": origin.astype(np.float32), "residual": (alpha * residual).astype(np.float32)}
@@ -39,7 +53,7 @@ def fit_vim(known: Known) -> Arrays:
 def vim(stored: Arrays, seen: Seen) -> Doubles:
     """Return ViM's score: alpha times the norm of the residual, plus E(x)."""
     energy = ood_score("energy", 0.0, seen.logits)
-    result: Doubles = np.linalg.norm((seen.features - stored["origin"]) @ stored["residual"], axis=1).astype(np.float64) + energy
+    result: Doubles = np.linalg.norm((featured(seen) - stored["origin"]) @ stored["residual"], axis=1).astype(np.float64) + energy
     return result
 
 
@@ -54,12 +68,12 @@ def gen(stored: Arrays, seen: Seen) -> Doubles:
 def fit_react(known: Known) -> Arrays:
     """Return the head, and the 90th percentile of all training features (Sun et al., arXiv 2111.12797)."""
     known = more(known)
-    return {"most": np.quantile(known.training.features, 0.9), "weight": known.weight, "bias": known.bias}  # type: ignore[dict-item]
+    return {"most": np.quantile(featured(known.training), 0.9), "weight": known.weight, "bias": known.bias}  # type: ignore[dict-item]
 
 
 def react(stored: Arrays, seen: Seen) -> Doubles:
     """Return the energy of the head on features clipped above."""
-    clipped = np.minimum(seen.features, stored["most"]) @ stored["weight"].T + stored["bias"]
+    clipped = np.minimum(featured(seen), stored["most"]) @ stored["weight"].T + stored["bias"]
     return ood_score("energy", 0.0, clipped.astype(np.float32)).astype(np.float64)
 
 
@@ -85,7 +99,7 @@ def fewer(view: View, n: int) -> View:
 
     def first(known: Known) -> Known:
         t = known.training
-        return replace(known, training=Seen(t.image[:n], t.features[:n], t.logits[:n]))
+        return replace(known, training=Seen(t.image[:n], featured(t)[:n], t.logits[:n]))
 
     return View(view.score, view.words, lambda known: view.fit(first(known)), view.needs_features)
 

@@ -25,7 +25,7 @@ from benchmarks.view_figures import CHOSEN, HANDLED, MODES, Figures, Row
 from benchmarks.view_images import image_sets
 from benchmarks.view_tables import document
 from ebjdat_serve.bundle import Bundle, write_json
-from ebjdat_serve.engines import Floats, Precision, load_engine
+from ebjdat_serve.engines import Floats, Precision, given, load_engine
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.pixels import Pixels, to_unit
@@ -56,7 +56,7 @@ def by_engine(bundle: Bundle, precision: Precision) -> Forward:
 
     def forward(image: Floats) -> tuple[Floats, Floats]:
         found = engine.classify(image)
-        return found.features, found.logits
+        return given(found.features, "features"), found.logits
 
     return forward
 
@@ -84,7 +84,7 @@ def cost_rows(bundle: Bundle, figures: Figures, seconds: float) -> Iterator[Row]
         kept = sum(array.nbytes for array in stored.values()) + fitted.clean[name].nbytes
         yield {"name": f"bytes stored, {name}", "value": kept, "unit": "bytes", "metric": "bytes", "score": name}
     for batch in (1, 32):
-        seen = Seen(test.image[:batch], test.features[:batch], test.logits[:batch])
+        seen = Seen(test.image[:batch], given(test.features, "features")[:batch], test.logits[:batch])
         works: dict[str, Callable[[], object]] = {"classify graph": lambda seen=seen: engine.classify(seen.image)}  # type: ignore[misc]
         for name, view in CANDIDATES.items():
             works[name] = lambda name=name, view=view, seen=seen: rank_term(  # type: ignore[misc]

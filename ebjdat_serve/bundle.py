@@ -3,7 +3,7 @@
 bundle.json          this manifest        weights.safetensors  parameters and batch-norm statistics
 classify.onnx        with its weights in weights.safetensors, as score.onnx and step.onnx, which not every bundle has
 prior.safetensors    where chains start   views.safetensors    what the views of the OOD score were fitted to
-calibration.json     clean energies and OOD scores   selftest.safetensors eight images and torch's outputs on them
+calibration.json     clean energies and OOD scores   selftest.safetensors a few images and the source's outputs on them
 metrics.json, README.md, samples.png, landscape.png   the evaluation   bundle.json.sig   a signature of the manifest, optional
 """
 
@@ -33,8 +33,10 @@ CANDIDATE = "candidate.json"  # in the folder of a bundle that a store holds bac
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 LARGEST_MANIFEST, LARGEST_JSON = 4 * 2**20, 64 * 2**20
 GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
-SERVED = ("weights.safetensors", "classify.onnx", "calibration.json", "views.safetensors", "selftest.safetensors")
+SERVED = ("weights.safetensors", "classify.onnx", "selftest.safetensors")
 """The files that every finished bundle has; ``Bundle.required`` adds those of what it is capable of."""
+CALIBRATED = ("calibration.json", "views.safetensors")
+"""The files of a calibration: a bundle has both, or neither and no p-values."""
 EVIDENCE = ("metrics.json", "README.md", "samples.png", "landscape.png", "baseline.json")
 
 
@@ -55,9 +57,10 @@ class Bundle:
         bundle = Bundle.draft(path)
         missing = [name for name in bundle.required if name not in bundle.manifest.files]
         if missing:
-            raise BundleError(f"{bundle.path} is not finished: {', '.join(missing)} missing; export and calibrate it first")
+            raise BundleError(f"{bundle.path} is not finished: {', '.join(missing)} missing; export it, and calibrate it if it was")
         bundle.check_files()
-        bundle.calibration()
+        if bundle.calibrated:
+            bundle.calibration()
         return bundle
 
     @staticmethod
@@ -85,6 +88,8 @@ class Bundle:
                 )
         if fault := label_fault(manifest.labels):
             raise BundleError(f"{path / MANIFEST}: labels: {fault}")
+        if fault := capability_fault(manifest):
+            raise BundleError(f"{path / MANIFEST}: capabilities: {fault}")
         return Bundle(path, manifest, hashlib.sha256(content).hexdigest())
 
     @property
@@ -97,7 +102,13 @@ class Bundle:
     def required(self) -> tuple[str, ...]:
         """Return the files without which the bundle is unfinished, by what it is capable of."""
         prior = ["prior.safetensors"] if "step" in self.functions else []
-        return (*SERVED, *(graph_name(function, "fp32") for function in self.functions if function != "classify"), *prior)
+        calibrated = CALIBRATED if self.calibrated else ()
+        return (*SERVED, *calibrated, *(graph_name(function, "fp32") for function in self.functions if function != "classify"), *prior)
+
+    @property
+    def calibrated(self) -> bool:
+        """Return whether the bundle has a calibration; without one it gives neither p-values nor a flag."""
+        return any(name in self.manifest.files for name in CALIBRATED)
 
     @property
     def served(self) -> str:
@@ -165,8 +176,9 @@ class Bundle:
         """Return the calibration of ``precision``; raise BundleError when it is missing or measured on another graph."""
         found = next((row for row in self.calibrations() if row.precision == precision), None)
         if found is None:
-            how = "training/calibrate.py BUNDLE" if precision == "fp32" else f"training/precision.py BUNDLE --precision {precision}"
-            raise BundleError(f"{self.path / 'calibration.json'} holds no {precision} calibration; run python {how}")
+            how = "ebjdat-serve calibrate BUNDLE DIR, or " if precision == "fp32" else ""
+            how += "python training/" + ("calibrate.py BUNDLE" if precision == "fp32" else f"precision.py BUNDLE --precision {precision}")
+            raise BundleError(f"{self.path / 'calibration.json'} holds no {precision} calibration; run {how}")
         if found.of != self.measured(precision):
             raise BundleError(
                 f"{self.path / 'calibration.json'} is stale: {precision} was measured on {found.of[:12]}, the served graph is "
@@ -196,6 +208,23 @@ class Bundle:
         manifest = replace(self.manifest, files=dict(sorted(files.items())), **changes)
         write_json(self.path / MANIFEST, asdict(manifest))
         return Bundle(self.path, manifest, sha256(self.path / MANIFEST))
+
+
+def draws(bundle: Bundle) -> bool:
+    """Return whether a bundle gives workers for /generate, /explain and check=reach anything to do: steps, or gradients."""
+    return len(bundle.functions) > 1
+
+
+def capability_fault(manifest: Manifest) -> str:
+    """Return which capabilities contradict each other or the output, "" if none do."""
+    can = manifest.capabilities
+    if empty := [name for name, reason in vars(can).items() if not reason.strip()]:
+        return f"{empty[0]} must be {YES!r} or the reason why not"
+    if manifest.output == "probabilities" and can.energy == YES:
+        return "energy: a model that gives probabilities has none, since their logs are normalised"
+    if can.energy != YES and can.generate == YES:
+        return "generate: it follows the energy, which this model does not have"
+    return ""
 
 
 def network_name(architecture: Mapping[str, Any]) -> str:

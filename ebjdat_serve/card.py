@@ -1,8 +1,9 @@
 """Text renderings of a bundle's JSON: the summary that `inspect` prints, and the title and tables of the model card."""
 
 from ebjdat_serve.bundle import Bundle, network_name
-from ebjdat_serve.manifest import YES, Manifest
+from ebjdat_serve.manifest import YES, Calibration, Manifest
 from ebjdat_serve.rows import Row
+from ebjdat_serve.scores import SCORES, uncalibrated
 from ebjdat_serve.sentences import data_words, protocol_words
 from ebjdat_serve.store import reason_held_back
 
@@ -24,7 +25,9 @@ def summary(bundle: Bundle) -> str:
     lines += [f"  licence       {', '.join(f'{what} {name}' for what, name in vars(m.licence).items())}"]
     if reason := reason_held_back(bundle.path):
         lines.append(f"  candidate     held back, not served: {reason}")
-    if "calibration.json" in m.files:
+    if not bundle.calibrated:
+        lines.append("  calibration   none: no p-values and no flag (ebjdat-serve calibrate)")
+    else:
         c = bundle.calibration()
         lines.append(
             f"  calibration   n = {len(c.scores)} ({c.dataset}), temperature {c.temperature:.3f}, {c.precision}, views {', '.join(c.views)}"
@@ -36,6 +39,14 @@ def summary(bundle: Bundle) -> str:
         lines.append("  metrics")
         lines += [f"    {row.metric:32}{figure(row):>24}  n = {row.n:<6} {data_words(row)}: {protocol_words(row)}" for row in rows]
     return "\n".join(lines)
+
+
+def score_words(manifest: Manifest, calibration: Calibration | None) -> str:
+    """Return what the OOD score is, and what can be decided by it."""
+    if calibration:
+        return f"the sum of the views {', '.join(calibration.views)}, calibrated on {len(calibration.scores)} images"
+    equation = SCORES[uncalibrated(energy=manifest.capabilities.energy == YES)].equation
+    return f"{equation}: not calibrated, so it ranks images and has no p-value and no threshold"
 
 
 def title(manifest: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `ebjdat-serve serve | inspect | verify | list | publish | rollback | sign | key`."""
+"""The command line: `ebjdat-serve serve | import | inspect | verify | list | publish | rollback | sign | key`."""
 
 import argparse
 import logging
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True)
 
-    from ebjdat_serve import key_commands
+    from ebjdat_serve import import_command, key_commands
     from ebjdat_serve.server.settings import SHIPPED, VERIFIED_BY, add_arguments
 
     serve_parser = commands.add_parser(
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     upgrade_parser.set_defaults(command=upgrade)
     for sub in (publish_parser, rollback_parser, sign_parser):
         add_arguments(sub, VERIFIED_BY)
+    import_command.add(commands)
     key_commands.add(commands)
 
     for sub in commands.choices.values():

@@ -14,11 +14,10 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class Samples:
-    """Delivered pixels (N, H, W, 3) uint8, and the logits (N, K) and energy (N,) of those pixels."""
+    """Delivered pixels (N, H, W, 3) uint8, and the logits (N, K) of those pixels."""
 
     image: pixels.Pixels
     logits: Floats
-    energy: Floats
 
 
 def generate(engine: Engine, prior: Prior, sampler: Sampler, label: Labels, seed: int) -> Samples:
@@ -32,10 +31,10 @@ def generate(engine: Engine, prior: Prior, sampler: Sampler, label: Labels, seed
     ]
     image = pixels.to_bytes(np.concatenate(parts))
     found = classify_in_chunks(engine, pixels.to_unit(image))
-    return Samples(image, found.logits, found.energy)
+    return Samples(image, found.logits)
 
 
 def classify_in_chunks(engine: Engine, image: Floats, size: int = 64) -> Outputs:
     """Return logits, energy and features of at least one image, computed ``size`` at a time."""
     parts = [engine.classify(image[start : start + size]) for start in range(0, len(image), size)]
-    return parts[0] if len(parts) == 1 else Outputs(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    return Outputs.join(parts)

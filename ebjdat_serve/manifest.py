@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from ebjdat_serve.bounds import COUNT, NATS, Bounds
+from ebjdat_serve.contract import Input as Input
 from ebjdat_serve.sgld import Sampler
 
 SCHEMA = 2
@@ -11,25 +12,11 @@ YES = "yes"
 
 
 @dataclass(frozen=True)
-class Input:
-    """The input contract: how an image of any size becomes height x width pixels in [0,1].
-
-    Today's values of the rest are the only ones: squashed by area averaging, not cropped, not compressed again.
-    """
-
-    height: Annotated[int, Bounds(1, 4096)]
-    width: Annotated[int, Bounds(1, 4096)]
-    resize: Literal["squash"] = "squash"
-    filter: Literal["area"] = "area"
-    crop: Annotated[float, Bounds(1.0, 1.0)] = 1.0  # of the shorter side, about the centre
-    jpeg_quality: Annotated[int, Bounds(0, 0)] = 0  # of a recompression before anything else; 0: none
-
-
-@dataclass(frozen=True)
 class Capabilities:
     """What can be asked of a model: "yes", or the reason why it cannot."""
 
-    energy: str = YES
+    energy: str = YES  # E(x) and E(x, y); never of a model that gives probabilities, whose logs are normalised
+    features: str = YES  # what the last layer takes, an output of classify.onnx
     gradient: str = YES
     generate: str = YES
 
@@ -80,7 +67,7 @@ class Manifest:
     sampler: Sampler
     provenance: Provenance
     files: dict[str, FileEntry]
-    output: Literal["logits"] = "logits"
+    output: Literal["logits", "probabilities"] = "logits"  # the first output of classify.onnx, by its name
     capabilities: Capabilities = field(default_factory=Capabilities)
     licence: Licence = field(default_factory=Licence)
     schema: int = SCHEMA

@@ -64,6 +64,11 @@ BASELINE = "max_softmax"
 """The baseline, which needs no energy, reported with every result of the served score."""
 
 
+def uncalibrated(*, energy: bool) -> str:
+    """Return the score of a model without a calibration: nothing of it was fitted, so it ranks images and has no threshold."""
+    return "energy" if energy else BASELINE
+
+
 def score_named(name: str) -> OodScore:
     """Return the score; raise EbjdatError for an unknown one."""
     if name not in SCORES:

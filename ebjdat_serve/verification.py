@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ebjdat_serve import selftest
 from ebjdat_serve.bundle import MANIFEST, Bundle, resolve
 from ebjdat_serve.detection import Detector
-from ebjdat_serve.engines import Device, Engine, EngineKind, Precision, load_engine
+from ebjdat_serve.engines import Device, Engine, EngineKind, Floats, Outputs, Precision, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
-from ebjdat_serve.manifest import Calibration
+from ebjdat_serve.manifest import YES, Calibration
 from ebjdat_serve.reach import Review
 from ebjdat_serve.rows import Row, to_json
 from ebjdat_serve.sgld import Chains, Prior
@@ -26,6 +26,7 @@ from ebjdat_serve.views import Combination, Seen
 
 DEEPEST = 64
 """Levels of nesting in a bundle's JSON; pydantic writes 255."""
+NOT_CALIBRATED = "the model is not calibrated: ebjdat-serve calibrate BUNDLE DIR does that with images like those it will see"
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,23 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Verified:
-    """A bundle that can be served; ``opened`` unless no functions were asked for."""
+class Calibrated:
+    """What turns outputs into p-values and a decision."""
 
-    bundle: Bundle
     calibration: Calibration
     combination: Combination
     detector: Detector
     review: Review
     check: Review | None  # with the walk's reach, where it can be served
-    no_check: str  # why it cannot
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A bundle that can be served; ``opened`` unless no functions were asked for."""
+
+    bundle: Bundle
+    calibrated: Calibrated | None  # None: the bundle has no calibration
+    no_check: str  # why check=reach cannot be answered, "" where it can
     rows: list[Row]
     opened: Opened | None
 
@@ -99,25 +107,39 @@ def _verified(folder: Path, terms: Terms, functions: Sequence[str], key: str) ->
     if key and bundle.served != key:
         raise BundleError(f"{folder} is not the bundle that was verified; publish a change as a new version")
     bundle.check_precision(terms.precision)
-    calibration, rows = bundle.calibration(terms.precision), bundle.metrics()
+    rows = bundle.metrics()
     check_json(asdict(bundle.manifest), f"{folder / MANIFEST}")
-    check_json([calibration.dataset, *map(to_json, rows)], f"{folder}: calibration.json or metrics.json")
+    check_json(list(map(to_json, rows)), f"{folder}: metrics.json")
+    calibrated, no_check = _calibrated(bundle, terms) if bundle.calibrated else (None, NOT_CALIBRATED)
+    opened = _opened(bundle, calibrated.combination if calibrated else None, terms, functions) if functions else None
+    return Verified(bundle, calibrated, no_check, rows, opened)
+
+
+def _calibrated(bundle: Bundle, terms: Terms) -> tuple[Calibrated, str]:
+    """Return the calibration of the served precision, and why check=reach cannot be answered, "" where it can."""
+    calibration, file = bundle.calibration(terms.precision), bundle.path / "views.safetensors"
+    check_json(calibration.dataset, f"{bundle.path}: calibration.json")
     detector = Detector(np.asarray(calibration.scores), terms.alpha)
     combination = bundle.combination(terms.precision)
-    file = folder / "views.safetensors"
+    for name, view in combination.views.items():
+        if lacks := view.lacks(bundle.manifest.capabilities):
+            raise BundleError(f"{file}: the view {name} needs what the model does not have ({lacks}): calibrate again")
     reviewed = load_reviewed(file, terms.precision, calibration.reviewed)
     review = Review.of(reviewed, terms.review_share)
     if not np.array_equal(np.sort(reviewed["ood"]), np.asarray(calibration.scores, np.float32)):
         raise BundleError(f"{file}: {terms.precision}.reviewed.ood are not the scores of calibration.json: calibrate again")
-    check, no_check = _check_of(file, terms, calibration, reviewed)
-    opened = _opened(bundle, combination, terms, functions) if functions else None
-    return Verified(bundle, calibration, combination, detector, review, check, no_check, rows, opened)
+    check, no_check = _check_of(file, terms, bundle, calibration, reviewed)
+    return Calibrated(calibration, combination, detector, review, check), no_check
 
 
-def _check_of(file: Path, terms: Terms, calibration: Calibration, reviewed: dict[str, NDArray[Any]]) -> tuple[Review | None, str]:
+def _check_of(
+    file: Path, terms: Terms, bundle: Bundle, calibration: Calibration, reviewed: dict[str, NDArray[Any]]
+) -> tuple[Review | None, str]:
     """Return the policy with the walk's reach, calibrated on the first of the images, or None and why there is none."""
+    if (reason := bundle.manifest.capabilities.gradient) != YES:
+        return None, f"check=reach takes gradients, which the model does not have: {reason}"
     if not calibration.reach_steps:
-        return None, f"the walk of check=reach is not calibrated for {terms.precision} in this bundle (training/calibrate.py)"
+        return None, f"the walk of check=reach is not calibrated for {terms.precision} in this bundle (ebjdat-serve calibrate)"
     reach = load_reviewed(file, terms.precision, [REACH])
     first = {name: scores[: len(reach[REACH])] for name, scores in reviewed.items()}
     try:
@@ -126,7 +148,7 @@ def _check_of(file: Path, terms: Terms, calibration: Calibration, reviewed: dict
         return None, f"check=reach: {error}"
 
 
-def _opened(bundle: Bundle, combination: Combination, terms: Terms, functions: Sequence[str]) -> Opened:
+def _opened(bundle: Bundle, combination: Combination | None, terms: Terms, functions: Sequence[str]) -> Opened:
     """Open the engine, replay the self-test, and run what a worker runs: three blank images, and one chain of the last class."""
     m = bundle.manifest
     functions = [function for function in functions if function in bundle.functions]
@@ -134,17 +156,25 @@ def _opened(bundle: Bundle, combination: Combination, terms: Terms, functions: S
     errors = selftest.verify(bundle, engine, functions)
     blank = np.stack([np.full((3, m.input.height, m.input.width), level, np.float32) for level in (0.0, 0.5, 1.0)])
     seen = engine.classify(blank)
-    views = len(combination.stored)
-    raw, alone = (combination.raw(Seen(blank[:n], seen.features[:n], seen.logits[:n])) for n in (len(blank), 1))
-    if (raw.shape, alone.shape) != ((len(blank), views), (1, views)):
-        raise BundleError(f"{bundle.path}: views.safetensors holds arrays of wrong shapes, with which no image has a score")
-    found: list[NDArray[Any]] = [*seen, raw]
+    found: list[NDArray[Any]] = [values for values in seen if values is not None]
+    if combination:
+        found.append(_scored(bundle, combination, blank, seen))
     prior = Prior.load(bundle.path / "prior.safetensors") if "step" in functions else None
     if prior:
         found.append(engine.advance(Chains.start(prior, m.sampler, np.array([len(m.labels) - 1]), seed=0), 1).image)
     if not all(np.isfinite(values).all() for values in found):
         raise BundleError(f"{bundle.path}: a blank image or a first step gives values that are not finite")
     return Opened(engine, prior, errors)
+
+
+def _scored(bundle: Bundle, combination: Combination, image: Floats, seen: Outputs) -> Floats:
+    """Return each view's score (N, V) of images; raise BundleError for views of which no image, or no image alone, has a score."""
+    alone = Seen(image[:1], None if seen.features is None else seen.features[:1], seen.logits[:1])
+    raw, first = combination.raw(Seen(image, seen.features, seen.logits)), combination.raw(alone)
+    views = len(combination.stored)
+    if (raw.shape, first.shape) != ((len(image), views), (1, views)):
+        raise BundleError(f"{bundle.path}: views.safetensors holds arrays of wrong shapes, with which no image has a score")
+    return raw
 
 
 def check_json(data: Any, where: str, depth: int = 0) -> None:

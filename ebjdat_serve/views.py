@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.scores import DEFAULT, SCORES, ood_score
+from ebjdat_serve.manifest import YES, Capabilities
+from ebjdat_serve.scores import BASELINE, DEFAULT, SCORES, ood_score
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -39,10 +40,10 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What views look at: images (N, 3, H, W) in [0,1], their pooled features (N, F) and logits (N, K)."""
+    """What views look at: images (N, 3, H, W) in [0,1], their pooled features (N, F) if the model gives any, and logits (N, K)."""
 
     image: Floats
-    features: Floats
+    features: Floats | None
     logits: Floats
 
 
@@ -69,6 +70,13 @@ class View:
     words: str
     fit: Callable[[Known], Arrays] = lambda known: {}
     needs_features: bool = False
+    needs_energy: bool = False
+
+    def lacks(self, can: Capabilities) -> str:
+        """Return why a model of these capabilities does not have the view, "" if it does."""
+        if self.needs_features and can.features != YES:
+            return f"no features: {can.features}"
+        return f"no energy: {can.energy}" if self.needs_energy and can.energy != YES else ""
 
 
 def of_logits(name: str, words: str) -> View:
@@ -77,18 +85,28 @@ def of_logits(name: str, words: str) -> View:
     def score(stored: Arrays, seen: Seen) -> Doubles:
         return ood_score(name, float(stored["weight"]), seen.logits).astype(np.float64)
 
-    return View(score, words, lambda known: {"weight": np.float64(SCORES[name].fit(known.selection.logits))})  # type: ignore[dict-item]
+    def fit(known: Known) -> Arrays:
+        return {"weight": np.asarray(SCORES[name].fit(known.selection.logits), np.float64)}
+
+    return View(score, words, fit, needs_energy=name != BASELINE)
+
+
+def featured(seen: Seen) -> Floats:
+    """Return the features (N, F); raise EbjdatError where the model gives none."""
+    if seen.features is None:
+        raise EbjdatError("a view of features needs a model that gives features: calibrate again")
+    return seen.features
 
 
 def fit_neighbours(known: Known) -> Arrays:
     """Return unit features (M, F) of the first training images, float16."""
-    return {"unit": unit_rows(known.training.features[:MOST_NEIGHBOURS]).astype(np.float16)}
+    return {"unit": unit_rows(featured(known.training)[:MOST_NEIGHBOURS]).astype(np.float16)}
 
 
 def neighbours(stored: Arrays, seen: Seen) -> Doubles:
     """Return 1 - cos(h, h_k) to the k-th nearest stored feature, shape (N,), k = 50 of 11,000 (Sun et al., arXiv 2204.06507)."""
     k = max(1, round(NEIGHBOUR_SHARE * len(stored["unit"])))
-    cosine = unit_rows(seen.features) @ stored["unit"].T
+    cosine = unit_rows(featured(seen)) @ stored["unit"].T
     return 1.0 - np.partition(cosine, -k, axis=1)[:, -k].astype(np.float64)
 
 
@@ -125,7 +143,7 @@ def fit_relative(known: Known) -> Arrays:
     No labels are needed. A class that is predicted for none of the training images has no mean. Features of so many dimensions that this
     is beyond the budget are projected at random first.
     """
-    x, predicted = known.training.features, known.training.logits.argmax(axis=1)
+    x, predicted = featured(known.training), known.training.logits.argmax(axis=1)
     classes, index = np.unique(predicted, return_inverse=True)
     kept: dict[str, NDArray[Any]] = {}
     if (d := dimensions(x.shape[1], len(classes), known.budget)) < x.shape[1]:
@@ -148,7 +166,7 @@ def dimensions(features: int, classes: int, budget: float) -> int:
 
 def relative(stored: Arrays, seen: Seen) -> Doubles:
     """Return the squared Mahalanobis distance to the nearest class less that to all training images (Ren et al., arXiv 2106.09022)."""
-    x = seen.features @ stored["projection"] if "projection" in stored else seen.features
+    x = featured(seen) @ stored["projection"] if "projection" in stored else featured(seen)
     white = (x @ stored["within"]).astype(np.float64)
     means = stored["white_means"].astype(np.float64)
     squared = np.square(white).sum(axis=1)[:, None] - 2 * white @ means.T + np.square(means).sum(axis=1)
@@ -197,7 +215,7 @@ VIEWS = {
     ),
     "neighbours": View(neighbours, FAR, fit_neighbours, needs_features=True),
     "gaussian": View(
-        lambda stored, seen: distance(stored, seen.features), FAR, lambda known: gaussian(known.training.features), needs_features=True
+        lambda stored, seen: distance(stored, featured(seen)), FAR, lambda known: gaussian(featured(known.training)), needs_features=True
     ),
     **{name: of_logits(name, score.equation) for name, score in SCORES.items() if name != DEFAULT},
 }

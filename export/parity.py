@@ -26,13 +26,12 @@ __all__ = ["check"]
 
 def read_images(bundle: Bundle, folder: Path) -> Floats:
     """Return the images in ``folder``, (N, 3, H, W) in [0,1], decoded as in the server."""
-    size = bundle.manifest.input
     listing = list_images(folder)
     if not listing.images:
         raise EbjdatError(f"{printable(folder)} holds no images ({', '.join(accepted())})")
     if said := listing.note():
         print(f"note: {printable(folder)}: {said}", file=sys.stderr)
-    return to_unit(np.stack([decode(path.read_bytes(), size.height, size.width) for path in listing.images]))
+    return to_unit(np.stack([decode(path.read_bytes(), bundle.manifest.input) for path in listing.images]))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.pixels import decode
 from training.data import archives, datasets
 from training.data.augment import augment, crop, cutout, recolour
@@ -166,7 +167,7 @@ def test_pictures_of_any_kind_are_squashed_as_the_server_squashes_them(tmp_path)
     pictures(tmp_path / "own" / "test", ("ash", "birch"), 10, size=(9, 50))
     data = datasets.load(str(tmp_path / "own"), (16, 16))
     assert (len(data.test), data.test.image.shape[1:]) == (20, (16, 16, 3))
-    served = {decode(file.read_bytes(), 16, 16).tobytes() for file in (tmp_path / "own" / "test").rglob("*.png")}
+    served = {decode(file.read_bytes(), Input(16, 16)).tobytes() for file in (tmp_path / "own" / "test").rglob("*.png")}
     assert {image.tobytes() for image in data.test.image} == served
 
 

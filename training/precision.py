@@ -22,6 +22,7 @@ from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.editing import FORCED, check_editable
 from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
+from ebjdat_serve.engines import given as required
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
@@ -154,7 +155,7 @@ def reference(bundle: Bundle, data: Dataset, amounts: Amounts) -> Reference:
     adversarial = transferred(bundle, image[: amounts.attacked], label[: amounts.attacked], eps)
     right_adversarial = right(classify_in_chunks(engine, adversarial).logits, label[: amounts.attacked])
     square = square_survivors(engine, image[: amounts.square], label[: amounts.square], eps, amounts.queries)
-    return Reference(engine, image, label, logits, energy, adversarial, right_adversarial, square, eps)
+    return Reference(engine, image, label, logits, required(energy, "energy"), adversarial, right_adversarial, square, eps)
 
 
 def write_graphs(bundle: Bundle, data: Dataset, precision: Precision) -> list[str]:
@@ -174,7 +175,7 @@ def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference
         return number(f"{metric}_{precision}", value, n, images, of, precision=precision, provider=low.provider, **more)
 
     found = classify_in_chunks(low, image)
-    f_low, e_low, _ = found
+    f_low, e_low = found.logits, required(found.energy, "energy")
     yield row("logit_error_max", np.abs(f_low - f).max() / np.abs(f).max(), len(f))
     yield row("energy_error_max", np.abs(e_low - e).max(), len(e))
     yield row("energy_error_mean_over_sd", np.abs(e_low - e).mean() / e.std(), len(e))

@@ -1,8 +1,9 @@
 """Engines run a bundle's functions: f(x) with E(x), the score, and Langevin steps; ``load_engine`` chooses engine, device and precision."""
 
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.install import install, pip
+from ebjdat_serve.manifest import YES, Manifest
 from ebjdat_serve.sgld import Chains
 
 Floats = NDArray[np.float32]
@@ -17,20 +19,52 @@ Labels = NDArray[np.int64]
 EngineKind = Literal["auto", "onnx", "torch"]
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+TINY = np.float32(np.finfo(np.float32).tiny)
+"""What a probability of 0 counts as, so that it has a logarithm."""
 
 
 class Outputs(NamedTuple):
-    """Logits f(x) (N, K), energy E(x) (N,), nats, and the features (N, F) that the head takes."""
+    """Logits f(x) (N, K), energy E(x) (N,), nats, and the features (N, F) that the last layer takes; None where the bundle has none.
+
+    Of a model that gives probabilities the logits are their logs: softmax of them is what it gave, and its energy would be 0.
+    """
 
     logits: Floats
-    energy: Floats
-    features: Floats
+    energy: Floats | None
+    features: Floats | None
+
+    @staticmethod
+    def of(named: Mapping[str, Floats]) -> "Outputs":
+        """Return the outputs of a classify graph, given by their names."""
+        logits = named["logits"] if "logits" in named else np.log(np.maximum(named["probabilities"], TINY))
+        return Outputs(logits, named.get("energy"), named.get("features"))
+
+    @staticmethod
+    def join(parts: Sequence["Outputs"]) -> "Outputs":
+        """Return the outputs of all images of ``parts``, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(*parts, strict=True)
+        return Outputs(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
+
+
+def given(values: Floats | None, what: str) -> Floats:
+    """Return an output that a caller cannot do without; raise EngineError where the model gives none."""
+    if values is None:
+        raise EngineError(f"this takes the {what}, which the model does not give: `ebjdat-serve inspect` says why")
+    return values
+
+
+def output_names(manifest: Manifest) -> list[str]:
+    """Return the names of the outputs that a bundle's classify graph must have."""
+    can = manifest.capabilities
+    return [manifest.output, *(["energy"] if can.energy == YES else []), *(["features"] if can.features == YES else [])]
 
 
 class Differentiable(Protocol):
     """The part of an engine that searches in image space use."""
 
-    def classify(self, image: Floats) -> tuple[Floats, ...]:
+    def classify(self, image: Floats) -> tuple[Floats, *tuple[Any, ...]]:
         """Return logits (N, K) first."""
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.energy import energy, score
-from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision
+from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision, output_names
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.networks import Network, architecture_of, build
 from ebjdat_serve.noise import normal
@@ -55,6 +55,9 @@ class TorchEngine:
         exactly = precision == "fp32"
         self._model: Callable[[Tensor], Tensor] = model if exactly else self._fast
         self._features: Callable[[Tensor], Tensor] = model.features if exactly else model.folded_features(DTYPES[precision])
+        if (m := bundle.manifest).output != "logits":
+            raise EngineError(f"{bundle.path} gives {m.output}, which only its graph computes", options=("--engine onnx",))
+        self._given = output_names(m)
         self._walks: dict[tuple[int, ...], Walk] = {}
 
     def classify(self, image: Floats) -> Outputs:
@@ -62,7 +65,8 @@ class TorchEngine:
         with self._lock(), torch.inference_mode():
             features = self._features(torch.from_numpy(image).to(self._device))
             logits = self._head(features)
-            return Outputs(*(part.cpu().numpy() for part in (logits, energy(logits), features)))
+            found = {"logits": logits, "energy": energy(logits), "features": features}
+            return Outputs.of({name: found[name].cpu().numpy() for name in self._given})
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision
+from ebjdat_serve.bundle import MANIFEST, Bundle
+from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision, output_names
 from ebjdat_serve.engines.providers import BATCHES, CPU, GPU, TENSORRT, chosen, options_for
 from ebjdat_serve.errors import BundleError, EngineError
 from ebjdat_serve.listing import printable
@@ -30,6 +30,7 @@ class OnnxEngine:
         self.precision: Precision = precision
         self._bundle, self._threads, self._wish = bundle, threads, chosen(device, precision)
         self._strict = device != "auto"
+        self._outputs = output_names(bundle.manifest)
         self.provider = self._classify.get_providers()[0]
 
     @cached_property
@@ -67,15 +68,18 @@ class OnnxEngine:
                 session = ort.InferenceSession(utf8(graph), options, providers=wanted, enable_fallback=0)
             except FAILURES as error:
                 raise EngineError(f"ONNX Runtime cannot open {graph} on {self._wish}: {error}") from error
-            self._check(session)
+            self._check(session, function, graph)
         return session
 
-    def _check(self, session: ort.InferenceSession) -> None:
+    def _check(self, session: ort.InferenceSession, function: str, graph: Path) -> None:
         about, weights = session.get_modelmeta().custom_metadata_map, self._bundle.manifest.files["weights.safetensors"].sha256
         if about.get("weights") != weights:
             raise BundleError(
                 f"{self._bundle.path}: a graph was exported from other weights; python export/to_onnx.py BUNDLE exports it again"
             )
+        if function == "classify" and (lacking := set(self._outputs) - {one.name for one in session.get_outputs()}):
+            lack = ", ".join(sorted(lacking))
+            raise BundleError(f"{graph} has no output {lack}, as {MANIFEST} says by its output and capabilities")
         placed = _operators(session)
         if self._strict and (session.get_providers()[0] != self._wish or not placed[self._wish]):
             raise EngineError(
@@ -91,7 +95,8 @@ class OnnxEngine:
 
     def classify(self, image: Floats) -> Outputs:
         """Return logits, energy and features."""
-        return Outputs(*self._classify.run(list(Outputs._fields), {"image": image}))
+        found = self._classify.run(self._outputs, {"image": image})
+        return Outputs.of(dict(zip(self._outputs, found, strict=True)))
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""

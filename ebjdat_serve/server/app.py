@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from ebjdat_serve.bundle import draws
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.server import disconnects, litserve_adapter
 from ebjdat_serve.server.compute.model import Operation
@@ -13,7 +14,7 @@ from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.read import browsers
 from ebjdat_serve.server.read.auth import Access
-from ebjdat_serve.server.served_model import open_first
+from ebjdat_serve.server.served_model import open_first, store_at
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.worker_sockets import WorkerSockets
 
@@ -40,7 +41,8 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
     )
     workers: list[tuple[Worker, int]] = [(ClassifyWorker(settings, operations), s.classify_workers)]
     generate = None
-    if s.generate_workers:
+    # a store's next version may draw, which a bundle that does not is never to
+    if s.generate_workers and (draws(served.bundle) or store_at(s.model)):
         generate = GenerateQueue(
             workers=s.generate_workers,
             size=s.generate_queue,

@@ -18,14 +18,14 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the model predicts of n images: arrays with n rows."""
+    """What the model predicts of n images: arrays with n rows, NaN where it has no energy or no calibration."""
 
     probability: NDArray[np.float32]  # (n, K), calibrated p(y|x)
-    joint_energy: NDArray[np.float32]  # (n, K), nats
+    joint_energy: NDArray[np.float32]  # (n, K), nats: -f(x)[y], also where a model without an energy gives log-probabilities for f
     energy: NDArray[np.float32]
     suspicion: NDArray[np.float32]
     p_value: NDArray[np.float64]
-    suspicious: NDArray[np.bool_]
+    suspicious: NDArray[np.bool_]  # no image is, without a calibration
     top: NDArray[np.int64]  # (n, TOP), classes, the likeliest first
     why: NDArray[np.int64]  # the view of the OOD score with the largest term, by its place in the calibration
     margin: NDArray[np.float32]  # nats

@@ -18,6 +18,7 @@ TITLES = {
     404: "Not found",
     405: "Method not allowed",
     408: "Request too slow",
+    409: "Not with this model",
     413: "Too large",
     414: "Target too long",
     415: "Unsupported content type",

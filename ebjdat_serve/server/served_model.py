@@ -8,7 +8,7 @@ from typing import Any
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, resolve
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.history import SERVED_FILE, read_history
-from ebjdat_serve.manifest import Calibration
+from ebjdat_serve.manifest import YES, Calibration
 from ebjdat_serve.rows import to_json
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import CURRENT, reason_held_back
@@ -23,8 +23,8 @@ class ServedModel:
 
     key: str
     bundle: Bundle
-    calibration: Calibration
-    review_share: float  # the expected one, at most what was asked for
+    calibration: Calibration | None  # None: there are neither p-values nor a flag
+    review_share: float | None  # the expected one, at most what was asked for; None without a calibration
     no_check: str  # why check=reach cannot be answered, "" where it can
     metrics: list[dict[str, Any]]
 
@@ -37,6 +37,11 @@ class ServedModel:
     def labels(self) -> list[str]:
         """Labels by class index."""
         return self.bundle.manifest.labels
+
+    def lacks(self, capability: str) -> str:
+        """Return why the model has no energy, features, gradient or generation, "" where it has."""
+        reason: str = getattr(self.bundle.manifest.capabilities, capability)
+        return "" if reason == YES else reason
 
 
 def store_at(path: Path) -> Path | None:
@@ -57,15 +62,14 @@ def open_bundle(path: Path, settings: Settings, store: Path | None = None) -> Se
         raise BundleError(f"{folder} is a candidate and is not served: {reason}; ebjdat-serve publish {folder} STORE --force publishes it")
     trust = settings.trusted()
     found = verified(folder, settings.terms(trust))
-    if settings.generate_workers and "step" not in found.bundle.functions:
-        why = found.bundle.manifest.capabilities.generate
-        raise BundleError(f"{folder} cannot generate: {why}; serve --generate-workers 0 serves the rest")
     if store and trust and (reason := read_history(store).superseded(found.bundle)):
         raise BundleError(f"{folder}: {reason}; ebjdat-serve rollback {store} {folder.name} --allow-older has it served")
     if settings.check == "reach" and found.no_check:
         raise BundleError(f"{folder}: {found.no_check}; serve --check none serves it")
     rows = [to_json(row) for row in found.rows]
-    return ServedModel(found.bundle.served, found.bundle, found.calibration, found.review.policy.expected, found.no_check, rows)
+    calibrated = found.calibrated
+    calibration, share = (calibrated.calibration, calibrated.review.policy.expected) if calibrated else (None, None)
+    return ServedModel(found.bundle.served, found.bundle, calibration, share, found.no_check, rows)
 
 
 def open_first(settings: Settings) -> tuple[ServedModel, str]:

@@ -64,10 +64,10 @@ class StockClassify(Stock):
 
     def decode_request(self, request: Request) -> Pixels | str:  # what LitServe gives for this annotation is a dict
         """Return the pixels, or what is wrong with them: an exception would fail everyone in the batch."""
-        size = self.served.bundle.manifest.input
         document: Any = request
         try:
-            return pixels.decode(base64.b64decode(document["image"], validate=True), size.height, size.width, limits(self._settings))
+            data = base64.b64decode(document["image"], validate=True)
+            return pixels.decode(data, self.served.bundle.manifest.input, limits(self._settings))
         except (InvalidImage, ValueError, KeyError, TypeError) as error:
             return f'send {{"image": "<base64>"}}: {error}'
 
@@ -95,7 +95,8 @@ class StockClassify(Stock):
         """Return the answer."""
         if isinstance(output, str):
             return JSONResponse({"detail": output}, 422)  # an exception would fail everyone in the batch
-        parts = [answer(output, False, self.served, self._settings.alpha) for answer in (classify_answer, energy_answer)]
+        answers = (classify_answer, *(() if self.served.lacks("energy") else (energy_answer,)))
+        parts = [answer(output, False, self.served, self._settings.alpha) for answer in answers]
         said = {name: getattr(part, name) for part in parts for name in part.model_fields_set}
         return StockAnswer(**said).model_dump(exclude_unset=True)
 
@@ -136,9 +137,9 @@ def run(settings: Settings) -> None:
         raise EbjdatError(f"serve --stock checks no keys: leave it out, or --keys and {KEY_VARIABLE}")
     classify = StockClassify(settings, max_batch_size=settings.max_batch, batch_timeout=BATCH_SECONDS, api_path="/classify")
     apis: list[ls.LitAPI] = [classify]
-    if settings.generate_workers:
-        apis.append(StockGenerate(settings, api_path="/generate"))
     served, refused = open_first(settings)
+    if settings.generate_workers and not served.lacks("generate"):
+        apis.append(StockGenerate(settings, api_path="/generate"))
     if refused:
         logging.getLogger("ebjdat_serve").error("%s goes on: %s", served.name, refused)
     server = ls.LitServer(apis, accelerator="cpu", devices=1, timeout=settings.generate_deadline, model_metadata={"model": served.name})

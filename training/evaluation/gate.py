@@ -108,7 +108,7 @@ def difference(new: Bundle, current: Bundle) -> str:
     if a.labels != b.labels:
         return f"its labels are {', '.join(a.labels)}; the current ones {', '.join(b.labels)}"
     if a.input != b.input:
-        return f"it takes {a.input.height} x {a.input.width} pixels, the current one {b.input.height} x {b.input.width}"
+        return f"it takes {a.input.described()}; the current one {b.input.described()}"
     if a.provenance.data_sha256 != b.provenance.data_sha256:
         sums = f"sha256 {a.provenance.data_sha256[:12]} and {b.provenance.data_sha256[:12]}"
         return f"they were trained on other images ({sums}), so one may have been trained on what the other held out"

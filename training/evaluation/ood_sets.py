@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.pixels import Pixels, decode, to_unit
 from training.data.datasets import data_root, read_atlas
@@ -58,7 +59,7 @@ def strange_images(dataset: str, some: Pixels, say: Callable[[str], None]) -> It
         yield IMAGENET, to_unit(pictures)
     for folder in sorted((data_root() / "ood").glob("*")):
         try:
-            yield folder.stem, to_unit(load_images(str(folder), height, width))
+            yield folder.stem, to_unit(load_images(str(folder), Input(height, width)))
         except DataError as error:
             say(f"{folder.name}: not measured, {error}")
 
@@ -76,4 +77,4 @@ def imagenet(height: int, width: int, say: Callable[[str], None]) -> Pixels:
         say(f"{IMAGENET}: not measured, the folder {IMAGENET} is not in the data folder")
         return np.empty((0, height, width, 3), np.uint8)
     say(f"{IMAGENET}: {len(files) - len(kept)} of {len(files)} pictures show a class of CIFAR-10 and are left out")
-    return np.stack([decode(file.read_bytes(), height, width) for file in kept])
+    return np.stack([decode(file.read_bytes(), Input(height, width)) for file in kept])

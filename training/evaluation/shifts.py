@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.pixels import Pixels, decode
 
 Shift = Callable[[Image.Image], bytes]
@@ -51,8 +52,8 @@ SHIFTS: dict[str, Shift] = {
 
 def shifted(image: Pixels, shift: Shift) -> Pixels:
     """Return images (N, H, W, 3) after a shift, decoded by the server's decoder."""
-    height, width = image.shape[1:3]
-    return np.stack([decode(shift(Image.fromarray(one)), height, width) for one in image])
+    size = Input(*image.shape[1:3])
+    return np.stack([decode(shift(Image.fromarray(one)), size) for one in image])
 
 
 # Light handling ------------------------------------------------------------------------------------------------------
@@ -90,11 +91,10 @@ reduced to .7 or more and enlarged again, brightness .85 to 1.2, grey."""
 
 def handled(image: Pixels, seed: int, untouched: float = UNTOUCHED) -> Pixels:
     """Return images (N, H, W, 3), each left alone with probability ``untouched``, else handled in one of the ways, through the decoder."""
-    height, width = image.shape[1:3]
-    noise = np.random.default_rng([SEED, seed])
+    size, noise = Input(*image.shape[1:3]), np.random.default_rng([SEED, seed])
     found = image.copy()
     for i in np.flatnonzero(noise.random(len(image)) >= untouched):
-        found[i] = decode(HANDLINGS[noise.integers(len(HANDLINGS))](Image.fromarray(image[i]), noise), height, width)
+        found[i] = decode(HANDLINGS[noise.integers(len(HANDLINGS))](Image.fromarray(image[i]), noise), size)
     return found
 
 

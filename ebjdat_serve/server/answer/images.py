@@ -56,7 +56,7 @@ class PngHeaders(Schema):
     temperature: Annotated[str, Field(alias="X-Temperature")]
     energy: Annotated[str, Field(alias="X-Energy")]
     probability: Annotated[str, Field(alias="X-Probability")]
-    p_value: Annotated[str, Field(alias="X-P-Value")]
+    p_value: Annotated[str | None, Field(alias="X-P-Value", description="absent where the model is not calibrated")] = None
     model: Annotated[str, Field(alias="X-Model", description="percent-encoded")]
     content_origin: Annotated[str, Field(alias="X-Content-Origin")] = "ai-generated"
 
@@ -107,7 +107,7 @@ class GenerateAnswers:
             temperature=f"{self.temperature:g}",
             energy=comma_separated(predictions.energy),
             probability=comma_separated(predictions.probability[:, job.label]),
-            p_value=comma_separated(predictions.p_value),
+            p_value=comma_separated(predictions.p_value) if self.model.calibration else None,
             model=quote(self.model.name, safe="@-._"),
         )
         return self._png(pixels.grid(result.image, self.scale), self._seeds()), headers

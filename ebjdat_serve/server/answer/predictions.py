@@ -25,18 +25,25 @@ COLUMNS = ("energy", "suspicion", "p_value", "suspicious", "margin", "margin_p_v
 class Flag(Schema):
     """Two questions: is the image like the data (OOD score), and is its label within reach (margin)? And what follows from both."""
 
-    energy: Annotated[float, Field(description="E(x) = -logsumexp of the logits, nats; lower = likelier")]
-    suspicion: Annotated[float, Field(description="the OOD score, a sum of views, nats; high = unlike the data; /info names the views")]
-    p_value: Annotated[float, Field(description="(1 + clean calibration scores >= this one) / (n + 1)")]
-    suspicious: Annotated[bool, Field(description="p_value < alpha")]
-    why: Annotated[str, Field(description="the view that finds the image strangest: a reason where it is suspicious")]
+    energy: Annotated[
+        float | None, Field(description="E(x) = -logsumexp of the logits, nats; lower = likelier; null: the model has none, /info says why")
+    ]
+    suspicion: Annotated[float, Field(description="the OOD score, nats; high = unlike the data; /info says what it is")]
+    p_value: Annotated[
+        float | None, Field(description="(1 + clean calibration scores >= this one) / (n + 1); null, as the next: not calibrated")
+    ]
+    suspicious: Annotated[bool | None, Field(description="p_value < alpha")]
+    why: Annotated[str | None, Field(description="the view that finds the image strangest: a reason where it is suspicious")]
     margin: Annotated[float, Field(description="largest less second logit, nats: small where the label is within reach of a small change")]
     margin_p_value: Annotated[
         float, Field(description="(1 + clean calibration margins <= this one) / (n + 1); absent where the calibration has none")
     ] = 1.0
-    decision: Annotated[Literal["accept", "review"], Field(description="review: --review-share of clean images go there")]
+    decision: Annotated[
+        Literal["accept", "review"] | None, Field(description="review: --review-share of clean images go there; null: not calibrated")
+    ]
     reasons: Annotated[
-        list[str], Field(description="of review: ood, margin, reach; by p-values among the images that all of them were calibrated on")
+        list[str] | None,
+        Field(description="of review: ood, margin, reach; by p-values among the images that all of them were calibrated on"),
     ]
     reach_score: Annotated[float, Field(description="with check=reach: the runner-up's mean lead along a walk towards it, nats")] = 0.0
     reach_p_value: Annotated[float, Field(description="with check=reach: (1 + clean calibration scores >= this one) / (n + 1)")] = 1.0
@@ -81,13 +88,20 @@ class EnergyList(Schema):
 
 def flags(predictions: Predictions, model: ServedModel) -> Iterator[dict[str, Any]]:
     """Yield the fields of each image's Flag."""
+    without = {} if not model.lacks("energy") else {"energy": None}
+    if model.calibration is None:
+        without |= dict.fromkeys(("p_value", "suspicious", "why", "decision", "reasons"))
+        told = ("energy", "suspicion", "margin")
+        rows = zip(*(getattr(predictions, name).tolist() for name in told), strict=True)
+        yield from ({**dict(zip(told, row, strict=True)), **without} for row in rows)
+        return
     views, reviewed = model.calibration.views, model.calibration.reviewed
     columns = [getattr(predictions, name).tolist() for name in COLUMNS]
     for values, view, reasons in zip(zip(*columns, strict=True), predictions.why.tolist(), predictions.reasons.tolist(), strict=True):
         flag: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
         if "margin" not in reviewed:
             del flag["margin_p_value"]
-        yield {**flag, "why": views[view], **decided(reviewed, reasons)}
+        yield {**flag, **without, "why": views[view], **decided(reviewed, reasons)}
 
 
 def decided(reviewed: Sequence[str], reasons: Sequence[bool]) -> dict[str, Any]:
@@ -98,6 +112,7 @@ def decided(reviewed: Sequence[str], reasons: Sequence[bool]) -> dict[str, Any]:
 
 def checked_answer(checked: Checked, listed: bool, model: ServedModel, alpha: float) -> ClassifyAnswer | ClassifyList:
     """Return the answer of /classify with check=reach to one image, or to a list."""
+    assert model.calibration
     columns = zip(checked.reach.tolist(), checked.reach_p_value.tolist(), checked.stable.tolist(), checked.reasons.tolist(), strict=True)
     rows = [
         {**row, **decided([*model.calibration.reviewed, "reach"], reasons), "reach_score": score, "reach_p_value": p, "stable": stable}

@@ -34,7 +34,7 @@ class PublicClassified(Schema):
     class_: Annotated[int, Field(alias="class", description="class index")]
     label: str
     probability: Rounded
-    suspicious: bool
+    suspicious: Annotated[bool | None, Field(description="null: the model is not calibrated")]
 
 
 class PublicClassifyAnswer(PublicClassified):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ebjdat_serve import __version__
+from ebjdat_serve.card import score_words
 from ebjdat_serve.decoding.header import Limits as ImageLimits
 from ebjdat_serve.decoding.judge import accepted
 from ebjdat_serve.manifest import Capabilities, Input, Licence, Provenance
@@ -103,22 +104,40 @@ class Info(Schema):
 
     model: str
     architecture: dict[str, Any]
+    output: Annotated[Literal["logits", "probabilities"], Field(description="what the network gives; probabilities have no energy")]
     labels: list[str]
     input: Input
     sampler: Sampler
     provenance: Provenance
-    capabilities: Capabilities
+    capabilities: Annotated[Capabilities, Field(description='"yes", or the reason why not')]
     licence: Licence
     engine: str
     provider: Annotated[str, Field(description="absent until a worker is ready")] = ""
     precision: Annotated[str, Field(description="absent until a worker is ready")] = ""
     alpha: float
-    calibration: CalibrationInfo
+    ood_score: Annotated[str, Field(description="what `suspicion` is")]
+    calibration: Annotated[CalibrationInfo | None, Field(description="null: no p-value, no flag and no decision, and no guessed threshold")]
     limits: LimitsInfo
     load: Load
     refresh: Refresh
     metrics: Annotated[list[Any], Field(description="rows of the bundle's metrics.json")]
     version: str
+
+
+def calibration_info(served: ServedModel) -> CalibrationInfo | None:
+    """Return what the flag is decided by, None for a model that is not calibrated."""
+    if (c := served.calibration) is None:
+        return None
+    return CalibrationInfo(
+        n=len(c.scores),
+        of=c.of,
+        dataset=c.dataset,
+        handled=c.handled,
+        views=c.views,
+        left_out=c.left_out,
+        reviewed=c.reviewed,
+        review_share=served.review_share or 0.0,
+    )
 
 
 def info_answer(
@@ -136,6 +155,7 @@ def info_answer(
     return Info(
         model=served.name,
         architecture=manifest.architecture,
+        output=manifest.output,
         labels=manifest.labels,
         input=manifest.input,
         sampler=manifest.sampler,
@@ -144,16 +164,8 @@ def info_answer(
         licence=manifest.licence,
         **engine_info,
         alpha=s.alpha,
-        calibration=CalibrationInfo(
-            n=len(calibration.scores),
-            of=calibration.of,
-            dataset=calibration.dataset,
-            handled=calibration.handled,
-            views=calibration.views,
-            left_out=calibration.left_out,
-            reviewed=calibration.reviewed,
-            review_share=served.review_share,
-        ),
+        ood_score=score_words(manifest, calibration),
+        calibration=calibration_info(served),
         limits=LimitsInfo(
             body_bytes=s.max_body,
             image_bytes=s.max_image_bytes,

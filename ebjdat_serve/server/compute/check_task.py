@@ -29,9 +29,10 @@ class CheckTask:
     """A CheckJob in progress."""
 
     def __init__(self, model: Model, job: CheckJob) -> None:
-        if model.check is None:
+        check = model.calibrated.check if model.calibrated else None
+        if check is None:
             raise EbjdatError("the bundle has no calibration of the walk that a check takes")
-        self._check, self._job, self._left = model.check, job, job.n
+        self._check, self._job, self._left = check, job, job.n
         self._predictions = model.predict(job.image)
         start = Checks.start(to_unit(job.image), -self._predictions.joint_energy, radius=job.radius, steps=job.steps)
         self.group, self.preview_taken = CheckGroup(model.engine, start, job.steps), True

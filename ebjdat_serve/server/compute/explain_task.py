@@ -31,7 +31,7 @@ class ExplainTask:
         target = counterfactual.rivals(logits, source) if job.target is None else np.full(1, job.target, np.int64)
         search = Searches.start(
             pixels.to_unit(job.image), logits, target,
-            norm=job.norm, radius=job.radius, least=job.least, temperature=model.calibration.temperature,
+            norm=job.norm, radius=job.radius, least=job.least, temperature=model.temperature,
         )  # fmt: skip
         self.group = SearchGroup(model.engine, search, LONGEST)
         self.preview_taken, self._previewed, self.done = True, 0, False

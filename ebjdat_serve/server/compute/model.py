@@ -12,6 +12,7 @@ from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Outputs
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.reach import margin
+from ebjdat_serve.scores import ood_score, uncalibrated
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.payloads import TOP, Predictions
 from ebjdat_serve.server.settings import Settings
@@ -26,15 +27,19 @@ class Model:
     def __init__(self, folder: Path, settings: Settings, functions: Sequence[str] = ("classify",), key: str = "") -> None:
         found = verified(folder, settings.terms(), functions, key=key)  # its signature was checked when ``key`` was read
         assert found.opened
-        self.bundle, self.calibration = found.bundle, found.calibration
-        self.combination, self.detector, self.review, self.check = found.combination, found.detector, found.review, found.check
+        self.bundle, self.calibrated = found.bundle, found.calibrated
         self.engine, self._prior = found.opened.engine, found.opened.prior
 
     @property
     def prior(self) -> Prior:
-        """Return where chains start; a model that was opened to step has it."""
-        assert self._prior
+        """Return where chains start; only of a model that generates."""
+        self._prior = self._prior or Prior.load(self.bundle.path / "prior.safetensors")
         return self._prior
+
+    @property
+    def temperature(self) -> float:
+        """Return the temperature of p(y|x), 1 without a calibration."""
+        return self.calibrated.calibration.temperature if self.calibrated else 1.0
 
     def engine_info(self) -> dict[str, str]:
         """Return engine, provider and precision."""
@@ -48,15 +53,22 @@ class Model:
         """Return the predictions for pixels (n, H, W, 3)."""
         unit = pixels.to_unit(image)
         logits, energy, features = classify_in_chunks(self.engine, unit)
-        terms = self.combination.terms(Seen(unit, features, logits))
-        scores = self.combination.score(terms)
-        p_value = self.detector.p_value(scores)
-        probability = probabilities(logits, self.calibration.temperature)
+        probability, nothing = probabilities(logits, self.temperature), np.full(len(logits), np.nan)
         top, margins = np.argsort(-probability, axis=1, kind="stable")[:, :TOP], margin(logits)
-        p_values, reasons = self.review.look({"ood": scores, "margin": -margins})
-        margin_p_value = p_values.get("margin", np.full(len(margins), np.nan))
-        suspicious, why = self.detector.suspicious(p_value), terms.argmax(axis=1)
-        return Predictions(probability, -logits, energy, scores, p_value, suspicious, top, why, margins, margin_p_value, reasons)
+        energies = nothing.astype(np.float32) if energy is None else energy
+        if self.calibrated is None:
+            none = np.zeros(len(logits), np.int64)
+            scores = ood_score(uncalibrated(energy=energy is not None), 0.0, logits)
+            return Predictions(
+                probability, -logits, energies, scores, nothing, none > 0, top, none, margins, nothing, np.empty((len(logits), 0), np.bool_)
+            )
+        c = self.calibrated
+        terms = c.combination.terms(Seen(unit, features, logits))
+        scores = c.combination.score(terms)
+        p_value = c.detector.p_value(scores)
+        p_values, reasons = c.review.look({"ood": scores, "margin": -margins})
+        suspicious, why, margin_p_value = c.detector.suspicious(p_value), terms.argmax(axis=1), p_values.get("margin", nothing)
+        return Predictions(probability, -logits, energies, scores, p_value, suspicious, top, why, margins, margin_p_value, reasons)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from litserve.loops import LitLoop
 
 from ebjdat_serve import logs
+from ebjdat_serve.bundle import Bundle, draws
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.scheduling import Group, Policy, Scheduler
 from ebjdat_serve.server import ipc
@@ -90,6 +91,9 @@ class Worker(ls.LitAPI):
 
     def _load(self, wanted: ipc.LoadModel) -> None:
         try:
+            if not self.needed(Bundle.draft(wanted.folder)):
+                self.channel.send(ipc.ModelLoaded(wanted.key, {"engine": "none"}))
+                return
             model = Model(wanted.folder, self._settings, self.functions, wanted.key)
             self.warm_up(model)
         except EbjdatError as error:
@@ -101,6 +105,10 @@ class Worker(ls.LitAPI):
             self.models[wanted.key] = model
             answer = ipc.ModelLoaded(wanted.key, model.engine_info())
         self.channel.send(answer)
+
+    def needed(self, bundle: Bundle) -> bool:
+        """Return whether requests for the bundle can come to this worker; if not, it opens nothing, and takes no memory for it."""
+        return True
 
     def warm_up(self, model: Model) -> None:
         """Run the model once before the first request."""
@@ -161,14 +169,24 @@ class GenerateWorker(Worker):
         self.rate, self.steps_taken, self.rate_since = 0.0, 0, time.monotonic()
         super().work()
 
+    def needed(self, bundle: Bundle) -> bool:
+        return draws(bundle)
+
     def warm_up(self, model: Model) -> None:
-        """Time a few steps too: admission needs the rate of chain-steps."""
+        """Time a few steps too, or gradients where there are no steps: admission needs the rate of chain-steps."""
         super().warm_up(model)
-        n = min(Policy.of(model.engine).width, 16)
-        chains = Chains.start(model.prior, model.bundle.manifest.sampler, np.zeros(n, np.int64), seed=0)
-        model.engine.advance(chains, 1)
+        n, m = min(Policy.of(model.engine).width, 16), model.bundle.manifest
+        label = np.zeros(n, np.int64)
+        if "step" in model.bundle.functions:
+            chains = Chains.start(model.prior, m.sampler, label, seed=0)
+            step: Callable[[], object] = lambda: model.engine.advance(chains, 1)  # noqa: E731 (one of two)
+        else:
+            grey = np.full((n, 3, m.input.height, m.input.width), 0.5, np.float32)
+            step = lambda: model.engine.score(grey, label)  # noqa: E731
+        step()
         began = time.perf_counter()
-        model.engine.advance(chains, 2)
+        step()
+        step()
         if not self.rate:
             self.rate = 2 * n / (time.perf_counter() - began)
             self.channel.send(ipc.Stats(self.rate, {}))

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
@@ -36,7 +36,7 @@ from ebjdat_serve.server.settings import OPERATE, Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}, "description": problems.TITLES[code]}
-    for code in (400, 401, 403, 408, 413, 415, 421, 422, 429, 500, 503, 504)
+    for code in (400, 401, 403, 408, 409, 413, 415, 421, 422, 429, 500, 503, 504)
 }
 
 EXPOSED = list(dict.fromkeys(field.alias or "" for kind in (PngHeaders, StripHeaders) for field in kind.model_fields.values()))
@@ -92,6 +92,20 @@ class Service:
         self.draining = False  # a stop signal has come
         self.decoder = ImageDecoder(settings)
         self.encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
+
+    def draws_with(self, model: ServedModel, capability: Literal["gradient", "generate"], what: str) -> GenerateQueue:
+        """Return the queue of generate workers.
+
+        Raises Problem 404 where the operator wants no such workers, 409 where ``model`` has no gradient or does not generate, and where the
+        one that the server was started with had neither, so that there are no workers.
+        """
+        if not self.settings.generate_workers:
+            raise Problem(404, f"this server {what} nothing: it was started by serve --generate-workers 0")
+        if reason := model.lacks(capability):
+            raise Problem(409, f"{model.name} {what} nothing: {reason}")
+        if self.generate_queue is None:
+            raise Problem(409, f"this server {what} nothing: it was started with a model that cannot, without workers for it; restart it")
+        return self.generate_queue
 
     async def run_on_images(self, request: Request, operation: Operation) -> ImageResult:
         """Read and decode the images of ``request``, and return what a classify worker makes of them by ``operation``.
@@ -190,11 +204,16 @@ class Endpoint:
     openapi: Mapping[str, Any] = field(default_factory=dict)
     example: str = ""  # an address to try
     hidden: bool = False  # from the document and the index
+    takes: Literal["", "energy", "gradient", "generate"] = ""  # the capability without which it is answered 409
     scopes: Collection[Scope] | None = None  # an API key needs one of these, no key if there is none; None: as operations say, or operate
 
     def __post_init__(self) -> None:
         if "{" in self.path:
             raise ValueError(f"{self.path}: scopes of keys go by paths as they are; take parameters from the query or the body")
+
+    def impossible(self, model: ServedModel) -> bool:
+        """Whether the model lacks what the endpoint takes."""
+        return bool(self.takes and model.lacks(self.takes))
 
     @property
     def public(self) -> bool:

@@ -5,7 +5,6 @@ import contextlib
 from fastapi import Request, Response
 
 from ebjdat_serve.keys import Scope
-from ebjdat_serve.manifest import YES
 from ebjdat_serve.server.answer import respond
 from ebjdat_serve.server.answer.explanations import ExplainAnswer, ExplainAnswers, ExplainPreviewEvent, StripHeaders
 from ebjdat_serve.server.compute.explain_task import EXPLAIN
@@ -15,11 +14,9 @@ from ebjdat_serve.server.endpoints.streams import EventStream, events, in_encode
 from ebjdat_serve.server.payloads import Explanation
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.request_queue import PendingRequest
-from ebjdat_serve.server.read.explain_request import ExplainQuery, ExplainRequest, validate
-from ebjdat_serve.server.served_model import ServedModel
-from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.read.explain_request import ExplainQuery, validate
 
-NO_WORKERS = "this server explains nothing: it was started by serve --generate-workers 0"
+EXPLAINS = "explains"
 
 
 async def explain(service: Service, request: Request) -> Response:
@@ -27,16 +24,15 @@ async def explain(service: Service, request: Request) -> Response:
 
     It is an adversarial image, made on demand: a key needs the scope explain.
     """
-    queue, settings = service.generate_queue, service.settings
-    if queue is None:
-        raise Problem(404, NO_WORKERS)
-    client = request.scope["client_name"]
-    check(request, service.manager.active, settings)  # before the body is read
+    settings, client = service.settings, request.scope["client_name"]
+    queue = service.draws_with(service.manager.active, "gradient", EXPLAINS)
+    validate(request, service.manager.active.bundle.manifest, settings)  # before the body is read
     with contextlib.ExitStack() as stack:
         model, images, listed, deadline = await service.read_images(request, queue, stack)
         if listed:
             raise Problem(422, 'send one image, as it is or as {"image": "<base64>"}: a request explains one')
-        wanted = check(request, model, settings)  # which may be another model by now
+        service.draws_with(model, "gradient", EXPLAINS)  # which may be another model by now
+        wanted = validate(request, model.bundle.manifest, settings)
         job = wanted.job(images)
         stack.enter_context(service.access.chains(request, job.n))
         queue.admit(client, job)
@@ -50,13 +46,6 @@ async def explain(service: Service, request: Request) -> Response:
         if wanted.query.format == "json":
             return await in_encoder(service, lambda: respond(answers.document(found)))
         return await in_encoder(service, lambda: png(*answers.sheet(found)))
-
-
-def check(request: Request, model: ServedModel, settings: Settings) -> ExplainRequest:
-    """Return what ``request`` asks for; raise Problem 404 for a model without gradients, 422 for a wrong parameter."""
-    if (reason := model.bundle.manifest.capabilities.gradient) != YES:
-        raise Problem(404, f"{model.name} has no gradient, so nothing is explained: {reason}")
-    return validate(request, model.bundle.manifest, settings)
 
 
 def png(sheet: bytes, headers: StripHeaders) -> Response:
@@ -74,6 +63,7 @@ EXPLAIN_POST = Endpoint(
     explain,
     ExplainAnswer,
     operations=[EXPLAIN],
+    takes="gradient",
     responses={**ERRORS, **pictures(StripHeaders, ExplainPreviewEvent)},
     openapi={"parameters": PARAMETERS, **IMAGE_BODY},
     scopes=SCOPES,

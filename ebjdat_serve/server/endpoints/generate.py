@@ -24,18 +24,18 @@ from ebjdat_serve.server.read.generate_request import GenerateQuery, read_values
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Profile, Settings
 
-NO_WORKERS = "this server draws nothing: it was started by serve --generate-workers 0"
+DRAWS = "draws"
 
 
 async def generate(service: Service, request: Request) -> Response:
     """Draw images of one class by conditional short-run SGLD, marked as AI-made, as a PNG (grid), as JSON, or as a stream of events."""
-    queue, settings = service.generate_queue, service.settings
-    if queue is None:
-        raise Problem(404, NO_WORKERS)
+    settings = service.settings
+    service.draws_with(service.manager.active, "generate", DRAWS)  # before the body is read
     profile, client = settings.profile_for(request.scope), request.scope["client_name"]
     values = await read_values(request, settings)
     with contextlib.ExitStack() as stack:
         model = service.manager.active
+        queue = service.draws_with(model, "generate", DRAWS)  # which may be another model by now
         check_data(model, profile, settings)
         deadline = stack.enter_context(queue.slot(model.key, client))
         wanted = validate(values, model.bundle.manifest, settings)
@@ -62,9 +62,8 @@ async def generate(service: Service, request: Request) -> Response:
 
 async def generate_head(service: Service, request: Request) -> Response:
     """Check a request as GET does, and draw nothing."""
-    if service.generate_queue is None:
-        raise Problem(404, NO_WORKERS)
     model = service.manager.active
+    service.draws_with(model, "generate", DRAWS)
     check_data(model, service.settings.profile_for(request.scope), service.settings)
     query = validate(await read_values(request, service.settings), model.bundle.manifest, service.settings).query
     kind = "text/event-stream" if query.stream else "application/json" if query.format == "json" else "image/png"
@@ -80,7 +79,7 @@ def check_data(model: ServedModel, profile: Profile, settings: Settings) -> None
 
 def png(sheet: bytes, headers: PngHeaders, profile: Profile) -> Response:
     """Return a PNG with what a profile tells of it in its headers."""
-    return Response(sheet, media_type="image/png", headers=told(headers, profile).model_dump())
+    return Response(sheet, media_type="image/png", headers=told(headers, profile).model_dump(exclude_none=True))
 
 
 QUERY = GenerateQuery.model_json_schema()
@@ -100,8 +99,7 @@ def pictures(headers: type[Schema], preview: type[Schema]) -> dict[int | str, di
                 "text/event-stream": {"schema": preview.model_json_schema()},
             },
             "headers": {
-                name: {"schema": {"type": schema["type"]}, "description": schema.get("description", "")}
-                for name, schema in properties.items()
+                name: {"schema": {"type": "string"}, "description": schema.get("description", "")} for name, schema in properties.items()
             },
             "description": PICTURES,
         }
@@ -112,6 +110,7 @@ SHARED: dict[str, Any] = {
     "answer": GenerateAnswer,
     "public_answer": PublicGenerateAnswer,
     "operations": [GENERATE],
+    "takes": "generate",
     "responses": {**ERRORS, **pictures(PngHeaders, GeneratePreviewEvent)},
     "public_responses": {**ERRORS, **pictures(PublicPngHeaders, PublicPreviewEvent)},
     "example": "/generate?class=3",

@@ -25,6 +25,7 @@ from ebjdat_serve.server.payloads import CheckJob
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.request_queue import PendingRequest
 from ebjdat_serve.server.read.generate_request import MAX_FIELDS, describe
+from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import OPERATE, Check, Settings
 
 
@@ -47,13 +48,17 @@ async def run_check(service: Service, request: Request, radius: float) -> ImageR
 
     Raises Problem for whatever is wrong with the request, and when it cannot be answered in time.
     """
+    active = service.manager.active
+    if active.no_check:
+        raise Problem(409, f"{active.name}: {active.no_check}")  # before the body is read
     queue = service.generate_queue
     if queue is None:
-        raise Problem(422, "check=reach takes gradients, and this server has no workers for them (serve --generate-workers 0)")
+        why = "it was started with a model that has none; restart it" if service.settings.generate_workers else "serve --generate-workers 0"
+        raise Problem(409, f"check=reach takes gradients, and this server has no workers for them ({why})")
     with contextlib.ExitStack() as stack:
         model, images, listed, deadline = await service.read_images(request, queue, stack)
-        if model.no_check:
-            raise Problem(422, model.no_check)
+        if model.no_check or model.calibration is None:
+            raise Problem(409, f"{model.name}: {model.no_check}")
         job, client = CheckJob(images, radius, model.calibration.reach_steps), request.scope["client_name"]
         stack.enter_context(service.access.chains(request, job.n))
         queue.admit(client, job)
@@ -92,8 +97,16 @@ async def energy(service: Service, request: Request) -> Response:
     """Return E(x), E(x, y) for every class, the p-value and whether it is suspicious, of one image or of a list."""
     if "check" in request.query_params:
         raise Problem(422, "check is a parameter of /classify")
+    refuse_without_energy(service.manager.active)  # before the body is read
     result = await service.run_on_images(request, PREDICT)
+    refuse_without_energy(result.model)
     return respond(energy_answer(result.value, result.listed, result.model, service.settings.alpha))
+
+
+def refuse_without_energy(model: ServedModel) -> None:
+    """Raise Problem 409 with the reason why a model has no energy, if it has none."""
+    if reason := model.lacks("energy"):
+        raise Problem(409, f"{model.name} has no energy: {reason}; /classify answers its OOD score")
 
 
 PARAMETERS = [
@@ -110,4 +123,4 @@ CLASSIFY = Endpoint(
     openapi={"parameters": PARAMETERS, **IMAGE_BODY},
     scopes=SCOPES,
 )
-ENERGY = Endpoint("/energy", energy, EnergyAnswer | EnergyList, operations=[PREDICT], openapi=IMAGE_BODY)
+ENERGY = Endpoint("/energy", energy, EnergyAnswer | EnergyList, operations=[PREDICT], openapi=IMAGE_BODY, takes="energy")

@@ -55,11 +55,12 @@ def load(service: Service) -> Load:
 async def index(service: Service, request: Request) -> Response:
     """Return where to go from here."""
     kinds = {queue.kind for queue in (service.classify_queue, service.generate_queue) if queue}
+    model = service.manager.active
     profile, prefix = service.settings.profile_for(request.scope), prefix_of(service.settings)
     listed = [one for one in service.endpoints if not one.hidden and (profile == "full" or one.public)]
-    offered = [one for one in listed if all(operation.kind in kinds for operation in one.operations)]
+    offered = [one for one in listed if all(operation.kind in kinds for operation in one.operations) and not one.impossible(model)]
     paths = [prefix + path for path in [*dict.fromkeys(one.example or one.path for one in offered), "/docs"]]
-    return respond(Index(model=service.manager.active.name, paths=paths))
+    return respond(Index(model=model.name, paths=paths))
 
 
 HEALTH = Endpoint("/health", health, Health, public_answer=Health, method="GET", responses={503: {"model": Health}}, scopes=())
