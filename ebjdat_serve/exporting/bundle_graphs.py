@@ -20,24 +20,18 @@ from ebjdat_serve.bundle import GRAPHS, Bundle, graph_name
 from ebjdat_serve.engines import Precision
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.exporting.onnx_files import write_graph
+from ebjdat_serve.exporting.functions import INPUTS, Graphs
+from ebjdat_serve.exporting.onnx_files import finish
 from ebjdat_serve.exporting.reference import write_selftest
-from ebjdat_serve.exporting.tracing import Classify, Function, Score, Step, program
 
 log = logging.getLogger("export")
-KINDS: dict[str, type[Function]] = {"classify": Classify, "score": Score, "step": Step}
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-NAMES: dict[type[Function], tuple[list[str], list[str]]] = {
-    Classify: (["image"], ["logits", "energy", "features"]),
-    Score: (["image", "label"], ["score", "energy"]),
-    Step: (["image", "label", "key", "step", "step_size", "grad_clip", "noise_std"], ["next_image", "energy", "next_step"]),
-}
 
 
 def export(bundle: Bundle) -> Bundle:
     """Write the graphs into ``bundle`` and record them; raise EbjdatError when a constant is not in the weights file."""
     bundle = without_strangers(bundle)
-    return bundle.update(*(write(bundle, function, "fp32") for function in KINDS))
+    return bundle.update(*(write(bundle, function, "fp32") for function in INPUTS))
 
 
 def export_again(bundle: Bundle) -> Bundle:
@@ -69,19 +63,9 @@ def without_strangers(bundle: Bundle) -> Bundle:
 
 def write(bundle: Bundle, function: str, precision: Precision) -> str:
     """Write the graph of one function, its blocks in fp32 or fp16, the rest in fp32, and return the file's name."""
-    kind, file = KINDS[function], graph_name(function, precision)
-    m = bundle.manifest
-    model = load_model(bundle)
-    inputs, outputs = NAMES[kind]
-    n = 2
-    example = {
-        "image": torch.rand(n, 3, m.input.height, m.input.width),
-        "label": torch.tensor([0, -1]),
-        "key": torch.zeros(n, 4, 4, dtype=torch.int64),
-        "step": torch.zeros(n, dtype=torch.int64),
-    }
-    arguments = tuple(example.get(name, torch.ones(n)) for name in inputs)
-    write_graph(program(kind(model, DTYPES[precision]), arguments), bundle.path / file, inputs, outputs, title(bundle, precision))
+    file, m = graph_name(function, precision), bundle.manifest
+    model = Graphs(load_model(bundle), m.input.height, m.input.width, DTYPES[precision])(function)
+    finish(model, bundle.path / file, title(bundle, precision))
     return file
 
 

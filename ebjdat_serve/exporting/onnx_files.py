@@ -1,20 +1,25 @@
 """Write exported programs as ONNX files whose weights stay in weights.safetensors: their initialisers point into it by byte offset."""
 
+import hashlib
 import json
 import logging
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
+from numpy.typing import NDArray
 from onnx_ir.passes import Sequential, common
 from onnxscript import optimizer
 
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.networks import CONSTANT
 
 INLINE_BYTES = 1024
 """Constants up to this size (shapes, scalars) stay in the graph; larger ones must be tensors of the weights file."""
@@ -23,22 +28,52 @@ KEEP = ("Transpose", "Slice", "Add", "Sub", "Mul", "Div", "Sqrt", "Unsqueeze", "
 """Operators on weights that stay in the graph, so that all graphs share one copy of the weights; engines fold them at load."""
 
 
-def write_graph(program: torch.export.ExportedProgram, file: Path, inputs: list[str], outputs: list[str], about: dict[str, str]) -> None:
-    """Convert ``program`` and write it with its weights left in weights.safetensors."""
+def converted(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
+    """Return ``program`` as an ONNX model, its weights inside, with every operator on large weights left in it."""
     with quiet_exporter():
-        converted = torch.onnx.export(
+        done = torch.onnx.export(
             program, (), dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, optimize=False, verbose=False
         )
-    assert converted is not None
+    assert done is not None
     # Not optimize(): it would write folded weights, a second copy.
-    optimizer.fold_constants(converted.model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type in KEEP else None)
+    optimizer.fold_constants(done.model, onnx_shape_inference=True, should_fold=lambda node: False if kept(node) else None)
     passes = (
         common.CommonSubexpressionEliminationPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True),
         common.RemoveUnusedNodesPass(),
     )
-    Sequential(*passes)(converted.model)
-    finish(converted.model_proto, file, about)
+    Sequential(*passes)(done.model)
+    model: onnx.ModelProto = done.model_proto
+    return model
+
+
+def chained(first: onnx.ModelProto, second: onnx.ModelProto, link: str, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
+    """Return the model of both: ``second`` takes the output ``link`` of ``first``, and what else it takes by the names of its inputs."""
+    model = onnx.ModelProto()
+    model.CopyFrom(first)
+    shared = {link, *(value.name for value in second.graph.input)}
+    told = {value.name: value for graph in (second.graph, first.graph) for value in (*graph.input, *graph.output)}
+    # names of the second graph's own values: they may be those of the first
+    graph = onnx.compose.add_prefix_graph(second.graph, "move/", rename_inputs=False, rename_outputs=False, rename_value_infos=True)
+    strangers = {name for node in graph.node for name in node.input if name.removeprefix("move/") in shared}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in strangers:
+                node.input[i] = name.removeprefix("move/")
+    model.graph.node.extend(graph.node)
+    model.graph.initializer.extend(graph.initializer)
+    for values, names in ((model.graph.input, inputs), (model.graph.output, outputs)):
+        kept_ = [told[name] for name in names]
+        del values[:]
+        values.extend(kept_)
+    return model
+
+
+def kept(node: onnx_ir.Node) -> bool:
+    """Return whether an operator stays in the graph: folding it would change what is shared, or write a second copy of a weight."""
+    return node.op_type in KEEP or any(
+        value is not None and value.const_value is not None and value.const_value.nbytes > INLINE_BYTES for value in node.inputs
+    )
 
 
 @contextmanager
@@ -94,6 +129,17 @@ def point_into(model: onnx.ModelProto, weights: Path, inline: int) -> None:
         del tensor.external_data[:]
         for key, value in (("location", weights.name), ("offset", str(offset)), ("length", str(length))):
             tensor.external_data.add(key=key, value=value)
+
+
+def constants(models: Iterable[onnx.ModelProto], known: Collection[bytes]) -> dict[str, NDArray[Any]]:
+    """Return the larger initialisers of ``models`` whose bytes are not ``known``, each once, under a name of its own."""
+    found: dict[str, NDArray[Any]] = {}
+    for model in models:
+        for tensor in model.graph.initializer:
+            data = onnx.numpy_helper.to_array(tensor)
+            if data.nbytes > INLINE_BYTES and (content := data.tobytes()) not in known:
+                found[f"{CONSTANT}{hashlib.sha256(content).hexdigest()[:16]}"] = np.array(data, order="C")
+    return found
 
 
 def safetensors_places(file: Path) -> dict[bytes, tuple[int, int]]:
