@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from benchmarks.hostile_images import encoded
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
+from ebjdat_serve.card import summary
 from ebjdat_serve.contract import LONGEST_SIDE, Input, crop_of
 from ebjdat_serve.decoding import pool, small
 from ebjdat_serve.decoding.header import WORKING_BYTES, Header, Limits
@@ -442,3 +443,11 @@ def test_pixels_count_as_memory_until_they_are_answered(server):
         answer = httpx2.post(f"{server.url}/classify", json={"images": [dot] * n})
         assert answer.status_code == status, answer.text
         assert (status == 200) == ("your share of the memory for bodies is full (serve --upload-memory)" not in answer.text)
+
+
+def test_a_contract_is_told_in_words(other):
+    said = "8 x 8 pixels: shorter side to that of 16 x 16 (bicubic), a JPEG of quality 60, cropped about the centre"
+    assert other.manifest.input.described() == said
+    assert f"input {said}\n" in summary(other)
+    assert Input(32, 32).described() == "32 x 32 pixels: squashed to 32 x 32 (area)"
+    assert Input(9, 7, "pad", "bilinear", pad_colour=MEAN).described() == "9 x 7 pixels: resized to fit within 9 x 7 (bilinear), on #7c7468"
