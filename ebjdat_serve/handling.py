@@ -58,7 +58,7 @@ reduced to .7 or more and enlarged again, brightness .85 to 1.2, grey."""
 
 
 def handled(image: Pixels, seed: int, untouched: float = UNTOUCHED, place: Sequence[int] = ()) -> Pixels:
-    """Return images (N, H, W, 3), each left alone with probability ``untouched``, else handled in one of the ways, as they are decoded then.
+    """Return images (N, H, W, 3), each left alone with probability ``untouched``, else handled in one of the ways and decoded.
 
     All are drawn from one stream of ``seed`` and ``place``: with the place of an image in a folder, it is handled alike in any chunk.
     """
