@@ -1,7 +1,7 @@
 """Calibrate a bundle on the images of a folder: `ebjdat-serve calibrate BUNDLE DIR`.
 
 The folder is split, always alike: a quarter to fit the views on, a quarter for their ranks, the rest for p-values. Fewer than SPLIT images
-all go to the p-values of one score that needs no fit (docs/decisions/0028). Half of the images are lightly handled, as in training's
+all go to the p-values of one score that needs no fit (docs/decisions/0029). Half of the images are lightly handled, as in training's
 calibration. Each image is decoded as the server does it when its turn comes: pixels of one chunk are held at a time.
 """
 
