@@ -33,7 +33,7 @@ SHIFTS: dict[str, Shift] = {
     "screenshot x3, JPEG q90": screenshot,
     "grey": lambda p: encoded(p.convert("L"), "PNG"),
     "grey, 16 bit": sixteen_bit,
-    "brightness x1.15": lambda p: brightened(p, 1.15),
+    "brightness x1.15": lambda p: encoded(brightened(p, 1.15), "PNG"),
 }
 
 
