@@ -133,7 +133,13 @@ The OOD score is {score_words(m, calibration)}.
 | | |
 |---|---|
 {lines(vars(m.licence))}
-"""
+{noted("What the import found", p.configuration.get("found"))}{noted("What it could not know", p.configuration.get("unknown"))}"""
+
+
+def noted(heading: str, said: object) -> str:
+    """Return a section of the card with what an import noted, or nothing."""
+    items = "".join(f"- {one}\n" for one in said) if isinstance(said, list) else ""
+    return f"\n## {heading}\n\n{items}" if items else ""
 
 
 def calibrated_words(c: Calibration | None) -> str:
