@@ -43,6 +43,8 @@ def told(answer):
 def test_it_classifies_as_over_http(live, model, picture, jpeg):
     for content in (picture, jpeg):
         assert told(model.classify(content)) == HTTP.post(f"{live.url}/classify", content=content).json()
+    unasked = model.classify(picture)
+    assert (unasked.reach_score, unasked.reach_p_value, unasked.stable) == (None, None, None)
     several = [picture, jpeg, picture]
     encoded = [base64.b64encode(one).decode() for one in several]
     assert told(model.classify(several)) == HTTP.post(f"{live.url}/classify", json={"images": encoded}).json()

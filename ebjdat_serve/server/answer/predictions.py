@@ -36,8 +36,8 @@ class Flag(Schema):
     why: Annotated[str | None, Field(description="the view that finds the image strangest: a reason where it is suspicious")]
     margin: Annotated[float, Field(description="largest less second logit, nats: small where the label is within reach of a small change")]
     margin_p_value: Annotated[
-        float, Field(description="(1 + clean calibration margins <= this one) / (n + 1); absent where the calibration has none")
-    ] = 1.0
+        float | None, Field(description="(1 + clean calibration margins <= this one) / (n + 1); absent where the calibration has none")
+    ] = None
     decision: Annotated[
         Literal["accept", "review"] | None, Field(description="review: --review-share of clean images go there; null: not calibrated")
     ]
@@ -45,9 +45,15 @@ class Flag(Schema):
         list[str] | None,
         Field(description="of review: ood, margin, reach; by p-values among the images that all of them were calibrated on"),
     ]
-    reach_score: Annotated[float, Field(description="with check=reach: the runner-up's mean lead along a walk towards it, nats")] = 0.0
-    reach_p_value: Annotated[float, Field(description="with check=reach: (1 + clean calibration scores >= this one) / (n + 1)")] = 1.0
-    stable: Annotated[bool, Field(description="with check=reach: a search within the radius found no other label; no proof")] = True
+    reach_score: Annotated[
+        float | None, Field(description="with check=reach, absent without: the runner-up's mean lead along a walk towards it, nats")
+    ] = None
+    reach_p_value: Annotated[
+        float | None, Field(description="with check=reach, absent without: (1 + clean calibration scores >= this one) / (n + 1)")
+    ] = None
+    stable: Annotated[
+        bool | None, Field(description="with check=reach, absent without: a search within the radius found no other label; no proof")
+    ] = None
 
 
 class Classified(Flag, Candidate):
