@@ -19,12 +19,14 @@ from PIL import Image
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import write_json
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.decoding.pool import Decoders
 from ebjdat_serve.decoding.pool_settings import PoolSettings
 
 SIDE = 32
+SQUASHED = Input(SIDE, SIDE)
 CONNECTIONS = 32
 ROUNDS = 5
 
@@ -68,18 +70,18 @@ async def measure(seconds: float) -> list[dict[str, object]]:
 
         async def here(data: bytes = data) -> object:
             await asyncio.sleep(0)
-            return pixels.decode(data, SIDE, SIDE)
+            return pixels.decode(data, SQUASHED)
 
         async def here_reduced(data: bytes = data) -> object:
             await asyncio.sleep(0)
-            header = judge(data, SIDE, SIDE, limits)
-            return pixels.decode_judged(data, header, SIDE, SIDE, header.scale(SIDE, SIDE, limits))
+            header = judge(data, SQUASHED, limits)
+            return pixels.decode_judged(data, header, SQUASHED, header.scale(SQUASHED, limits))
 
         async def there(data: bytes = data) -> object:
-            return await exact.decode([data], SIDE, SIDE)
+            return await exact.decode([data], SQUASHED)
 
         async def reduced(data: bytes = data) -> object:
-            return await draft.decode([data], SIDE, SIDE)
+            return await draft.decode([data], SQUASHED)
 
         ways = {"in process": here, "decoders": there} | (
             {"in process, draft": here_reduced, "decoders, draft": reduced} if "MP" in name else {}

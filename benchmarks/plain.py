@@ -32,7 +32,7 @@ def main() -> None:
             pictures = [base64.b64decode(one) for one in (await request.json())["images"]]
         else:
             pictures = [await request.body()]
-        image = pixels.to_unit(np.stack([pixels.decode(one, m.input.height, m.input.width) for one in pictures]))
+        image = pixels.to_unit(np.stack([pixels.decode(one, m.input) for one in pictures]))
         logits, energy, _ = engine.classify(image)
         likely = probabilities(logits, 1.0)
         rows = zip(likely.argmax(1).tolist(), likely.max(1).tolist(), given(energy, "energy").tolist(), strict=True)

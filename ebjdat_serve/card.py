@@ -21,7 +21,7 @@ def summary(bundle: Bundle) -> str:
     lines = [
         f"{m.name}@{m.version}",
         f"  path          {bundle.path}",
-        f"  architecture  {network_name(m.architecture)}, input {m.input.height} x {m.input.width}",
+        f"  architecture  {network_name(m.architecture)}, input {m.input.described()}",
         f"  labels        {', '.join(m.labels)}",
         f"  sampler       {s.steps} steps of {s.step_size}, gradient clip {s.grad_clip}, noise {s.noise_std}",
         f"  trained       preset {p.preset}, seed {p.seed}, {p.dataset}, git {p.git[:12]}, {p.started}",
@@ -133,7 +133,13 @@ The OOD score is {score_words(m, calibration)}.
 | | |
 |---|---|
 {lines(vars(m.licence))}
-"""
+{noted("What the import found", p.configuration.get("found"))}{noted("What it could not know", p.configuration.get("unknown"))}"""
+
+
+def noted(heading: str, said: object) -> str:
+    """Return a section of the card with what an import noted, or nothing."""
+    items = "".join(f"- {one}\n" for one in said) if isinstance(said, list) else ""
+    return f"\n## {heading}\n\n{items}" if items else ""
 
 
 def calibrated_words(c: Calibration | None) -> str:

@@ -189,7 +189,7 @@ class Classifier:
         size, decoded = self._served.bundle.manifest.input, []
         for place, image in enumerate(images, first):
             try:
-                decoded.append(decode(encoded(image, self._limits.max_bytes), size.height, size.width, self._limits))
+                decoded.append(decode(encoded(image, self._limits.max_bytes), size, self._limits))
             except InvalidImage as error:
                 again = InvalidImage(f"images[{place}]: {error}" if listed else str(error), too_large=error.too_large)
                 again.index = place if listed else None

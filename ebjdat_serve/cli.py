@@ -1,4 +1,4 @@
-"""The command line: `ebjdat-serve serve | inspect | verify | calibrate | list | publish | rollback | sign | upgrade | key`."""
+"""The command line: `ebjdat-serve serve | import | inspect | verify | calibrate | list | publish | rollback | sign | upgrade | key`."""
 
 import argparse
 import logging
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True)
 
-    from ebjdat_serve import key_commands
+    from ebjdat_serve import import_command, key_commands
     from ebjdat_serve.editing import FORCED
     from ebjdat_serve.server.settings import SHIPPED, VERIFIED_BY, add_arguments
 
@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibrate_parser.set_defaults(command=calibrate)
     for sub in (publish_parser, rollback_parser, sign_parser):
         add_arguments(sub, VERIFIED_BY)
+    import_command.add(commands)
     key_commands.add(commands)
 
     for sub in commands.choices.values():

@@ -110,7 +110,7 @@ class FolderImages:
         try:
             if file.stat().st_size > SERVED.max_bytes:
                 raise InvalidImage(f"the image has {file.stat().st_size} bytes; the limit is {SERVED.max_bytes}")
-            return decode(file.read_bytes(), self.contract.height, self.contract.width, SERVED)
+            return decode(file.read_bytes(), self.contract, SERVED)
         except (InvalidImage, OSError) as error:
             self.unread[file] = cause(error)
             return None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.pixels import Pixels, decode
 
 SEED = 0
@@ -62,12 +63,12 @@ def handled(image: Pixels, seed: int, untouched: float = UNTOUCHED, place: Seque
 
     All are drawn from one stream of ``seed`` and ``place``: with the place of an image in a folder, it is handled alike in any chunk.
     """
-    height, width = image.shape[1:3]
+    size = Input(*image.shape[1:3])
     noise = np.random.default_rng([SEED, seed, *place])
     found = image.copy()
     for i in np.flatnonzero(noise.random(len(image)) >= untouched):
         made = HANDLINGS[noise.integers(len(HANDLINGS))](Image.fromarray(image[i]), noise)
-        found[i] = decode(made, height, width) if isinstance(made, bytes) else squashed(made, height, width)
+        found[i] = decode(made, size) if isinstance(made, bytes) else squashed(made, size.height, size.width)
     return found
 
 

@@ -4,25 +4,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from ebjdat_serve.bounds import COUNT, NATS, Bounds
+from ebjdat_serve.contract import Input as Input
 from ebjdat_serve.sgld import Sampler
 
 SCHEMA = 2
 YES = "yes"
-
-
-@dataclass(frozen=True)
-class Input:
-    """The input contract: how an image of any size becomes height x width pixels in [0,1].
-
-    Today's values of the rest are the only ones: squashed by area averaging, not cropped, not compressed again.
-    """
-
-    height: Annotated[int, Bounds(1, 4096)]
-    width: Annotated[int, Bounds(1, 4096)]
-    resize: Literal["squash"] = "squash"
-    filter: Literal["area"] = "area"
-    crop: Annotated[float, Bounds(1.0, 1.0)] = 1.0  # of the shorter side, about the centre
-    jpeg_quality: Annotated[int, Bounds(0, 0)] = 0  # of a recompression before anything else; 0: none
 
 
 @dataclass(frozen=True)

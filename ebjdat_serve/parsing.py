@@ -20,7 +20,11 @@ def parse(kind: type[T], data: Any, where: str) -> T:
     missing = sorted({f.name for f in fields(kind)} - set(data))  # type: ignore[arg-type]
     if unknown or missing:
         raise BundleError(f"{where}: unknown keys {unknown}, missing keys {missing}")
-    return kind(**{name: _value(hints[name], data[name], f"{where}: {name}") for name in hints})
+    values = {name: _value(hints[name], data[name], f"{where}: {name}") for name in hints}
+    try:
+        return kind(**values)
+    except BundleError as error:  # what a dataclass asks of its fields together
+        raise BundleError(f"{where}: {error}") from None
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

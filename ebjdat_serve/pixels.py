@@ -1,7 +1,7 @@
 """Decode images to pixels and encode them as PNG; the only module of the server that uses Pillow.
 
-An image of any size is resized to height x width by area averaging (aspect ratio is not kept); transparent pixels are
-composited on white; 16-bit images are scaled to 8; EXIF rotation is applied; of an animation the first frame is used.
+An image of any size becomes height x width pixels as the input contract says (contract.py); before that, transparent pixels are
+composited on white, 16 bits are scaled to 8, and EXIF rotation is applied; of an animation the first frame is used.
 ``decode`` is for images of one's own; a server judges a header first and calls ``decode_judged`` in a process with limits.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.header import Bytes, Header, Limits
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.errors import InvalidImage
@@ -25,6 +26,13 @@ Pixels = NDArray[np.uint8]
 
 PLUGINS = {"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "Bmp", "TIFF": "Tiff", "AVIF": "Avif"}
 """Pillow's plugins, all of them in its wheels."""
+FILTERS = {
+    "area": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
 STRIP_PIXELS = 2**18
 """Pixels that are converted at a time."""
 TURNS = {
@@ -43,18 +51,18 @@ AI_ORIGIN = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMe
 """IPTC's digital source type of media made by a trained model, for tools that read provenance."""
 
 
-def decode(data: Bytes, height: int, width: int, limits: Limits = OWN) -> Pixels:
-    """Return the image in ``data`` as (height, width, 3) uint8, decoded in this process.
+def decode(data: Bytes, contract: Input, limits: Limits = OWN) -> Pixels:
+    """Return the image in ``data`` as (height, width, 3) uint8, as ``contract`` says, decoded in this process.
 
     Raises InvalidImage: empty, larger than the limits, of a format that is not read, truncated or damaged.
     """
-    header = judge(data, height, width, limits)
-    return decode_judged(bytes(data), header, height, width, header.scale(height, width, limits))
+    header = judge(data, contract, limits)
+    return decode_judged(bytes(data), header, contract, header.scale(contract, limits))
 
 
 def upright_size(data: Bytes) -> tuple[int, int]:
     """Return the (height, width) of the image in ``data``, EXIF rotation applied, without its pixels. Raises InvalidImage."""
-    header = judge(data, 1, 1, OWN)
+    header = judge(data, Input(1, 1), OWN)
     image = _open(bytes(data), header)
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
@@ -72,12 +80,12 @@ def _open(data: bytes, header: Header) -> Image.Image:
     return picture
 
 
-def decode_judged(data: bytes, header: Header, height: int, width: int, scale: int = 1) -> Pixels:
+def decode_judged(data: bytes, header: Header, contract: Input, scale: int = 1) -> Pixels:
     """Return the image in ``data``, whose header was judged, as (height, width, 3) uint8; a JPEG at 1/``scale`` of its size.
 
     Raises InvalidImage: truncated or damaged, not what its header promises.
     """
-    return load(_open(data, header), height, width, scale)
+    return load(_open(data, header), contract, scale)
 
 
 def register(kind: str) -> str:
@@ -92,11 +100,11 @@ def register(kind: str) -> str:
     return kind
 
 
-def load(picture: Image.Image, height: int, width: int, scale: int = 1) -> Pixels:
+def load(picture: Image.Image, contract: Input, scale: int = 1) -> Pixels:
     """Return an open image as (height, width, 3) uint8; a JPEG at 1/``scale`` of its size. Raises InvalidImage."""
     with _hostile(), picture:
         if scale > 1:
-            return _load_draft(picture, height, width, scale)
+            return _load_draft(picture, contract.height, contract.width, scale)
         tiles = getattr(picture, "tile", [])
         stored = str(tiles[0].args) if picture.format == "PNG" and tiles else ""
         frame = tiles[0].extents if picture.format == "GIF" and tiles else None
@@ -105,8 +113,30 @@ def load(picture: Image.Image, height: int, width: int, scale: int = 1) -> Pixel
         _scale_transparent(picture, stored)
         if frame is not None and frame != (0, 0, *picture.size):
             picture = _on_white(picture, frame)
-        upright = _upright(picture, _turn(picture))
-        return np.asarray(upright if upright.size == (width, height) else upright.resize((width, height), Image.Resampling.BOX))
+        return np.asarray(_fit(_upright(picture, _turn(picture)), contract))
+
+
+def _fit(upright: Image.Image, contract: Input) -> Image.Image:
+    """Return an upright image in RGB resized, compressed and cropped as ``contract`` says."""
+    resized = contract.resized(upright.height, upright.width)[::-1]
+    image = upright if upright.size == resized else upright.resize(resized, FILTERS[contract.filter])
+    if contract.jpeg_quality:
+        image = _compressed(image, contract.jpeg_quality)
+    if image.size == (contract.width, contract.height):
+        return image
+    left, top = contract.offset(image.width, contract.width), contract.offset(image.height, contract.height)
+    cropped = Image.new("RGB", (contract.width, contract.height), contract.pad_colour)
+    cropped.paste(image, (-left, -top))
+    return cropped
+
+
+def _compressed(image: Image.Image, quality: int) -> Image.Image:
+    """Return an image after a JPEG round trip."""
+    file = io.BytesIO()
+    image.save(file, register("JPEG"), quality=quality)
+    again = Image.open(file, formats=("JPEG",))
+    again.load()
+    return again
 
 
 def _scale_transparent(picture: Image.Image, stored: str) -> None:

@@ -7,7 +7,7 @@ score becomes a sum of one view, with the p-values that it had: training/calibra
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, graph_name, read_js
 from ebjdat_serve.card import retitled
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.graphs import with_features
-from ebjdat_serve.manifest import SCHEMA, Calibration, Capabilities, Licence
+from ebjdat_serve.manifest import SCHEMA, Calibration, Capabilities, Input, Licence
 from ebjdat_serve.scores import DEFAULT
 from ebjdat_serve.store import next_revision, store_of
 from ebjdat_serve.view_files import save_views
@@ -29,7 +29,7 @@ LATER = "the bundle was converted from schema 1, which had none: python training
 FEATURES = "features"
 OLD_CALIBRATION = ("of", "precision", "dataset", "temperature", "energies", "score", "weight", "scores")
 SINCE = {"output": "logits", "capabilities": asdict(Capabilities()), "licence": asdict(Licence())}
-INPUT = {"resize": "squash", "filter": "area", "crop": 1.0, "jpeg_quality": 0}
+INPUT = {one.name: one.default for one in fields(Input) if one.default is not MISSING}
 """What schema 2 says in addition: for a bundle of schema 1 these are the values."""
 
 

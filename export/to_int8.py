@@ -14,7 +14,8 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 
 from ebjdat_serve.bundle import Bundle, graph_name
 from ebjdat_serve.engines import Floats
-from export.to_onnx import finish, title
+from ebjdat_serve.exporting.bundle_graphs import title
+from ebjdat_serve.exporting.onnx_files import finish
 
 BATCH = 32
 SCALES_BYTES = 16 * 1024

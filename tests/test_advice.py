@@ -26,6 +26,9 @@ HOST = {
     "training/overrides.py": "training/train.py",
     "training/refresh.py": "training/train.py",
     "ebjdat_serve/server/read/browsers.py": "ebjdat-serve serve",
+    "ebjdat_serve/import_command.py": "ebjdat-serve import",
+    "ebjdat_serve/importing/__init__.py": "ebjdat-serve import",
+    "ebjdat_serve/importing/onnx_source.py": "ebjdat-serve import",
     "ebjdat_serve/folder_calibration.py": "ebjdat-serve calibrate",
 }
 """Modules that are no commands and whose errors one command alone ends with."""
@@ -101,7 +104,7 @@ def texts(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
 
 
 NAMED = re.compile(
-    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)|(?:ebjdat-)?(?P<served>serve|sign|publish|rollback|verify)(?= )"
+    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)|(?:ebjdat-)?(?P<served>serve(?! import)|sign|publish|rollback|verify)(?= )"
     r"|(?P<flag>--[a-z][a-z-]*)"
 )
 

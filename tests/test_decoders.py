@@ -21,6 +21,7 @@ from PIL import Image
 
 from benchmarks.hostile_images import encoded, jpeg_of_scans, png, webp
 from ebjdat_serve import pixels
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding import jobs, pool, pool_settings, small, wire
 from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.decoding.jobs import DecoderLost, Small, Suspects
@@ -87,17 +88,17 @@ def test_small_and_large_images_and_lists_come_out_as_in_one_process(run):
 
     async def main():
         async with decoders() as running:
-            alone = [(await running.decode([one], 32, 24))[0] for one in images]
-            together = await running.decode(images, 32, 24)
-            many = await asyncio.gather(*(running.decode([SMALL], 8 + i % 3, 8) for i in range(200)))
+            alone = [(await running.decode([one], Input(32, 24)))[0] for one in images]
+            together = await running.decode(images, Input(32, 24))
+            many = await asyncio.gather(*(running.decode([SMALL], Input(8 + i % 3, 8)) for i in range(200)))
             return alone, together, many
 
     alone, together, many = run(main())
     for data, one, other in zip(images, alone, together, strict=True):
-        np.testing.assert_array_equal(one, pixels.decode(data, 32, 24))
+        np.testing.assert_array_equal(one, pixels.decode(data, Input(32, 24)))
         np.testing.assert_array_equal(one, other)
     for i, [one] in enumerate(many):
-        np.testing.assert_array_equal(one, pixels.decode(SMALL, 8 + i % 3, 8))
+        np.testing.assert_array_equal(one, pixels.decode(SMALL, Input(8 + i % 3, 8)))
 
 
 def test_refusals_say_which_image_and_why():
@@ -116,9 +117,9 @@ def test_refusals_say_which_image_and_why():
                 if index is None:
                     images = [*images, MEDIUM]
                 with pytest.raises(InvalidImage, match=said) as raised:
-                    await running.decode(images, 32, 32)
+                    await running.decode(images, Input(32, 32))
                 assert raised.value.index == index
-            assert len(await running.decode([SMALL], 32, 32)) == 1
+            assert len(await running.decode([SMALL], Input(32, 32))) == 1
 
     asyncio.run(main())
 
@@ -127,10 +128,10 @@ def test_refusals_say_which_image_and_why():
 def test_what_broke_the_server_costs_neither_memory_nor_time(data, said):
     async def main():
         async with decoders(max_scans=64) as running:
-            await running.decode([SMALL], 32, 32)
+            await running.decode([SMALL], Input(32, 32))
             began = time.monotonic()
             with pytest.raises(InvalidImage, match=said):
-                await running.decode([data], 32, 32)
+                await running.decode([data], Input(32, 32))
             assert time.monotonic() - began < 5
             assert peak(running) < 100
 
@@ -140,7 +141,9 @@ def test_what_broke_the_server_costs_neither_memory_nor_time(data, said):
 def test_an_empty_webp_of_the_largest_size_stays_within_its_memory():
     async def main():
         async with decoders() as running:
-            results = await asyncio.gather(*(running.decode([webp(10_000, 2_500)], 32, 32) for _ in range(3)), return_exceptions=True)
+            results = await asyncio.gather(
+                *(running.decode([webp(10_000, 2_500)], Input(32, 32)) for _ in range(3)), return_exceptions=True
+            )
             assert all(isinstance(one, InvalidImage) for one in results)
             assert peak(running) < 480
 
@@ -150,15 +153,15 @@ def test_an_empty_webp_of_the_largest_size_stays_within_its_memory():
 def test_an_image_that_fails_leaves_no_memory_behind():
     async def main():
         async with decoders(replace(PATIENT, large=1)) as running:
-            await running.decode([MEDIUM], 32, 32)
+            await running.decode([MEDIUM], Input(32, 32))
             pid = of_large(running)
             for _ in range(3):
                 for broken in (webp(10_000, 2_500), png(5000, 5000)):
                     with pytest.raises(InvalidImage, match="truncated or damaged"):
-                        await running.decode([broken], 32, 32)
+                        await running.decode([broken], Input(32, 32))
                     held = Path(f"/proc/{pid}/status").read_text(encoding="ascii").partition("VmRSS:")[2].split()[0]
                     assert int(held) < 80 * 2**10
-                assert len(await running.decode([MEDIUM], 32, 32)) == 1
+                assert len(await running.decode([MEDIUM], Input(32, 32))) == 1
             assert of_large(running) == pid
 
     asyncio.run(main())
@@ -174,9 +177,9 @@ def test_an_image_that_takes_more_memory_than_its_header_promises_is_refused(kin
             sent = wire.packed
             monkeypatch.setattr(wire, "packed", lambda message: sent(wire.Go(0) if isinstance(message, wire.Go) else message))
             with pytest.raises(InvalidImage, match=r"more memory|truncated or damaged"):
-                await running.decode([large], 32, 32)
+                await running.decode([large], Input(32, 32))
             monkeypatch.setattr(wire, "packed", sent)
-            assert len(await running.decode([large], 32, 32)) == 1
+            assert len(await running.decode([large], Input(32, 32))) == 1
 
     asyncio.run(main())
 
@@ -184,13 +187,13 @@ def test_an_image_that_takes_more_memory_than_its_header_promises_is_refused(kin
 def test_an_image_that_takes_too_long_is_refused_and_its_decoder_ended():
     async def main():
         async with decoders(max_seconds=1.0) as running:
-            await running.decode([SMALL], 32, 32)
+            await running.decode([SMALL], Input(32, 32))
             before = set(pids(running))
             with pytest.raises(InvalidImage, match="takes longer to decode than the limit of 1 s"):
-                await running.decode([SLOW], 32, 32)
+                await running.decode([SLOW], Input(32, 32))
             await until(lambda: len(pids(running)) == 3)
             assert len(before - set(pids(running))) == 1
-            assert len(await running.decode([MEDIUM], 32, 32)) == 1
+            assert len(await running.decode([MEDIUM], Input(32, 32))) == 1
 
     asyncio.run(main())
 
@@ -198,11 +201,11 @@ def test_an_image_that_takes_too_long_is_refused_and_its_decoder_ended():
 def test_a_decode_that_is_stuck_ends_with_its_timeout():
     async def main():
         async with decoders(replace(PATIENT, large=1, timeout=1.5)) as running:
-            await running.decode([MEDIUM], 32, 32)
+            await running.decode([MEDIUM], Input(32, 32))
             os.kill(of_large(running), signal.SIGSTOP)
             with pytest.raises(DecoderLost, match=r"not decoded within 1\.5 s"):
-                await running.decode([SLOW], 32, 32)
-            assert len(await running.decode([MEDIUM], 32, 32)) == 1
+                await running.decode([SLOW], Input(32, 32))
+            assert len(await running.decode([MEDIUM], Input(32, 32))) == 1
 
     asyncio.run(main())
 
@@ -210,9 +213,9 @@ def test_a_decode_that_is_stuck_ends_with_its_timeout():
 def test_a_killed_decoder_of_large_images_costs_its_own_request_only():
     async def main():
         async with decoders(replace(PATIENT, large=1)) as running:
-            await running.decode([MEDIUM], 32, 32)
-            task = asyncio.create_task(running.decode([SLOW], 32, 32))
-            waiting = asyncio.create_task(running.decode([MEDIUM], 32, 32))
+            await running.decode([MEDIUM], Input(32, 32))
+            task = asyncio.create_task(running.decode([SLOW], Input(32, 32)))
+            waiting = asyncio.create_task(running.decode([MEDIUM], Input(32, 32)))
             await asyncio.sleep(0.2)
             pid = of_large(running)
             os.kill(pid, signal.SIGKILL)
@@ -227,15 +230,15 @@ def test_a_killed_decoder_of_large_images_costs_its_own_request_only():
 def test_a_killed_decoder_of_small_images_costs_nobody_anything():
     async def main():
         async with decoders() as running:
-            await running.decode([SMALL], 32, 32)
-            tasks = [asyncio.create_task(running.decode([SMALL], 32, 32)) for _ in range(300)]
+            await running.decode([SMALL], Input(32, 32))
+            tasks = [asyncio.create_task(running.decode([SMALL], Input(32, 32))) for _ in range(300)]
             await asyncio.sleep(0)
             first = pids(running)[0]
             os.kill(first, signal.SIGSTOP)  # so that a message is surely under way
             await asyncio.sleep(0.1)
             os.kill(first, signal.SIGKILL)
             for [one] in await asyncio.gather(*tasks):
-                np.testing.assert_array_equal(one, pixels.decode(SMALL, 32, 32))
+                np.testing.assert_array_equal(one, pixels.decode(SMALL, Input(32, 32)))
             assert first not in pids(running)
 
     asyncio.run(main())
@@ -261,11 +264,11 @@ def test_ordinary_lists_do_not_wait_for_decoders_of_large_images():
 
     async def main():
         async with decoders(replace(PATIENT, large=1)) as running:
-            await running.decode([MEDIUM], 32, 32)
+            await running.decode([MEDIUM], Input(32, 32))
             os.kill(of_large(running), signal.SIGSTOP)
             for images in lists:
                 async with asyncio.timeout(10):
-                    assert len(await running.decode(images, 32, 32)) == len(images)
+                    assert len(await running.decode(images, Input(32, 32))) == len(images)
 
     asyncio.run(main())
 
@@ -273,10 +276,10 @@ def test_ordinary_lists_do_not_wait_for_decoders_of_large_images():
 def test_a_small_image_that_hangs_its_decoder_delays_the_others_of_its_message_by_the_timeout():
     async def main():
         async with decoders(replace(PATIENT, small_timeout=0.5)) as running:
-            await running.decode([SMALL], 32, 32)
+            await running.decode([SMALL], Input(32, 32))
             os.kill(pids(running)[0], signal.SIGSTOP)
             began = time.monotonic()
-            assert len(await asyncio.gather(*(running.decode([SMALL], 32, 32) for _ in range(20)))) == 20
+            assert len(await asyncio.gather(*(running.decode([SMALL], Input(32, 32)) for _ in range(20)))) == 20
             assert 0.4 < time.monotonic() - began < 10
 
     asyncio.run(main())
@@ -289,16 +292,16 @@ def test_a_client_whose_image_costs_the_decoder_of_small_ones_is_kept_from_it(mo
 
     async def main():
         async with decoders(replace(PATIENT, small_timeout=0.2)) as running:
-            await running.decode([SMALL], 32, 32)
+            await running.decode([SMALL], Input(32, 32))
             first = pids(running)[0]
-            tasks = [running.decode([data], 32, 32, client) for data, client in ((bomb, "guilty"), (SMALL, "innocent"))]
+            tasks = [running.decode([data], Input(32, 32), client) for data, client in ((bomb, "guilty"), (SMALL, "innocent"))]
             assert [len(one) for one in await asyncio.gather(*tasks)] == [1, 1]
             assert first not in pids(running)
             assert list(running.suspects.until) == ["guilty"]
             await until(lambda: len(pids(running)) == 3)
             os.kill(of_large(running), signal.SIGSTOP)  # the new decoder of small images
             async with asyncio.timeout(5):
-                assert len(await running.decode([SMALL], 32, 32, "guilty")) == 1  # which this one does not need
+                assert len(await running.decode([SMALL], Input(32, 32), "guilty")) == 1  # which this one does not need
 
     asyncio.run(main())
 
@@ -306,11 +309,11 @@ def test_a_client_whose_image_costs_the_decoder_of_small_ones_is_kept_from_it(mo
 def test_clients_take_turns_however_much_one_sends():
     async def main():
         async with decoders(replace(PATIENT, large=1)) as running:
-            await running.decode([MEDIUM], 32, 32)
+            await running.decode([MEDIUM], Input(32, 32))
             done = []
 
             async def one(data, client):
-                await running.decode([data], 32, 32, client)
+                await running.decode([data], Input(32, 32), client)
                 done.append(client)
 
             for data, many, others in ((MEDIUM, 12, 3), (SMALL, 1000, 200)):
@@ -326,12 +329,12 @@ def test_clients_take_turns_however_much_one_sends():
 def test_what_is_too_long_or_no_image_is_refused_before_it_takes_a_turn():
     async def main():
         async with decoders(replace(PATIENT, large=1)) as running:
-            await running.decode([MEDIUM], 32, 32)
+            await running.decode([MEDIUM], Input(32, 32))
             os.kill(of_large(running), signal.SIGSTOP)
             for data, said in ((bytes(20_000_000), "20000000 bytes; the limit is"), (b"%PDF" + bytes(10**6), "it is a PDF")):
                 with pytest.raises(InvalidImage, match=said) as refused:
                     async with asyncio.timeout(1):
-                        await running.decode([MEDIUM, data], 32, 32)
+                        await running.decode([MEDIUM, data], Input(32, 32))
                 assert refused.value.index == 1
 
     asyncio.run(main())
@@ -342,13 +345,13 @@ def test_what_libraries_say_of_a_damaged_image_is_not_logged(capfd):
     fax = bytearray(encoded(Image.fromarray(noise).convert("1"), "TIFF", compression="group4"))
     fax[2000:20_000:50] = bytes(360)
     with suppress(InvalidImage):
-        pixels.decode(bytes(fax), 32, 32)
+        pixels.decode(bytes(fax), Input(32, 32))
     assert "Fax4Decode" in capfd.readouterr().err
 
     async def main():
         async with decoders() as running:
             with suppress(InvalidImage):
-                await running.decode([bytes(fax)], 32, 32)
+                await running.decode([bytes(fax)], Input(32, 32))
 
     asyncio.run(main())
     assert capfd.readouterr().err == ""
@@ -357,17 +360,17 @@ def test_what_libraries_say_of_a_damaged_image_is_not_logged(capfd):
 def test_the_decoder_of_a_client_that_has_gone_is_ended_at_once():
     async def main():
         async with decoders(replace(PATIENT, large=1)) as running:
-            await running.decode([MEDIUM], 32, 32)
+            await running.decode([MEDIUM], Input(32, 32))
             pid = of_large(running)
-            task = asyncio.create_task(running.decode([SLOW], 32, 32))
-            queued = [asyncio.create_task(running.decode([SLOW], 32, 32)) for _ in range(40)]
+            task = asyncio.create_task(running.decode([SLOW], Input(32, 32)))
+            queued = [asyncio.create_task(running.decode([SLOW], Input(32, 32))) for _ in range(40)]
             await asyncio.sleep(0.2)
             for each in (task, *queued):
                 each.cancel()
             await until(lambda: not runs(pid), 2)
             assert not len(running.fresh) + len(running.heavy)
             assert running.free == running.settings.heavy_memory
-            assert len(await running.decode([MEDIUM], 32, 32)) == 1
+            assert len(await running.decode([MEDIUM], Input(32, 32))) == 1
 
     asyncio.run(main())
 
@@ -375,12 +378,12 @@ def test_the_decoder_of_a_client_that_has_gone_is_ended_at_once():
 def test_small_images_that_nobody_waits_for_are_dropped_and_not_charged():
     async def main():
         async with decoders() as running:
-            await running.decode([SMALL], 32, 32)
+            await running.decode([SMALL], Input(32, 32))
             os.kill(pids(running)[0], signal.SIGSTOP)  # so that nothing leaves the queue for its turn
-            first = asyncio.create_task(running.decode([SMALL], 32, 32, "first"))
+            first = asyncio.create_task(running.decode([SMALL], Input(32, 32), "first"))
             await asyncio.sleep(0.05)
-            tasks = [asyncio.create_task(running.decode([SMALL] * 3, 32, 32, "gone")) for _ in range(10)]
-            waiting = asyncio.create_task(running.decode([SMALL], 32, 32, "waiting"))
+            tasks = [asyncio.create_task(running.decode([SMALL] * 3, Input(32, 32), "gone")) for _ in range(10)]
+            waiting = asyncio.create_task(running.decode([SMALL], Input(32, 32), "waiting"))
             await asyncio.sleep(0)
             assert len(running.small) == 31
             for each in tasks:
@@ -396,14 +399,14 @@ def test_small_images_that_nobody_waits_for_are_dropped_and_not_charged():
 def test_small_images_that_nobody_waits_for_are_not_decoded():
     async def main():
         async with decoders() as running:
-            await running.decode([SMALL], 32, 32)
-            tasks = [asyncio.create_task(running.decode([SMALL], 32, 32)) for _ in range(10)]
+            await running.decode([SMALL], Input(32, 32))
+            tasks = [asyncio.create_task(running.decode([SMALL], Input(32, 32))) for _ in range(10)]
             await asyncio.sleep(0)
             for each in tasks:
                 each.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             assert running._batch() == []
-            assert len(await running.decode([SMALL], 32, 32)) == 1
+            assert len(await running.decode([SMALL], Input(32, 32))) == 1
 
     asyncio.run(main())
 
@@ -411,10 +414,10 @@ def test_small_images_that_nobody_waits_for_are_not_decoded():
 def test_the_death_of_the_zygote_is_survived_by_requests_under_way():
     async def main():
         async with decoders() as running:
-            await running.decode([SMALL], 32, 32)
+            await running.decode([SMALL], Input(32, 32))
             zygote = running.zygote
             old = pids(running)
-            tasks = [asyncio.create_task(running.decode([one], 32, 32)) for one in (MEDIUM, *[SMALL] * 20, MEDIUM)]
+            tasks = [asyncio.create_task(running.decode([one], Input(32, 32))) for one in (MEDIUM, *[SMALL] * 20, MEDIUM)]
             await asyncio.sleep(0.01)
             zygote.process.kill()
             assert len(await asyncio.gather(*tasks)) == 22
@@ -429,12 +432,13 @@ def test_nothing_is_left_when_the_process_that_uses_decoders_dies(tmp_path):
     script.write_text(
         "import asyncio, sys\n"
         "from pathlib import Path\n"
+        "from ebjdat_serve.contract import Input\n"
         "from ebjdat_serve.decoding.pool import Decoders\n"
         "from ebjdat_serve.decoding.pool_settings import PoolSettings\n"
         "async def main():\n"
         "    running = Decoders(PoolSettings())\n"
         "    await running.start()\n"
-        "    await running.decode([sys.stdin.buffer.read()], 32, 32)\n"
+        "    await running.decode([sys.stdin.buffer.read()], Input(32, 32))\n"
         "    zygote = running.zygote.process.pid\n"
         "    while len(pids := Path(f'/proc/{zygote}/task/{zygote}/children').read_text().split()) < 3: await asyncio.sleep(.01)\n"
         "    print(zygote, *pids, flush=True)\n"
@@ -464,7 +468,7 @@ def test_a_decoder_inherits_nothing_and_may_open_nothing_new(monkeypatch):
 
     async def main():
         async with decoders() as running:
-            await running.decode([SMALL], 32, 32)
+            await running.decode([SMALL], Input(32, 32))
             await until(lambda: len(pids(running)) == 3)
             for number, pid in enumerate(pids(running), 1):
                 await until(lambda pid=pid: "ebjdat-decode" in Path(f"/proc/{pid}/comm").read_text(encoding="ascii"))
@@ -490,7 +494,7 @@ def test_decoders_keep_the_hard_limits_that_they_were_started_with():
 
     async def main():
         async with decoders() as running:
-            await running.decode([SMALL], 32, 32)
+            await running.decode([SMALL], Input(32, 32))
             await until(lambda: len(pids(running)) == 3)
             old = pids(running)
             for kind, hard in ((resource.RLIMIT_AS, 2**34), (resource.RLIMIT_CPU, 200)):
@@ -498,7 +502,7 @@ def test_decoders_keep_the_hard_limits_that_they_were_started_with():
             for pid in old:
                 os.kill(pid, signal.SIGKILL)
             await until(lambda: not any(map(runs, old)))
-            assert [len(await running.decode([one], 32, 32)) for one in (SMALL, MEDIUM)] == [1, 1]
+            assert [len(await running.decode([one], Input(32, 32))) for one in (SMALL, MEDIUM)] == [1, 1]
             await until(lambda: len(pids(running)) == 3)
             for pid in pids(running):
                 space = resource.prlimit(pid, resource.RLIMIT_AS)
@@ -535,7 +539,7 @@ def test_decoders_that_end_before_they_are_asked_anything_are_started_again_ever
                         os.kill(pid, signal.SIGKILL)
                 await asyncio.sleep(0.001)
             assert len(forked) <= 3 * 6  # 0.05 + 0.1 + 0.2 + 0.4 + 0.8 s
-            assert len(await running.decode([SMALL], 32, 32)) == 1
+            assert len(await running.decode([SMALL], Input(32, 32))) == 1
 
     asyncio.run(main())
     assert max(pauses(caplog)) >= 0.2
@@ -548,17 +552,17 @@ def test_a_decoder_that_fails_at_its_first_request_is_started_again_later_and_on
     async def main():
         async with decoders(replace(PATIENT, large=1)) as running:
             await until(lambda: running.zygote and len(pids(running)) == 2)
-            task = asyncio.create_task(running.decode([SLOW], 32, 32))
+            task = asyncio.create_task(running.decode([SLOW], Input(32, 32)))
             await asyncio.sleep(0.2)
             task.cancel()
-            assert len(await running.decode([SMALL], 32, 32)) == 1
+            assert len(await running.decode([SMALL], Input(32, 32))) == 1
             assert pauses(caplog) == []
             monkeypatch.setattr(wire.Work, "encoded", lambda work: [wire.packed(wire.Park())])  # no work
             for _ in range(3):
                 with pytest.raises(DecoderLost, match="was ended"):
-                    await running.decode([MEDIUM], 32, 32)
+                    await running.decode([MEDIUM], Input(32, 32))
             monkeypatch.setattr(wire.Work, "encoded", encoded)
-            assert len(await running.decode([MEDIUM], 32, 32)) == 1
+            assert len(await running.decode([MEDIUM], Input(32, 32))) == 1
             assert pauses(caplog) == [0.05, 0.1, 0.2]
 
     asyncio.run(main())
@@ -578,11 +582,11 @@ def test_a_fault_of_the_pool_is_logged_and_costs_the_requests_under_way_only(mon
             for one in (SMALL, MEDIUM):
                 async with asyncio.timeout(5):
                     with pytest.raises(DecoderLost, match="a fault of the server"):
-                        await running.decode([one], 32, 32)
+                        await running.decode([one], Input(32, 32))
             monkeypatch.setattr(wire, "decode_plan", decode_plan)
             monkeypatch.setattr(wire, "decode_results", decode_results)
             for one in (SMALL, MEDIUM):
-                assert len(await running.decode([one], 32, 32)) == 1
+                assert len(await running.decode([one], Input(32, 32))) == 1
 
     asyncio.run(main())
     assert caplog.text.count("RuntimeError: nobody foresaw this") == 2
@@ -596,11 +600,11 @@ def test_heavy_decodes_wait_for_memory_in_turn_and_others_pass_them(monkeypatch)
 
     async def main():
         async with decoders(settings) as running:
-            await running.decode([SMALL], 32, 32)
+            await running.decode([SMALL], Input(32, 32))
             done = []
 
             async def one(name, data, client):
-                await running.decode([data], 32, 32, client)
+                await running.decode([data], Input(32, 32), client)
                 done.append(name)
 
             tasks = [asyncio.create_task(one(f"a{i}", heavy, "a")) for i in range(4)]
@@ -638,7 +642,7 @@ def test_an_image_may_have_as_many_bytes_as_the_settings_say():
     async def main():
         decoder = ImageDecoder(settings)
         with pytest.raises(InvalidImage, match=f"{len(SMALL)} bytes; the limit is {len(SMALL) - 1}") as refused:
-            await decoder.decoders.decode([SMALL], 32, 32)
+            await decoder.decoders.decode([SMALL], Input(32, 32))
         return refused.value
 
     assert asyncio.run(main()).too_large
@@ -648,14 +652,14 @@ def test_an_image_may_have_as_many_bytes_as_the_settings_say():
 def test_an_image_that_needs_more_memory_with_its_bytes_than_there_is_is_refused():
     """It waited for memory until its deadline."""
     large = encoded(Image.new("RGB", (2000, 2000)))
-    limits = replace(PATIENT.limits, max_memory=judge(large, 32, 32, PATIENT.limits).memory(32, 32, PATIENT.limits) + 2**20)
+    limits = replace(PATIENT.limits, max_memory=judge(large, Input(32, 32), PATIENT.limits).memory(Input(32, 32), PATIENT.limits) + 2**20)
 
     async def main():
         async with decoders(replace(PATIENT, limits=limits, memory=limits.max_memory + 64 * 2**20)) as running:
             async with asyncio.timeout(10):
-                assert len(await running.decode([large], 32, 32)) == 1
+                assert len(await running.decode([large], Input(32, 32))) == 1
                 with pytest.raises(InvalidImage, match=r"MiB to decode; the limit is \d+: send it smaller") as refused:
-                    await running.decode([large + bytes(2**20)], 32, 32)
+                    await running.decode([large + bytes(2**20)], Input(32, 32))
                 assert refused.value.too_large
 
     asyncio.run(main())
@@ -667,9 +671,9 @@ def test_bytes_that_are_more_than_a_decoder_has_for_itself_reach_it_and_cost_no_
 
     async def main():
         async with decoders(replace(PATIENT, limits=limits, memory=2**29 + 64 * 2**20, large=1)) as running:
-            assert len(await running.decode([small_part + bytes(110 * 2**20)], 32, 32)) == 1
+            assert len(await running.decode([small_part + bytes(110 * 2**20)], Input(32, 32))) == 1
             with pytest.raises(InvalidImage, match="MiB to decode") as refused:
-                await running.decode([small_part, small_part + bytes(190 * 2**20)], 32, 32)
+                await running.decode([small_part, small_part + bytes(190 * 2**20)], Input(32, 32))
             assert refused.value.index == 1
             return running.numbers
 
@@ -686,8 +690,8 @@ def test_memory_that_is_too_little_for_one_image_is_refused_at_the_start():
 def test_what_is_left_when_it_closes_is_refused():
     async def main():
         async with decoders(replace(PATIENT, large=1)) as running:
-            await running.decode([SMALL], 32, 32)
-            tasks = [asyncio.create_task(running.decode([one], 32, 32)) for one in (SLOW, SLOW, *[SMALL] * 100)]
+            await running.decode([SMALL], Input(32, 32))
+            tasks = [asyncio.create_task(running.decode([one], Input(32, 32))) for one in (SLOW, SLOW, *[SMALL] * 100)]
             await asyncio.sleep(0.05)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -739,16 +743,15 @@ def test_the_largest_answers_that_decoders_give_are_not_cut_off():
     assert len(wire.encode_plan(2**40)) < frame + wire.LARGEST_PLAN
     for size in (8, 32):
         image = np.zeros((size, size, 3), np.uint8)
-        assert max(len(wire.encode_results([one] * 3, [0.5] * 3)) for one in (refusal, image)) == frame + wire.largest_results(
-            3, size, size
-        )
+        most = frame + wire.largest_results(3, Input(size, size))
+        assert max(len(wire.encode_results([one] * 3, [0.5] * 3)) for one in (refusal, image)) == most
 
 
 @pytest.mark.parametrize("too_large", [False, True])
 def test_a_refusal_comes_from_a_decoder_as_it_was(too_large):
     refusal = InvalidImage("the limit is elsewhere", too_large=too_large)
     refusal.index = 3
-    [arrived], [took] = wire.decode_results(wire.encode_results([refusal], [0.25])[wire.FRAME.size :], 1, 2, 2)
+    [arrived], [took] = wire.decode_results(wire.encode_results([refusal], [0.25])[wire.FRAME.size :], 1, Input(2, 2))
     assert took == 0.25
     with pytest.raises(InvalidImage) as raised:
         wire.decode_plan(wire.encode_plan(refusal)[wire.FRAME.size :])
@@ -760,15 +763,15 @@ def test_a_client_whose_small_images_take_long_is_charged_and_then_suspect(monke
     """Each takes 30 ms more than it may; with the fourth its client is suspect."""
     suspects, now = Suspects(), [1000.0]
     monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    item = Small(SMALL, judge(SMALL, 32, 32, PATIENT.limits), 32, 32, None, "greedy")
+    item = Small(SMALL, judge(SMALL, Input(32, 32), PATIENT.limits), Input(32, 32), None, "greedy")
     allowed = 4 * (5e-4 + 15e-9 * (item.header.work + 32 * 32) + 8e-9 * len(SMALL))
     assert suspects.took(item, 15e-9 * item.header.work) == pytest.approx(0, abs=1e-6)
     assert suspects.took(item, 0.0) == -item.header.work
     for _ in range(100):
         suspects.took(item, allowed)
-    large = replace(item, height=2048, width=2048)  # whose result takes longer than its pixels
+    large = replace(item, contract=Input(1024, 1024))  # whose result takes longer than its pixels
     for _ in range(100):
-        suspects.took(large, 0.2)
+        suspects.took(large, 0.05)
     for _ in range(4):
         assert "greedy" not in suspects
         assert suspects.took(item, allowed + 0.03) == pytest.approx((allowed + 0.03) / 15e-9 - item.header.work)
@@ -794,11 +797,11 @@ def test_decoders_say_what_each_small_image_took_and_its_client_is_charged(monke
             charge = running.small.charge
             running.small.charge = lambda client, cost: (charged.append((client, cost)), charge(client, cost))
             while "greedy" not in running.suspects:
-                await running.decode([SMALL] * 30, 32, 32, "greedy")
+                await running.decode([SMALL] * 30, Input(32, 32), "greedy")
             assert "polite" not in running.suspects
 
     asyncio.run(main())
-    work = judge(SMALL, 32, 32, PATIENT.limits).work
+    work = judge(SMALL, Input(32, 32), PATIENT.limits).work
     seconds = [jobs.PIXEL_SECONDS * (cost + work) for client, cost in charged if client == "greedy"]
     assert sum(seconds) > jobs.EXCESS_SECONDS
     assert all(1e-6 <= one < 1 for one in seconds)
@@ -807,7 +810,7 @@ def test_decoders_say_what_each_small_image_took_and_its_client_is_charged(monke
 def test_answers_of_a_decoder_are_checked():
     for body in (b"", b"P123", b"T", b"T" + bytes(8), wire.encode_results([np.zeros((2, 2, 3), np.uint8)] * 2, [0.0] * 2)[5:], b"X" * 20):
         with pytest.raises(ValueError, match="a decoder's"):
-            wire.decode_results(body, 1, 2, 2)
+            wire.decode_results(body, 1, Input(2, 2))
     with pytest.raises(ValueError, match="a decoder's"):
         wire.decode_plan(b"T")
 
@@ -823,13 +826,13 @@ def large(running_on, data, **limits):
 
     async def main():
         async with decoders(replace(PATIENT, large=1), **limits) as running:
-            await running.decode([SMALL], 32, 32)
-            [image] = await running.decode([data], 32, 32)
+            await running.decode([SMALL], Input(32, 32))
+            [image] = await running.decode([data], Input(32, 32))
             return image, peak(running)
 
     image, used = asyncio.run(main())
     allowed = replace(Limits(), **limits)
-    estimate = judge(data, 32, 32, allowed).memory(32, 32, allowed) / 2**20
+    estimate = judge(data, Input(32, 32), allowed).memory(Input(32, 32), allowed) / 2**20
     assert used < 1.1 * estimate + 32, running_on
     assert used < 480
     return image
@@ -876,7 +879,7 @@ def test_heic_is_decoded():
 
     async def main():
         async with decoders() as running:
-            return await running.decode([data], 32, 32)
+            return await running.decode([data], Input(32, 32))
 
     [image] = asyncio.run(main())
     exact = np.asarray(gradient((640, 480)).resize((32, 32), Image.Resampling.BOX)).astype(int)
@@ -891,8 +894,8 @@ def test_new_formats_are_decoded_as_pillow_decodes_them(kind, mode):
     data = encoded(picture, kind)
     with Image.open(io.BytesIO(data)) as opened:
         expected = opened.convert("RGBA") if mode == "RGBA" else opened.convert("RGB") if mode != "I;16" else None
-    header = judge(data, 37, 53, Limits())
-    image = pixels.decode_judged(data, header, 37, 53)
+    header = judge(data, Input(37, 53), Limits())
+    image = pixels.decode_judged(data, header, Input(37, 53))
     if mode == "RGBA":
         expected = Image.alpha_composite(Image.new("RGBA", expected.size, "white"), expected).convert("RGB")
     if expected is None:

@@ -17,6 +17,7 @@ from PIL import Image
 from benchmarks.hostile_images import encoded, jpeg_of_scans, png, webp
 from benchmarks.load import open_loop, request
 from ebjdat_serve import pixels
+from ebjdat_serve.contract import Input
 from ebjdat_serve.server.settings import SHIPPED
 from tests.conftest import HTTP, serving, until
 from tests.test_faults import alive, connect, gone
@@ -309,7 +310,7 @@ def test_others_are_answered_while_hostile_images_come_without_pause(server):
 
 def test_the_answer_is_that_of_one_process(server):
     photo = camera(900, 700, "JPEG")
-    here = pixels.decode(photo, 32, 32)
+    here = pixels.decode(photo, Input(32, 32))
     buffer = io.BytesIO()
     Image.fromarray(here).save(buffer, "PNG")
     one, other = (httpx2.post(f"{server.url}/energy", content=data).json() for data in (photo, buffer.getvalue()))

@@ -30,6 +30,7 @@ from benchmarks.hostile_images import (
     tiff,
 )
 from ebjdat_serve import pixels
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding import small
 from ebjdat_serve.decoding.bmff import LONGEST_BRANDS
 from ebjdat_serve.decoding.header import Header, Limits
@@ -498,16 +499,16 @@ def judged(images, verdict=judge):
     """Return the headers of a request's images, none where they are not small or one is refused, and the steps of each turn of the loop."""
     turns = []
 
-    def counted(data, height, width, limits, steps):
+    def counted(data, contract, limits, steps):
         before = steps.left
         try:
-            return verdict(data, height, width, limits, steps)
+            return verdict(data, contract, limits, steps)
         finally:
             turns[-1] += before - max(steps.left, 0)  # below zero what was asked for was not done
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(InvalidImage):
         patch.setattr(small, "judge", counted)
-        judging = small.small_headers(images, 32, 32, Limits())
+        judging = small.small_headers(images, Input(32, 32), Limits())
         while True:
             turns.append(0)
             try:
@@ -523,7 +524,7 @@ def judged(images, verdict=judge):
 @example([501] * 7)
 @example([600] * 7)
 def test_images_of_a_request_are_judged_in_so_many_steps_a_turn_and_in_all(costs):
-    def verdict(data, height, width, limits, steps):
+    def verdict(data, contract, limits, steps):
         steps.take(int.from_bytes(data))
         return Header("PNG", 8, 8)
 

@@ -16,12 +16,12 @@ import training.train
 from ebjdat_serve.bundle import CANDIDATE, MANIFEST, Bundle, write_json
 from ebjdat_serve.editing import check_editable, copied
 from ebjdat_serve.errors import BundleError, EbjdatError
+from ebjdat_serve.exporting.reference import write_selftest
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import Images
 from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import CURRENT, candidates, listing, publish, rollback, versions, withhold
-from export.reference import write_selftest
 from training.calibrate import calibrate
 from training.data.datasets import load
 from training.errors import HeldBack
@@ -106,7 +106,7 @@ def test_each_model_is_judged_by_its_own_views(good, digits, tmp_path):
     blank = flagged["blank images"]
     for bundle, value in ((blind, blank.new), (good, blank.current)):
         subject, combination = bundle_spec(bundle.path)(), bundle.combination()
-        sets = (to_unit(digits.selection.image), dict(strange_images("digits", digits.selection.image, print))["blank images"])
+        sets = (to_unit(digits.selection.image), dict(strange_images(digits, digits.selection.image, print))["blank images"])
         clean, other = (combination.score(subject.look(image)["terms"]) for image in sets)
         assert value == pytest.approx(auroc(clean, other), abs=1e-6)
     assert blank.worse

@@ -32,6 +32,7 @@ from benchmarks.hostile_images import (
     webp,
     webp_of_tags,
 )
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding import judge as judging
 from ebjdat_serve.decoding import small
 from ebjdat_serve.decoding.bmff import LONGEST_BRANDS
@@ -152,7 +153,7 @@ COSTLY = {
 def test_what_costs_more_than_its_pixels_is_kept_from_small_images(name):
     data = COSTLY[name]
     assert len(data) <= small.SMALL_BYTES
-    header = judge(data, 32, 32, LIMITS)
+    header = judge(data, Input(32, 32), LIMITS)
     assert header.pixels <= small.SMALL_WORK
     assert not header.sure or header.work > small.SMALL_WORK
 
@@ -163,7 +164,7 @@ def test_exif_as_cameras_write_it_costs_nothing_to_speak_of():
     exif.get_ifd(0x8769).update({0x9000 + i: b"a" * 500 for i in range(60)})
     exif.get_ifd(0x8825).update(dict.fromkeys((1, 3, 16, 29), "a" * 20))
     for kind in ("PNG", "JPEG", "WEBP"):
-        plain, tagged = (judge(encoded(colour(), kind, **options), 32, 32, LIMITS) for options in ({}, {"exif": exif}))
+        plain, tagged = (judge(encoded(colour(), kind, **options), Input(32, 32), LIMITS) for options in ({}, {"exif": exif}))
         assert plain.work <= tagged.work <= small.SMALL_WORK // 2
     for rubbish in (b"", b"II*\0", b"MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0", os.urandom(300)):
         assert exif_work(rubbish, Steps()) == 0
@@ -180,7 +181,7 @@ def test_what_broke_the_server_is_refused_by_its_header(name):
     data, said = HOSTILE[name]
     began = time.process_time()
     with pytest.raises(InvalidImage, match=said):
-        judge(data, 32, 32, LIMITS)
+        judge(data, Input(32, 32), LIMITS)
     assert time.process_time() - began < 0.1
 
 
@@ -209,10 +210,10 @@ CASES = [
 @pytest.mark.parametrize(("kind", "mode", "options"), CASES, ids=lambda value: str(value)[:40])
 def test_what_pillow_writes_is_judged_as_pillow_reads_it(kind, mode, options):
     data = encoded(colour(mode=mode), kind, **options)
-    header = judge(data, 32, 32, LIMITS)
+    header = judge(data, Input(32, 32), LIMITS)
     with Image.open(io.BytesIO(data)) as picture:
         assert (header.format, header.width, header.height) == (picture.format, *picture.size)
-    assert header.memory(32, 32, LIMITS) < 32 * 2**20
+    assert header.memory(Input(32, 32), LIMITS) < 32 * 2**20
 
 
 @needs_heic
@@ -221,14 +222,14 @@ def test_heic_is_judged():
 
     pillow_heif.register_heif_opener()
     data = encoded(colour((64, 128)), "HEIF")
-    header = judge(data, 32, 32, LIMITS)
+    header = judge(data, Input(32, 32), LIMITS)
     assert (header.format, header.width, header.height) == ("HEIC", 64, 128)
 
 
 def test_heic_without_its_extra_names_it(monkeypatch):
     monkeypatch.setattr(judging, "reads_heic", lambda: False)
     with pytest.raises(InvalidImage, match=r"a HEIC.*pip install 'ebjdat-serve\[heic\]'"):
-        judge(struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic", 32, 32, LIMITS)
+        judge(struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic", Input(32, 32), LIMITS)
     assert "HEIC" not in accepted()
 
 
@@ -270,12 +271,12 @@ def test_heic_without_its_extra_names_it(monkeypatch):
 )
 def test_refusals_name_what_arrived_and_the_limit_or_the_fix(data, said):
     with pytest.raises(InvalidImage, match=said):
-        judge(data, 32, 32, LIMITS)
+        judge(data, Input(32, 32), LIMITS)
 
 
 def test_an_avif_may_have_as_many_properties_items_and_brands_as_its_limits_say():
     items = box(b"iinf", struct.pack(">IH", 0, 1024))
-    assert judge(avif_of(properties_of_items(100, 199), items), 32, 32, LIMITS).pixels == 64
+    assert judge(avif_of(properties_of_items(100, 199), items), Input(32, 32), LIMITS).pixels == 64
     assert format_of(struct.pack(">I", LONGEST_BRANDS) + b"ftypavif" + bytes(LONGEST_BRANDS)) == "AVIF"
 
 
@@ -283,40 +284,40 @@ def test_a_frame_other_than_its_canvas_is_refused():
     data = bytearray(webp(100, 100))
     data[24:27] = struct.pack("<I", 9_999)[:3]
     with pytest.raises(InvalidImage, match="its frame of 100 x 100 is not its canvas of 10000 x 100"):
-        judge(bytes(data), 32, 32, LIMITS)
+        judge(bytes(data), Input(32, 32), LIMITS)
 
 
 def test_what_comes_after_the_end_of_an_image_does_not_count():
     trailer = b"\xff\xda\x00\x02" * 10_000  # such as the film of a moving photo
-    assert judge(encoded(colour(), "JPEG") + trailer, 32, 32, LIMITS).width == 53
-    assert judge(encoded(colour(), "PNG") + chunk(b"tEXt", b"") * 2000, 32, 32, LIMITS).width == 53
+    assert judge(encoded(colour(), "JPEG") + trailer, Input(32, 32), LIMITS).width == 53
+    assert judge(encoded(colour(), "PNG") + chunk(b"tEXt", b"") * 2000, Input(32, 32), LIMITS).width == 53
 
 
 def test_a_scan_of_some_components_keeps_all_coefficients():
     whole = encoded(colour(), "JPEG", progressive=False)
-    assert judge(whole, 32, 32, LIMITS).fixed == 0
+    assert judge(whole, Input(32, 32), LIMITS).fixed == 0
     part = bytearray(whole)
     part[part.rindex(b"\xff\xda") + 4] = 1
-    assert judge(bytes(part), 32, 32, LIMITS).fixed > 0
-    assert judge(encoded(colour(), "JPEG", progressive=True), 32, 32, LIMITS).fixed > 0
+    assert judge(bytes(part), Input(32, 32), LIMITS).fixed > 0
+    assert judge(encoded(colour(), "JPEG", progressive=True), Input(32, 32), LIMITS).fixed > 0
 
 
 def test_a_jpeg_may_be_larger_where_draft_is_allowed():
     big = Header("JPEG", 8064, 6048)
-    big.check(32, 32, LIMITS)
-    assert big.scale(32, 32, LIMITS) == 8
-    assert big.scale(224, 224, LIMITS) == 2
+    big.check(Input(32, 32), LIMITS)
+    assert big.scale(Input(32, 32), LIMITS) == 8
+    assert big.scale(Input(224, 224), LIMITS) == 2
     with pytest.raises(InvalidImage, match="8064 x 6048 pixels; the limit is 25000000"):
-        big.check(32, 32, replace(LIMITS, jpeg_draft=False))
+        big.check(Input(32, 32), replace(LIMITS, jpeg_draft=False))
     with pytest.raises(InvalidImage, match="the limit is 25000000"):
-        big.check(1024, 1024, LIMITS)  # too little would be left of it
+        big.check(Input(1024, 1024), LIMITS)  # too little would be left of it
     for one in (Header("JPEG", 1600, 1200), Header("PNG", 8064, 6048)):
-        assert one.scale(32, 32, LIMITS) == 1
+        assert one.scale(Input(32, 32), LIMITS) == 1
 
 
 def test_a_decode_that_takes_too_much_memory_is_refused():
     with pytest.raises(InvalidImage, match=r"take about \d+ MiB to decode; the limit is 448"):
-        Header("JPEG", 5000, 5000, fixed=440 * 2**20).check(32, 32, LIMITS)
+        Header("JPEG", 5000, 5000, fixed=440 * 2**20).check(Input(32, 32), LIMITS)
 
 
 START = encoded(colour(), "JPEG")[:-2]
@@ -337,7 +338,7 @@ def test_any_bytes_take_bounded_time(name):
     for _ in range(3):
         began = time.process_time()
         with contextlib.suppress(InvalidImage):  # it may be refused, but soon
-            judge(data, 32, 32, LIMITS)
+            judge(data, Input(32, 32), LIMITS)
         best = min(best, time.process_time() - began)
     assert best < 0.010 * len(data) / 2**20
 
@@ -353,11 +354,11 @@ def test_hostile_bytes_raise_nothing_but_invalid_image(seed, edits, early, cut):
         data[place % min(len(data), 400 if early else len(data))] = value
     del data[max(1, len(data) - cut % 700) :]
     try:
-        header = judge(bytes(data), 16, 16, LIMITS)
+        header = judge(bytes(data), Input(16, 16), LIMITS)
     except InvalidImage:
         return
     assert 0 < header.pixels <= LIMITS.max_jpeg_pixels
-    assert 0 < header.memory(16, 16, LIMITS) <= LIMITS.max_memory
+    assert 0 < header.memory(Input(16, 16), LIMITS) <= LIMITS.max_memory
 
 
 MAGIC = [
@@ -376,6 +377,6 @@ MAGIC = [
 def test_rubbish_behind_a_signature_raises_nothing_but_invalid_image(magic, rest):
     assert format_of(magic) in accepted()
     try:
-        judge(magic + rest, 16, 16, LIMITS)
+        judge(magic + rest, Input(16, 16), LIMITS)
     except InvalidImage as error:
         assert str(error)

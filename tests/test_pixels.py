@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from benchmarks.hostile_images import chunk, png
 from ebjdat_serve import pixels
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.header import Header, Limits
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.errors import InvalidImage
@@ -32,7 +33,7 @@ def colour(size=(40, 24)):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
 def test_png_of_every_mode(mode):
-    out = pixels.decode(encoded(colour().convert(mode)), 32, 32)
+    out = pixels.decode(encoded(colour().convert(mode)), Input(32, 32))
     assert out.shape == (32, 32, 3)
     assert out.dtype == np.uint8
     if mode == "RGB":
@@ -41,12 +42,12 @@ def test_png_of_every_mode(mode):
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("WEBP", "RGBA")])
 def test_jpeg_and_webp(kind, mode):
-    assert pixels.decode(encoded(colour().convert(mode), kind), 32, 32).shape == (32, 32, 3)
+    assert pixels.decode(encoded(colour().convert(mode), kind), Input(32, 32)).shape == (32, 32, 3)
 
 
 def test_sixteen_bits_are_scaled_not_clipped():
     deep = Image.fromarray(np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16))
-    out = pixels.decode(encoded(deep), 32, 32)
+    out = pixels.decode(encoded(deep), Input(32, 32))
     assert out.min() == 0
     assert out.max() == 255
     assert abs(int(out[16, 0, 0]) - 128) <= 2
@@ -54,7 +55,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
 
 def test_a_transparent_level_of_sixteen_bits_does_not_turn_black_into_white():
     deep = Image.fromarray(np.zeros((32, 32), np.uint16))
-    assert (pixels.decode(encoded(deep, transparency=256), 32, 32) == 0).all()
+    assert (pixels.decode(encoded(deep, transparency=256), Input(32, 32)) == 0).all()
 
 
 def packed(bits, levels):
@@ -69,7 +70,7 @@ def grey_png(bits, levels, *chunks):
 
 def flat(data):
     """Return the one level of each column of a decoded image, of 32 x 32 grey pixels."""
-    out = pixels.decode(data, 32, 32)
+    out = pixels.decode(data, Input(32, 32))
     assert (out == out[:1, :, :1]).all()
     return out[0, :, 0].tolist()
 
@@ -93,10 +94,10 @@ def test_a_transparent_level_of_16_bits_is_told_from_those_with_the_same_8():
 
 def test_a_transparent_colour_of_8_bits_is_laid_on_white_and_one_of_16_is_refused():
     key = chunk(b"tRNS", b"\xff\1\0\2\0\3")  # whose high bits do not count
-    assert (pixels.decode(png(32, 32, key, pixels=(b"\0" + b"\1\2\3" * 32) * 32), 32, 32) == 255).all()
-    assert (pixels.decode(png(32, 32, key, pixels=(b"\0" + b"\1\2\4" * 32) * 32), 32, 32) == [1, 2, 4]).all()
+    assert (pixels.decode(png(32, 32, key, pixels=(b"\0" + b"\1\2\3" * 32) * 32), Input(32, 32)) == 255).all()
+    assert (pixels.decode(png(32, 32, key, pixels=(b"\0" + b"\1\2\4" * 32) * 32), Input(32, 32)) == [1, 2, 4]).all()
     with pytest.raises(InvalidImage, match="save it with an alpha channel, or with 8 bits"):
-        pixels.decode(png(32, 32, key, bits=16, pixels=(b"\0" + b"\0\1\0\2\0\3" * 32) * 32), 32, 32)
+        pixels.decode(png(32, 32, key, bits=16, pixels=(b"\0" + b"\0\1\0\2\0\3" * 32) * 32), Input(32, 32))
 
 
 def grey_tiff(bits, white_is_zero, levels, order="<", orientation=1):
@@ -116,11 +117,11 @@ def test_levels_of_a_tiff_are_read_as_its_photometric_interpretation_says(bits, 
     levels = [0, most, most // 2, most // 3] * 8
     if bits == 12 and white_is_zero:
         with pytest.raises(InvalidImage, match="samples of 12 bits in an order that is not read; save it with 16 bits"):
-            pixels.decode(grey_tiff(bits, white_is_zero, levels), 32, 32)
+            pixels.decode(grey_tiff(bits, white_is_zero, levels), Input(32, 32))
         return
     shown = [level >> bits - 8 if bits > 8 else level * 255 // most for level in levels]
     assert flat(grey_tiff(bits, white_is_zero, levels)) == [255 - grey if white_is_zero else grey for grey in shown]
-    turned = pixels.decode(grey_tiff(bits, white_is_zero, levels, orientation=2), 32, 32)[0, ::-1, 0].tolist()
+    turned = pixels.decode(grey_tiff(bits, white_is_zero, levels, orientation=2), Input(32, 32))[0, ::-1, 0].tolist()
     assert turned == [255 - grey if white_is_zero else grey for grey in shown]
 
 
@@ -129,20 +130,20 @@ def test_big_endian_levels_of_a_tiff_are_read_or_refused_with_the_fix():
     assert flat(grey_tiff(16, False, levels, ">")) == [level >> 8 for level in levels]
     for bits, white_is_zero in ((16, True), (12, False)):
         with pytest.raises(InvalidImage, match="save it with 16 bits, little-endian, and 0 for black"):
-            pixels.decode(grey_tiff(bits, white_is_zero, [0] * 32, ">"), 32, 32)
+            pixels.decode(grey_tiff(bits, white_is_zero, [0] * 32, ">"), Input(32, 32))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_picture_with_broken_exif_is_still_a_picture(kind):
-    assert pixels.decode(encoded(colour(), kind, exif=b"Exif\x00\x00garbage"), 32, 32).shape == (32, 32, 3)
+    assert pixels.decode(encoded(colour(), kind, exif=b"Exif\x00\x00garbage"), Input(32, 32)).shape == (32, 32, 3)
 
 
 def test_transparency_is_laid_on_white():
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
-    assert (pixels.decode(encoded(clear), 32, 32) == 255).all()
+    assert (pixels.decode(encoded(clear), Input(32, 32)) == 255).all()
     palette = Image.new("P", (32, 32), 0)
     palette.putpalette([0, 0, 0] * 256)
-    assert (pixels.decode(encoded(palette, transparency=0), 32, 32) == 255).all()
+    assert (pixels.decode(encoded(palette, transparency=0), Input(32, 32)) == 255).all()
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -151,7 +152,7 @@ def test_exif_rotation_is_applied(deep):
     array[:16] = 65535 if deep else 255
     exif = Image.Exif()
     exif[0x0112] = 6  # the top of the stored image is its right side
-    out = pixels.decode(encoded(Image.fromarray(array), exif=exif), 32, 32)
+    out = pixels.decode(encoded(Image.fromarray(array), exif=exif), Input(32, 32))
     assert out[:, 20:].min() == 255
     assert out[:, :12].max() == 0
 
@@ -175,9 +176,9 @@ def test_strips_make_the_same_bytes_as_the_whole(kind, mode, options, orientatio
             layer = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         expected = np.asarray(upright.convert("RGB").resize((32, 24), Image.Resampling.BOX))
-    np.testing.assert_array_equal(pixels.decode(data, 24, 32), expected)
+    np.testing.assert_array_equal(pixels.decode(data, Input(24, 32)), expected)
     monkeypatch.setattr(pixels, "STRIP_PIXELS", 700)
-    np.testing.assert_array_equal(pixels.decode(data, 24, 32), expected)
+    np.testing.assert_array_equal(pixels.decode(data, Input(24, 32)), expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -186,30 +187,30 @@ def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_near_the_whole_and_upright(
     exif[0x0112] = orientation
     data = encoded(colour((16, 12)).resize((1603, 1205), Image.Resampling.BICUBIC), "JPEG", exif=exif, quality=95)
     limits = Limits(jpeg_draft=True, draft_above=0)
-    header = judge(data, 16, 24, limits)
-    assert header.scale(16, 24, limits) == 4
-    draft = pixels.decode_judged(data, header, 16, 24, 4).astype(int)
-    assert np.abs(draft - pixels.decode(data, 16, 24)).max() <= 3
+    header = judge(data, Input(16, 24), limits)
+    assert header.scale(Input(16, 24), limits) == 4
+    draft = pixels.decode_judged(data, header, Input(16, 24), 4).astype(int)
+    assert np.abs(draft - pixels.decode(data, Input(16, 24))).max() <= 3
 
 
 def test_an_image_with_more_pixels_than_were_judged_is_refused():
     data = encoded(colour())
     with pytest.raises(InvalidImage, match="it promises 4 x 4 pixels and has more"):
-        pixels.decode_judged(data, Header("PNG", 4, 4), 32, 32)
+        pixels.decode_judged(data, Header("PNG", 4, 4), Input(32, 32))
 
 
 def test_the_squash_averages_areas():
     board = np.indices((64, 64)).sum(axis=0) % 2 * 255
-    out = pixels.decode(encoded(Image.fromarray(board.astype(np.uint8))), 32, 32)
+    out = pixels.decode(encoded(Image.fromarray(board.astype(np.uint8))), Input(32, 32))
     assert np.abs(out.astype(int) - 127.5).max() <= 1
-    wide = pixels.decode(encoded(colour((320, 32))), 32, 32)
+    wide = pixels.decode(encoded(colour((320, 32))), Input(32, 32))
     expected = np.asarray(colour((320, 32)), dtype=float).reshape(32, 32, 10, 3).mean(axis=2)
     assert np.abs(wide - expected).max() <= 1
 
 
 def test_a_picture_of_the_models_size_passes_unchanged():
     array = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(pixels.decode(pixels.encode_png(array), 32, 32), array)
+    np.testing.assert_array_equal(pixels.decode(pixels.encode_png(array), Input(32, 32)), array)
 
 
 def bomb(columns, rows):
@@ -236,7 +237,7 @@ def bomb(columns, rows):
 )
 def test_refusals_name_the_limit_or_the_fix(data, said):
     with pytest.raises(InvalidImage, match=said):
-        pixels.decode(data, 32, 32)
+        pixels.decode(data, Input(32, 32))
 
 
 SEEDS = [encoded(colour(), "PNG"), encoded(colour(), "JPEG"), encoded(colour(), "WEBP"), encoded(colour().convert("P"))]
@@ -248,7 +249,7 @@ def test_hostile_bytes_raise_nothing_but_invalid_image(seed, edits, cut):
     for place, value in edits:
         data[place % len(data)] = value
     try:
-        out = pixels.decode(bytes(data[: max(1, len(data) - cut % 500)]), 16, 16)
+        out = pixels.decode(bytes(data[: max(1, len(data) - cut % 500)]), Input(16, 16))
     except InvalidImage:
         return
     assert out.shape == (16, 16, 3)
@@ -281,7 +282,7 @@ def test_what_the_first_frame_of_a_gif_leaves_of_its_screen_is_white(background)
     bits = sum(code << 3 * i for i, code in enumerate(codes)).to_bytes(-(-3 * len(codes) // 8), "little")
     blocks = b"".join(bytes([len(part)]) + part for part in (bits[i : i + 255] for i in range(0, len(bits), 255)))
     header = b"GIF89a" + struct.pack("<HHBBB", 32, 32, 0x81, background, 0) + bytes([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
-    decoded = pixels.decode(header + b"\x2c" + struct.pack("<HHHHB", 4, 8, 16, 16, 0) + b"\2" + blocks + b"\0;", 32, 32)
+    decoded = pixels.decode(header + b"\x2c" + struct.pack("<HHHHB", 4, 8, 16, 16, 0) + b"\2" + blocks + b"\0;", Input(32, 32))
     expected = np.full((32, 32, 3), 255)
     expected[8:24, 4:20] = (0, 255, 0)
     np.testing.assert_array_equal(decoded, expected)
@@ -293,20 +294,21 @@ def test_a_large_gif_whose_first_frame_is_a_part_of_its_screen_takes_no_more_mem
     picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
     data = bytearray(encoded(picture, "GIF", transparency=3))
     data[8:10] = struct.pack("<H", 3000)  # the screen has a row more
-    header = judge(bytes(data), 32, 32, Limits())
+    header = judge(bytes(data), Input(32, 32), Limits())
     code = (
         "import re, sys\n"
         "from pathlib import Path\n"
         "from ebjdat_serve import pixels\n"
+        "from ebjdat_serve.contract import Input\n"
         "from ebjdat_serve.decoding.judge import judge\n"
         "from ebjdat_serve.decoding.header import Limits\n"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "data = sys.stdin.buffer.read()\n"
-        "header = judge(data, 32, 32, Limits())\n"
+        "header = judge(data, Input(32, 32), Limits())\n"
         "pixels.register('GIF')\n"
         "before = peak()\n"
-        "assert pixels.decode_judged(data, header, 32, 32).shape == (32, 32, 3)\n"
+        "assert pixels.decode_judged(data, header, Input(32, 32)).shape == (32, 32, 3)\n"
         "print(peak() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], input=bytes(data), capture_output=True, check=True)
-    assert 3 * header.pixels < int(done.stdout) < header.memory(32, 32, Limits())
+    assert 3 * header.pixels < int(done.stdout) < header.memory(Input(32, 32), Limits())

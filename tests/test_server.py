@@ -19,6 +19,7 @@ from PIL import Image
 from starlette.requests import Request
 
 from ebjdat_serve import pixels
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import EbjdatError
@@ -69,7 +70,7 @@ def test_energy_is_the_logsumexp_of_the_joint_energies(live, shipped, picture):
     assert said["energy"] == pytest.approx(classified["energy"], abs=1e-5)
     assert (said["suspicion"], said["p_value"]) == (classified["suspicion"], classified["p_value"])
     calibration, combination = shipped.calibration(), shipped.combination()
-    image = to_unit(decode(picture, 32, 32)[None])
+    image = to_unit(decode(picture, Input(32, 32))[None])
     terms = combination.terms(Seen(image, load_engine(shipped, "onnx", "cpu").classify(image).features, -joint[None].astype(np.float32)))
     assert said["suspicion"] == pytest.approx(float(terms.sum()), abs=0.02)  # rounding may pass one clean score
     assert said["why"] == classified["why"] == combination.why(terms)[0]

@@ -14,6 +14,7 @@ import numpy as np
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.calibrating import FITTED, FITTED_BYTES, REACHED, fit_temperature, fit_views, look, outputs, reached, record, view_names
 from ebjdat_serve.console import command, parser_of
+from ebjdat_serve.contract import Input
 from ebjdat_serve.editing import FORCED, check_editable, edit
 from ebjdat_serve.engines import Engine, Floats, Outputs, Precision, load_engine
 from ebjdat_serve.handling import UNTOUCHED, handled, mixture
@@ -87,8 +88,8 @@ def carded(bundle: Bundle) -> Bundle:
 
 def served(engine: Engine, image: Pixels) -> Outputs:
     """Return what the engine says of uint8 images (N, H, W, 3), encoded as PNG and decoded by the server's decoder."""
-    height, width = image.shape[1:3]
-    return outputs(engine, parts(np.stack([decode(encode_png(one), height, width) for one in image])))
+    size = Input(*image.shape[1:3])
+    return outputs(engine, parts(np.stack([decode(encode_png(one), size) for one in image])))
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from ebjdat_serve.sentences import OBJECTIVES, attack_name, eps_name, set_name
 from ebjdat_serve.sgld import Prior
 from training.data.sources import SOURCES
 from training.evaluation.chosen import ALPHA, chief, model_of, readme_rows, served_score, worse_than_chance
-from training.evaluation.flag_text import Flagged, benign_limit, flag_sentence, odd_limit
+from training.evaluation.flag_text import Flagged, benign_limit, flag_sentence, knowing_limit, odd_limit
 from training.evaluation.ood_sets import NEAR
 from training.evaluation.rows import ball_of
 
@@ -205,6 +205,7 @@ def readme_limits(bundle: Bundle) -> str:
             f"- Attacks in the ball: of the images that PGD-20 at {eps_name(m.eps)} fooled it flags {fooled}, of clean ones {clean}.",
             f"- Images close to its data{', where max softmax does better' if better else ''}: AUROC against CIFAR-100 "
             f"{f.text('auroc_{}', dataset=NEAR)}.",
+            *knowing_limit(f),
         ]
     )
 

@@ -31,6 +31,7 @@ from torch import nn
 
 from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_json, write_rows
 from ebjdat_serve.console import command, parser_of
+from ebjdat_serve.contract import Input
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.editing import FORCED, check_editable, edit, guarded, tracked
 from ebjdat_serve.engines import Floats
@@ -289,7 +290,7 @@ def main() -> None:
             if options.into:
                 raise TrainingError(f"--into takes rows of a bundle, and {options.bundle} is a weights file: give the bundle")
             file = options.bundle.resolve()
-            data = load(options.data or "cifar10", (options.size, options.size) if options.size else None)
+            data = load(options.data or "cifar10", Input(options.size, options.size) if options.size else None)
             model, suite = load_weights(file).to(best_device()), amounts(options)
             kept = options.folder or work_root() / folder_name(file.parent.name, module_sha256(model), data.sha256)
             rows = evaluate_module(model, data, suite=suite, parts=parts, name=file.parent.name, **{**more, "folder": kept})

@@ -21,8 +21,7 @@ from training.errors import DataError
 
 def pseudo_label(source: str, bundle: Bundle, least: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the images (N, H, W, 3) uint8 whose p(y|x) reaches ``least``, and their most probable class (N,)."""
-    shape = bundle.manifest.input
-    image = load_images(source, shape.height, shape.width)
+    image = load_images(source, bundle.manifest.input)
     logits = classify_in_chunks(TorchEngine(bundle, "cpu", 1), to_unit(image)).logits
     p = probabilities(logits, 1.0)
     sure = p.max(axis=1) >= least

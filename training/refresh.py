@@ -12,6 +12,7 @@ import torch
 
 from ebjdat_serve.bundle import MANIFEST, SERVED, Bundle, read_json, sha256, write_json
 from ebjdat_serve.card import retitled
+from ebjdat_serve.contract import Input
 from ebjdat_serve.folders import ensure_folder, folder, unwritable
 from ebjdat_serve.locking import Held, exclusive_lock
 from ebjdat_serve.rows import rows_where
@@ -61,7 +62,7 @@ def refresh(
     with lock(run) if first else nullcontext():
         if not first:
             ranks.wait()  # the first rank may be downloading
-        data = load(preset.dataset, (preset.size, preset.size) if preset.size else None)
+        data = load(preset.dataset, Input(preset.size, preset.size) if preset.size else None)
         check_images(preset, data)
         todo = [filled(stage, len(data.train), tells=first) for stage in ([preset] if init is not None else stages(preset))]
         origin = remember(run, todo, init, data) if first else None

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
+from ebjdat_serve.contract import Input, cost_of
 from ebjdat_serve.errors import InvalidImage
 
 Bytes = bytes | bytearray
@@ -65,34 +66,37 @@ class Header(NamedTuple):
         """About how much time it takes, in pixels of a plain PNG."""
         return int(self.pixels * self.passes) + self.extra_work
 
-    def scale(self, height: int, width: int, limits: Limits) -> int:
-        """Return by what a JPEG is reduced while it is decoded: 1, 2, 4 or 8. The result is to have ``height`` x ``width`` pixels."""
-        if self.format != "JPEG" or not limits.jpeg_draft or self.pixels <= limits.draft_above:
+    def scale(self, contract: Input, limits: Limits) -> int:
+        """Return by what a JPEG is reduced while it is decoded: 1, 2, 4 or 8; by more than 1 only for a contract that averages areas."""
+        if self.format != "JPEG" or not limits.jpeg_draft or self.pixels <= limits.draft_above or not contract.averages:
             return 1
-        room = min(self.width, self.height) // (limits.draft_margin * max(height, width))
+        room = min(self.width, self.height) // (limits.draft_margin * max(contract.height, contract.width))
         return max(scale for scale in (1, 2, 4, 8) if scale <= max(room, 1))
 
-    def memory(self, height: int, width: int, limits: Limits) -> int:
-        """Return about how many bytes the decode to ``height`` x ``width`` takes at its peak, beside the encoded image."""
-        scale = self.scale(height, width, limits)
-        # an image squashed in one direction, and the result
-        squashed = 12 * max(height, width) * (max(self.width, self.height) // scale + max(height, width))
-        if scale > 1:  # and it is turned upright once it is small
+    def memory(self, contract: Input, limits: Limits) -> int:
+        """Return about how many bytes the decode for ``contract`` takes at its peak, beside the encoded image."""
+        scale = self.scale(contract, limits)
+        if scale > 1:
+            longer = max(contract.height, contract.width)
+            squashed = 12 * longer * (max(self.width, self.height) // scale + longer)  # in one direction, and the result
+            # it is turned upright once it is small
             return 4 * -(-self.width // scale) * -(-self.height // scale) + self.fixed + squashed + WORKING_BYTES
-        return self.depth * self.pixels + self.fixed + squashed + WORKING_BYTES
+        return self.depth * self.pixels + self.fixed + cost_of(contract, self.height, self.width).memory + WORKING_BYTES
 
-    def check(self, height: int, width: int, limits: Limits) -> None:
-        """Raise InvalidImage if the image is larger than it may be when it is decoded to ``height`` x ``width``."""
+    def check(self, contract: Input, limits: Limits) -> None:
+        """Raise InvalidImage if the image is larger than it may be when it is decoded for ``contract``, or would be once it is resized."""
         size = f"the {self.format} has {self.width} x {self.height} pixels"
         if not self.pixels:
             damaged(self.format, "it has no pixels")
         if max(self.width, self.height) > limits.max_side:
             raise InvalidImage(f"{size}; the limit is {limits.max_side} a side", too_large=True)
-        reduced = self.scale(height, width, limits) > 1
+        reduced = self.scale(contract, limits) > 1
         allowed = limits.max_jpeg_pixels if reduced else limits.max_pixels
         if self.pixels > allowed:
             raise InvalidImage(f"{size}; the limit is {allowed} in all: send it smaller", too_large=True)
-        needed = self.memory(height, width, limits)
+        if fault := contract.fault(cost_of(contract, self.height, self.width), limits.max_pixels):
+            raise InvalidImage(f"{size}, and {fault}", too_large=True)
+        needed = self.memory(contract, limits)
         if needed > limits.max_memory:
             mib = 2**20
             said = f"{size}, which take about {needed // mib} MiB to decode; the limit is {limits.max_memory // mib}: send it smaller"

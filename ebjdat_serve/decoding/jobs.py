@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.header import Bytes, Header
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.fairness import FairQueue
@@ -30,8 +31,7 @@ class Small:
 
     data: bytes
     header: Header
-    height: int
-    width: int
+    contract: Input
     future: "asyncio.Future[Pixels]"
     client: str
 
@@ -41,8 +41,7 @@ class Large:
     """A request whose images are decoded by one decoder; ``need`` is 0 until they were judged."""
 
     images: list[Bytes]
-    height: int
-    width: int
+    contract: Input
     future: "asyncio.Future[list[Pixels]]"
     client: str
     suspect: bool = False  # it was one of the small images of a message that was never answered
@@ -74,7 +73,7 @@ class Suspects:
         Return its work, in pixels, beyond that of its header, for the client to be charged; it is negative where the header said more.
         """
         charge = seconds / PIXEL_SECONDS - item.header.work
-        pixels = item.header.work + item.height * item.width
+        pixels = item.header.work + item.contract.height * item.contract.width
         beyond = seconds - LENIENCE * (IMAGE_SECONDS + PIXEL_SECONDS * pixels + BYTE_SECONDS * len(item.data))
         if beyond <= 0:
             return charge

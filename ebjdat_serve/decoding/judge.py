@@ -5,6 +5,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TypeVar
 
+from ebjdat_serve.contract import Input, cost_of
 from ebjdat_serve.decoding import bmff, bmp, gif, jpeg, png, tiff, webp
 from ebjdat_serve.decoding.header import Bytes, Header, Limits, Steps
 from ebjdat_serve.errors import InvalidImage
@@ -50,8 +51,8 @@ STRANGERS = {
 """What else arrives, by how it begins."""
 
 
-def judge(data: Bytes, height: int, width: int, limits: Limits, steps: Steps | None = None) -> Header:
-    """Return what the image in ``data`` promises, if that is within the limits for a decode to ``height`` x ``width``.
+def judge(data: Bytes, contract: Input, limits: Limits, steps: Steps | None = None) -> Header:
+    """Return what the image in ``data`` promises, if that is within the limits for a decode for ``contract``, whose work it counts.
 
     Raises InvalidImage: what arrived, and the limit or the fix; TooLong: that takes more than ``steps``. Takes about 1 ms per MiB at the
     most.
@@ -59,10 +60,11 @@ def judge(data: Bytes, height: int, width: int, limits: Limits, steps: Steps | N
     steps = steps or Steps()
     steps.take(STEPS_OF_ANY)
     header = JUDGES[judge_kind(data, limits)](data, limits, steps)
-    header.check(height, width, limits)
+    header.check(contract, limits)
+    more = cost_of(contract, header.height, header.width).work
     if (beyond := len(data) - RAW_BYTES * header.pixels - FREE_BYTES) > 0 and header.format in HUFFMAN:
-        return header._replace(extra_work=header.extra_work + BYTE_WORK * beyond)
-    return header
+        more += BYTE_WORK * beyond
+    return header._replace(extra_work=header.extra_work + more) if more else header
 
 
 def judge_kind(data: Bytes, limits: Limits) -> str:
@@ -91,19 +93,22 @@ def each(images: Sequence[Bytes], verdict: Callable[[Bytes], T]) -> Iterator[T]:
             raise
 
 
-def judge_all(images: Sequence[Bytes], height: int, width: int, limits: Limits) -> tuple[Header, ...]:
+def judge_all(images: Sequence[Bytes], contract: Input, limits: Limits) -> tuple[Header, ...]:
     """Return the headers of the images of one request. Raises InvalidImage, with the index of the first that is refused."""
-    headers = tuple(each(images, lambda data: judge(data, height, width, limits)))
-    check_list(headers, limits)
+    headers = tuple(each(images, lambda data: judge(data, contract, limits)))
+    check_list(headers, contract, limits)
     return headers
 
 
-def check_list(headers: Sequence[Header], limits: Limits) -> None:
-    """Raise InvalidImage for the images of one request if they have more pixels together than one may have."""
-    total = sum(one.pixels for one in headers)
-    if len(headers) > 1 and total > limits.max_pixels:
-        said = f"the images of one list have {total} pixels; the limit is {limits.max_pixels} in all: send them one by one"
-        raise InvalidImage(said, too_large=True)
+def check_list(headers: Sequence[Header], contract: Input, limits: Limits) -> None:
+    """Raise InvalidImage for the images of one request if they have more pixels together than one may have, as sent or as decoded."""
+    if len(headers) > 1:
+        total, said = sum(one.pixels for one in headers), "have {} pixels"
+        if total <= limits.max_pixels:
+            total, said = len(headers) * contract.height * contract.width, "have {} pixels at the size of the model"
+        if total > limits.max_pixels:
+            said = f"the images of one list {said.format(total)}; the limit is {limits.max_pixels} in all: send them one by one"
+            raise InvalidImage(said, too_large=True)
 
 
 def format_of(data: Bytes) -> str:

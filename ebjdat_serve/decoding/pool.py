@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Sequence
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Bytes, Header
 from ebjdat_serve.decoding.jobs import TURN_SECONDS, DecoderLost, Large, Small, Suspects, hand_on, refuse, settle
@@ -24,7 +25,8 @@ from ebjdat_serve.pixels import Pixels
 
 log = logging.getLogger(__name__)
 
-MESSAGE_IMAGES, MESSAGE_BYTES, MESSAGE_WORK = 64, 2**20, 2**19
+MESSAGE_IMAGES, MESSAGE_BYTES, MESSAGE_WORK, MESSAGE_PIXELS = 64, 2**20, 2**19, 2**22
+"""Small images of one message, their encoded bytes, their work, and the pixels that they are decoded to."""
 PATIENCE = 1.0
 """Seconds until the fate of a decoder that is gone is taken for unknown, or a zygote that failed to start is started again."""
 PAUSE, LONGEST_PAUSE = 0.25, 15.0
@@ -71,8 +73,8 @@ class Decoders:
         while len(self.fresh) or len(self.heavy):
             refuse((self.fresh if len(self.fresh) else self.heavy).pop().future, DecoderLost(STOPPING))
 
-    async def decode(self, images: Sequence[Bytes], height: int, width: int, client: str = "") -> list[Pixels]:
-        """Return each image as (height, width, 3) uint8.
+    async def decode(self, images: Sequence[Bytes], contract: Input, client: str = "") -> list[Pixels]:
+        """Return each image as (height, width, 3) uint8, as ``contract`` says.
 
         Raises InvalidImage: the first that is refused, with its index; DecoderLost: an image's decoder ended, or the server does.
         To cancel it ends a decoder that works on it.
@@ -80,16 +82,16 @@ class Decoders:
         kinds = set(each(images, lambda data: judge_kind(data, self.limits)))  # before anything of it is held and sent
         few = sum(map(len, images)) <= SMALL_BYTES and NEVER_SURE.isdisjoint(kinds) and client not in self.suspects
         small = list(map(bytes, images)) if few else []
-        headers = await small_headers(small, height, width, self.limits) if small else []
+        headers = await small_headers(small, contract, self.limits) if small else []
         if self.closed:
             raise DecoderLost(STOPPING)
         if headers:
-            return await self._decode_small(small, headers, height, width, client)
-        return await self._decode_large(list(images), height, width, client)
+            return await self._decode_small(small, headers, contract, client)
+        return await self._decode_large(list(images), contract, client)
 
-    async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], height: int, width: int, client: str) -> list[Pixels]:
+    async def _decode_small(self, images: Sequence[bytes], headers: Sequence[Header], contract: Input, client: str) -> list[Pixels]:
         loop = asyncio.get_running_loop()
-        items = [Small(data, header, height, width, loop.create_future(), client) for data, header in zip(images, headers, strict=True)]
+        items = [Small(data, header, contract, loop.create_future(), client) for data, header in zip(images, headers, strict=True)]
         numbers = [self.small.push(client, item, item.header.work) for item in items]
         self.arrived.set()
         decoded = []
@@ -107,8 +109,8 @@ class Decoders:
                     item.future.exception()  # seen: one refusal a request is enough
         return decoded
 
-    async def _decode_large(self, images: list[Bytes], height: int, width: int, client: str) -> list[Pixels]:
-        job = Large(images, height, width, asyncio.get_running_loop().create_future(), client)
+    async def _decode_large(self, images: list[Bytes], contract: Input, client: str) -> list[Pixels]:
+        job = Large(images, contract, asyncio.get_running_loop().create_future(), client)
         job.wait_in(self.fresh)
         self.changed.set()
         try:
@@ -195,14 +197,12 @@ class Decoders:
                 return
         if not (batch := self._batch()):
             return
-        height, width = batch[0].height, batch[0].width
-        work = wire.Work(
-            height, width, tuple(len(one.data) for one in batch), tuple(one.header for one in batch), [one.data for one in batch]
-        )
+        contract = batch[0].contract
+        work = wire.Work(contract, tuple(len(one.data) for one in batch), tuple(one.header for one in batch), [one.data for one in batch])
         try:
             async with asyncio.timeout(self.settings.small_timeout):
-                body = await channel.ask(work.encoded(), wire.RESULTS, wire.largest_results(len(batch), height, width))
-            results, seconds = wire.decode_results(body, len(batch), height, width)
+                body = await channel.ask(work.encoded(), wire.RESULTS, wire.largest_results(len(batch), contract))
+            results, seconds = wire.decode_results(body, len(batch), contract)
         except (EOFError, TimeoutError, ValueError):
             channel.lost = True
             self._suspect(batch)
@@ -216,17 +216,18 @@ class Decoders:
             settle(item.future, result)
 
     def _batch(self) -> list[Small]:
-        """Take out small images of one size of result, up to the limits of a message."""
+        """Take out small images for one contract, up to the limits of a message."""
         batch: list[Small] = []
-        work = size = 0
+        work = size = pixels = 0
         while (item := self.small.peek()) and len(batch) < MESSAGE_IMAGES and work < MESSAGE_WORK and size < MESSAGE_BYTES:
-            if batch and (item.height, item.width) != (batch[0].height, batch[0].width):
+            if batch and (item.contract != batch[0].contract or pixels >= MESSAGE_PIXELS):
                 break
             self.small.pop()
             if not item.future.done():  # its client has gone
                 batch.append(item)
                 work += item.header.work
                 size += len(item.data)
+                pixels += item.contract.height * item.contract.width
         return batch
 
     def _suspect(self, batch: list[Small]) -> None:
@@ -235,7 +236,7 @@ class Decoders:
         for item in batch:
             alone: asyncio.Future[list[Pixels]] = asyncio.get_running_loop().create_future()
             hand_on(alone, item.future)
-            Large([item.data], item.height, item.width, alone, item.client, suspect=True).wait_in(self.fresh)
+            Large([item.data], item.contract, alone, item.client, suspect=True).wait_in(self.fresh)
         self.changed.set()
 
     async def _next_large(self, zygote: Zygote, channel: Channel) -> None:
@@ -321,7 +322,7 @@ class Decoders:
 
     async def _converse(self, channel: Channel, job: Large) -> None:
         """Have a request judged, and decoded if there is memory for it; else it waits for that."""
-        work = wire.Work(job.height, job.width, tuple(map(len, job.images)), (), job.images)
+        work = wire.Work(job.contract, tuple(map(len, job.images)), (), job.images)
         body = await channel.ask(work.encoded(), wire.PLAN, wire.LARGEST_PLAN, sliced=True)
         try:
             need = wire.decode_plan(body)
@@ -337,8 +338,8 @@ class Decoders:
                 return
             self._grant(job)
         n = len(job.images)
-        body = await channel.ask([wire.packed(wire.Go(need))], wire.RESULTS, wire.largest_results(n, job.height, job.width))
-        results, _ = wire.decode_results(body, n, job.height, job.width)
+        body = await channel.ask([wire.packed(wire.Go(need))], wire.RESULTS, wire.largest_results(n, job.contract))
+        results, _ = wire.decode_results(body, n, job.contract)
         images: list[Pixels] = []
         for index, one in enumerate(results):
             if isinstance(one, InvalidImage):

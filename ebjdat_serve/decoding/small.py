@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.header import Bytes, Header, Limits, Steps, TooLong
 from ebjdat_serve.decoding.judge import check_list, each, judge
 
@@ -12,7 +13,7 @@ SMALL_STEPS, TURN_STEPS = 4000, 1000
 """Steps that all its images may take there, and those of one turn of the loop, about 2 ms."""
 
 
-async def small_headers(images: Sequence[Bytes], height: int, width: int, limits: Limits) -> list[Header]:
+async def small_headers(images: Sequence[Bytes], contract: Input, limits: Limits) -> list[Header]:
     """Return the headers of the images of one request if all are small; none where one is not, or where it takes too long to tell.
 
     The event loop has its turns meanwhile. Raises InvalidImage, with the index of the first that is refused.
@@ -20,7 +21,7 @@ async def small_headers(images: Sequence[Bytes], height: int, width: int, limits
     headers: list[Header] = []
     steps, spare = Steps(TURN_STEPS), SMALL_STEPS - TURN_STEPS
     try:
-        for header in each(images, lambda data: judge(data, height, width, limits, steps)):
+        for header in each(images, lambda data: judge(data, contract, limits, steps)):
             if not header.sure or header.work > SMALL_WORK:
                 return []
             headers.append(header)
@@ -31,5 +32,5 @@ async def small_headers(images: Sequence[Bytes], height: int, width: int, limits
                 steps.left += grant
     except TooLong:
         return []
-    check_list(headers, limits)
+    check_list(headers, contract, limits)
     return headers

@@ -4,6 +4,7 @@ To a decoder go pickles, and encoded images after them. Back come plain structur
 bytes, and what it says is not unpickled.
 """
 
+import math
 import pickle
 import socket
 import struct
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.header import Bytes, Header
 from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.pixels import Pixels
@@ -36,17 +38,16 @@ TOGETHER = 2**18
 
 @dataclass(frozen=True)
 class Work:
-    """Images to decode to ``height`` x ``width``, whose bytes follow. Those without a header are to be judged first."""
+    """Images to decode for ``contract``, whose bytes follow. Those without a header are to be judged first."""
 
-    height: int
-    width: int
+    contract: Input
     lengths: tuple[int, ...]
     headers: tuple[Header, ...] = ()
     images: list[Bytes] = field(default_factory=list, compare=False)
 
     def encoded(self) -> list[Bytes]:
         """Return the parts of a message."""
-        head = pickle.dumps(Work(self.height, self.width, self.lengths, self.headers), 5)
+        head = pickle.dumps(Work(self.contract, self.lengths, self.headers), 5)
         return [LENGTH.pack(len(head)), head, *self.images]
 
 
@@ -112,9 +113,9 @@ def encode_results(decoded: list[Decoded], seconds: list[float]) -> bytes:
     return FRAME.pack(RESULTS, len(body)) + body
 
 
-def largest_results(n: int, height: int, width: int) -> int:
+def largest_results(n: int, contract: Input) -> int:
     """Return the most bytes after the frame that the results of ``n`` images take."""
-    return n * (TOOK.size + max(1 + 3 * height * width, ERROR.size + LONGEST_TEXT))
+    return n * (TOOK.size + max(1 + 3 * contract.height * contract.width, ERROR.size + LONGEST_TEXT))
 
 
 def decode_plan(body: bytes | memoryview) -> int:
@@ -127,16 +128,17 @@ def decode_plan(body: bytes | memoryview) -> int:
     raise error
 
 
-def decode_results(body: bytes | memoryview, n: int, height: int, width: int) -> tuple[list[Decoded], list[float]]:
+def decode_results(body: bytes | memoryview, n: int, contract: Input) -> tuple[list[Decoded], list[float]]:
     """Return the images and errors of ``n`` images in an answer, and the seconds each took. Raises ValueError: no answer of ours."""
     results: list[Decoded] = []
     if len(body) < n * TOOK.size:
         raise ValueError("a decoder's answer is cut off")
     seconds = [1e-6 * took for (took,) in TOOK.iter_unpack(body[: n * TOOK.size])]
-    size, rest = height * width * 3, memoryview(body)[n * TOOK.size :]
+    shape = (contract.height, contract.width, 3)
+    size, rest = math.prod(shape), memoryview(body)[n * TOOK.size :]
     for _ in range(n):
         if rest[:1] == bytes([PIXELS]) and len(rest) > size:
-            results.append(np.frombuffer(rest[1 : 1 + size], np.uint8).reshape(height, width, 3))
+            results.append(np.frombuffer(rest[1 : 1 + size], np.uint8).reshape(shape))
             rest = rest[1 + size :]
         else:
             error, rest = _read_text(rest)

@@ -25,6 +25,7 @@ from typing import NoReturn
 import numpy as np
 
 from ebjdat_serve import pixels
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding import wire
 from ebjdat_serve.decoding.header import Bytes, Header, Limits
 from ebjdat_serve.decoding.judge import accepted, each, judge, judge_all
@@ -36,6 +37,8 @@ IDLE_MEMORY = 96 * 2**20
 """Bytes above what it starts with that a decoder may use for small images, or to judge a large one."""
 SLACK = 1.25
 """How much more memory a decode may use than was estimated."""
+RESULT_BYTES = 9
+"""Bytes of each pixel of an image that is decoded: itself, its copy, and that in the answer to all of a list."""
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
 
@@ -92,8 +95,8 @@ def prepare() -> None:
     for kind in accepted():
         pixels.register(kind)
     import_module("PIL.MpoImagePlugin")  # for JPEGs that hold others
-    small = pixels.encode_png(np.zeros((8, 8, 3), np.uint8))
-    pixels.decode_judged(small, judge(small, 8, 8, Limits()), 8, 8)
+    small, contract = pixels.encode_png(np.zeros((8, 8, 3), np.uint8)), Input(8, 8)
+    pixels.decode_judged(small, judge(small, contract, Limits()), contract)
     gc.collect()
     gc.freeze()
 
@@ -173,9 +176,10 @@ class Decoder:
         """Say what the images need, and decode them if there is memory for it."""
         self.allow_time()
         try:
-            headers = judge_all(work.images, work.height, work.width, self.limits)
+            headers = judge_all(work.images, work.contract, self.limits)
             pairs = iter(zip(headers, work.images, strict=True))
-            need = max(each(work.images, lambda _: self.need(*next(pairs), work)))
+            need = max(each(work.images, lambda _: self.need(*next(pairs), work.contract)))
+            need += RESULT_BYTES * (len(headers) - 1) * work.contract.height * work.contract.width
         except InvalidImage as error:
             self.line.sendall(wire.encode_plan(error))
             return
@@ -188,9 +192,9 @@ class Decoder:
             self.restrict(IDLE_MEMORY)
             self.line.sendall(wire.encode_results(results, seconds))
 
-    def need(self, header: Header, data: Bytes, work: wire.Work) -> int:
+    def need(self, header: Header, data: Bytes, contract: Input) -> int:
         """Return how much memory an image needs with its encoded bytes. Raises InvalidImage: more than there ever is."""
-        need = header.memory(work.height, work.width, self.limits) + 3 * len(data)
+        need = header.memory(contract, self.limits) + 3 * len(data)
         if need > self.limits.max_memory:
             said = f"the {header.format} takes about {need // 2**20} MiB to decode; the limit is {self.limits.max_memory // 2**20}"
             raise InvalidImage(f"{said}: send it smaller", too_large=True)
@@ -204,8 +208,8 @@ class Decoder:
             if not work.headers:
                 self.allow_time()  # for each; small ones take none to speak of
             try:
-                scale = header.scale(work.height, work.width, self.limits)
-                results.append(pixels.decode_judged(bytes(data), header, work.height, work.width, scale))
+                scale = header.scale(work.contract, self.limits)
+                results.append(pixels.decode_judged(bytes(data), header, work.contract, scale))
             except InvalidImage as error:
                 # this one holds no frame, and so nothing of what was being decoded
                 results.append(InvalidImage(str(error), too_large=error.too_large))

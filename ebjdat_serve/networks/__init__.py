@@ -6,14 +6,27 @@ from typing import Any
 from torch import Tensor
 
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.networks.foreign import HuggingFaceArchitecture, OnnxArchitecture, PythonArchitecture, TimmArchitecture
 from ebjdat_serve.networks.network import Architecture, Network
+from ebjdat_serve.networks.normalisation import Normalisation
 from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
+from ebjdat_serve.networks.wrapped import Wrapped, find_head
 from ebjdat_serve.parsing import parse
 
 FAMILIES: dict[str, type[Architecture]] = {
     WideResNetArchitecture.family: WideResNetArchitecture,
+    TimmArchitecture.family: TimmArchitecture,
+    HuggingFaceArchitecture.family: HuggingFaceArchitecture,
+    PythonArchitecture.family: PythonArchitecture,
+    OnnxArchitecture.family: OnnxArchitecture,
 }
 """Every family by its name in manifests."""
+FOREIGN = (TimmArchitecture, HuggingFaceArchitecture, PythonArchitecture, OnnxArchitecture)
+"""Those that import brings: never guessed from weights, and not trained from scratch here."""
+Plain = WideResNetArchitecture
+"""The family that budgets and methods take where none is named."""
+CONSTANT = "constant."
+"""What the names of tensors in weights.safetensors begin with that only graphs take: what the exporter computed of the weights."""
 
 
 def architecture_of(described: Mapping[str, Any]) -> Architecture:
@@ -32,7 +45,7 @@ def build(architecture: Architecture, classes: int, weights: Mapping[str, Tensor
     """Return a network in eval mode, with ``weights`` loaded strictly when given; raise RuntimeError for weights that do not fit."""
     network = architecture.build(classes)
     if weights is not None:
-        network.load_state_dict(weights)
+        network.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith(CONSTANT)})
     return network.eval()
 
 
@@ -44,4 +57,7 @@ def network_of(weights: Mapping[str, Tensor]) -> Network:
     raise ValueError(f"its tensors match no network family: {', '.join(FAMILIES)}")
 
 
-__all__ = ["FAMILIES", "Architecture", "Network", "architecture_of", "build", "network_of"]
+__all__ = [
+    "CONSTANT", "FAMILIES", "FOREIGN", "Architecture", "HuggingFaceArchitecture", "Network", "Normalisation", "Plain", "PythonArchitecture",
+    "TimmArchitecture", "Wrapped", "architecture_of", "build", "find_head", "network_of",
+]  # fmt: skip

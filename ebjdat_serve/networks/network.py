@@ -16,7 +16,8 @@ class Network(nn.Module, ABC):
     """
 
     autocast: torch.dtype | None = None
-    head: nn.Linear
+    head: nn.Module
+    no_features: str = ""  # the reason why ``features`` are not what a last layer takes
 
     def __init__(self, classes: int) -> None:
         super().__init__()

@@ -64,10 +64,10 @@ class StockClassify(Stock):
 
     def decode_request(self, request: Request) -> Pixels | str:  # what LitServe gives for this annotation is a dict
         """Return the pixels, or what is wrong with them: an exception would fail everyone in the batch."""
-        size = self.served.bundle.manifest.input
         document: Any = request
         try:
-            return pixels.decode(base64.b64decode(document["image"], validate=True), size.height, size.width, limits(self._settings))
+            data = base64.b64decode(document["image"], validate=True)
+            return pixels.decode(data, self.served.bundle.manifest.input, limits(self._settings))
         except (InvalidImage, ValueError, KeyError, TypeError) as error:
             return f'send {{"image": "<base64>"}}: {error}'
 

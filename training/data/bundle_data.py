@@ -16,7 +16,7 @@ def check_data(bundle: Bundle, data: Dataset) -> None:
 
 
 def dataset_of(bundle: Bundle, moved: str | None = None) -> Dataset:
-    """Return the data set that the bundle names, a folder's images at the bundle's size; ``moved``: the folder's new path."""
+    """Return the data set that the bundle names, a folder's images by the bundle's input contract; ``moved``: the folder's new path."""
     manifest = bundle.manifest
     source = moved or manifest.provenance.configuration.get("dataset", manifest.provenance.dataset)
-    return load(source, (manifest.input.height, manifest.input.width))
+    return load(source, manifest.input)

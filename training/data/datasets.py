@@ -5,12 +5,13 @@ Data is found under ``EBJDAT_DATA`` (default ``~/.cache/ebjdat_serve/data``).
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.listing import printable
 from training.data.image_folders import (
     SPLIT_SEED,
@@ -53,6 +54,12 @@ class Dataset:
     test: Split
     flip: bool  # whether a mirror image has the same class
     sha256: str
+    contract: Input | None = None  # by which a folder's images were decoded; None: the images had their size
+
+    @property
+    def input(self) -> Input:
+        """The contract by which further images of its kind are decoded."""
+        return self.contract or Input(*self.size)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -61,8 +68,8 @@ class Dataset:
         return height, width
 
 
-def load(name: str, size: tuple[int, int] | None = None) -> Dataset:
-    """Return the data set of a name or a folder's path; ``size`` (height, width) is only for folders.
+def load(name: str, contract: Input | None = None) -> Dataset:
+    """Return the data set of a name or a folder's path; ``contract``, by which images are decoded, is only for folders.
 
     A folder holds ``train/<class>/`` and ``test/<class>/``, or just ``<class>/``, of which a fixed sixth becomes the test split;
     at least 60 images are needed. Splits are stratified; skipped files and classes of few images are printed.
@@ -74,16 +81,16 @@ def load(name: str, size: tuple[int, int] | None = None) -> Dataset:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise DataError(f"{name!r} is neither a data set ({', '.join(SOURCES)}) nor an existing folder of class sub-folders")
-    return _folder(folder, size)
+    return replace(_folder(folder, contract), contract=contract)
 
 
-def _folder(folder: Path, size: tuple[int, int] | None) -> Dataset:
+def _folder(folder: Path, contract: Input | None) -> Dataset:
     apart = (folder / "train").is_dir()
     if apart:
-        names, train, test = _train_and_test(folder, size)
+        names, train, test = _train_and_test(folder, contract)
     else:
         names = class_names(folder)
-        train = read_folder(folder, names, size)
+        train = read_folder(folder, names, contract)
         test = train.take(slice(0, 0))
     least = SMALLEST - SMALLEST // 6 if apart else SMALLEST
     if len(train) < least:
@@ -96,7 +103,7 @@ def _folder(folder: Path, size: tuple[int, int] | None) -> Dataset:
     return _stratified(f"{name} (a folder)" if name in SOURCES else name, names, train, test)
 
 
-def _train_and_test(folder: Path, size: tuple[int, int] | None) -> tuple[tuple[str, ...], Split, Split]:
+def _train_and_test(folder: Path, contract: Input | None) -> tuple[tuple[str, ...], Split, Split]:
     names = class_names(folder / "train")
     if not (folder / "test").is_dir():
         raise DataError(f"{folder} holds train/ but no test/: put both there, or the class sub-folders alone")
@@ -106,7 +113,7 @@ def _train_and_test(folder: Path, size: tuple[int, int] | None) -> tuple[tuple[s
     differences = [f"{where} alone has {', '.join(some)}" for where, some in alone.items() if some]
     if differences:
         raise DataError(f"{folder}: {'; '.join(differences)}: both must hold the same classes")
-    train, test = read_folders([folder / "train", folder / "test"], names, size)
+    train, test = read_folders([folder / "train", folder / "test"], names, contract)
     return names, train, test
 
 
@@ -192,7 +199,7 @@ def load_extra(source: str, data: Dataset) -> Split:
     path = Path(source).expanduser()
     path = path if path.is_absolute() or path.exists() else data_root() / path
     if path.is_dir():
-        return read_folder(path, data.names, (height, width))
+        return read_folder(path, data.names, data.input)
     image, label = read_npz(path, height, width, data.names)
     if label is None:
         raise DataError(f"{path} holds no label: write pseudo-labels with python training/pseudo_label.py {path} BUNDLE")

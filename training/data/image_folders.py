@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ebjdat_serve.bounds import label_fault
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.judge import accepted
 from ebjdat_serve.errors import InvalidImage
 from ebjdat_serve.folders import folder
@@ -139,19 +140,19 @@ def note(where: str, message: str) -> None:
     print(f"note: {where}: {message}", file=sys.stderr, flush=True)
 
 
-def read_folder(folder: Path, names: Sequence[str], size: tuple[int, int] | None = None) -> Split:
+def read_folder(folder: Path, names: Sequence[str], contract: Input | None = None) -> Split:
     """Return ``folder/<class>/**`` as a split in a fixed shuffled order; label i is ``names[i]``.
 
-    With a ``size`` (height, width) every image is resized to it as in the server; without one they must all have the same size.
+    With a ``contract`` every image is decoded by it as in the server; without one they must all have the same size.
     """
-    (split,) = read_folders([folder], names, size)
+    (split,) = read_folders([folder], names, contract)
     return split
 
 
-def read_folders(folders: Sequence[Path], names: Sequence[str], size: tuple[int, int] | None = None) -> list[Split]:
+def read_folders(folders: Sequence[Path], names: Sequence[str], contract: Input | None = None) -> list[Split]:
     """Return a split of each folder; raise DataError naming all damaged images of all folders."""
     listed = [class_files(folder, names) for folder in folders]
-    image = read_images([file for files in listed for file, _ in files], size)
+    image = read_images([file for files in listed for file, _ in files], contract)
     splits, at = [], 0
     for files in listed:
         # shuffled, so that the first n of a split are not all of one class
@@ -161,20 +162,20 @@ def read_folders(folders: Sequence[Path], names: Sequence[str], size: tuple[int,
     return splits
 
 
-def read_images(files: Sequence[Path], size: tuple[int, int] | None = None) -> Pixels:
-    """Return the images (N, height, width, 3), decoded as in the server, at ``size`` or their common size.
+def read_images(files: Sequence[Path], contract: Input | None = None) -> Pixels:
+    """Return the images (N, height, width, 3), decoded as in the server, by ``contract`` or at their common size.
 
     Raises DataError naming every damaged image.
     """
     damaged: dict[Path, str] = {}
-    if size is None:
-        size = common_size(files, damaged)
-    image = np.empty((len(files), *size, 3), np.uint8)
+    if contract is None:
+        contract = Input(*common_size(files, damaged))
+    image = np.empty((len(files), contract.height, contract.width, 3), np.uint8)
     for i, file in enumerate(files):
         if file in damaged:
             continue
         try:
-            image[i] = decode(file.read_bytes(), *size)
+            image[i] = decode(file.read_bytes(), contract)
         except (OSError, InvalidImage) as error:
             damaged[file] = reason(error)
     if damaged:
@@ -203,8 +204,9 @@ def reason(error: OSError | InvalidImage) -> str:
     return str((isinstance(error, OSError) and error.strerror) or error)
 
 
-def load_images(source: str, height: int, width: int) -> Pixels:
-    """Return unlabelled images (N, height, width, 3) of a folder of images, an .npz with ``image``, or an image of tiles."""
+def load_images(source: str, contract: Input) -> Pixels:
+    """Return unlabelled images (N, height, width, 3) of a folder, decoded by ``contract``, an .npz with ``image``, or an image of tiles."""
+    height, width = contract.height, contract.width
     path = Path(source).expanduser()
     path = path if path.is_absolute() or path.exists() else data_root() / path
     if path.is_dir():
@@ -212,7 +214,7 @@ def load_images(source: str, height: int, width: int) -> Pixels:
         tell(path, listing)
         if not listing.images:
             raise DataError(f"{printable(path)} holds no images ({', '.join(accepted())})")
-        return read_images(listing.images, (height, width))
+        return read_images(listing.images, contract)
     if path.suffix == ".npz":
         return read_npz(path, height, width)[0]
     if path.is_file() and format_of(path) in accepted() and height == width:

@@ -108,7 +108,7 @@ def difference(new: Bundle, current: Bundle) -> str:
     if a.labels != b.labels:
         return f"its labels are {', '.join(a.labels)}; the current ones {', '.join(b.labels)}"
     if a.input != b.input:
-        return f"it takes {a.input.height} x {a.input.width} pixels, the current one {b.input.height} x {b.input.width}"
+        return f"it takes {a.input.described()}; the current one {b.input.described()}"
     if a.provenance.data_sha256 != b.provenance.data_sha256:
         sums = f"sha256 {a.provenance.data_sha256[:12]} and {b.provenance.data_sha256[:12]}"
         return f"they were trained on other images ({sums}), so one may have been trained on what the other held out"
@@ -118,7 +118,7 @@ def difference(new: Bundle, current: Bundle) -> str:
 def compare(new: Bundle, current: Bundle, data: Dataset) -> Iterator[Compared]:
     """Yield every figure of the gate: clean and PGD-20 accuracy, clean flag rate, AUROC on each available OOD set."""
     where, eps = Images(dataset=data.name, split="selection"), ball_of(data.name).linf
-    strange = dict(strange_images(data.name, data.selection.image, lambda text: None))
+    strange = dict(strange_images(data, data.selection.image, lambda text: None))
     mine, its = (seen(bundle, data, strange) for bundle in (new, current))
     yield proportions("accuracy_clean", where, mine.right, its.right)
     yield proportions("accuracy_pgd20", replace(where, attack="pgd", norm="linf", eps=eps, steps=20), mine.robust_mask, its.robust_mask)

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.handling import SEED, brightened, encoded, resized
 from ebjdat_serve.pixels import Pixels, decode
 
@@ -38,8 +39,8 @@ SHIFTS: dict[str, Shift] = {
 
 def shifted(image: Pixels, shift: Shift) -> Pixels:
     """Return images (N, H, W, 3) after a shift, decoded by the server's decoder."""
-    height, width = image.shape[1:3]
-    return np.stack([decode(shift(Image.fromarray(one)), height, width) for one in image])
+    size = Input(*image.shape[1:3])
+    return np.stack([decode(shift(Image.fromarray(one)), size) for one in image])
 
 
 # Corruptions ---------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class Dat(Method[DatState]):
         if self.seeds == "gaussian":
             prior = prior_of(context.data, context.prior_rank)
         elif self.seeds != "noise":
-            pool = to_device(load_images(self.seeds, shape[1], shape[2]), context.device)
+            pool = to_device(load_images(self.seeds, context.data.input), context.device)
             if not len(pool):
                 raise TrainingError(f"seeds={self.seeds} holds no image")
         gate = AucGate(self.auc_threshold, self.cap, self.window, self.patience)

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Sequence
 import numpy as np
 from fastapi import Request
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.header import Bytes, Limits
 from ebjdat_serve.decoding.jobs import DecoderLost
 from ebjdat_serve.decoding.pool import Decoders
 from ebjdat_serve.decoding.pool_settings import LIGHT, PoolSettings
 from ebjdat_serve.errors import EbjdatError, InvalidImage
-from ebjdat_serve.manifest import Input
 from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem
@@ -74,7 +74,7 @@ class ImageDecoder:
         try:
             async with asyncio.timeout(deadline - time.monotonic()) as timeout:
                 with on_disconnect(request, leave):
-                    decoded = await self.decoders.decode(images, contract.height, contract.width, request.scope["client_name"])
+                    decoded = await self.decoders.decode(images, contract, request.scope["client_name"])
                     return await stacked(decoded)
         except InvalidImage as error:
             raise refusal(error, listed=listed) from None

@@ -1,0 +1,142 @@
+"""Families of other people's networks: built when their package is there, never guessed from weights."""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from ebjdat_serve.errors import EngineError
+from ebjdat_serve.install import pip
+from ebjdat_serve.networks.network import Architecture, Network
+from ebjdat_serve.networks.normalisation import Normalisation
+from ebjdat_serve.networks.wrapped import Wrapped
+
+TIMM_NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_]{1,100})?")
+CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+LOCAL = ("_name_or_path", "transformers_version", "id2label", "label2id", "num_labels", "torch_dtype", "dtype", "auto_map", "architectures")
+"""Keys of a Hugging Face config that a bundle leaves out: of the machine that saved it, or what the bundle says itself."""
+
+
+@dataclass(frozen=True)
+class Foreign(Architecture):
+    """What the families have in common: the normalisation, and the name of the last linear layer, "" where there is none."""
+
+    normalisation: Normalisation = field(default_factory=Normalisation, kw_only=True)
+    head: str = field(default="", kw_only=True)
+
+    def module(self, classes: int) -> nn.Module:
+        """Return the module itself, its weights random; raise EngineError where it cannot be built here."""
+        raise NotImplementedError
+
+    def build(self, classes: int) -> Network:
+        return Wrapped(self.module(classes), classes, self.normalisation, self.head)
+
+    def described(self) -> dict[str, Any]:
+        return {"family": self.family, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class TimmArchitecture(Foreign):
+    """A model of timm (PyTorch Image Models) by its name there."""
+
+    family = "timm"
+
+    model: str
+
+    def __post_init__(self) -> None:
+        if not TIMM_NAME.fullmatch(self.model):
+            raise ValueError(f"{self.model[:40]!r} is no name of a model of timm")
+
+    def module(self, classes: int) -> nn.Module:
+        timm = package("timm", self.family)
+        return built(self.family, lambda: timm.create_model(self.model, pretrained=False, num_classes=classes))
+
+
+@dataclass(frozen=True)
+class HuggingFaceArchitecture(Foreign):
+    """An image classifier of transformers by its config; one whose code lies beside the weights is refused."""
+
+    family = "huggingface"
+
+    config: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config.get("model_type"), str):
+            raise ValueError("its config must name model_type")
+        if "auto_map" in self.config:
+            raise ValueError("its config brings code of its own (auto_map), which is never run")
+
+    def module(self, classes: int) -> nn.Module:
+        transformers = package("transformers", self.family)
+
+        def make() -> nn.Module:
+            sizes = {name: value for name, value in self.config.items() if name not in LOCAL and name != "model_type"}
+            config = transformers.AutoConfig.for_model(self.config["model_type"], **sizes)
+            config.num_labels = classes
+            # eager: plain matrix products and a softmax, which trace and export
+            made: nn.Module = transformers.AutoModelForImageClassification.from_config(
+                config, attn_implementation="eager", trust_remote_code=False
+            )
+            return made
+
+        return built(self.family, make)
+
+
+@dataclass(frozen=True)
+class PythonArchitecture(Foreign):
+    """A callable of somebody's Python code, ``package.module:name``, which returns a module: run by ``import --allow-code`` alone."""
+
+    family = "python"
+
+    callable: str
+
+    def __post_init__(self) -> None:
+        if not CALLABLE.fullmatch(self.callable):
+            raise ValueError(f"{self.callable[:80]!r} is not package.module:callable")
+
+    def module(self, classes: int) -> nn.Module:
+        raise EngineError(
+            f"the network is Python code, {self.callable}, which was run when it was imported and never is to serve: "
+            "its graphs are in the bundle",
+            options=("--engine onnx",),
+        )
+
+
+@dataclass(frozen=True)
+class OnnxArchitecture(Architecture):
+    """A network that is known as an ONNX graph only."""
+
+    family = "onnx"
+
+    opset: int
+
+    def build(self, classes: int) -> Network:
+        raise EngineError("the network came as an ONNX graph: there is none for torch", options=("--engine onnx",))
+
+
+def package(name: str, family: str) -> Any:
+    """Return an imported package; raise EngineError where it is missing or does not load."""
+    try:
+        return import_module(name)
+    except (ImportError, RuntimeError, OSError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        why = pip("install", name) if missing else f"it does not load here: {first_line(error)}"
+        raise EngineError(f"a network of the family {family} needs the package {name}: {why}", options=("--engine onnx",)) from error
+
+
+def built(family: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """Return what ``make`` builds; raise EngineError, in one line, for whatever a library raises of sizes that it does not know."""
+    try:
+        return make()
+    except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise EngineError(
+            f"a network of the family {family} cannot be built: {type(error).__name__}: {first_line(error)}", options=("--engine onnx",)
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says, at most 200 characters of it."""
+    return (str(error).strip().splitlines() or [""])[0][:200]
