@@ -21,7 +21,6 @@ from ebjdat_serve.folder_calibration import FolderImages, Split, calibrate_folde
 from ebjdat_serve.handling import CALIBRATION, handled
 from ebjdat_serve.pixels import decode, to_unit
 from ebjdat_serve.reach import reach_score
-from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.store import publish
 from ebjdat_serve.verification import Terms, verified
 from ebjdat_serve.views import Seen
@@ -253,8 +252,8 @@ def test_trainings_calibration_is_what_it_was(tmp_path):
 
 @pytest.mark.slow
 def test_from_a_thousand_images_features_are_a_view(tmp_path):
-    shutil.copytree(SHIPPED, tmp_path / "bundle")
-    folder = folder_of(tmp_path / "images", 1_000, (32, 32))
+    shutil.copytree(DIGITS, tmp_path / "bundle")
+    folder = folder_of(tmp_path / "images", 1_000, (8, 8))
     done = calibrate_folder(Bundle.draft(tmp_path / "bundle"), folder, reach_images=20, say=quiet)
     c = done.calibration()
     assert (c.views, c.left_out, len(c.scores)) == (["statistics", "logits", "features"], {}, 500)
