@@ -29,6 +29,7 @@ from ebjdat_serve.store import publish, sign
 from ebjdat_serve.verification import Terms, verified
 from tests.classifiers import NO_ENERGY, NO_FEATURES, NO_GRADIENT, NO_PRIOR, Tiny, folder_of, images, write
 from tests.conftest import HTTP, serving, until
+from training.card import rewrite
 
 CPU = Terms(engine="onnx", device="cpu")
 KINDS = {
@@ -142,6 +143,9 @@ def test_the_card_needs_no_figures_and_says_what_is_lacking(bundles, tmp_path):
     for said in (NO_ENERGY, NO_FEATURES, NO_GRADIENT, NO_PRIOR, "| weights | CC-BY-4.0 |", "no threshold is guessed", "-max log p(y|x)"):
         assert said in text
     assert Bundle.load(bundle.path).manifest.files["README.md"]
+    again = rewrite(bundle)  # the laboratory's command: no samples of a model that draws nothing
+    assert (again.path / "README.md").read_text(encoding="utf-8") == text
+    assert "samples.png" not in again.manifest.files
 
 
 def test_a_bundle_that_draws_nothing_has_no_workers_for_it_and_check_reach_ends_the_start(bundles):

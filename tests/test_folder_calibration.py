@@ -13,6 +13,7 @@ from ebjdat_serve import folder_calibration as fc
 from ebjdat_serve.bundle import Bundle, read_json
 from ebjdat_serve.calibrating import fit_temperature
 from ebjdat_serve.cli import main
+from ebjdat_serve.contract import Input
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import EbjdatError
@@ -20,7 +21,6 @@ from ebjdat_serve.folder_calibration import FolderImages, Split, calibrate_folde
 from ebjdat_serve.handling import CALIBRATION, handled
 from ebjdat_serve.pixels import decode, to_unit
 from ebjdat_serve.reach import reach_score
-from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.store import publish
 from ebjdat_serve.verification import Terms, verified
 from ebjdat_serve.views import Seen
@@ -30,6 +30,7 @@ from training.calibrate import calibrate
 from training.data.bundle_data import dataset_of
 
 CPU = Terms(engine="onnx", device="cpu")
+SIZE = Input(12, 10)
 LABELS = ("ant", "bee", "cow", "dog")
 
 
@@ -68,7 +69,7 @@ def test_of_few_images_all_are_for_p_values_by_a_score_that_needs_no_fit(few, tm
     assert c.dataset == "24 images of images"
     engine, each = load_engine(done, "onnx", "cpu"), []
     for place, file in enumerate(sorted(few.iterdir())):
-        image = decode(file.read_bytes(), 12, 10)[np.newaxis]
+        image = decode(file.read_bytes(), SIZE)[np.newaxis]
         each.append(engine.classify(to_unit(handled(image, CALIBRATION, 0.5, (place, 0)))).energy[0])
     np.testing.assert_allclose(c.energies, np.sort(each), rtol=1e-6)
     found = verified(done.path, CPU).calibrated
@@ -89,7 +90,7 @@ def test_of_more_images_views_are_fitted_and_ranked_on_others(many, tmp_path, ou
     split, engine = Split.of(160), load_engine(done, "onnx", "cpu")
     listed, raw = sorted(many.iterdir()), []
     for place in split.ranks:
-        image = to_unit(handled(decode(listed[place].read_bytes(), 12, 10)[np.newaxis], 1, 0.5, (int(place), 0)))
+        image = to_unit(handled(decode(listed[place].read_bytes(), SIZE)[np.newaxis], 1, 0.5, (int(place), 0)))
         raw.append(combination.raw(Seen(image, None, engine.classify(image).logits))[0])
     for column, name in enumerate(combination.stored):
         np.testing.assert_allclose(combination.clean[name], np.sort(np.array(raw)[:, column]), rtol=1e-5, atol=1e-6)
@@ -172,10 +173,10 @@ def test_labels_of_sub_folders_give_a_temperature(tmp_path):
     listed = sorted(folder.rglob("*.png"))
     logits, label = [], []
     for place in split.fit:
-        logits.append(engine.classify(to_unit(decode(listed[place].read_bytes(), 12, 10)[np.newaxis])).logits[0])
+        logits.append(engine.classify(to_unit(decode(listed[place].read_bytes(), SIZE)[np.newaxis])).logits[0])
         label.append(LABELS.index(listed[place].parent.name))
     for place in split.calibration:
-        image = handled(decode(listed[place].read_bytes(), 12, 10)[np.newaxis], CALIBRATION, 0.5, (int(place), 0))
+        image = handled(decode(listed[place].read_bytes(), SIZE)[np.newaxis], CALIBRATION, 0.5, (int(place), 0))
         logits.append(engine.classify(to_unit(image)).logits[0])
         label.append(LABELS.index(listed[place].parent.name))
     assert done.calibration().temperature == pytest.approx(fit_temperature(np.array(logits), np.array(label)), rel=1e-3)
@@ -212,7 +213,7 @@ def test_the_walk_is_calibrated_where_there_is_a_gradient_at_a_cost_that_is_said
     assert (found.no_check, found.calibrated.check.policy.n) == ("", 24)
     engine, scores = load_engine(done, "onnx", "cpu"), []
     for place, file in enumerate(sorted(few.iterdir())):
-        image = handled(decode(file.read_bytes(), 12, 10)[np.newaxis], CALIBRATION, 0.5, (place, 0))
+        image = handled(decode(file.read_bytes(), SIZE)[np.newaxis], CALIBRATION, 0.5, (place, 0))
         scores.append(reach_score(engine, to_unit(image))[0])
     np.testing.assert_allclose(found.calibrated.check.clean["reach"], np.sort(scores), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(fc, "REACH_SECONDS", 1e-9)
@@ -251,8 +252,8 @@ def test_trainings_calibration_is_what_it_was(tmp_path):
 
 @pytest.mark.slow
 def test_from_a_thousand_images_features_are_a_view(tmp_path):
-    shutil.copytree(SHIPPED, tmp_path / "bundle")
-    folder = folder_of(tmp_path / "images", 1_000, (32, 32))
+    shutil.copytree(DIGITS, tmp_path / "bundle")
+    folder = folder_of(tmp_path / "images", 1_000, (8, 8))
     done = calibrate_folder(Bundle.draft(tmp_path / "bundle"), folder, reach_images=20, say=quiet)
     c = done.calibration()
     assert (c.views, c.left_out, len(c.scores)) == (["statistics", "logits", "features"], {}, 500)

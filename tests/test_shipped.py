@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from ebjdat_serve.bundle import SERVED, Bundle
+from ebjdat_serve.bundle import CALIBRATED, SERVED, Bundle
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.generation import classify_in_chunks
@@ -31,7 +31,7 @@ def metric(bundle: Bundle, name: str, **where) -> float:
 
 def test_it_holds_everything_and_stays_small(shipped):
     names = set(shipped.manifest.files)
-    assert set(shipped.required) == {*SERVED, "score.onnx", "step.onnx", "prior.safetensors"}
+    assert set(shipped.required) == {*SERVED, *CALIBRATED, "score.onnx", "step.onnx", "prior.safetensors"}
     assert set(shipped.required) | {"metrics.json", "README.md", "samples.png", "landscape.png"} <= names
     # an evaluation leaves its report beside the bundle, in no manifest and no wheel
     assert {path.name for path in shipped.path.iterdir()} - {"report.html"} == names | {"bundle.json"}

@@ -14,6 +14,7 @@ from benchmarks import view_candidates as candidates
 from benchmarks import view_figures as figured
 from benchmarks.view_images import BENIGN, BLURRED, proxies
 from benchmarks.view_tables import document
+from ebjdat_serve.contract import Input
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.handling import HANDLINGS, encoded, handled, squashed
@@ -351,7 +352,7 @@ def test_what_is_handled_without_a_file_is_what_the_decoder_makes_of_a_png():
     for handle in HANDLINGS:
         made = handle(image, noise)
         if not isinstance(made, bytes):
-            np.testing.assert_array_equal(squashed(made, 12, 9), decode(encoded(made, "PNG"), 12, 9))
+            np.testing.assert_array_equal(squashed(made, 12, 9), decode(encoded(made, "PNG"), Input(12, 9)))
 
 
 # The benchmark -------------------------------------------------------------------------------------------------------
