@@ -361,6 +361,21 @@ def test_lists_of_64_come_out_as_in_one_process_at_any_size():
             np.testing.assert_array_equal(image, pixels.decode(data, contract))
 
 
+def test_a_list_whose_pixels_never_fit_is_refused_and_does_not_wait():
+    images, contract = [encoded(Image.new("RGB", (700, 600)))] + [encoded(colour())] * 60, Input(600, 600)
+
+    async def main():
+        async with decoders(max_memory=150 * 2**20) as running:
+            assert len(await running.decode(images[:2], contract)) == 2
+            with pytest.raises(
+                InvalidImage, match=r"the images of one list take about 2\d\d MiB to decode; the limit is 150: send them"
+            ) as raised:
+                await running.decode(images, contract)
+            assert raised.value.too_large
+
+    asyncio.run(main())
+
+
 def test_a_message_of_small_images_holds_so_much_work_and_so_many_pixels_of_one_contract():
     async def main():
         running, loop = pool.Decoders(PATIENT), asyncio.get_running_loop()
