@@ -33,13 +33,6 @@ RAPID = {
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
 }
-    "resize": "cover",
-    "filter": "opencv-lanczos",
-    "crop": 0.875,
-    "scale": 1,
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-}
 
 
 def unpacked(package, folder):
