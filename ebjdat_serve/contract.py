@@ -22,6 +22,10 @@ ALMOST = 1e-6
 COLOUR = re.compile("#[0-9a-f]{6}")
 SUPPORT = {"nearest": 0.5, "area": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 """Pillow's radius of each filter, in pixels of whichever image is the coarser."""
+OPENCV = {"opencv-linear": 2.0, "opencv-cubic": 4.0, "opencv-lanczos": 8.0}
+"""Pixels of a line that each pixel is made of by OpenCV's filters, at any scale."""
+OPENCV_WORK = 6
+"""Terms of Pillow's filters that take as long as one of these, which NumPy sums."""
 TAPS_PER_PIXEL = 12
 """Terms of a resampling filter that take about as long as the decoding of one pixel of a plain PNG."""
 JPEG_WORK = 2
@@ -43,7 +47,9 @@ class Input:
     height: Annotated[int, SIDE]
     width: Annotated[int, SIDE]
     resize: Literal["squash", "shorter", "cover", "pad"] = "squash"
-    filter: Literal["area", "bilinear", "bicubic", "lanczos", "nearest"] = "area"
+    filter: Literal[
+        "area", "bilinear", "bicubic", "lanczos", "nearest", "opencv-linear", "opencv-cubic", "opencv-lanczos"
+    ] = "area"  # fmt: skip
     crop: Annotated[float, CROP] = 1.0
     crop_offset: Literal["round", "floor"] = "round"  # of half the difference: round as torchvision, to even; floor as Hugging Face
     pad_colour: str = "#000000"  # of what the crop has beyond the resized image
@@ -93,9 +99,13 @@ class Input:
         high, wide = self.resized(height, width)
         down, across = self._taps(height, high), self._taps(width, wide)
         pixels, between = high * wide, max(wide * height, high * width)  # what is resampled in one direction
+        rows, slow = height, 1
+        if self.filter in OPENCV:  # of the rows that are used, two sums of 4 or 8 bytes a channel
+            rows, slow = min(height, int(down) * high), OPENCV_WORK
+            between = rows * width + 8 * rows * wide + 16 * pixels
         again = 8 * pixels if self.jpeg_quality else 0  # compressed, in a buffer of its own, and decoded
         weights = 8 * int((down + 2) * high + (across + 2) * wide)
-        work = int((across * wide * height + down * pixels) / TAPS_PER_PIXEL) + (JPEG_WORK * pixels if self.jpeg_quality else 0)
+        work = int(slow * (across * wide * rows + down * pixels) / TAPS_PER_PIXEL) + (JPEG_WORK * pixels if self.jpeg_quality else 0)
         return Cost(high, wide, 4 * (between + pixels) + weights + again + 12 * self.height * self.width, work)
 
     def fault(self, cost: "Cost", most: int) -> str:
@@ -108,6 +118,8 @@ class Input:
 
     def _taps(self, size: int, resized: int) -> float:
         """Return how many pixels of a line of ``size`` each of ``resized`` is made of."""
+        if self.filter in OPENCV:
+            return OPENCV[self.filter]
         return 2 * SUPPORT[self.filter] * max(1.0, size / resized) if size != resized else 0.0
 
     def described(self) -> str:

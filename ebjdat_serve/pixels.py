@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from ebjdat_serve import opencv_filters
 from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.header import Bytes, Header, Limits
 from ebjdat_serve.decoding.judge import judge
@@ -119,7 +120,12 @@ def load(picture: Image.Image, contract: Input, scale: int = 1) -> Pixels:
 def _fit(upright: Image.Image, contract: Input) -> Image.Image:
     """Return an upright image in RGB resized, compressed and cropped as ``contract`` says."""
     resized = contract.resized(upright.height, upright.width)[::-1]
-    image = upright if upright.size == resized else upright.resize(resized, FILTERS[contract.filter])
+    if upright.size == resized:
+        image = upright
+    elif contract.filter in FILTERS:
+        image = upright.resize(resized, FILTERS[contract.filter])
+    else:
+        image = Image.fromarray(opencv_filters.resize(np.asarray(upright), resized[1], resized[0], contract.filter))
     if contract.jpeg_quality:
         image = _compressed(image, contract.jpeg_quality)
     if image.size == (contract.width, contract.height):
