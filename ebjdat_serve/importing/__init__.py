@@ -162,7 +162,7 @@ def written(found: Found, folder: Path, contract: Contract | None, image: Floats
     else:
         from ebjdat_serve.importing import network_files
 
-        draft = network_files.write(found.graph, draft, image)
+        draft = network_files.write(found.graph, draft, image, say)
     (folder / "README.md").write_text(card(found, draft.manifest), encoding="utf-8")
     return draft.update("README.md")
 
