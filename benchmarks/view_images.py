@@ -55,7 +55,7 @@ def image_sets(data: Dataset, say: Callable[[str], None]) -> dict[str, Pixels]:
     sets = {f"clean/{name}": image for name, image in parts.items()} | {"clean/test": test}
     mixed = {"selection": data.selection.image, "calibration": data.calibration.image, "test": test}
     sets |= {f"handled/{name}": handled(image, seed) for seed, (name, image) in enumerate(mixed.items(), 1)}
-    for name, image in strange_images(data.name, test[:1000], say):
+    for name, image in strange_images(data, test[:1000], say):
         role = "odd" if name in ODD_SETS else "ood"
         sets[f"{role}/{name}"] = to_bytes(image[:TEST])
     sets |= {"ood/test turned by 90 degrees": np.ascontiguousarray(np.rot90(test, axes=(1, 2))), "ood/test inverted": 255 - test}

@@ -14,7 +14,7 @@ def summary(bundle: Bundle) -> str:
     lines = [
         f"{m.name}@{m.version}",
         f"  path          {bundle.path}",
-        f"  architecture  {network_name(m.architecture)}, input {m.input.height} x {m.input.width}",
+        f"  architecture  {network_name(m.architecture)}, input {m.input.described()}",
         f"  labels        {', '.join(m.labels)}",
         f"  sampler       {s.steps} steps of {s.step_size}, gradient clip {s.grad_clip}, noise {s.noise_std}",
         f"  trained       preset {p.preset}, seed {p.seed}, {p.dataset}, git {p.git[:12]}, {p.started}",

@@ -4,10 +4,10 @@ Sizes and offsets are those of the transforms that models are trained and evalua
 Resize and CenterCrop, timm's ResizeKeepRatio and CenterCropOrPad, and the image processors of Hugging Face transformers.
 """
 
-import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import lru_cache
+from typing import Annotated, Literal, NamedTuple
 
 from ebjdat_serve.bounds import Bounds
 from ebjdat_serve.errors import BundleError
@@ -16,7 +16,9 @@ SIDE, CROP, QUALITY = Bounds(1, 4096), Bounds(1 / 64, 1.0), Bounds(0, 100)
 MOST_PIXELS, MOST_FRAME = 2**20, 2**22
 """Pixels that a model may take, and those of the frame that an image is resized to before it is cropped."""
 LONGEST_SIDE = 65_500
-"""Pixels of a side of a resized image: the most that a JPEG has."""
+"""Pixels of a side of a JPEG, and of a frame."""
+ALMOST = 1e-6
+"""What a side of the frame may lack of a whole number: 224 / (224 / 232) may be less than 232."""
 COLOUR = re.compile("#[0-9a-f]{6}")
 SUPPORT = {"nearest": 0.5, "area": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 """Pillow's radius of each filter, in pixels of whichever image is the coarser."""
@@ -30,7 +32,7 @@ JPEG_WORK = 2
 class Input:
     """The input contract: how an image of any size becomes height x width pixels in [0,1]. Raises BundleError for values out of bounds.
 
-    With its frame, (round(height / crop), round(width / crop)), an image is resized as ``resize`` says:
+    With its frame, (height / crop, width / crop) rounded down as timm and Hugging Face do, an image is resized as ``resize`` says:
     squash: to the frame; the aspect ratio is not kept (torchvision's Resize of two sizes);
     shorter: so that its shorter side is that of the frame, the other one rounded down (torchvision's Resize of one size, Hugging Face);
     cover: to the smallest size that covers the frame, rounded (timm's centre crop of unequal sides);
@@ -62,7 +64,7 @@ class Input:
     @property
     def frame(self) -> tuple[int, int]:
         """The (height, width) that an image is resized to, or to fit, before it is cropped."""
-        return round(self.height / self.crop), round(self.width / self.crop)
+        return int(self.height / self.crop + ALMOST), int(self.width / self.crop + ALMOST)
 
     @property
     def averages(self) -> bool:
@@ -86,26 +88,23 @@ class Input:
             return (size - wanted) // 2
         return round((size - wanted) / 2) if size >= wanted else -((wanted - size) // 2)
 
-    def fault(self, height: int, width: int, most: int) -> str:
-        """Return why an upright image cannot be resized, "" if it can: it would have more than ``most`` pixels, or a side no JPEG has."""
+    def cost(self, height: int, width: int) -> "Cost":
+        """Return what it takes to resize and crop an upright image."""
         high, wide = self.resized(height, width)
-        if high * wide <= most and max(high, wide) <= LONGEST_SIDE:
-            return ""
-        return f"the model resizes it to {wide} x {high}; the limit is {most} pixels and {LONGEST_SIDE} a side: crop it first"
+        down, across = self._taps(height, high), self._taps(width, wide)
+        pixels, between = high * wide, max(wide * height, high * width)  # what is resampled in one direction
+        again = 8 * pixels if self.jpeg_quality else 0  # compressed, in a buffer of its own, and decoded
+        weights = 8 * int((down + 2) * high + (across + 2) * wide)
+        work = int((across * wide * height + down * pixels) / TAPS_PER_PIXEL) + (JPEG_WORK * pixels if self.jpeg_quality else 0)
+        return Cost(high, wide, 4 * (between + pixels) + weights + again + 12 * self.height * self.width, work)
 
-    def memory(self, height: int, width: int) -> int:
-        """Return about how many bytes it takes at its peak to resize and crop an upright image, beside that image."""
-        high, wide = self.resized(height, width)
-        between = 4 * max(wide * height, high * width)  # resampled in one direction
-        weights = 8 * int(sum((self._taps(a, b) + 2) * b for a, b in ((height, high), (width, wide))))
-        again = 12 * high * wide if self.jpeg_quality else 0  # compressed, in a buffer of its own, and decoded
-        return between + weights + 4 * high * wide + again + 12 * self.height * self.width
-
-    def work(self, height: int, width: int) -> int:
-        """Return about how long it takes to resize and crop an upright image, in pixels of a plain PNG."""
-        high, wide = self.resized(height, width)
-        taps = self._taps(width, wide) * wide * height + self._taps(height, high) * high * wide
-        return int(taps / TAPS_PER_PIXEL) + JPEG_WORK * high * wide * (self.jpeg_quality > 0)
+    def fault(self, cost: "Cost", most: int) -> str:
+        """Return why an image cannot be resized, "" if it can: it would have more than ``most`` pixels, or a side that no JPEG has."""
+        if cost.height * cost.width > most:
+            return f"the model resizes it to {cost.width} x {cost.height}; the limit is {most} in all: crop it first"
+        if self.jpeg_quality and max(cost.height, cost.width) > LONGEST_SIDE:
+            return f"the model resizes it to {cost.width} x {cost.height}; the limit of its JPEG is {LONGEST_SIDE} a side: crop it first"
+        return ""
 
     def _taps(self, size: int, resized: int) -> float:
         """Return how many pixels of a line of ``size`` each of ``resized`` is made of."""
@@ -121,15 +120,33 @@ class Input:
         return words + (f", on {self.pad_colour}" if self.resize == "pad" else "")
 
 
+class Cost(NamedTuple):
+    """What it takes to resize and crop an image."""
+
+    height: int  # that it is resized to
+    width: int
+    memory: int  # bytes at the peak, beside the image itself
+    work: int  # time, in pixels of a plain PNG
+
+
+@lru_cache(maxsize=1024)
+def cost_of(contract: Input, height: int, width: int) -> Cost:
+    """Return what it takes to resize and crop an image that is stored as ``height`` x ``width``, whichever way it is turned upright."""
+    as_stored = contract.cost(height, width)
+    if height == width or contract.height == contract.width:
+        return as_stored
+    turned = contract.cost(width, height)
+    larger = max(as_stored, turned, key=lambda cost: cost.height * cost.width)
+    return larger._replace(memory=max(as_stored.memory, turned.memory), work=max(as_stored.work, turned.work))
+
+
 def crop_of(height: int, width: int, frame: tuple[int, int]) -> float:
     """Return the ``crop`` with which ``height`` x ``width`` pixels have the frame (height, width) that a source says.
 
     Raises BundleError if there is none: the sides of the frame are in another ratio, or shorter.
     """
-    least = max((side - 0.5) / wanted for side, wanted in zip(frame, (height, width), strict=True))
-    most = min((side + 0.5) / wanted for side, wanted in zip(frame, (height, width), strict=True))
-    exact = frame[0] / height
-    crop = 1 / (exact if least < exact < most else (least + most) / 2)
-    if least >= most or crop > 1 or not math.isfinite(crop) or (round(height / crop), round(width / crop)) != tuple(frame):
+    pairs = list(zip(frame, (height, width), strict=True))
+    least, most = max(side / wanted for side, wanted in pairs), min((side + 1) / wanted for side, wanted in pairs)
+    if not 1 <= least < most:
         raise BundleError(f"no crop from 0 to 1 makes {height} x {width} pixels of {frame[0]} x {frame[1]}")
-    return crop
+    return 1 / least

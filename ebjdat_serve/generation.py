@@ -1,5 +1,6 @@
 """Conditional generation: prior, Langevin steps along an engine's score, and the logits and energy of the delivered pixels."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from ebjdat_serve.sgld import Chains, Prior, Sampler
 
 CHUNK = 16
 """Chains per batch: on a CPU a step's time is linear in the batch, and memory stays bounded."""
+CHUNK_PIXELS = 2**22
+"""Pixels of one forward pass, whose memory is in proportion to them: 64 images of 256 x 256."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ def generate(engine: Engine, prior: Prior, sampler: Sampler, label: Labels, seed
 
 
 def classify_in_chunks(engine: Engine, image: Floats, size: int = 64) -> Outputs:
-    """Return logits, energy and features of at least one image, computed ``size`` at a time."""
+    """Return logits, energy and features of at least one image, computed ``size`` at a time, fewer where images are large."""
+    size = max(1, min(size, CHUNK_PIXELS // math.prod(image.shape[2:])))
     parts = [engine.classify(image[start : start + size]) for start in range(0, len(image), size)]
     return Outputs.join(parts)

@@ -106,7 +106,7 @@ def test_each_model_is_judged_by_its_own_views(good, digits, tmp_path):
     blank = flagged["blank images"]
     for bundle, value in ((blind, blank.new), (good, blank.current)):
         subject, combination = bundle_spec(bundle.path)(), bundle.combination()
-        sets = (to_unit(digits.selection.image), dict(strange_images("digits", digits.selection.image, print))["blank images"])
+        sets = (to_unit(digits.selection.image), dict(strange_images(digits, digits.selection.image, print))["blank images"])
         clean, other = (combination.score(subject.look(image)["terms"]) for image in sets)
         assert value == pytest.approx(auroc(clean, other), abs=1e-6)
     assert blank.worse

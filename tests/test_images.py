@@ -157,15 +157,15 @@ def test_a_folder_of_class_folders_is_a_data_set(tmp_path):
     assert data.train.image.shape[1:] == (12, 16, 3)
     assert [len(part) for part in (data.train, data.selection, data.calibration, data.test)] == [200, 25, 25, 50]
     assert set(data.test.label.tolist()) == {0, 1, 2}
-    again = datasets.load(str(tmp_path / "own"), (12, 16))
+    again = datasets.load(str(tmp_path / "own"), Input(12, 16))
     assert again.sha256 == data.sha256
-    assert datasets.load(str(tmp_path / "own"), (8, 8)).train.image.shape[1:] == (8, 8, 3)
+    assert datasets.load(str(tmp_path / "own"), Input(8, 8)).train.image.shape[1:] == (8, 8, 3)
 
 
 def test_pictures_of_any_kind_are_squashed_as_the_server_squashes_them(tmp_path):
     pictures(tmp_path / "own" / "train", ("ash", "birch"), 110, size=(30, 20), suffix=".jpg", mode="L")
     pictures(tmp_path / "own" / "test", ("ash", "birch"), 10, size=(9, 50))
-    data = datasets.load(str(tmp_path / "own"), (16, 16))
+    data = datasets.load(str(tmp_path / "own"), Input(16, 16))
     assert (len(data.test), data.test.image.shape[1:]) == (20, (16, 16, 3))
     served = {decode(file.read_bytes(), Input(16, 16)).tobytes() for file in (tmp_path / "own" / "test").rglob("*.png")}
     assert {image.tobytes() for image in data.test.image} == served
@@ -278,9 +278,9 @@ def test_all_damaged_pictures_are_named_at_once(tmp_path):
     bad[0].write_bytes(b"no image at all, whatever it is called")
     bad[1].write_bytes(bad[1].read_bytes()[:60])
     bad[2].write_bytes(b"")
-    for size in (None, (8, 8)):
+    for contract in (None, Input(8, 8)):
         with pytest.raises(DataError, match="3 of 70 images cannot be read") as error:
-            datasets.load(str(own), size)
+            datasets.load(str(own), contract)
         for file in bad:
             assert str(file) in str(error.value)
 
@@ -425,3 +425,14 @@ def test_augmentation_keeps_shape_range_and_what_it_promises():
         x = augment(image, Noise.seeded(0), kind=kind, padding=1, flip=True)
         assert (x.shape, x.dtype) == (image.shape, torch.float32)
         assert 0 <= x.min() <= x.max() <= 1
+
+
+def test_a_folder_is_decoded_by_the_contract_that_is_given_and_so_is_what_comes_later(tmp_path):
+    contract = Input(8, 8, "shorter", "bicubic", crop=0.5)
+    pictures(tmp_path / "own", ("ash", "birch"), 40, size=(24, 17))
+    data = datasets.load(str(tmp_path / "own"), contract)
+    assert (data.input, data.size) == (contract, (8, 8))
+    by_contract = {decode(file.read_bytes(), contract).tobytes() for file in (tmp_path / "own").rglob("*.png")}
+    parts = (data.train, data.selection, data.calibration, data.test, datasets.load_extra(str(tmp_path / "own"), data))
+    assert {image.tobytes() for part in parts for image in part.image} == by_contract
+    assert datasets.load("digits").input == Input(8, 8)

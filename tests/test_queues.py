@@ -19,6 +19,7 @@ from PIL import Image
 
 from benchmarks.hostile_images import encoded
 from ebjdat_serve import pixels
+from ebjdat_serve.contract import Input
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.payloads import GenerateJob
 from ebjdat_serve.server.problems import Problem
@@ -119,7 +120,8 @@ def frozen():
 @pytest.mark.usefixtures("frozen")
 def test_pixels_of_a_model_of_224_keep_the_event_loop_for_no_turn(lists):
     image = encoded(Image.effect_noise((50, 50), 60).convert("RGB"))
-    expected = pixels.decode(image, 224, 224).sum()
+    contract = Input(224, 224, "shorter", "bicubic", crop=0.875)
+    expected = pixels.decode(image, contract).sum()
 
     async def main():
         decoder, queue = ImageDecoder(Settings()), classify_queue(max_batch=32)
@@ -136,8 +138,7 @@ def test_pixels_of_a_model_of_224_keep_the_event_loop_for_no_turn(lists):
 
         async def ask(n):
             request = SimpleNamespace(scope={"client_name": "one"})
-            size = SimpleNamespace(height=224, width=224)
-            images = await decoder.decode(request, [image] * n, size, time.monotonic() + 60, listed=True)
+            images = await decoder.decode(request, [image] * n, contract, time.monotonic() + 60, listed=True)
             return await queue.submit(pending(images))
 
         await decoder.decoders.start()

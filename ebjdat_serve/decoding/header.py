@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
-from ebjdat_serve.contract import Input
+from ebjdat_serve.contract import Input, cost_of
 from ebjdat_serve.errors import InvalidImage
 
 Bytes = bytes | bytearray
@@ -81,8 +81,7 @@ class Header(NamedTuple):
             squashed = 12 * longer * (max(self.width, self.height) // scale + longer)  # in one direction, and the result
             # it is turned upright once it is small
             return 4 * -(-self.width // scale) * -(-self.height // scale) + self.fixed + squashed + WORKING_BYTES
-        resized = max(contract.memory(self.height, self.width), contract.memory(self.width, self.height))  # upright, whichever that is
-        return self.depth * self.pixels + self.fixed + resized + WORKING_BYTES
+        return self.depth * self.pixels + self.fixed + cost_of(contract, self.height, self.width).memory + WORKING_BYTES
 
     def check(self, contract: Input, limits: Limits) -> None:
         """Raise InvalidImage if the image is larger than it may be when it is decoded for ``contract``, or would be once it is resized."""
@@ -95,9 +94,8 @@ class Header(NamedTuple):
         allowed = limits.max_jpeg_pixels if reduced else limits.max_pixels
         if self.pixels > allowed:
             raise InvalidImage(f"{size}; the limit is {allowed} in all: send it smaller", too_large=True)
-        for sides in ((self.height, self.width), (self.width, self.height)):  # upright, whichever that is
-            if fault := contract.fault(*sides, limits.max_pixels):
-                raise InvalidImage(f"{size}, and {fault}", too_large=True)
+        if fault := contract.fault(cost_of(contract, self.height, self.width), limits.max_pixels):
+            raise InvalidImage(f"{size}, and {fault}", too_large=True)
         needed = self.memory(contract, limits)
         if needed > limits.max_memory:
             mib = 2**20

@@ -180,6 +180,9 @@ class Decoder:
             pairs = iter(zip(headers, work.images, strict=True))
             need = max(each(work.images, lambda _: self.need(*next(pairs), work.contract)))
             need += RESULT_BYTES * (len(headers) - 1) * work.contract.height * work.contract.width
+            if need > self.limits.max_memory:
+                said = f"the images of one list take about {need // 2**20} MiB to decode; the limit is {self.limits.max_memory // 2**20}"
+                raise InvalidImage(f"{said}: send them one by one", too_large=True)
         except InvalidImage as error:
             self.line.sendall(wire.encode_plan(error))
             return

@@ -171,7 +171,7 @@ class Settings:
     generate_backlog: Annotated[float, seconds(LOAD, "estimated time of the work in progress beyond which /generate answers 429")] = 60.0
     classify_deadline: Annotated[float, seconds(LOAD, "time until a classify or energy request is answered 504")] = 10.0
     generate_deadline: Annotated[float, seconds(LOAD, "time until a generate request is answered 504")] = 120.0
-    upload_memory: Annotated[int, count(LOAD, "all bodies and encoded images in memory, beyond which 503", "bytes")] = 256 * 2**20
+    upload_memory: Annotated[int, count(LOAD, "all bodies and images, encoded and decoded, beyond which 503", "bytes")] = 256 * 2**20
 
     decoders: Annotated[int, count(LOAD, "processes that decode large images", "processes")] = 2
     decode_memory: Annotated[int, count(LOAD, "memory of decoders of large images; all but 64 MiB for each is shared", "bytes")] = 2**29

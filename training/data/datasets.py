@@ -5,7 +5,7 @@ Data is found under ``EBJDAT_DATA`` (default ``~/.cache/ebjdat_serve/data``).
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,12 @@ class Dataset:
     test: Split
     flip: bool  # whether a mirror image has the same class
     sha256: str
+    contract: Input | None = None  # by which a folder's images were decoded; None: the images had their size
+
+    @property
+    def input(self) -> Input:
+        """The contract by which further images of its kind are decoded."""
+        return self.contract or Input(*self.size)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,7 +81,7 @@ def load(name: str, contract: Input | None = None) -> Dataset:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise DataError(f"{name!r} is neither a data set ({', '.join(SOURCES)}) nor an existing folder of class sub-folders")
-    return _folder(folder, contract)
+    return replace(_folder(folder, contract), contract=contract)
 
 
 def _folder(folder: Path, contract: Input | None) -> Dataset:
@@ -193,7 +199,7 @@ def load_extra(source: str, data: Dataset) -> Split:
     path = Path(source).expanduser()
     path = path if path.is_absolute() or path.exists() else data_root() / path
     if path.is_dir():
-        return read_folder(path, data.names, Input(height, width))
+        return read_folder(path, data.names, data.input)
     image, label = read_npz(path, height, width, data.names)
     if label is None:
         raise DataError(f"{path} holds no label: write pseudo-labels with python training/pseudo_label.py {path} BUNDLE")

@@ -118,7 +118,7 @@ def difference(new: Bundle, current: Bundle) -> str:
 def compare(new: Bundle, current: Bundle, data: Dataset) -> Iterator[Compared]:
     """Yield every figure of the gate: clean and PGD-20 accuracy, clean flag rate, AUROC on each available OOD set."""
     where, eps = Images(dataset=data.name, split="selection"), ball_of(data.name).linf
-    strange = dict(strange_images(data.name, data.selection.image, lambda text: None))
+    strange = dict(strange_images(data, data.selection.image, lambda text: None))
     mine, its = (seen(bundle, data, strange) for bundle in (new, current))
     yield proportions("accuracy_clean", where, mine.right, its.right)
     yield proportions("accuracy_pgd20", replace(where, attack="pgd", norm="linf", eps=eps, steps=20), mine.robust_mask, its.robust_mask)

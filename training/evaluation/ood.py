@@ -199,7 +199,7 @@ def strange(c: Context) -> dict[Images, Arrays]:
 
 def ood_sets(c: Context) -> Iterator[tuple[str, Floats]]:
     """Yield (name, images in [0,1]) of the OOD sets; missing sets are reported once."""
-    return strange_images(c.data.name, c.data.test.image[: max(2, min(1000, c.suite.test))], c.say)
+    return strange_images(c.data, c.data.test.image[: max(2, min(1000, c.suite.test))], c.say)
 
 
 def odd_pictures(c: Context) -> dict[Images, Arrays]:

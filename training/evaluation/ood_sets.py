@@ -8,7 +8,7 @@ import numpy as np
 from ebjdat_serve.contract import Input
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.pixels import Pixels, decode, to_unit
-from training.data.datasets import data_root, read_atlas
+from training.data.datasets import Dataset, data_root, read_atlas
 from training.data.image_folders import load_images
 from training.errors import DataError
 from training.evaluation.odd import ODD
@@ -36,7 +36,7 @@ SHOWN_NAMES = [
 """Synsets of aeroplanes, cars, trucks and ships, and three whose one picture shows a car (motor_scooter), a deer (bow) or a ship (dock)."""
 
 
-def strange_images(dataset: str, some: Pixels, say: Callable[[str], None]) -> Iterator[tuple[str, Floats]]:
+def strange_images(data: Dataset, some: Pixels, say: Callable[[str], None]) -> Iterator[tuple[str, Floats]]:
     """Yield (name, images in [0,1]) of a data set's OOD sets, ``some`` of its images for interpolation; report missing sets by ``say``."""
     height, width = some.shape[1:3]
     draw = np.random.default_rng(SEED)
@@ -48,24 +48,24 @@ def strange_images(dataset: str, some: Pixels, say: Callable[[str], None]) -> It
     colour = np.random.default_rng(SEED).integers(0, 256, (1000, 1, 1, 3), dtype=np.uint8)
     yield BLANK, to_unit(np.broadcast_to(colour, (1000, height, width, 3)))
     for name, source in OOD_ATLASES.items():
-        if source == dataset:
+        if source == data.name:
             continue  # a data set is not OOD for itself
         file = data_root() / f"{name}.webp"
         if (height, width) == (32, 32) and file.is_file():
             yield name, to_unit(read_atlas(file, 32))
         else:
             say(f"{name}: not measured, {name}.webp is not in the data folder or the model's size is not 32 x 32")
-    if dataset == "cifar10" and len(pictures := imagenet(height, width, say)):  # what is left out are pictures of its classes
+    if data.name == "cifar10" and len(pictures := imagenet(data.input, say)):  # what is left out are pictures of its classes
         yield IMAGENET, to_unit(pictures)
     for folder in sorted((data_root() / "ood").glob("*")):
         try:
-            yield folder.stem, to_unit(load_images(str(folder), Input(height, width)))
+            yield folder.stem, to_unit(load_images(str(folder), data.input))
         except DataError as error:
             say(f"{folder.name}: not measured, {error}")
 
 
-def imagenet(height: int, width: int, say: Callable[[str], None]) -> Pixels:
-    """Return pictures of imagenet_500 that show no CIFAR-10 class, squashed to the size by the server's decoder; none if it is missing."""
+def imagenet(contract: Input, say: Callable[[str], None]) -> Pixels:
+    """Return pictures of imagenet_500 that show no CIFAR-10 class, decoded as in the server; none if the folder is missing."""
     kept: list[Path] = []
     files = sorted((data_root() / IMAGENET).glob("*.jpg"))
     for file in files:
@@ -75,6 +75,6 @@ def imagenet(height: int, width: int, say: Callable[[str], None]) -> Pixels:
             kept.append(file)
     if not kept:
         say(f"{IMAGENET}: not measured, the folder {IMAGENET} is not in the data folder")
-        return np.empty((0, height, width, 3), np.uint8)
+        return np.empty((0, contract.height, contract.width, 3), np.uint8)
     say(f"{IMAGENET}: {len(files) - len(kept)} of {len(files)} pictures show a class of CIFAR-10 and are left out")
-    return np.stack([decode(file.read_bytes(), Input(height, width)) for file in kept])
+    return np.stack([decode(file.read_bytes(), contract) for file in kept])

@@ -10,7 +10,7 @@ from typing import Any
 
 from ebjdat_serve.bundle import Bundle, sha256, write_json
 from ebjdat_serve.exporting.reference import write_selftest
-from ebjdat_serve.manifest import Input, Manifest, Provenance
+from ebjdat_serve.manifest import Manifest, Provenance
 from ebjdat_serve.pixels import to_unit
 from training.config import Preset, describe
 from training.data.datasets import Dataset
@@ -39,7 +39,7 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, ori
         version=f"{now:%Y.%m.%d}-{sha256(folder / 'weights.safetensors')[:8]}",
         architecture=preset.architecture.described(),
         labels=list(data.names),
-        input=Input(*data.size),
+        input=data.input,
         sampler=preset.sample,
         provenance=Provenance(
             git=origin.git,

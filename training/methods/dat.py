@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebjdat_serve.contract import Input
 from ebjdat_serve.energy import energy, joint_energy
 from training.data.augment import to_device, to_float
 from training.data.image_folders import load_images
@@ -80,7 +79,7 @@ class Dat(Method[DatState]):
         if self.seeds == "gaussian":
             prior = prior_of(context.data, context.prior_rank)
         elif self.seeds != "noise":
-            pool = to_device(load_images(self.seeds, Input(*shape[1:])), context.device)
+            pool = to_device(load_images(self.seeds, context.data.input), context.device)
             if not len(pool):
                 raise TrainingError(f"seeds={self.seeds} holds no image")
         gate = AucGate(self.auc_threshold, self.cap, self.window, self.patience)

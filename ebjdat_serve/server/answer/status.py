@@ -170,7 +170,7 @@ def info_answer(
             body_bytes=s.max_body,
             image_bytes=s.max_image_bytes,
             image_pixels=s.max_pixels,
-            jpeg_pixels=ImageLimits(max_pixels=s.max_pixels, jpeg_draft=s.jpeg_draft).max_jpeg_pixels,
+            jpeg_pixels=ImageLimits(max_pixels=s.max_pixels, jpeg_draft=s.jpeg_draft and manifest.input.averages).max_jpeg_pixels,
             formats=accepted(),
             images=s.max_images,
             n=s.max_samples,

@@ -26,6 +26,7 @@ from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueue
 from ebjdat_serve.server.read import browsers
 from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware
+from ebjdat_serve.server.read.bodies import BodyMemory
 from ebjdat_serve.server.read.head import HeadMiddleware
 from ebjdat_serve.server.read.http_protocol import connections
 from ebjdat_serve.server.read.images import ImageDecoder
@@ -124,7 +125,8 @@ class Service:
     ) -> tuple[ServedModel, Pixels, bool, float]:
         """Return the model for ``request``, its images (n, H, W, 3), whether they came as a list, and its deadline.
 
-        ``stack`` holds a slot of ``queue`` from the end of the body on. Raises Problem for whatever is wrong with the request.
+        ``stack`` holds a slot of ``queue``, and memory for the pixels, from the end of the body on. Raises Problem for whatever is wrong
+        with the request.
         """
         client = request.scope["client_name"]
         queue.check_room(client)  # before the body is read; a slow body takes no slot
@@ -132,7 +134,11 @@ class Service:
             model = self.manager.active
             deadline = stack.enter_context(queue.slot(model.key, client))
             encoded, listed = await encoded_images(request, upload, self.settings)
-            images = await self.decoder.decode(request, encoded, model.bundle.manifest.input, deadline, listed=listed)
+            contract = model.bundle.manifest.input
+            memory = BodyMemory(self.settings.upload_memory, client)
+            stack.callback(memory.release)
+            memory.hold(3 * len(encoded) * contract.height * contract.width)
+            images = await self.decoder.decode(request, encoded, contract, deadline, listed=listed)
         return model, images, listed, deadline
 
     def begin_drain(self) -> None:

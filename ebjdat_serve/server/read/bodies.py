@@ -21,7 +21,7 @@ BODY_COST = 2**10
 
 
 class BodyMemory:
-    """Bytes of bodies, and of what is decoded of them, in memory: of each client in ``used``, and of one request in each instance.
+    """Bytes in memory of bodies, what is decoded of them, and pixels: of each client in ``used``, and of one request in each instance.
 
     Clients share the memory (``fairness.may_hold``): one has half of it at most, and with each that has some the share is smaller.
     """
