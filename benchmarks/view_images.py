@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ebjdat_serve.handling import handled
 from ebjdat_serve.pixels import Pixels, to_bytes
 from training.data.datasets import Dataset
 from training.evaluation.odd import odd_images
 from training.evaluation.ood_sets import ODD_SETS, strange_images
-from training.evaluation.shifts import SHIFTS, handled, shifted
+from training.evaluation.shifts import SHIFTS, shifted
 
 SEED = 0
 TRAINING, TEST, ODD = 20_000, 2000, 500

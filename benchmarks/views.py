@@ -28,10 +28,10 @@ from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.engines import Floats, Precision, given, load_engine
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.handling import handled
 from ebjdat_serve.pixels import Pixels, to_unit
 from ebjdat_serve.views import DEFAULT_VIEWS, Seen, rank_term, score_of
 from training.data.bundle_data import dataset_of
-from training.evaluation.shifts import handled
 
 SHIPPED = Path(__file__).parents[1] / "ebjdat_serve" / "models" / "cifar10"
 Forward = Callable[[Floats], tuple[Floats, Floats]]

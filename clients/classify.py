@@ -157,7 +157,8 @@ def classify(client: httpx2.Client, image: Path) -> str:
         said = answer.json()
         mark = f"  SUSPICIOUS {one_line(said.get('why') or '')}".rstrip() if said["suspicious"] else ""
         mark += "  REVIEW" if said.get("decision") == "review" else ""
-        more = "".join(f"  {word} {said[name]:.3f}" for name, word in (("energy", "energy"), ("p_value", "p")) if name in said)
+        told = [(name, word) for name, word in (("energy", "energy"), ("p_value", "p")) if said.get(name) is not None]
+        more = "".join(f"  {word} {said[name]:.3f}" for name, word in told)
         return one_line(said["label"]) + f" {said['probability']:.3f}{more}{mark}"  # serve --profile public tells no more
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise Refused(reason(answer)) from error

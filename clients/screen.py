@@ -34,7 +34,7 @@ COLUMNS = (
     "error",
 )  # fmt: skip
 WITHHELD = ("energy", "p_value", "why", "margin", "margin_p_value", "decision", "reasons")
-"""Columns that are empty when the server runs with --profile public, or where its bundle has no margins."""
+"""Columns that are empty when the server runs with --profile public, or where its bundle has no energy, calibration or margins."""
 NUMBERS = ("probability", "energy", "p_value", "margin", "margin_p_value")
 ON_SHEET = 1000  # images at most, the worst
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
@@ -266,7 +266,7 @@ def main() -> int:
             return 2
         if options.output and (options.output.is_file() or not options.output.exists()):
             try:
-                options.output.open("a").close()  # an earlier report stays until there is another
+                options.output.open("ab").close()  # an earlier report stays until there is another
             except OSError as error:
                 return unwritten(error, options.output)
         rows, counted, status = report(client, files, options.jobs)
@@ -326,9 +326,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 
 def report(client: httpx2.Client, files: dict[Path, str], jobs: int) -> tuple[list[Row], str, int]:
     """Return the rows, the worst first, a summary of the counts and the exit code."""
-    gone = Event()
-    sent = sum(not why for why in files.values())
-    rows: list[Row] = []
+    gone, sent, rows = Event(), sum(not why for why in files.values()), list[Row]()
 
     def row_of(file: Path) -> Row:
         return {"file": named(file), "error": files[file]} if files[file] else screen(client, file, gone)
@@ -343,6 +341,8 @@ def report(client: httpx2.Client, files: dict[Path, str], jobs: int) -> tuple[li
     refused = sum("error" in row for row in rows) - left_out
     suspicious, reviewed = sum(bool(row.get("suspicious")) for row in rows), sum(map(to_review, rows))
     counted = f"{sent} images, {suspicious} suspicious, {reviewed} to review, {refused} refused, {left_out} skipped"
+    if unjudged := sum("error" not in row and row["suspicious"] is None for row in rows):
+        counted += f"; {unjudged} not judged, since the model is not calibrated"
     return sorted(rows, key=worst_first), counted, 1 if refused or not sent else 3 if reviewed else 0
 
 

@@ -57,7 +57,7 @@ class Bundle:
         bundle = Bundle.draft(path)
         missing = [name for name in bundle.required if name not in bundle.manifest.files]
         if missing:
-            raise BundleError(f"{bundle.path} is not finished: {', '.join(missing)} missing; export it, and calibrate it if it was")
+            raise BundleError(f"{bundle.path} is not finished: {', '.join(missing)} missing; export and calibrate it first")
         bundle.check_files()
         if bundle.calibrated:
             bundle.calibration()
@@ -184,8 +184,9 @@ class Bundle:
                 f"{self.path / 'calibration.json'} is stale: {precision} was measured on {found.of[:12]}, the served graph is "
                 f"{self.measured(precision)[:12]}; calibrate again"
             )
-        for values in (found.energies, found.scores):
-            if values != sorted(values) or len(values) != len(found.energies):
+        energies = len(found.scores) if self.manifest.capabilities.energy == YES else 0
+        for values, n in ((found.energies, energies), (found.scores, len(found.scores))):
+            if values != sorted(values) or len(values) != n:
                 raise BundleError(f"{self.path / 'calibration.json'}: energies and scores must be sorted and of equal number")
         if found.reviewed not in (["ood"], ["ood", "margin"]):
             raise BundleError(f"{self.path / 'calibration.json'}: reviewed must be ood, or ood and margin")

@@ -1,4 +1,7 @@
-"""Text renderings of a bundle's JSON: the summary that `inspect` prints, and the title and tables of the model card."""
+"""Text renderings of a bundle's JSON: the summary that `inspect` prints, the card of an imported model, title and tables of any card."""
+
+import logging
+from collections.abc import Mapping
 
 from ebjdat_serve.bundle import Bundle, network_name
 from ebjdat_serve.manifest import YES, Calibration, Manifest
@@ -6,6 +9,10 @@ from ebjdat_serve.rows import Row
 from ebjdat_serve.scores import SCORES, uncalibrated
 from ebjdat_serve.sentences import data_words, protocol_words
 from ebjdat_serve.store import reason_held_back
+
+log = logging.getLogger("ebjdat_serve")
+NAMED = 20
+"""Labels that a card names."""
 
 
 def summary(bundle: Bundle) -> str:
@@ -63,6 +70,91 @@ def retitled(bundle: Bundle, version: str) -> Bundle:
         return done
     file.write_text(title(done.manifest) + text.removeprefix(before), encoding="utf-8")
     return done.update("README.md")
+
+
+def imported(manifest: Manifest) -> bool:
+    """Return whether the network was trained elsewhere: training/card.py writes the card of one that was trained here."""
+    return not manifest.provenance.planned_steps
+
+
+def write_card(bundle: Bundle) -> Bundle:
+    """Write README.md, the card of an imported model, and return the bundle with it; it needs no figures and shows those there are."""
+    text = f"{imported_card(bundle)}\n{measured(bundle.metrics())}"
+    (bundle.path / "README.md").write_text(text, encoding="utf-8")
+    return bundle.update("README.md")
+
+
+def renewed(bundle: Bundle) -> Bundle:
+    """Return the bundle with its card written again after a calibration; one of training's is left, and said to be of the one before."""
+    if imported(bundle.manifest):
+        return write_card(bundle)
+    if "README.md" in bundle.manifest.files:
+        log.warning("README.md describes the calibration before this one; python training/card.py %s writes it again", bundle.path)
+    return bundle
+
+
+def measured(rows: list[Row]) -> str:
+    """Return the card's section on figures."""
+    return f"## Measured\n\n{table(rows, [])}\n" if rows else "Nothing was measured on it here: python training/evaluate.py does that.\n"
+
+
+def imported_card(bundle: Bundle) -> str:
+    """Return what the card of an imported model says without figures: input, capabilities with reasons, calibration, licences."""
+    m, p = bundle.manifest, bundle.manifest.provenance
+    size = f"{m.input.height} x {m.input.width} pixels"
+    names = ", ".join(m.labels[:NAMED]) + (f" and {len(m.labels) - NAMED} more" if len(m.labels) > NAMED else "")
+    contract = {name: value for name, value in vars(m.input).items() if name not in ("height", "width")}
+    calibration = bundle.calibration() if bundle.calibrated else None
+    return f"""{title(m)}
+{network_name(m.architecture)}, trained elsewhere ({p.configuration.get("source", p.dataset)}), imported {p.started}.
+It takes {size} and gives {m.output} of {len(m.labels)} classes: {names}.
+
+## Input
+
+An image of any size becomes RGB of {size}, in [0,1]; what the network was trained behind beyond that is part of its graph.
+
+| resize and crop | |
+|---|---|
+{lines(contract)}
+
+## What it can do
+
+| | |
+|---|---|
+{lines(vars(m.capabilities))}
+
+## Is it like the data?
+
+The OOD score is {score_words(m, calibration)}.
+{calibrated_words(calibration)}
+
+## Licences
+
+| | |
+|---|---|
+{lines(vars(m.licence))}
+{noted("What the import found", p.configuration.get("found"))}{noted("What it could not know", p.configuration.get("unknown"))}"""
+
+
+def noted(heading: str, said: object) -> str:
+    """Return a section of the card with what an import noted, or nothing."""
+    items = "".join(f"- {one}\n" for one in said) if isinstance(said, list) else ""
+    return f"\n## {heading}\n\n{items}" if items else ""
+
+
+def calibrated_words(c: Calibration | None) -> str:
+    """Return the card's sentences on what p-values speak of."""
+    if c is None:
+        nothing = "Answers have no p-value, no flag and no decision, and no threshold is guessed"
+        return f"{nothing}: `ebjdat-serve calibrate BUNDLE DIR` calibrates it."
+    out = "".join(f"\nWithout the view {name}: {why}." for name, why in c.left_out.items())
+    handled = f", of which {c.handled:.0%} were lightly handled: recompressed, resized or the like" if c.handled else ""
+    return f"P-values speak of images like {c.dataset}{handled}. The temperature of p(y|x) is {c.temperature:.3g}.{out}"
+
+
+def lines(values: Mapping[str, object]) -> str:
+    """Return rows of a Markdown table with two columns."""
+    return "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in values.items())
 
 
 def figure(row: Row) -> str:

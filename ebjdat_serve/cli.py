@@ -1,4 +1,4 @@
-"""The command line: `ebjdat-serve serve | import | inspect | verify | list | publish | rollback | sign | key`."""
+"""The command line: `ebjdat-serve serve | import | inspect | verify | calibrate | list | publish | rollback | sign | upgrade | key`."""
 
 import argparse
 import logging
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
 
     from ebjdat_serve import import_command, key_commands
+    from ebjdat_serve.editing import FORCED
     from ebjdat_serve.server.settings import SHIPPED, VERIFIED_BY, add_arguments
 
     serve_parser = commands.add_parser(
@@ -77,6 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     upgrade_parser.add_argument("old", type=Path, help="a bundle of schema 1, or a store")
     upgrade_parser.add_argument("new", type=Path, help="a folder that does not exist yet")
     upgrade_parser.set_defaults(command=upgrade)
+    calibrate_parser = commands.add_parser("calibrate", help="calibrate a bundle on the images of a folder: p-values, the flag, decisions")
+    calibrate_parser.add_argument("bundle", type=Path)
+    calibrate_parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="images like those to come; sub-folders named as labels tell them"
+    )
+    calibrate_parser.add_argument("--folders", type=Path, metavar="FILE", help="JSON object: labels by the names of sub-folders")
+    calibrate_parser.add_argument(
+        "--reach-images", type=int, metavar="N", help="images that walk for check=reach (as many as 5 minutes allow)"
+    )
+    calibrate_parser.add_argument("--force", action="store_true", help=FORCED)
+    calibrate_parser.set_defaults(command=calibrate)
     for sub in (publish_parser, rollback_parser, sign_parser):
         add_arguments(sub, VERIFIED_BY)
     import_command.add(commands)
@@ -186,6 +198,25 @@ def upgrade(options: argparse.Namespace) -> None:
     calibration = done.calibration()
     for name, why in calibration.left_out.items():
         print(f"without the view {name}: {why.replace('BUNDLE', str(done.path))}")
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Calibrate a bundle on a folder, in place or as the next version of its store."""
+    from ebjdat_serve.card import renewed
+    from ebjdat_serve.editing import edit
+    from ebjdat_serve.folder_calibration import calibrate_folder, promise, read_folders
+
+    folders = read_folders(options.folders)
+    done = edit(
+        options.bundle,
+        lambda draft: renewed(calibrate_folder(draft, options.folder, folders=folders, reach_images=options.reach_images)),
+        force=options.force,
+    )
+    c = done.calibration()
+    print(promise(len(c.scores)))
+    print(f"views {', '.join(c.views)}; temperature {c.temperature:.3f}; into {done.path / 'calibration.json'}")
+    for name, why in c.left_out.items():
+        print(f"without the view {name}: {why}")
 
 
 def inspect(options: argparse.Namespace) -> None:

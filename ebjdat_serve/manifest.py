@@ -86,7 +86,7 @@ class Calibration:
     dataset: str
     handled: Annotated[float, Bounds(0.0, 1.0)]
     temperature: Annotated[float, Bounds(1e-3, 1e3)]
-    energies: list[Annotated[float, NATS]]
+    energies: list[Annotated[float, NATS]]  # none where the model has no energy
     views: list[str]
     left_out: dict[str, str]  # views that are not used, and why
     reviewed: list[str]  # what `decision` looks at: "ood", and "margin" where it was calibrated

@@ -111,6 +111,8 @@ def _verified(folder: Path, terms: Terms, functions: Sequence[str], key: str) ->
     check_json(asdict(bundle.manifest), f"{folder / MANIFEST}")
     check_json(list(map(to_json, rows)), f"{folder}: metrics.json")
     calibrated, no_check = _calibrated(bundle, terms) if bundle.calibrated else (None, NOT_CALIBRATED)
+    if (reason := bundle.manifest.capabilities.gradient) != YES:
+        no_check = f"check=reach takes gradients, which the model does not have: {reason}"
     opened = _opened(bundle, calibrated.combination if calibrated else None, terms, functions) if functions else None
     return Verified(bundle, calibrated, no_check, rows, opened)
 
@@ -136,8 +138,8 @@ def _check_of(
     file: Path, terms: Terms, bundle: Bundle, calibration: Calibration, reviewed: dict[str, NDArray[Any]]
 ) -> tuple[Review | None, str]:
     """Return the policy with the walk's reach, calibrated on the first of the images, or None and why there is none."""
-    if (reason := bundle.manifest.capabilities.gradient) != YES:
-        return None, f"check=reach takes gradients, which the model does not have: {reason}"
+    if bundle.manifest.capabilities.gradient != YES:
+        return None, "there is no gradient"
     if not calibration.reach_steps:
         return None, f"the walk of check=reach is not calibrated for {terms.precision} in this bundle (ebjdat-serve calibrate)"
     reach = load_reviewed(file, terms.precision, [REACH])

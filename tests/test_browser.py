@@ -14,6 +14,7 @@ from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.sgld import Chains, Prior, Sampler
 from ebjdat_serve.views import Seen
+from tests.classifiers import NO_ENERGY, NO_PRIOR, Tiny, images, softmax, write
 from tests.conftest import ROOT
 
 HOME = ROOT / "clients" / "browser"
@@ -136,6 +137,20 @@ def test_draw_draws(page):
     assert canvas.std() > 5
     assert (canvas == pixels.to_bytes(np.reshape(page["redrawn"], (1, 3, 32, 32)))[0]).all()
     assert "the model calls it" in drawn["verdict"]
+
+
+def test_a_model_that_lacks_energy_calibration_and_prior_says_so(tmp_path):
+    bundle = write(tmp_path / "bundle", output="probabilities", features=False)
+    (tmp_path / "a.png").write_bytes(pixels.encode_png(images(1, (12, 10), 9)[0]))
+    done = check(bundle.path, tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    f = Tiny.of(4).logits(pixels.to_unit(images(1, (12, 10), 9)))
+    assert near(np.exp(said["classified"]["logits"]), softmax(f))
+    shown = said["shown"]
+    assert (shown["energy"], shown["p_value"], shown["suspicious"]) == (NO_ENERGY, "not calibrated", "not calibrated")
+    assert float(said["shown"]["probability"]) == pytest.approx(softmax(f).max(), abs=1e-3)
+    assert said["drawn"]["verdict"] == f"This model draws nothing: {NO_PRIOR}."
 
 
 def test_a_damaged_bundle_is_refused_by_name(shipped, picture, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebjdat_serve.bundle import Bundle, write_json
+from ebjdat_serve.calibrating import fit_temperature
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.scores import SCORES, OodScore, ood_score
@@ -17,7 +18,7 @@ from ebjdat_serve.views import VIEWS, of_logits
 from training.calibrate import calibrate, carded
 from training.data.datasets import load
 from training.evaluation.distances import frechet_distance
-from training.evaluation.metrics import auroc, expected_calibration_error, fit_temperature, flag_rate_interval, wilson
+from training.evaluation.metrics import auroc, expected_calibration_error, flag_rate_interval, wilson
 from training.evaluation.scores import ood_score_of
 
 energies = st.lists(st.floats(-50, 50, width=32), min_size=20, max_size=60)

@@ -46,6 +46,7 @@ from training.evaluation.context import SUITES, claim
 from training.evaluation.crown import load_crown
 from training.evaluation.evaluated_model import bundle_spec, module_sha256, module_spec
 from training.evaluation.extractors import RESNET4B, available
+from training.evaluation.figures import landscape
 from training.evaluation.flags import Flag, flags_of
 from training.evaluation.landscape import clean_of
 from training.evaluation.ood import fooled, fooled_rows, shift_rows, suspicion_rows
@@ -281,6 +282,20 @@ def test_the_served_score_is_the_sum_of_views_with_each_view_and_max_softmax_bes
     spoke = {row.score: row.value for row in rows_where(rows, "share_of_flags", images=noise)}
     why = c.subject.views.combination.why(terms[flagged])
     assert spoke == {f"view_{view}": pytest.approx(why.count(view) / len(why)) for view in named}
+
+
+def test_a_landscape_shows_the_ood_score_of_a_calibrated_bundle_beside_the_energies(sums):
+    c, _ = sums
+    arrays = {images: found for images, found in c.arrays.items() if not images.attack}
+    figure = landscape(arrays, 8 / 255)
+    assert [axis.get_xlabel().split(",")[0] for axis in figure.axes] == ["E(x)", "E(x", "OOD score"]
+    outline = next(patch for patch in figure.axes[2].patches if patch.get_label() == "clean")
+    heights, edges, _ = outline.get_data()
+    total = arrays[c.where]["terms"].sum(axis=1)
+    inside = (edges[0] <= total) & (total <= edges[-1])
+    assert (heights * np.diff(edges)).sum() == pytest.approx(inside.mean())  # the clean images are in it, by their sums
+    uncalibrated = {images: {key: value for key, value in found.items() if key != "terms"} for images, found in arrays.items()}
+    assert len(landscape(uncalibrated, 8 / 255).axes) == 2
 
 
 def test_what_p_values_speak_of_is_measured_beside_untouched_images(sums):

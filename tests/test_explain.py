@@ -289,8 +289,8 @@ def test_a_model_without_a_gradient_says_so(shipped):
     served = ServedModel("key", lacking, shipped.calibration(), 0.05, "", [])
     service = SimpleNamespace(generate_queue=object(), settings=Settings(), manager=SimpleNamespace(active=served))
     request = Request({"type": "http", "query_string": b"", "headers": [], "client_name": "somebody"})
-    with pytest.raises(Problem, match=r"cifar10-small@.* has no gradient, so nothing is explained: its first layer rounds") as refused:
+    with pytest.raises(Problem, match=r"cifar10-small@.* explains nothing: its first layer rounds") as refused:
         asyncio.run(explain(service, request))
-    assert refused.value.status == 404
+    assert refused.value.status == 409
     assert lacking.functions == ("classify", "step")
     assert "score.onnx" not in lacking.required

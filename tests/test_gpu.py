@@ -11,6 +11,7 @@ from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.sgld import Chains, Prior
 from tests.test_counterfactual import several_steps_a_turn
+from tests.test_reach import answers_alike
 from tests.test_scheduling import few_beside_many
 
 pytestmark = pytest.mark.gpu
@@ -81,6 +82,11 @@ def test_counterfactuals_are_those_of_the_cpu_and_turns_of_several_steps_find_th
     distances = [length(one.best - one.origin, one.linf) for one in (found, expected)]
     np.testing.assert_allclose(*distances, atol=0.05)
     several_steps_a_turn(engine, images[:3], monkeypatch)
+
+
+@pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda"), ("onnx", "tensorrt")])
+def test_views_and_checks_answer_as_on_the_cpu(shipped, test_images, kind, device):
+    answers_alike(shipped, engine_or_skip(shipped, kind, device), load_engine(shipped, "onnx", "cpu"), to_unit(test_images[0][3::50]))
 
 
 def test_no_operator_of_a_step_runs_on_the_cpu_but_those_on_shapes(shipped, chains):

@@ -64,7 +64,7 @@ def test_what_it_says_of_itself(old, tmp_path):
     done = upgrade(old, tmp_path / "new")
     m, before = done.manifest, read_json(old / MANIFEST)
     assert (m.schema, m.input.resize, m.output, m.licence.weights) == (2, "squash", "logits", "unknown")
-    assert vars(m.capabilities) == {"energy": "yes", "gradient": "yes", "generate": "yes"}
+    assert vars(m.capabilities) == {"energy": "yes", "features": "yes", "gradient": "yes", "generate": "yes"}
     assert m.labels == before["labels"]
     assert {name for name in m.files if m.files[name].sha256 != before["files"].get(name, {}).get("sha256")} == {
         "classify.onnx", "calibration.json", "selftest.safetensors", "metrics.json", "views.safetensors", "README.md",

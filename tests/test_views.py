@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL import Image
 
 from benchmarks import view_candidates as candidates
 from benchmarks import view_figures as figured
@@ -15,7 +16,8 @@ from benchmarks.view_images import BENIGN, BLURRED, proxies
 from benchmarks.view_tables import document
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError
-from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.handling import HANDLINGS, encoded, handled, squashed
+from ebjdat_serve.pixels import decode, to_unit
 from ebjdat_serve.scores import SCORES, ood_score
 from ebjdat_serve.view_files import load_reviewed, load_views, save_views
 from ebjdat_serve.views import (
@@ -43,7 +45,6 @@ from ebjdat_serve.views import (
 from tests.conftest import ROOT
 from training.evaluation.metrics import flag_rate_interval
 from training.evaluation.odd import ODD, odd_images
-from training.evaluation.shifts import handled
 
 F, K = 12, 5
 values = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40)
@@ -342,6 +343,15 @@ def test_half_of_the_images_are_handled_lightly():
     np.testing.assert_array_equal(found, handled(image, 0))
     assert (handled(image, 1) != found).any()
     np.testing.assert_array_equal(handled(image, 0, untouched=1.0), image)
+
+
+def test_what_is_handled_without_a_file_is_what_the_decoder_makes_of_a_png():
+    noise = np.random.default_rng(3)
+    image = Image.fromarray(noise.integers(0, 256, (12, 9, 3), dtype=np.uint8))
+    for handle in HANDLINGS:
+        made = handle(image, noise)
+        if not isinstance(made, bytes):
+            np.testing.assert_array_equal(squashed(made, 12, 9), decode(encoded(made, "PNG"), 12, 9))
 
 
 # The benchmark -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, network_name, read_rows, write_rows
-from ebjdat_serve.card import figure, key, table, title
+from ebjdat_serve.card import figure, imported, imported_card, key, measured, table, title
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import load_engine
@@ -25,7 +25,7 @@ from ebjdat_serve.sentences import OBJECTIVES, attack_name, eps_name, set_name
 from ebjdat_serve.sgld import Prior
 from training.data.sources import SOURCES
 from training.evaluation.chosen import ALPHA, chief, model_of, readme_rows, served_score, worse_than_chance
-from training.evaluation.flag_text import Flagged, benign_limit, flag_sentence, odd_limit
+from training.evaluation.flag_text import Flagged, benign_limit, flag_sentence, knowing_limit, odd_limit
 from training.evaluation.ood_sets import NEAR
 from training.evaluation.rows import ball_of
 
@@ -37,7 +37,7 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
     """
     refuse_stale(bundle, rows)
     names = ["README.md"]
-    if samples:
+    if samples and "step" in bundle.functions:
         write_samples(bundle)
         names.append("samples.png")
     # without arrays an earlier image is kept as long as its rows are
@@ -99,6 +99,8 @@ def write_landscape(bundle: Bundle, arrays: dict[Images, Any]) -> bool:
 
 def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     """Return the model card."""
+    if imported(bundle.manifest):
+        return f"{imported_card(bundle)}\n{measured(rows)}"
     m, p = bundle.manifest, bundle.manifest.provenance
     drawn = (bundle.path / "landscape.png").is_file()
     landscape = "![energies of clean, adversarial, generated and OOD images](landscape.png)" if drawn else ""
@@ -203,6 +205,7 @@ def readme_limits(bundle: Bundle) -> str:
             f"- Attacks in the ball: of the images that PGD-20 at {eps_name(m.eps)} fooled it flags {fooled}, of clean ones {clean}.",
             f"- Images close to its data{', where max softmax does better' if better else ''}: AUROC against CIFAR-100 "
             f"{f.text('auroc_{}', dataset=NEAR)}.",
+            *knowing_limit(f),
         ]
     )
 

@@ -22,9 +22,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
-from ebjdat_serve.card import title
+from ebjdat_serve.card import write_card
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.errors import EbjdatError, cause
+from ebjdat_serve.folder_calibration import calibrate_folder
 from ebjdat_serve.importing import images
 from ebjdat_serve.importing.contract_file import Contract, read_contract
 from ebjdat_serve.importing.found import Found
@@ -77,7 +78,8 @@ def import_model(
         bundle = written(found, temporary, described, samples(found, calibration), say)
         if calibration:
             say(f"calibrating on {printable(calibration)}")
-            bundle = calibrated(bundle, calibration, say)
+            bundle = calibrate_folder(bundle, calibration, say=say)
+        write_card(bundle)
         say("checking it as a server does")
         verified(bundle.path, USUAL, FUNCTIONS)
         temporary.rename(out)
@@ -143,7 +145,7 @@ def samples(found: Found, folder: Path | None) -> Floats:
 
 
 def written(found: Found, folder: Path, contract: Contract | None, image: Floats, say: Callable[[str], None]) -> Bundle:
-    """Write manifest, weights, graphs, self-test and card into ``folder``."""
+    """Write manifest, weights, graphs and self-test into ``folder``."""
     labels = checked(found.labels, len(found.labels), "the source") if found.labels else numbered(classes_of(found))
     write_json(folder / MANIFEST, asdict(manifest_of(found, labels, contract)))
     draft = Bundle.draft(folder)
@@ -163,16 +165,7 @@ def written(found: Found, folder: Path, contract: Contract | None, image: Floats
         from ebjdat_serve.importing import network_files
 
         draft = network_files.write(found.graph, draft, image, say)
-    (folder / "README.md").write_text(card(found, draft.manifest), encoding="utf-8")
-    return draft.update("README.md")
-
-
-def calibrated(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> Bundle:
-    """Return the bundle, calibrated on a folder of images; raise EbjdatError for one of too few."""
-    if find_spec("ebjdat_serve.folder_calibration") is None:
-        raise EbjdatError("this version does not calibrate on folders: leave out --calibration")
-    done: Bundle = import_module("ebjdat_serve.folder_calibration").calibrate_folder(bundle, folder, say=say)
-    return done
+    return draft
 
 
 def classes_of(found: Found) -> int:
@@ -208,28 +201,12 @@ def manifest_of(found: Found, labels: list[str], contract: Contract | None) -> M
             rollbacks=0,
             init_sha256="",
             started=now.isoformat(timespec="seconds"),
-            configuration={"source": found.source, "contract": said},
+            configuration={"source": found.source, "contract": said, "found": found.said, "unknown": found.unknown},
         ),
         files={},
         output=found.output,
         capabilities=found.capabilities,
         licence=found.licence,
-    )
-
-
-def card(found: Found, manifest: Manifest) -> str:
-    """Return the model card of an imported bundle."""
-    lines = summary(found)
-    known, unknown = lines[1 : lines.index("not known:")], lines[lines.index("not known:") + 1 :]
-    return "\n".join(
-        [
-            title(manifest),
-            f"Imported from `{found.source}` by `ebjdat-serve import`; it was not trained, and has not been evaluated, here.\n",
-            *(f"- {line.strip()}" for line in known),
-            "\nNot known:\n",
-            *(f"- {line.strip()}" for line in unknown),
-            "",
-        ]
     )
 
 

@@ -186,21 +186,22 @@ def free_batch(graph: onnx.GraphProto, varying: set[str], batch: int) -> None:
     """Let a graph written for ``batch`` images take any number, as far as shapes say: whether it does is tried afterwards.
 
     A constant shape of Reshape whose first size is a multiple of the batch gets -1 there, or 0, the size that is given, where another is
-    -1 already; a constant of first size 1 that is concatenated with values of the image, as a class token, is repeated for each image.
+    -1 already; a constant that is concatenated with values of the image, as a class token, is repeated for each image.
     """
     known = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[NodeProto] = []
     for node in graph.node:
         if node.op_type == "Reshape" and node.input[0] in varying and node.input[1] in known:
             target = numpy_helper.to_array(known[node.input[1]]).astype(np.int64)
-            if target.ndim == 1 and len(target) and target[0] > 0 and target[0] % batch == 0:
+            if target.ndim == 1 and len(target) and target[0] > 0 and target[0] % batch == 0 and target.all():
+                del node.attribute[:]  # allowzero, by which a 0 is no size that is given
                 new = target.copy()
                 new[0] = 0 if -1 in target[1:] and target[0] == batch else -1
-                if (new[1:] == -1).sum() + (new[0] == -1) <= 1:
+                if (new == -1).sum() <= 1:
                     node.input[1] = constant(graph, f"{node.output[0]}.free", new)
         elif node.op_type == "Concat" and (like := [name for name in node.input if name in varying]):
             for place, name in enumerate(node.input):
-                if name in known and name not in varying and len(known[name].dims) > 1 and known[name].dims[0] == 1:
+                if name not in varying:
                     nodes += repeated(graph, name, like[0], f"{node.output[0]}.{place}")
                     node.input[place] = f"{node.output[0]}.{place}.all"
         nodes.append(NodeProto.FromString(node.SerializeToString()))
@@ -209,13 +210,15 @@ def free_batch(graph: onnx.GraphProto, varying: set[str], batch: int) -> None:
 
 
 def repeated(graph: onnx.GraphProto, name: str, like: str, prefix: str) -> list[NodeProto]:
-    """Return the operators that repeat a constant of first size 1 as often as ``like`` has rows, as PREFIX.all."""
-    dims = next(list(tensor.dims) for tensor in graph.initializer if tensor.name == name)
-    start, end = constant(graph, f"{prefix}.start", np.array([0])), constant(graph, f"{prefix}.end", np.array([1]))
-    rest = constant(graph, f"{prefix}.rest", np.array(dims[1:]))
+    """Return the operators that repeat the first row of a constant as often as ``like`` has rows, as PREFIX.all."""
+    start, one = constant(graph, f"{prefix}.start", np.array([0])), constant(graph, f"{prefix}.one", np.array([1]))
+    end = constant(graph, f"{prefix}.end", np.array([np.iinfo(np.int64).max]))
     return [
-        helper.make_node("Shape", [like], [f"{prefix}.shape"]),
-        helper.make_node("Slice", [f"{prefix}.shape", start, end], [f"{prefix}.rows"]),
-        helper.make_node("Concat", [f"{prefix}.rows", rest], [f"{prefix}.size"], axis=0),
-        helper.make_node("Expand", [name, f"{prefix}.size"], [f"{prefix}.all"]),
+        helper.make_node("Slice", [name, start, one], [f"{prefix}.first"]),
+        helper.make_node("Shape", [like], [f"{prefix}.like"]),
+        helper.make_node("Slice", [f"{prefix}.like", start, one], [f"{prefix}.rows"]),
+        helper.make_node("Shape", [name], [f"{prefix}.shape"]),
+        helper.make_node("Slice", [f"{prefix}.shape", one, end], [f"{prefix}.rest"]),
+        helper.make_node("Concat", [f"{prefix}.rows", f"{prefix}.rest"], [f"{prefix}.size"], axis=0),
+        helper.make_node("Expand", [f"{prefix}.first", f"{prefix}.size"], [f"{prefix}.all"]),
     ]

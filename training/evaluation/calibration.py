@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ebjdat_serve.calibrating import fit_temperature
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Labels
 from ebjdat_serve.pixels import Pixels, to_unit
@@ -18,7 +19,6 @@ from training.evaluation.metrics import (
     brier,
     calibration_floor,
     expected_calibration_error,
-    fit_temperature,
     mean_interval,
     negative_log_likelihood,
     reliability,

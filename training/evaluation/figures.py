@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ebjdat_serve.pixels import Pixels, grid
-from ebjdat_serve.rows import COMPARED, Images, Row, rows_where
+from ebjdat_serve.rows import COMPARED, SUM, Images, Row, rows_where
 from ebjdat_serve.sentences import attack_name, eps_name, images_name
-from training.evaluation.landscape import clean_of, energies, sets_shown
+from training.evaluation.landscape import clean_of, energies, kinds_shown, scored, sets_shown
 from training.evaluation.result_cache import Arrays
 
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#000000")
@@ -52,38 +52,39 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
 
 
 def landscape(arrays: dict[Images, Arrays], eps: float, title: str = "") -> Figure:
-    """Return histograms of E(x) and of E(x, y), overlaid: clean, adversarial, generated, OOD."""
+    """Return histograms of E(x), E(x, y) and the OOD score, overlaid: clean, adversarial, generated, OOD."""
+    kinds = kinds_shown([arrays], eps)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
-        for axis, kind, name in zip(axes, ("energy", "joint_energy"), ("E(x)", "E(x, y)"), strict=True):
-            overlay(axis, [(short, energies(found)[kind]) for _, short, found in sets_shown(arrays, eps)])
-            axis.set_xlabel(f"{name}, nats (lower = likelier)")
+        figure, axes = plt.subplots(1, len(kinds), figsize=(2.0 + 3.6 * len(kinds), 3.4), layout="constrained")
+        for axis, (kind, name) in zip(axes, kinds.items(), strict=True):
+            overlay(axis, [(short, scored(found)[kind]) for _, short, found in sets_shown(arrays, eps)])
+            axis.set_xlabel(f"{name}, nats ({'higher = less like the data' if kind == SUM else 'lower = likelier'})")
         axes[0].set_ylabel("density")
-        axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
         if title:
             figure.suptitle(title, fontsize=11)
     return figure
 
 
 def landscapes(models: Sequence[tuple[str, dict[Images, Arrays]]], eps: float) -> Figure:
-    """Return the landscapes of several models, stacked, on one axis in standard deviations of each model's clean energies."""
+    """Return the landscapes of several models, stacked, on one axis in standard deviations of each model's clean scores."""
+    kinds = kinds_shown([arrays for _, arrays in models], eps)
+    size = (2.0 + 3.6 * len(kinds), 1.9 * len(models) + 0.6)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            len(models), 2, figsize=(9.2, 1.9 * len(models) + 0.6), layout="constrained", sharex="col", squeeze=False
-        )
+        figure, axes = plt.subplots(len(models), len(kinds), figsize=size, layout="constrained", sharex="col", squeeze=False)
         for row, (name, arrays) in zip(axes, models, strict=True):
             images = clean_of(arrays)
             assert images is not None, f"{name} has no clean images"
-            for axis, kind in zip(row, ("energy", "joint_energy"), strict=True):
-                clean = energies(arrays[images])[kind]
-                sets = [(short, (energies(found)[kind] - clean.mean()) / clean.std()) for _, short, found in sets_shown(arrays, eps)]
+            for axis, kind in zip(row, kinds, strict=True):
+                clean = scored(arrays[images])[kind]
+                sets = [(short, (scored(found)[kind] - clean.mean()) / clean.std()) for _, short, found in sets_shown(arrays, eps)]
                 overlay(axis, sets, (-6.0, 5.0))
             row[0].set_ylabel(name)
-        axes[0, 0].set_title("E(x)")
-        axes[0, 1].set_title("E(x, y)")
-        figure.supxlabel("deviations of the clean energies from their mean; the bins at the edges hold all beyond", fontsize=10)
+        for axis, name in zip(axes[0], kinds.values(), strict=True):
+            axis.set_title(name)
+        figure.supxlabel("deviations of the clean scores from their mean; the bins at the edges hold all beyond", fontsize=10)
         handles = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-        axes[0, 1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+        axes[0, -1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
     return figure
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.card import figure
+from ebjdat_serve.reach import RADIUS
 from ebjdat_serve.rows import Row, alone, first, rows_where
 from ebjdat_serve.scores import BASELINE
 from ebjdat_serve.sentences import eps_name, set_name
@@ -111,6 +112,27 @@ def spoken(bundle: Bundle, rows: list[Row]) -> str:
         if shares:
             lines.append(f"`{name}` on {', '.join(set_name(row) for row in shares)}")
     return f"Which view speaks, of more than half of the flagged images: {'; '.join(lines)}.\n\n" if lines else ""
+
+
+def knowing_limit(f: Flagged) -> list[str]:
+    """Return what an attacker gains who knows views, ranks and threshold, and with them margin and search, against one who does not."""
+    m = model_of(f.bundle)
+    blind = first(f.rows, "accuracy_apgd", norm="linf", eps=m.eps)
+    aware = f.both("accuracy_with_rejection", alpha=ALPHA)[0]
+    searched = first(f.rows, "accuracy_with_search", radius=RADIUS)
+    rejected = first(f.rows, "clean_rejected", radius=RADIUS)
+    if blind is None or aware is None:
+        return []
+    said = [
+        f"- **The flag is no defence against an attacker who knows it.** One within {eps_name(m.eps)} who does not leaves {figure(blind)}",
+        f"of labels right; against one who does, {figure(aware)} are right or flagged",
+    ]
+    if searched and rejected:
+        said += [
+            f"(with small margins and labels that a search in {eps_name(RADIUS)} changes refused, too: {figure(searched)}, at the price of",
+            f"{figure(rejected)} of clean images)",
+        ]
+    return [" ".join(said) + "."]
 
 
 def odd_limit(f: Flagged) -> list[str]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.handling import handled, mixture
 from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import SUM, alone
@@ -14,7 +15,6 @@ from training.evaluation.attacks import Predict
 from training.evaluation.context import Context, unit
 from training.evaluation.result_cache import Arrays, Task
 from training.evaluation.rows import ALPHAS
-from training.evaluation.shifts import handled, mixture
 
 TEST = 3
 """The seed by which test images are handled; the calibration split is by another."""

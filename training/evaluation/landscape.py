@@ -1,6 +1,6 @@
 """The energy landscape of a classifier: energies of clean, adversarial, generated and OOD images, and a slice around one image."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ebjdat_serve.bundle import sha256
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.pixels import to_unit
-from ebjdat_serve.rows import FRESH, Images, Row
+from ebjdat_serve.rows import FRESH, SUM, Images, Row
 from training.distributed import Noise
 from training.evaluation.attacks import Pgd, Predict, tensors
 from training.evaluation.context import Context
@@ -23,6 +23,8 @@ from training.methods.adversary import Threat, begin
 
 SIDE = 41
 DRAWN = Images(dataset=FRESH)
+TITLES = {"energy": "E(x)", "joint_energy": "E(x, y)", SUM: "OOD score"}
+"""The scores of a landscape by their names in rows; the OOD score is the sum of views, which only a calibrated bundle has."""
 REACH = 2.0
 """The half-width of the slice, in lengths of the attack."""
 
@@ -80,6 +82,17 @@ def energies(found: Arrays) -> dict[str, NDArray[np.float64]]:
     label = found["label"]
     logits = found["logits"].astype(np.float64)
     return {"energy": -np.logaddexp.reduce(logits, axis=1), "joint_energy": -logits[np.arange(len(logits)), label]}
+
+
+def scored(found: Arrays) -> dict[str, NDArray[np.float64]]:
+    """Return what a landscape shows of each image: its energies and, of a calibrated bundle, the sum of its views."""
+    return {**energies(found), **({SUM: found["terms"].astype(np.float64).sum(axis=1)} if "terms" in found else {})}
+
+
+def kinds_shown(models: Sequence[dict[Images, Arrays]], eps: float) -> dict[str, str]:
+    """Return the title of each score that every set shown of every model has."""
+    every = [set(scored(found)) for arrays in models for _, _, found in sets_shown(arrays, eps)]
+    return {kind: title for kind, title in TITLES.items() if all(kind in kinds for kinds in every)}
 
 
 def around(c: Context) -> Arrays:

@@ -2,11 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 from scipy.stats import betabinom, binomtest, norm, rankdata, wasserstein_distance
-
-from ebjdat_serve.engines import Floats, Labels
 
 Array = NDArray[np.floating]
 
@@ -134,19 +130,6 @@ def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
     """Return the normal interval of a mean."""
     half = float(norm.ppf(0.5 + level / 2)) * float(values.std(ddof=1)) / np.sqrt(len(values)) if len(values) > 1 else float("inf")
     return float(values.mean() - half), float(values.mean() + half)
-
-
-def fit_temperature(logits: Floats, label: Labels) -> float:
-    """Return the temperature in [0.05, 20] that minimises the negative log-likelihood of the labels (Guo et al., arXiv 1706.04599).
-
-    Brent's method in log temperature: the likelihood is unimodal there.
-    """
-    f, index = logits.astype(np.float64), np.arange(len(label))  # float32 noise of 1e-3 would hide the minimum
-
-    def nll(log_temperature: float) -> float:
-        return float(-log_softmax(f / np.exp(log_temperature), axis=1)[index, label].mean())
-
-    return float(np.exp(minimize_scalar(nll, bounds=np.log([0.05, 20.0]), method="bounded", options={"xatol": 1e-6}).x))
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -117,10 +117,10 @@ def attacks(c: Context) -> Iterator[tuple[Images, Attack, int]]:
             images = replace(under, attack="transfer", steps=20, iterate="last", surrogate=c.surrogate.parent.name)
             transfer = Transfer(threat, str(c.surrogate), c.surrogate_sha256)
             yield replace(images, surrogate_of=c.surrogate_sha256), transfer, c.suite.looked
-    if c.suite.strong and c.attackers():
-        under = replace(c.where, norm="linf", eps=linf.eps)
-        yield replace(under, attack="square", queries=c.suite.queries), Square(linf, c.suite.queries), c.suite.strong
-        yield replace(under, attack="apgd_ce_dlr"), AutoAttack(linf, PARTS), c.suite.strong
+    for threat in (linf, half) if c.suite.strong and c.attackers() else ():
+        under = replace(c.where, norm="linf", eps=threat.eps)
+        yield replace(under, attack="square", queries=c.suite.queries), Square(threat, c.suite.queries), c.suite.strong
+        yield replace(under, attack="apgd_ce_dlr"), AutoAttack(threat, PARTS), c.suite.strong
 
 
 def made_by(c: Context, images: Images, attack: Attack, image: Floats, label: Labels) -> Arrays:

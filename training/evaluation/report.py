@@ -153,7 +153,12 @@ def images(c: Context, rows: Sequence[Row]) -> dict[str, list[Image]]:
 
     arrays, shown, eps = c.arrays, c.drawings, c.ball.linf
     if clean_of(arrays) is not None:
-        add("landscape", draw.landscape(arrays, eps), "energy histograms", "Energies of clean, adversarial, generated and OOD images.")
+        add(
+            "landscape",
+            draw.landscape(arrays, eps),
+            "energy histograms",
+            "Energies and OOD scores of clean, adversarial, generated and OOD images.",
+        )
         if (moved := draw.differences(arrays)) is not None:
             add("landscape", moved, "energy differences", "What PGD does to the energy of each image.")
     if "slice" in shown:

@@ -94,20 +94,6 @@ class Service:
         self.decoder = ImageDecoder(settings)
         self.encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
 
-    def draws_with(self, model: ServedModel, capability: Literal["gradient", "generate"], what: str) -> GenerateQueue:
-        """Return the queue of generate workers.
-
-        Raises Problem 404 where the operator wants no such workers, 409 where ``model`` has no gradient or does not generate, and where the
-        one that the server was started with had neither, so that there are no workers.
-        """
-        if not self.settings.generate_workers:
-            raise Problem(404, f"this server {what} nothing: it was started by serve --generate-workers 0")
-        if reason := model.lacks(capability):
-            raise Problem(409, f"{model.name} {what} nothing: {reason}")
-        if self.generate_queue is None:
-            raise Problem(409, f"this server {what} nothing: it was started with a model that cannot, without workers for it; restart it")
-        return self.generate_queue
-
     async def run_on_images(self, request: Request, operation: Operation) -> ImageResult:
         """Read and decode the images of ``request``, and return what a classify worker makes of them by ``operation``.
 
@@ -186,6 +172,21 @@ class Service:
         for endpoint in self.endpoints:
             endpoint.install(app, self)
         app.router.routes.sort(key=lambda route: not isinstance(route, DirectRoute))  # they are tried in turn, FastAPI's own last
+
+
+def generate_queue(service: Service, model: ServedModel, capability: Literal["gradient", "generate"], what: str) -> GenerateQueue:
+    """Return the queue of generate workers.
+
+    Raises Problem 404 where the operator wants no such workers, 409 where ``model`` has no gradient or does not generate, and where the one
+    that the server was started with had neither, so that there are no workers.
+    """
+    if not service.settings.generate_workers:
+        raise Problem(404, f"this server {what} nothing: it was started by serve --generate-workers 0")
+    if reason := model.lacks(capability):
+        raise Problem(409, f"{model.name} {what} nothing: {reason}")
+    if service.generate_queue is None:
+        raise Problem(409, f"this server {what} nothing: it was started with a model that cannot, without workers for it; restart it")
+    return service.generate_queue
 
 
 Handler = Callable[[Service, Request], Awaitable[Response]]

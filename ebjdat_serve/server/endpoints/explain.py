@@ -8,7 +8,7 @@ from ebjdat_serve.keys import Scope
 from ebjdat_serve.server.answer import respond
 from ebjdat_serve.server.answer.explanations import ExplainAnswer, ExplainAnswers, ExplainPreviewEvent, StripHeaders
 from ebjdat_serve.server.compute.explain_task import EXPLAIN
-from ebjdat_serve.server.endpoints.endpoint import ERRORS, IMAGE_BODY, Endpoint, Service
+from ebjdat_serve.server.endpoints.endpoint import ERRORS, IMAGE_BODY, Endpoint, Service, generate_queue
 from ebjdat_serve.server.endpoints.generate import pictures
 from ebjdat_serve.server.endpoints.streams import EventStream, events, in_encoder
 from ebjdat_serve.server.payloads import Explanation
@@ -25,13 +25,13 @@ async def explain(service: Service, request: Request) -> Response:
     It is an adversarial image, made on demand: a key needs the scope explain.
     """
     settings, client = service.settings, request.scope["client_name"]
-    queue = service.draws_with(service.manager.active, "gradient", EXPLAINS)
+    queue = generate_queue(service, service.manager.active, "gradient", EXPLAINS)
     validate(request, service.manager.active.bundle.manifest, settings)  # before the body is read
     with contextlib.ExitStack() as stack:
         model, images, listed, deadline = await service.read_images(request, queue, stack)
         if listed:
             raise Problem(422, 'send one image, as it is or as {"image": "<base64>"}: a request explains one')
-        service.draws_with(model, "gradient", EXPLAINS)  # which may be another model by now
+        generate_queue(service, model, "gradient", EXPLAINS)  # which may be another model by now
         wanted = validate(request, model.bundle.manifest, settings)
         job = wanted.job(images)
         stack.enter_context(service.access.chains(request, job.n))

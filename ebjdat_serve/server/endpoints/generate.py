@@ -15,7 +15,7 @@ from ebjdat_serve.server.answer.public import (
     told,
 )
 from ebjdat_serve.server.compute.generate_task import GENERATE
-from ebjdat_serve.server.endpoints.endpoint import ERRORS, Endpoint, Service
+from ebjdat_serve.server.endpoints.endpoint import ERRORS, Endpoint, Service, generate_queue
 from ebjdat_serve.server.endpoints.streams import EventStream, events, in_encoder
 from ebjdat_serve.server.payloads import GeneratedImages
 from ebjdat_serve.server.problems import Problem
@@ -30,12 +30,12 @@ DRAWS = "draws"
 async def generate(service: Service, request: Request) -> Response:
     """Draw images of one class by conditional short-run SGLD, marked as AI-made, as a PNG (grid), as JSON, or as a stream of events."""
     settings = service.settings
-    service.draws_with(service.manager.active, "generate", DRAWS)  # before the body is read
+    generate_queue(service, service.manager.active, "generate", DRAWS)  # before the body is read
     profile, client = settings.profile_for(request.scope), request.scope["client_name"]
     values = await read_values(request, settings)
     with contextlib.ExitStack() as stack:
         model = service.manager.active
-        queue = service.draws_with(model, "generate", DRAWS)  # which may be another model by now
+        queue = generate_queue(service, model, "generate", DRAWS)  # which may be another model by now
         check_data(model, profile, settings)
         deadline = stack.enter_context(queue.slot(model.key, client))
         wanted = validate(values, model.bundle.manifest, settings)
@@ -63,7 +63,7 @@ async def generate(service: Service, request: Request) -> Response:
 async def generate_head(service: Service, request: Request) -> Response:
     """Check a request as GET does, and draw nothing."""
     model = service.manager.active
-    service.draws_with(model, "generate", DRAWS)
+    generate_queue(service, model, "generate", DRAWS)
     check_data(model, service.settings.profile_for(request.scope), service.settings)
     query = validate(await read_values(request, service.settings), model.bundle.manifest, service.settings).query
     kind = "text/event-stream" if query.stream else "application/json" if query.format == "json" else "image/png"

@@ -57,7 +57,11 @@ def validate(request: Request, manifest: Manifest, settings: Settings) -> Explai
     """Return what the query of ``request`` asks for; raise Problem 422 for a wrong type, an unknown name or a number beyond its limit."""
     if request.scope["query_string"].count(b"&") >= MAX_FIELDS:
         raise Problem(422, f"the query may have {MAX_FIELDS} parameters")
-    values: dict[str, Any] = dict(request.query_params)
+    return validate_values(dict(request.query_params), manifest, settings)
+
+
+def validate_values(values: dict[str, Any], manifest: Manifest, settings: Settings) -> ExplainRequest:
+    """Return what ``values`` ask for; raise Problem 422 for a wrong type, an unknown name or a number beyond its limit."""
     try:
         query = ExplainQuery.model_validate(values)
     except ValidationError as error:

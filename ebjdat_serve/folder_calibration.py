@@ -1,0 +1,335 @@
+"""Calibrate a bundle on the images of a folder: `ebjdat-serve calibrate BUNDLE DIR`.
+
+The folder is split, always alike: a quarter to fit the views on, a quarter for their ranks, the rest for p-values. Fewer than SPLIT images
+all go to the p-values of one score that needs no fit (docs/decisions/0029). Half of the images are lightly handled, as in training's
+calibration. Each image is decoded as the server does it when its turn comes: pixels of one chunk are held at a time.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebjdat_serve import strict_json
+from ebjdat_serve.bounds import class_number, seen_as
+from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.calibrating import FITTED, FITTED_BYTES, REACHED, fit_temperature, fit_views, look, reached, record, view_names
+from ebjdat_serve.cpus import threads
+from ebjdat_serve.decoding.header import Limits
+from ebjdat_serve.decoding.judge import accepted
+from ebjdat_serve.engines import Engine, Floats, Outputs, load_engine
+from ebjdat_serve.errors import EbjdatError, InvalidImage, cause
+from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.handling import CALIBRATION, UNTOUCHED, handled
+from ebjdat_serve.listing import SHOWN, class_name, list_images, printable
+from ebjdat_serve.manifest import YES, Input
+from ebjdat_serve.pixels import Pixels, decode, to_unit
+from ebjdat_serve.reach import STEPS
+from ebjdat_serve.scores import uncalibrated
+from ebjdat_serve.views import statistics
+
+FEWEST = 20
+"""Images below which nothing is calibrated: the smallest p-value of 19 is 1/20, which no usual alpha is above."""
+SPLIT = 60
+"""Images from which views are fitted: 15 to fit, 15 for ranks and 30 for p-values."""
+VARIANTS = 200
+"""Handled pictures that the view of statistics is fitted on at least, several of each image where there are few."""
+LABELLED = 10_000
+"""Images that the temperature is fitted on, at most."""
+REACH_SECONDS = 300.0
+"""Time that the walks of check=reach may take, by the time that one gradient takes; beyond it fewer images walk."""
+CHUNK, CHUNK_PIXELS, WALK_PIXELS = 256, 2**20, 2**18
+"""Images of a chunk at most, and their pixels: 20 of 224 x 224; of a chunk that walks, whose gradients take more memory: 5."""
+SERVED = Limits(jpeg_draft=True)
+"""What `serve` decodes by without options."""
+SEEDS = {"fit": 0, "ranks": 1, "calibration": CALIBRATION}
+Say = Callable[[str], None]
+Places = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Places of images in the listing: of those that views are fitted on, that their ranks are of, and that p-values are of."""
+
+    fit: Places
+    ranks: Places
+    calibration: Places
+
+    @classmethod
+    def of(cls, n: int, most: int = FITTED) -> "Split":
+        """Return the split of n images, ``most`` of which are to fit on; the same n is always split alike."""
+        order, none = np.random.default_rng(0).permutation(n), np.empty(0, np.int64)
+        if n < SPLIT:
+            return cls(none, none, np.sort(order))
+        fit, ranks = min(n // 4, most), min(n // 4, FITTED)
+        return cls(*(np.sort(part) for part in np.split(order, [fit, fit + ranks])))
+
+
+@dataclass
+class FolderImages:
+    """The images of a folder, read by their places; those that cannot be read are left out, with the reason."""
+
+    files: list[Path]
+    contract: Input
+    say: Say
+    unread: dict[Path, str] = field(default_factory=dict)
+    turns: int = 0  # images to come, in all passes
+    done: int = 0
+    since: float = field(default_factory=time.monotonic)
+    told: float = 0.0
+
+    def chunks(self, places: Places, pixels: int = CHUNK_PIXELS) -> Iterator[tuple[Places, Pixels]]:
+        """Yield places and images (n, H, W, 3) of those that can be read, in order."""
+        size = max(1, min(CHUNK, pixels // (self.contract.height * self.contract.width)))
+        read: list[Pixels] = []
+        there: list[int] = []
+        for place in places:
+            if (image := self.decoded(self.files[place])) is not None:
+                read.append(image)
+                there.append(int(place))
+            self.progress()
+            if len(read) == size:
+                yield np.array(there), np.stack(read)
+                read, there = [], []
+        if read:
+            yield np.array(there), np.stack(read)
+
+    def mixed(self, places: Places, kind: str, pixels: int = CHUNK_PIXELS) -> Iterator[tuple[Places, Pixels]]:
+        """Yield the same, half of the images lightly handled."""
+        for there, images in self.chunks(places, pixels):
+            yield there, handled_each(images, there, SEEDS[kind], UNTOUCHED)
+
+    def decoded(self, file: Path) -> Pixels | None:
+        """Return the image in a file as the model takes it, None if it cannot be read."""
+        try:
+            if file.stat().st_size > SERVED.max_bytes:
+                raise InvalidImage(f"the image has {file.stat().st_size} bytes; the limit is {SERVED.max_bytes}")
+            return decode(file.read_bytes(), self.contract, SERVED)
+        except (InvalidImage, OSError) as error:
+            self.unread[file] = cause(error)
+            return None
+
+    def progress(self) -> None:
+        """Say how far it is, every ten seconds."""
+        self.done += 1
+        now = time.monotonic()
+        if now - max(self.told, self.since) >= 10:
+            self.told = now
+            left = (now - self.since) / self.done * (self.turns - self.done)
+            self.say(f"{self.done:,} of {self.turns:,} images, {len(self.unread)} unreadable, about {duration(left)} left")
+
+
+def handled_each(images: Pixels, places: Places, seed: int, untouched: float, variant: int = 0) -> Pixels:
+    """Return images, each handled by what its place draws, so that it does not depend on the chunk that it is in."""
+    each = zip(images, places, strict=True)
+    return np.concatenate([handled(image[np.newaxis], seed, untouched, (int(place), variant)) for image, place in each])
+
+
+def calibrate_folder(
+    bundle: Bundle,
+    folder: Path,
+    *,
+    folders: Mapping[str, str] | None = None,
+    reach_images: int | None = None,
+    say: Say = lambda text: print(text, file=sys.stderr, flush=True),
+) -> Bundle:
+    """Record a calibration on the images of ``folder``, in fp32, and return the bundle; ``folders`` tells labels of sub-folders' names.
+
+    ``reach_images`` walk for check=reach; by default as many as REACH_SECONDS allow. Raises EbjdatError for fewer than FEWEST images,
+    counted and named, and for sub-folders of which only some name a label; then nothing is written.
+    """
+    if not folder.is_dir():
+        raise EbjdatError(f"{printable(folder)} is not a folder")
+    listing = list_images(folder)
+    n, m = len(listing.images), bundle.manifest
+    if n < FEWEST:
+        noted = f"; {listing.note()}" if listing.skipped else ""
+        raise EbjdatError(f"{printable(folder)} holds {n} images ({', '.join(accepted())}); a calibration takes {FEWEST} at least{noted}")
+    label, how = labels_of(listing.images, folder, m.labels, folders or {})
+    if label is not None:
+        fit_temperature(np.zeros((1, 2), np.float32), np.zeros(1, np.int64))  # without SciPy it is to fail now
+    if listing.skipped:
+        say(f"note: {listing.note()}")
+    engine = load_engine(bundle, "auto", "cpu", threads())
+    warm = engine.classify(np.full((1, 3, m.input.height, m.input.width), 0.5, np.float32))
+    width = 0 if warm.features is None else warm.features.shape[1]
+    split, images = Split.of(n, min(FITTED, FITTED_BYTES // (4 * max(1, width)))), FolderImages(listing.images, m.input, say)
+    walking, cost = walkers(engine, bundle, split, reach_images)
+    say(f"{n:,} images, {how}: {len(split.fit):,} to fit views on, {len(split.ranks):,} for ranks, {len(split.calibration):,} for p-values")
+    say(cost)
+    images.turns = n + walking
+    done = calibrated(engine, bundle, images, split, label, f"{n} images of {printable(folder.name or folder.resolve().name)}", walking)
+    if images.unread:
+        first = "; ".join(f"{printable(file.name)}: {why}" for file, why in list(images.unread.items())[:SHOWN])
+        say(f"left out {len(images.unread)} that cannot be read: {first}" + ("; …" if len(images.unread) > SHOWN else ""))
+    return done
+
+
+def calibrated(
+    engine: Engine, bundle: Bundle, images: FolderImages, split: Split, label: Places | None, dataset: str, walking: int
+) -> Bundle:
+    """Look at the three parts in turn, and record what they say."""
+    can, n = bundle.manifest.capabilities, len(split.calibration)
+    fitting = len(split.fit) > 0
+    names = view_names(can) if fitting else (uncalibrated(energy=can.energy == YES),)
+    training, lightly, labelled = fitted(engine, images, split.fit)
+    combination, out = fit_views(names, training, lightly, training.logits, bundle=bundle, calibration_n=n)
+    if fitting:
+        ranks = look(engine, combination, (part for _, part in images.mixed(split.ranks, "ranks")))
+        combination = combination.with_ranks_of(ranks.raw)
+    seen: list[Places] = []
+    found = look(engine, combination, pixels_of(images.mixed(split.calibration, "calibration"), seen), LABELLED)
+    if not fitting:  # a rank among the very scores that p-values are of is monotone in the score, of which there is one
+        combination = combination.with_ranks_of(found.raw)
+        out = {name: f"{n} images; {SPLIT} are needed to fit views" for name in view_names(can) if name not in names} | out
+    there = np.concatenate(seen)
+    if len(there) < FEWEST:
+        raise EbjdatError(
+            f"{len(there)} images for p-values can be read, {len(images.unread)} cannot; a calibration takes {FEWEST} at least"
+        )
+    walked = np.empty(0, np.float32)
+    if walking:
+        walked = reached(engine, (part for _, part in images.mixed(there[:walking], "calibration", WALK_PIXELS)), STEPS)
+    logits = np.concatenate([training.logits, found.logits])[:LABELLED]
+    places = np.concatenate([labelled, there])[: len(logits)]
+    temperature = temperature_of(logits, None if label is None else label[places], images.say)
+    return record(
+        bundle,
+        "fp32",
+        combination,
+        found,
+        walked,
+        dataset=dataset,
+        handled=1 - UNTOUCHED,
+        temperature=temperature,
+        left_out=out,
+        reach_steps=STEPS,
+    )
+
+
+def pixels_of(chunks: Iterator[tuple[Places, Pixels]], seen: list[Places]) -> Iterator[Pixels]:
+    """Yield the images of chunks, and note the places of those that were read."""
+    for places, images in chunks:
+        seen.append(places)
+        yield images
+
+
+def fitted(engine: Engine, images: FolderImages, places: Places) -> tuple[Outputs, Floats, Places]:
+    """Return what the engine says of the images to fit on, the statistics of them when handled, and their places."""
+    found: list[Outputs] = []
+    lightly: list[Floats] = []
+    there: list[Places] = []
+    variants = -(-VARIANTS // max(1, len(places)))
+    for where, part in images.chunks(places):
+        found.append(classify_in_chunks(engine, to_unit(part)))
+        lightly.extend(statistics(to_unit(handled_each(part, where, SEEDS["fit"], 0.0, variant))) for variant in range(variants))
+        there.append(where)
+    if not found:
+        blank = np.full((1, 3, images.contract.height, images.contract.width), 0.5, np.float32)
+        none = Outputs(*(None if part is None else part[:0] for part in engine.classify(blank)))  # type: ignore[arg-type]
+        return none, np.empty((0, 5), np.float32), np.empty(0, np.int64)
+    return Outputs.join(found), np.concatenate(lightly), np.concatenate(there)
+
+
+def walkers(engine: Engine, bundle: Bundle, split: Split, wanted: int | None) -> tuple[int, str]:
+    """Return how many images walk for check=reach, and what is said of it beforehand."""
+    if "score" not in bundle.functions or wanted == 0:
+        why = "--reach-images 0" if wanted == 0 else bundle.manifest.capabilities.gradient
+        return 0, f"check=reach is not calibrated: {why}"
+    m = bundle.manifest
+    grey, label = np.full((1, 3, m.input.height, m.input.width), 0.5, np.float32), np.zeros(1, np.int64)
+    engine.score(grey, label)
+    began = time.perf_counter()
+    engine.score(grey, label)
+    each = 2 * STEPS * (time.perf_counter() - began)
+    most = min(REACHED, len(split.calibration))
+    n = min(most, int(REACH_SECONDS / each)) if wanted is None else min(most, wanted)
+    if n < FEWEST:
+        return (
+            0,
+            f"check=reach is not calibrated: an image's walk takes {each:.1f} s here; --reach-images {FEWEST} has it done all the same",
+        )
+    return n, f"check=reach: {n} images walk {STEPS} steps towards another label, about {duration(n * each)}; --reach-images sets how many"
+
+
+def temperature_of(logits: Floats, label: Places | None, say: Say) -> float:
+    """Return the temperature of p(y|x) by the images that have a label (not -1), 1 without enough of them."""
+    known = np.empty(0, np.int64) if label is None else np.flatnonzero(label >= 0)
+    if label is None or len(known) < FEWEST:
+        if label is not None:
+            say(f"temperature 1: {len(known)} of these images have labels, {FEWEST} are needed")
+        return 1.0
+    return fit_temperature(logits[known], label[known])
+
+
+def labels_of(files: list[Path], folder: Path, labels: list[str], folders: Mapping[str, str]) -> tuple[Places | None, str]:
+    """Return the class of each image by the sub-folder of ``folder`` that it is in, -1 for one beside them, and what to say of it.
+
+    A sub-folder is named as a label or a class's number, or ``folders`` tells its label. Without any that is, there are no labels. Raises
+    EbjdatError where some are and others are not.
+    """
+    parts = [file.relative_to(folder).parts for file in files]
+    try:
+        tops = {part[0]: class_name(folder / part[0]) for part in parts if len(part) > 1}
+    except ValueError:
+        raise EbjdatError(f"{printable(folder)}: the name of a sub-folder is not UTF-8: rename it") from None
+    known = {seen_as(name): index for index, name in enumerate(labels)}
+    wrong = [name for name in folders.values() if seen_as(name) not in known and class_number(name, len(labels)) is None]
+    if wrong:
+        raise EbjdatError(f"{wrong[0][:40]!r} is no label of the model: --folders tells labels by the names of sub-folders")
+
+    def index(name: str) -> int | None:
+        said = folders.get(name, name)
+        return known.get(seen_as(said), class_number(said, len(labels)))
+
+    found = {top: index(name) for top, name in tops.items()}
+    strange = sorted(tops[top] for top, place in found.items() if place is None)
+    if len(strange) == len(found):
+        if not found:
+            return None, "without labels, since there are no sub-folders"
+        return None, f"without labels, since no sub-folder is named as one ({strange[0][:40]!r}); --folders FILE tells their labels"
+    if strange:
+        raise EbjdatError(
+            f"{printable(folder)}: of {len(found)} sub-folders {len(strange)} are not named as a label, {strange[0][:40]!r} first: "
+            "rename them, move them away, or tell their labels (--folders FILE)"
+        )
+    label = np.array([found[part[0]] if len(part) > 1 else -1 for part in parts], np.int64)
+    beside = int((label < 0).sum())
+    return label, f"with labels of {len(found)} sub-folders" + (f", {beside} beside them without" if beside else "")
+
+
+def read_folders(file: Path | None) -> dict[str, str]:
+    """Return labels by the names of sub-folders, of a JSON object; raise EbjdatError for a file that holds none."""
+    if file is None:
+        return {}
+    try:
+        said: Any = strict_json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise EbjdatError(f"{printable(file)} cannot be read: {cause(error)}") from error
+    if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
+        example = json.dumps({"n02123045": "tabby cat"})
+        raise EbjdatError(f"{printable(file)} must be a JSON object of labels by the names of sub-folders, such as {example}")
+    return said
+
+
+def promise(n: int, alpha: float = 0.05) -> str:
+    """Return what n calibration images promise of the flag at ``alpha``."""
+    k = int(np.ceil(alpha * (n + 1) - 1e-9)) - 1
+    if k < 1:
+        return f"n = {n}: no p-value is below alpha {alpha:g}; the smallest is 1/{n + 1}"
+    low, high = np.quantile(np.random.default_rng(0).beta(k, n + 1 - k, 200_000), [0.025, 0.975])
+    return (
+        f"n = {n}: p-values down to 1/{n + 1}; at alpha {alpha:g} it flags {k / (n + 1):.1%} of images like these on average, "
+        f"and {low:.1%} to {high:.1%} by 95 of 100 such calibrations"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
