@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What exports of other people's networks, and how close the graphs are to torch: `python benchmarks/import_table.py [NAME ...] --json FILE`.
+"""What exports of other people's networks, and how close the graphs are to torch: `python benchmarks/import_table.py --json FILE`.
 
 Random weights from configs of `transformers`, real ones of EfficientNet-Lite0 from its package, and a plain CNN; each in a process of its
 own, so that the peak of its memory is its own. `--table` writes the rows of FILE as the table of docs/import-table.md.
 """
 
 import argparse
+import copy
 import json
 import resource
 import subprocess
@@ -135,21 +136,31 @@ def errors(model: Network, graphs: dict[str, ort.InferenceSession], batch: int, 
         given = graphs["score"].run(["score", "energy"], {"image": image.numpy(), "label": label.numpy()})
         named |= dict(zip(("score", "energy"), given, strict=True))
     wanted = {key: value.numpy() for key, value in expected.items()}
-    return {key: float(np.abs(named[key] - value).max() / np.abs(value).max()) for key, value in wanted.items() if key in named}
+    found = {key: float(np.abs(named[key] - value).max() / np.abs(value).max()) for key, value in wanted.items() if key in named}
+    if "score" in named:  # kinks: how far torch itself is from its score in double precision, and how far the graph is
+        double = copy.deepcopy(model).double()
+        exact = score(double, image.double(), label)[0].numpy()
+        for key, value in (("score_torch_to_double", wanted["score"]), ("score_graph_to_double", named["score"])):
+            found[key] = float(np.abs(value - exact).max() / np.abs(exact).max())
+        found["score_rms"] = float(np.linalg.norm(named["score"] - wanted["score"]) / np.linalg.norm(wanted["score"]))
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a table in Markdown."""
     lines = [
-        "| network | parameters | side | classify | features | score, step | logits | score | files / weights | export | peak |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network | parameters | side | classify | features | score, step | batches | logits | score | its rms | torch, graph to double | "
+        "files / weights | export | peak |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        worst = {key: max((each.get(key, 0.0) for each in row["errors"].values()), default=0.0) for key in ("logits", "score")}
-        batches = ", ".join(row["errors"])
+        errors = row["errors"].values()
+        worst = {key: f"{max(each[key] for each in errors):.0e}" for key in next(iter(errors))}
+        score = worst.get("score", "")
         lines.append(
             f"| {row['said']} | {row['parameters_millions']:.2f} M | {row['size']} | yes | {row['features']} | {row['gradient']} | "
-            f"{worst['logits']:.0e} | {worst['score']:.0e} (batches {batches}) | {row['bytes_ratio']:.2f} | "
+            f"{', '.join(row['errors'])} | {worst['logits']} | {score} | {worst.get('score_rms', '')} | "
+            f"{worst.get('score_torch_to_double', '')}, {worst.get('score_graph_to_double', '')} | {row['bytes_ratio']:.2f} | "
             f"{row['seconds']:.0f} s ({row['cpu_seconds']:.0f} s of CPU) | {row['peak_gb']:.1f} GB |"
         )
     return "\n".join(lines) + "\n"

@@ -229,8 +229,11 @@ def capability_fault(manifest: Manifest) -> str:
 
 
 def network_name(architecture: Mapping[str, Any]) -> str:
-    """Return family and sizes as a short name: wideresnet 16-2."""
-    sizes = "-".join(str(value) for name, value in architecture.items() if name != "family")
+    """Return family and sizes as a short name: preactresnet 18, timm resnet50."""
+    told = [value for name, value in architecture.items() if name not in ("family", "head") and isinstance(value, int | float | str)]
+    config = architecture.get("config")  # of a Hugging Face model
+    told += [config["model_type"]] if isinstance(config, Mapping) and "model_type" in config else []
+    sizes = "-".join(map(str, told))
     return f"{architecture['family']} {sizes}".strip()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
+from ebjdat_serve.networks import Plain
 from training.config import Preset
 from training.errors import TrainingError
 from training.methods import Method
@@ -36,13 +36,13 @@ class Budget:
     chains: ChainConfig  # batch, buffer and restarts; a method sets steps and lengths
 
 
-CIFAR = Preset("", "cifar10", Standard(), WideResNetArchitecture(16, 2), epochs=0)
+CIFAR = Preset("", "cifar10", Standard(), Plain(16, 2), epochs=0)
 BUDGETS = {
     "digits": Budget(
         stage=replace(
             CIFAR,
             dataset="digits",
-            architecture=WideResNetArchitecture(10, 1),
+            architecture=Plain(10, 1),
             batch_size=64,
             plain_batch=32,
             padding=1,
@@ -65,7 +65,7 @@ BUDGETS = {
         chains=ChainConfig(buffer_size=2_000, reinit=0.1),
     ),
     "large": Budget(
-        stage=replace(CIFAR, architecture=WideResNetArchitecture(16, 4), sample=replace(CIFAR.sample, steps=80)),
+        stage=replace(CIFAR, architecture=Plain(16, 4), sample=replace(CIFAR.sample, steps=80)),
         warm_epochs=25,
         joint_epochs=25,
         lr=0.2,

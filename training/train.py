@@ -23,7 +23,7 @@ from ebjdat_serve.bundle import read_json
 from ebjdat_serve.console import advice, parser_of
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.networks import FAMILIES
+from ebjdat_serve.networks import FAMILIES, FOREIGN
 from training.config import Preset
 from training.data.sources import SOURCES
 from training.distributed import connect
@@ -120,7 +120,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("preset", nargs="?", choices=choices, metavar="PRESET", help="a preset or a method; the best preset by default")
     parser.add_argument("--data", help=f"for a method: {', '.join(SOURCES)}, or a folder of class sub-folders (cifar10)")
     parser.add_argument("--budget", choices=sorted(BUDGETS), help="for a method: network and epochs; by data and device by default")
-    parser.add_argument("--network", choices=sorted(FAMILIES), help="family of networks, at its own default sizes; the budget's by default")
+    parser.add_argument(
+        "--network",
+        choices=sorted(name for name, kind in FAMILIES.items() if kind not in FOREIGN),
+        help="family of networks, at its own default sizes; the budget's by default",
+    )
     # torchrun parses --run as its own --run-path, hence the second name
     parser.add_argument("--run", "--name", help="name of the run under EBJDAT_RUNS; PRESET-DATE-TIME by default")
     parser.add_argument("--resume", action="store_true", help="continue --run, or the newest run of the preset")

@@ -36,7 +36,9 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1, precision: Precision = "fp32") -> None:
+    def __init__(
+        self, bundle: Bundle, device: Device = "auto", threads: int = 1, precision: Precision = "fp32", *, model: Network | None = None
+    ) -> None:
         if device == "tensorrt":
             fit = ("--engine onnx --device tensorrt --precision fp32", "--engine onnx --device tensorrt --precision fp16")
             raise EngineError("TensorRT runs through ONNX Runtime", options=fit)
@@ -49,7 +51,7 @@ class TorchEngine:
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         self.precision: Precision = precision
         self.provider = f"torch {torch.__version__} {self._device.type}"
-        model = load_model(bundle).to(self._device)
+        model = (model or load_model(bundle)).to(self._device)
         self._fast, self._head = model.folded(DTYPES[precision]), model.head
         # fp32 stays unfolded: it is the reference of every other engine
         exactly = precision == "fp32"

@@ -115,6 +115,7 @@ def write_weights(model: Network, models: dict[str, onnx.ModelProto], file: Path
     # each with memory of its own: tied weights share theirs
     tensors = {name: tensor.detach().cpu().numpy().copy(order="C") for name, tensor in model.state_dict().items()}
     save_file({**tensors, **constants(models.values(), {tensor.tobytes() for tensor in tensors.values()})}, file)
+    file.chmod(0o644)  # safetensors writes files that only their owner may read
 
 
 def reason(error: BaseException) -> str:

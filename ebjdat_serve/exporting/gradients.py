@@ -51,6 +51,10 @@ ONE_CELL: dict[Any, int] = {
 }
 
 
+TRAINING = get_decompositions([aten.native_batch_norm, aten.native_batch_norm_backward])
+"""torch's own, of batch norm over the images at hand."""
+
+
 def frozen_scale(x: Tensor, weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
     """Return by what batch norm multiplies in eval mode, of a shape that broadcasts over (N, C, ...)."""
     scale = 1.0 / torch.sqrt(variance + eps)
@@ -68,8 +72,11 @@ def frozen_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return batch norm in eval mode as one product and one sum; torch's decomposition takes five times as many operators."""
-    if training or mean is None or variance is None:
-        raise NotImplementedError("batch norm over the images of a batch: their answers would depend on each other")
+    if training or mean is None or variance is None:  # instance norm, too, is batch norm over a batch of one
+        found: tuple[Tensor, Tensor, Tensor] = TRAINING[aten.native_batch_norm.default](
+            x, weight, bias, mean, variance, training, momentum, eps
+        )
+        return found
     scale = frozen_scale(x, weight, variance, eps)
     shift = -mean.reshape(scale.shape) * scale
     if bias is not None:
@@ -90,6 +97,9 @@ def frozen_norm_backward(
     mask: Any,
 ) -> tuple[Tensor, None, None]:
     """Return the gradient of batch norm in eval mode in its input."""
+    if train or variance is None:
+        args = (gradient, x, weight, mean, variance, save_mean, save_invstd, train, eps, mask)
+        return TRAINING[aten.native_batch_norm_backward.default](*args)[0], None, None
     return gradient * frozen_scale(x, weight, variance, eps), None, None
 
 

@@ -103,10 +103,10 @@ class Weighted(nn.Module):
 
     def __init__(self, function: torch.fx.GraphModule, weights: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self.function = function
-        for i, weight in enumerate(weights):
-            self.register_buffer(f"weight{i}", weight)
+        self.function, self._names = function, [f"weight{i}" for i in range(len(weights))]
+        for name, weight in zip(self._names, weights, strict=True):
+            self.register_buffer(name, weight)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = self.function(*inputs, *self.buffers())
+        result: tuple[Tensor, ...] = self.function(*inputs, *(getattr(self, name) for name in self._names))
         return result

@@ -164,7 +164,7 @@ def written(found: Found, folder: Path, contract: Contract | None, image: Floats
     else:
         from ebjdat_serve.importing import network_files
 
-        draft = network_files.write(found.graph, draft, image)
+        draft = network_files.write(found.graph, draft, image, say)
     return draft
 
 

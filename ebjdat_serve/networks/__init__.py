@@ -6,7 +6,15 @@ from typing import Any
 from torch import Tensor
 
 from ebjdat_serve.errors import BundleError
-from ebjdat_serve.networks.foreign import HuggingFaceArchitecture, OnnxArchitecture, PythonArchitecture, TimmArchitecture
+from ebjdat_serve.networks.foreign import (
+    Foreign,
+    HuggingFaceArchitecture,
+    OnnxArchitecture,
+    PythonArchitecture,
+    TimmArchitecture,
+    huggingface_config,
+    package,
+)
 from ebjdat_serve.networks.network import Architecture, Network
 from ebjdat_serve.networks.normalisation import Normalisation
 from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
@@ -51,13 +59,19 @@ def build(architecture: Architecture, classes: int, weights: Mapping[str, Tensor
 
 def network_of(weights: Mapping[str, Tensor]) -> Network:
     """Return the network of ``weights``, inferred from their names and shapes, in eval mode; raise ValueError when no family matches."""
+    return build(*architecture_of_weights(weights), weights)
+
+
+def architecture_of_weights(weights: Mapping[str, Tensor]) -> tuple[Architecture, int]:
+    """Return the architecture of ``weights`` and the number of classes; raise ValueError when no family matches."""
     for kind in FAMILIES.values():
         if (found := kind.of_weights(weights)) is not None:
-            return build(*found, weights)
-    raise ValueError(f"its tensors match no network family: {', '.join(FAMILIES)}")
+            return found
+    raise ValueError(f"its tensors match no network family: {', '.join(name for name, kind in FAMILIES.items() if kind not in FOREIGN)}")
 
 
 __all__ = [
-    "CONSTANT", "FAMILIES", "FOREIGN", "Architecture", "HuggingFaceArchitecture", "Network", "Normalisation", "Plain", "PythonArchitecture",
-    "TimmArchitecture", "Wrapped", "architecture_of", "build", "find_head", "network_of",
+    "CONSTANT", "FAMILIES", "FOREIGN", "Architecture", "Foreign", "HuggingFaceArchitecture", "Network", "Normalisation", "Plain",
+    "PythonArchitecture", "TimmArchitecture", "Wrapped", "architecture_of", "architecture_of_weights", "build", "find_head",
+    "huggingface_config", "network_of", "package",
 ]  # fmt: skip

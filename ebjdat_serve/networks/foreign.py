@@ -1,7 +1,7 @@
 """Families of other people's networks: built when their package is there, never guessed from weights."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any
@@ -16,8 +16,8 @@ from ebjdat_serve.networks.wrapped import Wrapped
 
 TIMM_NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_]{1,100})?")
 CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-LOCAL = ("_name_or_path", "transformers_version", "id2label", "label2id", "num_labels", "torch_dtype", "dtype", "auto_map", "architectures")
-"""Keys of a Hugging Face config that a bundle leaves out: of the machine that saved it, or what the bundle says itself."""
+LOCAL = ("transformers_version", "id2label", "label2id", "num_labels", "torch_dtype", "dtype", "architectures", "attn_implementation")
+"""Keys of a Hugging Face config that a bundle leaves out: of what saved it, or what the bundle says itself; and all that begin with _."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class HuggingFaceArchitecture(Foreign):
         transformers = package("transformers", self.family)
 
         def make() -> nn.Module:
-            sizes = {name: value for name, value in self.config.items() if name not in LOCAL and name != "model_type"}
-            config = transformers.AutoConfig.for_model(self.config["model_type"], **sizes)
+            told = huggingface_config(self.config)
+            config = transformers.AutoConfig.for_model(told.pop("model_type"), **told)
             config.num_labels = classes
             # eager: plain matrix products and a softmax, which trace and export
             made: nn.Module = transformers.AutoModelForImageClassification.from_config(
@@ -115,6 +115,11 @@ class OnnxArchitecture(Architecture):
 
     def build(self, classes: int) -> Network:
         raise EngineError("the network came as an ONNX graph: there is none for torch", options=("--engine onnx",))
+
+
+def huggingface_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a Hugging Face config says which network it is."""
+    return {name: value for name, value in config.items() if name not in LOCAL and not name.startswith("_")}
 
 
 def package(name: str, family: str) -> Any:

@@ -16,7 +16,7 @@ class Network(nn.Module, ABC):
     """
 
     autocast: torch.dtype | None = None
-    head: nn.Module
+    head: nn.Linear
     no_features: str = ""  # the reason why ``features`` are not what a last layer takes
 
     def __init__(self, classes: int) -> None:

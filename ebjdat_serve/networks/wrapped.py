@@ -1,7 +1,7 @@
 """Anybody's module as a Network: pixels normalised inside, fp32 logits, and the features that its last linear layer takes."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,13 @@ class Wrapped(Network):
             raise ValueError(f"its last linear layer is said to be {head[:80]!r}, and it has none of that name")
 
     @property
-    def head(self) -> nn.Module:  # type: ignore[override]  # not a module of its own, which would be a second name of its weights
-        """Return the layer from features to logits."""
-        return self.module.get_submodule(self.head_name) if self.head_name else nn.Identity()
+    def head(self) -> nn.Linear:  # type: ignore[override]  # not a module of its own, which would be a second name of its weights
+        """Return the layer from features to logits; the identity where features are the logits."""
+        return cast(nn.Linear, self.module.get_submodule(self.head_name) if self.head_name else nn.Identity())
 
     def forward(self, image: Tensor) -> Tensor:
-        return logits_of(self.module(self.normalised(image))).float()
+        logits: Tensor = logits_of(self.module(self.normalised(image))).float()
+        return logits
 
     def normalised(self, image: Tensor) -> Tensor:
         """Return what the module takes."""
@@ -101,11 +102,10 @@ def logits_of(output: Any) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor):
         raise ValueError(f"it returns {type(output).__name__} and no tensor of logits")
-    if output.dim() > 2:
-        output = output.flatten(1)
-    if output.dim() != 2:
-        raise ValueError(f"it returns a tensor of shape {tuple(output.shape)}, not logits (N, K)")
-    return output
+    logits: Tensor = output.flatten(1) if output.dim() > 2 else output
+    if logits.dim() != 2:
+        raise ValueError(f"it returns a tensor of shape {tuple(logits.shape)}, not logits (N, K)")
+    return logits
 
 
 def find_head(module: nn.Module, example: Tensor) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """LAS-AT (Jia et al., arXiv 2203.06616): a strategy network chooses each image's attack, and is rewarded by its effect on training.
 
 After the released code: eps, steps and step size are categorical choices of the strategy network per image, sampled; every
-``interval`` steps it takes one REINFORCE step on a reward of the whole batch. The strategy network here is a small WideResNet, not a
+``interval`` steps it takes one REINFORCE step on a reward of the whole batch. The strategy network here is a small one of ours, not a
 ResNet-18, and the look-ahead's rate is a number of its own.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebjdat_serve.networks.wideresnet import WideResNet
+from ebjdat_serve.networks import Network, Plain
 from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached
 from training.methods.adversary import Attack, Threat, ascent, begin, cross_entropy, frozen, norm
 from training.methods.at import cross_entropy_adversary
@@ -22,7 +22,7 @@ from training.methods.at import cross_entropy_adversary
 class Strategy:
     """The strategy network, the sizes of its heads, and the number of steps taken."""
 
-    network: WideResNet
+    network: Network
     heads: list[int]
     steps: int = 0
 
@@ -63,7 +63,7 @@ class LasAt(Method[Strategy]):
         heads = [high - low + 1 for low, high in (self.eps, self.steps, self.step)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.noise.generator.initial_seed())
-            network = WideResNet(10, 1, sum(heads))
+            network = Plain(10, 1).build(sum(heads))
         return Strategy(network.to(context.device).eval(), heads)
 
     def solve(self, model: nn.Module, batch: Batch, state: Strategy, context: StepContext) -> Batch:

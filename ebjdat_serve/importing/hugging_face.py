@@ -1,0 +1,237 @@
+"""A folder of Hugging Face transformers as a source of ``ebjdat-serve import``: config, preprocessor, safetensors; no code."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from ebjdat_serve.bundle import parse_json, read_bytes
+from ebjdat_serve.contract import crop_of
+from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.importing.checkpoint import first_line
+from ebjdat_serve.importing.contract_file import Contract
+from ebjdat_serve.importing.found import Found
+from ebjdat_serve.importing.torch_source import found, licence_of
+from ebjdat_serve.listing import printable
+from ebjdat_serve.manifest import Input, Licence
+from ebjdat_serve.networks import HuggingFaceArchitecture, Normalisation, huggingface_config, package
+
+LARGEST_JSON, LARGEST_CARD, LARGEST_WEIGHTS = 4 * 2**20, 2**16, 8 * 2**30
+MOST_LAYERS, MOST_SIZE, MOST_NUMBERS = 1000, 2**17, 1000
+FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "area"}
+"""Pillow's numbers of filters."""
+FOLDER_FILES = ("config.json", "preprocessor_config.json")
+
+
+def find(source: str, *, labels: list[str] | None, contract: Contract | None, licence: Licence | None, allow_code: bool) -> Found:
+    """Return the image classifier in a folder as ``save_pretrained`` writes it. ``allow_code`` changes nothing.
+
+    Raises EbjdatError for a folder that brings code, has weights as pickles alone, or is of no image classifier.
+    """
+    folder = Path(source)
+    config, _ = (checked_json(folder / name) for name in FOLDER_FILES)
+    check_config(config, folder)
+    check_weights(folder)
+    transformers = package("transformers", "huggingface")
+    kept = huggingface_config(config)
+    architecture = HuggingFaceArchitecture(kept)
+    names = label_names(config)
+    module = loaded(transformers, folder, kept, len(names))
+    processor = processor_of(transformers, folder)
+    size, normalisation = input_of(processor), normalisation_of(processor)
+    own = None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+    return found(
+        module,
+        HuggingFaceArchitecture(architecture.config, normalisation=normalisation),
+        name=folder.resolve().name,
+        source=printable(folder.resolve().name),
+        size=size,
+        labels=labels or own,
+        licence=licence_of(licence, contract, code="Apache-2.0", weights=card_licence(folder)),
+        reference=reference(processor, module),
+        said=[
+            f"transformers {transformers.__version__}: {type(module).__name__}, {config['model_type']}",
+            f"input: {type(processor).__name__} of preprocessor_config.json",
+        ],
+        unknown=[],
+    )
+
+
+def checked_json(file: Path) -> dict[str, Any]:
+    """Return a JSON object of a folder; raise EbjdatError for one that names code of its own."""
+    if not file.is_file():
+        raise EbjdatError(f"{printable(file)} is missing: save_pretrained of the model and of its image processor write what is needed")
+    data = parse_json(read_bytes(file, LARGEST_JSON), file)
+    if not isinstance(data, dict):
+        raise EbjdatError(f"{printable(file)} is no JSON object")
+    for key in ("auto_map", "quantization_config", "custom_pipelines"):
+        if data.get(key):
+            raise EbjdatError(f"{printable(file)} has {key}: a model that brings code or is quantised is not imported")
+    return data
+
+
+def check_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise EbjdatError for a config of no image classifier, or of sizes that no classifier has."""
+    kinds = config.get("architectures")
+    kind = kinds[0] if isinstance(kinds, list) and kinds else None
+    if not isinstance(config.get("model_type"), str) or not isinstance(kind, str) or "ForImageClassification" not in kind:
+        raise EbjdatError(f"{printable(folder)} is of {str(kind)[:60]}, no image classifier (…ForImageClassification)")
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, Mapping) and name not in ("id2label", "label2id"):
+            for key, part in value.items():
+                walk(str(key), part)
+        elif isinstance(value, list):
+            if len(value) > MOST_NUMBERS:
+                raise EbjdatError(f"{printable(folder)}: config.json: {name[:60]} has {len(value)} values")
+            for part in value:
+                walk(name, part)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            most = MOST_LAYERS if re.search("layers|depths?$|blocks|stages|repeat", name) else MOST_SIZE
+            if abs(value) > most:
+                raise EbjdatError(f"{printable(folder)}: config.json: {name[:60]} is {value}, more than {most}")
+
+    walk("", config)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise EbjdatError unless the folder has its weights as safetensors, within its own folder, of a bounded size."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        why = f"only {pickles[0]}, a pickle, which is never read: save_pretrained writes safetensors" if pickles else "no *.safetensors"
+        raise EbjdatError(f"{printable(folder)} has {why}")
+    home = folder.resolve()
+    if any(file.resolve().parent != home for file in files):
+        raise EbjdatError(f"{printable(folder)}: its weights are links that leave the folder: put the files themselves there")
+    if sum(file.stat().st_size for file in files) > LARGEST_WEIGHTS:
+        raise EbjdatError(f"{printable(folder)}: its weights have more than {LARGEST_WEIGHTS} bytes")
+
+
+def label_names(config: Mapping[str, Any]) -> list[str]:
+    """Return the labels of a config by class, LABEL_0 and so on where it has none; raise EbjdatError where they are not of 0 to K - 1."""
+    named = config.get("id2label")
+    if not isinstance(named, dict):
+        count = config.get("num_labels", 2)
+        return [f"LABEL_{i}" for i in range(count if isinstance(count, int) and 0 < count <= MOST_SIZE else 2)]
+    labels = [named.get(str(i)) for i in range(len(named))]
+    if not all(isinstance(label, str) for label in labels) or len(labels) < 2:
+        raise EbjdatError("config.json: id2label must name each class from 0 on, two or more")
+    return [str(label).strip() for label in labels]
+
+
+def loaded(transformers: Any, folder: Path, config: dict[str, Any], classes: int) -> nn.Module:
+    """Return the model with every weight of the folder; raise EbjdatError where one is missing or of another shape."""
+    try:
+        sizes = {name: value for name, value in config.items() if name != "model_type"}
+        told = transformers.AutoConfig.for_model(config["model_type"], **sizes)
+        told.num_labels = classes
+        with torch.device("meta"):  # what it would take, before it is taken
+            planned = transformers.AutoModelForImageClassification.from_config(told, attn_implementation="eager", trust_remote_code=False)
+        wanted = sum(parameter.numel() for parameter in planned.parameters())
+        if wanted > (held := sum(file.stat().st_size for file in folder.glob("*.safetensors"))):
+            raise EbjdatError(f"{printable(folder)}: config.json asks for {wanted} parameters, its weights have {held} bytes")
+        model, info = transformers.AutoModelForImageClassification.from_pretrained(
+            folder, config=told, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="eager",
+            dtype=torch.float32, output_loading_info=True,
+        )  # fmt: skip
+    except EbjdatError:
+        raise
+    except Exception as error:
+        raise EbjdatError(f"{printable(folder)} is not read by transformers: {type(error).__name__}: {first_line(error)}") from error
+    if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise EbjdatError(f"{printable(folder)}: the weights do not fit config.json: {str(sorted(map(str, lacking))[0])[:100]}")
+    made: nn.Module = model
+    return made
+
+
+def processor_of(transformers: Any, folder: Path) -> Any:
+    """Return the image processor of a folder, that of Pillow; raise EbjdatError where transformers knows none."""
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend="pil")
+    except Exception as error:
+        raise EbjdatError(f"{printable(folder)}: no image processor: {type(error).__name__}: {first_line(error)}") from error
+
+
+def normalisation_of(processor: Any) -> Normalisation:
+    """Return what a processor does to values, on pixels in [0,1]."""
+    scale = 255 * float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 255.0
+    mean, std = [0.0] * 3, [1.0] * 3
+    if getattr(processor, "do_normalize", False):
+        mean, std = ([float(value) for value in spread(part)] for part in (processor.image_mean, processor.image_std))
+    if getattr(processor, "include_top", False):  # EfficientNet's divides by its std once more
+        std = [value * value for value in std]
+    if getattr(processor, "rescale_offset", False):
+        raise EbjdatError("the image processor shifts pixels after it scales them (rescale_offset), which is not imported")
+    return Normalisation(round(scale, 9), mean, std, "bgr" if getattr(processor, "do_flip_channel_order", False) else "rgb")
+
+
+def spread(value: Any) -> list[Any]:
+    """Return a mean or std of three channels, which may be told as one number."""
+    return [value] * 3 if isinstance(value, int | float) else list(value)
+
+
+def input_of(processor: Any) -> Input:
+    """Return the input contract of an image processor; raise EbjdatError for one that resizes as no contract says."""
+    size, crop = sides(getattr(processor, "size", None)), sides(getattr(processor, "crop_size", None))
+    kind = FILTERS.get(int(getattr(processor, "resample", 2) or 0))
+    cropped = getattr(processor, "do_center_crop", False) and crop
+    if not getattr(processor, "do_resize", False) or not size or kind is None or getattr(processor, "do_pad", False):
+        raise EbjdatError("the image processor does not resize to one size, or by a filter that no contract has")
+    share = getattr(processor, "crop_pct", None)
+    if share and "shortest_edge" in size:  # of ConvNeXt: below 384 resized and cropped, from there on squashed
+        side = size["shortest_edge"]
+        if side >= 384:
+            return Input(side, side, "squash", kind)  # type: ignore[arg-type]
+        return Input(side, side, "shorter", kind, crop_of(side, side, (int(side / share),) * 2), "floor")  # type: ignore[arg-type]
+    if "height" in size:
+        frame, resize = (size["height"], size["width"]), "squash"
+    elif set(size) == {"shortest_edge"}:
+        frame, resize = (size["shortest_edge"],) * 2, "shorter"
+    else:
+        raise EbjdatError(f"the image processor resizes by {', '.join(sorted(size))}, which no contract says")
+    if resize == "shorter" and not cropped:
+        raise EbjdatError("the image processor crops nothing, so that images are of many sizes: set do_center_crop and crop_size")
+    high, wide = (crop["height"], crop["width"]) if cropped else frame
+    return Input(high, wide, resize, kind, crop_of(high, wide, frame), "floor")  # type: ignore[arg-type]
+
+
+def sides(size: Any) -> dict[str, int]:
+    """Return a size of a processor as its named sides, those that are said."""
+    if isinstance(size, int):
+        return {"height": size, "width": size}
+    named = size if isinstance(size, Mapping) else vars(size) if size is not None else {}
+    return {str(name): int(value) for name, value in named.items() if value is not None}
+
+
+def card_licence(folder: Path) -> str:
+    """Return the licence that the model card's front matter says, "" if none."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        head = stream.read(LARGEST_CARD).decode("utf-8", "replace")
+    told = re.match(r"---\s*\n(.*?)\n---", head, re.S)
+    line = re.search(r"^license:\s*([\w.+-]{1,60})\s*$", told[1], re.M) if told else None
+    return line[1] if line else ""
+
+
+def reference(processor: Any, module: nn.Module) -> Callable[[bytes], NDArray[np.float32]]:
+    """Return the folder's own pipeline from an encoded image to logits (K,)."""
+
+    def run(encoded: bytes) -> NDArray[np.float32]:
+        with Image.open(io.BytesIO(encoded)) as image, torch.no_grad():
+            taken = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+            logits: NDArray[np.float32] = module(taken).logits[0].float().numpy()
+        return logits
+
+    return run
