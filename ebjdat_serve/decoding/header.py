@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
-from ebjdat_serve.contract import Input, cost_of
+from ebjdat_serve.contract import Cost, Input, cost_of
 from ebjdat_serve.errors import InvalidImage
 
 Bytes = bytes | bytearray
@@ -81,10 +81,14 @@ class Header(NamedTuple):
             squashed = 12 * longer * (max(self.width, self.height) // scale + longer)  # in one direction, and the result
             # it is turned upright once it is small
             return 4 * -(-self.width // scale) * -(-self.height // scale) + self.fixed + squashed + WORKING_BYTES
-        return self.depth * self.pixels + self.fixed + cost_of(contract, self.height, self.width).memory + WORKING_BYTES
+        return self._whole(cost_of(contract, self.height, self.width))
 
-    def check(self, contract: Input, limits: Limits) -> None:
-        """Raise InvalidImage if the image is larger than it may be when it is decoded for ``contract``, or would be once it is resized."""
+    def _whole(self, cost: Cost) -> int:
+        """Return about how many bytes the decode takes at its peak if the image is not reduced."""
+        return self.depth * self.pixels + self.fixed + cost.memory + WORKING_BYTES
+
+    def check(self, contract: Input, limits: Limits) -> Cost:
+        """Return what it takes to resize the image for ``contract``; raise InvalidImage if it is or becomes larger than it may be."""
         size = f"the {self.format} has {self.width} x {self.height} pixels"
         if not self.pixels:
             damaged(self.format, "it has no pixels")
@@ -94,13 +98,15 @@ class Header(NamedTuple):
         allowed = limits.max_jpeg_pixels if reduced else limits.max_pixels
         if self.pixels > allowed:
             raise InvalidImage(f"{size}; the limit is {allowed} in all: send it smaller", too_large=True)
-        if fault := contract.fault(cost_of(contract, self.height, self.width), limits.max_pixels):
+        cost = cost_of(contract, self.height, self.width)
+        if fault := contract.fault(cost, limits.max_pixels):
             raise InvalidImage(f"{size}, and {fault}", too_large=True)
-        needed = self.memory(contract, limits)
+        needed = self.memory(contract, limits) if reduced else self._whole(cost)
         if needed > limits.max_memory:
             mib = 2**20
             said = f"{size}, which take about {needed // mib} MiB to decode; the limit is {limits.max_memory // mib}: send it smaller"
             raise InvalidImage(said, too_large=True)
+        return cost
 
 
 class TooLong(Exception):

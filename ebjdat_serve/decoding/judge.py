@@ -5,7 +5,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TypeVar
 
-from ebjdat_serve.contract import Input, cost_of
+from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding import bmff, bmp, gif, jpeg, png, tiff, webp
 from ebjdat_serve.decoding.header import Bytes, Header, Limits, Steps
 from ebjdat_serve.errors import InvalidImage
@@ -60,8 +60,7 @@ def judge(data: Bytes, contract: Input, limits: Limits, steps: Steps | None = No
     steps = steps or Steps()
     steps.take(STEPS_OF_ANY)
     header = JUDGES[judge_kind(data, limits)](data, limits, steps)
-    header.check(contract, limits)
-    more = cost_of(contract, header.height, header.width).work
+    more = header.check(contract, limits).work
     if (beyond := len(data) - RAW_BYTES * header.pixels - FREE_BYTES) > 0 and header.format in HUFFMAN:
         more += BYTE_WORK * beyond
     return header._replace(extra_work=header.extra_work + more) if more else header
