@@ -76,7 +76,7 @@ def lite0() -> nn.Module:
 
 
 CASES = {
-    "plain-cnn": Case("a user's plain CNN", lambda: PlainCNN(10), size=64, classes=10),
+    "plain-cnn": Case("a user's plain CNN", lambda: PlainCNN(12), size=64, classes=12),
     "efficientnet-lite0": Case("EfficientNet-Lite0, ImageNet weights", lite0),
     "mobilenet-v2": Case("MobileNetV2", configured("mobilenet_v2")),
     "resnet-50": Case("ResNet-50", configured("resnet")),

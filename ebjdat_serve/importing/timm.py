@@ -81,7 +81,9 @@ def input_of(configuration: Mapping[str, Any]) -> Input:
     resize = {"center": "shorter" if height == width else "cover", "squash": "squash", "border": "pad"}[mode]
     colour = "#" + "".join(f"{round(255 * value):02x}" for value in configuration["mean"]) if mode == "border" else "#000000"
     crop = float(configuration["crop_pct"] or 1.0)
-    return Input(height, width, resize, FILTERS[kind], crop, "round", colour)  # type: ignore[arg-type]
+    # of unequal sides timm passes no interpolation on, and its default is bilinear
+    chosen = "bilinear" if resize == "cover" else FILTERS[kind]
+    return Input(height, width, resize, chosen, crop, "round", colour)  # type: ignore[arg-type]
 
 
 def labels_of(timm: Any, model: nn.Module) -> tuple[list[str] | None, str]:
