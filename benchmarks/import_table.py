@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.energy import score
 from ebjdat_serve.exporting.functions import export_network
+from ebjdat_serve.importing.onnx_run import session
 from ebjdat_serve.networks import HuggingFaceArchitecture, Network, Normalisation, Wrapped, find_head
 
 TABLE = Path(__file__).parent.parent / "docs" / "import-table.md"
@@ -104,9 +104,7 @@ def measure(name: str) -> dict[str, Any]:
         row |= {"features": done.features, "gradient": done.gradient}
         weights = sum(tensor.nbytes for tensor in model.state_dict().values())
         row["bytes_ratio"] = sum((Path(folder) / file).stat().st_size for file in done.files) / weights
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads()
-        graphs = {file[:-5]: ort.InferenceSession(f"{folder}/{file}", options) for file in done.files if file.endswith(".onnx")}
+        graphs = {file[:-5]: session(Path(folder) / file, threads()) for file in done.files if file.endswith(".onnx")}
         row["errors"] = {str(batch): errors(model, graphs, batch, case) for batch in ((1, 3) if case.size > LARGE else (1, 3, 32))}
     return row
 
@@ -123,7 +121,7 @@ def wrapped(case: Case) -> Network:
     return Wrapped(module, case.classes, IMAGENET, head).eval().requires_grad_(False)
 
 
-def errors(model: Network, graphs: dict[str, ort.InferenceSession], batch: int, case: Case) -> dict[str, float]:
+def errors(model: Network, graphs: dict[str, Any], batch: int, case: Case) -> dict[str, float]:
     """Return max|graph - torch| / max|torch| of every output; labels are classes and the marginal."""
     image, label = torch.rand(batch, 3, case.size, case.size), torch.arange(batch) % 5 - 1
     with torch.no_grad():

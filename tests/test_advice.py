@@ -303,7 +303,7 @@ def test_every_extra_and_version_that_a_text_names_exists():
                 seen += 1
                 if call.func.id == "install":
                     assert set(words[0].split(",")) <= set(known["optional-dependencies"]), (file, words)
-                elif words[0] == "install" and file.name != "install.py":
+                elif words[0] == "install" and file.name != "install.py" and words[1]:  # a name that is computed has no version
                     assert words[1] == pinned[words[1].split("==")[0]], (file, words)
     assert seen > 8
 
