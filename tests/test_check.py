@@ -60,6 +60,7 @@ def test_it_says_what_walk_and_search_find_and_decides_by_all_three(live, shippe
         }
 
 
+@pytest.mark.slow
 def test_one_image_and_a_radius_of_ones_own(live, shipped, images):
     engine, unit = OnnxEngine(shipped, "cpu"), to_unit(images)
     for radius in (RADIUS / 8, 8 / 255):

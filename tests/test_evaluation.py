@@ -247,6 +247,7 @@ def test_the_images_that_an_attack_fooled_are_counted_apart(weights, runs):
     assert by["auroc_max_softmax", "fooled"].n == 4 + 2
 
 
+@pytest.mark.slow
 def test_max_softmax_stands_beside_every_figure_of_the_served_score(weights, runs):
     few = replace(SUITES["quick"].at_most(8), hostile=2, queries=3)
     rows = evaluate_module(made(Net, weights), "digits", suite=few, parts=("suspicion", "shifts", "hostile"), folder=runs / "few")
@@ -785,6 +786,7 @@ def test_shifts_go_through_the_servers_decoder(test_images):
 # Cards and comparisons ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_card_of_stale_figures_is_refused(golden, tmp_path):
     bundle = copied(golden, tmp_path / "bundle")
     row, *others = bundle.metrics()

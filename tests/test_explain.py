@@ -245,6 +245,7 @@ def test_a_client_that_leaves_is_not_worked_for(server, sent):
     assert explained(server, sent)["valid"]
 
 
+@pytest.mark.slow
 def test_it_is_answered_504_at_the_deadline(server, sent):
     with stopped(server):
         late = HTTP.post(f"{server.url}/explain", content=sent)

@@ -26,6 +26,7 @@ def test_a_client_with_many_items_keeps_nobody_waiting():
 
 
 @given(st.lists(st.lists(costs, min_size=20, max_size=60), min_size=2, max_size=6), st.randoms())
+@pytest.mark.slow
 def test_shares_are_equal_while_all_wait_whatever_they_have_waiting(clients, random):
     queue, served = FairQueue(), Counter()
     items = [(client, cost) for client, wanted in enumerate(clients) for cost in wanted]

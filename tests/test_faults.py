@@ -222,6 +222,7 @@ def test_a_worker_killed_at_work_costs_its_requests_only_and_at_once(battered, p
     wait_ready(battered)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced(battered, picture):
     """A stopped process says nothing: after --worker-timeout it is killed, and its request is answered."""
     wait_ready(battered)

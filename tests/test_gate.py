@@ -99,6 +99,7 @@ def test_a_worse_model_stays_a_candidate_and_current_is_what_it_was(good, worse,
     assert json.loads((tmp_path / "gate.json").read_text())["reason"] == said["reason"]
 
 
+@pytest.mark.slow
 def test_each_model_is_judged_by_its_own_views(good, digits, tmp_path):
     """One calibrated by the logits alone no longer sees blank images, and is held back for it."""
     blind = calibrate(copied(good, tmp_path / "blind"), digits, views=("logits",))

@@ -115,6 +115,7 @@ def mismatched(tmp_path_factory):
 
 
 @pytest.mark.parametrize("style", ["text", pytest.param("json", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_failed_start_is_one_line_with_the_reason(mismatched, tmp_path, style):
     words = ("-m", "ebjdat_serve.cli", "serve", mismatched, "--port", free_port(), "--device", "cpu", "--threads", "1", "--log", style)
     done = python(*words, cwd=tmp_path, PYTHONPATH=str(ROOT))

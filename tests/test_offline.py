@@ -249,6 +249,7 @@ def test_the_documentation_pages_load_from_this_server_alone(live):
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"needs a Chromium at {CHROMIUM}: apt-get install chromium, or set CHROMIUM to another")
 @pytest.mark.parametrize(("path", "drawn"), [("/docs", 'data-path="/classify"'), ("/redoc", "operation/classify_classify_post")])
+@pytest.mark.slow
 def test_a_browser_draws_the_documentation(live, tmp_path, path, drawn):
     """With their policy in force, and nothing but this server to ask."""
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000"]

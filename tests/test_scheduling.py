@@ -279,6 +279,7 @@ def test_who_draws_now_and_then_leads_beside_one_that_has_130_drawings():
     st.integers(1, 6),
     st.booleans(),
 )
+@pytest.mark.slow
 def test_no_chain_of_any_client_waits_longer_than_the_stated_bound(jobs, n, several_sizes):
     """A chain of a client with n, one of C clients, waits 2 C n (1 + 1 / FAIRNESS_QUOTA) (1 + 1 / CLIENT_QUOTA) chain-steps at most.
 

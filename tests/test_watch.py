@@ -101,6 +101,7 @@ def test_the_report_also_runs_alone_and_says_what_it_wants(stage, tmp_path):
     assert "holds no log.jsonl" in done.stderr
 
 
+@pytest.mark.slow
 def test_help_shows_presets_with_numbers_and_durations():
     said = subprocess.run(
         [sys.executable, str(ROOT / "training" / "train.py"), "--help"], capture_output=True, text=True, check=True
