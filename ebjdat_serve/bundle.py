@@ -157,8 +157,10 @@ class Bundle:
     def check_precision(self, precision: str) -> None:
         """Raise BundleError when a figure of ``precision`` is missing or beyond its limit; fp32 needs none."""
         if precision != "fp32":
-            step = "weights.safetensors" if precision == "bf16" else self.graph("step", precision).name
-            check(self.metrics(), precision, {self.measured(precision), self.manifest.files[step].sha256})
+            of = {self.measured(precision)}
+            if steps := "step" in self.functions:
+                of.add(self.manifest.files["weights.safetensors" if precision == "bf16" else self.graph("step", precision).name].sha256)
+            check(self.metrics(), precision, of, steps=steps)
 
     def holds(self, of: str) -> bool:
         """Return whether ``of`` is the sha256 of one of the bundle's files; figures of any other file are stale."""

@@ -55,7 +55,10 @@ Places = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """Places of images in the listing: of those that views are fitted on, that their ranks are of, and that p-values are of."""
+    """Places of images in the listing: of those that views are fitted on, that their ranks are of, and that p-values are of.
+
+    Each part is in random order, since the first of one may be all that walk: a listing is sorted, by classes where there are any.
+    """
 
     fit: Places
     ranks: Places
@@ -66,9 +69,9 @@ class Split:
         """Return the split of n images, ``most`` of which are to fit on; the same n is always split alike."""
         order, none = np.random.default_rng(0).permutation(n), np.empty(0, np.int64)
         if n < SPLIT:
-            return cls(none, none, np.sort(order))
+            return cls(none, none, order)
         fit, ranks = min(n // 4, most), min(n // 4, FITTED)
-        return cls(*(np.sort(part) for part in np.split(order, [fit, fit + ranks])))
+        return cls(*np.split(order, [fit, fit + ranks]))
 
 
 @dataclass
@@ -166,7 +169,7 @@ def calibrate_folder(
     images.turns = n + walking
     done = calibrated(engine, bundle, images, split, label, f"{n} images of {printable(folder.name or folder.resolve().name)}", walking)
     if images.unread:
-        first = "; ".join(f"{printable(file.name)}: {why}" for file, why in list(images.unread.items())[:SHOWN])
+        first = "; ".join(f"{printable(file.name)}: {why}" for file, why in sorted(images.unread.items())[:SHOWN])
         say(f"left out {len(images.unread)} that cannot be read: {first}" + ("; …" if len(images.unread) > SHOWN else ""))
     return done
 

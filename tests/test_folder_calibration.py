@@ -59,6 +59,7 @@ def test_parts_have_no_image_in_common_and_all_together(n):
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(n))
     assert len(split.calibration) == (n if n < fc.SPLIT else n - 2 * min(n // 4, 10_000))
     assert all(np.array_equal(one, other) for one, other in zip(parts, vars(Split.of(n)).values(), strict=True))
+    assert abs(np.mean(split.calibration[: n // 3]) / n - 0.5) < 0.25  # the first to walk are of no one class of a sorted listing
 
 
 def test_of_few_images_all_are_for_p_values_by_a_score_that_needs_no_fit(few, tmp_path):

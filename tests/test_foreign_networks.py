@@ -225,7 +225,8 @@ def test_foreign_families_are_described_and_never_guessed():
     [
         ({"family": "timm", "model": "../x"}, "no name of a model of timm"),
         ({"family": "huggingface", "config": {}}, "must name model_type"),
-        ({"family": "huggingface", "config": {"model_type": "x", "auto_map": {}}}, "never run"),
+        ({"family": "huggingface", "config": {"model_type": "timm_wrapper"}}, "is of 'timm_wrapper'"),
+        ({"family": "huggingface", "config": {"model_type": "vit", "auto_map": {"AutoConfig": "x"}}}, "never run"),
         ({"family": "python", "callable": "os.system('x')"}, "not package.module:callable"),
         (
             {"family": "python", "callable": "a:b", "normalisation": {"scale": 0.0, "mean": [], "std": [], "channels": "rgb"}},
@@ -369,9 +370,14 @@ def test_folders_of_hugging_face_that_bring_code_pickles_or_no_classifier_are_re
             hugging_face.find(str(tmp_path), **ASKED)
         assert "\n" not in str(error.value)
 
-    refused("brings code", {**good, "auto_map": {"AutoModel": "code.Net"}})
-    refused("brings code", processor='{"auto_map": {"AutoImageProcessor": "code.P"}}')
-    refused("quantised", {**good, "quantization_config": {"x": 1}})
+    refused("auto_map: what it names", {**good, "auto_map": {"AutoModel": "code.Net"}})
+    refused("auto_map: code", processor='{"auto_map": {"AutoImageProcessor": "code.P"}}')
+    refused("quantization_config", {**good, "quantization_config": {"x": 1}})
+    wrapper = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"], "architecture": "resnet18"}
+    refused("of 'timm_wrapper'", {**wrapper, "model_args": {"checkpoint_path": "evil.pt"}})  # timm would unpickle it
+    refused("model_args", {**good, "parts": [{"model_args": {"checkpoint_path": "evil.pt"}}]})
+    refused("backbone", {**good, "vision_config": {"backbone": "resnet18"}})
+    refused("transformers_weights", {**good, "transformers_weights": "pytorch_model.bin"})
     refused("a pickle, which is never read", weights="pytorch_model.bin")
     refused("no image classifier", {**good, "architectures": ["ViTModel"]})
     refused("num_hidden_layers is 1000000000", {**good, "num_hidden_layers": 10**9})
@@ -380,6 +386,10 @@ def test_folders_of_hugging_face_that_bring_code_pickles_or_no_classifier_are_re
     refused("no JSON object", "[]")
     refused("cannot be read", "[" * 100_000)
     (tmp_path / "config.json").write_text(json.dumps(good))
+    for shard in ("../elsewhere.safetensors", "/etc/x.safetensors", "pytorch_model.bin"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+        with pytest.raises(EbjdatError, match="names weights that are no"):
+            hugging_face.find(str(tmp_path), **ASKED)
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(EbjdatError, match="is missing"):
         hugging_face.find(str(tmp_path), **ASKED)

@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ebjdat_serve.importing.contract_file import read_contract
 from ebjdat_serve.importing.images import made
 from ebjdat_serve.importing.onnx_graph import opset
 from ebjdat_serve.importing.onnx_reader import ORIGINAL, SERVED, attempt, look, size_of
-from ebjdat_serve.importing.onnx_rewrite import Pixels
+from ebjdat_serve.importing.onnx_rewrite import Pixels, renamed
 from ebjdat_serve.importing.onnx_run import served
 from ebjdat_serve.manifest import YES
 from ebjdat_serve.pixels import decode, encode_png, to_unit
@@ -78,15 +79,23 @@ def test_rgb_is_not_turned_round(tmp_path):
     near(served(onnx.load(tmp_path / SERVED), IMAGES)["logits"], by_hand(IMAGES, "RGB")[1])
 
 
-@pytest.mark.parametrize(
-    ("ending", "probabilities", "why"),
-    [("scaled", softmax, "cannot be cut off"), ("Sigmoid", lambda z: 1 / (1 + np.exp(-z)), "do not exclude each other")],
-)
-def test_probabilities_that_no_softmax_ends_have_no_energy(tmp_path, ending, probabilities, why):
-    about, found = tried(classifier(ending=ending), tmp_path)
-    assert set(found) == ({"probabilities", "features"} if ending == "Sigmoid" else {"probabilities"})
-    near(found["probabilities"], probabilities(by_hand(IMAGES)[1]))
-    assert about.output == "probabilities" and why in about.energy
+def test_probabilities_that_no_softmax_ends_have_no_energy(tmp_path):
+    about, found = tried(classifier(ending="scaled"), tmp_path)
+    assert set(found) == {"probabilities"}
+    near(found["probabilities"], softmax(by_hand(IMAGES)[1]))
+    assert about.output == "probabilities" and "cannot be cut off" in about.energy
+
+
+def test_classes_that_do_not_exclude_each_other_are_refused(tmp_path):
+    """Of an image of nothing every sigmoid may be small; shares of their sum would say that it is something."""
+    with pytest.raises((EbjdatError, ValueError), match="do not exclude each other"):
+        tried(classifier(ending="Sigmoid"), tmp_path)
+
+
+def test_names_that_become_alike_stay_apart():
+    graph = helper.make_graph([helper.make_node("Relu", [a], [b]) for a, b in pairwise(["x_.3", "x*", "x+", "x ", "y"])], "g", [], [])
+    names = renamed(graph, "image")
+    assert len(set(names.values())) == len(names) == 6
 
 
 def test_log_probabilities_by_hand_have_no_energy(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.graphs import as_varint
+from ebjdat_serve.graphs import as_varint, field
 from ebjdat_serve.importing import import_model, onnx_file, onnx_reader
 from ebjdat_serve.importing.onnx_file import read, survey
 from ebjdat_serve.importing.onnx_reader import look, looked_at
@@ -286,6 +286,12 @@ def test_packed_integers_that_a_parser_makes_eight_times_as_large_are_bounded(mo
     model.graph.initializer.append(helper.make_tensor("many", TensorProto.INT64, [2000], [0] * 2000))
     with pytest.raises(ValueError, match="more operators, names and numbers"):
         survey(model.SerializeToString())
+
+
+def test_packed_numbers_of_an_attribute_are_read(tmp_path):
+    """Writers of proto3 pack them; Python's package does not, but reads both."""
+    name, numbers = field(1, b"value_floats"), np.float32([0.5, 2.0]).tobytes()
+    survey(field(7, field(1, field(4, b"Constant") + field(5, name + field(7, numbers)))))
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])

@@ -189,10 +189,11 @@ def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference
     survivors = square_survivors(low, image[: amounts.square], label[: amounts.square], fp32.eps, amounts.queries)
     yield from costs(row, "accuracy_square", fp32.square, survivors, replace(where, attack="square", queries=amounts.queries, **threat))
 
-    chains = Chains.at(image[:32], PROBE, label[:32], SEED)
-    apart = np.abs(low.advance(chains, PROBE.steps).image - fp32.engine.advance(chains, PROBE.steps).image).max()
-    step = "weights.safetensors" if precision == "bf16" else bundle.graph("step", precision).name
-    yield row("step_error_max", apart, 32, replace(where, steps=PROBE.steps), of=bundle.manifest.files[step].sha256)
+    if "step" in bundle.functions:
+        chains = Chains.at(image[:32], PROBE, label[:32], SEED)
+        apart = np.abs(low.advance(chains, PROBE.steps).image - fp32.engine.advance(chains, PROBE.steps).image).max()
+        step = "weights.safetensors" if precision == "bf16" else bundle.graph("step", precision).name
+        yield row("step_error_max", apart, 32, replace(where, steps=PROBE.steps), of=bundle.manifest.files[step].sha256)
 
     calibration = bundle.calibration(precision)
     seen = Seen(image, found.features, found.logits)

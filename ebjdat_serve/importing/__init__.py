@@ -10,7 +10,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import import_module
@@ -67,7 +68,10 @@ def import_model(
     described = read_contract(contract) if contract else None
     named = read_labels(labels) if labels else None
     say(f"reading {source}")
-    found = source_of(source).find(source, labels=named, contract=described, licence=licence, allow_code=allow_code)
+    with strange(source):
+        found = source_of(source).find(source, labels=named, contract=described, licence=licence, allow_code=allow_code)
+        if found.labels:
+            checked(found.labels, len(found.labels), "the source")  # before anything of them is shown
     for line in summary(found):
         say(line)
     temporary = out.with_name(f".importing-{out.name}")
@@ -75,7 +79,8 @@ def import_model(
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        bundle = written(found, temporary, described, samples(found, calibration), say)
+        with strange(source):
+            bundle = written(found, temporary, described, samples(found, calibration), say)
         if calibration:
             say(f"calibrating on {printable(calibration)}")
             bundle = calibrate_folder(bundle, calibration, say=say)
@@ -88,6 +93,18 @@ def import_model(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Bundle.load(out)
+
+
+@contextmanager
+def strange(source: str) -> Iterator[None]:
+    """Turn whatever a library raises of a strange source into EbjdatError, in one line."""
+    try:
+        yield
+    except (EbjdatError, OSError):
+        raise
+    except Exception as error:  # what libraries raise of files that nobody meant to write has no common base
+        line = " ".join((str(error).strip().splitlines() or [""])[0].split())[:200]
+        raise EbjdatError(f"{printable(source)} is not imported: {type(error).__name__}: {line}") from error
 
 
 class SourceModule(Protocol):

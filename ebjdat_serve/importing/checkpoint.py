@@ -58,13 +58,14 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
     network = network.requires_grad_(False)
     tried(network, torch.from_numpy(to_unit(images.made(size.height, size.width, 3))))
     known = licence_of(licence, contract)
+    labels = labels or (contract.labels if contract else None)
     return Found(
         name=file.stem,
         source=printable(file.name),
         graph=network,
         architecture=architecture.described(),
         input=size,
-        labels=labels or (contract.labels if contract else None),
+        labels=labels,
         output="logits",
         capabilities=replace(Capabilities(), generate=NO_PRIOR),
         licence=known,
@@ -105,6 +106,8 @@ def check_archive(file: Path) -> None:
         parts = archive.infolist()
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise EbjdatError(f"{printable(file)} is compressed, as torch.save never does: save it again")
+    if sum(part.file_size for part in parts) > file.stat().st_size:
+        raise EbjdatError(f"{printable(file)} unpacks to more than it has: save it again with torch.save")
     if len(parts) > MOST_TENSORS or any(part.filename.endswith(".pkl") and part.file_size > MOST_PICKLE for part in parts):
         raise EbjdatError(f"{printable(file)} holds more than weights: save the state_dict alone")
 

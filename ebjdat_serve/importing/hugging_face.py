@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,10 +21,10 @@ from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.importing.checkpoint import first_line
 from ebjdat_serve.importing.contract_file import Contract
 from ebjdat_serve.importing.found import Found
-from ebjdat_serve.importing.torch_source import found, licence_of
+from ebjdat_serve.importing.torch_source import found, licence_of, told_itself
 from ebjdat_serve.listing import printable
 from ebjdat_serve.manifest import Input, Licence
-from ebjdat_serve.networks import HuggingFaceArchitecture, Normalisation, huggingface_config, package
+from ebjdat_serve.networks import HuggingFaceArchitecture, Normalisation, config_fault, huggingface_config, package
 
 LARGEST_JSON, LARGEST_CARD, LARGEST_WEIGHTS = 4 * 2**20, 2**16, 8 * 2**30
 MOST_LAYERS, MOST_SIZE, MOST_NUMBERS = 1000, 2**17, 1000
@@ -41,6 +42,8 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
     config, _ = (checked_json(folder / name) for name in FOLDER_FILES)
     check_config(config, folder)
     check_weights(folder)
+    told_itself(contract, "the folder")
+    labels = labels or (contract.labels if contract else None)
     transformers = package("transformers", "huggingface")
     kept = huggingface_config(config)
     architecture = HuggingFaceArchitecture(kept)
@@ -73,9 +76,10 @@ def checked_json(file: Path) -> dict[str, Any]:
     data = parse_json(read_bytes(file, LARGEST_JSON), file)
     if not isinstance(data, dict):
         raise EbjdatError(f"{printable(file)} is no JSON object")
-    for key in ("auto_map", "quantization_config", "custom_pipelines"):
-        if data.get(key):
-            raise EbjdatError(f"{printable(file)} has {key}: a model that brings code or is quantised is not imported")
+    if file.name == "config.json" and (fault := config_fault(data)):
+        raise EbjdatError(f"{printable(file)} {fault}")
+    if data.get("auto_map"):
+        raise EbjdatError(f"{printable(file)} has auto_map: code that a folder brings is never run")
     return data
 
 
@@ -110,6 +114,12 @@ def check_weights(folder: Path) -> None:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         why = f"only {pickles[0]}, a pickle, which is never read: save_pretrained writes safetensors" if pickles else "no *.safetensors"
         raise EbjdatError(f"{printable(folder)} has {why}")
+    index = folder / "model.safetensors.index.json"
+    if os.path.lexists(index):
+        shards = parse_json(read_bytes(index, LARGEST_JSON), index)
+        named = shards.get("weight_map") if isinstance(shards, dict) else None
+        if not isinstance(named, dict) or not set(map(str, named.values())) <= {file.name for file in files}:
+            raise EbjdatError(f"{printable(index)} names weights that are no *.safetensors of the folder")
     home = folder.resolve()
     if any(file.resolve().parent != home for file in files):
         raise EbjdatError(f"{printable(folder)}: its weights are links that leave the folder: put the files themselves there")

@@ -102,7 +102,7 @@ def survey(content: bytes) -> None:
                 continue
             if follow[0] == "!":
                 raise ValueError(f"it has {follow[1:]}, which no image classifier needs")
-            if follow == "#integers":
+            if follow[0] == "#":  # packed numbers
                 spend("packed", len(value))
                 continue
             if follow == "node":

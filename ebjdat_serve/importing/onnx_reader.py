@@ -166,7 +166,7 @@ def kind_of(found: dict[str, Floats], head: Head) -> tuple[Literal["logits", "pr
     """Return whether a graph's logits are logits or probabilities, and why they have no energy, "" if they have one."""
     logits = found["logits"].reshape(len(found["logits"]), -1)
     if head.ending == "sigmoid":
-        return "probabilities", "the graph ends in a sigmoid: its probabilities are of classes that do not exclude each other"
+        raise ValueError("it ends in a sigmoid: its classes do not exclude each other, and each image is given one class here")
     if logits.min() >= 0 and np.abs(logits.sum(axis=1) - 1).max() < SUM:
         return "probabilities", "the graph gives probabilities, and the softmax that makes them cannot be cut off"
     with np.errstate(over="ignore"):

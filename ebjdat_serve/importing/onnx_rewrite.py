@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any, Literal
 
 import numpy as np
@@ -99,9 +100,7 @@ def renamed(graph: onnx.GraphProto, image: str) -> dict[str, str]:
             return name  # an input that is left out
         if name not in names:
             cut = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:]
-            unique = f"net.{cut}"
-            while unique in taken:
-                unique = f"net.{cut}.{len(taken)}"
+            unique = next(free for free in chain([f"net.{cut}"], (f"net.{cut}.{i}" for i in count())) if free not in taken)
             taken.add(unique)
             names[name] = unique
         return names[name]

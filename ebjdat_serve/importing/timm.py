@@ -18,7 +18,7 @@ from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.importing.checkpoint import first_line, load_into
 from ebjdat_serve.importing.contract_file import Contract
 from ebjdat_serve.importing.found import Found
-from ebjdat_serve.importing.torch_source import found, licence_of
+from ebjdat_serve.importing.torch_source import found, licence_of, told_itself
 from ebjdat_serve.manifest import Input, Licence
 from ebjdat_serve.networks import Normalisation, TimmArchitecture, package
 
@@ -36,6 +36,8 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
         TimmArchitecture(name)
     except ValueError as error:
         raise EbjdatError(str(error)) from error
+    told_itself(contract, "timm")
+    labels = labels or (contract.labels if contract else None)
     timm = package("timm", "timm")
     if not timm.is_model(name):
         raise EbjdatError(f"timm {timm.__version__} has no model {name!r}: timm.list_models(pretrained=True) lists them")

@@ -126,6 +126,12 @@ def contract_of(contract: Contract | None) -> tuple[Input, Normalisation, list[s
     return contract.input_of(height, width), normalisation, ["how an image becomes its input: from the contract file"]
 
 
+def told_itself(contract: Contract | None, what: str) -> None:
+    """Raise EbjdatError for a contract that says how images become the input of a source that says so itself."""
+    if contract and (contract.input or contract.channel_order or contract.scale is not None or contract.mean or contract.std):
+        raise EbjdatError(f"{what} says itself how an image becomes its input: leave all but labels and licence out of the contract")
+
+
 def licence_of(given: Licence | None, contract: Contract | None, **known: Any) -> Licence:
     """Return the licence: what the command says, else the contract, else the source."""
     told = contract.licence if contract else Licence()

@@ -12,6 +12,7 @@ from ebjdat_serve.networks.foreign import (
     OnnxArchitecture,
     PythonArchitecture,
     TimmArchitecture,
+    config_fault,
     huggingface_config,
     package,
 )
@@ -71,7 +72,24 @@ def architecture_of_weights(weights: Mapping[str, Tensor]) -> tuple[Architecture
 
 
 __all__ = [
-    "CONSTANT", "FAMILIES", "FOREIGN", "Architecture", "Foreign", "HuggingFaceArchitecture", "Network", "Normalisation", "Plain",
-    "PythonArchitecture", "TimmArchitecture", "Wrapped", "architecture_of", "architecture_of_weights", "build", "find_head",
-    "huggingface_config", "network_of", "package",
+    "CONSTANT",
+    "FAMILIES",
+    "FOREIGN",
+    "Architecture",
+    "Foreign",
+    "HuggingFaceArchitecture",
+    "Network",
+    "Normalisation",
+    "Plain",
+    "PythonArchitecture",
+    "TimmArchitecture",
+    "Wrapped",
+    "architecture_of",
+    "architecture_of_weights",
+    "build",
+    "config_fault",
+    "find_head",
+    "huggingface_config",
+    "network_of",
+    "package",
 ]  # fmt: skip

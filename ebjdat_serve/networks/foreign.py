@@ -18,6 +18,16 @@ TIMM_NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_]{1,100})?")
 CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 LOCAL = ("transformers_version", "id2label", "label2id", "num_labels", "torch_dtype", "dtype", "architectures", "attn_implementation")
 """Keys of a Hugging Face config that a bundle leaves out: of what saved it, or what the bundle says itself; and all that begin with _."""
+HUGGING_FACE = frozenset((
+    "beit", "bit", "convnext", "convnextv2", "cvt", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "efficientnet",
+    "focalnet", "hgnet_v2", "ijepa", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2", "pvt", "pvt_v2", "regnet", "resnet",
+    "siglip", "siglip2", "swiftformer", "swin", "swinv2", "vit", "vit_msn",
+))  # fmt: skip
+"""Model types of transformers that are built: those whose code is their own. One that wraps another library (timm_wrapper) would have it
+load what a config names, by pickle or from the network."""
+DELEGATED = ("auto_map", "model_args", "backbone", "backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone",
+             "transformers_weights", "quantization_config", "custom_pipelines")  # fmt: skip
+"""Keys, at any depth, of a config that has something else than its own layers built or read."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,8 @@ class HuggingFaceArchitecture(Foreign):
     def __post_init__(self) -> None:
         if not isinstance(self.config.get("model_type"), str):
             raise ValueError("its config must name model_type")
-        if "auto_map" in self.config:
-            raise ValueError("its config brings code of its own (auto_map), which is never run")
+        if fault := config_fault(self.config):
+            raise ValueError(f"its config {fault}")
 
     def module(self, classes: int) -> nn.Module:
         transformers = package("transformers", self.family)
@@ -115,6 +125,20 @@ class OnnxArchitecture(Architecture):
 
     def build(self, classes: int) -> Network:
         raise EngineError("the network came as an ONNX graph: there is none for torch", options=("--engine onnx",))
+
+
+def config_fault(config: Mapping[str, Any]) -> str:
+    """Return why a Hugging Face config is not built from, "" if it is: nothing but layers of transformers' own may come of it."""
+    if config.get("model_type") not in HUGGING_FACE:
+        return f"is of {str(config.get('model_type'))[:40]!r}; built are {', '.join(sorted(HUGGING_FACE))}"
+
+    def named(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return next((str(key) for key in value if key in DELEGATED and value[key]), "") or named(list(value.values()))
+        return next((found for part in value if (found := named(part))), "") if isinstance(value, list) else ""
+
+    key = named(config)
+    return f"has {key}: what it names, code or weights, is never run or read" if key else ""
 
 
 def huggingface_config(config: Mapping[str, Any]) -> dict[str, Any]:

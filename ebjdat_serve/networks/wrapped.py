@@ -1,6 +1,7 @@
 """Anybody's module as a Network: pixels normalised inside, fp32 logits, and the features that its last linear layer takes."""
 
 from collections.abc import Callable, Mapping
+from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -59,7 +60,8 @@ class Wrapped(Network):
             result: Tensor = self(image)
             return result
         taken: list[Tensor] = []
-        handle = self.head.register_forward_pre_hook(lambda _, arguments: taken.append(arguments[0]))
+        own = get_ident()  # a hook sees what every thread gives the layer
+        handle = self.head.register_forward_pre_hook(lambda _, arguments: taken.append(arguments[0]) if get_ident() == own else None)
         try:
             self(image)
         finally:
