@@ -93,7 +93,7 @@ def verify(bundle: Bundle, engine: Engine, functions: Sequence[str] = FUNCTIONS)
     differences = compare(engine, expected["image"], expected.get("label", nobody), expected, functions)
     kinks = float(np.max(expected.get(ROUNDING, np.zeros(1)), initial=0.0))
     for name, value in differences.items():
-        limit = max(tolerance, min(ROUNDINGS * kinks, KINKED)) if name in ("score", "moved") else tolerance
+        limit = max(tolerance, min(ROUNDINGS * kinks, KINKED)) if name == "score" else tolerance
         if not value <= limit:
             raise BundleError(
                 f"{bundle.path}: self-test failed, {name} is off by {value:.1e} (limit {limit:.0e}): "

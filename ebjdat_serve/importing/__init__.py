@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 
 from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
 from ebjdat_serve.card import write_card
-from ebjdat_serve.engines import Floats
+from ebjdat_serve.cpus import threads
+from ebjdat_serve.engines import Floats, load_engine
 from ebjdat_serve.errors import EbjdatError, cause
 from ebjdat_serve.folder_calibration import calibrate_folder
 from ebjdat_serve.importing import images
@@ -32,14 +33,16 @@ from ebjdat_serve.importing.contract_file import Contract, read_contract
 from ebjdat_serve.importing.found import Found
 from ebjdat_serve.importing.labels import checked, listed, numbered, read_labels
 from ebjdat_serve.install import install
-from ebjdat_serve.listing import list_images, printable
+from ebjdat_serve.listing import printable
 from ebjdat_serve.manifest import YES, Licence, Manifest, Provenance
-from ebjdat_serve.pixels import decode, to_unit
+from ebjdat_serve.pixels import decode, encode_png, to_unit
 from ebjdat_serve.selftest import FUNCTIONS
 from ebjdat_serve.sgld import Sampler
 from ebjdat_serve.verification import USUAL, verified
 
 log = logging.getLogger("ebjdat_serve")
+APART = 0.01
+"""The most, of the spread of the logits, that a bundle's answers may be off from the source's own pipeline."""
 STILL = Sampler(steps=1, step_size=0.0, grad_clip=0.0, noise_std=0.0)
 """The sampler of a bundle that draws nothing."""
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -80,7 +83,9 @@ def import_model(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         with strange(source):
-            bundle = written(found, temporary, described, samples(found, calibration), say)
+            image = to_unit(images.made(found.input.height, found.input.width))  # a folder's own would be published with the bundle
+            bundle = written(found, temporary, described, image, say)
+            compared(found, bundle, say)
         if calibration:
             say(f"calibrating on {printable(calibration)}")
             bundle = calibrate_folder(bundle, calibration, say=say)
@@ -148,17 +153,25 @@ def summary(found: Found) -> list[str]:
     return [*lines, "not known:", *(f"  {line}" for line in found.unknown or ["nothing that matters"])]
 
 
-def samples(found: Found, folder: Path | None) -> Floats:
-    """Return the images (N, 3, H, W) of the self-test: the first of a folder, as the bundle decodes them, or made ones."""
-    size = found.input
-    if folder is None:
-        return to_unit(images.made(size.height, size.width))
-    if not folder.is_dir():
-        raise EbjdatError(f"{printable(folder)} is no folder of images")
-    files = list_images(folder).images[: images.TRIED]
-    if not files:
-        raise EbjdatError(f"{printable(folder)} holds no images")
-    return to_unit(np.stack([decode(file.read_bytes(), size) for file in files]))
+def compared(found: Found, bundle: Bundle, say: Callable[[str], None]) -> None:
+    """Raise EbjdatError unless the bundle answers as the source's own pipeline does: equal labels, logits to 1 % of their spread.
+
+    On images that are smaller, larger and longer than the network's; a source without a pipeline, such as an ONNX file, has nothing to
+    compare with.
+    """
+    if found.reference is None:
+        return
+    say("comparing with the source's own pipeline")
+    size, engine = found.input, load_engine(bundle, "onnx", "cpu", threads())
+    data = [encode_png(images.made(high, wide, 1)[0]) for high, wide in images.sizes(size.height, size.width)]
+    ours = np.concatenate([engine.classify(to_unit(decode(one, size)[None])).logits for one in data])
+    theirs = np.stack([found.reference(one) for one in data])
+    off = float(np.abs(ours - theirs).max() / max(float(np.ptp(theirs)), 1e-12))
+    if not off <= APART or (ours.argmax(axis=1) != theirs.argmax(axis=1)).any():
+        raise EbjdatError(
+            f"{printable(found.source)} prepares its images as no contract says: on images of other sizes logits differ from its own "
+            f"pipeline's by {off:.1%} of their spread, more than {APART:.0%}; export it to ONNX, and write a contract for it"
+        )
 
 
 def written(found: Found, folder: Path, contract: Contract | None, image: Floats, say: Callable[[str], None]) -> Bundle:
