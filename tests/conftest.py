@@ -42,7 +42,7 @@ settings.load_profile("noisy-machine")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--soak", type=float, default=120.0, metavar="SECONDS", help="length of the long soak (%(default)s; make soak: 600)")
+    parser.addoption("--soak", type=float, default=101.0, metavar="SECONDS", help="length of the long soak (%(default)s; make soak: 600)")
 
 
 def pytest_xdist_auto_num_workers():
@@ -81,6 +81,17 @@ class Progress:
             for nodeid, since in list(self.since.items()):
                 if (seconds := time.monotonic() - since) > self.every:
                     self.write(f"\n{nodeid} has run for {seconds:.0f} s")
+
+
+SLOW_UNTIL = "PYTEST_SLOW_UNTIL"
+"""The variable that names the time, in seconds since 1970, after which a run begins no slow test: .ci/run has thirty minutes in all."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures are made
+def pytest_runtest_setup(item):
+    until = os.environ.get(SLOW_UNTIL)
+    if until and item.get_closest_marker("slow") and time.time() > float(until):
+        pytest.skip("the time of this run is over: make test-slow runs it")
 
 
 SLOW_FIXTURES = ("trained", "precise")

@@ -46,8 +46,8 @@ def warm(tmp_path_factory):
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("ebjdat-aligned", ["chains.steps=2", "attack.steps=2"]),  # relative alignment, chains, ASAM
-        ("dat", ["attack.steps=2", "auc_threshold=0.3", "window=64", "attack.start=uniform"]),
+        ("ebjdat-aligned", ["chains.steps=1", "attack.steps=1"]),  # relative alignment, chains, ASAM
+        ("dat", ["attack.steps=1", "auc_threshold=0.3", "window=64", "attack.start=uniform"]),
     ],
 )
 def test_two_ranks_train_as_one_does(tmp_path, warm, method, settings):

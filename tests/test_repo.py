@@ -7,10 +7,16 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import packages_distributions
+from types import SimpleNamespace
+
+import pytest
 
 from benchmarks.methods import SEEDS, table
+from tests import conftest
 from tests.conftest import ROOT
 from training.config import describe, stages
 from training.overrides import MEASURED, override
@@ -147,3 +153,15 @@ def test_every_promise_of_security_md_names_tests_that_exist():
         names = re.findall(r"`(test_\w+)`", tests)
         assert names, promise
         assert set(names) <= there, set(names) - there
+
+
+@pytest.mark.parametrize(
+    ("mark", "until", "skipped"), [("slow", -1, True), ("slow", 60, False), ("network", -1, False), ("slow", None, False)]
+)
+def test_a_run_whose_time_is_over_begins_no_slow_test(monkeypatch, mark, until, skipped):
+    monkeypatch.delenv(conftest.SLOW_UNTIL, raising=False)
+    if until is not None:
+        monkeypatch.setenv(conftest.SLOW_UNTIL, str(time.time() + until))
+    item = SimpleNamespace(get_closest_marker=lambda name: name == mark)
+    with pytest.raises(pytest.skip.Exception, match="make test-slow") if skipped else nullcontext():
+        conftest.pytest_runtest_setup(item)
