@@ -8,6 +8,15 @@ def cause(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) else "") or str(error) or repr(error)
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Return the first line of what a library's exception says, at most ``most`` characters; its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
+OF_NETWORKS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What building or running a network of somebody else raises; NotImplementedError is a RuntimeError."""
+
+
 class EbjdatError(Exception):
     """Base of every error this package raises on purpose.
 

@@ -19,6 +19,7 @@ from ebjdat_serve.energy import energy, score
 from ebjdat_serve.errors import BundleError, EbjdatError, EngineError
 from ebjdat_serve.exporting.functions import export_network
 from ebjdat_serve.exporting.gradients import ONE_CELL
+from ebjdat_serve.exporting.reference import rounding
 from ebjdat_serve.exporting.tracing import Score, traced
 from ebjdat_serve.importing import checkpoint, hugging_face, python_code, timm
 from ebjdat_serve.importing.contract_file import Contract
@@ -90,6 +91,17 @@ class Pooled(nn.Module):
         x = F.adaptive_avg_pool2d(F.silu(self.first(x)), (5, 3))
         x = F.avg_pool2d(F.interpolate(x, size=(9, 7), mode="bicubic"), 3, 2, 1, count_include_pad=False, ceil_mode=True)
         return self.last(F.interpolate(x, scale_factor=2, mode="nearest")).mean((2, 3))
+
+
+class FixedKernel(nn.Module):
+    """A kernel that is no weight, and so stays in fp32 whatever the module is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.last = torch.full((3, 1, 3, 3), 1 / 9), nn.Linear(3, CLASSES)
+
+    def forward(self, x):
+        return self.last(F.conv2d(x, self.kernel, groups=3).mean((2, 3)))
 
 
 NETWORKS = {"plain": PlainCNN, "attentive": Attentive, "pooled": Pooled}
@@ -441,3 +453,17 @@ def test_the_licence_of_a_hugging_face_folder_is_that_of_its_card(tmp_path):
     assert hugging_face.card_licence(tmp_path) == ""
     (tmp_path / "README.md").write_text("---\ntags:\n- vision\nlicense: apache-2.0\n---\nlicense: mit\n")
     assert hugging_face.card_licence(tmp_path) == "apache-2.0"
+
+
+def test_a_self_test_says_how_far_fp32_scores_are_from_double_and_nothing_where_that_is_not_known(caplog):
+    image, label = np.float32(np.random.default_rng(0).random((3, 3, SIDE, SIDE))), np.array([-1, 0, 1])
+    smooth = network("attentive")
+    single, _ = score(smooth, torch.from_numpy(image), torch.from_numpy(label))
+    moved = single.numpy() + np.float32(0.01) * np.abs(single.numpy()).max()
+    assert 0 < rounding(smooth, image, label, single.numpy()) < 1e-5
+    assert rounding(smooth, image, label, moved) == pytest.approx(0.01, rel=1e-2)
+    fixed = Wrapped(FixedKernel(), CLASSES, NORMALISED, "last").eval().requires_grad_(False)
+    single, _ = score(fixed, torch.from_numpy(image), torch.from_numpy(label))
+    with caplog.at_level("WARNING"):
+        assert rounding(fixed, image, label, single.numpy()) == 0.0
+    assert "scores must agree to 1e-04: the network does not compute in double precision" in caplog.text

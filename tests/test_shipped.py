@@ -1,21 +1,25 @@
 """Tests of the model in the wheel: complete, small, and as accurate on real images as its card states."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ebjdat_serve.bundle import CALIBRATED, SERVED, Bundle
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines.ort import OnnxEngine
+from ebjdat_serve.errors import BundleError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import rows_where
 from ebjdat_serve.scores import ood_score
-from ebjdat_serve.selftest import replay
+from ebjdat_serve.selftest import ROUNDING, replay, verify
 from ebjdat_serve.views import Seen
 from export.parity import check
 from tests.conftest import ROOT
@@ -82,6 +86,29 @@ def test_accuracy_and_flag_rate_on_real_pictures_are_the_cards(shipped, test_ima
 
 def test_the_self_test_replays(shipped):
     assert max(replay(shipped).values()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "rounding", "passes"),
+    [
+        ("score", 5e-4, None, False),
+        ("score", 5e-4, 1e-4, True),
+        ("score", 1e-3, 1e-4, False),  # more than eight times what fp32 is known to be off by
+        ("score", 0.1, 1.0, True),
+        ("score", 0.3, 1.0, False),  # whatever a self-test says
+        ("joint_energy", 5e-4, 1.0, False),
+        ("logits", 5e-4, 1.0, False),
+    ],
+)
+def test_scores_alone_are_loosened_by_what_fp32_is_known_to_be_off(shipped, tmp_path, name, off, rounding, passes):
+    shutil.copytree(shipped.path, tmp_path / "bundle")
+    file = tmp_path / "bundle" / "selftest.safetensors"
+    expected = load_file(file)
+    expected[name].flat[0] += off * np.abs(expected[name]).max()
+    save_file({**expected, **({ROUNDING: np.float32([rounding])} if rounding else {})}, file)
+    bundle, engine = Bundle.draft(file.parent).update(file.name), OnnxEngine(shipped, "cpu")
+    with nullcontext() if passes else pytest.raises(BundleError, match=f"{name} is off by"):
+        verify(bundle, engine, ("classify", "score"))
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
 from ebjdat_serve.card import write_card
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Floats, load_engine
-from ebjdat_serve.errors import EbjdatError, cause
+from ebjdat_serve.errors import EbjdatError, cause, first_line
 from ebjdat_serve.folder_calibration import calibrate_folder
 from ebjdat_serve.importing import images
 from ebjdat_serve.importing.contract_file import Contract, read_contract
@@ -108,8 +108,7 @@ def strange(source: str) -> Iterator[None]:
     except (EbjdatError, OSError):
         raise
     except Exception as error:  # what libraries raise of files that nobody meant to write has no common base
-        line = " ".join((str(error).strip().splitlines() or [""])[0].split())[:200]
-        raise EbjdatError(f"{printable(source)} is not imported: {type(error).__name__}: {line}") from error
+        raise EbjdatError(f"{printable(source)} is not imported: {type(error).__name__}: {first_line(error)}") from error
 
 
 class SourceModule(Protocol):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ebjdat_serve.errors import EbjdatError, cause
+from ebjdat_serve.errors import EbjdatError, cause, first_line
 from ebjdat_serve.importing.contract_file import Contract
 from ebjdat_serve.importing.found import Found
 from ebjdat_serve.importing.torch_source import NO_PRIOR, contract_of, licence_of, tried, unsaid
@@ -139,8 +139,3 @@ def load_into(module: nn.Module, file: Path) -> nn.Module:
     except RuntimeError as error:
         raise EbjdatError(f"{printable(file)} does not fit the network: {' '.join(str(error).split())[:300]}") from error
     return module
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an exception says, at most 200 characters of it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

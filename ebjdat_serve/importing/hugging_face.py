@@ -17,8 +17,7 @@ from torch import nn
 
 from ebjdat_serve.bundle import parse_json, read_bytes
 from ebjdat_serve.contract import crop_of
-from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.importing.checkpoint import first_line
+from ebjdat_serve.errors import EbjdatError, first_line
 from ebjdat_serve.importing.contract_file import Contract
 from ebjdat_serve.importing.found import Found
 from ebjdat_serve.importing.torch_source import found, licence_of, told_itself

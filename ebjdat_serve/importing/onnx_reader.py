@@ -23,7 +23,7 @@ import onnx
 
 import ebjdat_serve
 from ebjdat_serve.engines import Floats
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import EbjdatError, first_line
 from ebjdat_serve.importing import images, labels
 from ebjdat_serve.importing.onnx_file import read
 from ebjdat_serve.importing.onnx_graph import (
@@ -39,7 +39,7 @@ from ebjdat_serve.importing.onnx_graph import (
     sizes_of,
 )
 from ebjdat_serve.importing.onnx_rewrite import Pixels, served_form
-from ebjdat_serve.importing.onnx_run import exposed, first_line, off, run, served, session
+from ebjdat_serve.importing.onnx_run import exposed, off, run, served, session
 from ebjdat_serve.listing import printable
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.selftest import TOLERANCE

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
 from ebjdat_serve.engines import Floats
+from ebjdat_serve.errors import first_line
 from ebjdat_serve.importing.onnx_graph import PIXELS, Head, Image
 from ebjdat_serve.importing.onnx_rewrite import Pixels
 
@@ -23,11 +24,6 @@ def session(model: bytes | Path, threads: int = 1) -> ort.InferenceSession:
         return ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
         raise ValueError(f"ONNX Runtime does not open it: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, shortened to what fits a line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:240]
 
 
 def exposed(model: ModelProto, head: Head) -> ModelProto:

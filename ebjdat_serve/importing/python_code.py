@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.importing.checkpoint import first_line, load_into
+from ebjdat_serve.errors import EbjdatError, first_line
+from ebjdat_serve.importing.checkpoint import load_into
 from ebjdat_serve.importing.contract_file import Contract
 from ebjdat_serve.importing.found import Found
 from ebjdat_serve.importing.torch_source import contract_of, found, licence_of

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import OF_NETWORKS, EbjdatError, first_line
 from ebjdat_serve.importing import images
 from ebjdat_serve.importing.contract_file import Contract
 from ebjdat_serve.importing.found import Found
@@ -22,8 +22,6 @@ NEEDED = ("height", "width", "resize", "filter")
 ALONE = 1e-3
 """The most, of the largest logit, by which an answer may depend on the other images of its batch."""
 NO_PRIOR = "no prior was fitted, where chains start"
-FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError, AssertionError)
-"""What the forward of a module raises for images that it does not take."""
 
 
 def found(
@@ -74,9 +72,9 @@ def tried(network: Network, image: Tensor) -> int:
     try:
         with torch.no_grad():
             logits, alone = network(image), network(image[:1])
-    except FAILURES as error:
-        first = (str(error).strip().splitlines() or [""])[0][:200]
-        raise EbjdatError(f"the network does not take images of {tuple(image.shape[1:])}: {type(error).__name__}: {first}") from error
+    except OF_NETWORKS as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise EbjdatError(f"the network does not take images of {tuple(image.shape[1:])}: {said}") from error
     if len(logits) != len(image) or logits.shape[1] < 2:
         raise EbjdatError(f"the network gives {tuple(logits.shape)} for {len(image)} images, not logits of two classes or more")
     if not logits.isfinite().all():

@@ -1,6 +1,7 @@
 """Families of other people's networks: built when their package is there, never guessed from weights."""
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -8,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ebjdat_serve.errors import EngineError
+from ebjdat_serve.errors import OF_NETWORKS, EngineError, first_line
 from ebjdat_serve.install import pip
 from ebjdat_serve.networks.network import Architecture, Network
 from ebjdat_serve.networks.normalisation import Normalisation
@@ -37,9 +38,9 @@ class Foreign(Architecture):
     normalisation: Normalisation = field(default_factory=Normalisation, kw_only=True)
     head: str = field(default="", kw_only=True)
 
+    @abstractmethod
     def module(self, classes: int) -> nn.Module:
         """Return the module itself, its weights random; raise EngineError where it cannot be built here."""
-        raise NotImplementedError
 
     def build(self, classes: int) -> Network:
         return Wrapped(self.module(classes), classes, self.normalisation, self.head)
@@ -160,12 +161,7 @@ def built(family: str, make: Callable[[], nn.Module]) -> nn.Module:
     """Return what ``make`` builds; raise EngineError, in one line, for whatever a library raises of sizes that it does not know."""
     try:
         return make()
-    except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except OF_NETWORKS as error:
         raise EngineError(
             f"a network of the family {family} cannot be built: {type(error).__name__}: {first_line(error)}", options=("--engine onnx",)
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an exception says, at most 200 characters of it."""
-    return (str(error).strip().splitlines() or [""])[0][:200]
