@@ -88,14 +88,17 @@ class FolderImages:
     told: float = 0.0
 
     def chunks(self, places: Places, pixels: int = CHUNK_PIXELS) -> Iterator[tuple[Places, Pixels]]:
-        """Yield places and images (n, H, W, 3) of those that can be read, in order."""
+        """Yield places and images (n, H, W, 3) of those that can be read, in order; raise EbjdatError where fewer than half can."""
         size = max(1, min(CHUNK, pixels // (self.contract.height * self.contract.width)))
         read: list[Pixels] = []
         there: list[int] = []
+        lost = 0
         for place in places:
             if (image := self.decoded(self.files[place])) is not None:
                 read.append(image)
                 there.append(int(place))
+            elif 2 * (lost := lost + 1) > len(places):
+                raise EbjdatError(f"more than half of the images cannot be read: {self.reasons()}")
             self.progress()
             if len(read) == size:
                 yield np.array(there), np.stack(read)
@@ -117,6 +120,11 @@ class FolderImages:
         except (InvalidImage, OSError) as error:
             self.unread[file] = cause(error)
             return None
+
+    def reasons(self) -> str:
+        """Return why the first images that cannot be read cannot."""
+        first = "; ".join(f"{printable(file.name)}: {why}" for file, why in sorted(self.unread.items())[:SHOWN])
+        return first + ("; …" if len(self.unread) > SHOWN else "")
 
     def progress(self) -> None:
         """Say how far it is, every ten seconds."""
@@ -169,8 +177,7 @@ def calibrate_folder(
     images.turns = n + walking
     done = calibrated(engine, bundle, images, split, label, f"{n} images of {printable(folder.name or folder.resolve().name)}", walking)
     if images.unread:
-        first = "; ".join(f"{printable(file.name)}: {why}" for file, why in sorted(images.unread.items())[:SHOWN])
-        say(f"left out {len(images.unread)} that cannot be read: {first}" + ("; …" if len(images.unread) > SHOWN else ""))
+        say(f"left out {len(images.unread)} that cannot be read: {images.reasons()}")
     return done
 
 

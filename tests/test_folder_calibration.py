@@ -166,6 +166,14 @@ def test_unreadable_ones_are_named_and_left_out(few, tmp_path):
     assert "huge.png: the image has " in said[-1]
 
 
+def test_a_folder_of_images_that_cannot_be_read_is_refused_with_the_first_reasons(few, tmp_path):
+    shutil.copytree(few, tmp_path / "images")
+    for file in sorted((tmp_path / "images").iterdir())[:13]:
+        file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(EbjdatError, match=r"more than half of the images cannot be read: 0000\.png: the image is truncated"):
+        calibrate_folder(write(tmp_path / "bundle"), tmp_path / "images", say=quiet)
+
+
 def test_labels_of_sub_folders_give_a_temperature(tmp_path):
     folder, said = folder_of(tmp_path / "images", 100, labels=LABELS), []
     done = calibrate_folder(write(tmp_path / "bundle"), folder, say=said.append)

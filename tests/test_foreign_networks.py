@@ -467,3 +467,10 @@ def test_a_self_test_says_how_far_fp32_scores_are_from_double_and_nothing_where_
     with caplog.at_level("WARNING"):
         assert rounding(fixed, image, label, single.numpy()) == 0.0
     assert "scores must agree to 1e-04: the network does not compute in double precision" in caplog.text
+
+
+def test_a_checkpoint_of_tiny_tensors_that_name_an_enormous_network_allocates_nothing(tmp_path):
+    weights = {name: torch.empty(16 * 5000, 0) for name in ("blocks.0.conv1.weight", "blocks.1.x", "blocks.2.x", "head.weight")}
+    save_file(weights, tmp_path / "wide.safetensors")
+    with pytest.raises(EbjdatError, match="its tensors are not those of a wideresnet"):
+        checkpoint.find(str(tmp_path / "wide.safetensors"), **ASKED)

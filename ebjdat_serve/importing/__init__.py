@@ -77,7 +77,7 @@ def import_model(
             checked(found.labels, len(found.labels), "the source")  # before anything of them is shown
     for line in summary(found):
         say(line)
-    temporary = out.with_name(f".importing-{out.name}")
+    temporary = out.with_name(f".importing-{out.name}-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)

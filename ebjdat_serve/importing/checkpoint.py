@@ -39,6 +39,10 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
     weights = read_tensors(file)
     try:
         architecture, classes = architecture_of_weights(weights)
+        with torch.device("meta"):  # names of tensors decide the sizes: they are compared before anything is allocated
+            planned = build(architecture, classes).state_dict()
+        if {name: tuple(part.shape) for name, part in planned.items()} != {name: tuple(part.shape) for name, part in weights.items()}:
+            raise ValueError(f"its tensors are not those of a {architecture.family}")
         network = build(architecture, classes, weights)
     except (ValueError, RuntimeError) as error:
         raise EbjdatError(
