@@ -287,7 +287,7 @@ def read_bytes(file: Path, most: int = LARGEST_JSON) -> bytes:
 def parse_json(content: bytes, file: Path) -> Any:
     """Return the JSON document in ``content``; raise BundleError naming ``file`` when it is not JSON, which has no NaN and no Infinity."""
     try:
-        return strict_json.loads(content)
+        return strict_json.loads(content, unique=True)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} cannot be read: {error}") from error
 

@@ -74,10 +74,12 @@ def fit_views(
 
 def look(engine: Engine, combination: Combination, chunks: Iterable[Pixels], keep: int = 0) -> Looked:
     """Return what views and policy take of uint8 images (N, H, W, 3) in chunks, and the logits of the first ``keep``."""
-    raw, margins, energies, logits, kept = [], [], [], [], 0
+    raw: list[Floats] = []
+    margins, energies, logits, kept = [], [], [], 0
     for chunk in chunks:
         unit = to_unit(chunk)
         found = classify_in_chunks(engine, unit)
+        refuse_not_finite(found, sum(len(part) for part in raw))
         raw.append(combination.raw(Seen(unit, found.features, found.logits)))
         margins.append(margin(found.logits))
         energies.append(np.empty(0, np.float32) if found.energy is None else found.energy)
@@ -86,6 +88,14 @@ def look(engine: Engine, combination: Combination, chunks: Iterable[Pixels], kee
     if not raw:
         raise EbjdatError("there are no images to calibrate on")
     return Looked(np.concatenate(raw), np.concatenate(margins), np.concatenate(energies), np.concatenate(logits))
+
+
+def refuse_not_finite(found: Outputs, before: int) -> None:
+    """Raise EbjdatError for the first image, after ``before`` others, whose outputs are not finite: no rank among them is one."""
+    finite = np.logical_and.reduce([np.isfinite(part.reshape(len(part), -1)).all(axis=1) for part in found if part is not None])
+    if not finite.all():
+        place = before + int(np.argmin(finite)) + 1
+        raise EbjdatError(f"the model's answer is not finite on one of the images, number {place} of its part at random: leave it out")
 
 
 def outputs(engine: Engine, chunks: Iterable[Pixels]) -> Outputs:

@@ -6,15 +6,16 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat_serve import selftest
 from ebjdat_serve.counterfactual import Norm
+from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.engines import Device, EngineKind, Precision
-from ebjdat_serve.errors import EbjdatError, InvalidImage, cause
+from ebjdat_serve.errors import EbjdatError, InvalidImage, cause, first_line
 from ebjdat_serve.pixels import Pixels, decode
 from ebjdat_serve.reach import RADIUS
 from ebjdat_serve.scheduling import Scheduler
@@ -41,7 +42,7 @@ Several: TypeAlias = "list[Any] | tuple[OneImage, ...]"
 """A list of images; of any kinds, which a list's type could not say of a list of one kind."""
 TOGETHER = 64
 """Images of a list that are decoded and classified together."""
-AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I")
+AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 """Pillow's modes that a PNG keeps as they are."""
 
 
@@ -85,11 +86,13 @@ class Classifier:
         images: Sequence[Any] = image if listed else [image]  # type: ignore[assignment]
         if not images:
             raise EbjdatError("classify was given an empty list")
+        if check not in get_args(Check):
+            raise EbjdatError(f"check must be {' or '.join(map(repr, get_args(Check)))}, not {check!r}")
         if check == "reach":
             return self._check(self._decoded(images, listed=listed), radius, listed=listed)
         starts = range(0, len(images), TOGETHER)
         parts = [self._model.predict(self._decoded(images[i : i + TOGETHER], listed=listed, first=i)) for i in starts]
-        answer = classify_answer(concatenate(parts), listed, self._served, self._settings.alpha)
+        answer = self._valid(lambda: classify_answer(concatenate(parts), listed, self._served, self._settings.alpha))
         assert isinstance(answer, ClassifyAnswer | ClassifyList)
         return answer
 
@@ -100,7 +103,9 @@ class Classifier:
             raise EbjdatError(f"radius must be 1e-6 to 1, not {radius:g}")
         self._ready("score")
         checked: Checked = self._done(CheckTask(self._model, CheckJob(image, radius, self._served.calibration.reach_steps)))
-        return checked_answer(checked, listed, self._served, self._settings.alpha)
+        answer = self._valid(lambda: checked_answer(checked, listed, self._served, self._settings.alpha))
+        assert isinstance(answer, ClassifyAnswer | ClassifyList)
+        return answer
 
     def explain(
         self,
@@ -189,7 +194,7 @@ class Classifier:
         size, decoded = self._served.bundle.manifest.input, []
         for place, image in enumerate(images, first):
             try:
-                decoded.append(decode(encoded(image, self._limits.max_bytes), size, self._limits))
+                decoded.append(decode(encoded(image, self._limits), size, self._limits))
             except InvalidImage as error:
                 again = InvalidImage(f"images[{place}]: {error}" if listed else str(error), too_large=error.too_large)
                 again.index = place if listed else None
@@ -197,15 +202,15 @@ class Classifier:
         return np.stack(decoded)
 
 
-def encoded(image: Any, most: int) -> bytes:
+def encoded(image: Any, limits: Limits) -> bytes:
     """Return an image as its bytes: those given, or of a file, or pixels as a PNG. Raises InvalidImage for what is none of them."""
     if isinstance(image, bytes | bytearray):
         return bytes(image)
     if isinstance(image, str | os.PathLike):
         try:
             with open(image, "rb") as file:
-                return file.read(most + 1)  # a longer one is refused by its length
-        except OSError as error:
+                return file.read(limits.max_bytes + 1)  # a longer one is refused by its length
+        except (OSError, ValueError) as error:  # the latter of a name that no file can have
             raise InvalidImage(f"{os.fspath(image)!r} cannot be read: {cause(error)}") from None
     from PIL import Image
 
@@ -215,10 +220,19 @@ def encoded(image: Any, most: int) -> bytes:
         image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         raise InvalidImage(f"an image must be bytes, a path, an array or a Pillow image, not {type(image).__name__}")
-    if image.mode not in AS_PNG:
-        image = image.convert("RGBA" if image.mode in ("RGBa", "La", "PA") else "RGB")
-    buffer, exif = io.BytesIO(), image.getexif()
-    image.save(buffer, "PNG", compress_level=1, **({"exif": exif} if exif else {}))
+    if image.mode == "F":
+        raise InvalidImage("an image of floats does not say what is white: give uint8")
+    if image.width * image.height > limits.max_pixels:  # before it is encoded
+        raise InvalidImage(f"the image has {image.width} x {image.height} pixels; the limit is {limits.max_pixels} in all", too_large=True)
+    try:
+        if image.mode == "I":
+            image = image.convert("I;16")
+        if image.mode not in AS_PNG:
+            image = image.convert("RGBA" if image.mode in ("RGBa", "La", "PA") else "RGB")
+        buffer, exif = io.BytesIO(), image.getexif()
+        image.save(buffer, "PNG", compress_level=1, **({"exif": exif} if exif else {}))
+    except (OSError, ValueError) as error:  # closed, truncated, without pixels
+        raise InvalidImage(f"Pillow does not give the image's pixels: {first_line(error)}") from None
     return buffer.getvalue()
 
 

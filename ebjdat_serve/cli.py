@@ -100,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
         flush()
+    except KeyboardInterrupt:
+        print("ebjdat-serve: interrupted", file=sys.stderr)
+        return 130
     except (EbjdatError, OSError) as error:
         if isinstance(error, BrokenPipeError) and options.command is not serve:
             return unread()
@@ -204,7 +207,7 @@ def calibrate(options: argparse.Namespace) -> None:
     """Calibrate a bundle on a folder, in place or as the next version of its store."""
     from ebjdat_serve.card import renewed
     from ebjdat_serve.editing import edit
-    from ebjdat_serve.folder_calibration import calibrate_folder, promise, read_folders
+    from ebjdat_serve.folder_calibration import calibrate_folder, read_folders, told
 
     folders = read_folders(options.folders)
     done = edit(
@@ -212,11 +215,7 @@ def calibrate(options: argparse.Namespace) -> None:
         lambda draft: renewed(calibrate_folder(draft, options.folder, folders=folders, reach_images=options.reach_images)),
         force=options.force,
     )
-    c = done.calibration()
-    print(promise(len(c.scores)))
-    print(f"views {', '.join(c.views)}; temperature {c.temperature:.3f}; into {done.path / 'calibration.json'}")
-    for name, why in c.left_out.items():
-        print(f"without the view {name}: {why}")
+    print("\n".join([*told(done), f"into {done.path / 'calibration.json'}"]))
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -5,9 +5,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
 from ebjdat_serve.card import retitled
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.errors import BundleError, first_line
 from ebjdat_serve.locking import is_held
 from ebjdat_serve.store import next_revision, publish, reason_held_back, scratch, store_of
 
@@ -34,6 +36,8 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
             return Bundle.draft(publish(retitled(done, next_revision(bundle, store)), store, after=bundle.path.resolve()))
     except OSError as error:
         raise BundleError(f"{bundle.path} cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:  # its words for an error of the system
+        raise BundleError(f"{bundle.path} cannot be written: {first_line(error)}") from error
 
 
 def check_editable(path: Path, *, force: bool = False) -> Bundle:

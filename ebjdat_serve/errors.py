@@ -10,7 +10,8 @@ def cause(error: BaseException) -> str:
 
 def first_line(error: BaseException, most: int = 200) -> str:
     """Return the first line of what a library's exception says, at most ``most`` characters; its name if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)  # a strange file's words may be in it
 
 
 OF_NETWORKS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)

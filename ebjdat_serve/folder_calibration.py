@@ -19,7 +19,18 @@ from numpy.typing import NDArray
 from ebjdat_serve import strict_json
 from ebjdat_serve.bounds import class_number, seen_as
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.calibrating import FITTED, FITTED_BYTES, REACHED, fit_temperature, fit_views, look, reached, record, view_names
+from ebjdat_serve.calibrating import (
+    FITTED,
+    FITTED_BYTES,
+    REACHED,
+    fit_temperature,
+    fit_views,
+    look,
+    reached,
+    record,
+    refuse_not_finite,
+    view_names,
+)
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.decoding.judge import accepted
@@ -27,7 +38,7 @@ from ebjdat_serve.engines import Engine, Floats, Outputs, load_engine
 from ebjdat_serve.errors import EbjdatError, InvalidImage, cause
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.handling import CALIBRATION, UNTOUCHED, handled
-from ebjdat_serve.listing import SHOWN, class_name, list_images, printable
+from ebjdat_serve.listing import SHOWN, Listing, class_name, list_images, printable
 from ebjdat_serve.manifest import YES, Input
 from ebjdat_serve.pixels import Pixels, decode, to_unit
 from ebjdat_serve.reach import STEPS
@@ -142,6 +153,24 @@ def handled_each(images: Pixels, places: Places, seed: int, untouched: float, va
     return np.concatenate([handled(image[np.newaxis], seed, untouched, (int(place), variant)) for image, place in each])
 
 
+def listed_images(folder: Path) -> Listing:
+    """Return the images in a folder; raise EbjdatError for what is none, and for fewer than FEWEST."""
+    if not folder.is_dir():
+        raise EbjdatError(f"{printable(folder)} is not a folder")
+    listing = list_images(folder)
+    if (n := len(listing.images)) < FEWEST:
+        noted = f"; {listing.note()}" if listing.skipped else ""
+        raise EbjdatError(f"{printable(folder)} holds {n} images ({', '.join(accepted())}); a calibration takes {FEWEST} at least{noted}")
+    return listing
+
+
+def told(bundle: Bundle) -> list[str]:
+    """Return what a calibration promises, its views, and the views that it is without, in lines."""
+    c = bundle.calibration()
+    lines = [promise(len(c.scores)), f"views {', '.join(c.views)}; temperature {c.temperature:.3f}"]
+    return [*lines, *(f"without the view {name}: {why}" for name, why in c.left_out.items())]
+
+
 def calibrate_folder(
     bundle: Bundle,
     folder: Path,
@@ -155,13 +184,9 @@ def calibrate_folder(
     ``reach_images`` walk for check=reach; by default as many as REACH_SECONDS allow. Raises EbjdatError for fewer than FEWEST images,
     counted and named, and for sub-folders of which only some name a label; then nothing is written.
     """
-    if not folder.is_dir():
-        raise EbjdatError(f"{printable(folder)} is not a folder")
-    listing = list_images(folder)
+    listing = listed_images(folder)
+    bundle.check_files()  # p-values of damaged weights would be of another model
     n, m = len(listing.images), bundle.manifest
-    if n < FEWEST:
-        noted = f"; {listing.note()}" if listing.skipped else ""
-        raise EbjdatError(f"{printable(folder)} holds {n} images ({', '.join(accepted())}); a calibration takes {FEWEST} at least{noted}")
     label, how = labels_of(listing.images, folder, m.labels, folders or {})
     if label is not None:
         fit_temperature(np.zeros((1, 2), np.float32), np.zeros(1, np.int64))  # without SciPy it is to fail now
@@ -238,6 +263,7 @@ def fitted(engine: Engine, images: FolderImages, places: Places) -> tuple[Output
     variants = -(-VARIANTS // max(1, len(places)))
     for where, part in images.chunks(places):
         found.append(classify_in_chunks(engine, to_unit(part)))
+        refuse_not_finite(found[-1], sum(map(len, there)))
         lightly.extend(statistics(to_unit(handled_each(part, where, SEEDS["fit"], 0.0, variant))) for variant in range(variants))
         there.append(where)
     if not found:

@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import shlex
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ebjdat_serve.bounds import LONGEST_LABEL
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.install import install
 from ebjdat_serve.manifest import Licence
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         allow_code=options.allow_code,
         say=lambda line: print(line, flush=True),
     )
-    print(f"serve it: ebjdat-serve serve {options.out}")
+    print(f"serve it: ebjdat-serve serve {shlex.quote(str(options.out))}")
 
 
 def _write_contract(options: argparse.Namespace) -> None:
@@ -87,5 +89,9 @@ def licence_of(given: list[str], said: Licence) -> Licence:
         what, name = (what, name) if equals else ("weights", text)
         if what not in [one.name for one in fields(Licence)] or not name.strip():
             raise EbjdatError(f"--license {text[:40]}: give SPDX, the licence of the weights, or code=, weights= or data= and one")
+        if len(name) > LONGEST_LABEL or not name.isprintable():
+            raise EbjdatError(f"--license {text[:40]!r}: a licence is one line of {LONGEST_LABEL} characters at most")
+        if what in changes:
+            raise EbjdatError(f"--license: the licence of the {what} is given twice")
         changes[what] = name.strip()
     return replace(said, **changes)

@@ -5,9 +5,20 @@ import math
 from typing import Any, NoReturn
 
 
-def loads(text: str | bytes | bytearray) -> Any:
-    """Return the JSON document in ``text``. Raises ValueError: not JSON; RecursionError: nested too deep."""
-    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+def loads(text: str | bytes | bytearray, *, unique: bool = False) -> Any:
+    """Return the JSON document in ``text``; with ``unique`` no key may be given twice, of which others may read the first.
+
+    Raises ValueError: not JSON; RecursionError: nested too deep.
+    """
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique if unique else None)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:40]!r} is given twice")
+    return found
 
 
 def _finite(text: str) -> float:

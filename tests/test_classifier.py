@@ -151,3 +151,35 @@ def test_the_package_is_imported_in_no_time_and_serves_without_torch_and_litserv
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_answer_that_is_not_finite_is_said_with_its_place(model, picture, monkeypatch):
+    real = model._model.engine.classify
+
+    def overflowing(image):
+        found = real(image)
+        found.logits[-1] = np.nan
+        return found
+
+    monkeypatch.setattr(model._model.engine, "classify", overflowing)
+    with pytest.raises(EbjdatError, match=r"answer on images\[1\] is not finite"):
+        model.classify([picture, picture])
+    with pytest.raises(EbjdatError, match="answer on the image is not finite"):
+        model.classify(picture)
+
+
+def test_a_check_that_is_none_is_refused(model, picture):
+    with pytest.raises(EbjdatError, match="check must be 'none' or 'reach', not 'rech'"):
+        model.classify(picture, check="rech")
+
+
+def test_pixels_that_pillow_cannot_give_are_refused(model):
+    closed = Image.new("RGB", (4, 4))
+    closed.close()
+    for image, said in ((closed, "does not give"), (Image.new("F", (4, 4)), "what is white"), ("a\0b", "cannot be read")):
+        with pytest.raises(InvalidImage, match=said):
+            model.classify(image)
+    with pytest.raises(InvalidImage, match="60000 x 60000 pixels; the limit is"):  # told before it is encoded
+        model.classify(np.broadcast_to(np.uint8(3), (60_000, 60_000)))
+    deep = Image.fromarray(np.full((32, 32), 40_000, np.int32))
+    assert model.classify(deep) == model.classify(Image.fromarray(np.full((32, 32), 40_000, np.uint16)))

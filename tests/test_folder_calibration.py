@@ -7,6 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import betabinom
 
 from ebjdat_serve import folder_calibration as fc
@@ -172,6 +173,32 @@ def test_a_folder_of_images_that_cannot_be_read_is_refused_with_the_first_reason
         file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(EbjdatError, match=r"more than half of the images cannot be read: 0000\.png: the image is truncated"):
         calibrate_folder(write(tmp_path / "bundle"), tmp_path / "images", say=quiet)
+
+
+def test_answers_that_are_not_finite_are_not_calibrated_on_and_nothing_is_written(few, tmp_path, monkeypatch):
+    bundle = write(tmp_path / "bundle")
+    before, engine = files(bundle.path), load_engine(bundle, "onnx", "cpu")
+    real = engine.classify
+
+    def overflowing(image):
+        found = real(image)
+        return found._replace(logits=np.where(image[:, :1, 0, 0] > 0.9, np.inf, found.logits))
+
+    monkeypatch.setattr(engine, "classify", overflowing)
+    monkeypatch.setattr(fc, "load_engine", lambda *given: engine)
+    shutil.copytree(few, tmp_path / "images")
+    Image.new("RGB", (30, 30), "white").save(tmp_path / "images" / "white.png")
+    with pytest.raises(EbjdatError, match="the model's answer is not finite on one of the images"):
+        calibrate_folder(bundle, tmp_path / "images", say=quiet)
+    assert files(bundle.path) == before
+
+
+def test_a_damaged_bundle_is_not_calibrated(few, tmp_path):
+    bundle = write(tmp_path / "bundle")
+    weights = bundle.path / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(EbjdatError, match="is damaged"):
+        calibrate_folder(bundle, few, say=quiet)
 
 
 def test_labels_of_sub_folders_give_a_temperature(tmp_path):

@@ -1,7 +1,9 @@
 """Tests of other people's networks: wrapped, their gradients in operators that ONNX has, one copy of weights, hostile sources."""
 
+import io
 import json
 import pickle
+import struct
 import sys
 import zipfile
 
@@ -358,7 +360,7 @@ def test_hostile_checkpoints_end_in_one_line_and_run_nothing(tmp_path, capsys):
         archive.writestr("bomb/data.pkl", b"\x80\x02" + b"0" * 2**22)
     save_file({"x": torch.zeros(3)}, tmp_path / "strange.safetensors")
     for name, said in (
-        *(("code.pt", "without running code"), ("old.pt", "without running code"), ("short.safetensors", "without running code")),
+        *(("code.pt", "more than tensors"), ("old.pt", "more than tensors"), ("short.safetensors", "without running code")),
         *(("none.pt", "holds no weights|damaged"), ("huge.pt", "larger than the file"), ("number.pt", "is no tensor")),
         *(("list.pt", "holds no state_dict"), ("bomb.pt", "compressed"), ("strange.safetensors", "match no network family: wideresnet")),
         ("absent.pt", "cannot be read"),
@@ -392,8 +394,9 @@ def test_folders_of_hugging_face_that_bring_code_pickles_or_no_classifier_are_re
     refused("transformers_weights", {**good, "transformers_weights": "pytorch_model.bin"})
     refused("a pickle, which is never read", weights="pytorch_model.bin")
     refused("no image classifier", {**good, "architectures": ["ViTModel"]})
-    refused("num_hidden_layers is 1000000000", {**good, "num_hidden_layers": 10**9})
-    refused("hidden_size is 1000000000", {**good, "hidden_size": 10**9})
+    refused("'num_hidden_layers' is 1000000000", {**good, "num_hidden_layers": 10**9})
+    refused("'depths' has more than 1000 in all", {**good, "depths": [600, 600]})
+    refused("'hidden_size' is 1000000000", {**good, "hidden_size": 10**9})
     refused("cannot be read", '{"a": NaN}')
     refused("no JSON object", "[]")
     refused("cannot be read", "[" * 100_000)
@@ -474,3 +477,25 @@ def test_a_checkpoint_of_tiny_tensors_that_name_an_enormous_network_allocates_no
     save_file(weights, tmp_path / "wide.safetensors")
     with pytest.raises(EbjdatError, match="its tensors are not those of a wideresnet"):
         checkpoint.find(str(tmp_path / "wide.safetensors"), **ASKED)
+
+
+def test_torch_reads_the_directory_of_an_archive_that_was_judged(tmp_path):
+    """Two directories: where the end says one begins, which torch takes, and before the end, which Python takes."""
+    saved, packed = io.BytesIO(), io.BytesIO()
+    torch.save({"a": torch.zeros(2**18)}, saved)
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for part in source.infolist():
+            archive.writestr(part.filename, source.read(part))
+    data = packed.getvalue()
+    end = data.rfind(b"PK\5\6")
+    size, begin = struct.unpack("<II", data[end + 12 : end + 20])
+    hostile = data[begin : begin + size]
+    benign, at = bytearray(hostile), 0
+    while at < size:
+        struct.pack_into("<H", benign, at + 10, 0)
+        struct.pack_into("<II", benign, at + 20, 10, 10)  # stored, of ten bytes
+        at += 46 + sum(struct.unpack("<HHH", benign[at + 28 : at + 34]))
+    (tmp_path / "two.pt").write_bytes(data[:begin] + hostile + benign + data[end:])
+    assert len(torch.load(tmp_path / "two.pt", weights_only=True)["a"]) == 2**18
+    with pytest.raises(EbjdatError, match=r"no weights that are read|is damaged|unpacks to more"):
+        checkpoint.read_tensors(tmp_path / "two.pt")

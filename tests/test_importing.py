@@ -407,7 +407,10 @@ def test_a_template_tells_what_the_graph_tells_and_asks_for_the_rest(tmp_path, c
     [
         ({"mean": "absent"}, r'the contract lacks what it was trained with, such as \{"mean"'),
         ({"mean": [1, 2]}, "mean must be of 3 numbers"),
-        ({"std": [1, 0, 1]}, "std must not be 0"),
+        ({"std": [1, 0, 1]}, "std must be 1e-06 to"),
+        ({"std": [-1, 1, 1]}, "std must be 1e-06 to"),
+        ({"scale": 0}, "scale must be 1e-06 to"),
+        ({"scale": -255}, "scale must be 1e-06 to"),
         ({"std": [1, "a", 1]}, "std: 'a' is not a float"),
         ({"scale": 1e300}, "scale must be"),
         ({"filter": "cubic"}, "filter: 'cubic' is not"),
@@ -459,9 +462,40 @@ def test_labels_are_read_from_metadata_and_never_run(metadata, expected):
 
 def test_sources_of_no_known_kind_are_named(tmp_path):
     (tmp_path / "folder").mkdir()
-    for source, said in (("net.tflite", "no source that is known"), (str(tmp_path / "folder"), "a folder without config.json")):
+    (tmp_path / "bundle").mkdir()
+    for file in ("bundle/bundle.json", "net.tflite"):
+        (tmp_path / file).write_text("{}")
+    known = {"net.tflite": "no source that is known", "nowhere": "does not exist", "folder": "a folder without config.json"}
+    for source, said in [(str(tmp_path / name), said) for name, said in {**known, "bundle": "a bundle already"}.items()]:
         with pytest.raises(EbjdatError, match=said):
             import_model(source, tmp_path / "out")
+
+
+def test_a_key_of_a_file_is_given_once(tmp_path):
+    (tmp_path / "contract.json").write_text('{"scale": 1, "scale": 255}')
+    with pytest.raises(EbjdatError, match="the key 'scale' is given twice"):
+        read_contract(tmp_path / "contract.json")
+
+
+def test_answers_that_depend_on_how_many_images_there_are_are_refused(tmp_path):
+    """As for one image and for eight, and otherwise between."""
+    model = classifier(ending="")
+    (logits,) = [value.name for value in model.graph.output]
+    nodes = [
+        helper.make_node("Shape", [logits], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["n"]),
+        helper.make_node("Sub", ["n", "one"], ["less"]),
+        helper.make_node("Sub", ["n", "eight"], ["more"]),
+        helper.make_node("Mul", ["less", "more"], ["both"]),
+        helper.make_node("Cast", ["both"], ["off"], to=TensorProto.FLOAT),
+        helper.make_node("Add", [logits, "off"], ["wrong"]),
+    ]
+    model.graph.node.extend(nodes)
+    for name, value in (("first", 0), ("one", 1), ("eight", 8)):
+        model.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [], [value]))
+    model.graph.output[0].name = "wrong"
+    with pytest.raises(ValueError, match="of several images at once it answers otherwise"):
+        tried(model, tmp_path)
 
 
 def test_open_sizes_are_asked_for(tmp_path):

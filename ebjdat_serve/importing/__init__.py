@@ -27,7 +27,7 @@ from ebjdat_serve.card import write_card
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Floats, load_engine
 from ebjdat_serve.errors import EbjdatError, cause, first_line
-from ebjdat_serve.folder_calibration import calibrate_folder
+from ebjdat_serve.folder_calibration import calibrate_folder, listed_images, told
 from ebjdat_serve.importing import images
 from ebjdat_serve.importing.contract_file import Contract, read_contract
 from ebjdat_serve.importing.found import Found
@@ -68,6 +68,8 @@ def import_model(
     out = Path(os.path.abspath(out))
     if os.path.lexists(out):
         raise EbjdatError(f"{printable(out)} exists already: name a folder that does not")
+    if calibration:
+        listed_images(calibration)  # before the work that a folder of too few would waste
     described = read_contract(contract) if contract else None
     named = read_labels(labels) if labels else None
     say(f"reading {source}")
@@ -89,6 +91,8 @@ def import_model(
         if calibration:
             say(f"calibrating on {printable(calibration)}")
             bundle = calibrate_folder(bundle, calibration, say=say)
+            for line in told(bundle):
+                say(line)
         write_card(bundle)
         say("checking it as a server does")
         verified(bundle.path, USUAL, FUNCTIONS)
@@ -130,7 +134,9 @@ def source_of(source: str) -> SourceModule:
     elif path.suffix.lower() in CHECKPOINTS:
         kind = "checkpoint"
     else:
-        what = "is a folder without config.json" if path.is_dir() else "is no source that is known"
+        what = "is no source that is known" if path.is_file() else "does not exist"
+        if path.is_dir():
+            what = "is a bundle already" if (path / MANIFEST).is_file() else "is a folder without config.json"
         raise EbjdatError(f"{printable(source)} {what}: give {FORMS}")
     needed = "onnx" if kind == "onnx_source" else "torch"
     if find_spec(needed) is None:

@@ -1,5 +1,6 @@
 """A checkpoint as a source of ``ebjdat-serve import``: safetensors, or torch.load of weights alone; nothing in it is run."""
 
+import io
 import pickle
 import warnings
 import zipfile
@@ -87,11 +88,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             raise EbjdatError(f"{printable(file)} has {size} bytes, more than {LARGEST}")
         if file.suffix == ".safetensors":
             return load_file(file)
-        check_archive(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats that torch.save does not write
-            read = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError, TypeError) as error:
+            read = torch.load(archive_of(file) or file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise EbjdatError(f"{printable(file)} holds more than tensors, which is not read: save the state_dict alone") from error
+    except (SafetensorError, zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError, TypeError) as error:
         raise EbjdatError(f"{printable(file)} holds no weights that are read without running code: {first_line(error)}") from error
     except (AttributeError, IndexError, RecursionError, MemoryError, AssertionError, ImportError) as error:
         raise EbjdatError(f"{printable(file)} is damaged: {type(error).__name__}") from error
@@ -100,14 +102,27 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors_of(read, size, printable(file))
 
 
-def check_archive(file: Path) -> None:
-    """Raise EbjdatError for a checkpoint whose archive unpacks to more than the file has, or whose pickle is of no set of weights."""
+def archive_of(file: Path) -> io.BytesIO | None:
+    """Return a checkpoint's archive, written anew, so that torch reads what was judged: its reader may take another directory for it.
+
+    None for a file that is no archive. Raises EbjdatError for one that unpacks to more than the file has, or whose pickle is of no set
+    of weights.
+    """
     if not zipfile.is_zipfile(file):
         if file.stat().st_size > LARGEST // 4:
             raise EbjdatError(f"{printable(file)} is of torch's old format and large: save it again with torch.save")
-        return
-    with zipfile.ZipFile(file) as archive:
-        parts = archive.infolist()
+        return None
+    written = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(written, "w", zipfile.ZIP_STORED) as copy:
+        check_parts(file, archive.infolist())
+        for part in archive.infolist():
+            copy.writestr(zipfile.ZipInfo(part.filename), archive.read(part))
+    written.seek(0)
+    return written
+
+
+def check_parts(file: Path, parts: list[zipfile.ZipInfo]) -> None:
+    """Raise EbjdatError for parts of an archive that torch.save does not write."""
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise EbjdatError(f"{printable(file)} is compressed, as torch.save never does: save it again")
     if sum(part.file_size for part in parts) > file.stat().st_size:
@@ -128,8 +143,8 @@ def tensors_of(read: Any, size: int, where: str) -> dict[str, Tensor]:
     if len(tensors) != len(read):
         other = next(name for name in read if name not in tensors)
         raise EbjdatError(f"{where}: {other[:80]!r} is no tensor: save the state_dict alone")
-    if any(value.numel() * value.element_size() > size for value in tensors.values()):  # of strides 0, say
-        raise EbjdatError(f"{where} has a tensor that is larger than the file")
+    if sum(value.numel() * value.element_size() for value in tensors.values()) > 2 * size:  # of strides 0, say; some share weights
+        raise EbjdatError(f"{where} has tensors that are larger than the file")
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}

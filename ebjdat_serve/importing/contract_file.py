@@ -16,7 +16,7 @@ from ebjdat_serve.manifest import Input, Licence
 from ebjdat_serve.parsing import parse
 
 LARGEST = 2**20
-VALUE = Bounds(-1e6, 1e6)
+VALUE, POSITIVE = Bounds(-1e6, 1e6), Bounds(1e-6, 1e6)
 ASKED = ("resize", "filter", "channel_order", "scale", "mean", "std")
 """What nobody can tell from a graph; null in a template."""
 INPUT = {one.name: one.default for one in fields(Input)}
@@ -62,9 +62,9 @@ class _Rest:
     """Keys of a contract file beside those of the input."""
 
     channel_order: Literal["RGB", "BGR"]
-    scale: Annotated[float, VALUE]
+    scale: Annotated[float, POSITIVE]
     mean: list[Annotated[float, VALUE]]
-    std: list[Annotated[float, VALUE]]
+    std: list[Annotated[float, POSITIVE]]
     layout: Literal["NCHW", "NHWC"]
     labels: list[str]
     output: str
@@ -96,8 +96,6 @@ def read_contract(file: Path) -> Contract:
     for name in ("mean", "std"):
         if name in rest and len(rest[name]) != 3:
             raise EbjdatError(f"{file}: {name} must be of 3 numbers, one a channel, not {len(rest[name])}")
-    if "std" in rest and not all(abs(value) > 1e-9 for value in checked.std):
-        raise EbjdatError(f"{file}: std must not be 0: pixels are divided by it")
     return Contract(input=data, **{name: getattr(checked, name) for name in rest})
 
 

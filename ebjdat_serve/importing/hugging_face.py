@@ -27,6 +27,7 @@ from ebjdat_serve.networks import HuggingFaceArchitecture, Normalisation, config
 
 LARGEST_JSON, LARGEST_CARD, LARGEST_WEIGHTS = 4 * 2**20, 2**16, 8 * 2**30
 MOST_LAYERS, MOST_SIZE, MOST_NUMBERS = 1000, 2**17, 1000
+LAYERS = re.compile("layers|depths?$|blocks|stages|repeat")
 FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "area"}
 """Pillow's numbers of filters."""
 FOLDER_FILES = ("config.json", "preprocessor_config.json")
@@ -44,6 +45,7 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
     told_itself(contract, "the folder")
     labels = labels or (contract.labels if contract else None)
     transformers = package("transformers", "huggingface")
+    transformers.logging.set_verbosity_error()  # its reports repeat names of the file, whatever they hold
     kept = huggingface_config(config)
     architecture = HuggingFaceArchitecture(kept)
     names = label_names(config)
@@ -95,13 +97,15 @@ def check_config(config: Mapping[str, Any], folder: Path) -> None:
                 walk(str(key), part)
         elif isinstance(value, list):
             if len(value) > MOST_NUMBERS:
-                raise EbjdatError(f"{printable(folder)}: config.json: {name[:60]} has {len(value)} values")
+                raise EbjdatError(f"{printable(folder)}: config.json: {name[:60]!r} has {len(value)} values")
+            if LAYERS.search(name) and sum(part for part in value if isinstance(part, int)) > MOST_LAYERS:
+                raise EbjdatError(f"{printable(folder)}: config.json: {name[:60]!r} has more than {MOST_LAYERS} in all")
             for part in value:
                 walk(name, part)
         elif isinstance(value, int) and not isinstance(value, bool):
-            most = MOST_LAYERS if re.search("layers|depths?$|blocks|stages|repeat", name) else MOST_SIZE
+            most = MOST_LAYERS if LAYERS.search(name) else MOST_SIZE
             if abs(value) > most:
-                raise EbjdatError(f"{printable(folder)}: config.json: {name[:60]} is {value}, more than {most}")
+                raise EbjdatError(f"{printable(folder)}: config.json: {name[:60]!r} is {value}, more than {most}")
 
     walk("", config)
 
@@ -115,6 +119,8 @@ def check_weights(folder: Path) -> None:
         raise EbjdatError(f"{printable(folder)} has {why}")
     index = folder / "model.safetensors.index.json"
     if os.path.lexists(index):
+        if not index.is_file():
+            raise EbjdatError(f"{printable(index)} is no file")
         shards = parse_json(read_bytes(index, LARGEST_JSON), index)
         named = shards.get("weight_map") if isinstance(shards, dict) else None
         if not isinstance(named, dict) or not set(map(str, named.values())) <= {file.name for file in files}:
@@ -146,7 +152,7 @@ def loaded(transformers: Any, folder: Path, config: dict[str, Any], classes: int
         told.num_labels = classes
         with torch.device("meta"):  # what it would take, before it is taken
             planned = transformers.AutoModelForImageClassification.from_config(told, attn_implementation="eager", trust_remote_code=False)
-        wanted = sum(parameter.numel() for parameter in planned.parameters())
+        wanted = sum(part.numel() for part in (*planned.parameters(), *planned.buffers()))
         if wanted > (held := sum(file.stat().st_size for file in folder.glob("*.safetensors"))):
             raise EbjdatError(f"{printable(folder)}: config.json asks for {wanted} parameters, its weights have {held} bytes")
         model, info = transformers.AutoModelForImageClassification.from_pretrained(

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,8 +63,10 @@ def parsed(text: str) -> list[str] | None:
         found: Any = strict_json.loads(text)
     except (ValueError, RecursionError):
         try:
-            found = ast.literal_eval(text)  # Ultralytics writes the repr of a dict; literals alone are read
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is no literal of Python
+                found = ast.literal_eval(text)  # Ultralytics writes the repr of a dict; literals alone are read
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return None
     if isinstance(found, dict):
         found = [found.get(number, found.get(str(number))) for number in range(len(found))]
@@ -87,6 +90,8 @@ def checked(labels: list[str], classes: int, where: str) -> list[str]:
     """Return distinct labels; raise EbjdatError unless there is one a class, and each can be shown."""
     if len(labels) != classes:
         raise EbjdatError(f"{where} has {len(labels)} labels, the model {classes} classes")
+    if any("\ud800" <= letter <= "\udfff" for label in labels for letter in label):
+        raise EbjdatError(f"{where}: a label holds half of a character, which nothing can show")
     if fault := label_fault(done := distinct(labels)):
         raise EbjdatError(f"{where}: {fault}")
     return done

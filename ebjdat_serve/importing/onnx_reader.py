@@ -48,6 +48,8 @@ MEMORY, SECONDS = 4 * 2**30, 600
 """Address space beside ten times the file, and processor time, that the reading of a graph may take."""
 MOST_FEATURES = 2**14
 """A layer of more features is one of pixels still, whose covariance no calibration could hold."""
+BATCHES = (8, 1, 3, 64)
+"""Images at once that a rewritten graph is tried on: what servers give it is from one image to 64."""
 SUM = 1e-3
 ORIGINAL, SERVED, REQUEST, ANSWER = "original.onnx", "served.onnx", "request.json", "answer.json"
 
@@ -184,15 +186,18 @@ def pooled(features: Floats, head: Head) -> Floats:
 def _for_any_batch(
     rewritten: Callable[[bool], onnx.ModelProto], tries: Floats, expected: dict[str, Floats]
 ) -> tuple[onnx.ModelProto, bool, float]:
-    """Return the rewritten graph, whether its shapes were freed of a batch, and its largest error on all images and on one.
+    """Return the rewritten graph, whether its shapes were freed of a batch, and its largest error on batches of ``BATCHES`` images.
 
-    Raises ValueError for a graph that gives something else for several images at once.
+    Raises ValueError for a graph that gives something else for several images at once, or takes more memory than the process has.
     """
     why = ""
     for freed in (False, True):
         done = rewritten(freed)
         try:
-            errors = [off(served(done, tries[:n]), {name: values[:n] for name, values in expected.items()}) for n in (len(tries), 1)]
+            errors = [
+                off(served(done, np.resize(tries, (n, *tries.shape[1:]))), {name: repeated(values, n) for name, values in expected.items()})
+                for n in BATCHES
+            ]
         except ValueError as error:
             why = str(error)
             continue
@@ -200,6 +205,11 @@ def _for_any_batch(
             return done, freed, max(errors)
         why = f"it answers otherwise, off by {max(errors):.1e}"
     raise ValueError(f"of several images at once {why}: export it with a dynamic batch")
+
+
+def repeated(values: Floats, n: int) -> Floats:
+    """Return the first n of rows that are repeated without end."""
+    return np.resize(values, (n, *values.shape[1:]))
 
 
 # --- the process
@@ -237,7 +247,9 @@ def _answer(request: dict[str, Any], source: Path, folder: Path) -> dict[str, An
 def _asked(source: Path, folder: Path, **request: Any) -> dict[str, Any]:
     """Have a process of its own answer a request; raise EbjdatError for a source that is refused, or that ends the process."""
     size = source.stat().st_size if source.is_file() else 0
-    beside = sum(file.stat().st_size for file in source.parent.glob(f"{glob_escaped(source.name)}*") if file != source and file.is_file())
+    beside = sum(
+        512 * file.stat().st_blocks for file in source.parent.glob(f"{glob_escaped(source.name)}*") if file != source and file.is_file()
+    )
     memory = MEMORY + 10 * min(size + beside, 2**31)
     (folder / REQUEST).write_text(json.dumps({"source": os.path.abspath(source), "memory": memory, **request}), encoding="utf-8")
     home = str(Path(ebjdat_serve.__file__).parent.parent)

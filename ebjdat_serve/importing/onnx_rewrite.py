@@ -1,9 +1,9 @@
 """Rewrite a classifier's ONNX graph to the form that is served: RGB N x 3 x H x W in [0,1] in; logits, energy and features out."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -94,13 +94,16 @@ def renamed(graph: onnx.GraphProto, image: str) -> dict[str, str]:
     """Give every value and operator of ``graph`` a plain name of its own; return the new names of values by the old ones."""
     names: dict[str, str] = {}
     taken: set[str] = set()
+    turns: dict[str, Iterator[int]] = {}
 
     def plain(name: str) -> str:
         if not name:
             return name  # an input that is left out
         if name not in names:
             cut = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:]
-            unique = next(free for free in chain([f"net.{cut}"], (f"net.{cut}.{i}" for i in count())) if free not in taken)
+            unique = f"net.{cut}"
+            while unique in taken:
+                unique = f"net.{cut}.{next(turns.setdefault(cut, count()))}"
             taken.add(unique)
             names[name] = unique
         return names[name]

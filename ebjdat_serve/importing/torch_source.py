@@ -63,7 +63,7 @@ def found(
         licence=licence,
         reference=reference,
         said=[*said, *about],
-        unknown=[*unknown, *unsaid(labels, licence), "whether the gradient exports, until it has been tried"],
+        unknown=[*unknown, *unsaid(labels, licence)],
     )
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from ebjdat_serve.server.answer import Attributed, Schema
 from ebjdat_serve.server.payloads import Checked, Predictions
+from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.served_model import ServedModel
 
 
@@ -129,8 +131,18 @@ def checked_answer(checked: Checked, listed: bool, model: ServedModel, alpha: fl
     return ClassifyAnswer(**rows[0], alpha=alpha, model=model.name)
 
 
+def refuse_not_finite(predictions: Predictions) -> None:
+    """Raise Problem 422 for the first image on which the model's logits are not finite, of which nothing can be said."""
+    strange = np.flatnonzero(~np.isfinite(predictions.joint_energy).all(axis=1))
+    if len(strange):
+        index: dict[str, Any] = {"index": int(strange[0])} if len(predictions.joint_energy) > 1 else {}
+        which = f"images[{strange[0]}]" if index else "the image"
+        raise Problem(422, f"the model's answer on {which} is not finite, so that nothing can be said of it", **index)
+
+
 def classified(predictions: Predictions, model: ServedModel) -> Iterator[dict[str, Any]]:
     """Yield the fields of each image's Classified, classes the likeliest first."""
+    refuse_not_finite(predictions)
     rows = zip(predictions.top.tolist(), predictions.probability.tolist(), flags(predictions, model), strict=True)
     for classes, probability, flag in rows:
         top = [Candidate(class_=i, label=model.labels[i], probability=probability[i]) for i in classes]
@@ -139,6 +151,7 @@ def classified(predictions: Predictions, model: ServedModel) -> Iterator[dict[st
 
 def energies(predictions: Predictions, model: ServedModel) -> Iterator[dict[str, Any]]:
     """Yield the fields of each image's Energies."""
+    refuse_not_finite(predictions)
     joint_energy = predictions.joint_energy.tolist()
     return ({**flag, "joint_energy": row} for flag, row in zip(flags(predictions, model), joint_energy, strict=True))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.detection import probabilities
-from ebjdat_serve.engines import Outputs
+from ebjdat_serve.engines import Floats, Outputs
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.reach import margin
 from ebjdat_serve.scores import ood_score, uncalibrated
@@ -53,6 +53,10 @@ class Model:
         """Return the predictions for pixels (n, H, W, 3)."""
         unit = pixels.to_unit(image)
         logits, energy, features = classify_in_chunks(self.engine, unit)
+        with np.errstate(invalid="ignore", over="ignore"):  # answers that are not finite are refused where they are given
+            return self._predicted(unit, logits, energy, features)
+
+    def _predicted(self, unit: Floats, logits: Floats, energy: Floats | None, features: Floats | None) -> Predictions:
         probability, nothing = probabilities(logits, self.temperature), np.full(len(logits), np.nan)
         top, margins = np.argsort(-probability, axis=1, kind="stable")[:, :TOP], margin(logits)
         energies = nothing.astype(np.float32) if energy is None else energy

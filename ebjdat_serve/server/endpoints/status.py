@@ -58,7 +58,8 @@ async def index(service: Service, request: Request) -> Response:
     model = service.manager.active
     profile, prefix = service.settings.profile_for(request.scope), prefix_of(service.settings)
     listed = [one for one in service.endpoints if not one.hidden and (profile == "full" or one.public)]
-    offered = [one for one in listed if all(operation.kind in kinds for operation in one.operations) and not one.impossible(model)]
+    workers = [one for one in listed if not one.operations or one.operations[0].kind in kinds]  # further ones are of options
+    offered = [one for one in workers if not one.impossible(model)]
     paths = [prefix + path for path in [*dict.fromkeys(one.example or one.path for one in offered), "/docs"]]
     return respond(Index(model=model.name, paths=paths))
 
