@@ -207,7 +207,8 @@ def calibrate(options: argparse.Namespace) -> None:
     """Calibrate a bundle on a folder, in place or as the next version of its store."""
     from ebjdat_serve.card import renewed
     from ebjdat_serve.editing import edit
-    from ebjdat_serve.folder_calibration import calibrate_folder, read_folders, told
+    from ebjdat_serve.folder_calibration import calibrate_folder, told
+    from ebjdat_serve.folder_images import read_folders
 
     folders = read_folders(options.folders)
     done = edit(

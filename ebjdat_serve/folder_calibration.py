@@ -2,22 +2,17 @@
 
 The folder is split, always alike: a quarter to fit the views on, a quarter for their ranks, the rest for p-values. Fewer than SPLIT images
 all go to the p-values of one score that needs no fit (docs/decisions/0029). Half of the images are lightly handled, as in training's
-calibration. Each image is decoded as the server does it when its turn comes: pixels of one chunk are held at a time.
+calibration.
 """
 
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ebjdat_serve import strict_json
-from ebjdat_serve.bounds import class_number, seen_as
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.calibrating import (
     FITTED,
@@ -32,21 +27,29 @@ from ebjdat_serve.calibrating import (
     view_names,
 )
 from ebjdat_serve.cpus import threads
-from ebjdat_serve.decoding.header import Limits
-from ebjdat_serve.decoding.judge import accepted
 from ebjdat_serve.engines import Engine, Floats, Outputs, load_engine
-from ebjdat_serve.errors import EbjdatError, InvalidImage, cause
+from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.folder_images import (
+    FEWEST,
+    SEEDS,
+    WALK_PIXELS,
+    FolderImages,
+    Places,
+    Say,
+    duration,
+    handled_each,
+    labels_of,
+    listed_images,
+)
 from ebjdat_serve.generation import classify_in_chunks
-from ebjdat_serve.handling import CALIBRATION, UNTOUCHED, handled
-from ebjdat_serve.listing import SHOWN, Listing, class_name, list_images, printable
-from ebjdat_serve.manifest import YES, Input
-from ebjdat_serve.pixels import Pixels, decode, to_unit
+from ebjdat_serve.handling import UNTOUCHED
+from ebjdat_serve.listing import printable
+from ebjdat_serve.manifest import YES
+from ebjdat_serve.pixels import Pixels, to_unit
 from ebjdat_serve.reach import STEPS
 from ebjdat_serve.scores import uncalibrated
 from ebjdat_serve.views import statistics
 
-FEWEST = 20
-"""Images below which nothing is calibrated: the smallest p-value of 19 is 1/20, which no usual alpha is above."""
 SPLIT = 60
 """Images from which views are fitted: 15 to fit, 15 for ranks and 30 for p-values."""
 VARIANTS = 200
@@ -55,13 +58,6 @@ LABELLED = 10_000
 """Images that the temperature is fitted on, at most."""
 REACH_SECONDS = 300.0
 """Time that the walks of check=reach may take, by the time that one gradient takes; beyond it fewer images walk."""
-CHUNK, CHUNK_PIXELS, WALK_PIXELS = 256, 2**20, 2**18
-"""Images of a chunk at most, and their pixels: 20 of 224 x 224; of a chunk that walks, whose gradients take more memory: 5."""
-SERVED = Limits(jpeg_draft=True)
-"""What `serve` decodes by without options."""
-SEEDS = {"fit": 0, "ranks": 1, "calibration": CALIBRATION}
-Say = Callable[[str], None]
-Places = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -83,85 +79,6 @@ class Split:
             return cls(none, none, order)
         fit, ranks = min(n // 4, most), min(n // 4, FITTED)
         return cls(*np.split(order, [fit, fit + ranks]))
-
-
-@dataclass
-class FolderImages:
-    """The images of a folder, read by their places; those that cannot be read are left out, with the reason."""
-
-    files: list[Path]
-    contract: Input
-    say: Say
-    unread: dict[Path, str] = field(default_factory=dict)
-    turns: int = 0  # images to come, in all passes
-    done: int = 0
-    since: float = field(default_factory=time.monotonic)
-    told: float = 0.0
-
-    def chunks(self, places: Places, pixels: int = CHUNK_PIXELS) -> Iterator[tuple[Places, Pixels]]:
-        """Yield places and images (n, H, W, 3) of those that can be read, in order; raise EbjdatError where fewer than half can."""
-        size = max(1, min(CHUNK, pixels // (self.contract.height * self.contract.width)))
-        read: list[Pixels] = []
-        there: list[int] = []
-        lost = 0
-        for place in places:
-            if (image := self.decoded(self.files[place])) is not None:
-                read.append(image)
-                there.append(int(place))
-            elif 2 * (lost := lost + 1) > len(places):
-                raise EbjdatError(f"more than half of the images cannot be read: {self.reasons()}")
-            self.progress()
-            if len(read) == size:
-                yield np.array(there), np.stack(read)
-                read, there = [], []
-        if read:
-            yield np.array(there), np.stack(read)
-
-    def mixed(self, places: Places, kind: str, pixels: int = CHUNK_PIXELS) -> Iterator[tuple[Places, Pixels]]:
-        """Yield the same, half of the images lightly handled."""
-        for there, images in self.chunks(places, pixels):
-            yield there, handled_each(images, there, SEEDS[kind], UNTOUCHED)
-
-    def decoded(self, file: Path) -> Pixels | None:
-        """Return the image in a file as the model takes it, None if it cannot be read."""
-        try:
-            if file.stat().st_size > SERVED.max_bytes:
-                raise InvalidImage(f"the image has {file.stat().st_size} bytes; the limit is {SERVED.max_bytes}")
-            return decode(file.read_bytes(), self.contract, SERVED)
-        except (InvalidImage, OSError) as error:
-            self.unread[file] = cause(error)
-            return None
-
-    def reasons(self) -> str:
-        """Return why the first images that cannot be read cannot."""
-        first = "; ".join(f"{printable(file.name)}: {why}" for file, why in sorted(self.unread.items())[:SHOWN])
-        return first + ("; …" if len(self.unread) > SHOWN else "")
-
-    def progress(self) -> None:
-        """Say how far it is, every ten seconds."""
-        self.done += 1
-        now = time.monotonic()
-        if now - max(self.told, self.since) >= 10:
-            self.told = now
-            left = (now - self.since) / self.done * (self.turns - self.done)
-            self.say(f"{self.done:,} of {self.turns:,} images, {len(self.unread)} unreadable, about {duration(left)} left")
-
-
-def handled_each(images: Pixels, places: Places, seed: int, untouched: float, variant: int = 0) -> Pixels:
-    """Return images, each handled by what its place draws, so that it does not depend on the chunk that it is in."""
-    each = zip(images, places, strict=True)
-    return np.concatenate([handled(image[np.newaxis], seed, untouched, (int(place), variant)) for image, place in each])
-
-
-def listed_images(folder: Path) -> Listing:
-    """Return the images in a folder; raise EbjdatError for what is none, and for fewer than FEWEST."""
-    if not folder.is_dir():
-        raise EbjdatError(f"{printable(folder)} is not a folder")
-    listing = list_images(folder)
-    if (n := len(listing.images)) < FEWEST:
-        noted = f"; {listing.note()}" if listing.skipped else ""
-        raise EbjdatError(f"{printable(folder)} holds {n} images ({', '.join(accepted())}); a calibration takes {FEWEST} at least{noted}")
-    return listing
 
 
 def told(bundle: Bundle) -> list[str]:
@@ -304,56 +221,6 @@ def temperature_of(logits: Floats, label: Places | None, say: Say) -> float:
     return fit_temperature(logits[known], label[known])
 
 
-def labels_of(files: list[Path], folder: Path, labels: list[str], folders: Mapping[str, str]) -> tuple[Places | None, str]:
-    """Return the class of each image by the sub-folder of ``folder`` that it is in, -1 for one beside them, and what to say of it.
-
-    A sub-folder is named as a label or a class's number, or ``folders`` tells its label. Without any that is, there are no labels. Raises
-    EbjdatError where some are and others are not.
-    """
-    parts = [file.relative_to(folder).parts for file in files]
-    try:
-        tops = {part[0]: class_name(folder / part[0]) for part in parts if len(part) > 1}
-    except ValueError:
-        raise EbjdatError(f"{printable(folder)}: the name of a sub-folder is not UTF-8: rename it") from None
-    known = {seen_as(name): index for index, name in enumerate(labels)}
-    wrong = [name for name in folders.values() if seen_as(name) not in known and class_number(name, len(labels)) is None]
-    if wrong:
-        raise EbjdatError(f"{wrong[0][:40]!r} is no label of the model: --folders tells labels by the names of sub-folders")
-
-    def index(name: str) -> int | None:
-        said = folders.get(name, name)
-        return known.get(seen_as(said), class_number(said, len(labels)))
-
-    found = {top: index(name) for top, name in tops.items()}
-    strange = sorted(tops[top] for top, place in found.items() if place is None)
-    if len(strange) == len(found):
-        if not found:
-            return None, "without labels, since there are no sub-folders"
-        return None, f"without labels, since no sub-folder is named as one ({strange[0][:40]!r}); --folders FILE tells their labels"
-    if strange:
-        raise EbjdatError(
-            f"{printable(folder)}: of {len(found)} sub-folders {len(strange)} are not named as a label, {strange[0][:40]!r} first: "
-            "rename them, move them away, or tell their labels (--folders FILE)"
-        )
-    label = np.array([found[part[0]] if len(part) > 1 else -1 for part in parts], np.int64)
-    beside = int((label < 0).sum())
-    return label, f"with labels of {len(found)} sub-folders" + (f", {beside} beside them without" if beside else "")
-
-
-def read_folders(file: Path | None) -> dict[str, str]:
-    """Return labels by the names of sub-folders, of a JSON object; raise EbjdatError for a file that holds none."""
-    if file is None:
-        return {}
-    try:
-        said: Any = strict_json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise EbjdatError(f"{printable(file)} cannot be read: {cause(error)}") from error
-    if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
-        example = json.dumps({"n02123045": "tabby cat"})
-        raise EbjdatError(f"{printable(file)} must be a JSON object of labels by the names of sub-folders, such as {example}")
-    return said
-
-
 def promise(n: int, alpha: float = 0.05) -> str:
     """Return what n calibration images promise of the flag at ``alpha``."""
     k = int(np.ceil(alpha * (n + 1) - 1e-9)) - 1
@@ -364,8 +231,3 @@ def promise(n: int, alpha: float = 0.05) -> str:
         f"n = {n}: p-values down to 1/{n + 1}; at alpha {alpha:g} it flags {k / (n + 1):.1%} of images like these on average, "
         f"and {low:.1%} to {high:.1%} by 95 of 100 such calibrations"
     )
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

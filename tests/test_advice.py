@@ -30,6 +30,7 @@ HOST = {
     "ebjdat_serve/importing/__init__.py": "ebjdat-serve import",
     "ebjdat_serve/importing/onnx_source.py": "ebjdat-serve import",
     "ebjdat_serve/folder_calibration.py": "ebjdat-serve calibrate",
+    "ebjdat_serve/folder_images.py": "ebjdat-serve calibrate",
 }
 """Modules that are no commands and whose errors one command alone ends with."""
 

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.stats import betabinom
 
 from ebjdat_serve import folder_calibration as fc
+from ebjdat_serve import folder_images
 from ebjdat_serve.bundle import Bundle, read_json
 from ebjdat_serve.calibrating import fit_temperature
 from ebjdat_serve.cli import main
@@ -18,7 +19,8 @@ from ebjdat_serve.contract import Input
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import EbjdatError
-from ebjdat_serve.folder_calibration import FolderImages, Split, calibrate_folder, labels_of, promise
+from ebjdat_serve.folder_calibration import Split, calibrate_folder, promise
+from ebjdat_serve.folder_images import FolderImages, labels_of
 from ebjdat_serve.handling import CALIBRATION, handled
 from ebjdat_serve.pixels import decode, to_unit
 from ebjdat_serve.reach import reach_score
@@ -113,7 +115,7 @@ def test_it_does_not_depend_on_chunks_and_holds_pixels_of_one_at_a_time(many, tm
             most.append(len(held))
             yield places, pixels
 
-    monkeypatch.setattr(fc, "CHUNK", 7)
+    monkeypatch.setattr(folder_images, "CHUNK", 7)
     monkeypatch.setattr(FolderImages, "chunks", watched)
     calibrate_folder(other, many, reach_images=30, say=quiet)
     assert max(most) <= 2

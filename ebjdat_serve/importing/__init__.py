@@ -27,7 +27,8 @@ from ebjdat_serve.card import write_card
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Floats, load_engine
 from ebjdat_serve.errors import EbjdatError, cause, first_line
-from ebjdat_serve.folder_calibration import calibrate_folder, listed_images, told
+from ebjdat_serve.folder_calibration import calibrate_folder, told
+from ebjdat_serve.folder_images import listed_images
 from ebjdat_serve.importing import images
 from ebjdat_serve.importing.contract_file import Contract, read_contract
 from ebjdat_serve.importing.found import Found
