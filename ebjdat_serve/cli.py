@@ -18,6 +18,7 @@ from ebjdat_serve.keys import KEY_VARIABLE
 from ebjdat_serve.verification import Terms
 
 log = logging.getLogger("ebjdat_serve")
+SERVE_USAGE = "ebjdat-serve serve [OPTIONS] [MODEL [[NAME=]MODEL ...]]"
 SERVE_EPILOG = "Each option has an environment variable, EBJDAT_ and its name: EBJDAT_PORT for --port. An option wins over its variable."
 ALLOW_OLDER = "also a version older than what the store's servers served last under serve --trust"
 
@@ -37,9 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ebjdat_serve.editing import FORCED
     from ebjdat_serve.server.settings import SHIPPED, VERIFIED_BY, add_arguments
 
-    serve_parser = commands.add_parser(
-        "serve", help="serve a bundle, or a store of them, over HTTP", usage="ebjdat-serve serve [OPTIONS] [MODEL]", epilog=SERVE_EPILOG
-    )
+    serve_parser = commands.add_parser("serve", help="serve bundles, or stores of them, over HTTP", usage=SERVE_USAGE, epilog=SERVE_EPILOG)
     add_arguments(serve_parser)
     serve_parser.set_defaults(command=serve)
 
@@ -135,17 +134,19 @@ def serve(options: argparse.Namespace) -> None:
             raise EbjdatError("--stock logs as LitServe does: leave out --log json, or --stock")
         if settings.profile == "public":
             raise EbjdatError("--stock answers everything that the model says: leave out --profile public, or --stock")
+        if settings.more:
+            raise EbjdatError("--stock serves one model: name one, or leave out --stock")
         if settings.check == "reach":
             raise EbjdatError("--stock checks no label's reach: leave out --check reach, or --stock")
         from ebjdat_serve.server import stock
 
         stock.run(settings)
         return
-    server, model = build_server(settings)
+    server, models = build_server(settings)
     url = f"http://{'localhost' if settings.host == '::' else settings.host}:{settings.port}"
 
     def greet() -> None:
-        logs.announce(settings.log, f"{model()} on {url} (docs: {url}/docs); Ctrl-C ends", model=model(), url=url)
+        logs.announce(settings.log, f"{models()} on {url} (docs: {url}/docs); Ctrl-C ends", model=models(), url=url)
 
     litserve_adapter.run(server, settings, greet)
 

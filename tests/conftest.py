@@ -134,13 +134,17 @@ class Live:
 
 @contextmanager
 def serving(
-    model: Path, log: Path, *options: str, executable: tuple[str, ...] = (sys.executable, "-m", "ebjdat_serve.cli")
+    model: Path,
+    log: Path,
+    *options: str,
+    more: tuple[str, ...] = (),
+    executable: tuple[str, ...] = (sys.executable, "-m", "ebjdat_serve.cli"),
 ) -> Iterator[Live]:
     port = free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w", encoding="utf-8") as sink:
         process = subprocess.Popen(
-            [*executable, "serve", str(model), "--port", str(port), "--threads", "1", *(options or ("--device", "cpu"))],
+            [*executable, "serve", str(model), *more, "--port", str(port), "--threads", "1", *(options or ("--device", "cpu"))],
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -150,8 +150,8 @@ def test_the_card_needs_no_figures_and_says_what_is_lacking(bundles, tmp_path):
 
 def test_a_bundle_that_draws_nothing_has_no_workers_for_it_and_check_reach_ends_the_start(bundles):
     server, _ = build_server(Settings(bundles["plain"].path))
-    assert list(server._counts) == ["/classify"]
-    assert list(build_server(Settings(bundles["gradient"].path))[0]._counts) == ["/classify", "/generate"]
+    assert list(server._counts) == ["/tiny/classify"]
+    assert list(build_server(Settings(bundles["gradient"].path))[0]._counts) == ["/tiny/classify", "/tiny/generate"]
     with pytest.raises(BundleError, match=r"not calibrated.*serve --check none serves it"):
         open_bundle(bundles["gradient"].path, Settings(check="reach"))
 

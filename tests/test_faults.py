@@ -23,11 +23,10 @@ from uvicorn.server import ServerState
 from benchmarks.load import descendants
 from ebjdat_serve import cli
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.read import http_protocol
 from ebjdat_serve.server.read.http_protocol import bounded_protocol
-from ebjdat_serve.server.served_model import open_bundle
 from ebjdat_serve.server.settings import SHIPPED, Settings
+from ebjdat_serve.server.supervisor import Supervisor
 from ebjdat_serve.server.worker_sockets import WorkerSockets
 from tests.conftest import HTTP, LONG, ROOT, free_port, serving, until, wait_ready
 
@@ -520,16 +519,15 @@ def test_a_picture_of_countless_pieces_is_refused_and_keeps_nobody_waiting(live)
 def test_a_worker_that_dies_before_it_says_hello_costs_only_itself():
     sockets, accepted = WorkerSockets(), []
 
-    async def accept(manager):
-        with sockets.accepting(lambda connection: accepted.append(asyncio.ensure_future(manager._accept(connection)))):
+    async def accept(supervisor):
+        with sockets.accepting(lambda connection: accepted.append(asyncio.ensure_future(supervisor._accept(connection)))):
             while len(accepted) < 2 or not all(task.done() for task in accepted):
                 await asyncio.sleep(0.01)
 
     for said in (b"", b"\0\0"):
         with sockets.connect() as worker:
             worker.sendall(said)
-    manager = ModelManager(open_bundle(SHIPPED, Settings()), Settings(), [], sockets)
-    asyncio.run(asyncio.wait_for(accept(manager), 20))
+    asyncio.run(asyncio.wait_for(accept(Supervisor({}, sockets)), 20))
     assert [task.exception() for task in accepted] == [None, None]
 
 

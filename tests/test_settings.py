@@ -118,7 +118,7 @@ def test_help_is_in_groups_and_shows_unit_and_default():
     command = [sys.executable, "-m", "ebjdat_serve.cli", "serve", "--help"]
     environment = {"PATH": "/usr/bin", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert text.startswith("usage: ebjdat-serve serve [OPTIONS] [MODEL]\n")
+    assert text.startswith("usage: ebjdat-serve serve [OPTIONS] [MODEL [[NAME=]MODEL ...]]\n")
     for group in dict.fromkeys(one.about.group for one in SETTINGS):
         assert f"\n{group}:\n" in text
     for one in SETTINGS:

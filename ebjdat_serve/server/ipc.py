@@ -32,8 +32,9 @@ Kind = Literal["classify", "generate"]
 
 @dataclass(frozen=True)
 class Hello:
-    """First message of a worker: its kind and process id."""
+    """First message of a worker: the name of the model that it is for, its kind and process id."""
 
+    model: str
     kind: Kind
     pid: int
 

@@ -1,12 +1,11 @@
-"""The workers and the bundle they serve: a new bundle is opened on all of them, then swapped in one move while requests go on."""
+"""The workers of a model and the bundle they serve: a new one is opened on all of them, then swapped in one move while requests go on."""
 
 import asyncio
 import contextlib
 import logging
 import os
-import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from ebjdat_serve.server.queues.request_queue import RequestQueue, WorkerConnect
 from ebjdat_serve.server.served_model import ServedModel, fingerprint, open_bundle, open_last, store_at
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.threads import in_daemon_thread
-from ebjdat_serve.server.worker_sockets import WorkerSockets
 from ebjdat_serve.store import remember
 
 log = logging.getLogger("ebjdat_serve")
@@ -32,17 +30,15 @@ RETRY_SECONDS = 5.0
 
 
 class ModelManager:
-    """Decides which bundle is served, and has the workers of all queues open and close bundles."""
+    """Decides which bundle of one model is served, and has the workers of its queues open and close bundles."""
 
-    def __init__(
-        self, served: ServedModel, settings: Settings, queues: list[RequestQueue], sockets: WorkerSockets, refused: str = ""
-    ) -> None:
+    def __init__(self, served: ServedModel, settings: Settings, queues: list[RequestQueue], refused: str = "") -> None:
         """``refused``: why ``served`` is not the current version of the store."""
         self.active = served
         self.started = False
         self.refused: dict[str, str] = {}
         self._store = store_at(settings.model)
-        self._settings, self._sockets = settings, sockets
+        self._settings = settings
         self._queues = {queue.kind: queue for queue in queues}
         self._candidate: ServedModel | None = None
         self._candidate_since = 0.0
@@ -52,7 +48,6 @@ class ModelManager:
         if refused:
             self._pass_over(refused)
         self._remembered, self._memorable = "", True
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._held: dict[tuple[Path, int], int] = {}  # descriptors that mark bundles as served
 
     def ready(self) -> bool:
@@ -75,64 +70,41 @@ class ModelManager:
             "retiring": [served.name for served in self._retiring.values()],
         }
 
-    async def run(
-        self, announce: Callable[[], None], give_up: Callable[[str], None], beside: Sequence[Coroutine[Any, Any, None]] = ()
-    ) -> None:
-        """Accept workers and follow the store, until cancelled.
+    def work(self, started: Callable[[], None], give_up: Callable[[str], None]) -> list[Coroutine[Any, Any, None]]:
+        """Return what is to run beside each other while requests are served, none of which ends.
 
-        ``announce`` is called once, when all workers are ready; ``give_up`` with the reason if the first bundle is refused, or if what runs
-        ``beside`` fails.
+        ``started`` is called once, when all workers are ready; ``give_up`` with the reason if the first bundle is refused.
         """
-        self._announce, self._give_up = announce, give_up
-        parent = os.getppid()
-        with self._sockets.accepting(lambda connection: self._start(self._accept(connection))):
-            for queue in self._queues.values():
-                self._start(queue.watch())
-            for work in beside:
-                self._start(work)
-            while True:
-                self._mark_served()
-                await asyncio.sleep(self._settings.refresh_interval)
-                if os.getppid() != parent:
-                    return give_up("the main process has gone")
-                self._close_retired()
-                await self._check_store()
-                await self._remember()
+        self._announce, self._give_up = started, give_up
+        return [self._follow(), *(queue.watch() for queue in self._queues.values())]
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: "asyncio.Task[Any]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            log.error("the HTTP process cannot go on", exc_info=error)
-            self._give_up(f"the HTTP process cannot go on: {cause(error)}")
+    async def _follow(self) -> None:
+        """Follow the store."""
+        while True:
+            self._mark_served()
+            await asyncio.sleep(self._settings.refresh_interval)
+            self._close_retired()
+            await self._check_store()
+            await self._remember()
 
     # workers ---------------------------------------------------------------------------------------------------------
 
-    async def _accept(self, connection: socket.socket) -> None:
-        """Serve one worker's connection until it ends."""
-        reader, writer = await asyncio.open_unix_connection(sock=connection)
-        worker: WorkerConnection | None = None
+    async def attend(self, hello: ipc.Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Give a worker its bundles and its requests until it is gone."""
+        queue, worker = self._queues[hello.kind], WorkerConnection(hello.pid, reader, writer)
+        queue.workers.append(worker)
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # raised when a worker dies
-            hello: ipc.Hello = await ipc.receive(reader)
-            queue, worker = self._queues[hello.kind], WorkerConnection(hello.pid, reader, writer)
-            queue.workers.append(worker)
             for served in self._open():
                 worker.send(ipc.LoadModel(served.key, served.bundle.path))
             async for message in queue.serve(worker):
                 self._handle(queue, worker, message)
-        writer.close()
-        if worker:
-            queue.worker_lost(worker)
-            if not queue.closed:
-                log.warning("the %s worker %d died; another is starting", queue.kind, worker.pid)
-            if self._candidate and self._candidate.key not in worker.loaded:
-                self._deaths += 1
-                if self._deaths >= MAX_DEATHS:
-                    self._drop_candidate("workers died while opening it")
+        queue.worker_lost(worker)
+        if not queue.closed:
+            log.warning("the %s worker %d died; another is starting", queue.kind, worker.pid)
+        if self._candidate and self._candidate.key not in worker.loaded:
+            self._deaths += 1
+            if self._deaths >= MAX_DEATHS:
+                self._drop_candidate("workers died while opening it")
 
     def _handle(self, queue: RequestQueue, worker: WorkerConnection, message: ipc.ModelLoaded | ipc.ModelRefused) -> None:
         match message:

@@ -1,6 +1,7 @@
 """A verified bundle, as the HTTP process needs it."""
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, resolve
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.history import SERVED_FILE, read_history
+from ebjdat_serve.listing import printable
 from ebjdat_serve.manifest import YES, Calibration
 from ebjdat_serve.rows import to_json
 from ebjdat_serve.server.settings import Settings
@@ -15,6 +17,8 @@ from ebjdat_serve.store import CURRENT, reason_held_back
 from ebjdat_serve.verification import verified
 
 log = logging.getLogger("ebjdat_serve")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAMED = "a model's name is of 1 to 64 letters, digits, '.', '_' and '-', and begins with a letter or digit"
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,23 @@ def store_at(path: Path) -> Path | None:
     if (path / MANIFEST).is_file():
         return path.parent if path.name == CURRENT and path.is_symlink() else None
     return path if (path / CURRENT).is_symlink() or (path / SERVED_FILE).is_file() else None
+
+
+def named_models(settings: Settings) -> list[tuple[str, Path]]:
+    """Return the name that each model of a server is given, "" where its bundle's is to be taken, and its bundle or store.
+
+    Raises EbjdatError for a name that an address cannot hold.
+    """
+    found = []
+    for text in map(str, (settings.model, *settings.more)):
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name or Path(text).exists():
+            found.append(("", Path(text)))
+        elif not NAME.fullmatch(name):
+            raise EbjdatError(f"{printable(text)}: {NAMED}")
+        else:
+            found.append((name, Path(path)))
+    return found
 
 
 def open_bundle(path: Path, settings: Settings, store: Path | None = None) -> ServedModel:

@@ -12,7 +12,7 @@ from ebjdat_serve.manifest import Input, Provenance
 from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.answer.images import GenerateAnswer, Generated, GeneratePreviewEvent, PngHeaders
 from ebjdat_serve.server.answer.predictions import Classified, ClassifyAnswer, ClassifyList
-from ebjdat_serve.server.answer.status import Health, Index, Info, LimitsInfo
+from ebjdat_serve.server.answer.status import Health, Index, Info, LimitsInfo, Models
 from ebjdat_serve.server.settings import Profile
 
 DECIMALS = 2
@@ -91,6 +91,21 @@ class PublicPngHeaders(Schema):
     content_origin: Annotated[str, Field(alias="X-Content-Origin")]
 
 
+class PublicModelEntry(Schema):
+    """A model of this server."""
+
+    name: str
+    model: str
+    ready: bool
+    default: bool
+
+
+class PublicModels(Schema):
+    """The models of this server, the default first."""
+
+    models: list[PublicModelEntry]
+
+
 class PublicInfo(Schema):
     """The model, its classes and input, and the limits of a request."""
 
@@ -110,6 +125,7 @@ PUBLIC_SCHEMAS: dict[type[Schema], type[Schema]] = {
     PngHeaders: PublicPngHeaders,
     Info: PublicInfo,
     Health: Health,
+    Models: PublicModels,
     Index: Index,
 }
 """The public schema of each full one; an answer that is not here has none."""

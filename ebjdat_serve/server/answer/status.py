@@ -28,6 +28,22 @@ class Index(Schema):
     paths: list[str]
 
 
+class ModelEntry(Schema):
+    """A model of this server."""
+
+    name: Annotated[str, Field(description="as in /models/NAME/classify")]
+    model: str
+    ready: Annotated[bool, Field(description="whether every worker of it is ready")]
+    default: Annotated[bool, Field(description="whether paths without a name mean it")]
+    memory_bytes: Annotated[int | None, Field(description="of its workers, what they share with others in parts; null: not known here")]
+
+
+class Models(Schema):
+    """The models of this server, the default first."""
+
+    models: list[ModelEntry]
+
+
 class CalibrationInfo(Schema):
     """What ``suspicious`` is decided by: the OOD score's views, those left out with the reason, and the images that p-values speak of."""
 

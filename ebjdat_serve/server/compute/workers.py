@@ -41,8 +41,9 @@ class Worker(ls.LitAPI):
     kind: ipc.Kind
     functions: tuple[str, ...]  # of the engine, which the self-test covers
 
-    def __init__(self, settings: Settings, operations: Sequence[Operation]) -> None:
-        super().__init__(api_path=f"/{self.kind}", loop=WorkerLoop())
+    def __init__(self, model: str, settings: Settings, operations: Sequence[Operation]) -> None:
+        super().__init__(api_path=f"/{model}/{self.kind}", loop=WorkerLoop())
+        self.model = model
         self.connection: socket.socket | None = None  # to the HTTP process; the main process sets it as it starts this one
         self._settings = settings
         self.operations = {operation.name: operation.run for operation in operations if operation.kind == self.kind}
@@ -62,7 +63,7 @@ class Worker(ls.LitAPI):
         self._loading: list[threading.Thread] = []
         assert self.connection
         self.channel = ipc.Channel(self.connection)
-        self.channel.send(ipc.Hello(self.kind, os.getpid()))
+        self.channel.send(ipc.Hello(self.model, self.kind, os.getpid()))
         try:
             while True:
                 self.turn()

@@ -3,7 +3,7 @@
 from ebjdat_serve.server.endpoints.explain import EXPLAIN_POST
 from ebjdat_serve.server.endpoints.generate import GENERATE_GET, GENERATE_HEAD, GENERATE_POST
 from ebjdat_serve.server.endpoints.predict import CLASSIFY, ENERGY
-from ebjdat_serve.server.endpoints.status import HEALTH, INDEX, INFO
+from ebjdat_serve.server.endpoints.status import HEALTH, INDEX, INFO, MODELS
 
 ENDPOINTS = [
     CLASSIFY,
@@ -13,6 +13,7 @@ ENDPOINTS = [
     GENERATE_HEAD,
     GENERATE_POST,
     HEALTH,
+    MODELS,
     INFO,
     INDEX,
 ]

@@ -1,6 +1,5 @@
 """What an endpoint is, and what its handler works with."""
 
-import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,26 +10,20 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.routing import request_response
 
-from ebjdat_serve import __version__
 from ebjdat_serve.keys import Scope
 from ebjdat_serve.pixels import Pixels
-from ebjdat_serve.server import api_docs, problems
-from ebjdat_serve.server.answer.explanations import StripHeaders
-from ebjdat_serve.server.answer.headers import ResponseHeadersMiddleware
-from ebjdat_serve.server.answer.images import PngHeaders
+from ebjdat_serve.server import problems
+from ebjdat_serve.server.api_docs import prefix_of
 from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
 from ebjdat_serve.server.queues.request_queue import PendingRequest, RequestQueue
-from ebjdat_serve.server.read import browsers
-from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware
+from ebjdat_serve.server.read.auth import Access
 from ebjdat_serve.server.read.bodies import BodyMemory
-from ebjdat_serve.server.read.head import HeadMiddleware
-from ebjdat_serve.server.read.http_protocol import connections
 from ebjdat_serve.server.read.images import ImageDecoder
-from ebjdat_serve.server.read.root_path import RootPathMiddleware
+from ebjdat_serve.server.read.model_path import MODEL_NAME
 from ebjdat_serve.server.read.uploads import encoded_images, read_upload
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import OPERATE, Settings
@@ -39,9 +32,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}, "description": problems.TITLES[code]}
     for code in (400, 401, 403, 408, 409, 413, 415, 421, 422, 429, 500, 503, 504)
 }
-
-EXPOSED = list(dict.fromkeys(field.alias or "" for kind in (PngHeaders, StripHeaders) for field in kind.model_fields.values()))
-"""Headers that pages of other sites may read."""
 
 BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
 
@@ -66,6 +56,29 @@ IMAGE_BODY = {
 """OpenAPI's description of a body with one image or several, for every endpoint that uses Service.run_on_images."""
 
 
+class Shared:
+    """What the models of a server share: access, processes that decode images and threads that encode them.
+
+    ``services`` are by name; the first is the default, which paths without a name mean.
+    """
+
+    def __init__(self, settings: Settings, access: Access, endpoints: Sequence["Endpoint"]) -> None:
+        self.settings, self.access, self.endpoints = settings, access, endpoints
+        self.services: dict[str, Service] = {}
+        self.draining = False  # a stop signal has come
+        self.decoder = ImageDecoder(settings)
+        self.encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
+
+    def service(self, scope: Mapping[str, Any]) -> "Service":
+        """Return the service of the model that a request is for; raise Problem 404 for a name that no model has."""
+        name = scope.get(MODEL_NAME)
+        if name is None:
+            return next(iter(self.services.values()))
+        if name not in self.services:
+            raise Problem(404, f"no model here is named {name}; GET {prefix_of(self.settings)}/models lists them")
+        return self.services[name]
+
+
 @dataclass(frozen=True)
 class ImageResult:
     """What a worker says of the images of one request; ``listed``: they came as a list."""
@@ -76,23 +89,26 @@ class ImageResult:
 
 
 class Service:
-    """The served model, the queues, processes that decode images and threads that encode them."""
+    """What handlers work with: one model, its queues, and what it shares with the other models of the server."""
 
     def __init__(
         self,
+        name: str,
         manager: ModelManager,
         settings: Settings,
         classify: ClassifyQueue,
         generate: GenerateQueue | None,
-        endpoints: Sequence["Endpoint"],
-        access: Access,
+        shared: "Shared",
     ) -> None:
-        self.manager, self.settings, self.access = manager, settings, access
+        """``name`` is the model's in /models/NAME, ``settings`` are those of the server but for ``model`` and ``threads``."""
+        self.name, self.manager, self.settings, self.shared = name, manager, settings, shared
         self.classify_queue, self.generate_queue = classify, generate
-        self.endpoints = endpoints
-        self.draining = False  # a stop signal has come
-        self.decoder = ImageDecoder(settings)
-        self.encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
+        self.access, self.decoder, self.encoders = shared.access, shared.decoder, shared.encoders
+
+    @property
+    def queues(self) -> list[RequestQueue]:
+        """The queues of the model."""
+        return [self.classify_queue, *([self.generate_queue] if self.generate_queue else [])]
 
     async def run_on_images(self, request: Request, operation: Operation) -> ImageResult:
         """Read and decode the images of ``request``, and return what a classify worker makes of them by ``operation``.
@@ -126,52 +142,6 @@ class Service:
             memory.hold(3 * len(encoded) * contract.height * contract.width)
             images = await self.decoder.decode(request, encoded, contract, deadline, listed=listed)
         return model, images, listed, deadline
-
-    def begin_drain(self) -> None:
-        """Have /health answer 503 from now on, and connections end after their next response."""
-        self.draining = True
-
-    async def drain(self) -> None:
-        """Wait for the requests in progress, longer for /generate than for others; then fail those that are left."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        queues: list[RequestQueue] = [self.classify_queue, *([self.generate_queue] if self.generate_queue else [])]
-        graceful = self.settings.graceful_timeout
-        while any(queue.active for queue in queues) or connections():  # uvicorn has closed the idle connections
-            await asyncio.sleep(0.1)
-            if loop.time() - began > self.settings.last_answers:
-                await self.decoder.decoders.close()  # what is decoded by then is still classified
-            drawing = self.generate_queue and self.generate_queue.chains
-            if loop.time() - began > (self.settings.generate_graceful_timeout if drawing else graceful):
-                break
-        for queue in queues:
-            queue.close("the server is stopping; try again when it is back")
-        await self.decoder.decoders.close()
-
-    def scopes(self) -> dict[str, set[Scope]]:
-        """Return, by path, the scopes of which an API key needs one; none where no key is needed."""
-        found: dict[str, set[Scope]] = {path: {"operate"} for path in api_docs.PATHS}
-        for path in {one.path for one in self.endpoints}:
-            here = [one for one in self.endpoints if one.path == path]
-            said = [one.scopes for one in here if one.scopes is not None]
-            kinds: set[Scope] = {operation.kind for one in here for operation in one.operations}
-            found[path] = set().union(*said) if said else kinds or {"operate"}
-        return found
-
-    def install(self, app: FastAPI) -> None:
-        """Add the endpoints, middleware and error pages to ``app``."""
-        app.title, app.version = "ebjdat_serve", __version__
-        problems.install(app, self.settings)
-        api_docs.install(app, self.settings)
-        app.add_middleware(HeadMiddleware, own={one.path for one in self.endpoints if one.operations})
-        app.add_middleware(ApiKeyMiddleware, access=self.access, scopes=self.scopes())
-        browsers.install(app, self.settings, exposed=EXPOSED)
-        app.add_middleware(ResponseHeadersMiddleware, draining=lambda: self.draining)
-        if prefix := api_docs.prefix_of(self.settings):
-            app.add_middleware(RootPathMiddleware, prefix=prefix)
-        for endpoint in self.endpoints:
-            endpoint.install(app, self)
-        app.router.routes.sort(key=lambda route: not isinstance(route, DirectRoute))  # they are tried in turn, FastAPI's own last
 
 
 def generate_queue(service: Service, model: ServedModel, capability: Literal["gradient", "generate"], what: str) -> GenerateQueue:
@@ -213,6 +183,7 @@ class Endpoint:
     hidden: bool = False  # from the document and the index
     takes: Literal["", "energy", "gradient", "generate"] = ""  # the capability without which it is answered 409
     scopes: Collection[Scope] | None = None  # an API key needs one of these, no key if there is none; None: as operations say, or operate
+    per_model: bool = True  # also under /models/NAME
 
     def __post_init__(self) -> None:
         if "{" in self.path:
@@ -227,16 +198,16 @@ class Endpoint:
         """Whether the public profile has an answer."""
         return self.public_answer is not None
 
-    def install(self, app: FastAPI, service: Service) -> None:
+    def install(self, app: FastAPI, shared: Shared) -> None:
         """Add the endpoint to ``app``."""
-        documented = service.settings.profile
+        documented = shared.settings.profile
         responses = self.public_responses if documented == "public" and self.public_responses is not None else self.responses
 
         async def endpoint(request: Request) -> Response:
-            if not self.public and service.settings.profile_for(request.scope) == "public":
+            if not self.public and shared.settings.profile_for(request.scope) == "public":
                 also = "".join(f" and {scope}" for scope in sorted(self.scopes or ()) if scope != OPERATE)
                 raise Problem(403, f"{self.path} is not part of serve --profile public: it takes a key of scope {OPERATE}{also}")
-            return await self.handler(service, request)
+            return await self.handler(shared.service(request.scope), request)
 
         app.router.add_api_route(
             self.path,
