@@ -13,6 +13,11 @@ LIBRARIES = ("litserve", "uvicorn", "uvicorn.error", "uvicorn.access", "py.warni
 """Loggers that bring handlers of their own."""
 
 
+def now() -> str:
+    """Return the time, UTC, as logs have it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 class JsonLines(logging.Formatter):
     """A record as a JSON object: time (UTC), level, logger, message, extra fields, and the traceback of an exception."""
 

@@ -92,7 +92,7 @@ def test_generate_tells_no_energies_in_any_form(public, live):
 
 def test_the_document_is_that_of_the_profile(public, picture):
     document = httpx2.get(f"{public.url}/openapi.json").json()
-    assert set(document["paths"]) == {"/classify", "/generate", "/health", "/info"}
+    assert set(document["paths"]) == {"/classify", "/generate", "/health", "/info", "/models"}
     text = json.dumps(document["components"]["schemas"])
     assert not [name for name in SECRET if f'"{name}"' in text]
     described = document["paths"]["/generate"]["get"]["responses"]["200"]
@@ -121,7 +121,7 @@ def test_explanations_are_no_part_of_it(public, picture):
     assert "/explain" not in httpx2.get(f"{public.url}/openapi.json").json()["paths"]
 
 
-STATIC = {"x-content-type-options", "x-frame-options"}
+STATIC = {"x-request-id", "x-content-type-options", "x-frame-options"}
 
 
 def test_a_refusal_for_load_tells_no_load(public):
@@ -155,7 +155,7 @@ def test_a_key_of_scope_operate_is_told_everything(tmp_path, picture):
 
 
 def test_an_endpoint_without_a_public_answer_is_refused_and_an_answer_without_one_is_not_sent(public):
-    assert [one.path for one in ENDPOINTS if not one.public] == ["/energy", "/explain"]
+    assert [one.path for one in ENDPOINTS if not one.public] == ["/energy", "/explain", "/metrics"]
     with pytest.raises(KeyError):
         told(Load.model_construct(), "public")
     assert Settings(profile="public").profile_for({"scopes": frozenset({"classify", "operate"})}) == "full"

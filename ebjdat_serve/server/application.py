@@ -11,6 +11,7 @@ from ebjdat_serve.server.answer.explanations import StripHeaders
 from ebjdat_serve.server.answer.headers import ResponseHeadersMiddleware
 from ebjdat_serve.server.answer.images import PngHeaders
 from ebjdat_serve.server.endpoints.endpoint import DirectRoute, Shared
+from ebjdat_serve.server.observer import TraceMiddleware
 from ebjdat_serve.server.read import browsers
 from ebjdat_serve.server.read.auth import ApiKeyMiddleware
 from ebjdat_serve.server.read.head import HeadMiddleware
@@ -41,6 +42,7 @@ class Application:
         app.add_middleware(ResponseHeadersMiddleware, draining=lambda: self._shared.draining)
         if prefix := api_docs.prefix_of(settings):
             app.add_middleware(RootPathMiddleware, prefix=prefix)
+        app.add_middleware(TraceMiddleware, observer=self._shared.observer)
         for endpoint in endpoints:
             endpoint.install(app, self._shared)
         app.router.routes.sort(key=lambda route: not isinstance(route, DirectRoute))  # they are tried in turn, FastAPI's own last
@@ -75,3 +77,4 @@ class Application:
         for queue in queues:
             queue.close("the server is stopping; try again when it is back")
         await decoders.close()
+        self._shared.observer.close()

@@ -100,10 +100,11 @@ class PreviewTaken:
 
 @dataclass(frozen=True)
 class Response:
-    """The result of request ``number``."""
+    """The result of request ``number``, and the seconds that it took here."""
 
     number: int
     value: Any
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,12 @@ class Preview:
 
 @dataclass(frozen=True)
 class Stats:
-    """Chain-steps per second, chain-steps left by request number, and the longest wait of a chain for a step in seconds."""
+    """Chain-steps per second, those left by request number, the longest wait of a chain for a step in seconds, and steps since the last."""
 
     rate: float
     left: dict[int, int]
     longest_wait: float = 0.0
+    steps: int = 0
 
 
 def encode(message: object) -> Parts:

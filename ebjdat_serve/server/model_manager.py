@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ class ModelManager:
         self.active = served
         self.started = False
         self.refused: dict[str, str] = {}
+        self.refreshes: Counter[str] = Counter()  # by result: served or refused
         self._store = store_at(settings.model)
         self._settings = settings
         self._queues = {queue.kind: queue for queue in queues}
@@ -191,6 +193,7 @@ class ModelManager:
             log.warning("now serving %s, before %s", self._candidate.name, self.active.name)
             self._retiring[self.active.key] = self.active
             self.active, self._candidate, self.refused = self._candidate, None, {}
+            self.refreshes["served"] += 1
             self._retiring.pop(self.active.key, None)
 
     def _drop_candidate(self, reason: str) -> None:
@@ -201,6 +204,7 @@ class ModelManager:
 
     def _note_refusal(self, name: str, reason: str) -> None:
         self.refused = {"bundle": printable(name), "reason": printable(reason)}  # a strange name must not break /info
+        self.refreshes["refused"] += 1
         log.error("%s is refused, %s goes on: %s", name, self.active.name, reason)
 
     async def _remember(self) -> None:

@@ -1,5 +1,6 @@
 """Errors as RFC 9457 problem documents: what is wrong, which limit or fix, and never a traceback."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -43,6 +44,8 @@ class ProblemDocument(BaseModel):
     index: Annotated[int | None, Field(description="of the invalid image in a list; absent otherwise")] = None
 
 
+refused: Counter[int] = Counter()
+"""Responses of Problem.last_response, to requests that were refused before they were whole, by status."""
 MEDIA_TYPE = "application/problem+json"
 SCHEMA = ProblemDocument.model_json_schema()
 
@@ -67,7 +70,8 @@ class Problem(Exception):
         return Response(self.document(), self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
     def last_response(self, default_headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """Return the problem as the bytes of a response that ends its connection."""
+        """Return the problem as the bytes of a response that ends its connection, and count it in ``refused``."""
+        refused[self.status] += 1
         body = self.document().encode()
         own = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), "cache-control": "no-store", "connection": "close"}
         headers = [*default_headers, *((name.encode(), value.encode()) for name, value in (own | (self.headers or {})).items())]

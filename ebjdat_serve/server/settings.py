@@ -150,11 +150,18 @@ class Settings:
     generate_graceful_timeout: Annotated[float, seconds(CONNECTION, "time that /generate requests get to end after a stop signal")] = 50.0
 
     log: Annotated[Style, About(OUTPUT, "text: for people; json: one object a line on standard output")] = "text"
+    access_log: Annotated[bool | None, About(OUTPUT, "write a line for each request", shown="with --log json")] = None
+    audit_log: Annotated[
+        Path | None,
+        About(OUTPUT, "file for a line of each image: sha256, version, scores and decision, never the image", metavar="FILE"),
+    ] = None
+    audit_log_bytes: Annotated[int, count(OUTPUT, "size at which the audit log is replaced", "bytes", 2**16)] = 64 * 2**20
+    audit_log_files: Annotated[int, count(OUTPUT, "earlier files of the audit log that are kept", "files")] = 8
     stock: Annotated[bool, About(OUTPUT, "serve by LitServe's own routes, queues and loops instead (docs/decisions/0004)")] = False
 
     def __post_init__(self) -> None:
-        for declared in SETTINGS:
-            declared.check(getattr(self, declared.name), declared.flag)
+        for one in SETTINGS:
+            one.check(getattr(self, one.name), one.flag)
 
     @property
     def exposed(self) -> bool:

@@ -150,8 +150,10 @@ class ClassifyWorker(Worker):
         """Run an operation on a batch."""
         match message:
             case ipc.Request(number, key, operation, payload) if operation in self.operations:
+                began = time.perf_counter()
                 images = np.concatenate(payload) if isinstance(payload, list) else payload
-                self.channel.send(ipc.Response(number, self.operations[operation](self.models[key], images)))
+                value = self.operations[operation](self.models[key], images)
+                self.channel.send(ipc.Response(number, value, time.perf_counter() - began))
             case _:
                 super().handle(message)
 
@@ -166,6 +168,7 @@ class GenerateWorker(Worker):
         """Serve until the HTTP process closes the connection."""
         self.scheduler = Scheduler()
         self.tasks: dict[int, ChainTask] = {}
+        self.since: dict[int, float] = {}  # when each began
         self.numbers: dict[Group[Any], int] = {}
         self.rate, self.steps_taken, self.rate_since = 0.0, 0, time.monotonic()
         super().work()
@@ -204,25 +207,28 @@ class GenerateWorker(Worker):
             task = self.tasks[number]
             task.finish(moved.finished)
             if task.done:
+                seconds = time.perf_counter() - self.since[number]
                 self._forget(number)
-                self.channel.send(ipc.Response(number, task.result()))
+                self.channel.send(ipc.Response(number, task.result(), seconds))
             elif (preview := task.preview()) is not None:
                 self.channel.send(ipc.Preview(number, preview))
         if (elapsed := time.monotonic() - self.rate_since) > STATS_SECONDS:
             share = 1 - math.exp(-elapsed / RATE_WINDOW)  # a quarter of a second alone varies too much
             self.rate += share * (self.steps_taken / elapsed - self.rate)
-            self.steps_taken, self.rate_since = 0, time.monotonic()
+            self.rate_since = time.monotonic()
             self._send_stats()
+        elif not self.scheduler.groups:
+            self._send_stats()  # the steps that it ends with; so short a time tells no rate
 
     def handle(self, message: Any) -> None:
         """Start or drop a task, or allow its next preview."""
         match message:
             case ipc.Request(number, key, operation, payload, client) if operation in self.operations:
                 if not self.scheduler.groups:
-                    self.steps_taken, self.rate_since = 0, time.monotonic()  # idle time does not count for the rate
+                    self.rate_since = time.monotonic()  # idle time does not count for the rate
                 task: ChainTask = self.operations[operation](self.models[key], payload)
                 task.group.client = client
-                self.tasks[number], self.numbers[task.group] = task, number
+                self.tasks[number], self.numbers[task.group], self.since[number] = task, number, time.perf_counter()
                 self.scheduler.join(task.group)
             case ipc.Cancel(number) if number in self.tasks:  # it may have been answered meanwhile
                 self.scheduler.leave(self.tasks[number].group)
@@ -233,9 +239,10 @@ class GenerateWorker(Worker):
                 super().handle(message)
 
     def _forget(self, number: int) -> None:
-        del self.numbers[self.tasks.pop(number).group]
+        del self.numbers[self.tasks.pop(number).group], self.since[number]
 
     def _send_stats(self) -> None:
         left = {number: task.group.left for number, task in self.tasks.items()}
-        self.channel.send(ipc.Stats(self.rate, left, self.scheduler.longest_wait))
+        self.channel.send(ipc.Stats(self.rate, left, self.scheduler.longest_wait, self.steps_taken))
+        self.steps_taken = 0
         self.scheduler.longest_wait = 0.0

@@ -2,6 +2,7 @@
 
 from ebjdat_serve.server.endpoints.explain import EXPLAIN_POST
 from ebjdat_serve.server.endpoints.generate import GENERATE_GET, GENERATE_HEAD, GENERATE_POST
+from ebjdat_serve.server.endpoints.metrics import METRICS
 from ebjdat_serve.server.endpoints.predict import CLASSIFY, ENERGY
 from ebjdat_serve.server.endpoints.status import HEALTH, INDEX, INFO, MODELS
 
@@ -15,5 +16,6 @@ ENDPOINTS = [
     HEALTH,
     MODELS,
     INFO,
+    METRICS,
     INDEX,
 ]

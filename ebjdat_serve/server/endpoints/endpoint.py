@@ -1,13 +1,17 @@
 """What an endpoint is, and what its handler works with."""
 
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Literal
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
+from numpy.typing import NDArray
 from starlette.routing import request_response
 
 from ebjdat_serve.keys import Scope
@@ -16,6 +20,8 @@ from ebjdat_serve.server import problems
 from ebjdat_serve.server.api_docs import prefix_of
 from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.model_manager import ModelManager
+from ebjdat_serve.server.observer import Observer
+from ebjdat_serve.server.payloads import Predictions
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.classify_queue import ClassifyQueue
 from ebjdat_serve.server.queues.generate_queue import GenerateQueue
@@ -27,6 +33,8 @@ from ebjdat_serve.server.read.model_path import MODEL_NAME
 from ebjdat_serve.server.read.uploads import encoded_images, read_upload
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import OPERATE, Settings
+from ebjdat_serve.server.tallies import Tally, keep_newest
+from ebjdat_serve.server.threads import in_daemon_thread
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}, "description": problems.TITLES[code]}
@@ -66,6 +74,7 @@ class Shared:
         self.settings, self.access, self.endpoints = settings, access, endpoints
         self.services: dict[str, Service] = {}
         self.draining = False  # a stop signal has come
+        self.observer = Observer(settings)
         self.decoder = ImageDecoder(settings)
         self.encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
 
@@ -104,11 +113,33 @@ class Service:
         self.name, self.manager, self.settings, self.shared = name, manager, settings, shared
         self.classify_queue, self.generate_queue = classify, generate
         self.access, self.decoder, self.encoders = shared.access, shared.decoder, shared.encoders
+        self.tallies: dict[str, Tally] = {}  # by bundle
 
     @property
     def queues(self) -> list[RequestQueue]:
         """The queues of the model."""
         return [self.classify_queue, *([self.generate_queue] if self.generate_queue else [])]
+
+    def tally(self, model: ServedModel) -> Tally:
+        """Return what is counted of answers with ``model``."""
+        if (tally := self.tallies.get(model.key)) is None:
+            tally = self.tallies[model.key] = Tally(model.bundle.manifest.version, model.labels)
+            keep_newest(self.tallies)
+        return tally
+
+    def note(self, request: Request, model: ServedModel, predictions: Predictions, reasons: NDArray[np.bool_] | None = None) -> None:
+        """Count what was predicted for a request, and write the audit log; ``reasons`` are those of a check."""
+        trace, calibration = request.scope["trace"], model.calibration
+        trace.model, trace.images, why = model, len(predictions.top), None
+        if calibration is not None:
+            hits = predictions.reasons if reasons is None else reasons
+            trace.decisions = ["review" if any(row) else "accept" for row in hits.tolist()]
+        self.tally(model).predict(predictions, trace.decisions)
+        if self.shared.observer.audit:
+            if calibration is not None:
+                names = [*calibration.reviewed, *(["reach"] if reasons is not None else [])]
+                why = [[name for name, hit in zip(names, row, strict=True) if hit] for row in hits.tolist()]
+            self.shared.observer.audited(trace, predictions, model.labels, why)
 
     async def run_on_images(self, request: Request, operation: Operation) -> ImageResult:
         """Read and decode the images of ``request``, and return what a classify worker makes of them by ``operation``.
@@ -140,7 +171,12 @@ class Service:
             memory = BodyMemory(self.settings.upload_memory, client)
             stack.callback(memory.release)
             memory.hold(3 * len(encoded) * contract.height * contract.width)
+            trace = request.scope["trace"]
+            trace.model, began = model, time.monotonic()
+            if self.shared.observer.audit:
+                trace.digests = await in_daemon_thread(lambda: [sha256(one).hexdigest() for one in encoded])
             images = await self.decoder.decode(request, encoded, contract, deadline, listed=listed)
+            trace.decode = time.monotonic() - began
         return model, images, listed, deadline
 
 
@@ -204,10 +240,14 @@ class Endpoint:
         responses = self.public_responses if documented == "public" and self.public_responses is not None else self.responses
 
         async def endpoint(request: Request) -> Response:
+            trace = request.scope["trace"]
+            trace.route = self.path
             if not self.public and shared.settings.profile_for(request.scope) == "public":
                 also = "".join(f" and {scope}" for scope in sorted(self.scopes or ()) if scope != OPERATE)
                 raise Problem(403, f"{self.path} is not part of serve --profile public: it takes a key of scope {OPERATE}{also}")
-            return await self.handler(shared.service(request.scope), request)
+            trace.service = service = shared.service(request.scope)
+            trace.model = service.manager.active  # a handler may read the request for a later one
+            return await self.handler(service, request)
 
         app.router.add_api_route(
             self.path,

@@ -37,9 +37,11 @@ async def classify(service: Service, request: Request) -> Response:
     if wanted.check == "reach":
         checked = await run_check(service, request, wanted.radius)
         answer = checked_answer(checked.value, checked.listed, checked.model, settings.alpha)
+        service.note(request, checked.model, checked.value.predictions, checked.value.reasons)
     else:
         result = await service.run_on_images(request, PREDICT)
         answer = classify_answer(result.value, result.listed, result.model, settings.alpha)
+        service.note(request, result.model, result.value)
     return respond(told(answer, settings.profile_for(request.scope)))
 
 
@@ -100,7 +102,9 @@ async def energy(service: Service, request: Request) -> Response:
     refuse_without_energy(service.manager.active)  # before the body is read
     result = await service.run_on_images(request, PREDICT)
     refuse_without_energy(result.model)
-    return respond(energy_answer(result.value, result.listed, result.model, service.settings.alpha))
+    answer = energy_answer(result.value, result.listed, result.model, service.settings.alpha)
+    service.note(request, result.model, result.value)
+    return respond(answer)
 
 
 def refuse_without_energy(model: ServedModel) -> None:

@@ -54,6 +54,7 @@ class GenerateQueue(RequestQueue):
         self._rates: dict[int, float] = {}  # chain-steps per second, by pid
         self._longest_waits: deque[tuple[float, float]] = deque()
         self._parked: list[PendingRequest] = []
+        self.steps = 0  # chain-steps that workers have told of
 
     @property
     def rate(self) -> float:
@@ -158,15 +159,21 @@ class GenerateQueue(RequestQueue):
                 for pending in worker.in_flight.get(number, []):
                     pending.preview = value
                     pending.changed.set()
-            case ipc.Stats(rate, left, longest_wait):
+            case ipc.Stats(rate, left, longest_wait, steps):
                 self._rates[worker.pid] = rate
+                self.steps += steps
                 self._longest_waits.append((time.monotonic(), longest_wait))
                 for number, steps in left.items():
                     if number in self._work:
                         self._work[number].left = steps
-            case ipc.Response(number, _) | ipc.UnknownOperation(number, _):
+            case ipc.Response(number) | ipc.UnknownOperation(number, _):
                 self._work.pop(number, None)
                 super().handle(worker, message)
+
+    def size(self, pending: PendingRequest) -> int:
+        """Return the chains of a request."""
+        chains: int = pending.payload.n
+        return chains
 
     def preview_taken(self, pending: PendingRequest) -> None:
         """Tell the worker that the client has received the last preview."""

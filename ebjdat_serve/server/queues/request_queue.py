@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from ebjdat_serve.fairness import may_hold
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.tallies import QueueTally
 
 log = logging.getLogger("ebjdat_serve")
 LOOK_SECONDS = 0.5
@@ -42,6 +43,13 @@ class PendingRequest:
     since: float = field(default_factory=time.monotonic)
     preview: Any = None  # the newest, None when the client has it
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # set when there is a preview or the result
+
+    def took(self, seconds: float) -> float:
+        """Note that a worker computed for so many seconds; return how many the request waited."""
+        waited = max(0.0, time.monotonic() - self.since - seconds)
+        if trace := self.request.scope.get("trace"):
+            trace.compute, trace.queue = seconds, waited
+        return waited
 
     def resolve(self, value: Any) -> None:
         """End the wait with a result, unless it has ended."""
@@ -88,6 +96,8 @@ class RequestQueue(ABC):
         self.pending: set[PendingRequest] = set()
         self.slots: Counter[str] = Counter()  # requests that hold one, by client
         self.uses: Counter[str] = Counter()  # of them, by the bundle they are read for
+        self.tallies: dict[str, QueueTally] = defaultdict(QueueTally)  # by bundle
+        self.restarts = 0
         self.closed = ""
         self._numbers = itertools.count(1)
 
@@ -193,17 +203,33 @@ class RequestQueue(ABC):
     def handle(self, worker: WorkerConnection, message: Any) -> None:
         """Handle a worker's message about a request."""
         match message:
-            case ipc.Response(number, value):
-                self.resolve(worker.in_flight.pop(number, []), value)
+            case ipc.Response(number, value, seconds):
+                requests = worker.in_flight.pop(number, [])
+                self.count(requests, seconds)
+                self.resolve(requests, value)
             case ipc.UnknownOperation(number, operation):
                 problem = Problem(500, f"no {self.kind} worker has the operation {operation!r}: list it in the endpoint's operations")
                 for pending in worker.in_flight.pop(number, []):
                     pending.fail(problem)
                 self.worker_ready(worker)
 
+    def count(self, requests: list[PendingRequest], seconds: float) -> None:
+        """Count a message that was answered."""
+        if requests:
+            tally = self.tallies[requests[0].key]
+            tally.compute.add(seconds)
+            tally.batch.add(sum(self.size(pending) for pending in requests))
+            for pending in requests:
+                tally.queue.add(pending.took(seconds))
+
+    def size(self, pending: PendingRequest) -> int:
+        """Return the images, or chains, of a request."""
+        return len(pending.payload)
+
     def worker_lost(self, worker: WorkerConnection) -> None:
         """Fail the requests that a dead worker had; those that wait go to the next."""
         self.workers.remove(worker)
+        self.restarts += not self.closed
         for pending in itertools.chain(*worker.in_flight.values()):
             pending.fail(Problem(503, "the worker died on this request and is starting again; try again", headers={"Retry-After": "3"}))
 

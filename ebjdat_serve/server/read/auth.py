@@ -146,6 +146,7 @@ class ApiKeyMiddleware:
             detail = f"the key {key.name} is for {', '.join(sorted(key.scopes))}; {path} needs a key for {' or '.join(sorted(needed))}"
             raise Problem(403, detail)
         limits = access.limits.of_key(rate=key.rate, burst=key.burst, concurrency=key.concurrency)
+        scope["trace"].key = key.name
         return client_name(key.name, address), key, limits
 
     async def _key(self, headers: list[tuple[bytes, bytes]], client: str) -> Key:
