@@ -224,7 +224,7 @@ def agreement(engine: Engine, prior: Prior, sampler: Sampler, label: Labels, say
             found = classify_in_chunks(engine, to_unit(to_bytes(chains.image)))
             right[steps].append(found.logits.argmax(axis=1) == chains.label)
         if (now := time.monotonic()) - told >= 10:
-            told, done = now, i + together
+            told, done = now, min(i + together, len(label))
             say(f"{done} of {len(label)} chains, about {duration((now - began) / done * (len(label) - done))} left")
     return {steps: np.concatenate(parts) for steps, parts in right.items()}
 

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.util import find_spec
@@ -82,12 +82,13 @@ def import_model(
         found = source_of(source).find(source, labels=named, contract=described, licence=licence, allow_code=allow_code)
         if found.labels:
             checked(found.labels, len(found.labels), "the source")  # before anything of them is shown
-    for line in summary(found):
-        say(line)
     if prior:
         if isinstance(found.graph, bytes):
             raise EbjdatError(f"{printable(source)} draws nothing, with a prior or without: {found.capabilities.gradient}")
         folder_prior.labelled(prior, found.labels or numbered(classes_of(found)), folders or {})
+        found = replace(found, capabilities=replace(found.capabilities, generate=f"a prior is to be fitted to {printable(prior)}"))
+    for line in summary(found):
+        say(line)
     temporary = out.with_name(f".importing-{out.name}-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
