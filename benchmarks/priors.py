@@ -120,7 +120,9 @@ def document(text: str, rows: list[dict[str, Any]]) -> str:
     lines = ["| network | prior alone | a quarter of the steps | all steps | judge: prior alone | judge: all | chains | sampler |"]
     lines.append("|---" * 8 + "|")
     for name, subject in SUBJECTS.items():
-        own = [parsed({key: value for key, value in row.items() if key != "model"}) for row in rows if row["model"] == name]
+        own = [parsed(row) for row in rows if row["model"] == name]
+        if not own:
+            continue
         whole, quarter = rows_where(own, "class_agreement_own", dataset=FRESH)
         shown = [first(own, "class_agreement_own", dataset=PRIOR), quarter, whole]
         shown += [first(own, f"class_agreement_{JUDGE}", dataset=dataset) for dataset in (PRIOR, FRESH)]

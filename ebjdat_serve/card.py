@@ -167,7 +167,7 @@ def drawn_words(bundle: Bundle) -> str:
 
 Chains start from {prior_words(m)}; of the other classes nothing is drawn.
 By the model's own judgement alone, {agreement_words(bundle.metrics())}. A network that was not trained for robustness labels
-noise as asked: agreement says that chains follow its score, not that a person would see the class.
+noise as asked: agreement says that chains follow its score, not that a person sees the class.
 """
 
 

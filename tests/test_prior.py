@@ -292,11 +292,11 @@ def test_in_python_it_draws_the_same(drawing):
 
 @pytest.mark.slow
 def test_a_network_is_imported_with_a_prior_and_drawn_from(tmp_path, monkeypatch, capsys):
-    """A convolution with batch norm and ReLU, smaller images than its own and larger ones, labels by number; then again by the command."""
+    """A convolution with a kink, images smaller than its own, labels by number; then again by the command."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net_of_a_user.py").write_text(
         "import torch\nfrom torch import nn\n\n\ndef make():\n    torch.manual_seed(0)\n    return nn.Sequential("
-        "nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))\n"
+        "nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))\n"
     )
     told = {"height": 48, "width": 40, "resize": "squash", "filter": "bilinear"}
     (tmp_path / "contract.json").write_text(json.dumps(told))
@@ -310,8 +310,8 @@ def test_a_network_is_imported_with_a_prior_and_drawn_from(tmp_path, monkeypatch
     bundle = Bundle.load(tmp_path / "bundle")
     sampler = bundle.manifest.sampler
     assert (sampler.steps, sampler.noise_std) == (STEPS, NOISE)
-    first, again = (ebjdat_serve.load(bundle.path, engine=engine, device="cpu").generate("4", seed=1) for engine in ("onnx", "onnx"))
-    assert first.images == again.images and first.images[0].class_ == 4
+    model = ebjdat_serve.load(bundle.path, device="cpu")
+    first, again = (model.generate("4", seed=1).images for _ in range(2))
+    assert first == again and first[0].class_ == 4
     assert cli.main(["prior", "bundle", str(photos), "--steps", "2", "--chains", "20"]) == 0
-    assert Bundle.load(tmp_path / "bundle").manifest.sampler.steps == 2
-    assert cli.main(["verify", "bundle"]) == 0
+    assert verified(tmp_path / "bundle", CPU, FUNCTIONS).bundle.manifest.sampler.steps == 2
