@@ -16,7 +16,7 @@ from ebjdat_serve import card, load
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.cli import main
 from ebjdat_serve.engines import load_engine
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.folder_calibration import calibrate_folder
 from ebjdat_serve.folder_prior import Wanted, prior_folder
 from ebjdat_serve.pixels import encode_png
@@ -266,8 +266,11 @@ def test_with_a_prior_it_draws_the_classes_that_it_is_of_and_without_none(server
     assert HTTP.get(f"{server.url}/generate?class=0").status_code == 409
     served(server, drawing)
     (drawn,) = HTTP.get(f"{server.url}/generate?class=z&seed=2&format=json").json()["images"]
-    (image,) = load(drawing.path, device="cpu").generate("z", seed=2).images
+    model = load(drawing.path, device="cpu")
+    (image,) = model.generate("z", seed=2).images
     assert drawn == json.loads(image.model_dump_json(by_alias=True, exclude_unset=True)) and drawn["label"] == "z"
+    with pytest.raises(EbjdatError, match="nothing is drawn of class 'y': no prior was fitted to it"):
+        model.generate("y")
     png = HTTP.get(f"{server.url}/generate?class=2&n=2")
     assert (png.status_code, png.headers["X-Class"], png.headers["Content-Type"]) == (200, "2", "image/png")
     for method in ("GET", "POST"):

@@ -278,15 +278,6 @@ def test_a_manifest_that_tells_of_other_classes_is_refused(drawing, tmp_path):
             Bundle.load(tmp_path / str(number))
 
 
-def test_in_python_it_draws_the_same(drawing):
-    model = ebjdat_serve.load(drawing[0].path, device="cpu")
-    answer = model.generate("bee", n=2, seed=3)
-    assert [(one.class_, one.label, one.seed) for one in answer.images] == [(1, "bee", 3), (1, "bee", 4)]
-    assert answer.steps == 8
-    with pytest.raises(EbjdatError, match="nothing is drawn of class 'dog': no prior was fitted to it"):
-        model.generate("dog")
-
-
 # import ---------------------------------------------------------------------------------------------------------------
 
 
