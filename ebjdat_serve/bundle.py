@@ -227,6 +227,10 @@ def capability_fault(manifest: Manifest) -> str:
         return "energy: a model that gives probabilities has none, since their logs are normalised"
     if can.energy != YES and can.generate == YES:
         return "generate: it follows the energy, which this model does not have"
+    if manifest.prior and len(manifest.prior.images) != len(manifest.labels):
+        return f"generate: prior tells the images of {len(manifest.prior.images)} classes, of which there are {len(manifest.labels)}"
+    if can.generate == YES and not manifest.drawn:
+        return "generate: no class has a prior"
     return ""
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from ebjdat_serve.bundle import Bundle, network_name
 from ebjdat_serve.manifest import YES, Calibration, Manifest
-from ebjdat_serve.rows import Row
+from ebjdat_serve.rows import FRESH, PRIOR, Row, first, rows_where
 from ebjdat_serve.scores import SCORES, uncalibrated
-from ebjdat_serve.sentences import data_words, protocol_words
+from ebjdat_serve.sentences import data_words, protocol_words, sampler_words
 from ebjdat_serve.store import reason_held_back
 
 log = logging.getLogger("ebjdat_serve")
@@ -29,6 +29,8 @@ def summary(bundle: Bundle) -> str:
     ]
     reasons = [f"no {name}: {why}" for name, why in vars(m.capabilities).items() if why != YES]
     lines += [f"  capable       {'; '.join(reasons) or 'of energy, gradient and generation'}"]
+    if m.prior:
+        lines.append(f"  prior         {prior_words(m)}")
     lines += [f"  licence       {', '.join(f'{what} {name}' for what, name in vars(m.licence).items())}"]
     if reason := reason_held_back(bundle.path):
         lines.append(f"  candidate     held back, not served: {reason}")
@@ -54,6 +56,25 @@ def score_words(manifest: Manifest, calibration: Calibration | None) -> str:
         return f"the sum of the views {', '.join(calibration.views)}, calibrated on {len(calibration.scores)} images"
     equation = SCORES[uncalibrated(energy=manifest.capabilities.energy == YES)].equation
     return f"{equation}: not calibrated, so it ranks images and has no p-value and no threshold"
+
+
+def prior_words(manifest: Manifest) -> str:
+    """Return what the prior of a folder is of."""
+    assert manifest.prior
+    return f"class Gaussians of {len(manifest.drawn)} of {len(manifest.labels)} classes, fitted to {manifest.prior.dataset}"
+
+
+def agreement_words(rows: list[Row]) -> str:
+    """Return how often the model labels what it draws as asked, "" where that was not measured."""
+    fresh, (start, *_) = rows_where(rows, "class_agreement_own", dataset=FRESH), [first(rows, "class_agreement_own", dataset=PRIOR), None]
+    if not fresh or start is None:
+        return ""
+    whole, *others = sorted(fresh, key=lambda row: -(row.steps or 0))
+    after = "".join(f"; {row.value:.3f} after {row.steps} steps" for row in others)
+    return (
+        f"class agreement {figure(whole)}: the share of {whole.n} images that the model labels as asked, after {sampler_words(whole)}, "
+        f"seed {whole.seed}{after}; {start.value:.3f} of the prior alone"
+    )
 
 
 def title(manifest: Manifest) -> str:
@@ -127,13 +148,27 @@ An image of any size becomes RGB of {size}, in [0,1]; what the network was train
 
 The OOD score is {score_words(m, calibration)}.
 {calibrated_words(calibration)}
-
+{drawn_words(bundle)}
 ## Licences
 
 | | |
 |---|---|
 {lines(vars(m.licence))}
 {noted("What the import found", p.configuration.get("found"))}{noted("What it could not know", p.configuration.get("unknown"))}"""
+
+
+def drawn_words(bundle: Bundle) -> str:
+    """Return the card's section on what is drawn, or nothing where it draws nothing."""
+    m = bundle.manifest
+    if not m.prior:
+        return ""
+    return f"""
+## What it draws
+
+Chains start from {prior_words(m)}; of the other classes nothing is drawn.
+By the model's own judgement alone, {agreement_words(bundle.metrics())}. A network that was not trained for robustness labels
+noise as asked: agreement says that chains follow its score, not that a person sees the class.
+"""
 
 
 def noted(heading: str, said: object) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `ebjdat-serve serve | import | inspect | verify | calibrate | list | publish | rollback | sign | upgrade | key`."""
+"""The command line: `ebjdat-serve serve`, `import`, `inspect` and the rest, which `ebjdat-serve --help` lists."""
 
 import argparse
 import logging
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ebjdat_serve import import_command, key_commands
     from ebjdat_serve.editing import FORCED
     from ebjdat_serve.server.settings import SHIPPED, VERIFIED_BY, add_arguments
+    from ebjdat_serve.sgld import NOISE, STEPS
 
     serve_parser = commands.add_parser("serve", help="serve bundles, or stores of them, over HTTP", usage=SERVE_USAGE, epilog=SERVE_EPILOG)
     add_arguments(serve_parser)
@@ -88,6 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     calibrate_parser.add_argument("--force", action="store_true", help=FORCED)
     calibrate_parser.set_defaults(command=calibrate)
+    prior_parser = commands.add_parser("prior", help="fit class Gaussians to a folder, where drawing starts, and measure class agreement")
+    prior_parser.add_argument("bundle", type=Path)
+    prior_parser.add_argument("folder", type=Path, metavar="DIR", help="images in sub-folders named as labels, 10 of a class at least")
+    prior_parser.add_argument("--folders", type=Path, metavar="FILE", help="JSON object: labels by the names of sub-folders")
+    prior_parser.add_argument("--steps", type=int, metavar="N", default=STEPS, help=f"Langevin steps ({STEPS})")
+    prior_parser.add_argument("--step-size", type=float, metavar="X", help="pixels of [0,1] by unit of score (by the score at the prior)")
+    prior_parser.add_argument("--grad-clip", type=float, metavar="X", help="bound on each component of the score (half a pixel a step)")
+    prior_parser.add_argument("--noise-std", type=float, metavar="X", default=NOISE, help=f"noise of a step, pixels of [0,1] ({NOISE})")
+    prior_parser.add_argument("--chains", type=int, metavar="N", help="chains that agreement is measured on (as many as 5 minutes allow)")
+    prior_parser.add_argument("--force", action="store_true", help=FORCED)
+    prior_parser.set_defaults(command=prior)
     for sub in (publish_parser, rollback_parser, sign_parser):
         add_arguments(sub, VERIFIED_BY)
     import_command.add(commands)
@@ -218,6 +230,19 @@ def calibrate(options: argparse.Namespace) -> None:
         force=options.force,
     )
     print("\n".join([*told(done), f"into {done.path / 'calibration.json'}"]))
+
+
+def prior(options: argparse.Namespace) -> None:
+    """Fit a bundle's prior to a folder, in place or as the next version of its store."""
+    from ebjdat_serve.card import renewed
+    from ebjdat_serve.editing import edit
+    from ebjdat_serve.folder_images import read_folders
+    from ebjdat_serve.folder_prior import Wanted, prior_folder, told
+
+    folders, o = read_folders(options.folders), options
+    wanted = Wanted(o.steps, o.step_size, o.grad_clip, o.noise_std, o.chains)
+    done = edit(o.bundle, lambda draft: renewed(prior_folder(draft, o.folder, folders=folders, wanted=wanted)), force=o.force)
+    print("\n".join([*told(done), f"into {done.path / 'prior.safetensors'}"]))
 
 
 def inspect(options: argparse.Namespace) -> None:

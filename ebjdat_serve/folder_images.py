@@ -102,14 +102,14 @@ def handled_each(images: Pixels, places: Places, seed: int, untouched: float, va
     return np.concatenate([handled(image[np.newaxis], seed, untouched, (int(place), variant)) for image, place in each])
 
 
-def listed_images(folder: Path) -> Listing:
-    """Return the images in a folder; raise EbjdatError for what is none, and for fewer than FEWEST."""
+def listed_images(folder: Path, what: str = "calibration", least: int = FEWEST) -> Listing:
+    """Return the images in a folder; raise EbjdatError for what is none, and for fewer than ``what`` takes."""
     if not folder.is_dir():
         raise EbjdatError(f"{printable(folder)} is not a folder")
     listing = list_images(folder)
-    if (n := len(listing.images)) < FEWEST:
+    if (n := len(listing.images)) < least:
         noted = f"; {listing.note()}" if listing.skipped else ""
-        raise EbjdatError(f"{printable(folder)} holds {n} images ({', '.join(accepted())}); a calibration takes {FEWEST} at least{noted}")
+        raise EbjdatError(f"{printable(folder)} holds {n} images ({', '.join(accepted())}); a {what} takes {least} at least{noted}")
     return listing
 
 

@@ -26,6 +26,8 @@ def add(commands: "Commands") -> None:
     parser.add_argument("out", nargs="?", type=Path, help="the bundle, a folder that does not exist yet")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class labels: one a line, or JSON (what the source says)")
     parser.add_argument("--calibration", type=Path, metavar="DIR", help="images like those that the model will see: p-values need them")
+    parser.add_argument("--prior", type=Path, metavar="DIR", help="images in sub-folders named as labels: /generate starts from them")
+    parser.add_argument("--folders", type=Path, metavar="FILE", help="JSON object: labels by the names of sub-folders of both")
     parser.add_argument(
         "--contract", type=Path, metavar="FILE", help="how an image becomes pixels, where the source does not say it (JSON)"
     )
@@ -54,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.out is None:
         raise EbjdatError("name the folder to write the bundle into: ebjdat-serve import SOURCE OUT")
+    from ebjdat_serve.folder_images import read_folders
     from ebjdat_serve.importing import import_model
     from ebjdat_serve.importing.contract_file import read_contract
 
@@ -63,6 +66,8 @@ def run(options: argparse.Namespace) -> None:
         options.out,
         labels=options.labels,
         calibration=options.calibration,
+        prior=options.prior,
+        folders=read_folders(options.folders),
         contract=options.contract,
         licence=licence_of(options.license, said) if options.license else None,
         allow_code=options.allow_code,

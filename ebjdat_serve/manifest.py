@@ -48,6 +48,14 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class FittedPrior:
+    """The images that the class Gaussians of prior.safetensors were fitted to, where training did not fit them."""
+
+    dataset: str
+    images: list[Annotated[int, COUNT]]  # of each class; 0: it has no prior, so that nothing is drawn of it
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """The expected size and sha256 of one file."""
 
@@ -70,7 +78,13 @@ class Manifest:
     output: Literal["logits", "probabilities"] = "logits"  # the first output of classify.onnx, by its name
     capabilities: Capabilities = field(default_factory=Capabilities)
     licence: Licence = field(default_factory=Licence)
+    prior: FittedPrior | None = None  # None: there is none, or it was fitted in training, to every class
     schema: int = SCHEMA
+
+    @property
+    def drawn(self) -> list[int]:
+        """Return the classes that images can be drawn of, if any can."""
+        return [y for y in range(len(self.labels)) if self.prior is None or self.prior.images[y]]
 
 
 @dataclass(frozen=True)

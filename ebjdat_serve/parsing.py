@@ -1,6 +1,7 @@
 """JSON objects as dataclasses: unknown and missing keys, wrong types and numbers out of bounds are refused."""
 
 from dataclasses import fields
+from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ebjdat_serve.errors import BundleError
@@ -11,16 +12,17 @@ T = TypeVar("T")
 def parse(kind: type[T], data: Any, where: str) -> T:
     """Return ``data`` as the dataclass ``kind``.
 
-    Raises BundleError for unknown or missing keys, wrong types, and numbers beyond the ``Bounds`` that annotate their field.
+    Keys of fields that may be None may be missing. Raises BundleError for unknown or missing keys, wrong types, and numbers beyond the
+    ``Bounds`` that annotate their field.
     """
     if not isinstance(data, dict):
         raise BundleError(f"{where}: expected an object, found {type(data).__name__}")
     hints = get_type_hints(kind, include_extras=True)
     unknown = sorted(set(data) - set(hints))
-    missing = sorted({f.name for f in fields(kind)} - set(data))  # type: ignore[arg-type]
+    missing = sorted({f.name for f in fields(kind) if NoneType not in get_args(hints[f.name])} - set(data))  # type: ignore[arg-type]
     if unknown or missing:
         raise BundleError(f"{where}: unknown keys {unknown}, missing keys {missing}")
-    values = {name: _value(hints[name], data[name], f"{where}: {name}") for name in hints}
+    values = {name: _value(hints[name], data.get(name), f"{where}: {name}") for name in hints}
     try:
         return kind(**values)
     except BundleError as error:  # what a dataclass asks of its fields together
@@ -31,6 +33,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hasattr(hint, "__dataclass_fields__"):
         return parse(hint, value, where)
     origin, arguments = get_origin(hint), get_args(hint)
+    if NoneType in arguments:
+        return None if value is None else _value(arguments[0], value, where)
     if origin is Annotated:
         number = _value(arguments[0], value, where)
         if fault := arguments[1].fault(number):

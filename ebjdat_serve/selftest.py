@@ -65,11 +65,11 @@ def replay(bundle: Bundle, kind: EngineKind = "onnx", device: Device = "cpu", pr
 
 def verify(bundle: Bundle, engine: Engine, functions: Sequence[str] = FUNCTIONS) -> dict[str, float]:
     """Replay the self-test on an open engine, for some of its functions."""
-    tolerance, m = TOLERANCES[engine.precision], bundle.manifest
+    m = bundle.manifest
     try:
         expected = load_file(bundle.path / "selftest.safetensors")
         prior = Prior.load(bundle.path / "prior.safetensors") if "step" in bundle.functions else None
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise BundleError(f"{bundle.path}: selftest.safetensors or prior.safetensors cannot be read: {error}") from error
     functions = [name for name in functions if name in bundle.functions]
     wanted_names = {"image", *(output_names(m) if "classify" in functions else [])}
@@ -84,19 +84,38 @@ def verify(bundle: Bundle, engine: Engine, functions: Sequence[str] = FUNCTIONS)
     if "classify" in functions:
         shapes.append(expected[m.output].shape[1:])
         wanted.append((classes,))
-    if prior:
-        shapes += [prior.mean.shape, prior.factor.shape[:1] + prior.factor.shape[2:]]
-        wanted += 2 * [(classes, *size)]
-    if shapes != wanted:
+    if shapes != wanted or not (prior is None or prior.of(m.drawn, *size[1:])):
         raise BundleError(f"{bundle.path}: self-test failed, labels, image size, prior and graphs are not from one model")
+    return _compared(bundle, engine, functions, expected)
+
+
+def verify_step(bundle: Bundle, engine: Engine) -> None:
+    """Replay the self-test of the step graph of a bundle that has no prior yet; raise BundleError where it fails."""
+    file = bundle.path / "selftest.safetensors"
+    try:
+        expected = load_file(file)
+    except SafetensorError as error:
+        raise BundleError(f"{file} cannot be read: {error}") from error
+    if missing := {"image", "label", *GIVEN["step"]} - set(expected):
+        raise BundleError(f"{file} does not test steps ({', '.join(sorted(missing))} missing): import it again")
+    _compared(bundle, engine, ("step",), expected)
+
+
+def _compared(bundle: Bundle, engine: Engine, functions: Sequence[str], expected: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return the relative error of each output; raise BundleError when one is beyond its limit."""
     nobody = np.full(len(expected["image"]), -1, np.int64)  # a bundle that only classifies may leave labels out
     differences = compare(engine, expected["image"], expected.get("label", nobody), expected, functions)
-    kinks = float(np.max(expected.get(ROUNDING, np.zeros(1)), initial=0.0))
+    limits = dict.fromkeys(differences, TOLERANCES[engine.precision])
+    if kinks := float(np.max(expected.get(ROUNDING, np.zeros(1)), initial=0.0)):
+        off = min(ROUNDINGS * kinks, KINKED)
+        limits["score"] = max(TOLERANCES[engine.precision], off)
+        # each step takes a score that may be off by that, of the largest value
+        largest = min(PROBE.grad_clip, float(np.abs(expected.get("score", np.zeros(1))).max()))
+        limits["moved"] = TOLERANCES[engine.precision] + PROBE.steps * PROBE.step_size * off * largest
     for name, value in differences.items():
-        limit = max(tolerance, min(ROUNDINGS * kinks, KINKED)) if name == "score" else tolerance
-        if not value <= limit:
+        if not value <= limits[name]:
             raise BundleError(
-                f"{bundle.path}: self-test failed, {name} is off by {value:.1e} (limit {limit:.0e}): "
+                f"{bundle.path}: self-test failed, {name} is off by {value:.1e} (limit {limits[name]:.0e}): "
                 "these graphs and weights do not belong together"
             )
     return differences

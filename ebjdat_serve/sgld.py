@@ -16,6 +16,8 @@ Array = TypeVar("Array", bound=Any)
 Floats = NDArray[np.float32]
 PRIME = 2**31 - 1
 """Modulus of the prime field of noise keys."""
+STEPS, NOISE = 40, 0.005
+"""Steps, and the noise of one, of the chains of an imported model where nobody says others (docs/decisions/0031)."""
 
 
 @dataclass(frozen=True)
@@ -51,31 +53,79 @@ def sgld(score: Callable[[Array], Array], x: Array, normal: Callable[[], Array],
 
 @dataclass(frozen=True)
 class Prior:
-    """p0(x|y) = N(mean_y, factor_y^T factor_y) clipped to [0,1]: mean (K, 3, H, W), factor (K, rank, 3, H, W)."""
+    """p0(x|y) = N(mean_y, factor_y^T factor_y), enlarged to ``size`` and clipped to [0,1].
+
+    mean (C, 3, h, w) and factor (C, rank, 3, h, w) are of ``classes`` (C,), ascending; without them of all classes, in order. ``size`` is
+    (H, W), at least (h, w); without it nothing is enlarged.
+    """
 
     mean: Floats
     factor: Floats
+    classes: NDArray[np.int64] | None = None
+    size: tuple[int, int] | None = None
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Return the classes that it is of."""
+        return np.arange(len(self.mean)) if self.classes is None else self.classes
+
+    def of(self, labels: Sequence[int], height: int, width: int) -> bool:
+        """Return whether it is a prior of these classes, in order, for images of (height, width): its arrays fit together."""
+        c, low = len(labels), self.mean.shape[2:]
+        fits = self.mean.shape == (c, 3, *low) and len(low) == 2 and self.factor.shape == (c, *self.factor.shape[1:2], 3, *low)
+        return bool(
+            fits and c and np.array_equal(self.labels, labels) and (self.size or low) == (height, width) and 0 < low[0] <= height
+            and 0 < low[1] <= width
+        )  # fmt: skip
 
     def sample(self, label: NDArray[np.int64], noises: "Sequence[np.random.Generator]") -> Floats:
-        """Return one start per label, (N, 3, H, W) float32 in [0,1]; image i depends only on ``noises[i]``."""
-        rank = self.factor.shape[1]
-        starts = [
+        """Return one start per label, (N, 3, H, W) float32 in [0,1]; image i depends only on ``noises[i]``.
+
+        Raises ValueError for a class that the prior is not of.
+        """
+        rank, rows = self.factor.shape[1], label
+        if self.classes is not None:
+            rows = np.searchsorted(self.classes, label).clip(0, len(self.classes) - 1)
+            if (strange := label[self.classes[rows] != label]).size:
+                raise ValueError(f"the prior is not of class {strange[0]}")
+        starts = np.stack([
             self.mean[y] + np.tensordot(noise.standard_normal(rank, dtype=np.float32), self.factor[y], axes=1)
-            for y, noise in zip(label, noises, strict=True)
-        ]
-        return np.stack(starts).clip(0.0, 1.0).astype(np.float32)
+            for y, noise in zip(rows, noises, strict=True)
+        ])  # fmt: skip
+        return (enlarged(starts, *self.size) if self.size else starts).clip(0.0, 1.0).astype(np.float32)
 
     def save(self, path: Path) -> None:
         """Write the prior as safetensors: mean in fp32, factor in fp16."""
         # safetensors writes the bytes as they lie in memory: an array in Fortran order would be read back scrambled
         mean, factor = np.ascontiguousarray(self.mean), np.ascontiguousarray(self.factor, dtype=np.float16)
-        save_file({"mean": mean, "factor": factor}, path)
+        tensors: dict[str, NDArray[Any]] = {"mean": mean, "factor": factor}
+        if self.classes is not None:
+            tensors["classes"] = np.ascontiguousarray(self.classes, np.int64)
+        if self.size is not None:
+            tensors["size"] = np.array(self.size, np.int64)
+        save_file(tensors, path)
 
     @staticmethod
     def load(path: Path) -> "Prior":
-        """Read a prior written by ``save``."""
+        """Read a prior written by ``save``; raise SafetensorError, KeyError or ValueError for another file."""
         tensors = load_file(path)
-        return Prior(tensors["mean"], tensors["factor"].astype(np.float32))
+        size = tensors.get("size")
+        if size is not None and size.shape != (2,):
+            raise ValueError(f"size is of shape {size.shape}, not (2,)")
+        height_width = None if size is None else (int(size[0]), int(size[1]))
+        return Prior(tensors["mean"], tensors["factor"].astype(np.float32), tensors.get("classes"), height_width)
+
+
+def enlarged(image: Floats, height: int, width: int) -> Floats:
+    """Return images (N, 3, h, w) as (N, 3, height, width), bilinear between the centres of pixels, beyond the outermost the edge."""
+
+    def shares(cells: int, size: int) -> Floats:
+        at = ((np.arange(size) + 0.5) * cells / size - 0.5).clip(0, cells - 1)
+        found: Floats = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells))).astype(np.float32)
+        return found
+
+    rows, columns = shares(image.shape[2], height), shares(image.shape[3], width)
+    return (rows @ image @ columns.T).astype(np.float32, copy=False)
 
 
 def noises(seed: int, n: int) -> list[np.random.Generator]:

@@ -151,7 +151,7 @@ def _check_of(
 
 
 def _opened(bundle: Bundle, combination: Combination | None, terms: Terms, functions: Sequence[str]) -> Opened:
-    """Open the engine, replay the self-test, and run what a worker runs: three blank images, and one chain of the last class."""
+    """Open the engine, replay the self-test, and run what a worker runs: three blank images, one chain of the last class drawn."""
     m = bundle.manifest
     functions = [function for function in functions if function in bundle.functions]
     engine = load_engine(bundle, terms.engine, terms.device, terms.threads, terms.precision)
@@ -163,7 +163,7 @@ def _opened(bundle: Bundle, combination: Combination | None, terms: Terms, funct
         found.append(_scored(bundle, combination, blank, seen))
     prior = Prior.load(bundle.path / "prior.safetensors") if "step" in functions else None
     if prior:
-        found.append(engine.advance(Chains.start(prior, m.sampler, np.array([len(m.labels) - 1]), seed=0), 1).image)
+        found.append(engine.advance(Chains.start(prior, m.sampler, prior.labels[-1:], seed=0), 1).image)
     if not all(np.isfinite(values).all() for values in found):
         raise BundleError(f"{bundle.path}: a blank image or a first step gives values that are not finite")
     return Opened(engine, prior, errors)

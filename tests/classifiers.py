@@ -3,6 +3,7 @@
 Outputs and gradient are computed here in NumPy, too: the self-test does not come from the graph that it tests.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from safetensors.numpy import save_file
 from ebjdat_serve.bundle import Bundle, sha256, write_json
 from ebjdat_serve.manifest import YES, Capabilities, Input, Licence, Manifest, Provenance
 from ebjdat_serve.pixels import encode_png
-from ebjdat_serve.sgld import Sampler
+from ebjdat_serve.selftest import PROBE
+from ebjdat_serve.sgld import Sampler, langevin_step
 
 WIDTH = 6
 NO_GRADIENT, NO_PRIOR, NO_FEATURES, NO_ENERGY = (
@@ -61,6 +63,12 @@ class Tiny:
         energy = np.where(label >= 0, -(np.eye(f.shape[1])[label] * f).sum(1), -np.log(np.exp(f).sum(1)))
         return np.einsum("nfhwij,fcij->nchw", windows, self.kernel).astype(np.float32), energy.astype(np.float32)
 
+    def moved(self, image: np.ndarray, label: np.ndarray, sampler: Sampler) -> np.ndarray:
+        """After the sampler's steps, without noise."""
+        for _ in range(sampler.steps):
+            image = langevin_step(image, self.score(image, label)[0], np.float32(0), sampler)
+        return image
+
 
 def softmax(f: np.ndarray) -> np.ndarray:
     e = np.exp(f - f.max(axis=1, keepdims=True))
@@ -68,7 +76,7 @@ def softmax(f: np.ndarray) -> np.ndarray:
 
 
 def graph(net: Tiny, size: tuple[int, int], about: dict[str, str], outputs: list[str], *, gradient: bool = False) -> bytes:
-    """The classify graph with some of its outputs, or the score graph."""
+    """The classify graph with some of its outputs, or the score graph, or the step graph, whose steps are without noise."""
     arrays = {"kernel": net.kernel, "bias": net.bias, "weight": net.weight, "offset": net.offset}
     nodes = [
         helper.make_node("Conv", ["image", "kernel", "bias"], ["before"], pads=[1, 1, 1, 1]),
@@ -106,7 +114,25 @@ def graph(net: Tiny, size: tuple[int, int], about: dict[str, str], outputs: list
             helper.make_node("Where", ["flat", "joint_f", "lse"], ["chosen"]),
             helper.make_node("Neg", ["chosen"], ["energy"]),
         ]
-    elif "energy" in outputs:
+    if "next_image" in outputs:
+        for name, kind, rest in (
+            ("key", TensorProto.INT64, [4, 4]), ("step", TensorProto.INT64, []), ("step_size", TensorProto.FLOAT, []),
+            ("grad_clip", TensorProto.FLOAT, []), ("noise_std", TensorProto.FLOAT, []),
+        ):  # fmt: skip
+            inputs.append(helper.make_tensor_value_info(name, kind, ["N", *rest]))
+        arrays |= {"alone": np.array([-1, 1, 1, 1], np.int64), "white": np.float32(1), "next": np.int64(1)}
+        nodes += [
+            helper.make_node("Reshape", ["step_size", "alone"], ["length"]),
+            helper.make_node("Reshape", ["grad_clip", "alone"], ["most"]),
+            helper.make_node("Neg", ["most"], ["least"]),
+            helper.make_node("Min", ["score", "most"], ["lower"]),
+            helper.make_node("Max", ["lower", "least"], ["clipped"]),
+            helper.make_node("Mul", ["clipped", "length"], ["drift"]),
+            helper.make_node("Add", ["image", "drift"], ["beyond"]),
+            helper.make_node("Clip", ["beyond", "zero", "white"], ["next_image"]),
+            helper.make_node("Add", ["step", "next"], ["next_step"]),
+        ]
+    if "energy" in outputs and not gradient:
         arrays["one"] = np.array([1], np.int64)
         nodes += [
             helper.make_node("ReduceLogSumExp", ["logits", "one"], ["lse"], keepdims=0),
@@ -115,7 +141,9 @@ def graph(net: Tiny, size: tuple[int, int], about: dict[str, str], outputs: list
     shapes: dict[str, list[Any]] = {
         "logits": ["N", classes], "probabilities": ["N", classes], "energy": ["N"], "features": ["N", WIDTH], "score": ["N", 3, *size]
     }  # fmt: skip
-    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in outputs]
+    shapes |= {"next_image": ["N", 3, *size], "next_step": ["N"]}
+    kinds = {"next_step": TensorProto.INT64}
+    given = [helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), shapes[name]) for name in outputs]
     made = helper.make_graph(nodes, "tiny", inputs, given, [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items()])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     helper.set_model_props(model, about)
@@ -132,9 +160,10 @@ def write(
     output: str = "logits",
     features: bool = True,
     gradient: bool = False,
+    steps: bool = False,
     seed: int = 0,
 ) -> Bundle:
-    """A finished bundle without calibration and prior."""
+    """A finished bundle without calibration and prior; with ``steps``, and a gradient, one that a prior can be fitted for."""
     folder.mkdir(parents=True)
     net, image = Tiny.of(len(labels), seed), images(8, size) / np.float32(255)
     image = np.ascontiguousarray(image.transpose(0, 3, 1, 2))
@@ -157,6 +186,10 @@ def write(
         expected["label"] = np.arange(-1, 7, dtype=np.int64) % (len(labels) + 1) - 1
         expected["score"], expected["joint_energy"] = net.score(image, expected["label"])
         files.append("score.onnx")
+    if steps:
+        (folder / "step.onnx").write_bytes(graph(net, size, about, ["next_image", "energy", "next_step"], gradient=True))
+        expected["moved"] = net.moved(image, expected["label"], PROBE)
+        files.append("step.onnx")
     save_file({name: np.ascontiguousarray(value) for name, value in expected.items()}, folder / "selftest.safetensors")
     manifest = Manifest(
         name="tiny",
@@ -187,7 +220,7 @@ def images(n: int, size: tuple[int, int], seed: int = 0) -> np.ndarray:
     return np.rint(255 * out / out.max(axis=(1, 2, 3), keepdims=True)).astype(np.uint8)
 
 
-def folder_of(folder: Path, n: int, size: tuple[int, int] = (20, 26), labels: tuple[str, ...] = (), seed: int = 1) -> Path:
+def folder_of(folder: Path, n: int, size: tuple[int, int] = (20, 26), labels: Sequence[str] = (), seed: int = 1) -> Path:
     """A folder of n PNGs; with labels, in sub-folders in turn."""
     for i, image in enumerate(images(n, size, seed)):
         home = folder / labels[i % len(labels)] if labels else folder

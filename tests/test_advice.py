@@ -31,6 +31,7 @@ HOST = {
     "ebjdat_serve/importing/onnx_source.py": "ebjdat-serve import",
     "ebjdat_serve/folder_calibration.py": "ebjdat-serve calibrate",
     "ebjdat_serve/folder_images.py": "ebjdat-serve calibrate",
+    "ebjdat_serve/folder_prior.py": "ebjdat-serve prior",
 }
 """Modules that are no commands and whose errors one command alone ends with."""
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import benchmarks.engines as engines
-from benchmarks import equal_budget, explanations, gpu_check, gpu_parallel, load, tables
+from benchmarks import equal_budget, explanations, gpu_check, gpu_parallel, load, priors, tables
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.bundle import write_rows
 from ebjdat_serve.errors import EngineError
@@ -49,6 +49,14 @@ def test_the_table_of_explanations_is_that_of_the_json():
     strip = ROOT / "docs" / "explanations.png"
     assert b"trainedAlgorithmicMedia" in strip.read_bytes()
     assert strip.stat().st_size < 150_000
+
+
+def test_the_table_of_priors_is_that_of_the_json():
+    rows = json.loads((ROOT / "benchmarks" / "priors.json").read_text())
+    text = (ROOT / "docs" / "import.md").read_text()
+    assert priors.document(text, rows) == text
+    assert {row["model"] for row in rows} == set(priors.SUBJECTS)
+    assert b"trainedAlgorithmicMedia" in (ROOT / "docs" / "priors.png").read_bytes()
 
 
 def test_our_attacks_land_on_the_known_figures_of_the_public_nets():

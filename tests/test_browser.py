@@ -12,9 +12,10 @@ import pytest
 from ebjdat_serve import pixels
 from ebjdat_serve.detection import Detector, probabilities
 from ebjdat_serve.engines.ort import OnnxEngine
-from ebjdat_serve.sgld import Chains, Prior, Sampler
+from ebjdat_serve.folder_prior import Wanted, prior_folder
+from ebjdat_serve.sgld import Chains, Prior, Sampler, enlarged
 from ebjdat_serve.views import Seen
-from tests.classifiers import NO_ENERGY, NO_PRIOR, Tiny, images, softmax, write
+from tests.classifiers import NO_ENERGY, NO_PRIOR, Tiny, folder_of, images, softmax, write
 from tests.conftest import ROOT
 
 HOME = ROOT / "clients" / "browser"
@@ -151,6 +152,22 @@ def test_a_model_that_lacks_energy_calibration_and_prior_says_so(tmp_path):
     assert (shown["energy"], shown["p_value"], shown["suspicious"]) == (NO_ENERGY, "not calibrated", "not calibrated")
     assert float(said["shown"]["probability"]) == pytest.approx(softmax(f).max(), abs=1e-3)
     assert said["drawn"]["verdict"] == f"This model draws nothing: {NO_PRIOR}."
+
+
+def test_a_prior_of_some_classes_at_a_low_resolution_is_drawn_from_as_the_server_does(tmp_path):
+    bundle = write(tmp_path / "bundle", size=(40, 36), gradient=True, steps=True)
+    photos = folder_of(tmp_path / "photos", 36, labels=("ant", "bee", "dog"))
+    bundle = prior_folder(bundle, photos, wanted=Wanted(steps=6, chains=20), say=lambda text: None)
+    (tmp_path / "a.png").write_bytes(pixels.encode_png(images(1, (40, 36), 9)[0]))
+    prior, z = Prior.load(bundle.path / "prior.safetensors"), np.random.default_rng(0).standard_normal(11, dtype=np.float32)
+    chains = Chains.start(prior, bundle.manifest.sampler, np.array([3]), 7)
+    flat = {name: array.ravel().tolist() for name, array in chains.arrays().items()}
+    (tmp_path / "chains.json").write_text(json.dumps({"label": 3, "z": z.tolist(), "chains": flat}))
+    done = check(bundle.path, tmp_path / "a.png", "--chains", tmp_path / "chains.json", "--steps", 6)
+    assert done.returncode == 0, done.stderr
+    low = prior.mean[2] + np.tensordot(z, prior.factor[2], axes=1)
+    found = np.array(json.loads(done.stdout)["place"])
+    assert np.abs(found - enlarged(low[None], 40, 36).clip(0, 1).ravel()).max() <= 1e-5
 
 
 def test_a_damaged_bundle_is_refused_by_name(shipped, picture, tmp_path):

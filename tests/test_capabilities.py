@@ -12,13 +12,15 @@ import pytest
 
 from clients import classify as classify_client
 from clients import screen as screen_client
-from ebjdat_serve import card
+from ebjdat_serve import card, load
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.cli import main
 from ebjdat_serve.engines import load_engine
-from ebjdat_serve.errors import BundleError
+from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.folder_calibration import calibrate_folder
+from ebjdat_serve.folder_prior import Wanted, prior_folder
 from ebjdat_serve.pixels import encode_png
+from ebjdat_serve.rows import FRESH, PRIOR
 from ebjdat_serve.selftest import FUNCTIONS
 from ebjdat_serve.server.app import build_server
 from ebjdat_serve.server.endpoints.endpoint import generate_queue
@@ -251,6 +253,39 @@ def test_with_a_gradient_it_is_explained_without_a_calibration(server, bundles):
     assert NO_PRIOR in HTTP.get(f"{server.url}/generate?class=0").json()["detail"]
 
 
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory):
+    """A model with a prior of two of its three classes."""
+    home = tmp_path_factory.mktemp("drawing")
+    bundle = write(home / "bundle", size=(40, 36), labels=("x", "y", "z"), version="1-drawing", gradient=True, steps=True)
+    return prior_folder(bundle, folder_of(home / "photos", 24, labels=("x", "z")), wanted=Wanted(steps=6, chains=20), say=lambda text: None)
+
+
+def test_with_a_prior_it_draws_the_classes_that_it_is_of_and_without_none(server, bundles, drawing):
+    served(server, bundles["gradient"])
+    assert HTTP.get(f"{server.url}/generate?class=0").status_code == 409
+    served(server, drawing)
+    (drawn,) = HTTP.get(f"{server.url}/generate?class=z&seed=2&format=json").json()["images"]
+    model = load(drawing.path, device="cpu")
+    (image,) = model.generate("z", seed=2).images
+    assert drawn == json.loads(image.model_dump_json(by_alias=True, exclude_unset=True)) and drawn["label"] == "z"
+    with pytest.raises(EbjdatError, match="nothing is drawn of class 'y': no prior was fitted to it"):
+        model.generate("y")
+    png = HTTP.get(f"{server.url}/generate?class=2&n=2")
+    assert (png.status_code, png.headers["X-Class"], png.headers["Content-Type"]) == (200, "2", "image/png")
+    for method in ("GET", "POST"):
+        refused = HTTP.request(method, f"{server.url}/generate?class=y")
+        assert (refused.status_code, refused.json()["title"]) == (409, "Not with this model")
+        assert "nothing is drawn of class 'y': no prior was fitted to it" in refused.json()["detail"]
+    assert HTTP.get(f"{server.url}/generate?class=w").status_code == 422
+    info = server.info()
+    assert (info["capabilities"]["generate"], info["prior"]["images"], info["sampler"]["steps"]) == ("yes", [12, 0, 12], 6)
+    assert [row["dataset"] for row in info["metrics"]] == [FRESH, FRESH, PRIOR]
+    served(server, bundles["gradient"])
+    assert NO_PRIOR in HTTP.get(f"{server.url}/generate?class=0").json()["detail"]
+    assert server.info()["prior"] is None
+
+
 def test_the_client_says_what_there_is(server, bundles):
     served(server, bundles["probabilities"])
     with classify_client.httpx2.Client(base_url=server.url) as client, (server.log.parent / "x.png").open("wb") as file:
@@ -280,7 +315,7 @@ def switched_under_load(server, bundles, labels):
             elif answer.status_code != 409:
                 wrong.append((path, answer.status_code, answer.text))
 
-    paths = ("/classify", "/energy", "/explain?format=json", "/generate?class=1&steps=2&format=json")
+    paths = ("/classify", "/energy", "/explain?format=json", "/generate?class=2&steps=2&format=json")
     threads = [threading.Thread(target=ask, args=(path,)) for path in paths]
     for thread in threads:
         thread.start()
@@ -295,13 +330,13 @@ def switched_under_load(server, bundles, labels):
     return statuses
 
 
-def test_a_refresh_between_sizes_labels_and_capabilities_under_load(server, bundles, tmp_path):
+def test_a_refresh_between_sizes_labels_and_capabilities_under_load(server, bundles, drawing, tmp_path):
     other = write(tmp_path / "other", size=(23, 31), labels=("x", "y", "z"), version="2-other", gradient=True, seed=5)
-    labels = {f"tiny@{b.manifest.version}": b.manifest.labels for b in (*bundles.values(), other)}
-    statuses = switched_under_load(server, [bundles["probabilities"], other, bundles["plain"], other], labels)
+    labels = {f"tiny@{b.manifest.version}": b.manifest.labels for b in (*bundles.values(), other, drawing)}
+    statuses = switched_under_load(server, [bundles["probabilities"], other, bundles["plain"], drawing, other], labels)
     assert statuses["/classify"] == {200}
     assert statuses["/energy"] == statuses["/explain?format=json"] == {200, 409}
-    assert statuses["/generate?class=1&steps=2&format=json"] == {409}
+    assert statuses["/generate?class=2&steps=2&format=json"] == {200, 409}
 
 
 @pytest.mark.slow
@@ -311,5 +346,5 @@ def test_a_refresh_from_the_shipped_network_to_a_tiny_one_and_back_under_load(se
     labels[f"{shipped.manifest.name}@{shipped.manifest.version}"] = shipped.manifest.labels
     statuses = switched_under_load(server, [shipped, bundles["probabilities"], shipped], labels)
     assert statuses["/classify"] == {200}
-    for path in ("/energy", "/explain?format=json", "/generate?class=1&steps=2&format=json"):
+    for path in ("/energy", "/explain?format=json", "/generate?class=2&steps=2&format=json"):
         assert statuses[path] == {200, 409}

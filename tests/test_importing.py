@@ -378,6 +378,14 @@ def test_too_few_images_are_refused_and_leave_nothing(tmp_path, in_this_process)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".importing-*"))
 
 
+def test_an_onnx_file_draws_nothing_with_a_prior_or_without(tmp_path, in_this_process):
+    """It is said before anything is written, and before the folder is looked at."""
+    file, contract = saved(classifier(), tmp_path), contract_in(tmp_path)
+    with pytest.raises(EbjdatError, match=r"draws nothing, with a prior or without: .*no gradient"):
+        import_model(str(file), tmp_path / "out", contract=contract, prior=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("missing", ["onnx", "torch"])
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, capsys, missing):
     for module in ("ebjdat_serve.import_command", "ebjdat_serve.importing"):

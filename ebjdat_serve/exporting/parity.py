@@ -39,6 +39,5 @@ def check(bundle: Bundle, real: Floats | None = None) -> dict[str, float]:
 
 def chains(bundle: Bundle, engine: Engine, n: int) -> Floats:
     """Return n chain samples (n, 3, H, W) drawn with the bundle's own sampler."""
-    label = np.arange(n, dtype=np.int64) % len(bundle.manifest.labels)
-    sampler = bundle.manifest.sampler
-    return engine.advance(Chains.start(Prior.load(bundle.path / "prior.safetensors"), sampler, label, seed=0), sampler.steps).image
+    prior, sampler = Prior.load(bundle.path / "prior.safetensors"), bundle.manifest.sampler
+    return engine.advance(Chains.start(prior, sampler, np.resize(prior.labels, n), seed=0), sampler.steps).image

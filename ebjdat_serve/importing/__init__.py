@@ -10,9 +10,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from typing import Protocol, cast
 import numpy as np
 from safetensors.numpy import save_file
 
+from ebjdat_serve import folder_prior
 from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
 from ebjdat_serve.card import write_card
 from ebjdat_serve.cpus import threads
@@ -56,6 +57,8 @@ def import_model(
     *,
     labels: Path | None = None,
     calibration: Path | None = None,
+    prior: Path | None = None,
+    folders: Mapping[str, str] | None = None,
     contract: Path | None = None,
     licence: Licence | None = None,
     allow_code: bool = False,
@@ -63,6 +66,7 @@ def import_model(
 ) -> Bundle:
     """Write the classifier ``source`` as a bundle in the new folder ``out``, self-tested, calibrated on the folder ``calibration`` if any.
 
+    It draws if there are labelled images in a folder ``prior``; ``folders`` tells labels of sub-folders' names.
     ``say`` gets what was found and what could not be known before anything is written, then each step. Raises EbjdatError for a source
     that is refused or does not say what is needed, and for an ``out`` that exists; nothing is left of a bundle that was not finished.
     """
@@ -78,6 +82,11 @@ def import_model(
         found = source_of(source).find(source, labels=named, contract=described, licence=licence, allow_code=allow_code)
         if found.labels:
             checked(found.labels, len(found.labels), "the source")  # before anything of them is shown
+    if prior:
+        if isinstance(found.graph, bytes):
+            raise EbjdatError(f"{printable(source)} draws nothing, with a prior or without: {found.capabilities.gradient}")
+        folder_prior.labelled(prior, found.labels or numbered(classes_of(found)), folders or {})
+        found = replace(found, capabilities=replace(found.capabilities, generate=f"a prior is to be fitted to {printable(prior)}"))
     for line in summary(found):
         say(line)
     temporary = out.with_name(f".importing-{out.name}-{os.getpid()}")
@@ -91,8 +100,13 @@ def import_model(
             compared(found, bundle, say)
         if calibration:
             say(f"calibrating on {printable(calibration)}")
-            bundle = calibrate_folder(bundle, calibration, say=say)
+            bundle = calibrate_folder(bundle, calibration, folders=folders, say=say)
             for line in told(bundle):
+                say(line)
+        if prior:
+            say(f"fitting a prior to {printable(prior)}")
+            bundle = folder_prior.prior_folder(bundle, prior, folders=folders, say=say)
+            for line in folder_prior.told(bundle):
                 say(line)
         write_card(bundle)
         say("checking it as a server does")

@@ -21,7 +21,7 @@ NEEDED = ("height", "width", "resize", "filter")
 """What a contract must say of a network that says nothing of its images."""
 ALONE = 1e-3
 """The most, of the largest logit, by which an answer may depend on the other images of its batch."""
-NO_PRIOR = "no prior was fitted, where chains start"
+NO_PRIOR = "no prior was fitted, where chains start (ebjdat-serve prior BUNDLE DIR)"
 
 
 def found(

@@ -68,8 +68,8 @@ def generation_rows(c: Context) -> Iterator[Row]:
     if not c.samplable():
         return
     sampler, prior = start_of(c)
-    n, classes = c.suite.samples, len(c.data.names)
-    label = np.arange(n, dtype=np.int64) % classes
+    n, drawn_of = c.suite.samples, opened_prior(str(prior)).labels
+    classes, label = len(drawn_of), np.resize(drawn_of, n)
     index = np.arange(n, dtype=np.float32)[:, None]
     work = Draw(sampler, str(prior), sha256(prior))
     by_sampler = Images(dataset=FRESH, **vars(sampler))
@@ -205,7 +205,7 @@ def neighbour_rows(c: Context, fresh: Pixels, images: Images) -> Iterator[Row]:
 
 def seconds_row(c: Context, work: Draw, images: Images) -> Row:
     """Return the row of seconds per sample, at ``TOGETHER`` samples per batch."""
-    label = np.arange(TOGETHER, dtype=np.int64) % len(c.data.names)
+    label = np.resize(opened_prior(work.prior).labels, TOGETHER)
     began = time.perf_counter()
     work.run(c.subject, np.zeros((TOGETHER, 1), np.float32), label)
     taken = (time.perf_counter() - began) / TOGETHER

@@ -13,7 +13,7 @@ from ebjdat_serve.rows import FRESH, SUM, Images, Row
 from training.distributed import Noise
 from training.evaluation.attacks import Pgd, Predict, tensors
 from training.evaluation.context import Context
-from training.evaluation.generation import Draw, start_of
+from training.evaluation.generation import Draw, opened_prior, start_of
 from training.evaluation.metrics import mean_interval, overlap, wasserstein
 from training.evaluation.ood import attacked, strange
 from training.evaluation.ood_sets import NEAR, NOISE
@@ -44,7 +44,7 @@ def generated(c: Context) -> Arrays:
     """Return the model's outputs on up to 200 fresh samples; their labels are the requested classes."""
     sampler, prior = start_of(c)
     n = min(200, c.suite.samples)
-    label = np.arange(n, dtype=np.int64) % len(c.data.names)
+    label = np.resize(opened_prior(str(prior)).labels, n)
     work = Draw(sampler, str(prior), sha256(prior))
     (drawn,) = c.ledger.run("generated", [(work, np.arange(n, dtype=np.float32)[:, None], label)])
     return c.look(DRAWN, Predict(), to_unit(drawn["image"]), label)

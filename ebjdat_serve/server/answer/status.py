@@ -8,7 +8,7 @@ from ebjdat_serve import __version__
 from ebjdat_serve.card import score_words
 from ebjdat_serve.decoding.header import Limits as ImageLimits
 from ebjdat_serve.decoding.judge import accepted
-from ebjdat_serve.manifest import Capabilities, Input, Licence, Provenance
+from ebjdat_serve.manifest import Capabilities, FittedPrior, Input, Licence, Provenance
 from ebjdat_serve.server.answer import Schema
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Settings
@@ -124,6 +124,7 @@ class Info(Schema):
     labels: list[str]
     input: Input
     sampler: Sampler
+    prior: Annotated[FittedPrior | None, Field(description="what was fitted to a folder; null: in training, to every class, or not at all")]
     provenance: Provenance
     capabilities: Annotated[Capabilities, Field(description='"yes", or the reason why not')]
     licence: Licence
@@ -175,6 +176,7 @@ def info_answer(
         labels=manifest.labels,
         input=manifest.input,
         sampler=manifest.sampler,
+        prior=manifest.prior,
         provenance=manifest.provenance,
         capabilities=manifest.capabilities,
         licence=manifest.licence,

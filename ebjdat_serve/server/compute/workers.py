@@ -182,7 +182,7 @@ class GenerateWorker(Worker):
         n, m = min(Policy.of(model.engine).width, 16), model.bundle.manifest
         label = np.zeros(n, np.int64)
         if "step" in model.bundle.functions:
-            chains = Chains.start(model.prior, m.sampler, label, seed=0)
+            chains = Chains.start(model.prior, m.sampler, label + model.prior.labels[0], seed=0)
             step: Callable[[], object] = lambda: model.engine.advance(chains, 1)  # noqa: E731 (one of two)
         else:
             grey = np.full((n, 3, m.input.height, m.input.width), 0.5, np.float32)

@@ -99,7 +99,10 @@ def parse_body(request: Request, body: bytes | bytearray) -> dict[str, Any]:
 
 
 def validate(values: dict[str, Any], manifest: Manifest, settings: Settings) -> GenerateRequest:
-    """Return the request that ``values`` describe; raise Problem 422 for a wrong type, an unknown name or a number beyond its limit."""
+    """Return the request that ``values`` describe.
+
+    Raises Problem: 422 a wrong type, an unknown name or a number beyond its limit; 409 a class without a prior.
+    """
     labels = manifest.labels
     if "class" not in values:
         raise Problem(422, f"class is missing: an index 0 to {len(labels) - 1} or a name, {', '.join(labels)}")
@@ -108,6 +111,8 @@ def validate(values: dict[str, Any], manifest: Manifest, settings: Settings) -> 
     except ValidationError as error:
         raise Problem(422, describe(error, GenerateQuery)) from None
     label = find_label(query.class_, labels)
+    if manifest.prior and not manifest.prior.images[label]:
+        raise Problem(409, f"nothing is drawn of class {labels[label]!r}: no prior was fitted to it (ebjdat-serve prior BUNDLE DIR)")
     steps = min(manifest.sampler.steps, max_steps(manifest, settings)) if query.steps is None else query.steps
     check_limits(query, steps, manifest, settings)
     seed = secrets.randbelow(2**31 - settings.max_samples) if query.seed is None else query.seed
