@@ -35,7 +35,7 @@ from ebjdat_serve.server import stock
 from ebjdat_serve.server.settings import Settings
 if __name__ == "__main__":
     stock.BATCH_SECONDS = {wait}
-    stock.run(Settings(model=Path({model!r}), port=int(sys.argv[1]), device={device!r}, max_batch={batch}, generate_workers=0))
+    stock.run(Settings(model=Path({model!r}), port=int(sys.argv[1]), device={device!r}, threads={threads}, max_batch={batch}, generate_workers=0))
 """
 
 
@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
         with tempfile.TemporaryDirectory() as folder:
             for name, (batch, wait) in STOCK.items():
                 script = Path(folder) / f"stock_{batch}_{wait}.py"  # LitServe spawns its workers from a file
-                stock = STOCK_SERVER.format(model=str(options.model), device=options.device, batch=batch, wait=wait)
+                stock = STOCK_SERVER.format(model=str(options.model), device=options.device, batch=batch, wait=wait, threads=1)
                 script.write_text(stock, encoding="utf-8")
                 with serving(lambda port, script=script: [sys.executable, str(script), str(port)]) as server:  # type: ignore[misc]
                     rows += compared(f"stock LitServe, {name}", server, closed(stock_single, MANY, 1), MANY, 1, options)

@@ -190,12 +190,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(command: Callable[[int], list[str]], core: int = 0) -> Iterator[Served]:
-    """Run the server of ``command(port)`` on one core; yield it when it is ready, stop it at the end of the block."""
+def serving(command: Callable[[int], list[str]], *cores: int) -> Iterator[Served]:
+    """Run the server of ``command(port)`` on some cores, the first by default; yield it when it is ready, stop it at the end of the block."""
     port = free_port()
     began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(port), preexec_fn=lambda: pin(core), stdout=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(command(port), preexec_fn=lambda: pin(*cores or (0,)), stdout=subprocess.DEVNULL, env=environment)
     try:
         while time.monotonic() < began + 120:
             try:
@@ -215,7 +215,7 @@ def serving(command: Callable[[int], list[str]], core: int = 0) -> Iterator[Serv
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
-def pin(core: int) -> None:
-    """Pin this process to one of its original cores, if there are several."""
-    if len(CORES) > core:
-        os.sched_setaffinity(0, {CORES[core]})
+def pin(*cores: int) -> None:
+    """Pin this process to some of its original cores, if there are so many."""
+    if len(CORES) > max(cores):
+        os.sched_setaffinity(0, {CORES[core] for core in cores})

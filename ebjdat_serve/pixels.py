@@ -287,7 +287,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def to_unit(image: Pixels) -> NDArray[np.float32]:
     """Return (N, H, W, 3) uint8 as (N, 3, H, W) float32 in [0,1]."""
-    return np.ascontiguousarray(image.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
+    n, height, width, channels = image.shape
+    unit = np.empty((n, channels, height, width), np.float32)
+    return np.divide(image.transpose(0, 3, 1, 2), np.float32(255), out=unit)
 
 
 def to_bytes(image: NDArray[np.float32]) -> Pixels:

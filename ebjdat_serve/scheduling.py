@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ebjdat_serve.batch import Batch
 from ebjdat_serve.client_shares import ClientShares
-from ebjdat_serve.engines import Engine
+from ebjdat_serve.engines import Engine, on_cpu
 from ebjdat_serve.sgld import Chains
 
 FAIRNESS_QUOTA = 1.0
@@ -37,8 +37,7 @@ class Policy:
     @staticmethod
     def of(engine: Engine) -> "Policy":
         """Return small batches for a CPU, full ones for a GPU."""
-        on_cpu = engine.provider == "CPUExecutionProvider" or engine.provider.endswith(" cpu")
-        return Policy(8, True) if on_cpu else Policy(256, False)
+        return Policy(8, True) if on_cpu(engine) else Policy(256, False)
 
 
 def size_class(work: int) -> int:

@@ -108,9 +108,10 @@ def encode_plan(judged: int | InvalidImage) -> bytes:
 
 def encode_results(decoded: list[Decoded], seconds: list[float]) -> bytes:
     """Return the answer of a decoder that decoded, and took so much processor time for each image."""
-    took = b"".join(TOOK.pack(min(int(1e6 * one), 2**32 - 1)) for one in seconds)
-    body = took + b"".join(_text(one) if isinstance(one, InvalidImage) else bytes([PIXELS]) + one.tobytes() for one in decoded)
-    return FRAME.pack(RESULTS, len(body)) + body
+    parts: list[bytes | memoryview] = [TOOK.pack(min(int(1e6 * one), 2**32 - 1)) for one in seconds]
+    for one in decoded:
+        parts += [_text(one)] if isinstance(one, InvalidImage) else [bytes([PIXELS]), np.ascontiguousarray(one).data.cast("B")]
+    return b"".join([FRAME.pack(RESULTS, sum(map(len, parts))), *parts])
 
 
 def largest_results(n: int, contract: Input) -> int:

@@ -88,6 +88,11 @@ class Engine(Protocol):
         """Return ``chains`` after ``steps`` Langevin steps; nothing is copied to or from the host between steps."""
 
 
+def on_cpu(engine: Engine) -> bool:
+    """Return whether an engine computes on a CPU."""
+    return engine.provider == "CPUExecutionProvider" or engine.provider.endswith(" cpu")
+
+
 def load_engine(
     bundle: Bundle, kind: EngineKind = "auto", device: Device = "auto", threads: int = 1, precision: Precision = "fp32"
 ) -> Engine:

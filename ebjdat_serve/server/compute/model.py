@@ -10,11 +10,11 @@ import numpy as np
 from ebjdat_serve import pixels
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Floats, Outputs
-from ebjdat_serve.generation import classify_in_chunks
+from ebjdat_serve.generation import chunk_size, classify_in_chunks
 from ebjdat_serve.reach import margin
 from ebjdat_serve.scores import ood_score, uncalibrated
 from ebjdat_serve.server import ipc
-from ebjdat_serve.server.payloads import TOP, Predictions
+from ebjdat_serve.server.payloads import TOP, Predictions, concatenate
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.sgld import Prior
 from ebjdat_serve.verification import verified
@@ -51,10 +51,14 @@ class Model:
 
     def predict(self, image: pixels.Pixels) -> Predictions:
         """Return the predictions for pixels (n, H, W, 3)."""
+        size = chunk_size(self.engine, *image.shape[1:3])
+        parts = [self._predict(image[start : start + size]) for start in range(0, len(image), size)]
+        return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def _predict(self, image: pixels.Pixels) -> Predictions:
         unit = pixels.to_unit(image)
-        logits, energy, features = classify_in_chunks(self.engine, unit)
         with np.errstate(invalid="ignore", over="ignore"):  # answers that are not finite are refused where they are given
-            return self._predicted(unit, logits, energy, features)
+            return self._predicted(unit, *self.engine.classify(unit))
 
     def _predicted(self, unit: Floats, logits: Floats, energy: Floats | None, features: Floats | None) -> Predictions:
         probability, nothing = probabilities(logits, self.temperature), np.full(len(logits), np.nan)
