@@ -6,11 +6,20 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
+from ebjdat_serve.console import shown
+
 Style = Literal["text", "json"]
 STYLE = "text for people, or json: every line of standard output is one JSON object (%(default)s)"
 """The help of --log."""
 LIBRARIES = ("litserve", "uvicorn", "uvicorn.error", "uvicorn.access", "py.warnings")
 """Loggers that bring handlers of their own."""
+
+
+class TextLines(logging.Formatter):
+    """A record in a format for people, whatever words of strange files are in it: a terminal shows it and does not obey it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class JsonLines(logging.Formatter):
@@ -32,7 +41,7 @@ class JsonLines(logging.Formatter):
 def configure(style: Style, text: str = "%(levelname)s: %(message)s", stream: TextIO | None = None) -> None:
     """Write this process's log as JSON to standard output, or in the format ``text`` to ``stream`` (standard error)."""
     handler = logging.StreamHandler(sys.stdout if style == "json" else stream or sys.stderr)
-    handler.setFormatter(JsonLines() if style == "json" else logging.Formatter(text, "%H:%M:%S"))
+    handler.setFormatter(JsonLines() if style == "json" else TextLines(text, "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], force=True)
     logging.captureWarnings(style == "json")
     logging.getLogger("ebjdat_serve").setLevel(logging.INFO if style == "json" else logging.WARNING)
