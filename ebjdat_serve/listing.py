@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ebjdat_serve.decoding import judge
+from ebjdat_serve.errors import visible
 
 SHOWN = 20
 
@@ -92,11 +93,11 @@ def order(path: Path) -> tuple[str, str]:
 
 
 def printable(path: Path | str) -> str:
-    """Return a path as text that can be printed and stored: bytes that are not UTF-8 as escapes."""
+    """Return a path as text that can be printed and stored: bytes that are not UTF-8, and what a reader would not see, as escapes."""
     try:
-        return os.fsencode(path).decode("utf-8", "backslashreplace")
+        return visible(os.fsencode(path).decode("utf-8", "backslashreplace"))
     except UnicodeEncodeError:  # text that this locale has no file name for
-        return str(path)
+        return visible(str(path))
 
 
 def some(files: Sequence[Path]) -> str:

@@ -6,6 +6,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
+from ebjdat_serve.console import shown
+
 Style = Literal["text", "json"]
 STYLE = "text for people, or json: every line of standard output is one JSON object (%(default)s)"
 """The help of --log."""
@@ -16,6 +18,13 @@ LIBRARIES = ("litserve", "uvicorn", "uvicorn.error", "uvicorn.access", "py.warni
 def now() -> str:
     """Return the time, UTC, as logs have it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class TextLines(logging.Formatter):
+    """A record in a format for people, whatever words of strange files are in it: a terminal shows it and does not obey it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class JsonLines(logging.Formatter):
@@ -37,7 +46,7 @@ class JsonLines(logging.Formatter):
 def configure(style: Style, text: str = "%(levelname)s: %(message)s", stream: TextIO | None = None) -> None:
     """Write this process's log as JSON to standard output, or in the format ``text`` to ``stream`` (standard error)."""
     handler = logging.StreamHandler(sys.stdout if style == "json" else stream or sys.stderr)
-    handler.setFormatter(JsonLines() if style == "json" else logging.Formatter(text, "%H:%M:%S"))
+    handler.setFormatter(JsonLines() if style == "json" else TextLines(text, "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], force=True)
     logging.captureWarnings(style == "json")
     logging.getLogger("ebjdat_serve").setLevel(logging.INFO if style == "json" else logging.WARNING)

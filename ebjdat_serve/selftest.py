@@ -43,19 +43,25 @@ def compare(
     return {name: relative_error(value, expected[name]) for name, value in found.items()}
 
 
-def outputs(engine: Engine, image: np.ndarray, label: np.ndarray, functions: Sequence[str] = FUNCTIONS) -> dict[str, np.ndarray]:
+def outputs(
+    engine: Engine, image: np.ndarray, label: np.ndarray, functions: Sequence[str] = FUNCTIONS, at_once: int = 2**16
+) -> dict[str, np.ndarray]:
     """Return every output of an engine's ``functions`` on ``image`` and ``label``, and the images after two Langevin steps.
 
-    What a model gives that gives probabilities are their logs, as ``logits``.
+    ``at_once`` images are given at a time. What a model gives that gives probabilities are their logs, as ``logits``.
     """
-    found: dict[str, np.ndarray] = {}
-    if "classify" in functions:
-        found |= {name: value for name, value in engine.classify(image)._asdict().items() if value is not None}
-    if "score" in functions:
-        found["score"], found["joint_energy"] = engine.score(image, label)
-    if "step" in functions:
-        found["moved"] = engine.advance(Chains.at(image, PROBE, label, seed=0), PROBE.steps).image
-    return found
+    chains = Chains.at(image, PROBE, label, seed=0)
+    found: list[dict[str, np.ndarray]] = []
+    for part in (slice(start, start + at_once) for start in range(0, len(image), at_once)):
+        row: dict[str, np.ndarray] = {}
+        if "classify" in functions:
+            row |= {name: value for name, value in engine.classify(image[part])._asdict().items() if value is not None}
+        if "score" in functions:
+            row["score"], row["joint_energy"] = engine.score(image[part], label[part])
+        if "step" in functions:
+            row["moved"] = engine.advance(chains.rows(part), PROBE.steps).image
+        found.append(row)
+    return {name: np.concatenate([row[name] for row in found]) for name in found[0]}
 
 
 def replay(bundle: Bundle, kind: EngineKind = "onnx", device: Device = "cpu", precision: Precision = "fp32") -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bundle import CANDIDATE, MANIFEST, SIGNATURE, Bundle, read_bytes, read_json, write_json
-from ebjdat_serve.errors import BundleError, cause
+from ebjdat_serve.errors import BundleError, cause, visible
 from ebjdat_serve.history import REVISION, SERVED_FILE, read_history, write_history
 from ebjdat_serve.locking import abandoned, exclusive_lock, hold
 from ebjdat_serve.selftest import FUNCTIONS
@@ -211,7 +211,7 @@ def candidates(store: Path) -> list[Path]:
 
 def reason_held_back(folder: Path) -> str:
     """Return why the bundle in ``folder`` was held back, or an empty string when it is not a candidate."""
-    return str(read_json(folder / CANDIDATE)["reason"]) if (folder / CANDIDATE).is_file() else ""
+    return visible(str(read_json(folder / CANDIDATE)["reason"])) if (folder / CANDIDATE).is_file() else ""
 
 
 def listing(store: Path) -> str:
@@ -220,7 +220,8 @@ def listing(store: Path) -> str:
         raise BundleError(f"{store} is no store: it has neither {CURRENT} nor {CANDIDATES}")
     marks = {os.readlink(store / mark): mark for mark in (PREVIOUS, CURRENT) if (store / mark).is_symlink()}
     lines = [f"{marks.get(folder.name, ''):10}{folder.name}" for folder in versions(store)]
-    return "\n".join(lines + [f"candidate {folder.name}: {reason_held_back(folder)}" for folder in candidates(store)])
+    lines += [f"candidate {folder.name}: {reason_held_back(folder)}" for folder in candidates(store)]
+    return "\n".join(map(visible, lines))
 
 
 def store_of(folder: Path) -> Path | None:

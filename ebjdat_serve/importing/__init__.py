@@ -27,7 +27,7 @@ from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
 from ebjdat_serve.card import write_card
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Floats, load_engine
-from ebjdat_serve.errors import EbjdatError, cause, first_line
+from ebjdat_serve.errors import EbjdatError, cause, first_line, visible
 from ebjdat_serve.folder_calibration import calibrate_folder, told
 from ebjdat_serve.folder_images import listed_images
 from ebjdat_serve.importing import images
@@ -88,7 +88,7 @@ def import_model(
         folder_prior.labelled(prior, found.labels or numbered(classes_of(found)), folders or {})
         found = replace(found, capabilities=replace(found.capabilities, generate=f"a prior is to be fitted to {printable(prior)}"))
     for line in summary(found):
-        say(line)
+        say(visible(line))
     temporary = out.with_name(f".importing-{out.name}-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -207,8 +207,8 @@ def written(found: Found, folder: Path, contract: Contract | None, image: Floats
         assert isinstance(found, FoundGraph)
         about = {"name": draft.manifest.name, "version": draft.manifest.version, "precision": "fp32"}
         draft = draft.update(*write_graph(found.graph, folder, about))
-        say("asking the graph as its file has it, for the self-test")
-        save_file({"image": image, "label": np.full(len(image), -1), **found.forward(image)}, folder / "selftest.safetensors")
+        # asked where the file was read, in a process with limits, on the same images
+        save_file({"image": image, "label": np.full(len(image), -1), **found.answers}, folder / "selftest.safetensors")
         (folder / "selftest.safetensors").chmod(0o644)
         draft = draft.update("selftest.safetensors")
     else:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ebjdat_serve.errors import EbjdatError, cause, first_line
+from ebjdat_serve.errors import EbjdatError, cause, first_line, visible
 from ebjdat_serve.importing.contract_file import Contract
 from ebjdat_serve.importing.found import Found
 from ebjdat_serve.importing.torch_source import NO_PRIOR, contract_of, licence_of, tried, unsaid
@@ -151,10 +151,33 @@ def tensors_of(read: Any, size: int, where: str) -> dict[str, Tensor]:
     return tensors
 
 
-def load_into(module: nn.Module, file: Path) -> nn.Module:
-    """Return a module with the weights of a checkpoint, every one of them; raise EbjdatError where they do not fit."""
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], file: Path, fix: str) -> nn.Module:
+    """Return a module with the ``tensors`` of a checkpoint, every one of them; raise EbjdatError, with the ``fix``, if they do not fit."""
+    wanted, held = (shapes(named) for named in (module.state_dict(), tensors))
+    if fault := misfit(wanted, held):
+        raise EbjdatError(f"{printable(file)} does not fit the network: {fault}; {fix}")
     try:
-        module.load_state_dict(read_tensors(file))
-    except RuntimeError as error:
-        raise EbjdatError(f"{printable(file)} does not fit the network: {' '.join(str(error).split())[:300]}") from error
+        module.load_state_dict(tensors)
+    except RuntimeError as error:  # what a module of somebody's own asks of its state beyond its tensors
+        raise EbjdatError(f"{printable(file)} does not fit the network: {' '.join(str(error).split())[:300]}; {fix}") from error
     return module
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by name; a module's other state has none and is left out."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def misfit(wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the first tensor of a file that is not what a network has by that name, and how many others, "" if all fit."""
+    unlike = [name for name, shape in wanted.items() if held.get(name, shape) != shape]
+    faults = [f"{name[:100]} is {sized(held[name])} in the file, and {sized(wanted[name])} in the network" for name in unlike]
+    faults += [f"{name[:100]} is not in the file" for name in wanted if name not in held]
+    faults += [f"{visible(name[:100])} is no tensor of the network" for name in held if name not in wanted]
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{faults[0]}{more}" if faults else ""
+
+
+def sized(shape: tuple[int, ...]) -> str:
+    """Return a shape as people write it."""
+    return " x ".join(map(str, shape)) or "one number"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ebjdat_serve.bundle import parse_json, read_bytes
 from ebjdat_serve.contract import crop_of
-from ebjdat_serve.errors import EbjdatError, first_line
+from ebjdat_serve.errors import EbjdatError, first_line, visible
+from ebjdat_serve.importing.checkpoint import misfit, shapes
 from ebjdat_serve.importing.contract_file import Contract
+from ebjdat_serve.importing.cost import check_cost, planned
 from ebjdat_serve.importing.found import Found
 from ebjdat_serve.importing.torch_source import found, licence_of, told_itself
 from ebjdat_serve.listing import printable
@@ -30,6 +34,8 @@ MOST_LAYERS, MOST_SIZE, MOST_NUMBERS = 1000, 2**17, 1000
 LAYERS = re.compile("layers|depths?$|blocks|stages|repeat")
 FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "area"}
 """Pillow's numbers of filters."""
+UNTOLD = 2
+"""Classes of a config that says nothing of them, as transformers takes it."""
 FOLDER_FILES = ("config.json", "preprocessor_config.json")
 
 
@@ -48,11 +54,11 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
     transformers.logging.set_verbosity_error()  # its reports repeat names of the file, whatever they hold
     kept = huggingface_config(config)
     architecture = HuggingFaceArchitecture(kept)
-    names = label_names(config)
-    module = loaded(transformers, folder, kept, len(names))
     processor = processor_of(transformers, folder)
     size, normalisation = input_of(processor), normalisation_of(processor)
-    own = None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+    names = label_names(config)
+    module = loaded(transformers, folder, kept, len(names), size)
+    own = None if not names or all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
     return found(
         module,
         HuggingFaceArchitecture(architecture.config, normalisation=normalisation),
@@ -102,9 +108,9 @@ def check_config(config: Mapping[str, Any], folder: Path) -> None:
                 raise EbjdatError(f"{printable(folder)}: config.json: {name[:60]!r} has more than {MOST_LAYERS} in all")
             for part in value:
                 walk(name, part)
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             most = MOST_LAYERS if LAYERS.search(name) else MOST_SIZE
-            if abs(value) > most:
+            if not abs(value) <= most:
                 raise EbjdatError(f"{printable(folder)}: config.json: {name[:60]!r} is {value}, more than {most}")
 
     walk("", config)
@@ -133,40 +139,98 @@ def check_weights(folder: Path) -> None:
 
 
 def label_names(config: Mapping[str, Any]) -> list[str]:
-    """Return the labels of a config by class, LABEL_0 and so on where it has none; raise EbjdatError where they are not of 0 to K - 1."""
+    """Return the labels of a config by class, LABEL_0 and so on where it only counts them, none where it does neither.
+
+    Raises EbjdatError where they are not of 0 to K - 1.
+    """
     named = config.get("id2label")
     if not isinstance(named, dict):
-        count = config.get("num_labels", 2)
-        return [f"LABEL_{i}" for i in range(count if isinstance(count, int) and 0 < count <= MOST_SIZE else 2)]
+        count = config.get("num_labels")
+        return [f"LABEL_{i}" for i in range(count)] if isinstance(count, int) and 1 < count <= MOST_SIZE else []
     labels = [named.get(str(i)) for i in range(len(named))]
     if not all(isinstance(label, str) for label in labels) or len(labels) < 2:
         raise EbjdatError("config.json: id2label must name each class from 0 on, two or more")
     return [str(label).strip() for label in labels]
 
 
-def loaded(transformers: Any, folder: Path, config: dict[str, Any], classes: int) -> nn.Module:
-    """Return the model with every weight of the folder; raise EbjdatError where one is missing or of another shape."""
+def loaded(transformers: Any, folder: Path, config: dict[str, Any], classes: int, size: Input) -> nn.Module:
+    """Return the model with every weight of the folder, of as many classes as config.json says, or where it does not as the weights have.
+
+    Raises EbjdatError for one that would take more memory or time than any classifier, before it is built, and for weights that misfit.
+    """
+    held = shapes_of(folder)
     try:
-        sizes = {name: value for name, value in config.items() if name != "model_type"}
-        told = transformers.AutoConfig.for_model(config["model_type"], **sizes)
-        told.num_labels = classes
-        with torch.device("meta"):  # what it would take, before it is taken
-            planned = transformers.AutoModelForImageClassification.from_config(told, attn_implementation="eager", trust_remote_code=False)
-        wanted = sum(part.numel() for part in (*planned.parameters(), *planned.buffers()))
-        if wanted > (held := sum(file.stat().st_size for file in folder.glob("*.safetensors"))):
-            raise EbjdatError(f"{printable(folder)}: config.json asks for {wanted} parameters, its weights have {held} bytes")
+        told, wanted = looked_through(transformers, folder, config, classes, size, held)
         model, info = transformers.AutoModelForImageClassification.from_pretrained(
             folder, config=told, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="eager",
-            dtype=torch.float32, output_loading_info=True,
+            dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,  # they are told, and refused here
         )  # fmt: skip
-    except EbjdatError:
-        raise
+    except EbjdatError as error:
+        raise EbjdatError(f"{printable(folder)}: {error}") from error
     except Exception as error:
         raise EbjdatError(f"{printable(folder)} is not read by transformers: {type(error).__name__}: {first_line(error)}") from error
-    if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise EbjdatError(f"{printable(folder)}: the weights do not fit config.json: {str(sorted(map(str, lacking))[0])[:100]}")
+    if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        why = misfit(wanted, held) or visible(lacking[0][:100])
+        raise EbjdatError(f"{printable(folder)}: the weights do not fit config.json: {why}")
     made: nn.Module = model
     return made
+
+
+def looked_through(
+    transformers: Any, folder: Path, config: dict[str, Any], classes: int, size: Input, held: Mapping[str, tuple[int, ...]]
+) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """Return transformers' config, its number of classes settled, and the shapes of the network's tensors, all of it by arithmetic alone.
+
+    ``classes`` are those that config.json says, 0 if it does not; ``held`` the shapes of the weights. Raises EbjdatError.
+    """
+
+    def plan(number: int) -> tuple[Any, nn.Module]:
+        sizes = {name: part for name, part in config.items() if name != "model_type"}
+        told = transformers.AutoConfig.for_model(config["model_type"], **sizes)
+        told.num_labels = number
+        auto = transformers.AutoModelForImageClassification
+        return told, planned(lambda: auto.from_config(told, attn_implementation="eager", trust_remote_code=False))
+
+    told, network = plan(classes or UNTOLD)
+    last, own = classes_held(network, held, classes or UNTOLD)
+    if classes and own not in (0, classes):
+        raise EbjdatError(f"{last} is of {own} classes, and config.json of {classes}: give it num_labels or an id2label of {own}")
+    if own > 1 and not classes:
+        told, network = plan(own)
+    bytes_, wanted = sum(file.stat().st_size for file in folder.glob("*.safetensors")), shapes(dict(tensors_of(network)))
+    if (most := sum(map(prod, wanted.values()))) > bytes_:
+        raise EbjdatError(f"config.json asks for {most} parameters, its weights have {bytes_} bytes")
+    check_cost(network, size.height, size.width)
+    return told, wanted
+
+
+def tensors_of(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a network by name."""
+    yield from network.named_parameters()
+    yield from network.named_buffers()
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a folder's safetensors, by their headers; raise EbjdatError for a damaged file."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        except (SafetensorError, OSError) as error:
+            raise EbjdatError(f"{printable(file)} cannot be read: {first_line(error)}") from error
+    return found
+
+
+def classes_held(network: nn.Module, held: Mapping[str, tuple[int, ...]], classes: int) -> tuple[str, int]:
+    """Return the weight of the last layer of a network of ``classes`` classes and the classes that a file's tensor of that name has.
+
+    "" and 0 where it is not found.
+    """
+    for name, layer in reversed(list(network.named_modules())):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == classes and held.get(f"{name}.weight"):
+            return f"{name}.weight", held[f"{name}.weight"][0]
+    return "", 0
 
 
 def processor_of(transformers: Any, folder: Path) -> Any:

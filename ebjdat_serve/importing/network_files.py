@@ -21,6 +21,7 @@ def write(network: Network, draft: Bundle, images: Floats, say: Callable[[str], 
     can = replace(m.capabilities, features=done.features, gradient=done.gradient)
     if done.gradient != YES:
         can = replace(can, generate=f"drawing follows a gradient: {done.gradient}")
+    say("asking the network itself, for the self-test")
     written = draft.update(*done.files, capabilities=can)
     write_selftest(written, images, network)
     return written.update("selftest.safetensors")

@@ -1,7 +1,7 @@
 """Read an ONNX classifier and rewrite it, in a process with limits: `python -m ebjdat_serve.importing.onnx_reader FOLDER`.
 
 A graph may take any memory and time before it fails, and ONNX's converter and ONNX Runtime are C++ that a strange file can end. FOLDER
-has request.json; the answer is answer.json, and of a whole reading original.onnx and served.onnx.
+has request.json; the answer is answer.json, and of a whole reading served.onnx and answers.safetensors: what the graph gives as it is.
 """
 
 import json
@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 import ebjdat_serve
 from ebjdat_serve.engines import Floats
@@ -51,7 +53,7 @@ MOST_FEATURES = 2**14
 BATCHES = (8, 1, 3, 64)
 """Images at once that a rewritten graph is tried on: what servers give it is from one image to 64."""
 SUM = 1e-3
-ORIGINAL, SERVED, REQUEST, ANSWER = "original.onnx", "served.onnx", "request.json", "answer.json"
+SERVED, ANSWERS, REQUEST, ANSWER = "served.onnx", "answers.safetensors", "request.json", "answer.json"
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,9 @@ def attempt(model: onnx.ModelProto, looked: Looked, pixels: Pixels, size: tuple[
         return served_form(model, about, head, pixels, size, names, freed=freed)
 
     rewritten, freed, error = _for_any_batch(rewritten_to, tries, expected)
-    (folder / ORIGINAL).write_bytes(exposed(model, head).SerializeToString())
     (folder / SERVED).write_bytes(rewritten.SerializeToString())
+    answers = {**expected, **({} if energy else {"energy": -logsumexp(expected[output])})}
+    save_file({name: np.ascontiguousarray(values, np.float32) for name, values in answers.items()}, folder / ANSWERS)
     features = expected["features"].shape[1] if head.features else 0
     return Tried(replace(looked, head=head), classes, output, energy, features, freed, opset(rewritten), size, error)
 
@@ -205,6 +208,14 @@ def _for_any_batch(
             return done, freed, max(errors)
         why = f"it answers otherwise, off by {max(errors):.1e}"
     raise ValueError(f"of several images at once {why}: export it with a dynamic batch")
+
+
+def logsumexp(logits: Floats) -> NDArray[np.float64]:
+    """Return log sum_y exp f(x)[y], (N,)."""
+    exact = logits.astype(np.float64)
+    most = exact.max(axis=1)
+    total: NDArray[np.float64] = most + np.log(np.exp(exact - most[:, None]).sum(axis=1))
+    return total
 
 
 def repeated(values: Floats, n: int) -> Floats:
@@ -299,7 +310,7 @@ def looked_at(source: Path, layout: str = "", output: str = "") -> Looked:
 def tried_out(
     source: Path, folder: Path, pixels: Pixels, layout: str = "", output: str = "", height: int | None = None, width: int | None = None
 ) -> Tried:
-    """Return what the graph in ``source`` is when run, written into ``folder`` as ORIGINAL and SERVED; raise EbjdatError if refused."""
+    """Return what the graph in ``source`` is when run, SERVED and ANSWERS written into ``folder``; raise EbjdatError if refused."""
     found = _asked(source, folder, layout=layout, output=output, height=height, width=width, pixels=asdict(pixels))
     return Tried(**{**found, "looked": _looked(found["looked"]), "size": tuple(found["size"])})
 

@@ -1,22 +1,17 @@
 """An ONNX file as a source of ``ebjdat-serve import``: nothing of it runs but ONNX's own operators, first in a process with limits."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
-from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.importing import contract_file, labels
 from ebjdat_serve.importing.contract_file import Contract
 from ebjdat_serve.importing.found import Found
-from ebjdat_serve.importing.onnx_reader import ORIGINAL, SERVED, Looked, Tried, looked_at, pooled, tried_out, workplace
+from ebjdat_serve.importing.onnx_reader import ANSWERS, SERVED, Looked, Tried, looked_at, tried_out, workplace
 from ebjdat_serve.importing.onnx_rewrite import Pixels
-from ebjdat_serve.importing.onnx_run import run, session
 from ebjdat_serve.listing import printable
 from ebjdat_serve.manifest import YES, Capabilities, Licence
 
@@ -25,9 +20,9 @@ NO_GRADIENT = "the model was imported from ONNX, which has no gradient"
 
 @dataclass(frozen=True)
 class FoundGraph(Found):
-    """An ONNX classifier; ``forward`` runs the graph as its file has it, on images (N, 3, H, W) in [0,1], for the self-test."""
+    """An ONNX classifier; ``answers`` are the graph's as its file has it on the images of ``images.made``, for the self-test."""
 
-    forward: Callable[[Floats], dict[str, Floats]]
+    answers: dict[str, Floats]
     classes: int
 
 
@@ -44,13 +39,13 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
     pixels = Pixels(contract.channel_order, contract.scale, contract.mean, contract.std)
     with workplace() as folder:
         tried = tried_out(file, folder, pixels, contract.layout, contract.output, contract.size("height"), contract.size("width"))
-        original = (folder / ORIGINAL).read_bytes()
+        answers = load_file(folder / ANSWERS)
         graph = (folder / SERVED).read_bytes()
     named, where = _labels(tried, labels or contract.labels, file)
     sizes = contract.input_of(*tried.size)
     return FoundGraph(
         name=file.stem,
-        source="".join(letter for letter in printable(file.name) if letter.isprintable()),
+        source=printable(file.name),
         graph=graph,
         architecture={"family": "onnx", "opset": tried.opset},
         input=sizes,
@@ -61,7 +56,7 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
         reference=None,
         said=_said(tried, pixels, where if named else ""),
         unknown=_unknown(tried, named, where, licence or contract.licence),
-        forward=_forward(original, tried, pixels),
+        answers=answers,
         classes=tried.classes,
     )
 
@@ -134,30 +129,3 @@ def _unknown(tried: Tried, named: list[str] | None, refused: str, licence: Licen
         found.append(f"its energy: {tried.energy}; strange images are told by the largest probability alone")
     found += [f"the licence of its {name}" for name, value in vars(licence).items() if value == Licence().code]
     return found
-
-
-def _forward(original: bytes, tried: Tried, pixels: Pixels) -> Callable[[Floats], dict[str, Floats]]:
-    """Return what runs the graph as its file has it: images (N, 3, H, W) in [0,1] to logits or probabilities, energy and features."""
-    head = tried.looked.head
-
-    def forward(image: Floats) -> dict[str, Floats]:
-        try:
-            found = run(session(original, threads()), image, tried.looked.image, pixels, head)
-        except ValueError as error:
-            raise EbjdatError(f"the graph fails on some images: {error}") from error
-        given: dict[str, Any] = {tried.output: found["logits"].reshape(len(image), -1)}
-        if not tried.energy:
-            given["energy"] = -logsumexp(given["logits"])
-        if head.features:
-            given["features"] = pooled(found["features"], head)
-        return {name: np.ascontiguousarray(values, np.float32) for name, values in given.items()}
-
-    return forward
-
-
-def logsumexp(logits: Floats) -> NDArray[np.float64]:
-    """Return log sum_y exp f(x)[y], (N,)."""
-    exact = logits.astype(np.float64)
-    most = exact.max(axis=1)
-    total: NDArray[np.float64] = most + np.log(np.exp(exact - most[:, None]).sum(axis=1))
-    return total

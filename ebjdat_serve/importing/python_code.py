@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ebjdat_serve.errors import EbjdatError, first_line
-from ebjdat_serve.importing.checkpoint import load_into
+from ebjdat_serve.importing.checkpoint import load_into, read_tensors
 from ebjdat_serve.importing.contract_file import Contract
 from ebjdat_serve.importing.found import Found
 from ebjdat_serve.importing.torch_source import contract_of, found, licence_of
@@ -31,7 +31,7 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
         raise EbjdatError(f"{source[:100]}: {error}") from error
     module = made(name)
     if file:
-        module = load_into(module, Path(file))
+        module = load_into(module, read_tensors(Path(file)), Path(file), f"have {name} make the network that these weights are of")
         said = [*said, f"weights: {Path(file).name}"]
     return found(
         module,

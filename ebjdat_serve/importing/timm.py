@@ -14,14 +14,17 @@ from PIL import Image
 from torch import nn
 
 from ebjdat_serve.bounds import LONGEST_LABEL
-from ebjdat_serve.errors import EbjdatError, first_line
-from ebjdat_serve.importing.checkpoint import load_into
+from ebjdat_serve.errors import EbjdatError, first_line, visible
+from ebjdat_serve.importing.checkpoint import load_into, read_tensors
 from ebjdat_serve.importing.contract_file import Contract
 from ebjdat_serve.importing.found import Found
 from ebjdat_serve.importing.torch_source import found, licence_of, told_itself
+from ebjdat_serve.listing import printable
 from ebjdat_serve.manifest import Input, Licence
 from ebjdat_serve.networks import Normalisation, TimmArchitecture, package
 
+MOST_CLASSES = 2**17
+"""Classes of a checkpoint; ImageNet-21k has 21,843."""
 FILTERS = {"bicubic": "bicubic", "bilinear": "bilinear", "nearest": "nearest", "lanczos": "lanczos", "box": "area", "random": "bilinear"}
 """timm's names of filters; ``random`` is of training, and bilinear where images are only classified."""
 
@@ -41,7 +44,7 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
     timm = package("timm", "timm")
     if not timm.is_model(name):
         raise EbjdatError(f"timm {timm.__version__} has no model {name!r}: timm.list_models(pretrained=True) lists them")
-    model = load_into(timm.create_model(name, pretrained=False), Path(file)) if file else pretrained(timm, name)
+    model = with_weights(timm, name, Path(file)) if file else pretrained(timm, name)
     configuration: dict[str, Any] = timm.data.resolve_data_config({}, model=model)
     about: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
     named, where = (labels, "") if labels else labels_of(timm, model)
@@ -52,11 +55,30 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
         source=source.partition("@")[0],
         size=input_of(configuration),
         labels=named,
-        licence=licence_of(licence, contract, code="Apache-2.0", weights=about.get("license")),
+        licence=licence_of(licence, contract, code="Apache-2.0", weights="" if file else about.get("license")),
         reference=reference(timm, model.eval(), configuration),
-        said=[f"timm {timm.__version__}: {name}", *([f"weights: {Path(file).name}"] if file else []), *([where] if where else [])],
-        unknown=[],
+        said=[f"timm {timm.__version__}: {name}", *([f"weights: {visible(Path(file).name)}"] if file else []), *([where] if where else [])],
+        unknown=[f"whether the classes of {visible(Path(file).name)} are those that its labels name"] if file and where else [],
     )
+
+
+def with_weights(timm: Any, name: str, file: Path) -> nn.Module:
+    """Return a model with the weights of a checkpoint, of as many classes as its last layer has there; raise EbjdatError if they misfit."""
+    tensors = read_tensors(file)
+    model: nn.Module = timm.create_model(name, pretrained=False)
+    last = classifier(model)
+    held = tensors.get(f"{last}.weight")
+    if held is not None and held.dim() and len(held) != model.num_classes:
+        if not 2 <= len(held) <= MOST_CLASSES:
+            raise EbjdatError(f"{printable(file)}: {last}.weight is of {len(held)} classes: two to {MOST_CLASSES} are imported")
+        model = timm.create_model(name, pretrained=False, num_classes=len(held))
+    return load_into(model, tensors, file, f"timm:NAME@FILE takes a state_dict of {name}: timm.list_models() has the names of others")
+
+
+def classifier(model: nn.Module) -> str:
+    """Return the name of a model's last layer; of several, as a distilled one has, the first."""
+    named: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ""
+    return str(named) if isinstance(named, str) else str(next(iter(named), ""))
 
 
 def pretrained(timm: Any, name: str) -> nn.Module:

@@ -17,8 +17,9 @@ from ebjdat_serve.networks.wrapped import Wrapped
 
 TIMM_NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_]{1,100})?")
 CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-LOCAL = ("transformers_version", "id2label", "label2id", "num_labels", "torch_dtype", "dtype", "architectures", "attn_implementation")
-"""Keys of a Hugging Face config that a bundle leaves out: of what saved it, or what the bundle says itself; and all that begin with _."""
+LOCAL = ("transformers_version", "id2label", "label2id", "num_labels", "torch_dtype", "dtype", "attn_implementation")
+"""Keys of a Hugging Face config that a bundle leaves out: of what saved it, or what the bundle says itself; and all that begin with _.
+``architectures`` stays: a model type may have several classifiers (deit)."""
 HUGGING_FACE = frozenset((
     "beit", "bit", "convnext", "convnextv2", "cvt", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "efficientnet",
     "focalnet", "hgnet_v2", "ijepa", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2", "pvt", "pvt_v2", "regnet", "resnet",
