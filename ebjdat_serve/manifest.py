@@ -72,6 +72,11 @@ class Manifest:
     licence: Licence = field(default_factory=Licence)
     schema: int = SCHEMA
 
+    @property
+    def imported(self) -> bool:
+        """Whether the network was trained elsewhere: neither its training images nor the attacks that it was to withstand are known."""
+        return not self.provenance.planned_steps
+
 
 @dataclass(frozen=True)
 class Calibration:
