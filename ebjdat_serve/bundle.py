@@ -22,7 +22,7 @@ from ebjdat_serve.errors import BundleError, cause
 from ebjdat_serve.graphs import check_graph
 from ebjdat_serve.manifest import SCHEMA, YES, Calibration, FileEntry, Manifest
 from ebjdat_serve.parsing import parse
-from ebjdat_serve.precision import check
+from ebjdat_serve.precision import OF_TRAINING, check
 from ebjdat_serve.rows import Row, parse_rows, to_json
 from ebjdat_serve.view_files import load_views
 from ebjdat_serve.views import Combination
@@ -144,10 +144,16 @@ class Bundle:
             return self.path / own
         if function == "classify":
             raise BundleError(
-                f"{self.path} has no {own}; python training/precision.py BUNDLE --precision {precision} creates and measures it",
+                f"{self.path} has no {own}; {self._made(precision)} creates and measures it",
                 options=("--precision fp32",),
             )
         return self.path / graph_name(function, "fp32")
+
+    def _made(self, precision: str) -> str:
+        """Return the command that adds a lower precision to the bundle."""
+        if self.manifest.imported and precision == "int8":
+            return "ebjdat-serve quantize BUNDLE DIR"
+        return f"python training/precision.py BUNDLE --precision {precision}"
 
     def measured(self, precision: str) -> str:
         """Return the sha256 that figures of ``precision`` refer to: its graph's; for bf16, which has no graph, the weights'."""
@@ -157,10 +163,16 @@ class Bundle:
     def check_precision(self, precision: str) -> None:
         """Raise BundleError when a figure of ``precision`` is missing or beyond its limit; fp32 needs none."""
         if precision != "fp32":
-            of = {self.measured(precision)}
-            if steps := "step" in self.functions:
-                of.add(self.manifest.files["weights.safetensors" if precision == "bf16" else self.graph("step", precision).name].sha256)
-            check(self.metrics(), precision, of, steps=steps)
+            of, m = {self.measured(precision)}, self.manifest
+            if "step" in self.functions:
+                of.add(m.files["weights.safetensors" if precision == "bf16" else self.graph("step", precision).name].sha256)
+            without = [
+                *(OF_TRAINING if m.imported else ()),
+                *(["step_error_max"] if m.imported or "step" not in self.functions else []),
+                *(["energy_error_mean_over_sd"] if m.capabilities.energy != YES else []),
+                *([] if self.calibrated else ["flag_rate_excess"]),
+            ]
+            check(self.metrics(), precision, of, without=without)
 
     def holds(self, of: str) -> bool:
         """Return whether ``of`` is the sha256 of one of the bundle's files; figures of any other file are stale."""
@@ -178,8 +190,8 @@ class Bundle:
         """Return the calibration of ``precision``; raise BundleError when it is missing or measured on another graph."""
         found = next((row for row in self.calibrations() if row.precision == precision), None)
         if found is None:
-            how = "ebjdat-serve calibrate BUNDLE DIR, or " if precision == "fp32" else ""
-            how += "python training/" + ("calibrate.py BUNDLE" if precision == "fp32" else f"precision.py BUNDLE --precision {precision}")
+            fp32 = "ebjdat-serve calibrate BUNDLE DIR, or python training/calibrate.py BUNDLE"
+            how = fp32 if precision == "fp32" else self._made(precision)
             raise BundleError(f"{self.path / 'calibration.json'} holds no {precision} calibration; run {how}")
         if found.of != self.measured(precision):
             raise BundleError(

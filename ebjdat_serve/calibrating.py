@@ -139,13 +139,14 @@ def record(
         reach_steps=reach_steps if len(walked) else 0,
         scores=sorted(float(value) for value in reviewed["ood"]),
     )
+    made_by = "ebjdat-serve quantize" if bundle.manifest.imported else "training/precision.py"
     kept = [row for row in bundle.calibrations() if bundle.holds(row.of) and row.precision != precision]
     others = [row for row in kept if row.views == calibration.views]
     if lost := sorted({row.precision for row in kept} - {row.precision for row in others}):
-        log.warning("dropped calibrations by other views: %s; training/precision.py calibrates again", ", ".join(lost))
+        log.warning("dropped calibrations by other views: %s; %s calibrates again", ", ".join(lost), made_by)
     for row in others:
-        if row.dataset != dataset:
-            log.warning("%s stays calibrated on %s; training/precision.py calibrates it again", row.precision, row.dataset)
+        if precision == "fp32" and row.dataset != dataset:
+            log.warning("%s stays calibrated on %s; %s calibrates it again", row.precision, row.dataset, made_by)
     file, walk = bundle.path / "views.safetensors", {REACH: walked} if len(walked) else {}
     save_views(
         file,

@@ -94,11 +94,6 @@ def retitled(bundle: Bundle, version: str) -> Bundle:
     return done.update("README.md")
 
 
-def imported(manifest: Manifest) -> bool:
-    """Return whether the network was trained elsewhere: training/card.py writes the card of one that was trained here."""
-    return not manifest.provenance.planned_steps
-
-
 def write_card(bundle: Bundle) -> Bundle:
     """Write README.md, the card of an imported model, and return the bundle with it; it needs no figures and shows those there are."""
     text = f"{imported_card(bundle)}\n{measured(bundle.metrics())}"
@@ -108,7 +103,7 @@ def write_card(bundle: Bundle) -> Bundle:
 
 def renewed(bundle: Bundle) -> Bundle:
     """Return the bundle with its card written again after a calibration; one of training's is left, and said to be of the one before."""
-    if imported(bundle.manifest):
+    if bundle.manifest.imported:
         return write_card(bundle)
     if "README.md" in bundle.manifest.files:
         log.warning("README.md describes the calibration before this one; python training/card.py %s writes it again", bundle.path)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +15,7 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.console import advice, flush, parser_of, shown, unread
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.install import install
 from ebjdat_serve.keys import KEY_VARIABLE
 from ebjdat_serve.verification import Terms
 
@@ -100,6 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prior_parser.add_argument("--chains", type=int, metavar="N", help="chains that agreement is measured on (as many as 5 minutes allow)")
     prior_parser.add_argument("--force", action="store_true", help=FORCED)
     prior_parser.set_defaults(command=prior)
+    quantize_parser = commands.add_parser("quantize", help="add int8 to an imported bundle, measured on images that are held back")
+    quantize_parser.add_argument("bundle", type=Path)
+    quantize_parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="300 images or more like those to come; sub-folders named as labels tell them"
+    )
+    quantize_parser.add_argument("--folders", type=Path, metavar="FILE", help="JSON object: labels by the names of sub-folders")
+    quantize_parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there, admitted or not")
+    quantize_parser.add_argument("--force", action="store_true", help=FORCED)
+    quantize_parser.set_defaults(command=quantize)
     for sub in (publish_parser, rollback_parser, sign_parser):
         add_arguments(sub, VERIFIED_BY)
     import_command.add(commands)
@@ -243,6 +254,21 @@ def prior(options: argparse.Namespace) -> None:
     wanted = Wanted(o.steps, o.step_size, o.grad_clip, o.noise_std, o.chains)
     done = edit(o.bundle, lambda draft: renewed(prior_folder(draft, o.folder, folders=folders, wanted=wanted)), force=o.force)
     print("\n".join([*told(done), f"into {done.path / 'prior.safetensors'}"]))
+
+
+def quantize(options: argparse.Namespace) -> None:
+    """Add int8 to an imported bundle, in place or as the next version of its store."""
+    if find_spec("onnx") is None or find_spec("torch") is None:
+        raise EbjdatError(f"quantize needs packages that serving does not: {install('import')}")
+    from ebjdat_serve.engines import check_onnxruntime
+
+    check_onnxruntime()
+    from ebjdat_serve.folder_images import read_folders
+    from ebjdat_serve.folder_quantization import quantize_folder
+
+    folders = read_folders(options.folders)
+    done = quantize_folder(options.bundle, options.folder, folders=folders, json=options.json, force=options.force)
+    print(f"int8 admitted to {done.path}, now {done.manifest.version}; serve it: ebjdat-serve serve {done.path} --precision int8")
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -86,3 +86,17 @@ def copied(bundle: Bundle, folder: Path) -> Bundle:
     for name in (MANIFEST, *bundle.manifest.files):
         shutil.copyfile(bundle.path / name, folder / name)
     return Bundle.draft(folder)
+
+
+def put(done: Bundle, home: Path) -> Bundle:
+    """Move ``done`` to its place, and return it: published if ``home`` is in a store, else in place of the old bundle."""
+    if store := store_of(home):
+        return Bundle.draft(publish(done, store, after=home.resolve()))
+    old = done.path.with_name("old")
+    home.rename(old)
+    try:
+        done.path.rename(home)
+    except BaseException:
+        old.rename(home)  # the folder around it is removed
+        raise
+    return Bundle.draft(home)

@@ -7,7 +7,7 @@ calibration.
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,12 +124,19 @@ def calibrate_folder(
 
 
 def calibrated(
-    engine: Engine, bundle: Bundle, images: FolderImages, split: Split, label: Places | None, dataset: str, walking: int
+    engine: Engine,
+    bundle: Bundle,
+    images: FolderImages,
+    split: Split,
+    label: Places | None,
+    dataset: str,
+    walking: int,
+    names: Sequence[str] = (),
 ) -> Bundle:
-    """Look at the three parts in turn, and record what they say."""
+    """Look at the three parts in turn, and record what they say in the engine's precision; ``names`` are views to fit, if not the usual."""
     can, n = bundle.manifest.capabilities, len(split.calibration)
     fitting = len(split.fit) > 0
-    names = view_names(can) if fitting else (uncalibrated(energy=can.energy == YES),)
+    names = names or (view_names(can) if fitting else (uncalibrated(energy=can.energy == YES),))
     training, lightly, labelled = fitted(engine, images, split.fit)
     combination, out = fit_views(names, training, lightly, training.logits, bundle=bundle, calibration_n=n)
     if fitting:
@@ -153,7 +160,7 @@ def calibrated(
     temperature = temperature_of(logits, None if label is None else label[places], images.say)
     return record(
         bundle,
-        "fp32",
+        engine.precision,
         combination,
         found,
         walked,

@@ -29,7 +29,7 @@ CHUNK, CHUNK_PIXELS, WALK_PIXELS = 256, 2**20, 2**18
 """Images of a chunk at most, and their pixels: 20 of 224 x 224; of a chunk that walks, whose gradients take more memory: 5."""
 SERVED = Limits(jpeg_draft=True)
 """What `serve` decodes by without options."""
-SEEDS = {"fit": 0, "ranks": 1, "calibration": CALIBRATION}
+SEEDS = {"fit": 0, "ranks": 1, "calibration": CALIBRATION, "held back": 4}
 Say = Callable[[str], None]
 Places = NDArray[np.int64]
 

@@ -86,6 +86,11 @@ class Manifest:
         """Return the classes that images can be drawn of, if any can."""
         return [y for y in range(len(self.labels)) if self.prior is None or self.prior.images[y]]
 
+    @property
+    def imported(self) -> bool:
+        """Whether the network was trained elsewhere: neither its training images nor the attacks that it was to withstand are known."""
+        return not self.provenance.planned_steps
+
 
 @dataclass(frozen=True)
 class Calibration:

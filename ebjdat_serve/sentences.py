@@ -243,6 +243,7 @@ def of_precisions() -> dict[str, Callable[[Row], str]]:
     """Return the definitions of the metrics of a lower precision."""
     every: dict[str, Callable[[Row], str]] = {
         "logit_error_max": constant("largest difference from fp32's logits over the largest logit"),
+        "logit_error_over_spread": constant("largest difference from fp32's logits over the largest less the smallest logit"),
         "energy_error_max": constant("largest difference from fp32's energy, nats"),
         "energy_error_mean_over_sd": constant("mean distance from fp32's energy over the deviation of fp32's energies"),
         "label_disagreement": constant("share of images whose class differs from fp32's"),
@@ -252,6 +253,7 @@ def of_precisions() -> dict[str, Callable[[Row], str]]:
         "accuracy_square_drop": constant("fp32's accuracy minus this one's"),
         "step_error_max": lambda row: f"pixels of [0,1], after {row.steps} Langevin steps",
         "flag_rate_excess": constant("distance from the interval that the flag rate should lie in"),
+        "auroc_interpolations": constant("positives are the first set, each by its precision's own calibration"),
         "graph_bytes": constant("classify graph; weights.safetensors is shared"),
         "ratio_classify_batch1": speed,
         "ratio_classify_batch32": speed,

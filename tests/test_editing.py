@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from ebjdat_serve import editing
 from ebjdat_serve.bundle import EVIDENCE, Bundle, read_rows, sha256, write_json, write_rows
-from ebjdat_serve.editing import check_editable, copied, edit, guarded
+from ebjdat_serve.editing import check_editable, copied, edit, guarded, put
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.locking import hold, is_held
 from ebjdat_serve.rows import FRESH, Row
@@ -34,7 +34,6 @@ from training.errors import TrainingError
 from training.evaluate import evaluate, evaluate_bundle
 from training.evaluation.context import Suite
 from training.evaluation.evidence import Evaluation, measurement, merge, take
-from training.precision import put
 
 FEW = Suite(*[20] * 11, queries=10, thorough=False)
 

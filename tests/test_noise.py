@@ -45,7 +45,7 @@ def test_an_export_says_nothing_of_its_own(tmp_path):
     script = (
         "import numpy as np, pathlib, sys\n"
         "from ebjdat_serve.bundle import Bundle\n"
-        "from export.to_int8 import write_int8\n"
+        "from ebjdat_serve.exporting.int8 import write_int8\n"
         "from export.to_onnx import write\n"
         "bundle = Bundle.draft(pathlib.Path(sys.argv[1]))\n"
         "write(bundle, 'classify', 'fp32')\n"

@@ -18,13 +18,13 @@ from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_rows
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.exporting.int8 import write_int8
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import LOWER, PrecisionLimits, check, rows_of
 from ebjdat_serve.rows import Row
 from ebjdat_serve.server.compute.model import Model
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import publish
-from export.to_int8 import write_int8
 from export.to_onnx import export_again
 from tests.conftest import ROOT, serving
 from training.calibrate import calibrate

@@ -13,7 +13,7 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, network_name, read_rows, write_rows
-from ebjdat_serve.card import figure, imported, imported_card, key, measured, table, title
+from ebjdat_serve.card import figure, imported_card, key, measured, table, title
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import load_engine
@@ -101,7 +101,7 @@ def write_landscape(bundle: Bundle, arrays: dict[Images, Any]) -> bool:
 
 def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     """Return the model card."""
-    if imported(bundle.manifest):
+    if bundle.manifest.imported:
         return f"{imported_card(bundle)}\n{measured(rows)}"
     m, p = bundle.manifest, bundle.manifest.provenance
     drawn = (bundle.path / "landscape.png").is_file()

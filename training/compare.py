@@ -75,7 +75,10 @@ def read(path: Path) -> Evaluated:
         m = bundle.manifest
         rows, name, data, digest = bundle.metrics(), m.name, m.provenance.dataset, m.provenance.data_sha256
         refuse_stale(bundle, rows)
-        folder = work_root() / folder_name(name, m.files["weights.safetensors"].sha256, digest)
+        weights = m.files["weights.safetensors"].sha256
+        folder = work_root() / folder_name(name, weights, digest)
+        if m.imported:
+            folder, data, digest = measured_on(path, name, weights)
         if (folder / "metrics.json").is_file():  # measured here, perhaps never taken into the bundle
             rows = merge(rows, [row for row in read_rows(folder / "metrics.json") if bundle.holds(row.of)]).rows
         name = f"{name}@{m.version}"
@@ -91,6 +94,20 @@ def read(path: Path) -> Evaluated:
     if not images:
         print(f"{name}: evaluated on another machine, so it has no paired tests and no landscape", file=sys.stderr)
     return Evaluated(name, data, digest, {key(row): row for row in rows}, images, arrays)
+
+
+def measured_on(path: Path, name: str, weights: str) -> tuple[Path, str, str]:
+    """Return the folder of an imported bundle's evaluation here, its data and their sha256; its bundle does not say them.
+
+    Raises TrainingError where it was measured on several folders of images.
+    """
+    found = sorted(file.parent for file in work_root().glob(f"{folder_name(name, weights, '')}*/subject.json"))
+    if len(found) > 1:
+        raise TrainingError(f"{path} was measured on several folders: name one of {', '.join(map(str, found))}")
+    if not found:
+        return work_root() / "none", "unknown", ""
+    subject = json.loads((found[0] / "subject.json").read_text(encoding="utf-8"))
+    return found[0], subject["data"], subject["data_sha256"]
 
 
 def key(row: Row) -> Key:

@@ -22,10 +22,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -35,6 +35,7 @@ from ebjdat_serve.contract import Input
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.editing import FORCED, check_editable, edit, guarded, tracked
 from ebjdat_serve.engines import Floats
+from ebjdat_serve.folder_images import read_folders
 from ebjdat_serve.folders import ensure_folder
 from ebjdat_serve.logs import configure
 from ebjdat_serve.rows import Row, images_key, to_json
@@ -43,9 +44,10 @@ from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset, load
 from training.errors import TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
-from training.evaluation.context import FORM, SUITES, Context, Suite, claim, unit
+from training.evaluation.context import FORM, LEAST, SUITES, Context, Suite, claim, suite_of, unit
 from training.evaluation.evaluated_model import Spec, best_device, bundle_spec, load_weights, module_sha256, module_spec
 from training.evaluation.evidence import Evaluation, take
+from training.evaluation.expected import expected
 from training.evaluation.explanation import explanation_rows
 from training.evaluation.generation import generation_rows
 from training.evaluation.hostile import hostile_rows
@@ -55,7 +57,7 @@ from training.evaluation.reach_rows import reach_rows
 from training.evaluation.report import write_evaluation_report
 from training.evaluation.result_cache import ResultCache, load_arrays, load_flat, unflattened, work_root, write
 from training.evaluation.robustness import masking_rows, released_rows, robust_rows
-from training.evaluation.rows import ball_of
+from training.evaluation.rows import ball_of, with_finite_error
 
 log = logging.getLogger("training")
 Part = Callable[[Context], Iterator[Row]]
@@ -73,23 +75,34 @@ PARTS: dict[str, Part] = {
     "reach": reach_rows,
     "released-code": released_rows,
 }
-LEAST = {
-    "test": 20, "attacked": 1, "attacked_other": 1, "strong": 0, "autoattack": 0, "autoattack_other": 0, "checked": 1, "looked": 2,
-    "hostile": 1, "shifted": 2, "samples": 50, "queries": 1,
-}  # fmt: skip
 USUAL = tuple(name for name in PARTS if name not in ("reach", "released-code"))
 """``reach`` takes ten gradients of every calibration image."""
+ATTACKS = ("robustness", "masking", "hostile", "generation", "explanation", "landscape", "reach", "released-code")
+"""Parts that take gradients, and are left out where there is no network."""
 SURROGATE = Path(__file__).parent.parent / "benchmarks" / "models" / "pgd-at" / "weights.safetensors"
 
 
-def evaluate(bundle: Bundle, data: Dataset, suite: Suite, *, parts: Sequence[str] = USUAL, processes: int = 1, **more: Any) -> Evaluation:
+def evaluate(
+    bundle: Bundle,
+    data: Dataset,
+    suite: Suite,
+    *,
+    parts: Sequence[str] = USUAL,
+    processes: int = 1,
+    allow_code: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    **more: Any,
+) -> Evaluation:
     """Evaluate ``parts`` of a bundle; write metrics.json and report.html to ``folder``, by default under EBJDAT_RUNS.
 
     The bundle is not changed: ``evidence.take`` writes rows into it. Rows of other parts in the folder are kept while they are of the
-    bundle's files. Raises BundleError for data that the bundle was not trained on.
+    bundle's files; ``say`` gets what it will cost, before it begins. Raises BundleError for data that the bundle was not trained on, unless
+    it is an imported one, of which nobody knows; the network of one that is Python code is run with ``allow_code``.
     """
     check_data(bundle, data)
-    c = context(bundle_spec(bundle.path), data, suite, processes=processes, bundle=bundle, **more)
+    c = context(bundle_spec(bundle.path, allow_code=allow_code), data, suite, processes=processes, bundle=bundle, **more)
+    for line in expected(c, parts):
+        say(line)
     return Evaluation(c.folder, measured(c, parts, bundle.holds), c.arrays)
 
 
@@ -217,7 +230,10 @@ def measure(c: Context, part: str) -> list[Row]:
     began, c.part, rows = time.monotonic(), part, []
     c.warnings.pop(part, None)
     log.debug("%s: %s on %s", part, c.subject.name, c.data.name)
-    for row in PARTS[part](c):
+    lacking = c.subject.no_network if part in ATTACKS else ""
+    if lacking:
+        c.say(f"{part}: not measured: {lacking}")
+    for row in () if lacking else PARTS[part](c):
         if not math.isfinite(row.value):
             c.say(f"{row.metric} on {data_words(row)} is not a number and is left out: {protocol_words(row)}")
             continue
@@ -233,13 +249,6 @@ def measure(c: Context, part: str) -> list[Row]:
         write(c.folder / file, {f"{key}|{field}": value for key, found in kept.items() for field, value in found.items()})
     write_json(c.folder / "warnings.json", c.warnings)
     return rows
-
-
-def with_finite_error(row: Row) -> Row:
-    """Return a row without an interval or standard error that is not a number."""
-    if row.interval is not None and not np.isfinite(row.interval).all():
-        return replace(row, interval=None, interval_kind=None)
-    return replace(row, stderr=None) if row.stderr is not None and not math.isfinite(row.stderr) else row
 
 
 def main() -> None:
@@ -267,13 +276,17 @@ def main() -> None:
     parser.add_argument("--control", type=Path, nargs="+", default=[], help="control weights, sampled with the same prior, steps and seeds")
     parser.add_argument("--buffer", type=Path, help="state.pt of a stage, whose replay buffer is measured for comparison")
     parser.add_argument("--processes", type=int, default=cpus(), help="worker processes, one thread each (%(default)s)")
-    parser.add_argument("--data", help="for weights: the data set (cifar10); for a bundle of your own data: the folder, if it has moved")
+    parser.add_argument("--data", help="for weights: the data set (cifar10); for an imported bundle: a folder; else the folder, if moved")
+    parser.add_argument("--folders", type=Path, metavar="FILE", help="of an imported bundle: JSON object, labels by names of sub-folders")
+    parser.add_argument("--allow-code", action="store_true", help="of an imported bundle that is Python code: run it, for its gradients")
     parser.add_argument("--size", type=int, help="for weights and a folder: resize its images to SIZE x SIZE")
     options = parser.parse_args()
     configure("text", "%(message)s", sys.stdout)
     log.setLevel(logging.DEBUG)  # every figure is logged at DEBUG
     torch.set_num_threads(1)
     with command(parser, "interrupted; run the same command to continue"):
+        if options.processes < 1:
+            raise TrainingError(f"--processes {options.processes}: give 1 or more")
         parts = ("released-code",) if options.protocol == "released-code" else options.part or USUAL
         more = {
             "surrogate": options.surrogate,
@@ -286,20 +299,21 @@ def main() -> None:
             raise TrainingError("--baseline is for a bundle's card, which only --into writes: give both or neither")
         if options.folder and not options.force and tracked(options.folder / "metrics.json"):
             raise TrainingError(f"{options.folder / 'metrics.json'} is tracked by git: name another --folder", options=("--force",))
+        suite = suite_of(options.suite, options.n, options.amount)
         if options.bundle.suffix == ".safetensors":
             if options.into:
                 raise TrainingError(f"--into takes rows of a bundle, and {options.bundle} is a weights file: give the bundle")
             file = options.bundle.resolve()
             data = load(options.data or "cifar10", Input(options.size, options.size) if options.size else None)
-            model, suite = load_weights(file).to(best_device()), amounts(options)
+            model = load_weights(file).to(best_device())
             kept = options.folder or work_root() / folder_name(file.parent.name, module_sha256(model), data.sha256)
             rows = evaluate_module(model, data, suite=suite, parts=parts, name=file.parent.name, **{**more, "folder": kept})
             print(f"{len(rows)} rows in {kept / 'metrics.json'}, {kept / 'report.html'}")
             return
-        evaluate_bundle(options, parts, more)
+        evaluate_bundle(options, suite, parts, more)
 
 
-def evaluate_bundle(options: argparse.Namespace, parts: Sequence[str], more: dict[str, Any]) -> None:
+def evaluate_bundle(options: argparse.Namespace, suite: Suite, parts: Sequence[str], more: dict[str, Any]) -> None:
     """Evaluate the bundle named on the command line, print where the figures are, and take them into the bundle of --into."""
     bundle = Bundle.draft(options.bundle)
     if options.into:
@@ -308,7 +322,8 @@ def evaluate_bundle(options: argparse.Namespace, parts: Sequence[str], more: dic
             raise TrainingError(
                 f"--into {options.into} has other weights than {options.bundle}: figures of one are not valid for the other"
             )
-    done = evaluate(bundle, dataset_of(bundle, options.data), amounts(options), parts=parts, **more)
+    data = dataset_of(bundle, options.data, read_folders(options.folders))
+    done = evaluate(bundle, data, suite, parts=parts, allow_code=options.allow_code, say=partial(print, flush=True), **more)
     print(f"{len(done.rows)} rows in {done.folder / 'metrics.json'}, {done.folder / 'report.html'}")
     if not options.into:
         if why := guarded(bundle.path):
@@ -326,22 +341,6 @@ def evaluate_bundle(options: argparse.Namespace, parts: Sequence[str], more: dic
 
     home = edit(options.into, change, force=options.force)
     print(f"{summaries[0]}\ninto {home.path / 'metrics.json'}")
-
-
-def amounts(options: argparse.Namespace) -> Suite:
-    """Return the suite with the command line's amounts."""
-    if options.processes < 1:
-        raise TrainingError(f"--processes {options.processes}: give 1 or more")
-    suite = SUITES[options.suite]
-    suite = suite.at_most(options.n) if options.n is not None else suite
-    for setting in options.amount:
-        name, _, value = setting.partition("=")
-        if name not in LEAST or not value.isdigit() or int(value) < LEAST[name]:
-            known = ", ".join(f"{known} from {least} up" for known, least in LEAST.items())
-            raise TrainingError(f"--amount {setting}: give NAME=N of {known}")
-        changes: dict[str, Any] = {name: int(value)}
-        suite = replace(suite, **changes)
-    return suite
 
 
 if __name__ == "__main__":

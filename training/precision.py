@@ -8,8 +8,7 @@ with `--force`.
 """
 
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,38 +18,35 @@ import torch
 
 from ebjdat_serve.bundle import Bundle, write_rows
 from ebjdat_serve.console import command, parser_of
-from ebjdat_serve.detection import Detector
-from ebjdat_serve.editing import FORCED, check_editable
-from ebjdat_serve.engines import Engine, Floats, Labels, Precision, load_engine
+from ebjdat_serve.editing import FORCED, check_editable, put
+from ebjdat_serve.engines import Engine, Floats, Labels, Outputs, Precision, load_engine
 from ebjdat_serve.engines import given as required
 from ebjdat_serve.engines.eager import load_model
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.exporting.int8 import write_int8
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.precision import FEWEST, FEWEST_ATTACKED, FEWEST_SQUARE, LOWER, rows_of
+from ebjdat_serve.precision_figures import ALPHA, costs, differences, flag_rows, flagged, ood_score, right, speed_rows
 from ebjdat_serve.rows import Images, Row, first
 from ebjdat_serve.selftest import PROBE
 from ebjdat_serve.sentences import protocol_words
 from ebjdat_serve.sgld import Chains
-from ebjdat_serve.store import next_revision, publish, scratch, store_of
+from ebjdat_serve.store import next_revision, scratch, store_of
 from ebjdat_serve.views import Seen
-from export.to_int8 import write_int8
 from export.to_onnx import write
 from training.calibrate import calibrate
 from training.card import baseline_of, renew_card
 from training.data.bundle_data import check_data, dataset_of
 from training.data.datasets import Dataset
 from training.distributed import Noise
-from training.evaluation.metrics import flag_rate_interval
-from training.evaluation.rows import ALPHAS, SEED, ball_of, number
+from training.evaluation.rows import SEED, ball_of, number
 from training.methods.adversary import Attack, Threat, cross_entropy, pgd
 
 RANGE_IMAGES = 512
-ALPHA = ALPHAS[0]
-TIMES = 40
-"""Number of timed calls of each engine."""
 FIGURES = (
-    "logit_error_max", "energy_error_max", "energy_error_mean_over_sd", "label_disagreement", "accuracy_clean", "accuracy_clean_drop",
+    "logit_error_max", "logit_error_over_spread", "energy_error_max", "energy_error_mean_over_sd", "label_disagreement",
+    "accuracy_clean", "accuracy_clean_drop",
     "accuracy_pgd20_transfer", "accuracy_pgd20_transfer_drop", "accuracy_square", "accuracy_square_drop", "step_error_max",
     "flag_rate_clean", "flag_rate_excess", "flag_rate_clean_fp32_threshold", "graph_bytes", "ratio_classify_batch1",
     "ratio_classify_batch32",
@@ -126,20 +122,6 @@ def attempt(bundle: Bundle, folder: Path, data: Dataset, precision: Precision, f
     return draft
 
 
-def put(done: Bundle, home: Path) -> Bundle:
-    """Move ``done`` to its place, and return it: published if ``home`` is in a store, else in place of the old bundle."""
-    if store := store_of(home):
-        return Bundle.draft(publish(done, store, after=home.resolve()))
-    old = done.path.with_name("old")
-    home.rename(old)
-    try:
-        done.path.rename(home)
-    except BaseException:
-        old.rename(home)  # the folder around it is removed
-        raise
-    return Bundle.draft(home)
-
-
 def reference(bundle: Bundle, data: Dataset, amounts: Amounts) -> Reference:
     """Return fp32's outputs on the first test images and the survivors of both attacks; raise BundleError for too few images."""
     for given, least, what in (
@@ -175,11 +157,8 @@ def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference
         return number(f"{metric}_{precision}", value, n, images, of, precision=precision, provider=low.provider, **more)
 
     found = classify_in_chunks(low, image)
-    f_low, e_low = found.logits, required(found.energy, "energy")
-    yield row("logit_error_max", np.abs(f_low - f).max() / np.abs(f).max(), len(f))
-    yield row("energy_error_max", np.abs(e_low - e).max(), len(e))
-    yield row("energy_error_mean_over_sd", np.abs(e_low - e).mean() / e.std(), len(e))
-    yield row("label_disagreement", (f_low.argmax(1) != f.argmax(1)).mean(), len(f))
+    f_low = found.logits
+    yield from differences(row, Outputs(f, e, None), found)
     yield from costs(row, "accuracy_clean", right(f, label), right(f_low, label), where)
 
     survivors = right(classify_in_chunks(low, fp32.adversarial).logits, label[: len(fp32.adversarial)])
@@ -197,38 +176,13 @@ def measure(bundle: Bundle, data: Dataset, precision: Precision, fp32: Reference
 
     calibration = bundle.calibration(precision)
     seen = Seen(image, found.features, found.logits)
-    rate = flag_rate(bundle, precision, seen)
-    bounds = flag_rate_interval(len(calibration.scores), len(e), ALPHA)
-    low_bound, high_bound = (float(bound) for bound in bounds)
-    own: dict[str, Any] = {"alpha": ALPHA, "calibration": precision, "expected": (low_bound, high_bound)}
-    yield row("flag_rate_clean", rate, len(e), **own)
-    yield row("flag_rate_excess", max(low_bound - rate, rate - high_bound, 0.0), len(e), **own)
-    by_fp32 = flag_rate(bundle, "fp32", seen)
+    rate = flagged(bundle, precision, ood_score(bundle, precision, seen)).mean()
+    yield from flag_rows(row, rate, len(e), len(calibration.scores), precision)
+    by_fp32 = flagged(bundle, "fp32", ood_score(bundle, "fp32", seen)).mean()
     yield row("flag_rate_clean_fp32_threshold", by_fp32, len(e), alpha=ALPHA, calibration="fp32")
     if precision != "bf16":
         yield row("graph_bytes", bundle.graph("classify", precision).stat().st_size, 1)
-    for batch in (1, 32):
-        yield row(f"ratio_classify_batch{batch}", speed_ratio(fp32.engine, low, image[:batch]), TIMES, batch=batch, threads=1)
-
-
-def flag_rate(bundle: Bundle, precision: Precision, seen: Seen) -> float:
-    """Return the share of images that the calibration of ``precision`` flags at ALPHA."""
-    combination, detector = bundle.combination(precision), Detector(np.asarray(bundle.calibration(precision).scores), ALPHA)
-    return float(detector.suspicious(detector.p_value(combination.score(combination.terms(seen)))).mean())
-
-
-def costs(row: Callable[..., Row], metric: str, before: np.ndarray, after: np.ndarray, images: Images) -> Iterator[Row]:
-    """Yield the accuracy of a precision and its drop from fp32 on the same images; ``before`` and ``after`` are (n,) bool."""
-    lost = before.astype(float) - after
-    yield row(metric, after.mean(), len(after), images, fp32=float(before.mean()))
-    spread = float(lost.std() / len(lost) ** 0.5)
-    yield row(f"{metric}_drop", lost.mean(), len(after), images, stderr=spread)
-
-
-def right(logits: Floats, label: Labels) -> np.ndarray:
-    """Return whether each image is classified as ``label``, (N,) bool."""
-    result: np.ndarray = logits.argmax(axis=1) == label
-    return result
+    yield from speed_rows(row, fp32.engine, low, image)
 
 
 def transferred(bundle: Bundle, image: Floats, label: Labels, eps: float) -> Floats:
@@ -251,17 +205,6 @@ def square_survivors(engine: Engine, image: Floats, label: Labels, eps: float, q
     attack = SquareAttack(ask, "Linf", queries, eps, seed=SEED, device="cpu")
     x, y = torch.from_numpy(image), torch.from_numpy(label)
     return right(ask(attack.perturb(x, y)).numpy(), label)
-
-
-def speed_ratio(full: Engine, low: Engine, image: Floats) -> float:
-    """Return the ratio of images per second of ``low`` to ``full``."""
-    times: list[list[float]] = [[], []]
-    for _ in range(TIMES):
-        for engine, taken in zip((full, low), times, strict=True):
-            started = time.process_time()  # CPU time: other processes delay long calls always and short ones seldom
-            engine.classify(image)
-            taken.append(time.process_time() - started)
-    return float(np.percentile(times[0], 20) / np.percentile(times[1], 20))
 
 
 def table(rows: list[Row]) -> str:

@@ -204,8 +204,11 @@ def reason(error: OSError | InvalidImage) -> str:
     return str((isinstance(error, OSError) and error.strerror) or error)
 
 
-def load_images(source: str, contract: Input) -> Pixels:
-    """Return unlabelled images (N, height, width, 3) of a folder, decoded by ``contract``, an .npz with ``image``, or an image of tiles."""
+def load_images(source: str, contract: Input, most: int | None = None) -> Pixels:
+    """Return unlabelled images (N, height, width, 3) of a folder, decoded by ``contract``, an .npz with ``image``, or an image of tiles.
+
+    ``most``: the first so many of each.
+    """
     height, width = contract.height, contract.width
     path = Path(source).expanduser()
     path = path if path.is_absolute() or path.exists() else data_root() / path
@@ -214,11 +217,11 @@ def load_images(source: str, contract: Input) -> Pixels:
         tell(path, listing)
         if not listing.images:
             raise DataError(f"{printable(path)} holds no images ({', '.join(accepted())})")
-        return read_images(listing.images, contract)
+        return read_images(listing.images[:most], contract)
     if path.suffix == ".npz":
-        return read_npz(path, height, width)[0]
+        return read_npz(path, height, width)[0][:most]
     if path.is_file() and format_of(path) in accepted() and height == width:
-        return read_atlas(path, height)
+        return read_atlas(path, height)[:most]
     raise DataError(f"{path} is not a folder of images, an .npz or an atlas of {height} x {width} tiles")
 
 

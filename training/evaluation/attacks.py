@@ -37,7 +37,7 @@ class Predict:
     def run(self, subject: EvaluatedModel, image: Floats, label: Labels) -> Arrays:
         """Return logits (N, K), of a calibrated bundle terms (N, V), and gradient (N,)."""
         result = subject.look(image)
-        if self.gradient:
+        if self.gradient and not subject.no_network:
             result["gradient"] = gradient_norm(subject, torch.from_numpy(image))
         return result
 

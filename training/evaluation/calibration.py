@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.calibrating import fit_temperature
 from ebjdat_serve.detection import probabilities
 from ebjdat_serve.engines import Labels
@@ -27,6 +28,8 @@ from training.evaluation.rows import estimate, number
 from training.evaluation.shifts import CORRUPTIONS, corrupted
 
 SEVERITIES = (1, 3, 5)
+SEEN = 0.1
+"""The most of the test images that may share their energy with one of the calibration's, by chance."""
 BINS, DRAWS = 15, 100
 """Bins of the calibration error, and draws of its floor."""
 
@@ -41,9 +44,17 @@ def clean_rows(c: Context) -> Iterator[Row]:
         c.say("E(x) is the same for every image: the model returns log-probabilities, not logits, and its energy figures are meaningless")
     if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1.0, atol=1e-4):
         c.say("the model returns probabilities, not logits: cross-entropy and energies are of their softmax, and its gradients are small")
+    if c.bundle is not None and c.bundle.manifest.imported and (known := shared_energies(c.bundle, energy)) > SEEN:
+        c.say(f"{known:.0%} of the test images have the energy of a calibration image: were they calibrated on, too few are flagged")
     yield c.share("accuracy_clean", logits.argmax(axis=1) == label, c.where, c.subject.weights)
     yield estimate("energy_mean", energy.mean(), mean_interval(energy), len(label), c.where, c.subject.graph)
     yield number("energy_sd", energy.std(), len(label), c.where, c.subject.graph)
+
+
+def shared_energies(bundle: Bundle, energy: np.ndarray) -> float:
+    """Return the share of energies (N,) that an image of the bundle's calibration has, too: nothing else tells that it is the same."""
+    known = np.asarray(bundle.calibration().energies if bundle.calibrated else [])
+    return float(np.isclose(energy[:, None], known, rtol=2e-6, atol=0.0).any(axis=1).mean())
 
 
 def calibration_rows(c: Context) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from ebjdat_serve.bundle import Bundle, write_json
 from ebjdat_serve.engines import Floats, Labels
+from ebjdat_serve.manifest import YES
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import Images, Row
 from ebjdat_serve.sentences import set_name
@@ -85,6 +87,26 @@ SUITES = {
 }
 
 
+LEAST = {
+    "test": 20, "attacked": 1, "attacked_other": 1, "strong": 0, "autoattack": 0, "autoattack_other": 0, "checked": 1, "looked": 2,
+    "hostile": 1, "shifted": 2, "samples": 50, "queries": 1,
+}  # fmt: skip
+"""The least that each number of a suite may be set to."""
+
+
+def suite_of(name: str, n: int | None = None, settings: Sequence[str] = ()) -> Suite:
+    """Return a suite with at most ``n`` images per measurement and NAME=N ``settings``; raise TrainingError for one that is none."""
+    suite = SUITES[name] if n is None else SUITES[name].at_most(n)
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in LEAST or not value.isdigit() or int(value) < LEAST[key]:
+            known = ", ".join(f"{known} from {least} up" for known, least in LEAST.items())
+            raise TrainingError(f"--amount {setting}: give NAME=N of {known}")
+        changes: dict[str, Any] = {key: int(value)}
+        suite = replace(suite, **changes)
+    return suite
+
+
 @dataclass
 class Context:
     """One evaluation: the subject, its data, the suite, and the per-image results."""
@@ -154,6 +176,13 @@ class Context:
                 return True
         self.say("samples: not drawn, the model gives no gradient")
         return False
+
+    def drawable(self) -> bool:
+        """Return whether samples can be drawn: not by an imported model that has no prior; warn when they cannot."""
+        if self.bundle is not None and (why := self.bundle.manifest.capabilities.generate) != YES:
+            self.say(f"samples: not drawn: {why}")
+            return False
+        return self.samplable()
 
     def attackers(self) -> bool:
         """Return whether the attack package is installed; warn when it is not."""

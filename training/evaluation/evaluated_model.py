@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,12 +21,14 @@ from ebjdat_serve.bundle import Bundle, sha256
 from ebjdat_serve.energy import score
 from ebjdat_serve.engines import Floats, Labels, Outputs, load_engine
 from ebjdat_serve.engines.eager import Walk, exact, load_model
+from ebjdat_serve.errors import OF_NETWORKS, EbjdatError, EngineError, first_line
 from ebjdat_serve.generation import classify_in_chunks
-from ebjdat_serve.networks import Network, network_of
+from ebjdat_serve.networks import CONSTANT, Network, PythonArchitecture, Wrapped, architecture_of, network_of
 from ebjdat_serve.rows import SUM
+from ebjdat_serve.selftest import relative_error
 from ebjdat_serve.sgld import Chains
 from ebjdat_serve.views import Combination, Seen
-from training.errors import DataError
+from training.errors import DataError, TrainingError
 from training.evaluation.scores import ood_score_of
 from training.evaluation.view_scores import SeenTensors, SumOfViews, sum_of_views
 
@@ -68,6 +71,7 @@ class EvaluatedModel:
     advance: Callable[[Chains, int], Chains]  # Langevin steps
     key: str  # sha256 of everything its outputs depend on: the cache key of its results
     random: bool = False  # outputs differ from call to call; ``logits`` are then the mean of ten
+    no_network: str = ""  # why there is no network for gradients, which ``network`` then raises; "" where there is
     views: ServedViews | None = None  # of a calibrated bundle
 
     def look(self, image: Floats) -> Arrays:
@@ -88,22 +92,31 @@ Spec = Callable[[], EvaluatedModel]
 """Opens a subject; worker processes need it to be picklable."""
 
 
-def open_bundle(path: Path) -> EvaluatedModel:
+def open_bundle(path: Path, allow_code: bool = False) -> EvaluatedModel:
     """Return the subject of a bundle: torch for gradients; the fp32 graph on ONNX Runtime, if installed, for all else.
 
-    If torch has a GPU that ONNX Runtime cannot use, torch does both: the graph would take hours on one CPU thread.
+    If torch has a GPU that ONNX Runtime cannot use, torch does both: the graph would take hours on one CPU thread. An imported bundle may
+    have no network for torch; ``allow_code``: one that is Python code is run.
     """
     bundle = Bundle.draft(path)
     device = best_device()
-    engine = load_engine(bundle, "onnx" if runtime_has(device) else "torch", device.type, 1)  # type: ignore[arg-type]
-    model = load_model(bundle).to(device)
+    model, no_network = torch_network(bundle, allow_code=allow_code)
+    graph = bundle.manifest.imported or runtime_has(device)
+    engine = load_engine(bundle, "onnx" if graph else "torch", device.type if runtime_has(device) else "cpu", 1)  # type: ignore[arg-type]
     files = bundle.manifest.files
 
     def outputs(image: Floats) -> Outputs:
         return classify_in_chunks(engine, np.ascontiguousarray(image))
 
-    with torch.no_grad():
-        features, head = model.folded_features(torch.float32), model.head  # the same up to rounding, in four fifths of the time
+    def missing(x: Tensor) -> Tensor:
+        raise TrainingError(no_network)
+
+    features: Callable[[Tensor], Tensor] = missing
+    head: Callable[[Tensor], Tensor] = missing
+    if model is not None:
+        with torch.no_grad():
+            model = model.to(device)
+            features, head = model.folded_features(torch.float32), model.head  # the same up to rounding, in four fifths of the time
     views = None
     if "calibration.json" in files:
         combination = bundle.combination()
@@ -120,9 +133,52 @@ def open_bundle(path: Path) -> EvaluatedModel:
         device=device,
         score=engine.score,
         advance=engine.advance,
-        key=digest_of(*of.values(), engine.name, device.type),
+        key=digest_of(*of.values(), engine.name, device.type, *(["without a network"] if no_network else [])),
         views=views,
+        no_network=no_network,
     )
+
+
+APART = 1e-3
+"""The most, of the largest logit, by which a network that is built again may differ from the graph that was exported of it."""
+
+
+def torch_network(bundle: Bundle, *, allow_code: bool = False) -> tuple[Network | None, str]:
+    """Return a bundle's network for gradients, or None and the reason why an imported bundle has none here.
+
+    A network that a package of another version builds may be another one: on the self-test's images it must answer as it did.
+    """
+    if not bundle.manifest.imported:
+        return load_model(bundle), ""
+    try:
+        network = code_network(bundle, allow_code=allow_code) or load_model(bundle)
+        expected = load_arrays_of(bundle.path / "selftest.safetensors")
+        with torch.no_grad():
+            found = network(torch.from_numpy(expected["image"])).numpy()
+        off = relative_error(found, expected[bundle.manifest.output])
+    except EbjdatError as error:
+        return None, str(error)
+    except OF_NETWORKS as error:
+        return None, f"its network cannot be built here: {type(error).__name__}: {first_line(error)}"
+    if not off <= APART:
+        return None, f"the network that is built here is not the one that is served: its logits differ by {off:.1e} of the largest"
+    return network, ""
+
+
+def code_network(bundle: Bundle, *, allow_code: bool) -> Network | None:
+    """Return the network of a bundle that is Python code; None for one of another family. Raises EbjdatError without ``allow_code``."""
+    architecture = architecture_of(bundle.manifest.architecture)
+    if not isinstance(architecture, PythonArchitecture):
+        return None
+    if not allow_code:
+        raise EngineError(f"the network is Python code, {architecture.callable}: --allow-code runs it, with your rights")
+    from ebjdat_serve.importing.python_code import made
+
+    module = made(architecture.callable).float()
+    network = Wrapped(module, len(bundle.manifest.labels), architecture.normalisation, architecture.head)
+    weights = load_file(bundle.path / "weights.safetensors")
+    network.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith(CONSTANT)})
+    return network.eval().requires_grad_(False)
 
 
 def best_device() -> torch.device:
@@ -139,9 +195,9 @@ def runtime_has(device: torch.device) -> bool:
     return device.type == "cpu" or providers.chosen("auto", "fp32") == providers.CUDA
 
 
-def bundle_spec(path: Path) -> Spec:
+def bundle_spec(path: Path, *, allow_code: bool = False) -> Spec:
     """Return the spec that opens a bundle."""
-    return partial(open_bundle, path)
+    return partial(open_bundle, path, allow_code)
 
 
 def open_module(name: str, module: nn.Module, digest: str, key: str = "", random: bool = False) -> EvaluatedModel:

@@ -91,7 +91,7 @@ def flags_of(c: Context) -> tuple[Flag, list[Flag]]:
     if served:
         views = [Flag(alone(name), 0.0, np.empty(0), column) for column, name in enumerate(served.views)]
         every = [Flag(SUM, 0.0, np.empty(0)), *views, *every]
-    every = [replace(flag, clean=np.sort(flag.value(calibration)).astype(np.float64)) for flag in every]
+    every = [replace(flag, clean=np.sort(flag.value(calibration)).astype(np.float64)) for flag in able(every, calibration)]
     if served:
         return Flag(SUM, 0.0, np.asarray(served.scores)), every
     return next(flag for flag in every if flag.score == DEFAULT), every

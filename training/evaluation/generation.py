@@ -65,7 +65,7 @@ def opened_prior(file: str) -> Prior:
 
 def generation_rows(c: Context) -> Iterator[Row]:
     """Yield distances, precision and recall, class agreement and neighbours of fresh samples and of the sets they are compared with."""
-    if not c.samplable():
+    if not c.drawable():
         return
     sampler, prior = start_of(c)
     n, drawn_of = c.suite.samples, opened_prior(str(prior)).labels
@@ -87,8 +87,11 @@ def generation_rows(c: Context) -> Iterator[Row]:
         Images(dataset=PRIOR): (start["image"], label),
         **controls_and_buffer(c, work, index, label, by_sampler),
     }
-    yield from distance_rows(c, sets, n)
-    yield from neighbour_rows(c, fresh, by_sampler)
+    if len(c.data.train):
+        yield from distance_rows(c, sets, n)
+        yield from neighbour_rows(c, fresh, by_sampler)
+    else:
+        c.say("distances and neighbours of samples: not measured, the images that the network was trained on are not known")
     c.drawings["fresh"] = {"image": fresh, "label": label}
     c.drawings["samples"] = {"image": fresh[: 10 * classes], "label": label[: 10 * classes]}
 

@@ -33,7 +33,7 @@ def landscape_rows(c: Context) -> Iterator[Row]:
     """Yield gaps, distances and overlaps of every set's energies with the clean ones, in standard deviations of the clean energies."""
     image, label = c.test(max(c.suite.test, c.suite.looked, c.suite.autoattack))
     clean = c.look(c.where, Predict(gradient=True), image, label)
-    sets = {**attacked(c), **({DRAWN: generated(c)} if c.suite.samples and c.samplable() else {}), **strange(c)}
+    sets = {**attacked(c), **({DRAWN: generated(c)} if c.suite.samples and c.drawable() else {}), **strange(c)}
     yield from floor_rows(c, clean)
     for images, found in sets.items():
         yield from gap_rows(c, images, clean, found)
@@ -115,8 +115,8 @@ def around(c: Context) -> Arrays:
     v *= np.linalg.norm(u) / np.linalg.norm(v)
     step = np.linspace(-REACH, REACH, SIDE, dtype=np.float32)
     b, a = np.meshgrid(step, step, indexing="ij")
-    grid = (x + a.reshape(-1, 1, 1, 1) * u + b.reshape(-1, 1, 1, 1) * v).clip(0, 1).astype(np.float32)
-    logits = c.subject.logits(grid).astype(np.float64)
+    places = zip(a.reshape(SIDE, SIDE, 1, 1, 1), b.reshape(SIDE, SIDE, 1, 1, 1), strict=True)  # a row at a time: images may be large
+    logits = np.concatenate([c.subject.logits((x + s * u + t * v).clip(0, 1).astype(np.float32)) for s, t in places]).astype(np.float64)
     energy = -np.logaddexp.reduce(logits, axis=1).reshape(SIDE, SIDE)
     where = np.asarray([chosen, int(y[0])])
     return {"energy": energy, "class": logits.argmax(axis=1).reshape(SIDE, SIDE), "step": step, "image": where}

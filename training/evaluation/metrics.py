@@ -2,16 +2,12 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import betabinom, binomtest, norm, rankdata, wasserstein_distance
+from scipy.stats import binomtest, norm, rankdata, wasserstein_distance
 
-Array = NDArray[np.floating]
-
-
-def auroc(negative: Array, positive: Array) -> float:
-    """Return P(score of a positive > score of a negative), ties counted half: the area under the ROC curve."""
-    ranks = rankdata(np.concatenate([negative, positive]))
-    n, m = len(negative), len(positive)
-    return float((ranks[n:].sum() - m * (m + 1) / 2) / (n * m))
+from ebjdat_serve.measures import Array as Array
+from ebjdat_serve.measures import auroc as auroc
+from ebjdat_serve.measures import flag_rate_interval as flag_rate_interval
+from ebjdat_serve.measures import wilson as wilson
 
 
 def auroc_stderr(negative: Array, positive: Array) -> float:
@@ -130,23 +126,3 @@ def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
     """Return the normal interval of a mean."""
     half = float(norm.ppf(0.5 + level / 2)) * float(values.std(ddof=1)) / np.sqrt(len(values)) if len(values) > 1 else float("inf")
     return float(values.mean() - half), float(values.mean() + half)
-
-
-def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's interval of a proportion."""
-    interval = binomtest(successes, n).proportion_ci(level, "wilson")
-    return float(interval.low), float(interval.high)
-
-
-def flag_rate_interval(calibration_n: int, test_n: int, alpha: float, level: float = 0.99) -> tuple[float, float]:
-    """Return the interval of the flag rate of ``test_n`` clean images, given ``calibration_n`` exchangeable energies.
-
-    An image is flagged when c of the n calibration energies reach its own with (1 + c)/(n + 1) < alpha; the rate
-    given the calibration set is then Beta(k, n + 1 - k), k = #{such c}, and the count Beta-binomial.
-    """
-    k = int(np.sum((1 + np.arange(calibration_n + 1)) / (calibration_n + 1) < alpha))
-    if k == 0:
-        return 0.0, 0.0  # no score is ever flagged
-    spread = betabinom(test_n, k, calibration_n + 1 - k)
-    low, high = spread.ppf((1 - level) / 2), spread.ppf((1 + level) / 2)
-    return float(low / test_n), float(high / test_n)

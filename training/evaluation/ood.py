@@ -18,7 +18,7 @@ from training.evaluation.context import Context
 from training.evaluation.flags import Flag, able, alphas, calibration_of, flags_of, handled_share, images_alike, with_baseline
 from training.evaluation.metrics import auroc, auroc_stderr, average_precision, flag_rate_interval, fpr_at_95
 from training.evaluation.odd import odd_images
-from training.evaluation.ood_sets import strange_images
+from training.evaluation.ood_sets import most, strange_images
 from training.evaluation.result_cache import Arrays
 from training.evaluation.rows import ALPHAS, compared_with, number, proportion
 from training.evaluation.shifts import SHIFTS, shifted
@@ -204,13 +204,17 @@ def ood_sets(c: Context) -> Iterator[tuple[str, Floats]]:
 
 def odd_pictures(c: Context) -> dict[Images, Arrays]:
     """Return the model's outputs on odd pictures of the test images' size."""
-    sets = {Images(dataset=name): to_unit(image) for name, image in odd_images(*c.data.size, min(ODD, c.suite.test)).items()}
+    n = min(ODD, most(*c.data.size), c.suite.test)
+    sets = {Images(dataset=name): to_unit(image) for name, image in odd_images(*c.data.size, n).items()}
     return {images: c.look(images, Predict(gradient=True), image) for images, image in sets.items()}
 
 
 def attacked(c: Context) -> dict[Images, Arrays]:
     """Return the model's outputs on the first test images under PGD of four strengths, and under the transferred attack."""
     n, eps = c.suite.looked, c.ball.linf
+    if c.subject.no_network:
+        c.say(f"no attack is measured: {c.subject.no_network}")
+        return {}
     image, label = c.test(n)
     sets = {}
     for factor in FACTORS:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ebjdat_serve.contract import Input
 from ebjdat_serve.engines import Floats
-from ebjdat_serve.pixels import Pixels, decode, to_unit
+from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
 from training.data.datasets import Dataset, data_root, read_atlas
 from training.data.image_folders import load_images
 from training.errors import DataError
@@ -19,6 +19,8 @@ NOISE = "uniform noise"
 MIXED = "interpolations"  # means of two test images
 BLANK = "blank images"  # every pixel of one colour, drawn uniformly
 NEAR = "cifar100_test_3000"
+SET_PIXELS = 2**24
+"""Pixels of a set, which is held in memory: 334 images of 224 x 224."""
 IMAGENET = "imagenet_500"
 ODD_SETS = (NOISE, BLANK, *ODD)
 """Sets of pictures that no set of photographs holds, as a new user tries them first."""
@@ -39,29 +41,36 @@ SHOWN_NAMES = [
 def strange_images(data: Dataset, some: Pixels, say: Callable[[str], None]) -> Iterator[tuple[str, Floats]]:
     """Yield (name, images in [0,1]) of a data set's OOD sets, ``some`` of its images for interpolation; report missing sets by ``say``."""
     height, width = some.shape[1:3]
-    draw = np.random.default_rng(SEED)
-    yield NOISE, to_unit(draw.integers(0, 256, (1000, height, width, 3), dtype=np.uint8))
+    draw, n = np.random.default_rng(SEED), most(height, width)
+    yield NOISE, to_unit(draw.integers(0, 256, (n, height, width, 3), dtype=np.uint8))
     order = draw.permutation(len(some))
     partner = np.empty_like(order)
     partner[order] = np.roll(order, 1)  # one cycle, so that no image is paired with itself
     yield MIXED, to_unit(((some.astype(np.uint16) + some[partner]) // 2).astype(np.uint8))
-    colour = np.random.default_rng(SEED).integers(0, 256, (1000, 1, 1, 3), dtype=np.uint8)
-    yield BLANK, to_unit(np.broadcast_to(colour, (1000, height, width, 3)))
+    colour = np.random.default_rng(SEED).integers(0, 256, (n, 1, 1, 3), dtype=np.uint8)
+    yield BLANK, to_unit(np.broadcast_to(colour, (n, height, width, 3)))
     for name, source in OOD_ATLASES.items():
         if source == data.name:
             continue  # a data set is not OOD for itself
         file = data_root() / f"{name}.webp"
-        if (height, width) == (32, 32) and file.is_file():
+        if not file.is_file():
+            say(f"{name}: not measured, {name}.webp is not in the data folder")
+        elif (height, width) == (32, 32):
             yield name, to_unit(read_atlas(file, 32))
-        else:
-            say(f"{name}: not measured, {name}.webp is not in the data folder or the model's size is not 32 x 32")
+        else:  # as a server decodes a file of 32 x 32 pixels
+            yield f"{name}, enlarged", to_unit(np.stack([decode(encode_png(one), data.input) for one in read_atlas(file, 32)[:n]]))
     if data.name == "cifar10" and len(pictures := imagenet(data.input, say)):  # what is left out are pictures of its classes
         yield IMAGENET, to_unit(pictures)
     for folder in sorted((data_root() / "ood").glob("*")):
         try:
-            yield folder.stem, to_unit(load_images(str(folder), data.input))
+            yield folder.stem, to_unit(load_images(str(folder), data.input, SET_PIXELS // (height * width)))
         except DataError as error:
             say(f"{folder.name}: not measured, {error}")
+
+
+def most(height: int, width: int) -> int:
+    """Return the number of images of a set: 1000, fewer where they are large."""
+    return min(1000, SET_PIXELS // (height * width))
 
 
 def imagenet(contract: Input, say: Callable[[str], None]) -> Pixels:

@@ -6,6 +6,7 @@ cached result is reused by every suite, part and n, and after a kill.
 
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
 import sys
@@ -34,6 +35,8 @@ from training.loop.clock import duration
 CHUNK = 100
 CHUNK_GPU = 500
 """Small batches leave a GPU idle between launches, larger ones make a killed run lose more."""
+CHUNK_PIXELS = 2**20
+"""Pixels of a chunk, whose gradients take memory in proportion: 20 images of 224 x 224."""
 EVERY = 60.0
 """Seconds between progress lines at INFO."""
 WORTH_PROCESSES = 20.0
@@ -91,8 +94,11 @@ class ResultCache:
 
         Raises TrainingError when a worker dies; finished chunks are kept.
         """
-        size = CHUNK_GPU if self.subject.device.type == "cuda" else CHUNK
-        jobs = [[Chunk(work, image[i : i + size], label[i : i + size]) for i in range(0, len(label), size)] for work, image, label in todo]
+        jobs = [
+            [Chunk(work, image[i : i + size], label[i : i + size]) for i in range(0, len(label), size)]
+            for work, image, label in todo
+            for size in (self.chunk(image),)
+        ]
         every = [piece for job in jobs for piece in job]
         files = {id(piece): self.folder / f"{piece.key(self.subject.key)}.npz" for piece in every}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +106,11 @@ class ResultCache:
         if missing:
             self._compute(title, missing, files)
         return [join([read(files[id(piece)]) for piece in job]) for job in jobs]
+
+    def chunk(self, image: Floats) -> int:
+        """Return the number of images of a chunk: fewer of large ones."""
+        most = CHUNK_GPU if self.subject.device.type == "cuda" else CHUNK
+        return max(1, min(most, CHUNK_PIXELS // max(1, math.prod(image.shape[2:]))))
 
     def _compute(self, title: str, missing: list[Chunk], files: dict[int, Path]) -> None:
         progress = Progress(title, missing)

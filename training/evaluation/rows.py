@@ -1,7 +1,10 @@
 """Constructors of rows (ebjdat_serve/rows.py defines the fields), and the threats of each data set."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from ebjdat_serve.rows import Images, Row
 from training.data.sources import balls
@@ -50,3 +53,10 @@ def estimate(metric: str, value: float, interval: tuple[float, float], n: int, i
     """Return the row of a mean with its normal 95 % interval."""
     low, high = interval
     return number(metric, value, n, images, of, interval=(float(low), float(high)), interval_kind="normal", **more)
+
+
+def with_finite_error(row: Row) -> Row:
+    """Return a row without an interval or standard error that is not a number."""
+    if row.interval is not None and not np.isfinite(row.interval).all():
+        return replace(row, interval=None, interval_kind=None)
+    return replace(row, stderr=None) if row.stderr is not None and not math.isfinite(row.stderr) else row
