@@ -13,7 +13,6 @@ import base64
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -164,7 +163,10 @@ def rows_of(turns: dict[str, list[Turn]], what: str, about: Row) -> list[Row]:
     """Return medians of rate and cost of each contestant, and of the server's ratios to the others."""
     rows = []
     for name, of_one in turns.items():
-        more = {"refused": sum(each.refused for each in of_one), "generator": sum(t.generator for t in of_one) / sum(t.seconds for t in of_one)}
+        more = {
+            "refused": sum(each.refused for each in of_one),
+            "generator": sum(t.generator for t in of_one) / sum(t.seconds for t in of_one),
+        }
         rows.append({"name": f"{what}: {name}", "value": float(np.median([each.rate for each in of_one])), "unit": "images/s", **more})
         cost = float(np.median([each.cost for each in of_one]))
         rows.append({"name": f"{what}: {name}, processor time of an image", "value": cost, "unit": "ms"})

@@ -15,7 +15,7 @@ import numpy as np
 
 from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bundle import Bundle, write_rows
-from ebjdat_serve.card import agreement_words, imported
+from ebjdat_serve.card import agreement_words
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.engines import Engine, Floats, Labels, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
@@ -81,7 +81,7 @@ def refuse_without_steps(bundle: Bundle) -> None:
             raise BundleError(f"{bundle.manifest.name} draws nothing, with a prior or without: {reason}")
     if "step.onnx" not in bundle.manifest.files:
         raise BundleError(f"{bundle.path} has no step.onnx, by which chains take steps: import it again")
-    if not imported(bundle.manifest):
+    if not bundle.manifest.imported:
         raise BundleError(f"{bundle.path} was trained here: its prior is of its training set, and its figures are of that prior")
 
 

@@ -1,6 +1,5 @@
 """Conditional generation: prior, Langevin steps along an engine's score, and the logits and energy of the delivered pixels."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np

@@ -38,7 +38,7 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
     refuse_stale(bundle, rows)
     names = ["README.md"]
     if (
-        samples and "step" in bundle.functions and not imported(bundle.manifest)
+        samples and "step" in bundle.functions and not bundle.manifest.imported
     ):  # its card shows none: of 1000 classes they would take hours
         write_samples(bundle)
         names.append("samples.png")
