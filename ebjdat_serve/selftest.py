@@ -115,9 +115,10 @@ def _compared(bundle: Bundle, engine: Engine, functions: Sequence[str], expected
     if kinks := float(np.max(expected.get(ROUNDING, np.zeros(1)), initial=0.0)):
         off = min(ROUNDINGS * kinks, KINKED)
         limits["score"] = max(TOLERANCES[engine.precision], off)
-        # each step takes a score that may be off by that, of the largest value
+        # the first step takes a score that may be off by that, of the largest value; the next begin elsewhere, across other kinks
         largest = min(PROBE.grad_clip, float(np.abs(expected.get("score", np.zeros(1))).max()))
-        limits["moved"] = TOLERANCES[engine.precision] + PROBE.steps * PROBE.step_size * off * largest
+        apart = off + (PROBE.steps - 1) * min(ROUNDINGS * off, KINKED)
+        limits["moved"] = TOLERANCES[engine.precision] + PROBE.step_size * apart * largest
     for name, value in differences.items():
         if not value <= limits[name]:
             raise BundleError(

@@ -18,7 +18,7 @@ from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.folder_prior import BYTES, FEWEST_CHAINS, LEAST, Wanted, areas, gaussian, prior_folder, room, told
 from ebjdat_serve.pixels import encode_png, to_bytes, to_unit
 from ebjdat_serve.rows import FRESH, PRIOR, Row, rows_where
-from ebjdat_serve.selftest import FUNCTIONS
+from ebjdat_serve.selftest import FUNCTIONS, ROUNDING, verify_step
 from ebjdat_serve.sgld import NOISE, STEPS, Chains, Prior, Sampler, enlarged, noises
 from ebjdat_serve.verification import Terms, verified
 from tests.classifiers import NO_GRADIENT, folder_of, images, write
@@ -247,6 +247,23 @@ def test_a_step_graph_of_another_model_is_found_before_anything_is_written(witho
     with pytest.raises(EbjdatError, match="self-test failed, moved"):
         prior_folder(bundle, photos, say=quiet)
     assert not (bundle.path / "prior.safetensors").exists()
+
+
+def test_steps_may_be_off_as_far_as_the_scores_that_they_take(without, tmp_path):
+    """Of a network with kinks: a step along a score that is off by eight times its source's rounding, then one by eight times that."""
+    shutil.copytree(without.path, tmp_path / "bundle")
+    file, engine = tmp_path / "bundle" / "selftest.safetensors", load_engine(without, "onnx", "cpu")
+    tensors, rounding = load_file(file), np.array([5e-4], np.float32)
+    most = 0.25 * (8 + 64) * rounding[0] * min(2.0, np.abs(tensors["score"]).max()) * np.abs(tensors["moved"]).max()
+    off = {**tensors, "moved": tensors["moved"] + np.float32(0.9 * most)}
+    assert 0.9 * most > 1e-4
+    for stored, passes in (({**off, ROUNDING: rounding}, True), (off, False), ({**off, ROUNDING: rounding / 2}, False)):
+        save_file(stored, file)
+        if passes:
+            verify_step(Bundle.draft(tmp_path / "bundle"), engine)
+        else:
+            with pytest.raises(EbjdatError, match="self-test failed, moved"):
+                verify_step(Bundle.draft(tmp_path / "bundle"), engine)
 
 
 @pytest.mark.parametrize(
