@@ -6,6 +6,8 @@ import pickle
 import struct
 import sys
 import zipfile
+from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -499,3 +501,51 @@ def test_torch_reads_the_directory_of_an_archive_that_was_judged(tmp_path):
     assert len(torch.load(tmp_path / "two.pt", weights_only=True)["a"]) == 2**18
     with pytest.raises(EbjdatError, match=r"no weights that are read|is damaged|unpacks to more"):
         checkpoint.read_tensors(tmp_path / "two.pt")
+
+
+def test_weights_that_do_not_fit_are_told_by_their_tensor_and_the_fix():
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    tensors = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert checkpoint.load_into(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), tensors, Path("w.pt"), "do").training
+    for changes, said in (
+        (
+            {"2.weight": torch.zeros(5, 3), "2.bias": torch.zeros(5)},
+            r"2.weight is 5 x 3 in the file, and 2 x 3 in the network \(and 1 more\)",
+        ),
+        ({"0.bias": None}, "0.bias is not in the file"),
+        ({"x\x1b": torch.zeros(())}, r"x\\x1b is no tensor of the network"),
+    ):
+        given = {name: value for name, value in {**tensors, **changes}.items() if value is not None}
+        with pytest.raises(EbjdatError, match=f"w.pt does not fit the network: {said}; do this"):
+            checkpoint.load_into(module, given, Path("w.pt"), "do this")
+
+
+class TimmOf:
+    """What is used of timm, of a model whose last layer has four outputs by default."""
+
+    def create_model(self, name, pretrained, num_classes=4):
+        made = nn.Sequential(OrderedDict(body=nn.Linear(6, 3), head=nn.Linear(3, num_classes)))
+        made.pretrained_cfg, made.num_classes = {"classifier": self.classifier}, num_classes
+        return made
+
+    def __init__(self, classifier):
+        self.classifier = classifier
+
+
+@pytest.mark.parametrize("named", ["head", ("head", "head_dist")])
+def test_a_checkpoint_for_timm_says_its_number_of_classes(tmp_path, named):
+    timm_of = TimmOf(named)
+    for classes in (4, 7):
+        torch.save({"state_dict": timm_of.create_model("x", pretrained=False, num_classes=classes).state_dict()}, tmp_path / "w.pt")
+        assert timm.with_weights(timm_of, "x", tmp_path / "w.pt").head.out_features == classes
+    weights = timm_of.create_model("x", pretrained=False).state_dict()
+    for changes, said in (
+        ({"head.weight": torch.zeros(1, 3)}, "head.weight is of 1 classes"),
+        (
+            {"body.weight": torch.zeros(3, 5)},
+            "body.weight is 3 x 5 in the file, and 3 x 6 in the network; timm:NAME@FILE takes a state_dict of x",
+        ),
+    ):
+        torch.save({**weights, **changes}, tmp_path / "w.pt")
+        with pytest.raises(EbjdatError, match=said):
+            timm.with_weights(timm_of, "x", tmp_path / "w.pt")

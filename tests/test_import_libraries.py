@@ -91,14 +91,6 @@ def changed(folder, name, **values):
     (folder / name).write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
 
-@pytest.mark.parametrize("kind", ["vit", "deit"])
-def test_a_folder_of_transformers_is_imported_with_as_many_classes_as_its_weights_have(tmp_path, kind):
-    folder = folder_of(loaded("transformers"), tmp_path / "net", kind)
-    changed(folder, "config.json", id2label=None, label2id=None)
-    bundle = import_model(str(folder), tmp_path / "bundle")
-    assert len(bundle.manifest.labels) == 10 and bundle.manifest.capabilities.gradient == "yes"
-
-
 @pytest.mark.parametrize(
     ("name", "values", "said"),
     [

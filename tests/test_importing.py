@@ -1,6 +1,8 @@
 """Tests of `ebjdat-serve import` on hand-made ONNX classifiers: what is served is what the file computes, and nothing is guessed."""
 
 import json
+import logging
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -13,10 +15,10 @@ from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
 import ebjdat_serve
-from ebjdat_serve import cli
+from ebjdat_serve import cli, logs
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.engines import load_engine
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.errors import EbjdatError, first_line
 from ebjdat_serve.importing import import_model, labels, onnx_reader, onnx_source
 from ebjdat_serve.importing.contract_file import read_contract
 from ebjdat_serve.importing.images import made
@@ -24,6 +26,7 @@ from ebjdat_serve.importing.onnx_graph import opset
 from ebjdat_serve.importing.onnx_reader import SERVED, attempt, look, size_of
 from ebjdat_serve.importing.onnx_rewrite import Pixels, renamed
 from ebjdat_serve.importing.onnx_run import served
+from ebjdat_serve.listing import printable
 from ebjdat_serve.manifest import YES
 from ebjdat_serve.pixels import decode, encode_png, to_unit
 from ebjdat_serve.verification import USUAL, verified
@@ -511,3 +514,27 @@ def test_open_sizes_are_asked_for(tmp_path):
         size_of(look(model).image, None, 32)
     about, _ = tried(model, tmp_path)
     assert about.size == (SIZE, SIZE)
+
+
+def test_words_of_a_bundle_and_of_a_store_are_shown_and_not_obeyed(imported, tmp_path, capsys):
+    hostile = "MIT\x1b[2J\x9b31m\n  files         none\u202e"
+    home = shutil.copytree(imported[0], tmp_path / "store" / "a-net-1")
+    data = json.loads((home / "bundle.json").read_text())
+    data["licence"]["code"] = data["capabilities"]["gradient"] = data["provenance"]["dataset"] = hostile
+    (home / "bundle.json").write_text(json.dumps(data))
+    held = tmp_path / "store" / "candidates" / "b\x1b]0;x"
+    held.mkdir(parents=True)
+    (held / "candidate.json").write_text(json.dumps({"reason": hostile, "comparison": []}))
+    (tmp_path / "store" / "current").symlink_to(home.name)
+    assert cli.main(["inspect", str(home)]) == 0 and cli.main(["list", str(tmp_path / "store")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "no\x1b[2Jwhere")]) == 2
+    said = capsys.readouterr()
+    shown = said.out + said.err
+    assert (
+        shown.count("MIT\\x1b[2J\\x9b31m\\n  files         none\\u202e") == 4 and "b\\x1b]0;x: MIT" in shown and "no\\x1b[2Jwhere" in shown
+    )
+    assert all(letter.isprintable() for line in shown.split("\n") for letter in line)
+    record = logging.LogRecord("ebjdat_serve", logging.WARNING, "", 0, "refused: %s", (hostile,), None)
+    assert logs.TextLines("%(message)s").format(record) == "refused: MIT\\x1b[2J\\x9b31m\n  files         none\\u202e"
+    assert printable("name\x1b[2J\u3000e\u0301") == "name\\x1b[2J\u3000e\u0301"  # what people write stays
+    assert first_line(ValueError("a\x1bb\nc")) == "a\\x1bb"
