@@ -167,9 +167,11 @@ def test_the_cost_is_said_before_and_is_what_it_comes_to(code, folder, monkeypat
     compute = ResultCache._compute
 
     def counted(self, title, missing, files):
+        if title == "unmasking":  # which only follows where gradients look masked
+            return compute(self, title, missing, files)
         part = contexts[-1].part
         spent[part] = spent.get(part, 0.0) + sum(piece.work.cost * len(piece.label) for piece in missing) / expected.PASSES
-        compute(self, title, missing, files)
+        return compute(self, title, missing, files)
 
     contexts, context = [], evaluate.context
     monkeypatch.setattr(ResultCache, "_compute", counted)
@@ -181,7 +183,7 @@ def test_the_cost_is_said_before_and_is_what_it_comes_to(code, folder, monkeypat
     assert lines[-1].endswith("in all, and clean; --n and --amount NAME=N bound it")
     for part in parts[1:]:
         n, gradients = expected.gradients(contexts[-1], part)
-        assert f"{n:,} images" in next(line for line in lines if part in line)
+        assert f"{n:,} images" in next(line for line in lines if line.startswith(f"  {part}"))
         assert gradients / 2 < spent[part] < gradients * 2, part
     assert {row.part for row in done.rows} == set(parts)
     assert {row.eps for row in done.rows if row.metric == "accuracy_pgd20"} == {8 / 255, 4 / 255}
