@@ -25,6 +25,8 @@ COMMANDS = [name for name in NAMES if "\ndef main()" in (ROOT / name).read_text(
 HOST = {
     "training/overrides.py": "training/train.py",
     "training/refresh.py": "training/train.py",
+    "training/evaluation/context.py": "training/evaluate.py",
+    "training/evaluation/evaluated_model.py": "training/evaluate.py",
     "ebjdat_serve/server/read/browsers.py": "ebjdat-serve serve",
     "ebjdat_serve/import_command.py": "ebjdat-serve import",
     "ebjdat_serve/importing/__init__.py": "ebjdat-serve import",

@@ -101,8 +101,10 @@ def open_bundle(path: Path, allow_code: bool = False) -> EvaluatedModel:
     bundle = Bundle.draft(path)
     device = best_device()
     model, no_network = torch_network(bundle, allow_code=allow_code)
-    graph = bundle.manifest.imported or runtime_has(device)
-    engine = load_engine(bundle, "onnx" if graph else "torch", device.type if runtime_has(device) else "cpu", 1)  # type: ignore[arg-type]
+    kind, where = ("onnx" if runtime_has(device) else "torch"), device.type
+    if bundle.manifest.imported and kind == "torch":  # its network may be none that torch has
+        kind, where = "onnx", "cpu"
+    engine = load_engine(bundle, kind, where, 1)  # type: ignore[arg-type]
     files = bundle.manifest.files
 
     def outputs(image: Floats) -> Outputs:

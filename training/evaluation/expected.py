@@ -14,6 +14,7 @@ from training.evaluation.explanation import SEARCHES, Explain
 from training.evaluation.hostile import QUERIES
 from training.evaluation.ood import FACTORS
 from training.evaluation.result_cache import Task
+from training.evaluation.robustness import UNMASKING
 from training.loop.clock import duration
 from training.methods.adversary import cross_entropy
 
@@ -110,6 +111,9 @@ def expected(c: Context, parts: Sequence[str]) -> list[str]:
         n, count = gradients(c, part)
         total += count * each / c.ledger.processes
         lines.append(f"  {part:12}{n:>8,} images, {count:>12,.0f} gradients, about {duration(count * each / c.ledger.processes)}")
+    if "masking" in known:
+        more = Square(c.ball.threats()[0], UNMASKING).cost / PASSES * min(50, c.suite.checked)
+        lines.append(f"  {'':12}and {more:,.0f} gradients' time more should gradients look masked")
     others = [part for part in parts if part not in WORK]
     also = f", and {', '.join(others)}" if others else ""
     return [*lines, f"  about {duration(total)} in all{also}; --n and --amount NAME=N bound it"]
