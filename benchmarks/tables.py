@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serve_224 import ONE, OURS, PLAIN, STOCK
 from ebjdat_serve.rows import KINDS, Images, first, parse_row, rows_where
 from ebjdat_serve.rows import Row as Figure
 from ebjdat_serve.sentences import attack_name, eps_name, protocol_words, set_name
@@ -29,7 +30,21 @@ def serving(text: str) -> str:
     text = placed(text, "settings", settings.table())
     for name in ("classify_load", "generate_load", "shares", "hostile_load"):
         text = placed(text, name.removesuffix("_load"), table(json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))))
-    return text
+    return placed(text, "serve_224", at_224(json.loads((HERE / "serve_224.json").read_text(encoding="utf-8"))))
+
+
+def at_224(rows: list[Row]) -> str:
+    """Return rates and least processor times of each contestant, and what they make of the server's."""
+    found, lines = {row["name"]: row for row in rows}, []
+    for what in dict.fromkeys(row["name"].split(": ")[0] for row in rows):
+        costs = {name: found[f"{what}: {name}, processor time of an image"]["least"] for name in (OURS, ONE, PLAIN, STOCK)}
+        cells = [f"{found[f'{what}: {name}']['value']:.1f}, {cost:.1f} ms" for name, cost in costs.items()]
+        for name in (ONE, PLAIN, STOCK):
+            ratio = found[f"{what}: ratio {OURS} / {name}"]
+            low, high = ratio["range"]
+            cells.append(f"{ratio['value']:.2f} [{low:.2f}, {high:.2f}], {costs[name] / costs[OURS]:.2f}")
+        lines.append([what, *cells])
+    return pivot(["", OURS, ONE, PLAIN, STOCK, *(f"{OURS} / {name}" for name in (ONE, PLAIN, STOCK))], lines)
 
 
 def evaluation(text: str) -> str:

@@ -119,7 +119,7 @@ class Settings:
     client_bodies: Annotated[int | None, per_client("bodies that have not arrived in full", "bodies", 16)] = None
     client_chains: Annotated[int | None, per_client("chains in progress", "chains", 64)] = None
 
-    threads: Annotated[int, About(WORKERS, "threads of each worker", "threads", at_least=1, shown="half of the CPUs")] = max(1, cpus() // 2)
+    threads: Annotated[int, About(WORKERS, "threads of each worker", "threads", at_least=1, shown="all CPUs")] = cpus()
     classify_workers: Annotated[int, count(WORKERS, "workers for /classify and /energy", "processes")] = 1
     generate_workers: Annotated[int, count(WORKERS, "workers for /generate and /explain; 0: neither, and less memory", "processes", 0)] = 1
     max_batch: Annotated[int, count(WORKERS, "images in one forward pass, unless a single list has more", "images")] = 32
