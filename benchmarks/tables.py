@@ -34,17 +34,23 @@ def serving(text: str) -> str:
 
 
 def at_224(rows: list[Row]) -> str:
-    """Return rates and least processor times of each contestant, and what they make of the server's."""
+    """Return rates and least processor times of each contestant, and what they make of the server's; none where one was not measured."""
     found, lines = {row["name"]: row for row in rows}, []
     for what in dict.fromkeys(row["name"].split(": ")[0] for row in rows):
-        costs = {name: found[f"{what}: {name}, processor time of an image"]["least"] for name in (OURS, ONE, PLAIN, STOCK)}
-        cells = [f"{found[f'{what}: {name}']['value']:.1f}, {cost:.1f} ms" for name, cost in costs.items()]
-        for name in (ONE, PLAIN, STOCK):
-            ratio = found[f"{what}: ratio {OURS} / {name}"]
-            low, high = ratio["range"]
-            cells.append(f"{ratio['value']:.2f} [{low:.2f}, {high:.2f}], {costs[name] / costs[OURS]:.2f}")
-        lines.append([what, *cells])
-    return pivot(["", OURS, ONE, PLAIN, STOCK, *(f"{OURS} / {name}" for name in (ONE, PLAIN, STOCK))], lines)
+        about, cells = (
+            found[f"{what}: {OURS}"],
+            dict.fromkeys((OURS, ONE, PLAIN, STOCK, *(f"{OURS} / {name}" for name in (ONE, PLAIN, STOCK))), ""),
+        )
+        costs = {
+            name: row["least"] for name in (OURS, ONE, PLAIN, STOCK) if (row := found.get(f"{what}: {name}, processor time of an image"))
+        }
+        for name, cost in costs.items():
+            cells[name] = f"{found[f'{what}: {name}']['value']:.3g}, {cost:.1f} ms"
+            if ratio := found.get(f"{what}: ratio {OURS} / {name}"):
+                low, high = ratio["range"]
+                cells[f"{OURS} / {name}"] = f"{ratio['value']:.2f} [{low:.2f}, {high:.2f}], {cost / costs[OURS]:.2f}"
+        lines.append({"": what, "rounds": f"{about['n']}", "load": f"{about['load_average']:.0f}", **cells})
+    return pivot(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def evaluation(text: str) -> str:
