@@ -35,7 +35,8 @@ from ebjdat_serve.server import stock
 from ebjdat_serve.server.settings import Settings
 if __name__ == "__main__":
     stock.BATCH_SECONDS = {wait}
-    stock.run(Settings(model=Path({model!r}), port=int(sys.argv[1]), device={device!r}, threads={threads}, max_batch={batch}, generate_workers=0))
+    about = dict(device={device!r}, threads={threads}, max_batch={batch}, generate_workers=0)
+    stock.run(Settings(model=Path({model!r}), port=int(sys.argv[1]), **about))
 """
 
 

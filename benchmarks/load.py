@@ -191,7 +191,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(command: Callable[[int], list[str]], *cores: int) -> Iterator[Served]:
-    """Run the server of ``command(port)`` on some cores, the first by default; yield it when it is ready, stop it at the end of the block."""
+    """Run the server of ``command(port)`` on some cores, by default the first; yield it when it is ready, stop it after the block."""
     port = free_port()
     began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

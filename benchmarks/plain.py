@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Baseline server for benchmarks: plain FastAPI and Pillow, with the forward in the request handler.
 
-`python benchmarks/plain.py PORT [BUNDLE [torch|onnx [THREADS]]]`: POST /classify takes an image body, or {"images": [base64, ...]}. With THREADS,
-images are decoded and classified in so many threads, not in the event loop.
+`python benchmarks/plain.py PORT [BUNDLE [torch|onnx [THREADS]]]`: POST /classify takes an image body, or {"images": [base64, ...]}.
+With THREADS, images are decoded and classified in so many threads, not in the event loop.
 """
 
 import asyncio

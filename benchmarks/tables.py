@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serve_224 import ONE, OURS, PLAIN, STOCK
 from ebjdat_serve.rows import KINDS, Images, first, parse_row, rows_where
 from ebjdat_serve.rows import Row as Figure
 from ebjdat_serve.sentences import attack_name, eps_name, protocol_words, set_name
@@ -29,7 +30,27 @@ def serving(text: str) -> str:
     text = placed(text, "settings", settings.table())
     for name in ("classify_load", "generate_load", "shares", "hostile_load"):
         text = placed(text, name.removesuffix("_load"), table(json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))))
-    return text
+    return placed(text, "serve_224", at_224(json.loads((HERE / "serve_224.json").read_text(encoding="utf-8"))))
+
+
+def at_224(rows: list[Row]) -> str:
+    """Return rates and least processor times of each contestant, and what they make of the server's; none where one was not measured."""
+    found, lines = {row["name"]: row for row in rows}, []
+    for what in dict.fromkeys(row["name"].split(": ")[0] for row in rows):
+        about, cells = (
+            found[f"{what}: {OURS}"],
+            dict.fromkeys((OURS, ONE, PLAIN, STOCK, *(f"{OURS} / {name}" for name in (ONE, PLAIN, STOCK))), ""),
+        )
+        costs = {
+            name: row["least"] for name in (OURS, ONE, PLAIN, STOCK) if (row := found.get(f"{what}: {name}, processor time of an image"))
+        }
+        for name, cost in costs.items():
+            cells[name] = f"{found[f'{what}: {name}']['value']:.3g}, {cost:.1f} ms"
+            if ratio := found.get(f"{what}: ratio {OURS} / {name}"):
+                low, high = ratio["range"]
+                cells[f"{OURS} / {name}"] = f"{ratio['value']:.2f} [{low:.2f}, {high:.2f}], {cost / costs[OURS]:.2f}"
+        lines.append({"": what, "rounds": f"{about['n']}", "load": f"{about['load_average']:.0f}", **cells})
+    return pivot(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def evaluation(text: str) -> str:

@@ -23,7 +23,7 @@ SECRETS = ("LIT_", "EBJDAT_")
 SLICE = 2**18
 """Bytes of a large message that are sent at a time."""
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**22)}
-"""Large blocks go back to the system, and small ones do not: without the second, each image's pixels came page by page, a fifth of its time."""
+"""Large blocks go back to the system, and small ones stay: without the second, the pixels of each image came anew, page by page."""
 UNKNOWN = -1
 """The fate of a decoder whose zygote ended first."""
 

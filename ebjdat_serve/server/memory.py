@@ -9,8 +9,8 @@ from pathlib import Path
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
 LARGE, KEPT = 2**20, 2**22
-"""Bytes of a block that is mapped by itself, and freed bytes at the end of the heap that stay: a pixel array of 224 x 224 does not come from
-the system each time, page by page."""
+"""Bytes of a block that is mapped by itself, and freed bytes at the end of the heap that stay: else each array of 224 x 224 pixels would
+come from the system anew, page by page."""
 
 
 def return_large_blocks() -> None:

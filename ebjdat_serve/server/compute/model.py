@@ -1,6 +1,7 @@
 """A bundle as a worker runs it, and the operations that requests ask for by name."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.detection import probabilities
-from ebjdat_serve.engines import Floats, Outputs
+from ebjdat_serve.engines import Floats, Outputs, on_cpu
 from ebjdat_serve.generation import chunk_size, classify_in_chunks
 from ebjdat_serve.reach import margin
 from ebjdat_serve.scores import ood_score, uncalibrated
@@ -29,6 +30,7 @@ class Model:
         assert found.opened
         self.bundle, self.calibrated = found.bundle, found.calibrated
         self.engine, self._prior = found.opened.engine, found.opened.prior
+        self._threads = ThreadPoolExecutor(settings.threads, "predict") if on_cpu(self.engine) and settings.threads > 1 else None
 
     @property
     def prior(self) -> Prior:
@@ -50,10 +52,12 @@ class Model:
         return classify_in_chunks(self.engine, pixels.to_unit(image))
 
     def predict(self, image: pixels.Pixels) -> Predictions:
-        """Return the predictions for pixels (n, H, W, 3)."""
+        """Return the predictions for pixels (n, H, W, 3); on a CPU large images are predicted side by side, each in one thread or more."""
         size = chunk_size(self.engine, *image.shape[1:3])
-        parts = [self._predict(image[start : start + size]) for start in range(0, len(image), size)]
-        return parts[0] if len(parts) == 1 else concatenate(parts)
+        if len(image) <= size:
+            return self._predict(image)
+        parts = [image[start : start + size] for start in range(0, len(image), size)]
+        return concatenate(list(self._threads.map(self._predict, parts) if self._threads else map(self._predict, parts)))
 
     def _predict(self, image: pixels.Pixels) -> Predictions:
         unit = pixels.to_unit(image)
