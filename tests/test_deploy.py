@@ -216,10 +216,10 @@ def test_kubernetes_own_schemas_take_the_manifests(tmp_path):
 
 
 def test_the_schema_of_kserve_takes_the_manifests():
-    """The schemas are KServe's own: config/crd/full of its repository, a folder that EBJDAT_KSERVE_CRDS names."""
-    folder = os.environ.get("EBJDAT_KSERVE_CRDS")
+    """The schemas are KServe's own: config/crd/full of its repository, a folder that KSERVE_CRDS names."""
+    folder = os.environ.get("KSERVE_CRDS")
     if not folder:
-        pytest.skip("needs EBJDAT_KSERVE_CRDS, the folder config/crd/full of KServe's repository")
+        pytest.skip("needs KSERVE_CRDS, the folder config/crd/full of KServe's repository")
     jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema")
     for file, kind in (("inferenceservice.yaml", "inferenceservices"), ("servingruntime.yaml", "servingruntimes")):
         definition = yaml.load(
@@ -280,9 +280,9 @@ def keyed(tmp_path_factory) -> Iterator[Keyed]:
 
 def tool(name: str) -> str:
     """The path of ``prometheus`` or ``promtool``; skip where there is none."""
-    found = shutil.which(name, path=os.environ.get("EBJDAT_PROMETHEUS")) or shutil.which(name)
+    found = shutil.which(name, path=os.environ.get("PROMETHEUS_BIN")) or shutil.which(name)
     if not found:
-        pytest.skip(f"needs {name}: Debian's package prometheus, or EBJDAT_PROMETHEUS with the folder that holds it")
+        pytest.skip(f"needs {name}: Debian's package prometheus, or PROMETHEUS_BIN with the folder that holds it")
     return found
 
 

@@ -81,9 +81,9 @@ class Access:
 class ApiKeyMiddleware:
     """Names the client of a request, and refuses what its key or its limits do not allow.
 
-    A server with keys answers 401 without a known key (X-API-Key, or Authorization: Bearer) and 403 for a key without the path's scope; any server 429 beyond a limit of
-    the client. The scope that is passed on has the client's name (str) as ``client_name``, the scopes of its key as ``scopes``, none
-    without one, and its ClientLimits as ``limits``.
+    A server with keys answers 401 without a known key (X-API-Key, or Authorization: Bearer) and 403 for one without the path's scope; any
+    server 429 beyond a limit of the client. The scope that is passed on has the client's name (str) as ``client_name``, the scopes of its
+    key as ``scopes``, none without one, and its ClientLimits as ``limits``.
     """
 
     def __init__(self, app: ASGI, access: Access, scopes: Mapping[str, Collection[Scope]]) -> None:
