@@ -134,7 +134,47 @@ def test_what_is_no_key_opens_nothing(keyed, picture, sent):
         f"{keyed.url}/classify", content=picture, headers={"X-API-Key": sent.encode(), "X-Forwarded-For": f"10.9.0.{len(sent) % 250}"}
     )
     assert "X-API-Key" in problem(answer, 401)
-    assert answer.headers["www-authenticate"] == "X-API-Key"
+    assert answer.headers["www-authenticate"] == "X-API-Key, Bearer"
+
+
+def test_a_bearer_is_a_key_of_the_same_scopes(keyed, picture):
+    """Prometheus before 3.x, and much else, can send no other header."""
+    shop, ops = keyed.secrets["shop"], keyed.secrets["ops"]
+    for said in (f"Bearer {ops}", f"bearer  {ops}", f"BEARER {ops}"):
+        assert keyed.ask("/info", Authorization=said).status_code == 200, said
+    assert keyed.ask("/metrics", Authorization=f"Bearer {ops}").status_code == 200
+    assert "the key shop is for classify" in problem(keyed.ask("/metrics", Authorization=f"Bearer {shop}"), 403)
+    assert keyed.ask("/classify", content=picture, Authorization=f"Bearer {keyed.secrets['root']}").status_code == 200
+
+
+def test_a_bearer_beside_a_key_is_the_same_or_a_proxys(keyed):
+    ops, shop = keyed.secrets["ops"], keyed.secrets["shop"]
+    for said in (f"Bearer {ops}", "Basic b3BzOm9wcw==", "Bearer", ""):  # of other schemes it is a proxy's
+        assert keyed.ask("/info", "ops", Authorization=said).status_code == 200, said
+    for key, bearer in (("ops", shop), ("shop", ops), ("ops", "wrong"), ("wrong", ops)):
+        detail = problem(keyed.ask("/info", key, Authorization=f"Bearer {bearer}"), 400)
+        assert detail == "X-API-Key and Authorization hold different keys: send one of them"
+    twice = HTTP.get(f"{keyed.url}/info", headers=[("Authorization", f"Bearer {ops}")] * 2)
+    assert problem(twice, 400) == "send one Authorization header, not several"
+
+
+@pytest.mark.parametrize("said", ["", "Bearer", "Basic b3BzOm9wcw==", "{ops}", "Bearer,{ops}", "Bearerx {ops}", "Bearer\t{ops}"])
+def test_an_authorization_that_is_no_bearer_is_no_key(keyed, said):
+    answer = keyed.ask("/info", Authorization=said.format(ops=keyed.secrets["ops"]))
+    assert problem(answer, 401) == "send an API key of this server in the header X-API-Key, or as Authorization: Bearer KEY"
+
+
+def test_wrong_bearers_are_slowed_and_logged_as_wrong_keys_are(keyed):
+    here, taken = {"X-Forwarded-For": "203.0.113.21"}, []
+    for i in range(FREE + 3):
+        began = time.monotonic()
+        answer = keyed.ask("/info", Authorization=f"Bearer guess-number-{i}", **here)
+        assert "the API key in the header Authorization is none of this server's" in problem(answer, 401)
+        taken.append(time.monotonic() - began)
+    assert taken[-1] > 0.3  # the third that is held back
+    text = keyed.log.read_text(encoding="utf-8")
+    assert "from 203.0.113.21" in text
+    assert "guess" not in text
 
 
 def test_keys_come_and_go_while_the_server_runs_and_a_broken_file_keeps_them(keyed, picture):

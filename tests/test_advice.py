@@ -147,6 +147,7 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG
     (ROOT / "docs").rglob("*.md")
 )
 ELSEWHERE = {
+    "--build-arg": "docker", "--from-file": "kubectl", "--now": "systemctl",
     "--data-binary": "curl", "--strict": "mypy", "--nproc-per-node": "torchrun", "--prefix": "npm", "--dist": "pytest", "--user": "docker",
 }  # fmt: skip
 """Options in documents of programs that are not ours, which the same line names."""

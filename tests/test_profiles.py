@@ -109,7 +109,7 @@ def test_the_document_is_that_of_the_profile(public, picture):
         assert not set(keys(answer.json())) & set(SECRET)
     png = httpx2.get(f"{public.url}/generate", params={"class": 3, "steps": 2})
     assert {name for name in png.headers if name.startswith("x-")} - STATIC == {name.lower() for name in described["headers"]}
-    assert httpx2.get(f"{public.url}/").json()["paths"] == ["/classify", "/generate?class=3", "/health", "/info", "/docs"]
+    assert httpx2.get(f"{public.url}/").json()["paths"] == ["/classify", "/generate?class=3", "/health", "/models", "/info", "/docs"]
 
 
 def test_explanations_are_no_part_of_it(public, picture):

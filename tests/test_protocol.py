@@ -8,6 +8,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from ebjdat_serve.keys import KeyRing, digest
+from ebjdat_serve.server.observer import Observer, TraceMiddleware
 from ebjdat_serve.server.read import http_protocol
 from ebjdat_serve.server.read.auth import Access, ApiKeyMiddleware
 from ebjdat_serve.server.read.client_address import ClientAddress
@@ -160,9 +161,11 @@ def test_a_key_with_white_space_around_it_is_the_key():
 
     keys = KeyRing(None, key_of("shop").model_copy(update={"sha256": digest(KEY)}))
     guarded = ApiKeyMiddleware(app, Access(keys, ClientAddress(), ClientLimits()), {"/echo": {"classify"}})
+    guarded = TraceMiddleware(guarded, Observer(Settings()))
     for value in (KEY, KEY + b" ", b"\t" + KEY + b" \t"):
-        sent, _ = conversation(POST + b"X-API-Key:" + value + b"\r\nContent-Length: 0 \r\n\r\n", app=guarded)
-        assert b"204" in sent and b"key:shop" in sent, sent
+        for header in (b"X-API-Key:", b"Authorization: Bearer "):
+            sent, _ = conversation(POST + header + value + b"\r\nContent-Length: 0 \r\n\r\n", app=guarded)
+            assert b"204" in sent and b"key:shop" in sent, sent
     assert b" 401 " in conversation(POST + b"X-API-Key:" + KEY + b" x\r\n\r\n", app=guarded)[0]
 
 

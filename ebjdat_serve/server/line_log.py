@@ -13,6 +13,8 @@ from ebjdat_serve.errors import EbjdatError, cause
 log = logging.getLogger("ebjdat_serve")
 WAITING = 20_000
 """Lines that wait at most; what comes then is lost, and counted."""
+GATHER_SECONDS = 0.05
+"""Time in which lines gather before they are written: a thread that wakes for each takes the interpreter from the event loop each time."""
 
 
 class LineLog:
@@ -21,7 +23,7 @@ class LineLog:
     def __init__(self, write: Callable[[str], None], name: str) -> None:
         self._write, self._name = write, name
         self._lines: deque[str] = deque()
-        self._come = threading.Event()
+        self._come, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.lost = 0
 
@@ -34,18 +36,21 @@ class LineLog:
             self.lost += 1
             return
         self._lines.append(line)
-        self._come.set()
+        if not self._come.is_set():
+            self._come.set()
 
     def close(self, seconds: float = 2.0) -> None:
         """Have what waits written, and end the thread, within so many seconds."""
         if self._thread is not None:
             self._lines.append("")
+            self._closing.set()
             self._come.set()
             self._thread.join(seconds)
 
     def _run(self) -> None:
         while True:
             self._come.wait()
+            self._closing.wait(GATHER_SECONDS)
             self._come.clear()
             while self._lines:
                 line = self._lines.popleft()

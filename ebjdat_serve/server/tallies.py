@@ -5,6 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ebjdat_serve.server.payloads import Predictions
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -55,7 +57,7 @@ class Tally:
     def predict(self, predictions: Predictions, decisions: Iterable[str | None]) -> None:
         """Count what was predicted of images."""
         self.images += len(predictions.suspicious)
-        self.suspicious += int(predictions.suspicious.sum())
+        self.suspicious += int(np.count_nonzero(predictions.suspicious))
         for classes in predictions.top[:, 0].tolist():
             self.predicted[classes] += 1
         for p in predictions.p_value.tolist():

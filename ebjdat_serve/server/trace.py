@@ -12,7 +12,7 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 
 
-@dataclass
+@dataclass(slots=True)
 class Trace:
     """A request: its id, its place in a trace, and what is noted of it; times are in seconds."""
 
@@ -43,10 +43,11 @@ class Trace:
                 sent_id = value
             elif name == b"traceparent":
                 parent = value
-        found = TRACEPARENT.fullmatch(parent)
-        trace_id, flags = (found[1].decode(), found[3].decode()) if found else (secrets.token_hex(16), "00")
-        request_id = sent_id.decode() if REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(16)
-        return Trace(request_id, trace_id, secrets.token_hex(8), flags, method)
+        fresh = secrets.token_hex(40)  # once: each call asks the system
+        found = TRACEPARENT.fullmatch(parent) if parent else None
+        trace_id, flags = (found[1].decode(), found[3].decode()) if found else (fresh[:32], "00")
+        request_id = sent_id.decode() if REQUEST_ID.fullmatch(sent_id) else fresh[32:64]
+        return Trace(request_id, trace_id, fresh[64:], flags, method)
 
     @property
     def traceparent(self) -> str:

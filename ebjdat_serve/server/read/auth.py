@@ -81,9 +81,9 @@ class Access:
 class ApiKeyMiddleware:
     """Names the client of a request, and refuses what its key or its limits do not allow.
 
-    A server with keys answers 401 without a known X-API-Key and 403 for a key without the path's scope; any server 429 beyond a limit of
-    the client. The scope that is passed on has the client's name (str) as ``client_name``, the scopes of its key as ``scopes``, none
-    without one, and its ClientLimits as ``limits``.
+    A server with keys answers 401 without a known key (X-API-Key, or Authorization: Bearer) and 403 for one without the path's scope; any
+    server 429 beyond a limit of the client. The scope that is passed on has the client's name (str) as ``client_name``, the scopes of its
+    key as ``scopes``, none without one, and its ClientLimits as ``limits``.
     """
 
     def __init__(self, app: ASGI, access: Access, scopes: Mapping[str, Collection[Scope]]) -> None:
@@ -151,12 +151,10 @@ class ApiKeyMiddleware:
 
     async def _key(self, headers: list[tuple[bytes, bytes]], client: str) -> Key:
         """Return the key that was sent. Raises Problem: 400 for two, 401 for none or a wrong one, later the more of these came before."""
-        sent = [value for name, value in headers if name == b"x-api-key"]
-        if len(sent) > 1:
-            raise Problem(400, "send one X-API-Key header, not several")
-        if not sent or not sent[0]:
-            raise unauthorized("send an API key of this server in the header X-API-Key")
-        if key := self._access.keys.find(sent[0]):
+        name, sent = sent_key(headers)
+        if not sent:
+            raise unauthorized("send an API key of this server in the header X-API-Key, or as Authorization: Bearer KEY")
+        if key := self._access.keys.find(sent):
             return key
         delay = self._access.failures.failed(client)
         if delay:
@@ -164,12 +162,31 @@ class ApiKeyMiddleware:
                 if not may_wait:
                     raise Problem(429, "too many wrong API keys; try again later", headers={"Retry-After": str(math.ceil(LONGEST_DELAY))})
                 await asyncio.sleep(delay)
-        raise unauthorized("the API key in the header X-API-Key is none of this server's: it is wrong, revoked or has expired")
+        raise unauthorized(f"the API key in the header {name} is none of this server's: it is wrong, revoked or has expired")
+
+
+def sent_key(headers: list[tuple[bytes, bytes]]) -> tuple[str, bytes]:
+    """Return the header that holds a request's key, and the key, b"" for none.
+
+    A scraper such as Prometheus can send Authorization alone; of other schemes than Bearer it is a proxy's, and not looked at. Raises
+    Problem 400 for a header that is there twice, and for two keys.
+    """
+    found = {}
+    for header in ("X-API-Key", "Authorization"):
+        values = [value for name, value in headers if name == header.lower().encode()]
+        if len(values) > 1:
+            raise Problem(400, f"send one {header} header, not several")
+        found[header] = values[0] if values else b""
+    key, (scheme, _, token) = found["X-API-Key"], found["Authorization"].partition(b" ")
+    bearer = token.strip() if scheme.lower() == b"bearer" else b""
+    if key and bearer and key != bearer:
+        raise Problem(400, "X-API-Key and Authorization hold different keys: send one of them")
+    return ("X-API-Key", key) if key else ("Authorization", bearer)
 
 
 def unauthorized(detail: str) -> Problem:
     """Return Problem 401."""
-    return Problem(401, detail, headers={"WWW-Authenticate": "X-API-Key"})
+    return Problem(401, detail, headers={"WWW-Authenticate": "X-API-Key, Bearer"})
 
 
 def has_body(headers: list[tuple[bytes, bytes]]) -> bool:
