@@ -22,6 +22,7 @@ LONG = 2**10
 """Bytes of a string or an array, above which it is taken out."""
 MAX_STRINGS = 512
 """Strings of a large document beside its images: names of fields, mostly."""
+STRINGS_OF_A_TURN = 64
 SPACED = bytes.maketrans(b"[]", b"  ")
 OF_NUMBERS = b"0123456789, \t\r\n"
 TOO_MUCH = f"the JSON around the data may have {SMALL_DOCUMENT} bytes, in which no quotes are escaped; see docs/v2.md"
@@ -48,7 +49,9 @@ async def take_out(body: bytearray, end: int, max_images: int) -> tuple[Any, dic
         places[f"{secret} {len(places)}"] = place
         return b'"%b"' % next(reversed(places)).encode()
 
-    for _ in range(max_images + MAX_STRINGS):
+    for n in range(max_images + MAX_STRINGS):
+        if n % STRINGS_OF_A_TURN == 0:
+            await asyncio.sleep(0)
         opens = await find(body, b'"', at, end)
         if opens - at > LONG and (found := await array_in(body, at, opens)):
             outline += body[at : min(found.start, at + SMALL_DOCUMENT + 1)] + name(found)
