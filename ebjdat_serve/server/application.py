@@ -20,8 +20,10 @@ from ebjdat_serve.server.read.http_protocol import connections
 from ebjdat_serve.server.read.model_path import ModelPathMiddleware
 from ebjdat_serve.server.read.root_path import RootPathMiddleware
 from ebjdat_serve.server.read.v2_path import V2PathMiddleware
+from ebjdat_serve.server.v2_protocol import HEADER_LENGTH
 
-EXPOSED = list(dict.fromkeys(field.alias or "" for kind in (PngHeaders, StripHeaders) for field in kind.model_fields.values()))
+FIELDS = [field.alias or "" for kind in (PngHeaders, StripHeaders) for field in kind.model_fields.values()]
+EXPOSED = list(dict.fromkeys([*FIELDS, HEADER_LENGTH]))
 """Headers that pages of other sites may read."""
 
 
