@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import gzip
 import json
 import select
 import socket
@@ -40,6 +41,7 @@ from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import SMALL_BODY, BodyMemory
 from ebjdat_serve.server.read.uploads import encoded_images, read_upload
 from ebjdat_serve.server.settings import SHIPPED, Settings
+from ebjdat_serve.server.v2_protocol import HEADER_LENGTH
 from tests.conftest import serving, until
 from tests.test_faults import connect, http_process, memory
 
@@ -569,6 +571,53 @@ def test_no_body_keeps_the_event_loop(watched, name):
     def post():
         lag(watched)
         httpx2.post(f"{watched.url}/classify", content=body, headers={"Content-Type": kind}, timeout=60)
+        return lag(watched)
+
+    check(post)
+
+
+def v2(given, **changes):
+    """Return a document of the Open Inference Protocol v2 with one input."""
+    return json.dumps({"inputs": [{"name": "image", **given}], **changes}, separators=(",", ":")).encode()
+
+
+def v2_binary(given, data):
+    head = v2({**given, "parameters": {"binary_data_size": len(data)}})
+    return head + data, {HEADER_LENGTH: str(len(head))}
+
+
+ARRAY = {"datatype": "UINT8", "shape": [1, 1400, 1400, 3]}
+FORMS_OF_V2 = {
+    "16 MiB of base64": lambda: (v2({"datatype": "BYTES", "shape": [1], "data": [BASE64]}), {}),
+    "64 long strings": lambda: (v2({"datatype": "BYTES", "shape": [64], "data": [BASE64[:340_000]] * 64}), {}),
+    "millions of numbers": lambda: (v2({**ARRAY, "data": [7] * (3 * 1400**2 - 1) + [256]}), {}),
+    "millions of nested numbers": lambda: (v2({**ARRAY, "data": [[[7, 7, 7]] * 1400] * 1400}).replace(b"7,7,7", b"7,7", 1), {}),
+    "millions of brackets": lambda: (v2({**ARRAY, "data": 0}).replace(b"0}", b"[]," * 4_000_000 + b"0]}"), {}),
+    "blanks": lambda: (b" " * 12_000_000, {}),
+    "quotes": lambda: (b'"' * 12_000_000, {}),
+    "deep": lambda: (b'{"inputs":' * 1_200_000, {}),
+    "as large as is parsed at once": lambda: (v2({**ARRAY, "data": list(range(256)) * 70})[: 2**16 - 3] + b"]}]", {}),
+    "a bomb": lambda: (gzip.compress(bytes(400 * 2**20), 1), {"Content-Encoding": "gzip"}),
+    "21 MiB inflated": lambda: (gzip.compress(b'{"inputs":[' + b" " * 21 * 2**20, 1), {"Content-Encoding": "gzip"}),
+    "a large array": lambda: v2_binary(ARRAY, NOISE[: 3 * 1400**2]),
+    "64 files": lambda: v2_binary(
+        {"datatype": "BYTES", "shape": [64]}, b"".join(struct.pack("<I", 250_000) + NOISE[:250_000] for _ in range(64))
+    ),
+}
+
+
+EVERYDAY = ("quotes", "millions of brackets", "a bomb", "a large array")
+
+
+@pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in FORMS_OF_V2])
+def test_no_body_of_the_open_protocol_keeps_the_event_loop(watched, name):
+    body, headers = FORMS_OF_V2[name]()
+    assert len(body) <= 22 * 2**20
+
+    def post():
+        lag(watched)
+        answer = httpx2.post(f"{watched.url}/v2/models/cifar10-small/infer", content=body, headers=headers, timeout=60)
+        assert answer.status_code in ((200,) if name == "a large array" else (400, 413)), answer.text
         return lag(watched)
 
     check(post)

@@ -239,3 +239,17 @@ def test_an_error_holds_what_the_document_says(live):
     schema = document["paths"]["/classify"]["post"]["responses"]["422"]["content"]["application/problem+json"]["schema"]
     check(refused.json(), schema, document["components"]["schemas"])
     assert refused.json()["index"] == 0
+
+
+def test_the_open_protocol_asks_for_the_key_in_its_own_words(extended, client, picture):
+    image = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(picture).decode()]}
+    for send in (httpx2, client):
+        base = extended.url if send is httpx2 else ""
+        answers = [send.get(f"{base}{path}") for path in ("/v2", "/v2/models", "/v2/models/cifar10-small", "/v2/models/stats", "/v2/x")]
+        answers.append(send.post(f"{base}/v2/models/cifar10-small/infer", json={"inputs": [image]}))
+        assert [one.status_code for one in answers] == ([401] * 6 if send is httpx2 else [200, 200, 200, 200, 404, 200])
+        assert {one.headers["content-type"] for one in answers} == {"application/json"}
+        if send is httpx2:
+            assert all(list(one.json()) == ["error"] and "www-authenticate" in one.headers for one in answers)
+        for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/cifar10-small/ready"):
+            assert send.get(f"{base}{path}").status_code == 200

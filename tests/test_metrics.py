@@ -197,6 +197,20 @@ def test_the_audit_log_has_the_hash_of_what_was_sent_and_what_was_answered(obser
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_the_audit_log_has_the_hash_of_the_bytes_of_an_array(observed):
+    pixels = images(2, (9, 7))
+    array = {"name": "image", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}
+    path = f"/v2/models/{Bundle.load(DIGITS).manifest.name}/infer"
+    assert HTTP.post(f"{observed.url}{path}", json={"inputs": [array]}, headers={"X-Request-ID": "array"}).status_code == 200
+    file = observed.log.parent / "audit"
+
+    def rows():
+        return [row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()) if row["id"] == "array"]
+
+    until(lambda: len(rows()) == 2)
+    assert [(row["sha256"], row["route"]) for row in rows()] == [(sha256(one.tobytes()).hexdigest(), "/v2/infer") for one in pixels]
+
+
 def test_the_audit_log_is_replaced_when_it_is_full(observed, pngs):
     body = json.dumps({"images": [b64encode(pngs[0]).decode()] * 60})
     for _ in range(4):  # some 30 kB each

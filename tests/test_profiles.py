@@ -155,7 +155,7 @@ def test_a_key_of_scope_operate_is_told_everything(tmp_path, picture):
 
 
 def test_an_endpoint_without_a_public_answer_is_refused_and_an_answer_without_one_is_not_sent(public):
-    assert [one.path for one in ENDPOINTS if not one.public] == ["/energy", "/explain", "/metrics"]
+    assert [one.path for one in ENDPOINTS if not one.public] == ["/energy", "/explain", "/metrics", "/v2/stats", "/v2/models/stats"]
     with pytest.raises(KeyError):
         told(Load.model_construct(), "public")
     assert Settings(profile="public").profile_for({"scopes": frozenset({"classify", "operate"})}) == "full"
@@ -164,6 +164,24 @@ def test_an_endpoint_without_a_public_answer_is_refused_and_an_answer_without_on
     for full, one in PUBLIC_SCHEMAS.items():
         assert set(one.model_fields) <= set(full.model_fields)
         assert not set(one.model_fields) & set(SECRET)
+
+
+def test_the_open_protocol_tells_labels_and_flags_alone(public, picture):
+    image = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(picture).decode()]}
+    said = httpx2.post(f"{public.url}/v2/models/cifar10-small/infer", json={"inputs": [image]}).json()
+    assert [one["name"] for one in said["outputs"]] == ["suspicious", "label", "class"]
+    assert [one["name"] for one in httpx2.get(f"{public.url}/v2/models/cifar10-small").json()["outputs"]] == [
+        "suspicious",
+        "label",
+        "class",
+    ]
+    for name in ("logits", "probabilities", "energy", "suspicion", "p_value"):
+        body = {"inputs": [image], "outputs": [{"name": "label"}, {"name": name}]}
+        refused = httpx2.post(f"{public.url}/v2/models/cifar10-small/infer", json=body)
+        assert (refused.status_code, list(refused.json())) == (403, ["error"])
+        assert "scope operate" in refused.json()["error"]
+    refused = httpx2.get(f"{public.url}/v2/models/stats")
+    assert (refused.status_code, list(refused.json())) == (403, ["error"])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from ebjdat_serve.server import api_docs, problems
 from ebjdat_serve.server.answer.explanations import StripHeaders
 from ebjdat_serve.server.answer.headers import ResponseHeadersMiddleware
 from ebjdat_serve.server.answer.images import PngHeaders
+from ebjdat_serve.server.answer.v2_errors import V2ErrorMiddleware
 from ebjdat_serve.server.endpoints.endpoint import DirectRoute, Shared
 from ebjdat_serve.server.observer import TraceMiddleware
 from ebjdat_serve.server.read import browsers
@@ -18,8 +19,11 @@ from ebjdat_serve.server.read.head import HeadMiddleware
 from ebjdat_serve.server.read.http_protocol import connections
 from ebjdat_serve.server.read.model_path import ModelPathMiddleware
 from ebjdat_serve.server.read.root_path import RootPathMiddleware
+from ebjdat_serve.server.read.v2_path import V2PathMiddleware
+from ebjdat_serve.server.v2_protocol import HEADER_LENGTH
 
-EXPOSED = list(dict.fromkeys(field.alias or "" for kind in (PngHeaders, StripHeaders) for field in kind.model_fields.values()))
+FIELDS = [field.alias or "" for kind in (PngHeaders, StripHeaders) for field in kind.model_fields.values()]
+EXPOSED = list(dict.fromkeys([*FIELDS, HEADER_LENGTH]))
 """Headers that pages of other sites may read."""
 
 
@@ -38,7 +42,9 @@ class Application:
         app.add_middleware(HeadMiddleware, own={one.path for one in endpoints if one.operations})
         app.add_middleware(ApiKeyMiddleware, access=self._shared.access, scopes=self.scopes())
         app.add_middleware(ModelPathMiddleware, paths={one.path for one in endpoints if one.per_model})
+        app.add_middleware(V2PathMiddleware)
         browsers.install(app, settings, exposed=EXPOSED)
+        app.add_middleware(V2ErrorMiddleware)
         app.add_middleware(ResponseHeadersMiddleware, draining=lambda: self._shared.draining)
         if prefix := api_docs.prefix_of(settings):
             app.add_middleware(RootPathMiddleware, prefix=prefix)

@@ -38,7 +38,7 @@ REASONS = {
     504: "deadline",
 }
 """Why a request was not answered, by status."""
-QUIET = ("/health", "/metrics")
+QUIET = ("/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/ready")
 """Routes whose answers are not logged unless they are errors: probes ask every second."""
 
 

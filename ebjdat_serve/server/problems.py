@@ -5,12 +5,14 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from ebjdat_serve.server.api_docs import prefix_of
 from ebjdat_serve.server.settings import Settings
+from ebjdat_serve.server.v2_protocol import is_v2
 
 TITLES = {
     400: "Bad request",
@@ -80,7 +82,8 @@ class Problem(Exception):
 
 def install(app: FastAPI, settings: Settings) -> None:
     """Make every error of ``app`` a problem document."""
-    docs = f"{prefix_of(settings)}/docs"
+    prefix = prefix_of(settings)
+    docs = f"{prefix}/docs"
 
     @app.exception_handler(Problem)
     async def problem(request: Request, error: Problem) -> Response:
@@ -99,10 +102,17 @@ def install(app: FastAPI, settings: Settings) -> None:
         return Problem(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, __: Exception) -> Response:
+    async def unexpected(request: Request, __: Exception) -> Response:
         # this response passes no middleware
         detail = "the server failed on this request; its log has the cause"
+        if is_v2(request.scope["path"].removeprefix(prefix)):
+            return v2_error(500, detail)
         return Problem(500, detail, headers={"Cache-Control": "no-store"}).response()
+
+
+def v2_error(status: int, detail: str) -> Response:
+    """Return an error as clients of the Open Inference Protocol v2 read it; the protocol has 400 for what is invalid in any way."""
+    return JSONResponse({"error": detail}, 400 if status == 422 else status)
 
 
 def methods_of(app: FastAPI, path: str) -> set[str]:

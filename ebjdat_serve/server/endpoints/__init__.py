@@ -5,6 +5,7 @@ from ebjdat_serve.server.endpoints.generate import GENERATE_GET, GENERATE_HEAD, 
 from ebjdat_serve.server.endpoints.metrics import METRICS
 from ebjdat_serve.server.endpoints.predict import CLASSIFY, ENERGY
 from ebjdat_serve.server.endpoints.status import HEALTH, INDEX, INFO, MODELS
+from ebjdat_serve.server.endpoints.v2 import V2
 
 ENDPOINTS = [
     CLASSIFY,
@@ -18,4 +19,5 @@ ENDPOINTS = [
     INFO,
     METRICS,
     INDEX,
+    *V2,
 ]

@@ -30,7 +30,7 @@ from ebjdat_serve.server.read.auth import Access
 from ebjdat_serve.server.read.bodies import BodyMemory
 from ebjdat_serve.server.read.images import ImageDecoder
 from ebjdat_serve.server.read.model_path import MODEL_NAME
-from ebjdat_serve.server.read.uploads import encoded_images, read_upload
+from ebjdat_serve.server.read.uploads import ImageBody, encoded_images, read_upload
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import OPERATE, Settings
 from ebjdat_serve.server.tallies import Tally, keep_newest
@@ -42,6 +42,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 BINARY, BASE64 = {"type": "string", "format": "binary"}, {"type": "string", "format": "byte"}
+
+IMAGES = ImageBody(read_upload, encoded_images)
+"""Images as they are, in a form or in JSON."""
 
 
 def json_object(name: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -141,20 +144,20 @@ class Service:
                 why = [[name for name, hit in zip(names, row, strict=True) if hit] for row in hits.tolist()]
             self.shared.observer.audited(trace, predictions, model.labels, why)
 
-    async def run_on_images(self, request: Request, operation: Operation) -> ImageResult:
+    async def run_on_images(self, request: Request, operation: Operation, body: ImageBody = IMAGES) -> ImageResult:
         """Read and decode the images of ``request``, and return what a classify worker makes of them by ``operation``.
 
         Raises Problem for whatever is wrong with the request, and when it cannot be answered in time.
         """
         queue = self.classify_queue
         with contextlib.ExitStack() as stack:
-            model, images, listed, deadline = await self.read_images(request, queue, stack)
+            model, images, listed, deadline = await self.read_images(request, queue, stack, body)
             client = request.scope["client_name"]
             value = await queue.submit(PendingRequest(model.key, operation.name, images, request, client, deadline))
             return ImageResult(value, listed, model)
 
     async def read_images(
-        self, request: Request, queue: RequestQueue, stack: contextlib.ExitStack
+        self, request: Request, queue: RequestQueue, stack: contextlib.ExitStack, body: ImageBody = IMAGES
     ) -> tuple[ServedModel, Pixels, bool, float]:
         """Return the model for ``request``, its images (n, H, W, 3), whether they came as a list, and its deadline.
 
@@ -163,10 +166,10 @@ class Service:
         """
         client = request.scope["client_name"]
         queue.check_room(client)  # before the body is read; a slow body takes no slot
-        async with read_upload(request, self.settings) as upload:
+        async with body.open(request, self.settings) as upload:
             model = self.manager.active
             deadline = stack.enter_context(queue.slot(model.key, client))
-            encoded, listed = await encoded_images(request, upload, self.settings)
+            encoded, listed = await body.images(request, upload, self.settings)
             contract = model.bundle.manifest.input
             memory = BodyMemory(self.settings.upload_memory, client)
             stack.callback(memory.release)
@@ -174,7 +177,7 @@ class Service:
             trace = request.scope["trace"]
             trace.model, began = model, time.monotonic()
             if self.shared.observer.audit:
-                trace.digests = await in_daemon_thread(lambda: [sha256(one).hexdigest() for one in encoded])
+                trace.digests = await in_daemon_thread(lambda: [sha256(one[upload.made :]).hexdigest() for one in encoded])
             images = await self.decoder.decode(request, encoded, contract, deadline, listed=listed)
             trace.decode = time.monotonic() - began
         return model, images, listed, deadline

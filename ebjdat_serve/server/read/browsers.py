@@ -18,7 +18,7 @@ PREFLIGHT_SECONDS = 600
 """Seconds for which a browser may keep the answer to a preflight."""
 SAME_SITE = ("same-origin", "none")
 """Values of Sec-Fetch-Site, which no page can set, of requests by this server's own pages or by the person at the browser."""
-PROBED = ("/health",)
+PROBED = ("/health", "/v2/health/live", "/v2/health/ready")
 """Paths that balancers ask for by address, under no name."""
 
 

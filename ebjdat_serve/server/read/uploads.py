@@ -8,7 +8,7 @@ import base64
 import contextlib
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -40,13 +40,22 @@ FORM_TYPE = 2**10
 class Upload:
     """A request that sends images: its content type without parameters, its body, and what it holds of the memory for bodies.
 
-    ``images`` are those found in a form or in JSON.
+    ``images`` are those found in a form or in JSON; ``made`` bytes at the beginning of each were not sent.
     """
 
     kind: str
     body: bytearray
     memory: BodyMemory
     images: list[bytearray] = field(default_factory=list)
+    made: int = 0
+
+
+@dataclass(frozen=True)
+class ImageBody:
+    """How a body is opened, and how images are read from it: (encoded images, whether they came as a list)."""
+
+    open: Callable[[Request, Settings], contextlib.AbstractAsyncContextManager[Upload]]
+    images: Callable[[Request, Upload, Settings], Awaitable[tuple[list[bytearray], bool]]]
 
 
 @contextlib.asynccontextmanager
