@@ -109,6 +109,7 @@ def test_a_worker_of_one_that_dies_leaves_the_other_at_work(two, png):
     before = HTTP.get(f"{two.url}/models").json()["models"]
     assert all(one["ready"] for one in before)
     os.kill(pids[0], signal.SIGKILL)
+    until(lambda: HTTP.get(f"{two.url}/health").status_code == 503, 10)
     codes = [[HTTP.post(f"{two.url}{prefix}/classify", content=png).status_code for prefix in ("", "/models/tiny")] for _ in range(10)]
     assert any(set(column) == {200} for column in zip(*codes, strict=True))
     until(lambda: all(one["ready"] for one in HTTP.get(f"{two.url}/models").json()["models"]))

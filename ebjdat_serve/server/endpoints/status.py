@@ -23,13 +23,15 @@ from ebjdat_serve.server.api_docs import prefix_of
 from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service
 from ebjdat_serve.server.memory import memory_of
 from ebjdat_serve.server.read.generate_request import max_steps
+from ebjdat_serve.server.read.model_path import MODEL_NAME
 
 
 async def health(service: Service, request: Request) -> Response:
-    """Return ok when every worker is ready, and until a stop signal."""
+    """Return ok when every worker of every model is ready, or of the one that is named, and until a stop signal."""
     if service.shared.draining:
         return respond(Health(status="stopping"), 503)
-    return respond(Health(status="ok")) if service.manager.ready() else respond(Health(status="not ready"), 503)
+    asked = [service] if MODEL_NAME in request.scope else service.shared.services.values()
+    return respond(Health(status="ok")) if all(one.manager.ready() for one in asked) else respond(Health(status="not ready"), 503)
 
 
 async def models(service: Service, request: Request) -> Response:
