@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """False alarms and delays of the drift test, the simple jumper martingale beside: `python benchmarks/drift.py [--json FILE] [--plot FILE]`.
 
-Simulated: each draw is a calibration set of n normal scores and a stream of such scores, which move by some sd at the change. Real: p-values
-of a bundle's own test images by its own calibration, handled alike, or shifted, in random orders; nothing is fitted or chosen.
+Simulated: each draw is a calibration set of n normal scores and a stream of such scores, which move by some sd at the change. Real: the
+p-values of a bundle's own test images by its own calibration, handled alike, or shifted, in random orders; nothing is fitted or chosen.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,8 @@ from ebjdat_serve.pixels import Pixels, to_unit
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.views import Seen
 
-Ints, Doubles = NDArray[np.int64], NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
+Doubles: TypeAlias = NDArray[np.float64]
 SEED, BLOCK, CHUNK = 0, 1000, 100
 JUMPER = "simple jumper"
 TEST = "drift test"
@@ -68,12 +69,12 @@ def watch(n: int, blocks: Iterator[Ints], streams: int, paths: list[dict[str, Do
     return found
 
 
-def simulated(n: int, streams: int, requests: int, shift: float = 0.0, change: int = 0, seed: int = SEED) -> Iterator[Ints]:
-    """Yield blocks of ranks of normal scores, ``shift`` higher after the first ``change``, each stream with a calibration set of its own."""
-    noise = np.random.default_rng([seed, n, streams, requests, change, round(1000 * shift)])
+def simulated(n: int, streams: int, requests: int, shift: float = 0.0, change: int = 0, block: int = BLOCK) -> Iterator[Ints]:
+    """Yield blocks of ranks of normal scores, ``shift`` higher after ``change``, each stream with a calibration set of its own."""
+    noise = np.random.default_rng([SEED, n, streams, requests, change, round(1000 * shift)])
     clean = np.sort(noise.standard_normal((streams, n)), axis=1)
-    for begin in range(0, requests, BLOCK):
-        live = noise.standard_normal((streams, min(BLOCK, requests - begin)))
+    for begin in range(0, requests, block):
+        live = noise.standard_normal((streams, min(block, requests - begin)))
         live[:, max(0, change - begin) :] += shift
         yield np.stack([1 + n - np.searchsorted(own, scores) for own, scores in zip(clean, live, strict=True)])
 
@@ -89,7 +90,11 @@ def false_alarms(n: int, streams: int, requests: int) -> Iterator[dict[str, Any]
     found = watch(n, simulated(n, streams, requests), streams)
     for (test, level), first in found.first.items():
         about = {"test": test, "level": level, "calibration_n": n, "requests": requests, "n": streams, "seed": SEED}
-        yield {"name": f"false alarms, {test}, level {level:g}, n {n}, {requests} requests", "value": int((first > 0).sum()), "unit": "draws"} | about
+        yield {
+            "name": f"false alarms, {test}, level {level:g}, n {n}, {requests} requests",
+            "value": int((first > 0).sum()),
+            "unit": "draws",
+        } | about
     name = f"lowest log e, {TEST}, n {n}, {requests} requests"
     yield {"name": name, "value": found.lowest, "unit": "nats", "calibration_n": n, "requests": requests, "n": streams, "seed": SEED}
 
@@ -138,7 +143,7 @@ def traffic(bundle: Bundle, images: int) -> dict[str, Doubles]:
     usual = scores_of(bundle, handled(image, CALIBRATION))
     plain = scores_of(bundle, image)
     squeezed = scores_of(bundle, shifted(image, SHIFTS["JPEG q50"]))
-    names = np.asarray(data.labels)[label]
+    names = np.asarray(data.names)[label]
     vehicles = np.isin(names, ["airplane", "automobile", "ship", "truck"])
     half = np.random.default_rng(SEED).random(len(image)) < 0.5
     return {
@@ -180,10 +185,8 @@ def plot(file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, shift, title in zip(axes, (0.0, 0.3), ("clean", "scores higher by .3 sd from 10,000 on"), strict=True):
         paths: list[dict[str, Doubles]] = []
-        streams, requests = 20, 100_000 if not shift else 12_000
-        size = requests // 100
-        blocks = (part for block in simulated(2500, streams, requests, shift, 10_000) for part in np.split(block, range(size, BLOCK, size), 1) if part.size) if shift else simulated(2500, streams, requests)
-        watch(2500, blocks, streams, paths)
+        requests = 12_000 if shift else 100_000
+        watch(2500, simulated(2500, 20, requests, shift, 10_000, block=requests // 200), 20, paths)
         at = np.linspace(0, requests, len(paths) + 1)[1:]
         for name, colour in ((TEST, "#0072B2"), (JUMPER, "#D55E00")):
             lines = np.stack([path[name] for path in paths])

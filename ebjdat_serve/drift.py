@@ -46,7 +46,8 @@ def shifted(mean: float, spread: float = 1.0) -> Doubles:
     """
     unit, live = NormalDist(), NormalDist(mean, spread)
     below = np.array([0.0, *(1 - live.cdf(unit.inv_cdf(1 - edge)) for edge in EDGES[:-1]), 1.0])
-    return np.maximum(np.diff(below) / np.diff([0.0, *EDGES]), 1e-6)
+    odds: Doubles = np.maximum(np.diff(below) / np.diff([0.0, *EDGES]), 1e-6)
+    return odds
 
 
 def mixed(share: float) -> Doubles:
@@ -117,6 +118,12 @@ class DriftTest:
     def leading(self) -> str:
         """What the one stream's evidence speaks for most."""
         return NAMES[int(self.stakes.argmax())]
+
+    def tenths(self) -> list[int]:
+        """Return how many of the one stream's p-values are up to .1, .2 … 1."""
+        found = np.zeros(10, np.int64)
+        np.add.at(found, np.ceil(np.asarray(EDGES) * 10 - 1e-9).astype(np.int64) - 1, self.counts)
+        return found.tolist()
 
     def restore(self, counts: Sequence[int], stakes: Sequence[float]) -> None:
         """Go on where a test of the same n was, of one stream; raise ValueError for what no test leaves."""
