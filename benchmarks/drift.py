@@ -244,6 +244,7 @@ def delay_parts() -> Iterator[dict[str, Any]]:
     """Yield delays by n, shift and time of the change."""
     for n, shift, change in ((2500, 0.3, 0), (2500, 0.3, 10_000), (2500, 1.0, 0), (2500, 1.0, 10_000), (200, 1.0, 0), (200, 0.3, 0)):
         yield from simulated_delays(n, shift, change, streams=200, most=11_000)
+    yield from simulated_delays(2500, 0.07, 100_000, streams=50, most=20_000)  # what is too little for 2,500 images alone
 
 
 if __name__ == "__main__":
