@@ -20,6 +20,8 @@ prior probability of its time: some log t. Nothing here needs torch, images or a
 """
 
 import math
+import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -152,7 +154,7 @@ class Jumper:
     def add(self, p: "float | Doubles") -> None:
         """Take the next p-value of each stream."""
         self.capital += self.J * (1 / 3 - self.capital)  # it sums to 1
-        self.capital *= 1 + self.EPS * (np.asarray(p)[..., None] - 0.5)
+        self.capital *= 1 + self.EPS * (p - 0.5 if isinstance(p, float) else p[..., None] - 0.5)
         total = self.capital.sum(-1)
         self.capital /= total[..., None]
         self.log_e = self.log_e + np.log(total)
@@ -165,18 +167,16 @@ class Ranks:
     """
 
     def __init__(self, scores: Sequence[float], seed: int = 0) -> None:
-        noise = np.random.default_rng(seed)
-        self.scores, self._order = np.asarray(scores, np.float64), noise.random(len(scores))
-        self._noise = np.random.default_rng()
+        self.scores, self._order = list(scores), np.random.default_rng(seed).random(len(scores)).tolist()
 
-    def of(self, score: NDArray[np.floating]) -> Ints:
-        """Return 1 + the number of calibration scores above each score, shape (N,), 1 to n + 1."""
-        wanted = score.astype(np.float64)
-        low, high = np.searchsorted(self.scores, wanted, "left"), np.searchsorted(self.scores, wanted, "right")
-        rank: Ints = 1 + len(self.scores) - high
-        for i in np.flatnonzero(high > low):
-            rank[i] += int((self._order[low[i] : high[i]] >= self._noise.random()).sum())
-        return rank
+    def of(self, score: float) -> int:
+        """Return 1 + the number of calibration scores above a score, 1 to n + 1."""
+        low, high = bisect_left(self.scores, score), bisect_right(self.scores, score)
+        above = len(self.scores) - high
+        if low < high:
+            mine = random.random()
+            above += sum(one >= mine for one in self._order[low:high])
+        return 1 + above
 
 
 def share_interval(hits: int, n: int, level: float = 0.05) -> tuple[float, float]:

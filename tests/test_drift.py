@@ -111,8 +111,8 @@ def test_e_never_falls_below_the_reserve_and_never_overflows():
 
 def test_equal_scores_are_put_in_order_once():
     ranks = Ranks([1.0, 1.0, 1.0, 2.0])
-    assert set(ranks.of(np.full(200, 1.0)).tolist()) == {2, 3, 4, 5}
-    assert ranks.of(np.array([0.5, 1.5, 2.5])).tolist() == [5, 2, 1]
+    assert {ranks.of(1.0) for _ in range(200)} == {2, 3, 4, 5}
+    assert [ranks.of(score) for score in (0.5, 1.5, 2.5)] == [5, 2, 1]
 
 
 def test_the_interval_holds_the_rate_at_all_times_together():
@@ -250,4 +250,4 @@ def test_a_p_value_costs_microseconds():
     for i in range(20):
         many.margin += 1000.0 * i + 1
         seen.note(many)
-    assert (time.process_time() - began) / 1280 < 200e-6  # some 15 here
+    assert (time.process_time() - began) / 1280 < 400e-6  # some 25 to 50 here

@@ -50,11 +50,10 @@ class Drift:
     def note(self, predictions: Predictions) -> bool:
         """Take the images of an answer; return whether they raise the alarm."""
         p = predictions
-        pictures = zip(p.suspicion.tolist(), p.margin.tolist(), p.p_value.tolist(), self._ranks.of(p.suspicion).tolist(), strict=True)
-        for score, margin, p_value, rank in pictures:
+        for score, margin, p_value in zip(p.suspicion.tolist(), p.margin.tolist(), p.p_value.tolist(), strict=True):
             if score != score or self._seen((round(score, 3), round(margin, 3))):  # rounded: a batch's size decides on the last digits
                 continue
-            self.test.add(self.test.bin_of_rank[rank])
+            self.test.add(self.test.bin_of_rank[self._ranks.of(score)])
             self.jumper.add(p_value)
             self.flagged += p_value < self.alpha
         if raised := not self.alarm and self.log_e >= -math.log(LEVEL):
