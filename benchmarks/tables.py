@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generate the tables of docs/serving.md and docs/evaluation.md from the benchmarks' JSON files: `python benchmarks/tables.py`."""
+"""Generate the tables of docs/serving.md, evaluation.md and drift.md from the benchmarks' JSON files: `python benchmarks/tables.py`."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Rewrite the documents."""
-    for name, write in (("serving.md", serving), ("evaluation.md", evaluation)):
+    for name, write in (("serving.md", serving), ("evaluation.md", evaluation), ("drift.md", drift)):
         (DOCS / name).write_text(write((DOCS / name).read_text(encoding="utf-8")), encoding="utf-8")
 
 
@@ -67,6 +67,29 @@ def evaluation(text: str) -> str:
     within = [parsed(row) for row in json.loads((HERE / "reach.json").read_text(encoding="utf-8"))]
     text = placed(text, "reach", "\n\n".join([separation(within), review(within), coverage(within), rejection(within)]))
     return placed(text, "comparison", markdown([read(HERE / "models" / name) for name in MODELS]))
+
+
+def drift(text: str) -> str:
+    """Return ``text`` with the tables of drift.json."""
+    rows: list[Row] = json.loads((HERE / "drift.json").read_text(encoding="utf-8"))
+    alarms = [row for row in rows if row["unit"] == "draws"]
+    lines = [
+        f"| {row['test']} | {row['level']:g} | {row['calibration_n']:,} | {row['requests']:,} | {row['value']} of {row['n']:,} |"
+        for row in alarms
+    ]
+    text = placed(text, "alarms", "\n".join(["| test | level | n | clean requests | false alarms |", "|---|---|---|---|---|", *lines]))
+    head = ["| traffic | test | level | n | median delay | 9 of 10 within | found |", "|---|---|---|---|---|---|---|"]
+    simulated = [f"| {row['shift_sd']:g} sd higher after {row['change']:,} {delay(row)}" for row in rows if "shift_sd" in row]
+    text = placed(text, "delays", "\n".join([*head, *simulated]))
+    head[0] = head[0].replace("traffic |", "traffic | images | flagged |")
+    real = [f"| {row['set']} | {row['n']:,} | {row['flagged']:.3f} {delay(row)}" for row in rows if "set" in row]
+    return placed(text, "traffic", "\n".join([head[0], f"|---|---{head[1]}", *real]))
+
+
+def delay(row: Row) -> str:
+    """Return the columns of a delay."""
+    times = " | ".join("never" if row[name] is None else f"{row[name]:,.0f}" for name in ("value", "q90"))
+    return f"| {row['test']} | {row['level']:g} | {row['calibration_n']:,} | {times} | {row['found']:.2f} |"
 
 
 def public_protocol(row: Row) -> str:

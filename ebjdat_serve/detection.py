@@ -1,6 +1,7 @@
 """Conformal p-values of OOD scores, and the flag (split conformal; Vovk et al. 2005, Bates et al. arXiv 2104.08279)."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,19 @@ def p_value(clean: NDArray[np.float64], score: NDArray[np.floating]) -> NDArray[
     at_least = n - np.searchsorted(clean, score.astype(np.float64), side="left")
     result: NDArray[np.float64] = (1 + at_least) / (n + 1)
     return result
+
+
+@lru_cache
+def flag_range(n: int, alpha: float) -> tuple[float, float, float]:
+    """Return the share of clean images that is flagged, on average over sets of ``n`` calibration images, and by 95 of 100 such sets.
+
+    The rate given one set is Beta(k, n + 1 - k), where k of the n + 1 p-values are below ``alpha``.
+    """
+    k = int(np.ceil(alpha * (n + 1) - 1e-9)) - 1
+    if k < 1:
+        return 0.0, 0.0, 0.0
+    low, high = np.quantile(np.random.default_rng(0).beta(k, n + 1 - k, 200_000), [0.025, 0.975])
+    return k / (n + 1), float(low), float(high)
 
 
 def probabilities(logits: Floats, temperature: float) -> Floats:

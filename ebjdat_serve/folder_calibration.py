@@ -27,6 +27,7 @@ from ebjdat_serve.calibrating import (
     view_names,
 )
 from ebjdat_serve.cpus import threads
+from ebjdat_serve.detection import flag_range
 from ebjdat_serve.engines import Engine, Floats, Outputs, load_engine
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.folder_images import (
@@ -230,11 +231,10 @@ def temperature_of(logits: Floats, label: Places | None, say: Say) -> float:
 
 def promise(n: int, alpha: float = 0.05) -> str:
     """Return what n calibration images promise of the flag at ``alpha``."""
-    k = int(np.ceil(alpha * (n + 1) - 1e-9)) - 1
-    if k < 1:
+    mean, low, high = flag_range(n, alpha)
+    if not mean:
         return f"n = {n}: no p-value is below alpha {alpha:g}; the smallest is 1/{n + 1}"
-    low, high = np.quantile(np.random.default_rng(0).beta(k, n + 1 - k, 200_000), [0.025, 0.975])
     return (
-        f"n = {n}: p-values down to 1/{n + 1}; at alpha {alpha:g} it flags {k / (n + 1):.1%} of images like these on average, "
+        f"n = {n}: p-values down to 1/{n + 1}; at alpha {alpha:g} it flags {mean:.1%} of images like these on average, "
         f"and {low:.1%} to {high:.1%} by 95 of 100 such calibrations"
     )

@@ -48,7 +48,8 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
 
     async def serve(server: litserve_adapter.Server) -> None:
         async with shared.decoder.running():
-            await supervisor.run(server.announce, server.give_up, beside=[shared.access.follow(), disconnects.watch()])
+            beside = [shared.access.follow(), disconnects.watch(), shared.drift_file.follow(shared.drift_states)]
+            await supervisor.run(server.announce, server.give_up, beside=beside)
 
     server = litserve_adapter.Server(workers, application.install, serve, application.begin_drain, application.drain, sockets, settings)
     return server, lambda: ", ".join(manager.active.name for manager in managers.values())

@@ -157,6 +157,9 @@ class Settings:
     ] = None
     audit_log_bytes: Annotated[int, count(OUTPUT, "size at which the audit log is replaced", "bytes", 2**16)] = 64 * 2**20
     audit_log_files: Annotated[int, count(OUTPUT, "earlier files of the audit log that are kept", "files")] = 8
+    drift_state: Annotated[
+        Path | None, About(OUTPUT, "file by which the drift test (docs/drift.md) goes on after a restart", metavar="FILE")
+    ] = None
     stock: Annotated[bool, About(OUTPUT, "serve by LitServe's own routes, queues and loops instead (docs/decisions/0004)")] = False
 
     def __post_init__(self) -> None:

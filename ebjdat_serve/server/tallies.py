@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class Tally:
                 self.decisions[decision] += 1
 
 
-def keep_newest(tallies: dict[str, Tally]) -> None:
+def keep_newest(tallies: dict[str, Any]) -> None:
     """Drop the oldest of too many."""
     while len(tallies) > KEPT:
         del tallies[next(iter(tallies))]

@@ -1,5 +1,6 @@
 """Answers of /health, /info and /."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -8,8 +9,11 @@ from ebjdat_serve import __version__
 from ebjdat_serve.card import score_words
 from ebjdat_serve.decoding.header import Limits as ImageLimits
 from ebjdat_serve.decoding.judge import accepted
+from ebjdat_serve.detection import flag_range
+from ebjdat_serve.drift import LEVEL, share_interval
 from ebjdat_serve.manifest import Capabilities, FittedPrior, Input, Licence, Provenance
 from ebjdat_serve.server.answer import Schema
+from ebjdat_serve.server.drift_states import Drift
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.sgld import Sampler
@@ -55,6 +59,34 @@ class CalibrationInfo(Schema):
     left_out: dict[str, str]
     reviewed: Annotated[list[str], Field(description="what `decision` looks at")]
     review_share: Annotated[float, Field(description="expected share of such images that goes to review")]
+
+
+class FlagRate(Schema):
+    """The share of images that is flagged, an interval that holds its rate at all times together with 95 %, and what was calibrated."""
+
+    rate: float
+    low: float
+    high: float
+    expected: Annotated[float, Field(description="of images like the calibration images, on average over calibration sets of this size")]
+    expected_low: Annotated[float, Field(description="by 95 of 100 such sets, with expected_high")]
+    expected_high: float
+
+
+class DriftInfo(Schema):
+    """Whether the traffic of this version is like the calibration images: docs/drift.md."""
+
+    means: Annotated[str, Field(description="what the evidence means, in a sentence")]
+    since: str
+    images: int
+    repeated: Annotated[int, Field(description="pictures that were sent again, which are not counted")]
+    log_e: Annotated[float, Field(description="log e-value of the drift test, nats")]
+    log_e_alarm: Annotated[
+        float, Field(description="where the alarm is: traffic like the calibration images ever gets there with 1 in 1,000")
+    ]
+    alarm: Annotated[str | None, Field(description="when it was raised")]
+    jumper_log_e: Annotated[float, Field(description="of the simple jumper martingale, which ends in false alarms, to compare")]
+    flagged: FlagRate
+    p_values: Annotated[list[int], Field(description="images by p-value: up to .1, .2 … 1")]
 
 
 class ClientLimitsInfo(Schema):
@@ -134,6 +166,7 @@ class Info(Schema):
     alpha: float
     ood_score: Annotated[str, Field(description="what `suspicion` is")]
     calibration: Annotated[CalibrationInfo | None, Field(description="null: no p-value, no flag and no decision, and no guessed threshold")]
+    drift: Annotated[DriftInfo | None, Field(description="null: not calibrated")]
     limits: LimitsInfo
     load: Load
     refresh: Refresh
@@ -157,10 +190,39 @@ def calibration_info(served: ServedModel) -> CalibrationInfo | None:
     )
 
 
+def drift_info(drift: Drift | None) -> DriftInfo | None:
+    """Return what the drift test says, None for a model that is not calibrated."""
+    if drift is None:
+        return None
+    test = drift.test
+    low, high = share_interval(drift.flagged, test.t)
+    expected, expected_low, expected_high = flag_range(test.n, drift.alpha)
+    return DriftInfo(
+        means=drift.words,
+        since=drift.since,
+        images=test.t,
+        repeated=drift.repeated,
+        log_e=drift.log_e,
+        log_e_alarm=-math.log(LEVEL),
+        alarm=drift.alarm or None,
+        jumper_log_e=float(drift.jumper.log_e),
+        flagged=FlagRate(
+            rate=drift.flagged / max(1, test.t),
+            low=low,
+            high=high,
+            expected=expected,
+            expected_low=expected_low,
+            expected_high=expected_high,
+        ),
+        p_values=test.tenths(),
+    )
+
+
 def info_answer(
     served: ServedModel,
     settings: Settings,
     *,
+    drift: Drift | None,
     steps: int,
     client: ClientLimitsInfo,
     engine_info: dict[str, str],
@@ -184,6 +246,7 @@ def info_answer(
         alpha=s.alpha,
         ood_score=score_words(manifest, calibration),
         calibration=calibration_info(served),
+        drift=drift_info(drift),
         limits=LimitsInfo(
             body_bytes=s.max_body,
             image_bytes=s.max_image_bytes,

@@ -1,6 +1,7 @@
 """What an endpoint is, and what its handler works with."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.server import problems
 from ebjdat_serve.server.api_docs import prefix_of
 from ebjdat_serve.server.compute.model import Operation
+from ebjdat_serve.server.drift_states import Drift, DriftFile, State
 from ebjdat_serve.server.model_manager import ModelManager
 from ebjdat_serve.server.observer import Observer
 from ebjdat_serve.server.payloads import Predictions
@@ -36,6 +38,7 @@ from ebjdat_serve.server.settings import OPERATE, Settings
 from ebjdat_serve.server.tallies import Tally, keep_newest
 from ebjdat_serve.server.threads import in_daemon_thread
 
+log = logging.getLogger("ebjdat_serve")
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"content": {problems.MEDIA_TYPE: {"schema": problems.SCHEMA}}, "description": problems.TITLES[code]}
     for code in (400, 401, 403, 408, 409, 413, 415, 421, 422, 429, 500, 503, 504)
@@ -77,9 +80,13 @@ class Shared:
         self.settings, self.access, self.endpoints = settings, access, endpoints
         self.services: dict[str, Service] = {}
         self.draining = False  # a stop signal has come
-        self.observer = Observer(settings)
+        self.observer, self.drift_file = Observer(settings), DriftFile(settings.drift_state)
         self.decoder = ImageDecoder(settings)
         self.encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
+
+    def drift_states(self) -> dict[str, State]:
+        """Return the states of all drift tests."""
+        return {of: drift.state() for service in self.services.values() for of, drift in service.drifts.items()}
 
     def service(self, scope: Mapping[str, Any]) -> "Service":
         """Return the service of the model that a request is for; raise Problem 404 for a name that no model has."""
@@ -117,6 +124,7 @@ class Service:
         self.classify_queue, self.generate_queue = classify, generate
         self.access, self.decoder, self.encoders = shared.access, shared.decoder, shared.encoders
         self.tallies: dict[str, Tally] = {}  # by bundle
+        self.drifts: dict[str, Drift] = {}  # by name of the model, bundle, graph and alpha
 
     @property
     def queues(self) -> list[RequestQueue]:
@@ -130,6 +138,17 @@ class Service:
             keep_newest(self.tallies)
         return tally
 
+    def drift(self, model: ServedModel) -> Drift | None:
+        """Return the drift test of ``model``, which goes on after a restart and begins anew with a version; None: it is not calibrated."""
+        if (calibration := model.calibration) is None:
+            return None
+        of = f"{self.name} {model.key} {calibration.of} {self.settings.alpha:g}"
+        if (drift := self.drifts.get(of)) is None:
+            drift = self.drifts[of] = Drift(calibration, self.settings.alpha)
+            self.shared.drift_file.take(of, drift)
+            keep_newest(self.drifts)
+        return drift
+
     def note(self, request: Request, model: ServedModel, predictions: Predictions, reasons: NDArray[np.bool_] | None = None) -> None:
         """Count what was predicted for a request, and write the audit log; ``reasons`` are those of a check."""
         trace, calibration = request.scope["trace"], model.calibration
@@ -138,6 +157,8 @@ class Service:
             hits = predictions.reasons if reasons is None else reasons
             trace.decisions = ["review" if any(row) else "accept" for row in hits.tolist()]
         self.tally(model).predict(predictions, trace.decisions)
+        if (drift := self.drift(model)) and drift.note(predictions):
+            log.error("drift of the traffic of %s, at /models/%s: %s", model.name, self.name, drift.words)
         if self.shared.observer.audit:
             if calibration is not None:
                 names = [*calibration.reviewed, *(["reach"] if reasons is not None else [])]

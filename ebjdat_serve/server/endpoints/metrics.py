@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 
 from ebjdat_serve.keys import Scope
+from ebjdat_serve.server.answer.status import DriftInfo, drift_info
 from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service, Shared
 from ebjdat_serve.server.observer import REASONS
 from ebjdat_serve.server.problems import refused
@@ -91,6 +92,12 @@ GAUGES: list[tuple[str, str, Labels]] = [
     ("ebjdat_queue_depth", "Requests in progress.", ("model", "kind")),
     ("ebjdat_chains_running", "Langevin chains in progress.", ("model",)),
     ("ebjdat_chain_steps_per_second", "Rate of all workers together.", ("model",)),
+    ("ebjdat_drift_log_e", "Log e-value against traffic that is like the calibration images; the alarm is at log 1000.", (*MODEL, "test")),
+    ("ebjdat_drift_alarm", "1 once the drift test has raised its alarm.", MODEL),
+    ("ebjdat_drift_images", "Images that the drift test has seen, also before a restart.", MODEL),
+    ("ebjdat_flag_rate", "Share of these images that was flagged.", MODEL),
+    ("ebjdat_flag_rate_low", "Lower bound of its rate, at all times together 95 %.", MODEL),
+    ("ebjdat_flag_rate_high", "Upper bound of its rate, at all times together 95 %.", MODEL),
     ("ebjdat_connections", "Open connections.", ()),
 ]
 
@@ -143,7 +150,21 @@ def of_service(found: Families, service: Service) -> None:
     found.add("ebjdat_ready", (name,), manager.ready())
     engine = manager.engine_info()
     about = (engine.get("engine", ""), engine.get("provider", ""), engine.get("precision", ""), manager.active.key)
-    found.add("ebjdat_model_info", (name, manager.active.bundle.manifest.version, *about), 1)
+    version = manager.active.bundle.manifest.version
+    found.add("ebjdat_model_info", (name, version, *about), 1)
+    if drift := drift_info(service.drift(manager.active)):  # of the version that is served alone
+        of_drift(found, (name, version), drift)
+
+
+def of_drift(found: Families, model: Labels, drift: DriftInfo) -> None:
+    """Add what the drift test says."""
+    found.add("ebjdat_drift_log_e", (*model, "urn"), drift.log_e)
+    found.add("ebjdat_drift_log_e", (*model, "jumper"), drift.jumper_log_e)
+    found.add("ebjdat_drift_alarm", model, bool(drift.alarm))
+    found.add("ebjdat_drift_images", model, drift.images)
+    found.add("ebjdat_flag_rate", model, drift.flagged.rate)
+    found.add("ebjdat_flag_rate_low", model, drift.flagged.low)
+    found.add("ebjdat_flag_rate_high", model, drift.flagged.high)
 
 
 def of_version(found: Families, model: Labels, tally: Tally) -> None:

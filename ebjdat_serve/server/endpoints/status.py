@@ -58,6 +58,7 @@ async def info(service: Service, request: Request) -> Response:
     answer = info_answer(
         served,
         service.settings,
+        drift=service.drift(served),
         steps=max_steps(served.bundle.manifest, service.settings),
         client=ClientLimitsInfo(rate=own.rate, requests=own.requests, bodies=own.bodies, chains=own.chains),
         engine_info=service.manager.engine_info(),
