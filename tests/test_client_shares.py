@@ -66,9 +66,12 @@ def test_a_client_that_comes_after_a_pause_goes_first_for_its_credit_and_no_long
 
 @given(st.lists(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 20)), min_size=1, max_size=300), st.booleans())
 def test_whoever_comes_and_goes_a_client_with_work_is_served(turns, linear):
-    """At most 2 N (1 + 1 / CLIENT_QUOTA) chain-steps and two turns pass between two of a client's, N the clients."""
+    """At most 2 N (1 + 1 / CLIENT_QUOTA) chain-steps and two turns pass between two of a client's, N the clients.
+
+    Where turns are filled, those who come after a pause may use up their credit first, each of N - 1 in turns of their own.
+    """
     shares, waited = ClientShares(), 0
-    bound = 2 * 7 * (1 + 1 / CLIENT_QUOTA) + 2 * WIDTH
+    bound = 2 * 7 * (1 + 1 / CLIENT_QUOTA) + 2 * WIDTH if linear else 6 * (CREDIT + 1) * WIDTH
     for others in turns:
         taken = shares.split({"old": 30, **others}, WIDTH, linear)
         for client, n in taken.items():

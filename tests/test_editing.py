@@ -32,7 +32,7 @@ from training.card import rewrite
 from training.data.datasets import load
 from training.errors import TrainingError
 from training.evaluate import evaluate, evaluate_bundle
-from training.evaluation.context import Suite
+from training.evaluation.context import Suite, suite_of
 from training.evaluation.evidence import Evaluation, measurement, merge, take
 
 FEW = Suite(*[20] * 11, queries=10, thorough=False)
@@ -297,10 +297,10 @@ def test_into_takes_what_was_measured_of_the_same_weights(bundle, golden, runs, 
     bare.update("metrics.json")
 
     class Options:
-        into, force, baseline, data, processes, suite, n, amount = bare.path, False, None, None, 1, "quick", 20, []
+        into, force, baseline, data, folders, allow_code = bare.path, False, None, None, None, False
 
     Options.bundle = bundle.path
-    evaluate_bundle(Options, ("clean",), {"processes": 1})
+    evaluate_bundle(Options, suite_of("quick", 20, []), ("clean",), {"processes": 1})
     said = capsys.readouterr().out
     assert f"into {bare.path / 'metrics.json'}" in said
     assert "3 rows taken, 0 kept" in said
@@ -308,7 +308,7 @@ def test_into_takes_what_was_measured_of_the_same_weights(bundle, golden, runs, 
     Options.into = SHIPPED
     Options.force = True
     with pytest.raises(TrainingError, match="has other weights than"):
-        evaluate_bundle(Options, ("clean",), {"processes": 1})
+        evaluate_bundle(Options, suite_of("quick", 20, []), ("clean",), {"processes": 1})
 
 
 def test_a_folder_whose_figures_git_tracks_is_measured_into_by_force_alone(bundle, runs, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -177,7 +176,7 @@ def read(path: Path) -> dict[str, State]:
             raise ValueError("a state must be an object")
     except (ValueError, RecursionError) as error:
         aside = path.with_name(f"{path.name}.damaged")
-        os.replace(path, aside)
+        path.rename(aside)
         log.warning("%s holds no states of drift tests, which begin anew; it is now %s: %s", path, aside.name, str(error)[:100])
         return {}
     return states

@@ -20,6 +20,7 @@ from ebjdat_serve.server import ipc
 from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.tallies import QueueTally
+from ebjdat_serve.server.trace import Trace
 
 log = logging.getLogger("ebjdat_serve")
 LOOK_SECONDS = 0.5
@@ -44,11 +45,17 @@ class PendingRequest:
     preview: Any = None  # the newest, None when the client has it
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # set when there is a preview or the result
 
+    @property
+    def trace(self) -> Trace | None:
+        """What is noted of the request; None for one that came by no connection."""
+        found: Trace | None = getattr(self.request, "scope", {}).get("trace")
+        return found
+
     def took(self, seconds: float) -> float:
         """Note that a worker computed for so many seconds; return how many the request waited."""
         waited = max(0.0, time.monotonic() - self.since - seconds)
-        if trace := self.request.scope.get("trace"):
-            trace.compute, trace.queue = seconds, waited
+        if self.trace:
+            self.trace.compute, self.trace.queue = seconds, waited
         return waited
 
     def resolve(self, value: Any) -> None:
