@@ -106,11 +106,11 @@ def test_a_stop_signal_drains_and_leaves_no_process_behind(tmp_path, picture, se
     """A drawing and an upload under way are answered before the end."""
     with serving(SHIPPED, tmp_path / "log") as server, connect(server) as client:
         tree, answers = [server.process.pid, *server.children()], []
-        until(lambda: len(server.children()) == 9)
+        until(lambda: len(server.children()) == 8)
         tree = [
             server.process.pid,
             *server.children(),
-        ]  # main, HTTP, two workers and what they are forked from, multiprocessing's resource tracker, zygote, three decoders
+        ]  # main, HTTP, two workers, multiprocessing's resource tracker, zygote, three decoders
         query = {"class": 1, "n": 8, "steps": 60}
         thread = threading.Thread(target=lambda: answers.append(httpx2.get(f"{server.url}/generate", params=query, timeout=60).status_code))
         thread.start()
@@ -148,10 +148,10 @@ def test_a_stop_while_starting_leaves_no_process_behind(tmp_path):
         )
     until(
         lambda: any(
-            "forkserver" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8") for pid in descendants(process.pid) if alive(pid)
+            "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8") for pid in descendants(process.pid) if alive(pid)
         )
     )
-    process.send_signal(signal.SIGTERM)  # the process that workers are forked from is importing
+    process.send_signal(signal.SIGTERM)  # the workers are being spawned
     process.wait(20)
     listing = subprocess.run(["ps", "-eo", "pid,sid"], capture_output=True, text=True, check=True).stdout
     left = [int(pid) for pid, sid in re.findall(r"(\d+)\s+(\d+)", listing) if int(sid) == process.pid]
@@ -693,7 +693,7 @@ def listens(pid, port):
     """Whether a process runs uvicorn: it is forked, so its command line is its parent's, and it serves, so it has an epoll."""
     command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
     descriptors = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
-    return "forkserver" not in command and "resource_tracker" not in command and any("eventpoll" in target for target in descriptors)
+    return "spawn_main" not in command and "resource_tracker" not in command and any("eventpoll" in target for target in descriptors)
 
 
 def test_a_taken_port_is_named_before_anything_starts():

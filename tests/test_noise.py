@@ -141,7 +141,7 @@ def test_a_server_says_where_it_is_what_went_wrong_and_nothing_else(tmp_path, st
     try:
         lines = [process.stdout.readline() for _ in range(2)]
         url = f"http://127.0.0.1:{port}"
-        worker = next(pid for pid in descendants(process.pid) if comm(pid) == b"ebjdat-classify\n")
+        worker = next(pid for pid in descendants(process.pid) if b"spawn_main" in cmdline(pid))
         os.kill(worker, signal.SIGKILL)
         end = time.monotonic() + 60
         while httpx2.get(f"{url}/health").status_code == 200 and time.monotonic() < end:
@@ -165,8 +165,8 @@ def test_a_server_says_where_it_is_what_went_wrong_and_nothing_else(tmp_path, st
     assert "died; another is starting" in said
 
 
-def comm(pid):
-    with open(f"/proc/{pid}/comm", "rb") as file:
+def cmdline(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
         return file.read()
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import litserve as ls
 from fastapi import FastAPI
-from litserve.loops import inference_worker
 
 from ebjdat_serve.errors import EngineError, cause
 from ebjdat_serve.logs import adopt
@@ -33,13 +32,6 @@ from ebjdat_serve.server.worker_sockets import FAILED, WorkerSockets
 
 YOUNG_OBJECTS = 10_000
 """Objects made since the last garbage collection that start another: with Python's 700, collections took 5 % of the HTTP process."""
-
-FORKSERVER = mp.get_context("forkserver")
-"""Workers are forked from a process that has imported what they need and holds nothing else: no session, no CUDA, no thread.
-
-LitServe spawns each, and its imports take 1.4 s of a core: at a start, and at every restart.
-"""
-FORKSERVER.set_forkserver_preload(["ebjdat_serve.server.compute.workers", "ebjdat_serve.engines.ort"])
 
 log = logging.getLogger("ebjdat_serve")
 
@@ -137,9 +129,7 @@ class Server(ls.LitServer):
         """Start a worker that has one end of a new connection; no other process keeps that, so the other end tells of its death."""
         assert isinstance(lit_api, Worker)
         with self._sockets.connect() as lit_api.connection:
-            kept = (None, self._transport, self.workers_setup_status, self._callback_runner, self.restart_workers)
-            process = FORKSERVER.Process(target=inference_worker, args=(lit_api, "cpu:0", worker_id, *kept), name="inference-worker")
-            process.start()
+            process = super().launch_single_inference_worker(lit_api, worker_id)
         lit_api.connection = None
         return process
 
