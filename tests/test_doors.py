@@ -607,12 +607,9 @@ FORMS_OF_V2 = {
 
 
 EVERYDAY = ("quotes", "millions of brackets", "a bomb", "a large array")
-OVER = pytest.mark.xfail(reason="13 to 15 ms where another test runs beside it, against the 10 that are asked for: docs/v2.md")
-LONGER = {name: [OVER] for name in ("millions of nested numbers", "21 MiB inflated", "64 files")}
-FORMS = [name if name in EVERYDAY else pytest.param(name, marks=[pytest.mark.slow, *LONGER.get(name, [])]) for name in FORMS_OF_V2]
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in FORMS_OF_V2])
 def test_no_body_of_the_open_protocol_keeps_the_event_loop(watched, name):
     body, headers = FORMS_OF_V2[name]()
     assert len(body) <= 22 * 2**20

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.read.bodies import BodyMemory, parse_json, read_body
+from ebjdat_serve.server.read.bodies import BodyMemory, drop, parse_json, read_body
 from ebjdat_serve.server.settings import Settings
 
 RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")  # the last is curl --data-binary's own
@@ -76,8 +76,7 @@ async def read_upload(request: Request, settings: Settings) -> AsyncIterator[Upl
         try:
             yield upload
         finally:
-            for image in upload.images:
-                image.clear()  # at once, while they are counted: others still refer to them
+            await drop(*upload.images)  # now, while they are counted: others still refer to them
 
 
 async def encoded_images(request: Request, upload: Upload, settings: Settings) -> tuple[list[bytearray], bool]:
@@ -93,7 +92,7 @@ async def encoded_images(request: Request, upload: Upload, settings: Settings) -
     else:
         return [upload.body], False
     upload.memory.hold(-len(upload.body))
-    upload.body.clear()
+    await drop(upload.body)
     return upload.images, listed
 
 

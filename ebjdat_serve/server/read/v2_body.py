@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from fastapi import Request
 
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.read.bodies import BodyMemory, read_body, refuse_large
+from ebjdat_serve.server.read.bodies import BodyMemory, drop, read_body, refuse_large
 from ebjdat_serve.server.read.uploads import Upload
 from ebjdat_serve.server.read.v2_json import Place, few_numbers, files, numbers, take_out
 from ebjdat_serve.server.read.v2_request import infer_request
@@ -46,8 +46,7 @@ async def open_infer(request: Request, settings: Settings) -> AsyncIterator[Uplo
                 await inflate(body, upload.body, WINDOWS[encoding], settings, memory)
             yield upload
         finally:
-            for held in (upload.body, *upload.images):
-                held.clear()  # at once, while they are counted: others still refer to them
+            await drop(upload.body, *upload.images)  # now, while they are counted: others still refer to them
 
 
 async def inflate(body: bytearray, inflated: bytearray, window: int, settings: Settings, memory: BodyMemory) -> None:
@@ -70,7 +69,7 @@ async def inflate(body: bytearray, inflated: bytearray, window: int, settings: S
     if inflater.unused_data or at < len(body):
         raise Problem(400, "the body goes on after the end of its content encoding")
     memory.hold(-len(body))
-    body.clear()
+    await drop(body)
 
 
 class InferBody:
@@ -98,7 +97,7 @@ class InferBody:
                 pixels, start = await pixels_of(body, asked, places, memory.hold), 0
             await copy_arrays(upload, pixels, start, asked)
         memory.hold(-len(body))
-        body.clear()
+        await drop(body)
         return upload.images, True
 
 

@@ -74,7 +74,7 @@ async def array_in(body: bytearray, start: int, end: int) -> Place | None:
     opens = body.find(b"[", start, start + LONG)
     if opens < 0:
         return None
-    last = body.rfind(b"]", opens, await find(body, b"}", opens, end))
+    last = await find_last(body, b"]", opens, await find(body, b"}", opens, end))
     return Place(opens, last + 1) if last - opens > LONG else None
 
 
@@ -85,6 +85,15 @@ async def find(body: bytearray, what: bytes, start: int, end: int) -> int:
             return found
         await asyncio.sleep(0)
     return end
+
+
+async def find_last(body: bytearray, what: bytes, start: int, end: int) -> int:
+    """Return where a byte is last between two places, -1 if it is not."""
+    for at in range(end, start, -SEARCHED):
+        if (found := body.rfind(what, max(start, at - SEARCHED), at)) >= 0:
+            return found
+        await asyncio.sleep(0)
+    return -1
 
 
 async def numbers(body: bytearray, place: Place, n: int, hold: Callable[[int], None]) -> bytearray:
