@@ -156,13 +156,13 @@ The OOD score is {score_words(m, calibration)}.
 def drawn_words(bundle: Bundle) -> str:
     """Return the card's section on what is drawn, or nothing where it draws nothing."""
     m = bundle.manifest
-    if not m.prior:
+    if not m.prior or not (agreement := agreement_words(bundle.metrics())):
         return ""
     return f"""
 ## What it draws
 
 Chains start from {prior_words(m)}; of the other classes nothing is drawn.
-By the model's own judgement alone, {agreement_words(bundle.metrics())}. A network that was not trained for robustness labels
+By the model's own judgement alone, {agreement}. A network that was not trained for robustness labels
 noise as asked: agreement says that chains follow its score, not that a person sees the class.
 """
 

@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ebjdat_serve.editing import FORCED
     from ebjdat_serve.server.settings import SHIPPED, VERIFIED_BY, add_arguments
     from ebjdat_serve.sgld import NOISE, STEPS
+
+    def on_folder(name: str, command: Callable[[argparse.Namespace], None], text: str, images: str) -> argparse.ArgumentParser:
+        """Add a command that measures a bundle on the images of a folder, and writes what it finds into it."""
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("bundle", type=Path)
+        sub.add_argument("folder", type=Path, metavar="DIR", help=images)
+        sub.add_argument("--folders", type=Path, metavar="FILE", help="JSON object: labels by the names of sub-folders")
+        sub.add_argument("--force", action="store_true", help=FORCED)
+        sub.set_defaults(command=command)
+        return sub
 
     serve_parser = commands.add_parser("serve", help="serve bundles, or stores of them, over HTTP", usage=SERVE_USAGE, epilog=SERVE_EPILOG)
     add_arguments(serve_parser)
@@ -80,37 +90,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     upgrade_parser.add_argument("old", type=Path, help="a bundle of schema 1, or a store")
     upgrade_parser.add_argument("new", type=Path, help="a folder that does not exist yet")
     upgrade_parser.set_defaults(command=upgrade)
-    calibrate_parser = commands.add_parser("calibrate", help="calibrate a bundle on the images of a folder: p-values, the flag, decisions")
-    calibrate_parser.add_argument("bundle", type=Path)
-    calibrate_parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="images like those to come; sub-folders named as labels tell them"
+    calibrate_parser = on_folder(
+        "calibrate",
+        calibrate,
+        "calibrate a bundle on the images of a folder: p-values, the flag, decisions",
+        "images like those to come; sub-folders named as labels tell them",
     )
-    calibrate_parser.add_argument("--folders", type=Path, metavar="FILE", help="JSON object: labels by the names of sub-folders")
     calibrate_parser.add_argument(
         "--reach-images", type=int, metavar="N", help="images that walk for check=reach (as many as 5 minutes allow)"
     )
-    calibrate_parser.add_argument("--force", action="store_true", help=FORCED)
-    calibrate_parser.set_defaults(command=calibrate)
-    prior_parser = commands.add_parser("prior", help="fit class Gaussians to a folder, where drawing starts, and measure class agreement")
-    prior_parser.add_argument("bundle", type=Path)
-    prior_parser.add_argument("folder", type=Path, metavar="DIR", help="images in sub-folders named as labels, 10 of a class at least")
-    prior_parser.add_argument("--folders", type=Path, metavar="FILE", help="JSON object: labels by the names of sub-folders")
+    prior_parser = on_folder(
+        "prior",
+        prior,
+        "fit class Gaussians to a folder, where drawing starts, and measure class agreement",
+        "images in sub-folders named as labels, 10 of a class at least",
+    )
     prior_parser.add_argument("--steps", type=int, metavar="N", default=STEPS, help=f"Langevin steps ({STEPS})")
     prior_parser.add_argument("--step-size", type=float, metavar="X", help="pixels of [0,1] by unit of score (by the score at the prior)")
     prior_parser.add_argument("--grad-clip", type=float, metavar="X", help="bound on each component of the score (half a pixel a step)")
     prior_parser.add_argument("--noise-std", type=float, metavar="X", default=NOISE, help=f"noise of a step, pixels of [0,1] ({NOISE})")
     prior_parser.add_argument("--chains", type=int, metavar="N", help="chains that agreement is measured on (as many as 5 minutes allow)")
-    prior_parser.add_argument("--force", action="store_true", help=FORCED)
-    prior_parser.set_defaults(command=prior)
-    quantize_parser = commands.add_parser("quantize", help="add int8 to an imported bundle, measured on images that are held back")
-    quantize_parser.add_argument("bundle", type=Path)
-    quantize_parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="300 images or more like those to come; sub-folders named as labels tell them"
+    quantize_parser = on_folder(
+        "quantize",
+        quantize,
+        "add int8 to an imported bundle, measured on images that are held back",
+        "300 images or more like those to come; sub-folders named as labels tell them",
     )
-    quantize_parser.add_argument("--folders", type=Path, metavar="FILE", help="JSON object: labels by the names of sub-folders")
     quantize_parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there, admitted or not")
-    quantize_parser.add_argument("--force", action="store_true", help=FORCED)
-    quantize_parser.set_defaults(command=quantize)
     for sub in (publish_parser, rollback_parser, sign_parser):
         add_arguments(sub, VERIFIED_BY)
     import_command.add(commands)
@@ -157,6 +163,8 @@ def serve(options: argparse.Namespace) -> None:
             raise EbjdatError("--stock logs as LitServe does: leave out --log json, or --stock")
         if settings.profile == "public":
             raise EbjdatError("--stock answers everything that the model says: leave out --profile public, or --stock")
+        if settings.audit_log or settings.drift_state or settings.access_log:
+            raise EbjdatError("--stock writes none of --access-log, --audit-log and --drift-state: leave them out, or --stock")
         if settings.more:
             raise EbjdatError("--stock serves one model: name one, or leave out --stock")
         if settings.check == "reach":

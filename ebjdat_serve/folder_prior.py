@@ -246,11 +246,10 @@ def chains_of(engine: Engine, prior: Prior, sampler: Sampler, wanted: int | None
 
 def rows_of(right: Mapping[int, np.ndarray], sampler: Sampler, of: str) -> list[Row]:
     """Return class agreement as rows: after all steps, after some, of the prior alone."""
-    from scipy.stats import binomtest  # of the extra [calibrate]: a server does without
+    from ebjdat_serve.measures import wilson  # SciPy's, of the extra [calibrate]: a server does without
 
     rows = []
     for steps, good in sorted(right.items(), reverse=True):
-        interval = binomtest(int(good.sum()), len(good)).proportion_ci(0.95, "wilson")
         about: dict[str, Any] = {"dataset": FRESH, **asdict(replace(sampler, steps=steps))} if steps else {"dataset": PRIOR}
         rows.append(
             Row(
@@ -259,7 +258,7 @@ def rows_of(right: Mapping[int, np.ndarray], sampler: Sampler, of: str) -> list[
                 n=len(good),
                 of=of,
                 seed=0,
-                interval=(float(interval.low), float(interval.high)),
+                interval=wilson(int(good.sum()), len(good)),
                 interval_kind="wilson",
                 part="generation",
                 **about,

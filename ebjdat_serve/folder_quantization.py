@@ -150,10 +150,14 @@ class Seeing:
         return cls(Outputs.join([one.outputs for one in parts]), scores)
 
 
-def sets_of(images: Pixels, places: Places) -> dict[str, Pixels]:
-    """Return a chunk of images handled as the calibration's are, and the means of pairs of them, which show neither."""
-    mixed = ((images.astype(np.uint16) + np.roll(images, 1, axis=0)) // 2).astype(np.uint8)
-    return {"handled": handled_each(images, places, SEEDS["held back"], UNTOUCHED), "mixed": mixed}
+def sets_of(images: Pixels, places: Places, last: Pixels) -> dict[str, Pixels]:
+    """Return a chunk of images handled as the calibration's are, and the means of each and the one before it, which show neither.
+
+    ``last`` (0 or 1, H, W, 3) is the image before the chunk: pairs do not depend on chunks, and there is one less than images.
+    """
+    row = np.concatenate([last, images]).astype(np.uint16)
+    found = {"handled": handled_each(images, places, SEEDS["held back"], UNTOUCHED), "mixed": ((row[1:] + row[:-1]) // 2).astype(np.uint8)}
+    return {what: pixels for what, pixels in found.items() if len(pixels)}
 
 
 def look(engine: Engine, images: Pixels, views: Mapping[Precision, Combination]) -> Seeing:
@@ -170,12 +174,14 @@ def measured(bundle: Bundle, images: FolderImages, held: Places, label: Places |
     views = {name: bundle.combination(name) for name in PRECISIONS if bundle.calibrated}
     found: dict[tuple[str, Precision], list[Seeing]] = {}
     there, timed = [], np.empty((0, 3, 0, 0), np.float32)
+    last = np.empty((0, bundle.manifest.input.height, bundle.manifest.input.width, 3), np.uint8)
     for places, chunk in images.chunks(held):
         there.append(places)
         timed = to_unit(chunk[:32]) if len(timed) == 0 else timed
-        for what, pixels in {"clean": chunk, **(sets_of(chunk, places) if views else {})}.items():
+        for what, pixels in {"clean": chunk, **(sets_of(chunk, places, last) if views else {})}.items():
             for name, engine in engines.items():
                 found.setdefault((what, name), []).append(look(engine, pixels, views))
+        last = chunk[-1:]
     seen = {key: Seeing.join(parts) for key, parts in found.items()}
     where, of = Images(dataset=dataset, split="held back"), bundle.measured("int8")
 

@@ -1,4 +1,4 @@
-"""Measures of scores and proportions that both rooms take, training and the wheel; SciPy computes them (extra [import] or [train])."""
+"""Measures of scores and proportions that training and the wheel take; SciPy computes them (extra [calibrate], [import] or [train])."""
 
 import numpy as np
 from numpy.typing import NDArray

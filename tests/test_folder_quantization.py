@@ -199,3 +199,17 @@ def test_norms_are_folded_into_convolutions_and_kernels_stay_one_copy():
     np.testing.assert_allclose(run(), expected, rtol=1e-4, atol=1e-4)
     kernels = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if len(t.dims) == 4 and np.prod(t.dims) > 8}
     assert set(kernels) == {"w", "w2"} and all(np.array_equal(array, given[name]) for name, array in kernels.items())
+
+
+def test_pairs_do_not_depend_on_chunks_and_no_image_is_paired_with_itself():
+    pictures, none = (
+        np.arange(4, dtype=np.uint8)[:, None, None, None] * np.full((4, 2, 2, 3), 20, np.uint8),
+        np.empty((0, 2, 2, 3), np.uint8),
+    )
+    places = np.arange(4)
+    whole = folder_quantization.sets_of(pictures, places, none)
+    assert whole["mixed"][:, 0, 0, 0].tolist() == [10, 30, 50]
+    alone = [folder_quantization.sets_of(pictures[i : i + 1], places[i : i + 1], pictures[max(0, i - 1) : i]) for i in range(4)]
+    assert [len(one.get("mixed", none)) for one in alone] == [0, 1, 1, 1]
+    for what in ("mixed", "handled"):
+        assert np.array_equal(np.concatenate([one[what] for one in alone if what in one]), whole[what])

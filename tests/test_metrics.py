@@ -1,24 +1,32 @@
 """/metrics, the identity of a request, the access log and the audit log."""
 
+import asyncio
+import contextlib
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
 import threading
+import time
 from base64 import b64encode
 from hashlib import sha256
 
 import pytest
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.cli import main
 from ebjdat_serve.pixels import encode_png
+from ebjdat_serve.server import problems
 from ebjdat_serve.server.endpoints.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from ebjdat_serve.server.line_log import WAITING, LineLog
-from ebjdat_serve.server.settings import SHIPPED
-from ebjdat_serve.server.tallies import KEPT, TENTHS, Histogram, Tally, keep_newest
+from ebjdat_serve.server.observer import Observer, TraceMiddleware
+from ebjdat_serve.server.settings import SHIPPED, Settings
+from ebjdat_serve.server.tallies import KEPT, TENTHS, Histogram, Newest, Tally
 from ebjdat_serve.server.trace import Trace
 from ebjdat_serve.store import publish
 from tests.classifiers import images, write
@@ -267,6 +275,90 @@ def test_buckets_are_inclusive_and_cumulative():
 
 
 def test_counts_of_many_versions_do_not_pile_up():
-    tallies = {str(i): Tally(str(i), []) for i in range(KEPT + 3)}
-    keep_newest(tallies)
-    assert list(tallies) == [str(i) for i in range(3, KEPT + 3)]
+    tallies = Newest[Tally]()
+    first = tallies.of("first", lambda: Tally("first", []))
+    for i in range(KEPT + 3):
+        tallies.of(str(i), lambda i=i: Tally(str(i), []))
+        assert tallies.of("first", lambda: Tally("anew", [])) is first  # which is used all the time: a version that is served again
+    assert set(tallies) == {"first", *(str(i) for i in range(4, KEPT + 3))}
+
+
+def test_a_request_that_its_connection_refuses_is_counted_once_and_as_that(observed):
+    """The app hears that its client has left, and would count 499."""
+    before = scraped(observed.url)
+    address = observed.url.removeprefix("http://").split(":")
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nX-Request-ID: midway\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection((address[0], int(address[1]))) as client:
+        client.sendall(head + b"4\r\nabcd\r\n")
+        time.sleep(0.3)
+        client.sendall(b"zz\r\n")
+        assert b" 400 " in client.recv(4096)
+    until(lambda: total(scraped(observed.url)["ebjdat_requests_total"], code="400") > total(before["ebjdat_requests_total"], code="400"))
+    after = scraped(observed.url)
+
+    def gained(name, **labels):
+        return total(after.get(name, {}), **labels) - total(before.get(name, {}), **labels)
+
+    assert gained("ebjdat_requests_total", code="499") == 0
+    assert gained("ebjdat_rejected_total") == gained("ebjdat_rejected_total", reason="malformed") == 1
+    until(lambda: '"id": "midway"' in observed.log.read_text(encoding="utf-8"))
+    (row,) = [row for row in map(json.loads, observed.log.read_text(encoding="utf-8").splitlines()) if row.get("id") == "midway"]
+    assert row["code"] == 400
+
+
+def test_a_probe_that_finds_a_model_not_ready_is_no_refused_request():
+    observer = Observer(Settings())
+    for route in ("/health", "/v2/health/ready", "/classify"):
+        observer.finish(Trace("a", "b", "c", "00", route=route, status=503))
+    assert dict(observer.rejected) == {"busy": 1}
+
+
+def test_an_answer_to_a_fault_of_the_server_has_the_id(tmp_path):
+    app, sent = FastAPI(), []
+    problems.install(app, Settings())
+    app.add_middleware(TraceMiddleware, observer=Observer(Settings()))
+
+    @app.get("/fault")
+    async def fault() -> None:
+        raise RuntimeError("a fault")
+
+    async def ask():
+        scope = {"type": "http", "method": "GET", "path": "/fault", "raw_path": b"/fault", "query_string": b"", "root_path": ""}
+        scope |= {
+            "headers": [(b"x-request-id", b"order-17")],
+            "http_version": "1.1",
+            "scheme": "http",
+            "client": ("a", 1),
+            "server": ("b", 2),
+        }
+
+        async def receive():
+            return {"type": "http.request", "body": b""}
+
+        async def send(message):
+            sent.append(message)
+
+        with contextlib.suppress(RuntimeError):  # Starlette raises it again, for the server's log
+            await app(scope, receive, send)
+
+    asyncio.run(ask())
+    headers = dict(sent[0]["headers"])
+    assert sent[0]["status"] == 500
+    assert headers[b"x-request-id"] == b"order-17"
+    assert headers[b"traceparent"].startswith(b"00-")
+
+
+def test_lines_after_the_end_are_lost_and_counted():
+    written = []
+    lines = LineLog(written.append, "a log")
+    lines.put("one")
+    lines.close(10)
+    lines.put("two")
+    assert (written, lines.lost) == (["one"], 1)
+
+
+@pytest.mark.parametrize("option", [("--audit-log", "audit"), ("--drift-state", "state"), ("--access-log",)])
+def test_the_stock_mode_does_not_pretend_to_write_what_it_does_not(option, no_start, capsys, tmp_path):
+    given = [option[0], *(str(tmp_path / name) for name in option[1:])]
+    assert main(["serve", str(SHIPPED), "--stock", *given]) == 2
+    assert "--stock writes none of" in capsys.readouterr().err

@@ -22,8 +22,8 @@ from ebjdat_serve.server.threads import in_daemon_thread
 
 log = logging.getLogger("ebjdat_serve")
 FORMAT = 1
-LARGEST = 2**20
-"""Bytes of a file of states at most; that of a version takes a thousand."""
+LARGEST = 2**22
+"""Bytes of a file of states at most; that of a version takes a thousand, and each model may keep KEPT of them."""
 WRITE_SECONDS, LAST_SECONDS = 5.0, 2.0
 """Seconds between writes, and for the last one."""
 REMEMBERED = 4096
@@ -109,6 +109,7 @@ class DriftFile:
         """Read the file; one that is damaged is put aside. Raises EbjdatError for one that cannot be written."""
         self._path, self._written = path, ""
         self._states: dict[str, State] = {}  # those that no model has taken yet
+        self._writing, self._failing = asyncio.Lock(), False
         if path is None:
             return
         try:
@@ -117,14 +118,14 @@ class DriftFile:
         except OSError as error:
             raise EbjdatError(f"the state of drift tests, {path}, cannot be written: {cause(error)}") from error
 
-    def take(self, of: str, drift: Drift) -> None:
-        """Have ``drift`` go on where one of the same ``of`` was."""
-        if (state := self._states.pop(of, None)) is None:
-            return
-        try:
-            drift.restore(state)
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            log.warning("%s: the state of a drift test is damaged, which begins anew: %s", self._path, str(error)[:100])
+    def take(self, of: str, drift: Drift) -> Drift:
+        """Return ``drift``, which goes on where one of the same ``of`` was."""
+        if (state := self._states.pop(of, None)) is not None:
+            try:
+                drift.restore(state)
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
+                log.warning("%s: the state of a drift test is damaged, which begins anew: %s", self._path, str(error)[:100])
+        return drift
 
     async def follow(self, states: Callable[[], dict[str, State]]) -> None:
         """Write what ``states`` returns again and again, in a thread: a disk that stalls keeps nobody."""
@@ -135,13 +136,18 @@ class DriftFile:
 
     async def write(self, states: dict[str, State]) -> None:
         """Write the states, if there is a file and they are others than before."""
-        text = self._text(states)
-        if self._path is None or text == self._written:
+        if self._path is None:
             return
-        try:
-            await in_daemon_thread(partial(self._write, text))
-        except OSError as error:
-            log.warning("the drift test's state is not written, and a restart would begin anew: %s", cause(error))
+        async with self._writing:  # one after the other: the last is the newest
+            if (text := self._text(states)) == self._written:
+                return
+            try:
+                await in_daemon_thread(partial(self._write, text))
+                self._failing = False
+            except OSError as error:
+                if not self._failing:
+                    log.warning("the drift test's state is not written, and a restart would begin anew: %s", cause(error))
+                self._failing = True
 
     async def close(self, states: dict[str, State]) -> None:
         """Write the states a last time."""
@@ -149,8 +155,8 @@ class DriftFile:
             await asyncio.wait_for(self.write(states), LAST_SECONDS)
 
     def _text(self, states: dict[str, State]) -> str:
-        newest = list({**self._states, **states}.items())[-2 * KEPT :]
-        return json.dumps({"format": FORMAT, "states": dict(newest)})
+        untaken = dict(list(self._states.items())[-KEPT:])
+        return json.dumps({"format": FORMAT, "states": untaken | states})
 
     def _write(self, text: str) -> None:
         assert self._path

@@ -32,7 +32,7 @@ class LineLog:
         if self._thread is None:  # not before the HTTP process was forked
             self._thread = threading.Thread(target=self._run, daemon=True, name=self._name)
             self._thread.start()
-        if len(self._lines) >= WAITING:
+        if len(self._lines) >= WAITING or self._closing.is_set():
             self.lost += 1
             return
         self._lines.append(line)

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,8 +46,8 @@ QUIET = ("/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/read
 class Unrouted:
     """Requests that no model answered: wrong paths, keys and hosts."""
 
-    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
-    durations: Histogram = field(default_factory=Histogram)
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)  # by route and code
+    durations: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))  # by route
 
 
 class Observer:
@@ -65,17 +65,19 @@ class Observer:
 
     def finish(self, trace: Trace) -> None:
         """Count a request that is over, and log it."""
-        seconds, code = time.monotonic() - trace.began, trace.status or 500
+        seconds, code = time.monotonic() - trace.began, trace.refused or trace.status or 500
         if trace.service is None or trace.model is None:
             self.unrouted.requests[trace.route or "other", code] += 1
-            self.unrouted.durations.add(seconds)
+            self.unrouted.durations[trace.route or "other"].add(seconds)
         else:
             tally = trace.service.tally(trace.model)
             tally.requests[trace.route, code] += 1
             tally.durations[trace.route].add(seconds)
+            if code < 400:
+                tally.answered[trace.route] += seconds
             if trace.decode:
                 tally.decode.add(trace.decode)
-        if code >= 400:
+        if code >= 400 and not trace.refused and trace.route not in QUIET:  # problems.refused has those; a probe is no request
             self.rejected[REASONS.get(code, "other")] += 1
         if self.access and (code >= 400 or trace.route not in QUIET):
             self.access.put(self._line(trace, code, seconds))
@@ -151,8 +153,7 @@ class TraceMiddleware:
         async def send_traced(message: Any) -> None:
             if message["type"] == "http.response.start":
                 trace.status = message["status"]
-                own = [(b"x-request-id", trace.id.encode()), (b"traceparent", trace.traceparent.encode())]
-                message = {**message, "headers": [*message.get("headers", ()), *own]}
+                message = {**message, "headers": [*message.get("headers", ()), *trace.headers]}
             await send(message)
 
         try:

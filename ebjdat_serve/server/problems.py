@@ -71,6 +71,11 @@ class Problem(Exception):
         """Return the problem as a response."""
         return Response(self.document(), self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
+    def note(self, scope: Any) -> None:
+        """Note that a request, which the app reads, is refused by its connection: it is counted and logged as such."""
+        if trace := scope.get("trace"):
+            trace.refused = self.status
+
     def last_response(self, default_headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         """Return the problem as the bytes of a response that ends its connection, and count it in ``refused``."""
         refused[self.status] += 1
@@ -105,9 +110,11 @@ def install(app: FastAPI, settings: Settings) -> None:
     async def unexpected(request: Request, __: Exception) -> Response:
         # this response passes no middleware
         detail = "the server failed on this request; its log has the cause"
-        if is_v2(request.scope["path"].removeprefix(prefix)):
-            return v2_error(500, detail)
-        return Problem(500, detail, headers={"Cache-Control": "no-store"}).response()
+        v2 = is_v2(request.scope["path"].removeprefix(prefix))
+        response = v2_error(500, detail) if v2 else Problem(500, detail, headers={"Cache-Control": "no-store"}).response()
+        if trace := request.scope.get("trace"):
+            response.raw_headers += trace.headers
+        return response
 
 
 def v2_error(status: int, detail: str) -> Response:

@@ -2,9 +2,9 @@
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,7 +14,8 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 TENTHS = tuple(i / 10 for i in range(1, 11))
 KEPT = 20
-"""Versions of a model whose counts are kept; those of the one served longest ago are dropped first."""
+"""Versions of a model whose counts are kept."""
+Value = TypeVar("Value")
 
 
 class Histogram:
@@ -48,6 +49,7 @@ class Tally:
     labels: Sequence[str]
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)  # by route and code
     durations: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))  # by route
+    answered: Counter[str] = field(default_factory=Counter)  # seconds of responses below 400, by route
     decode: Histogram = field(default_factory=Histogram)
     images: int = 0
     suspicious: int = 0
@@ -69,7 +71,12 @@ class Tally:
                 self.decisions[decision] += 1
 
 
-def keep_newest(tallies: dict[str, Any]) -> None:
-    """Drop the oldest of too many."""
-    while len(tallies) > KEPT:
-        del tallies[next(iter(tallies))]
+class Newest(dict[str, Value]):
+    """Values by what they are of, KEPT at most: the one that was used longest ago is dropped first."""
+
+    def of(self, key: str, make: Callable[[], Value]) -> Value:
+        """Return the value of ``key``, a new one where there is none."""
+        value = self[key] = self.pop(key) if key in self else make()
+        if len(self) > KEPT:
+            del self[next(iter(self))]
+        return value

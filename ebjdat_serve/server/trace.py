@@ -23,7 +23,8 @@ class Trace:
     method: str = ""
     began: float = field(default_factory=time.monotonic)
     route: str = ""  # the path of the endpoint, "" for none
-    status: int = 0
+    status: int = 0  # of the response that the app gave
+    refused: int = 0  # of the one that the connection gave in its place
     service: Any = None  # the Service that answers, None for none
     model: Any = None  # the ServedModel that answers
     key: str = ""  # the name of the API key
@@ -48,6 +49,11 @@ class Trace:
         trace_id, flags = (found[1].decode(), found[3].decode()) if found else (fresh[:32], "00")
         request_id = sent_id.decode() if REQUEST_ID.fullmatch(sent_id) else fresh[32:64]
         return Trace(request_id, trace_id, fresh[64:], flags, method)
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return what tells the client of the request's identity."""
+        return [(b"x-request-id", self.id.encode()), (b"traceparent", self.traceparent.encode())]
 
     @property
     def traceparent(self) -> str:

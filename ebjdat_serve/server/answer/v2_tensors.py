@@ -1,6 +1,7 @@
 """Answers of the Open Inference Protocol v2: which outputs there are, and how they are written, in binary or in JSON."""
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -134,7 +135,7 @@ def listed(output: Output, values: NDArray[Any], labels: Sequence[str]) -> str:
 def compressed(body: bytes, accepted: str) -> tuple[bytes, str]:
     """Return a body and its content encoding, "" for none: gzip or deflate (zlib's) where the client accepts it."""
     said = [one.partition(";") for one in accepted.lower().split(",")]
-    names = {name.strip() for name, _, weight in said if weight.replace(" ", "") not in ("q=0", "q=0.0")}
+    names = {name.strip() for name, _, weight in said if not re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", weight)}
     for name, window in (("gzip", 31), ("deflate", 15)):
         if name in names and len(body) >= LEAST_COMPRESSED:
             packer = zlib.compressobj(1, wbits=window)

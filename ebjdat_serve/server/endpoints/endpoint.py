@@ -35,7 +35,7 @@ from ebjdat_serve.server.read.model_path import MODEL_NAME
 from ebjdat_serve.server.read.uploads import ImageBody, encoded_images, read_upload
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import OPERATE, Settings
-from ebjdat_serve.server.tallies import Tally, keep_newest
+from ebjdat_serve.server.tallies import Newest, Tally
 from ebjdat_serve.server.threads import in_daemon_thread
 
 log = logging.getLogger("ebjdat_serve")
@@ -123,8 +123,8 @@ class Service:
         self.name, self.manager, self.settings, self.shared = name, manager, settings, shared
         self.classify_queue, self.generate_queue = classify, generate
         self.access, self.decoder, self.encoders = shared.access, shared.decoder, shared.encoders
-        self.tallies: dict[str, Tally] = {}  # by bundle
-        self.drifts: dict[str, Drift] = {}  # by name of the model, bundle, graph and alpha
+        self.tallies = Newest[Tally]()  # by bundle
+        self.drifts = Newest[Drift]()  # by name of the model, bundle, graph and alpha
 
     @property
     def queues(self) -> list[RequestQueue]:
@@ -133,21 +133,14 @@ class Service:
 
     def tally(self, model: ServedModel) -> Tally:
         """Return what is counted of answers with ``model``."""
-        if (tally := self.tallies.get(model.key)) is None:
-            tally = self.tallies[model.key] = Tally(model.bundle.manifest.version, model.labels)
-            keep_newest(self.tallies)
-        return tally
+        return self.tallies.of(model.key, lambda: Tally(model.bundle.manifest.version, model.labels))
 
     def drift(self, model: ServedModel) -> Drift | None:
         """Return the drift test of ``model``, which goes on after a restart and begins anew with a version; None: it is not calibrated."""
         if (calibration := model.calibration) is None:
             return None
         of = f"{self.name} {model.key} {calibration.of} {self.settings.alpha:g}"
-        if (drift := self.drifts.get(of)) is None:
-            drift = self.drifts[of] = Drift(calibration, self.settings.alpha)
-            self.shared.drift_file.take(of, drift)
-            keep_newest(self.drifts)
-        return drift
+        return self.drifts.of(of, lambda: self.shared.drift_file.take(of, Drift(calibration, self.settings.alpha)))
 
     def note(self, request: Request, model: ServedModel, predictions: Predictions, reasons: NDArray[np.bool_] | None = None) -> None:
         """Count what was predicted for a request, and write the audit log; ``reasons`` are those of a check."""
@@ -196,9 +189,10 @@ class Service:
             stack.callback(memory.release)
             memory.hold(3 * len(encoded) * contract.height * contract.width)
             trace = request.scope["trace"]
-            trace.model, began = model, time.monotonic()
+            trace.model = model
             if self.shared.observer.audit:
                 trace.digests = await in_daemon_thread(lambda: [sha256(one[upload.made :]).hexdigest() for one in encoded])
+            began = time.monotonic()
             images = await self.decoder.decode(request, encoded, contract, deadline, listed=listed)
             trace.decode = time.monotonic() - began
         return model, images, listed, deadline

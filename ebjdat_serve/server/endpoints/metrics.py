@@ -68,7 +68,7 @@ def buckets(histogram: Histogram) -> list[tuple[str, float]]:
 
 COUNTERS: list[tuple[str, str, Labels]] = [
     ("ebjdat_requests", "Requests answered.", ("route", "code", *MODEL)),
-    ("ebjdat_rejected", "Requests that were not answered, by reason.", ("reason",)),
+    ("ebjdat_rejected", "Requests that were refused, by reason.", ("reason",)),
     ("ebjdat_images", "Images classified.", MODEL),
     ("ebjdat_suspicious", "Images flagged: p-value below alpha.", MODEL),
     ("ebjdat_decisions", "Decisions: accept or review.", ("decision", *MODEL)),
@@ -92,7 +92,11 @@ GAUGES: list[tuple[str, str, Labels]] = [
     ("ebjdat_queue_depth", "Requests in progress.", ("model", "kind")),
     ("ebjdat_chains_running", "Langevin chains in progress.", ("model",)),
     ("ebjdat_chain_steps_per_second", "Rate of all workers together.", ("model",)),
-    ("ebjdat_drift_log_e", "Log e-value against traffic that is like the calibration images; the alarm is at log 1000.", (*MODEL, "test")),
+    (
+        "ebjdat_drift_log_e",
+        "Log e-value against traffic like the calibration images; that of urn raises the alarm.",
+        (*MODEL, "test"),
+    ),
     ("ebjdat_drift_alarm", "1 once the drift test has raised its alarm.", MODEL),
     ("ebjdat_drift_images", "Images that the drift test has seen, also before a restart.", MODEL),
     ("ebjdat_flag_rate", "Share of these images that was flagged.", MODEL),
@@ -116,7 +120,8 @@ def families(shared: Shared) -> Families:
     observer = shared.observer
     for (route, code), n in observer.unrouted.requests.items():
         found.add("ebjdat_requests", (route, str(code), "", ""), n)
-    found.observe("ebjdat_request_duration_seconds", ("other", "", ""), observer.unrouted.durations)
+    for route, histogram in observer.unrouted.durations.items():
+        found.observe("ebjdat_request_duration_seconds", (route, "", ""), histogram)
     for reason, n in observer.rejected.items():
         found.add("ebjdat_rejected", (reason,), n)
     for code, n in refused.items():

@@ -20,6 +20,7 @@ from ebjdat_serve.server.read.uploads import ImageBody
 from ebjdat_serve.server.read.v2_body import InferBody, open_infer
 from ebjdat_serve.server.read.v2_path import ALL_STATS, MODEL_VERSION
 from ebjdat_serve.server.served_model import ServedModel
+from ebjdat_serve.server.tallies import QueueTally
 from ebjdat_serve.server.v2_protocol import HEADER_LENGTH, INPUT
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
@@ -116,9 +117,12 @@ async def all_stats(service: Service, request: Request) -> Response:
 
 
 def counted(service: Service) -> dict[str, Any]:
-    """Return the statistics of the served version: images by any path, requests by this protocol, batches and waits of classification."""
+    """Return the statistics of the served version.
+
+    ``success`` and ``fail`` are requests of this protocol; images, batches, waits and decoding are of all paths that classify.
+    """
     served = service.manager.active
-    tally, queue = service.tally(served), service.classify_queue.tallies[served.key]
+    tally, queue = service.tally(served), service.classify_queue.tallies.of(served.key, QueueTally)
     codes = {code: n for (route, code), n in tally.requests.items() if route == INFER.path}
     done, failed = codes.get(200, 0), sum(n for code, n in codes.items() if code != 200)
 
@@ -131,7 +135,7 @@ def counted(service: Service) -> dict[str, Any]:
         "inference_count": tally.images,
         "execution_count": sum(queue.compute.counts),
         "inference_stats": {
-            "success": said(done, queue.queue.total + queue.compute.total),
+            "success": said(done, tally.answered[INFER.path]),
             "fail": said(failed, 0),
             "queue": said(sum(queue.queue.counts), queue.queue.total),
             "compute_input": said(sum(tally.decode.counts), tally.decode.total),
@@ -184,22 +188,13 @@ TOLD: tuple[Scope, ...] = ("classify", "operate")
 COUNTS: tuple[Scope, ...] = ("operate",)
 
 
-def endpoint(path: str, handler: Handler, scopes: tuple[Scope, ...], *, method: str = "GET", public: bool = True) -> Endpoint:
+def endpoint(path: str, handler: Handler, scopes: tuple[Scope, ...], *, public: bool = True, **more: Any) -> Endpoint:
     """Return an endpoint of the protocol, which the OpenAPI document leaves to docs/v2.md: its paths are plain ones."""
-    told = dict[str, Any] if public else None
-    return Endpoint(path, handler, public_answer=told, method=method, responses={}, hidden=True, scopes=scopes, per_model=False)
+    fixed: dict[str, Any] = {"method": "GET", "responses": {}, "hidden": True, "per_model": False, **more}
+    return Endpoint(path, handler, public_answer=dict[str, Any] if public else None, scopes=scopes, **fixed)
 
 
-INFER = Endpoint(
-    "/v2/infer",
-    infer,
-    public_answer=dict[str, Any],
-    operations=[PREDICT],
-    responses={},
-    hidden=True,
-    scopes=SCOPES,
-    per_model=False,
-)
+INFER = endpoint("/v2/infer", infer, SCOPES, method="POST", operations=[PREDICT])
 V2 = [
     endpoint("/v2", server, TOLD),
     endpoint("/v2/health/live", live, ()),

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from ebjdat_serve.fairness import may_hold
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.tallies import QueueTally
+from ebjdat_serve.server.tallies import Newest, QueueTally
 from ebjdat_serve.server.trace import Trace
 
 log = logging.getLogger("ebjdat_serve")
@@ -103,7 +103,7 @@ class RequestQueue(ABC):
         self.pending: set[PendingRequest] = set()
         self.slots: Counter[str] = Counter()  # requests that hold one, by client
         self.uses: Counter[str] = Counter()  # of them, by the bundle they are read for
-        self.tallies: dict[str, QueueTally] = defaultdict(QueueTally)  # by bundle
+        self.tallies = Newest[QueueTally]()  # by bundle
         self.restarts = 0
         self.closed = ""
         self._numbers = itertools.count(1)
@@ -223,7 +223,7 @@ class RequestQueue(ABC):
     def count(self, requests: list[PendingRequest], seconds: float) -> None:
         """Count a message that was answered."""
         if requests:
-            tally = self.tallies[requests[0].key]
+            tally = self.tallies.of(requests[0].key, QueueTally)
             tally.compute.add(seconds)
             tally.batch.add(sum(self.size(pending) for pending in requests))
             for pending in requests:

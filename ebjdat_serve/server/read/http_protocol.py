@@ -263,6 +263,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.abort()
                 return
             self.cycle.disconnected = True  # the application hears that its client has left
+            problem.note(self.cycle.scope)
             self.cycle.message_event.set()
         self.transport.write(problem.last_response(self.server_state.default_headers))
         self._linger(LINGER_SECONDS, LINGER_BYTES)
