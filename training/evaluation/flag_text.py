@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.card import figure
+from ebjdat_serve.card import figure, recorded_words
 from ebjdat_serve.reach import RADIUS
 from ebjdat_serve.rows import Row, alone, first, rows_where
 from ebjdat_serve.scores import BASELINE
@@ -71,7 +71,7 @@ The score is a sum of views, each of one number whose term is -log of the share 
 the view with the largest term is the answer's `why`.{out}
 
 {mixture_sentence(calibration.handled)}
-At most alpha of such images are flagged on average over calibration draws; given this one set the rate is Beta-distributed around it.
+{recorded_words(bundle)}At most alpha of such images are flagged on average over calibration draws; given this one set the rate is Beta-distributed around it.
 At alpha 0.05 the flag finds these shares, beside those of max softmax, which needs no energy and is calibrated alike:
 
 {f.lines(sets)}
