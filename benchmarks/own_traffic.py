@@ -114,7 +114,7 @@ def rows(source: Path, half: int, work: Path) -> Iterator[dict[str, Any]]:
                     "unit": "share flagged",
                     "interval": wilson(hits, len(files)),
                     "interval_kind": "wilson",
-                    "expected": expected if images == "second half" else None,  # if exchangeable with the calibration: Beta-binomial
+                    "expected": expected if images == "second half" and traffic != POISONED else None,  # Beta-binomial
                     **{"n": len(files), "calibration_n": n, "traffic": traffic, "images": images, "by": by, **about},
                 }
 
