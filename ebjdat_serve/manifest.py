@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -122,6 +122,11 @@ class Calibration:
     scores: list[Annotated[float, NATS]]
 
 
+def moment(text: str) -> str:
+    """Return a time with a zone to the second, UTC; raise ValueError or OverflowError for none."""
+    return datetime.fromisoformat(text).astimezone(UTC).isoformat(" ", "seconds").removesuffix("+00:00")
+
+
 @dataclass(frozen=True)
 class Source:
     """A file that scores were read from: its name, the sha256 of what was read, and how many lines that was."""
@@ -157,8 +162,8 @@ class RecordedCalibration:
             raise BundleError(f"name {self.name[:40]!r} is no name of a calibration")
         for text in (self.made, self.since, self.until):
             try:
-                valid = len(text) <= 40 and datetime.fromisoformat(text).tzinfo is not None
-            except ValueError:
+                valid = len(text) <= 40 and datetime.fromisoformat(text).tzinfo is not None and bool(moment(text))
+            except (ValueError, OverflowError):
                 valid = False
             if not valid:
                 raise BundleError(f"{text[:40]!r} is no time with a zone, as ISO 8601 writes it")
@@ -169,8 +174,7 @@ class RecordedCalibration:
     @property
     def period(self) -> str:
         """The period in words: its first and last second, UTC."""
-        first, last = (datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S") for text in (self.since, self.until))
-        return f"{first} to {last} UTC"
+        return f"{moment(self.since)} to {moment(self.until)} UTC"
 
     @property
     def dataset(self) -> str:

@@ -5,7 +5,7 @@ The rows of one period in audit logs (serve --audit-log), never pictures, become
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -62,7 +62,9 @@ def calibrate_scores(bundle: Bundle, choice: Choice, say: Say = lambda text: pri
     found = read_rows(choice.files, Wanted(by, choice.precision, energy, choice.since, choice.until))
     n = len(found.scores)
     if n < FEWEST or found.first is None or found.last is None:
-        raise EbjdatError(f"{n} pictures of this bundle in {choice.precision}; a calibration takes {FEWEST} at least; {left_out(found)}")
+        raise EbjdatError(
+            f"{n} pictures of this bundle in {choice.precision}; a calibration takes {FEWEST} at least; {left_out(found.skipped)}"
+        )
     if sender := busiest(found):
         say(sender)
     order = kept(found)
@@ -86,18 +88,18 @@ def calibrate_scores(bundle: Bundle, choice: Choice, say: Say = lambda text: pri
 
 
 def kept(found: Recorded) -> NDArray[np.int64]:
-    """Return which pictures are kept, by their scores, and by chance alone among equal ones: their order tells no time."""
+    """Return which pictures are kept, in the order of their scores, at random among equal ones: it tells no time."""
     noise = np.random.default_rng(0)
     chosen = noise.permutation(len(found.scores))[:MOST]
     order: NDArray[np.int64] = chosen[np.argsort(np.asarray(found.scores)[chosen], kind="stable")]
     return order
 
 
-def left_out(found: Recorded) -> str:
+def left_out(skipped: Mapping[str, int]) -> str:
     """Return how many rows were not taken, by reason."""
-    if not found.skipped:
+    if not skipped:
         return "no row was left out"
-    return "left out: " + "; ".join(f"{n:,} rows {reason}" for reason, n in found.skipped.most_common())
+    return "left out: " + "; ".join(f"{n:,} rows {reason}" for reason, n in skipped.items())
 
 
 def told(bundle: Bundle, name: str) -> list[str]:
@@ -105,10 +107,8 @@ def told(bundle: Bundle, name: str) -> list[str]:
     recorded = bundle.recorded()[name]
     usual, n, rows = bundle.calibration(recorded.precision), len(recorded.scores), sum(source.lines for source in recorded.sources)
     of = f"{n:,} of {recorded.images:,} pictures, at random" if n < recorded.images else f"{n:,} pictures"
-    skipped = Recorded()
-    skipped.skipped.update(recorded.skipped)
     return [
-        f"calibration {name}, {recorded.precision}: {of}, of {rows:,} rows recorded {recorded.period}; {left_out(skipped)}",
+        f"calibration {name}, {recorded.precision}: {of}, of {rows:,} rows recorded {recorded.period}; {left_out(recorded.skipped)}",
         promise(n),
         *(changed(recorded, usual, alpha) for alpha in ALPHAS),
         drifted(recorded, usual),
@@ -128,9 +128,10 @@ def changed(recorded: RecordedCalibration, usual: Calibration, alpha: float) -> 
     """Return what the threshold at ``alpha`` was and becomes, and how many of the recorded images are flagged by the one on images."""
     share = float((p_value(np.asarray(usual.scores), np.asarray(recorded.scores)) < alpha).mean())
     expected = flag_range(len(usual.scores), alpha)[0]
-    before, after = (threshold(scores, alpha) for scores in (usual.scores, recorded.scores))
+    limits = [threshold(scores, alpha) for scores in (usual.scores, recorded.scores)]
+    before, after = (f"above {limit:.4g} nats" if math.isfinite(limit) else "never" for limit in limits)
     return (
-        f"alpha {alpha:g}: flagged above {before:.4g} nats by the calibration on images, above {after:.4g} by this one; "
+        f"alpha {alpha:g}: flagged {before} by the calibration on images, {after} by this one; "
         f"the former flags {share:.1%} of the recorded images, {expected:.1%} of its own on average"
     )
 

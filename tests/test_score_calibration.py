@@ -1,10 +1,13 @@
 """`ebjdat-serve calibrate BUNDLE --scores FILE`: a calibration of scores that a server recorded, beside the one on images."""
 
 import json
+import os
+import re
 import shutil
 from base64 import b64encode
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -212,6 +215,26 @@ def test_a_line_that_no_server_wrote_is_one_error_that_names_file_and_line(bundl
     assert before == {one.name: one.read_bytes() for one in bundle.path.iterdir()}
 
 
+def test_a_log_may_come_through_a_pipe(bundle, tmp_path):
+    rows = written(tmp_path / "audit", [row(bundle, i, i) for i in range(24)]).read_bytes()
+    reading, writing = os.pipe()
+    os.write(writing, rows)  # less than a pipe holds
+    os.close(writing)
+    try:
+        done = calibrate(bundle, Path(f"/dev/fd/{reading}")).recorded()["traffic"]
+    finally:
+        os.close(reading)
+    assert (done.images, done.sources[0].sha256) == (24, sha256(rows).hexdigest())
+
+
+def test_of_few_pictures_no_score_is_beyond_a_small_alpha(bundle, tmp_path, capsys):
+    log = written(tmp_path / "audit", [row(bundle, i, i) for i in range(24)])
+    assert main(["calibrate", str(bundle.path), "--scores", str(log)]) == 0
+    assert re.search(
+        r"alpha 0\.01: flagged (above \S+ nats|never) by the calibration on images, never by this one", capsys.readouterr().out
+    )
+
+
 def test_a_long_line_is_not_read_whole(tmp_path):
     file = tmp_path / "long"
     file.write_bytes(b"x" * 3 * LONGEST_LINE)
@@ -275,6 +298,8 @@ def test_a_name_that_is_not_there_or_does_not_hold_is_one_line(bundle, log):
         ({"name": "other"}, "is the calibration other"),
         ({"name": "../x"}, "no name of a calibration"),
         ({"since": "now"}, "no time with a zone"),
+        ({"since": "2026-11-01"}, "no time with a zone"),
+        ({"since": "0001-01-01T00:00+14:00"}, "no time with a zone"),
         ({"more": 1}, "unknown keys"),
     ):
         write_json(done.path / "calibration.autumn.json", {**data, **change})
