@@ -83,7 +83,20 @@ def drift(text: str) -> str:
     text = placed(text, "delays", "\n".join([*head, *simulated]))
     head[0] = head[0].replace("traffic |", "traffic | images | flagged |")
     real = [f"| {row['set']} | {row['n']:,} | {row['flagged']:.3f} {delay(row)}" for row in rows if "set" in row]
-    return placed(text, "traffic", "\n".join([head[0], f"|---|---{head[1]}", *real]))
+    text = placed(text, "traffic", "\n".join([head[0], f"|---|---{head[1]}", *real]))
+    return placed(text, "own_traffic", own_traffic(json.loads((HERE / "own_traffic.json").read_text(encoding="utf-8"))))
+
+
+def own_traffic(rows: list[Row]) -> str:
+    """Return the shares flagged by both calibrations, of each kind of traffic and images."""
+    found = {(row["traffic"], row["images"], row["by"]): row for row in rows}
+    lines = []
+    for traffic, images in dict.fromkeys((row["traffic"], row["images"]) for row in rows):
+        both = [found[traffic, images, by] for by in ("images", "recorded scores")]
+        shares = ["{:.3f} [{:.3f}, {:.3f}]".format(row["value"], *row["interval"]) for row in both]
+        expected = both[1]["expected"]
+        lines.append([traffic, images, str(both[1]["n"]), *shares, "[{:.3f}, {:.3f}]".format(*expected) if expected else ""])
+    return pivot(["period", "images", "n", "by the calibration on images", "by the recorded scores", "expected of these"], lines)
 
 
 def delay(row: Row) -> str:

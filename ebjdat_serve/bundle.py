@@ -4,6 +4,7 @@ bundle.json          this manifest        weights.safetensors  parameters and ba
 classify.onnx        with its weights in weights.safetensors, as score.onnx and step.onnx, which not every bundle has
 prior.safetensors    where chains start   views.safetensors    what the views of the OOD score were fitted to
 calibration.json     clean energies and OOD scores   selftest.safetensors a few images and the source's outputs on them
+calibration.NAME.json   scores that a server recorded, optional
 metrics.json, README.md, samples.png, landscape.png   the evaluation   bundle.json.sig   a signature of the manifest, optional
 """
 
@@ -20,7 +21,7 @@ from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bounds import label_fault
 from ebjdat_serve.errors import BundleError, cause
 from ebjdat_serve.graphs import check_graph
-from ebjdat_serve.manifest import SCHEMA, YES, Calibration, FileEntry, Manifest
+from ebjdat_serve.manifest import CALIBRATION_NAME, SCHEMA, YES, Calibration, FileEntry, Manifest, RecordedCalibration
 from ebjdat_serve.parsing import parse
 from ebjdat_serve.precision import OF_TRAINING, check
 from ebjdat_serve.rows import Row, parse_rows, to_json
@@ -61,6 +62,7 @@ class Bundle:
         bundle.check_files()
         if bundle.calibrated:
             bundle.calibration()
+        bundle.recorded()
         return bundle
 
     @staticmethod
@@ -206,6 +208,18 @@ class Bundle:
             raise BundleError(f"{self.path / 'calibration.json'}: reviewed must be ood, or ood and margin")
         return found
 
+    def recorded(self) -> dict[str, RecordedCalibration]:
+        """Return the calibrations by recorded scores, stale or not, by name; raise BundleError for one that is damaged."""
+        found = {}
+        for file in self.manifest.files:
+            name = file.removeprefix("calibration.").removesuffix(".json")
+            if file != recorded_file(name) or not CALIBRATION_NAME.fullmatch(name):
+                continue
+            found[name] = parse(RecordedCalibration, read_json(self.path / file), str(self.path / file))
+            if found[name].name != name:
+                raise BundleError(f"{self.path / file} is the calibration {found[name].name}")
+        return found
+
     def combination(self, precision: str = "fp32") -> Combination:
         """Return the views of the OOD score in ``precision``, as fitted; raise BundleError for one that is unknown or was not stored."""
         return load_views(self.path / "views.safetensors", precision, self.calibration(precision).views)
@@ -223,6 +237,14 @@ class Bundle:
         manifest = replace(self.manifest, files=dict(sorted(files.items())), **changes)
         write_json(self.path / MANIFEST, asdict(manifest))
         return Bundle(self.path, manifest, sha256(self.path / MANIFEST))
+
+    def without(self, *names: str) -> "Bundle":
+        """Delete the files ``names``, which the manifest no longer lists."""
+        files = {name: entry for name, entry in self.manifest.files.items() if name not in names}
+        done = replace(self, manifest=replace(self.manifest, files=files)).update()
+        for name in names:
+            (self.path / name).unlink()
+        return done
 
 
 def draws(bundle: Bundle) -> bool:
@@ -253,6 +275,11 @@ def network_name(architecture: Mapping[str, Any]) -> str:
     told += [config["model_type"]] if isinstance(config, Mapping) and "model_type" in config else []
     sizes = "-".join(map(str, told))
     return f"{architecture['family']} {sizes}".strip()
+
+
+def recorded_file(name: str) -> str:
+    """Return the file name of the calibration ``name`` by recorded scores."""
+    return f"calibration.{name}.json"
 
 
 def graph_name(function: str, precision: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ebjdat_serve.bundle import Bundle, write_json
+from ebjdat_serve.bundle import Bundle, recorded_file, write_json
 from ebjdat_serve.engines import Engine, Floats, Labels, Outputs, Precision
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.generation import classify_in_chunks
@@ -20,6 +20,7 @@ from ebjdat_serve.install import install
 from ebjdat_serve.manifest import YES, Calibration, Capabilities
 from ebjdat_serve.pixels import Pixels, to_unit
 from ebjdat_serve.reach import margin, reach_score
+from ebjdat_serve.scored_by import scored_by
 from ebjdat_serve.scores import BASELINE
 from ebjdat_serve.view_files import REACH, load_reviewed, load_views, save_views
 from ebjdat_serve.views import DEFAULT_VIEWS, VIEWS, Combination, Known, Seen, dimensions, fit, left_out
@@ -154,7 +155,17 @@ def record(
         {**{row.precision: reviewed_of(file, row) for row in others}, precision: {**reviewed, **walk}},
     )
     write_json(bundle.path / "calibration.json", [asdict(row) for row in sorted([calibration, *others], key=lambda row: row.precision)])
-    return bundle.update("calibration.json", file.name)
+    return without_stale(bundle.update("calibration.json", file.name), precision)
+
+
+def without_stale(bundle: Bundle, precision: str) -> Bundle:
+    """Return the bundle without calibrations by scores that were recorded in ``precision`` with other views or ranks than it has now."""
+    by = scored_by(bundle, precision, bundle.combination(precision))
+    stale = [name for name, row in bundle.recorded().items() if row.precision == precision and row.scored_by != by]
+    if not stale:
+        return bundle
+    log.warning("dropped the calibrations by recorded scores %s: they were of other views or ranks", ", ".join(stale))
+    return bundle.without(*map(recorded_file, stale))
 
 
 def reviewed_of(file: Path, row: Calibration) -> dict[str, Floats]:

@@ -42,6 +42,7 @@ def summary(bundle: Bundle) -> str:
         lines.append(
             f"  calibration   n = {len(c.scores)} ({c.dataset}), temperature {c.temperature:.3f}, {c.precision}, views {', '.join(c.views)}"
         )
+    lines += [f"  recorded      {name}: {one.precision}, {one.dataset}, made {one.made}" for name, one in bundle.recorded().items()]
     lines.append("  files")
     lines += [f"    {name:24}{entry.bytes:>10} bytes  sha256 {entry.sha256[:16]}" for name, entry in m.files.items()]
     rows = bundle.metrics()
@@ -101,12 +102,12 @@ def write_card(bundle: Bundle) -> Bundle:
     return bundle.update("README.md")
 
 
-def renewed(bundle: Bundle) -> Bundle:
-    """Return the bundle with its card written again after a calibration; one of training's is left, and said to be of the one before."""
+def renewed(bundle: Bundle, lacks: str = "describes the calibration before this one") -> Bundle:
+    """Return the bundle with its card written again after a calibration; one of training's is left, and what it ``lacks`` is said."""
     if bundle.manifest.imported:
         return write_card(bundle)
     if "README.md" in bundle.manifest.files:
-        log.warning("README.md describes the calibration before this one; python training/card.py %s writes it again", bundle.path)
+        log.warning("README.md %s; python training/card.py %s writes it again", lacks, bundle.path)
     return bundle
 
 
@@ -144,7 +145,7 @@ An image of any size becomes RGB of {size}, in [0,1]; what the network was train
 
 The OOD score is {score_words(m, calibration)}.
 {calibrated_words(calibration)}
-{drawn_words(bundle)}
+{recorded_words(bundle)}{drawn_words(bundle)}
 ## Licences
 
 | | |
@@ -181,6 +182,14 @@ def calibrated_words(c: Calibration | None) -> str:
     out = "".join(f"\nWithout the view {name}: {why}." for name, why in c.left_out.items())
     handled = f", of which {c.handled:.0%} were lightly handled: recompressed, resized or the like" if c.handled else ""
     return f"P-values speak of images like {c.dataset}{handled}. The temperature of p(y|x) is {c.temperature:.3g}.{out}"
+
+
+def recorded_words(bundle: Bundle) -> str:
+    """Return the card's sentences on calibrations by recorded scores, "" without any."""
+    return "".join(
+        f"With `serve --calibration {name}`, in {one.precision}, p-values {one.guarantee}; made {one.made[:10]}.\n"
+        for name, one in bundle.recorded().items()
+    )
 
 
 def lines(values: Mapping[str, object]) -> str:

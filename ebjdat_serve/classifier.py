@@ -16,6 +16,7 @@ from ebjdat_serve.counterfactual import Norm
 from ebjdat_serve.decoding.header import Limits
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.errors import EbjdatError, InvalidImage, cause, first_line
+from ebjdat_serve.manifest import OF_IMAGES
 from ebjdat_serve.pixels import Pixels, decode
 from ebjdat_serve.reach import RADIUS
 from ebjdat_serve.scheduling import Scheduler
@@ -242,10 +243,12 @@ def load(
     engine: EngineKind = "auto",
     device: Device = "auto",
     precision: Precision = "fp32",
+    calibration: str = OF_IMAGES,
     alpha: float = 0.05,
     threads: int | None = None,
     trust: Sequence[str | os.PathLike[str]] = (),
 ) -> Classifier:
     """Open a bundle or the current one of a store, as `ebjdat-serve serve` does with the options of the same names."""
-    settings = Settings(Path(path), engine=engine, device=device, precision=precision, alpha=alpha, trust=tuple(map(Path, trust)))
+    keys = tuple(map(Path, trust))
+    settings = Settings(Path(path), engine=engine, device=device, precision=precision, calibration=calibration, alpha=alpha, trust=keys)
     return Classifier(settings.model, settings if threads is None else replace(settings, threads=threads))

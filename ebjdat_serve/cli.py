@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True)
 
-    from ebjdat_serve import import_command, key_commands
+    from ebjdat_serve import calibrate_command, import_command, key_commands
     from ebjdat_serve.editing import FORCED
     from ebjdat_serve.server.settings import SHIPPED, VERIFIED_BY, add_arguments
     from ebjdat_serve.sgld import NOISE, STEPS
@@ -90,15 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     upgrade_parser.add_argument("old", type=Path, help="a bundle of schema 1, or a store")
     upgrade_parser.add_argument("new", type=Path, help="a folder that does not exist yet")
     upgrade_parser.set_defaults(command=upgrade)
-    calibrate_parser = on_folder(
-        "calibrate",
-        calibrate,
-        "calibrate a bundle on the images of a folder: p-values, the flag, decisions",
-        "images like those to come; sub-folders named as labels tell them",
-    )
-    calibrate_parser.add_argument(
-        "--reach-images", type=int, metavar="N", help="images that walk for check=reach (as many as 5 minutes allow)"
-    )
+    calibrate_command.add(commands)
     prior_parser = on_folder(
         "prior",
         prior,
@@ -233,22 +225,6 @@ def upgrade(options: argparse.Namespace) -> None:
     calibration = done.calibration()
     for name, why in calibration.left_out.items():
         print(shown(f"without the view {name}: {why.replace('BUNDLE', str(done.path))}"))
-
-
-def calibrate(options: argparse.Namespace) -> None:
-    """Calibrate a bundle on a folder, in place or as the next version of its store."""
-    from ebjdat_serve.card import renewed
-    from ebjdat_serve.editing import edit
-    from ebjdat_serve.folder_calibration import calibrate_folder, told
-    from ebjdat_serve.folder_images import read_folders
-
-    folders = read_folders(options.folders)
-    done = edit(
-        options.bundle,
-        lambda draft: renewed(calibrate_folder(draft, options.folder, folders=folders, reach_images=options.reach_images)),
-        force=options.force,
-    )
-    print("\n".join([*map(shown, told(done)), f"into {done.path / 'calibration.json'}"]))
 
 
 def prior(options: argparse.Namespace) -> None:

@@ -1,14 +1,23 @@
 """What a bundle's JSON says: the manifest bundle.json, schema 2, and the calibrations of calibration.json."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ebjdat_serve.bounds import COUNT, NATS, Bounds
 from ebjdat_serve.contract import Input as Input
+from ebjdat_serve.errors import BundleError
 from ebjdat_serve.sgld import Sampler
 
 SCHEMA = 2
 YES = "yes"
+OF_IMAGES = "images"
+"""The name of the calibration that was made of images, calibration.json; others are of recorded scores."""
+CALIBRATION_NAME = re.compile(r"(?!images$)[a-z0-9][a-z0-9_-]{0,39}")
 
 
 @dataclass(frozen=True)
@@ -111,3 +120,81 @@ class Calibration:
     reviewed: list[str]  # what `decision` looks at: "ood", and "margin" where it was calibrated
     reach_steps: Annotated[int, Bounds(0, 1000)]  # of the walk that "reach" was calibrated with, on the first of the images; 0: it was not
     scores: list[Annotated[float, NATS]]
+
+
+def moment(text: str) -> str:
+    """Return a time with a zone to the second, UTC; raise ValueError or OverflowError for none."""
+    return datetime.fromisoformat(text).astimezone(UTC).isoformat(" ", "seconds").removesuffix("+00:00")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that scores were read from: its name, the sha256 of what was read, and how many lines that was."""
+
+    file: str
+    sha256: str
+    lines: Annotated[int, COUNT]
+
+
+@dataclass(frozen=True)
+class RecordedCalibration:
+    """calibration.NAME.json: scores of images that were sent in a period, as the audit log has them, sorted by the OOD score.
+
+    Views, their ranks and the temperature are those of the calibration on images; there are no scores of the walk of check=reach.
+    """
+
+    name: str
+    made: str
+    since: str  # the first and the last of the images
+    until: str
+    precision: str
+    scored_by: str  # sha256 of what decides scores: scored_by.py
+    images: Annotated[int, COUNT]  # of the period, of which ``scores`` are all, or some at random
+    skipped: dict[str, Annotated[int, COUNT]]  # rows that are not among them, by reason
+    sources: list[Source]
+    scores: list[Annotated[float, NATS]]
+    margins: list[Annotated[float, NATS]]  # of the same images, as the energies
+    energies: list[Annotated[float, NATS]]  # none where the model has no energy
+
+    def __post_init__(self) -> None:
+        """Raise BundleError for a name or a time that is none, and for scores that are not sorted or not of as many images."""
+        if not CALIBRATION_NAME.fullmatch(self.name):
+            raise BundleError(f"name {self.name[:40]!r} is no name of a calibration")
+        for text in (self.made, self.since, self.until):
+            try:
+                valid = len(text) <= 40 and datetime.fromisoformat(text).tzinfo is not None and bool(moment(text))
+            except (ValueError, OverflowError):
+                valid = False
+            if not valid:
+                raise BundleError(f"{text[:40]!r} is no time with a zone, as ISO 8601 writes it")
+        n = len(self.scores)
+        if self.scores != sorted(self.scores) or not n or len(self.margins) != n or len(self.energies) not in (0, n) or self.images < n:
+            raise BundleError("scores must be sorted, and margins and energies of as many images")
+
+    @property
+    def period(self) -> str:
+        """The period in words: its first and last second, UTC."""
+        return f"{moment(self.since)} to {moment(self.until)} UTC"
+
+    @property
+    def dataset(self) -> str:
+        """What p-values speak of, in words."""
+        return f"{len(self.scores)} images recorded {self.period} ({self.name})"
+
+    @property
+    def guarantee(self) -> str:
+        """What p-values by these scores do, in words."""
+        return (
+            f"hold for images exchangeable with the {len(self.scores):,} recorded {self.period}; whoever could send images in that period, "
+            "an attacker too, shaped it"
+        )
+
+    def in_place_of(self, of_images: Calibration) -> Calibration:
+        """Return this as the calibration to serve, with views and temperature of the one on images."""
+        energies = sorted(self.energies)
+        return replace(of_images, dataset=self.dataset, handled=0.0, energies=energies, reach_steps=0, scores=self.scores)
+
+    def reviewed(self, names: list[str]) -> dict[str, NDArray[np.float32]]:
+        """Return the named scores (n,) that `decision` looks at, high = suspicious, of the same images in order."""
+        found = {"ood": np.asarray(self.scores, np.float32), "margin": -np.asarray(self.margins, np.float32)}
+        return {name: found[name] for name in names}

@@ -17,9 +17,10 @@ from ebjdat_serve.bundle import MANIFEST, Bundle, resolve
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Device, Engine, EngineKind, Floats, Outputs, Precision, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
-from ebjdat_serve.manifest import YES, Calibration
+from ebjdat_serve.manifest import OF_IMAGES, YES, Calibration, RecordedCalibration
 from ebjdat_serve.reach import Review
 from ebjdat_serve.rows import Row, to_json
+from ebjdat_serve.scored_by import chosen, scored_by
 from ebjdat_serve.sgld import Chains, Prior
 from ebjdat_serve.view_files import REACH, load_reviewed
 from ebjdat_serve.views import Combination, Seen
@@ -40,6 +41,7 @@ class Terms:
     threads: int = 1
     trust: tuple[bytes, ...] = ()
     review_share: float | None = None  # of clean images; None: reach.REVIEW_SHARE, or the least that can be kept
+    calibration: str = OF_IMAGES  # its name
 
 
 USUAL = Terms()
@@ -64,6 +66,8 @@ class Calibrated:
     detector: Detector
     review: Review
     check: Review | None  # with the walk's reach, where it can be served
+    recorded: RecordedCalibration | None  # where ``calibration`` is of recorded scores
+    scored_by: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ def _verified(folder: Path, terms: Terms, functions: Sequence[str], key: str) ->
     rows = bundle.metrics()
     check_json(asdict(bundle.manifest), f"{folder / MANIFEST}")
     check_json(list(map(to_json, rows)), f"{folder}: metrics.json")
+    if terms.calibration != OF_IMAGES and not bundle.calibrated:
+        raise BundleError(f"{folder} has no calibration {terms.calibration[:40]!r}: it has none")
     calibrated, no_check = _calibrated(bundle, terms) if bundle.calibrated else (None, NOT_CALIBRATED)
     if (reason := bundle.manifest.capabilities.gradient) != YES:
         no_check = f"check=reach takes gradients, which the model does not have: {reason}"
@@ -121,17 +127,23 @@ def _calibrated(bundle: Bundle, terms: Terms) -> tuple[Calibrated, str]:
     """Return the calibration of the served precision, and why check=reach cannot be answered, "" where it can."""
     calibration, file = bundle.calibration(terms.precision), bundle.path / "views.safetensors"
     check_json(calibration.dataset, f"{bundle.path}: calibration.json")
-    detector = Detector(np.asarray(calibration.scores), terms.alpha)
     combination = bundle.combination(terms.precision)
     for name, view in combination.views.items():
         if lacks := view.lacks(bundle.manifest.capabilities):
             raise BundleError(f"{file}: the view {name} needs what the model does not have ({lacks}): calibrate again")
     reviewed = load_reviewed(file, terms.precision, calibration.reviewed)
-    review = Review.of(reviewed, terms.review_share)
     if not np.array_equal(np.sort(reviewed["ood"]), np.asarray(calibration.scores, np.float32)):
         raise BundleError(f"{file}: {terms.precision}.reviewed.ood are not the scores of calibration.json: calibrate again")
-    check, no_check = _check_of(file, terms, bundle, calibration, reviewed)
-    return Calibrated(calibration, combination, detector, review, check), no_check
+    by = scored_by(bundle, terms.precision, combination)
+    recorded = chosen(bundle, terms.calibration, terms.precision, by)
+    if recorded:
+        calibration = recorded.in_place_of(calibration)
+        reviewed = recorded.reviewed(calibration.reviewed)
+        check, no_check = None, f"the calibration {recorded.name} is of recorded scores, of which none is of the walk of check=reach"
+    else:
+        check, no_check = _check_of(file, terms, bundle, calibration, reviewed)
+    detector, review = Detector(np.asarray(calibration.scores), terms.alpha), Review.of(reviewed, terms.review_share)
+    return Calibrated(calibration, combination, detector, review, check, recorded, by), no_check
 
 
 def _check_of(

@@ -37,6 +37,11 @@ def test_the_tables_of_serving_are_those_of_the_json():
     assert tables.serving(text) == text
 
 
+def test_the_tables_of_drift_are_those_of_the_json():
+    text = (ROOT / "docs" / "drift.md").read_text(encoding="utf-8")
+    assert tables.drift(text) == text
+
+
 def test_the_tables_of_the_evaluation_are_those_of_the_json():
     text = (ROOT / "docs" / "evaluation.md").read_text()
     assert tables.evaluation(text) == text, "run python benchmarks/tables.py"

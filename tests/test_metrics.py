@@ -21,10 +21,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.cli import main
 from ebjdat_serve.pixels import encode_png
+from ebjdat_serve.scored_by import scored_by
 from ebjdat_serve.server import problems
 from ebjdat_serve.server.endpoints.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from ebjdat_serve.server.line_log import WAITING, LineLog
-from ebjdat_serve.server.observer import Observer, TraceMiddleware
+from ebjdat_serve.server.observer import Observer, TraceMiddleware, finite
 from ebjdat_serve.server.settings import SHIPPED, Settings
 from ebjdat_serve.server.tallies import KEPT, TENTHS, Histogram, Newest, Tally
 from ebjdat_serve.server.trace import Trace
@@ -198,11 +199,17 @@ def test_the_audit_log_has_the_hash_of_what_was_sent_and_what_was_answered(obser
         assert row["sha256"] == sha256(png).hexdigest()
         assert row["version"] == answer["model"].partition("@")[2]
         assert row["sha256_model"] == Bundle.load(DIGITS).served
+        assert row["sha256_scores"] == scored_by(Bundle.load(DIGITS), "fp32", Bundle.load(DIGITS).combination())
+        assert (row["precision"], row["calibration"]) == ("fp32", "images")
         for name in ("class", "label", "decision", "reasons"):
             assert row[name] == result[name], name
         for name in ("probability", "p_value", "suspicion", "energy"):
             assert row[name] == pytest.approx(result[name], rel=1e-6), name
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_numbers_of_the_audit_log_are_json():
+    assert [finite(value) for value in (1.5, float("nan"), float("inf"), -float("inf"))] == [1.5, None, None, None]
 
 
 def test_the_audit_log_has_the_hash_of_the_bytes_of_an_array(observed):

@@ -1,6 +1,7 @@
 """What is counted and logged of each request, when it is over."""
 
 import json
+import math
 import sys
 import time
 from collections import Counter, defaultdict
@@ -112,6 +113,8 @@ class Observer:
         assert self.audit
         about = {"id": trace.id, "route": trace.route, "key": trace.key, "model": trace.service.name}
         about |= {"version": trace.model.bundle.manifest.version, "sha256_model": trace.model.key}
+        about |= {"precision": trace.service.settings.precision, "sha256_scores": trace.model.scored_by or None}
+        about |= {"calibration": trace.model.calibration_name if trace.model.calibration else None}
         p = predictions
         for i, digest in enumerate(trace.digests):
             top = int(p.top[i, 0])
@@ -128,8 +131,8 @@ class Observer:
 
 
 def finite(value: Any) -> float | None:
-    """Return a number as JSON has it, None for NaN."""
-    return float(value) if value == value else None
+    """Return a number as JSON has it, None for NaN and infinity."""
+    return float(value) if math.isfinite(value) else None
 
 
 def write_line(line: str) -> None:

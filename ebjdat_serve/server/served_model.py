@@ -2,7 +2,7 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle, resolve
 from ebjdat_serve.errors import BundleError, EbjdatError
 from ebjdat_serve.history import SERVED_FILE, read_history
 from ebjdat_serve.listing import printable
-from ebjdat_serve.manifest import YES, Calibration
+from ebjdat_serve.manifest import OF_IMAGES, YES, Calibration, RecordedCalibration
 from ebjdat_serve.rows import to_json
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.store import CURRENT, reason_held_back
@@ -31,6 +31,14 @@ class ServedModel:
     review_share: float | None  # the expected one, at most what was asked for; None without a calibration
     no_check: str  # why check=reach cannot be answered, "" where it can
     metrics: list[dict[str, Any]]
+    recorded: RecordedCalibration | None = None  # what ``calibration`` is of, if of recorded scores
+    calibrations: tuple[str, ...] = ()  # the names of those that are there
+    scored_by: str = ""  # sha256 of what decides scores; "" without a calibration
+
+    @property
+    def calibration_name(self) -> str:
+        """The name of the calibration that is served."""
+        return self.recorded.name if self.recorded else OF_IMAGES
 
     @property
     def name(self) -> str:
@@ -90,7 +98,11 @@ def open_bundle(path: Path, settings: Settings, store: Path | None = None) -> Se
     rows = [to_json(row) for row in found.rows]
     calibrated = found.calibrated
     calibration, share = (calibrated.calibration, calibrated.review.policy.expected) if calibrated else (None, None)
-    return ServedModel(found.bundle.served, found.bundle, calibration, share, found.no_check, rows)
+    model = ServedModel(found.bundle.served, found.bundle, calibration, share, found.no_check, rows)
+    if calibrated is None:
+        return model
+    names = (OF_IMAGES, *found.bundle.recorded())
+    return replace(model, recorded=calibrated.recorded, calibrations=names, scored_by=calibrated.scored_by)
 
 
 def open_first(settings: Settings) -> tuple[ServedModel, str]:

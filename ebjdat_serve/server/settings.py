@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.engines import Device, EngineKind, Precision
 from ebjdat_serve.logs import Style
+from ebjdat_serve.manifest import OF_IMAGES
 from ebjdat_serve.server.declaration import About, count, declared, seconds
 from ebjdat_serve.verification import Terms
 
@@ -47,6 +48,9 @@ class Settings:
     engine: Annotated[EngineKind, About(MODEL, "engine that runs the model")] = "auto"
     device: Annotated[Device, About(MODEL, "device; auto: CUDA if there is one, never TensorRT")] = "auto"
     precision: Annotated[Precision, About(MODEL, "arithmetic of the model; bf16 needs the torch engine")] = "fp32"
+    calibration: Annotated[
+        str, About(MODEL, "calibration that p-values are by: on images, or of recorded scores (docs/drift.md)", metavar="NAME")
+    ] = OF_IMAGES
     alpha: Annotated[float, About(MODEL, "p-value below which an image is suspicious", above=0, below=1)] = 0.05
     check: Annotated[Check, About(MODEL, "what every /classify is checked for; a request chooses with ?check=")] = "none"
     check_radius: Annotated[float, About(MODEL, "l-inf radius of a check's search, of [0,1]", above=0, below=1, shown="2/255")] = 2 / 255
@@ -178,7 +182,7 @@ class Settings:
 
     def terms(self, trust: tuple[bytes, ...] = ()) -> Terms:
         """Return how a bundle is to be served, with the public keys that ``trusted`` reads."""
-        return Terms(self.engine, self.device, self.precision, self.alpha, self.threads, trust, self.review_share)
+        return Terms(self.engine, self.device, self.precision, self.alpha, self.threads, trust, self.review_share, self.calibration)
 
     def trusted(self) -> tuple[bytes, ...]:
         """Return the public keys of --trust; raise EbjdatError for a file that holds none."""
@@ -194,7 +198,7 @@ class Settings:
 
 
 SETTINGS = declared(Settings)
-VERIFIED_BY = ("engine", "device", "precision", "alpha", "review_share", "trust")
+VERIFIED_BY = ("engine", "device", "precision", "calibration", "alpha", "review_share", "trust")
 """The settings that decide whether a server accepts a bundle; commands that publish take them, too."""
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.card import figure
+from ebjdat_serve.card import figure, recorded_words
 from ebjdat_serve.reach import RADIUS
 from ebjdat_serve.rows import Row, alone, first, rows_where
 from ebjdat_serve.scores import BASELINE
@@ -53,6 +53,7 @@ def flag_sentence(bundle: Bundle, rows: list[Row]) -> str:
     n = len(calibration.scores)
     views = "\n".join(f"- `{name}`: {VIEWS[name].words};" for name in calibration.views)
     out = "".join(f" Without `{name}`: {why}." for name, why in calibration.left_out.items())
+    also = f"\n{words.rstrip()}" if (words := recorded_words(bundle)) else ""
     shifts = [row.shift for row in rows_where(rows, "flag_rate_shifted", score=m.score) if row.shift]
     pgd = f"PGD-20 at {eps_name(m.eps)}"
     sets: list[tuple[str, str, dict[str, Any]]] = [
@@ -71,7 +72,7 @@ The score is a sum of views, each of one number whose term is -log of the share 
 the view with the largest term is the answer's `why`.{out}
 
 {mixture_sentence(calibration.handled)}
-At most alpha of such images are flagged on average over calibration draws; given this one set the rate is Beta-distributed around it.
+At most alpha of such images are flagged on average over calibration draws; given this one set the rate is Beta-distributed around it.{also}
 At alpha 0.05 the flag finds these shares, beside those of max softmax, which needs no energy and is calibrated alike:
 
 {f.lines(sets)}

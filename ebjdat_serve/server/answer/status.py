@@ -51,6 +51,10 @@ class Models(Schema):
 class CalibrationInfo(Schema):
     """What ``suspicious`` is decided by: the OOD score's views, those left out with the reason, and the images that p-values speak of."""
 
+    name: Annotated[str, Field(description="images: made of images; any other: of recorded scores (serve --calibration)")]
+    available: Annotated[list[str], Field(description="the names that serve --calibration takes, stale ones included")]
+    means: Annotated[str, Field(description="what p-values speak of, in a sentence")]
+    made: Annotated[str | None, Field(description="when; null: on images")]
     n: int
     of: str
     dataset: str
@@ -178,7 +182,15 @@ def calibration_info(served: ServedModel) -> CalibrationInfo | None:
     """Return what the flag is decided by, None for a model that is not calibrated."""
     if (c := served.calibration) is None:
         return None
+    handled = f", {c.handled:.0%} of them lightly handled" if c.handled else ""
+    means = f"p-values hold for images exchangeable with the {len(c.scores):,} of {c.dataset}{handled}"
+    if recorded := served.recorded:
+        means = f"p-values {recorded.guarantee}; flags and shares under metrics are by the calibration on images"
     return CalibrationInfo(
+        name=served.calibration_name,
+        available=list(served.calibrations),
+        means=means,
+        made=recorded.made if recorded else None,
         n=len(c.scores),
         of=c.of,
         dataset=c.dataset,

@@ -124,7 +124,7 @@ class Service:
         self.classify_queue, self.generate_queue = classify, generate
         self.access, self.decoder, self.encoders = shared.access, shared.decoder, shared.encoders
         self.tallies = Newest[Tally]()  # by bundle
-        self.drifts = Newest[Drift]()  # by name of the model, bundle, graph and alpha
+        self.drifts = Newest[Drift]()  # by name of the model, bundle, graph, alpha and calibration
 
     @property
     def queues(self) -> list[RequestQueue]:
@@ -139,7 +139,7 @@ class Service:
         """Return the drift test of ``model``, which goes on after a restart and begins anew with a version; None: it is not calibrated."""
         if (calibration := model.calibration) is None:
             return None
-        of = f"{self.name} {model.key} {calibration.of} {self.settings.alpha:g}"
+        of = f"{self.name} {model.key} {calibration.of} {self.settings.alpha:g}{f' {model.recorded.name}' if model.recorded else ''}"
         return self.drifts.of(of, lambda: self.shared.drift_file.take(of, Drift(calibration, self.settings.alpha)))
 
     def note(self, request: Request, model: ServedModel, predictions: Predictions, reasons: NDArray[np.bool_] | None = None) -> None:

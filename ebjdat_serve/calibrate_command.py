@@ -1,0 +1,85 @@
+"""`ebjdat-serve calibrate BUNDLE DIR`, on images, and `calibrate BUNDLE --scores FILE`, on scores that a server recorded."""
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from ebjdat_serve.console import shown
+from ebjdat_serve.editing import FORCED
+from ebjdat_serve.engines import Precision
+from ebjdat_serve.errors import EbjdatError
+
+OF_FOLDER, OF_SCORES = ("folders", "reach_images"), ("name", "since", "until", "precision")
+
+
+def add(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Add the command to ``commands``."""
+    parser = commands.add_parser(
+        "calibrate", help="calibrate a bundle on the images of a folder, or on recorded scores: p-values, the flag, decisions"
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", metavar="DIR", help="images like those to come; sub-folders named as labels tell them"
+    )
+    parser.add_argument("--folders", type=Path, metavar="FILE", help="JSON object: labels by the names of sub-folders")
+    parser.add_argument("--reach-images", type=int, metavar="N", help="images that walk for check=reach (as many as 5 minutes allow)")
+    parser.add_argument("--force", action="store_true", help=FORCED)
+    scores = parser.add_argument_group("in place of DIR (docs/drift.md)")
+    scores.add_argument(
+        "--scores",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="audit logs (serve --audit-log): calibrate on the scores in them, beside the calibration on images (serve --calibration NAME)",
+    )
+    scores.add_argument("--name", metavar="NAME", help="of the calibration (traffic)")
+    scores.add_argument("--since", metavar="TIME", help="first date or time, UTC, of the period that you vouch for")
+    scores.add_argument("--until", metavar="TIME", help="last date, or the time that ends it")
+    scores.add_argument("--precision", choices=get_args(Precision), help="that the scores were recorded in (fp32)")
+    parser.set_defaults(command=calibrate)
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Calibrate a bundle, in place or as the next version of its store."""
+    if (options.folder is None) == (options.scores is None):
+        raise EbjdatError("calibrate takes either DIR, a folder of images, or --scores FILE, audit logs of a server")
+    strange = [name for name in (OF_SCORES if options.scores is None else OF_FOLDER) if getattr(options, name) is not None]
+    if strange:
+        what = "DIR has no use for it" if options.scores is None else "--scores has no use for it"
+        raise EbjdatError(f"--{strange[0].replace('_', '-')}: calibrate with {what}")
+    (on_images if options.scores is None else on_scores)(options)
+
+
+def on_images(options: argparse.Namespace) -> None:
+    """Calibrate on the images of a folder."""
+    from ebjdat_serve.card import renewed
+    from ebjdat_serve.editing import edit
+    from ebjdat_serve.folder_calibration import calibrate_folder, told
+    from ebjdat_serve.folder_images import read_folders
+
+    folders = read_folders(options.folders)
+    done = edit(
+        options.bundle,
+        lambda draft: renewed(calibrate_folder(draft, options.folder, folders=folders, reach_images=options.reach_images)),
+        force=options.force,
+    )
+    print("\n".join([*map(shown, told(done)), f"into {done.path / 'calibration.json'}"]))
+
+
+def on_scores(options: argparse.Namespace) -> None:
+    """Calibrate on scores of audit logs."""
+    from ebjdat_serve.audit_rows import bound_of
+    from ebjdat_serve.bundle import recorded_file
+    from ebjdat_serve.card import renewed
+    from ebjdat_serve.editing import edit
+    from ebjdat_serve.score_calibration import Choice, calibrate_scores, told
+
+    since = None if options.since is None else bound_of(options.since)
+    until = None if options.until is None else bound_of(options.until, end=True)
+    choice = Choice(options.scores, options.name or "traffic", options.precision or "fp32", since, until)
+    done = edit(
+        options.bundle, lambda draft: renewed(calibrate_scores(draft, choice), f"does not tell of {choice.name}"), force=options.force
+    )
+    print("\n".join([*map(shown, told(done, choice.name)), f"into {done.path / recorded_file(choice.name)}"]))
+    print(f"serve it: ebjdat-serve serve {options.bundle} --calibration {choice.name}")
