@@ -184,7 +184,8 @@ def test_the_cost_is_said_before_and_is_what_it_comes_to(code, folder, monkeypat
     for part in parts[1:]:
         n, gradients = expected.gradients(contexts[-1], part)
         assert f"{n:,} images" in next(line for line in lines if line.startswith(f"  {part}"))
-        assert gradients / 2 < spent[part] < gradients * 2, part
+        # a later part finds results of an earlier one kept
+        assert spent[part] == pytest.approx(gradients) if part == "robustness" else gradients / 2 < spent[part] < gradients * 2, part
     assert {row.part for row in done.rows} == set(parts)
     assert {row.eps for row in done.rows if row.metric == "accuracy_pgd20"} == {8 / 255, 4 / 255}
 

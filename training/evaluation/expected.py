@@ -7,14 +7,14 @@ import numpy as np
 import torch
 
 from training.evaluation.adaptive import VARIANTS, Evade, EvadeBySquare, ScoreAttack
-from training.evaluation.attacks import Pgd, Predict, Trace, input_gradient
+from training.evaluation.attacks import OBJECTIVES, Pgd, Predict, Trace, Transfer, input_gradient
 from training.evaluation.autoattack import APGD, AutoAttack, Square
 from training.evaluation.context import Context
 from training.evaluation.explanation import SEARCHES, Explain
 from training.evaluation.hostile import QUERIES
 from training.evaluation.ood import FACTORS
 from training.evaluation.result_cache import Task
-from training.evaluation.robustness import UNMASKING
+from training.evaluation.robustness import CURVE, UNMASKING
 from training.loop.clock import duration
 from training.methods.adversary import cross_entropy
 
@@ -27,33 +27,44 @@ Amount = tuple[Task, int]
 
 
 def robustness(c: Context) -> Iterable[Amount]:
-    """Return the attacks of the part ``robustness``."""
-    s, (linf, half, l2), eot = c.suite, c.ball.threats(), c.eot
-    amounts: list[Amount] = [
-        *((Pgd(linf, eot=eot), s.attacked), (Pgd(half, eot=eot), s.attacked_other), (Pgd(l2, eot=eot), s.attacked_other)),
-        *((Pgd(linf, eot=eot), s.attacked_other), (Pgd(linf, restarts=5, eot=eot), s.strong)),
-        *((AutoAttack(linf, APGD), s.strong), (Square(linf, s.queries), s.strong)),
-        *((AutoAttack(linf), s.autoattack), (AutoAttack(half), s.autoattack_other), (AutoAttack(l2), s.autoattack_other)),
-    ]
-    return amounts
+    """Yield the attacks of the part ``robustness``."""
+    s, (linf, half, l2), eot, rand = c.suite, c.ball.threats(), c.eot, c.subject.random
+    yield from [(Pgd(linf, eot=eot), s.attacked), (Pgd(half, eot=eot), s.attacked_other), (Pgd(l2, eot=eot), s.attacked_other)]
+    yield Pgd(linf, eot=eot), s.attacked_other  # of the margin
+    yield Pgd(linf, restarts=5, eot=eot), s.strong
+    if c.surrogate is not None:
+        yield Transfer(linf, str(c.surrogate), c.surrogate_sha256), s.strong
+    if not c.attackers():
+        return
+    if not rand:
+        yield AutoAttack(linf, APGD), s.strong
+    yield Square(linf, s.queries), s.strong
+    for threat, n in ((linf, s.autoattack), (half, s.autoattack_other), (l2, s.autoattack_other)):
+        yield AutoAttack(threat, rand=rand), n
 
 
 def masking(c: Context) -> Iterable[Amount]:
-    """Return the work of the part ``masking``."""
+    """Yield the work of the part ``masking``."""
     s, (linf, _, _) = c.suite, c.ball.threats()
+    few = min(s.strong, s.checked) or s.checked
     yield Trace(linf), s.checked
-    for _ in range(6):
-        yield Pgd(linf, eot=c.eot), s.checked
-    yield Square(linf, s.queries), min(s.strong, s.checked)
+    yield from [(Pgd(linf, eot=c.eot), s.checked)] * len(CURVE)
+    yield from [(Pgd(linf, eot=c.eot), few)] * len(OBJECTIVES)
+    if c.surrogate is not None:
+        yield Transfer(linf, str(c.surrogate), c.surrogate_sha256), few
+    if c.attackers():
+        yield Square(linf, s.queries), few
 
 
 def suspicion(c: Context) -> Iterable[Amount]:
     """Return the work of the part ``suspicion``: sets that are looked at with their gradients, and attacked ones."""
     s, (linf, _, _) = c.suite, c.ball.threats()
     yield Predict(gradient=True), 8 * s.test + len(c.data.calibration)
-    yield AutoAttack(linf), s.autoattack
-    for _ in FACTORS:
-        yield Pgd(linf, leave=False, eot=c.eot), s.looked
+    yield from [(Pgd(linf, leave=False, eot=c.eot), s.looked)] * len(FACTORS)
+    if c.surrogate is not None:
+        yield Transfer(linf, str(c.surrogate), c.surrogate_sha256), s.looked
+    if c.attackers():
+        yield AutoAttack(linf, rand=c.subject.random), s.autoattack
 
 
 def hostile(c: Context) -> Iterable[Amount]:
@@ -66,7 +77,7 @@ def hostile(c: Context) -> Iterable[Amount]:
         for _ in range(levels):
             yield from [(Evade(linf, "energy", 0.0, 0.0, 1.0, variant), s.hostile) for variant in VARIANTS]
             yield EvadeBySquare(linf, "energy", 0.0, 0.0, 1.0, queries), s.hostile
-    yield AutoAttack(linf, APGD), s.hostile
+    yield AutoAttack(linf, APGD, rand=c.subject.random), s.hostile
     yield Pgd(half, restarts=2, eot=c.eot), s.hostile
 
 
