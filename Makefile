@@ -17,12 +17,12 @@ SERVE_STAMP := $(VENV)/.stamp-serve-$(ENGINE_EXTRA)-$(KEY)
 DEV_STAMP := $(VENV)/.stamp-dev-$(ENGINE_EXTRA)-$(KEY)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help serve test test-slow test-all coverage coverage-test check fix setup soak bench gpu-check browser-check clean
+.PHONY: help serve test test-slow test-all coverage coverage-test check fix setup soak bench gpu-check gpu-rehearse browser-check clean
 help:
 	@echo "make serve [PORT=8000] [HOST=127.0.0.1] [MODEL=bundle-or-store]   install and serve"
 	@echo "make test                                                        install and test (minutes)"
 	@echo "make test-all                                                    adds the slow tests, with branch coverage"
-	@echo "make check | fix | test-slow | soak | bench | gpu-check | browser-check | setup | clean"
+	@echo "make check | fix | test-slow | soak | bench | gpu-check | gpu-rehearse | browser-check | setup | clean"
 
 serve: $(SERVE_STAMP)
 	exec $(BIN)/ebjdat-serve serve $(MODEL) --host $(HOST) --port $(PORT)
@@ -82,9 +82,14 @@ bench: $(DEV_STAMP)
 	$(BIN)/python benchmarks/engines.py
 
 # Runs with the packages already installed on a GPU machine: needs torch and a GPU, but no package index.
+# Results go to OUT as they come: OUT/gpu.json, a log a step.
+OUT ?= build/gpu
 gpu-check:
-	@mkdir -p build
-	$(PYTHON) benchmarks/gpu_check.py --write build/gpu.md --json build/gpu.json
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
+
+# All steps of gpu-check on the CPU, at sizes that take seconds.
+gpu-rehearse: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu_check.py --rehearse --out $(OUT)
 
 # Needs Node.js 20 and Chromium: runs the tests that `make test` skips without them.
 browser-check: $(DEV_STAMP)

@@ -118,8 +118,15 @@ def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, devic
     return {name: float(np.percentile(taken, 20)) for name, taken in times.items()}
 
 
-def measure(bundle: Bundle, batches: list[int], wanted: list[Road], device: torch.device, seconds: float) -> list[Row]:
-    """Return the rows of every engine, batch and function."""
+def measure(
+    bundle: Bundle,
+    batches: list[int],
+    wanted: list[Road],
+    device: torch.device,
+    seconds: float,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Return the rows of every engine, batch and function; ``keep`` is given those that there are after each."""
     engines, rows = roads(bundle, wanted)
     size = bundle.manifest.input
     baselines = {"eager torch fp32": Eager(bundle, device, tf32=False)}
@@ -154,6 +161,7 @@ def measure(bundle: Bundle, batches: list[int], wanted: list[Road], device: torc
                     share = work[function] * batch / rates[precision] / each
                     rows.append({"name": f"ratio floor / {label}", "value": share, "unit": "ratio"})
             report(rows, function, batch)
+            keep(rows)
     return rows
 
 
@@ -221,8 +229,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def random_bundle(folder: Path, depth: int, width: int) -> Bundle:
-    """Return the shipped bundle with a random network of another depth and width, to measure time only."""
+def random_bundle(folder: Path, depth: int, width: int, *, graphs: bool = True) -> Bundle:
+    """Return the shipped bundle with a random network of another depth and width, to measure time only; with or without its ONNX graphs."""
     from safetensors.torch import save_file
 
     from ebjdat_serve.networks import architecture_of
@@ -233,6 +241,8 @@ def random_bundle(folder: Path, depth: int, width: int) -> Bundle:
     torch.manual_seed(0)
     save_file(architecture_of(architecture).build(len(shipped["labels"])).state_dict(), folder / "weights.safetensors")
     bundle = Bundle.draft(folder).update("weights.safetensors")
+    if not graphs:
+        return bundle
     try:
         from export.to_onnx import export, write
 
@@ -241,6 +251,15 @@ def random_bundle(folder: Path, depth: int, width: int) -> Bundle:
     except Exception as error:  # noqa: BLE001 (another torch exports otherwise, or not at all; torch's own roads do without)
         print(f"no graphs, so no ONNX Runtime: {type(error).__name__}: {error}", flush=True)
         return bundle
+
+
+def runs_graphs(device: torch.device) -> bool:
+    """Return whether ONNX Runtime computes on the device: a build for CPUs runs no graph on a GPU, so none need be exported."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return device.type != "cuda" or "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def main() -> None:
@@ -252,22 +271,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, nargs="+", help="1 8 32 on a CPU, 1 32 256 on a GPU")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each batch and function")
+    parser.add_argument("--tensorrt", action="store_true", help="measure TensorRT, which builds engines for minutes, and nothing else")
+    parser.add_argument("--without-graphs", action="store_true", help="with --network: export nothing, so measure no ONNX Runtime")
     parser.add_argument("--docs", type=Path, help="the document whose tables are generated from --json and the bundle's metrics")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = options.batch or ([1, 32, 256] if device.type == "cuda" else [1, 8, 32])
+    wanted = [road for road in (ON_GPU if device.type == "cuda" else ON_CPU) if (road[1] == "tensorrt") == options.tensorrt]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        bundle = random_bundle(Path(folder), *options.network) if options.network else Bundle.load(options.bundle)
-        rows = measure(bundle, batches, ON_GPU if device.type == "cuda" else ON_CPU, device, options.seconds)
+        graphs = not options.without_graphs and runs_graphs(device)
+        bundle = random_bundle(Path(folder), *options.network, graphs=graphs) if options.network else Bundle.load(options.bundle)
+        a = bundle.manifest.architecture
+        about = {"device": name, "threads": options.threads, "torch": torch.__version__, "network": f"WRN-{a['depth']}-{a['width']}"}
+
+        def keep(rows: list[Row]) -> None:
+            if options.json:
+                write_json(options.json, [{**row, **about} for row in rows])
+
+        rows = measure(bundle, batches, wanted, device, options.seconds, keep)
+        keep(rows)
     for row in rows:
         if row["unit"] == "unmeasured":
             print(f"unmeasured: {row['name']}: {row['why']}")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    a = bundle.manifest.architecture
-    about = {"device": name, "threads": options.threads, "torch": torch.__version__, "network": f"WRN-{a['depth']}-{a['width']}"}
-    if options.json:
-        options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n", encoding="utf-8")
     if options.docs:
         options.docs.write_text(document(options.docs.read_text(encoding="utf-8"), rows, bundle), encoding="utf-8")
 

@@ -8,7 +8,6 @@ x-, class-Gaussian draws only for re-initialised chains, no SAM, and the same th
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebjdat_serve.bundle import write_json
 from ebjdat_serve.energy import energy
 from ebjdat_serve.networks.wideresnet import WideResNetArchitecture
 from training.config import Preset
@@ -36,10 +36,12 @@ from training.methods.adversary import cross_entropy
 from training.methods.ebjdat import EbJdat, alignment, classification
 from training.methods.jem import generative, penalty
 from training.methods.replay import Starts, fit_prior
+from training.overrides import override, paths
 from training.presets import METHODS, preset
 
 Row = dict[str, Any]
 FLOOR = 400e12  # floating-point operations per second, bf16, of the floor of an epoch
+SIZES = ("batch_size", "plain_batch", "method.chains.batch")
 CHANGES = ("frozen parameters", "one forward", "channels_last", "bf16")
 """Changes in the order they are added to the baseline; the full step adds folded norms while sampling, and overheads."""
 
@@ -230,13 +232,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--network", type=int, nargs=2, default=(16, 2), metavar=("DEPTH", "WIDTH"))
+    parser.add_argument("--batch", type=int, help="labelled and plain images of a step, and its chains (the presets')")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = random_data()
 
     def sized(stage: Preset) -> Preset:
-        return replace(stage, architecture=WideResNetArchitecture(*options.network))
+        stage = replace(stage, architecture=WideResNetArchitecture(*options.network))
+        known = paths(stage) if options.batch else ()
+        return override(stage, [f"{field}={options.batch}" for field in SIZES if field in known])
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    network = f"WRN-{options.network[0]}-{options.network[1]}"
+    about = {"device": name, "threads": options.threads, "torch": torch.__version__, "network": network}
+
+    def keep(rows: list[Row]) -> None:
+        if options.json:
+            write_json(options.json, [{**row, **about} for row in rows])
 
     stage = sized(preset("ebjdat-aligned-jem++", "small"))  # K = 5, 5 attack steps, no SAM
     rows: list[Row] = []
@@ -250,16 +263,10 @@ def main() -> None:
         over = 45_000 / speed / (operations(stage, 45_000) / FLOOR)
         rows.append({"name": "ratio ebjdat epoch / floor at 400 TFLOP/s", "value": over, "unit": "ratio"})
         print(f"{rows[-1]['name']:48}{over:10.2f}")
-    rows += by_method(options.methods, sized, data, device, max(2, options.repeats // 2))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    about = {
-        "device": name,
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "network": f"WRN-{options.network[0]}-{options.network[1]}",
-    }
-    if options.json:
-        options.json.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n", encoding="utf-8")
+    keep(rows)
+    for method in options.methods:
+        rows += by_method([method], sized, data, device, max(2, options.repeats // 2))
+        keep(rows)
 
 
 if __name__ == "__main__":

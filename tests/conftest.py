@@ -43,6 +43,7 @@ settings.load_profile("noisy-machine")
 
 def pytest_addoption(parser):
     parser.addoption("--soak", type=float, default=101.0, metavar="SECONDS", help="length of the long soak (%(default)s; make soak: 600)")
+    parser.addoption("--rehearse", action="store_true", help="take the tests marked gpu on the CPU: make gpu-rehearse")
 
 
 def pytest_xdist_auto_num_workers():
@@ -99,12 +100,12 @@ SLOW_FIXTURES = ("trained", "precise")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         for name in SLOW_FIXTURES:
             if name in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.slow)
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not config.getoption("--rehearse"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: run it on one with make gpu-check"))
         if item.get_closest_marker("data") and not (data_root() / "cifar-10-batches-py").is_dir():
             item.add_marker(

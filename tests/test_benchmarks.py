@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import benchmarks.engines as engines
-from benchmarks import equal_budget, explanations, gpu_check, gpu_parallel, load, priors, tables
+from benchmarks import equal_budget, explanations, gpu_parallel, load, priors, tables
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.bundle import write_rows
 from ebjdat_serve.errors import EngineError
@@ -127,45 +127,10 @@ def test_a_road_that_cannot_step_is_listed_with_its_reason(shipped, monkeypatch)
     assert missing[0]["why"] == "no step here"
 
 
-def test_gpu_check_names_what_there_was_no_time_for_and_writes_the_rest(monkeypatch):
-    asked = []
-
-    def measure(bundle, batches, roads, device, seconds):
-        asked.append([road[1] for road in roads])
-        label = "torch cuda fp32 step batch 1"
-        return [
-            {"name": label, "value": 100.0, "unit": "chain steps/s", "ms": 10.0},
-            {"name": f"ratio {label} / eager torch fp32", "value": 5.0, "unit": "ratio"},
-            {"name": f"ratio floor / {label}", "value": 0.4, "unit": "ratio"},
-        ]
-
-    monkeypatch.setattr(engines, "measure", measure)
-    monkeypatch.setattr(engines, "random_bundle", lambda folder, depth, width: None)
-    rows = [row for block in gpu_check.measured(time.monotonic() + 200) for row in block]
-    assert asked == [["cuda"] * 4, ["cuda"] * 4, ["tensorrt"] * 2]
-    report = gpu_check.document("a GPU", rows, ["Tests: none"])
-    assert "| WRN-28-10 torch cuda fp32 step batch 1 | 100 | chain steps/s | 10.00 | 5.00 |  | 0.40 |" in report
-    assert "unmeasured: WRN-28-10 onnx tensorrt fp16: 240 s were not left" in report
-    assert len({row["name"] for row in rows if row["unit"] == "chain steps/s"}) == 2
-
-
 def test_one_cpu_thread_is_timed_by_the_cpus_time():
     assert torch.get_num_threads() == 1
     assert engines.clock(torch.device("cpu")) is time.process_time
     assert engines.clock(torch.device("cuda")) is time.perf_counter
-
-
-def test_gpu_check_does_not_pass_where_its_tests_cannot_run(monkeypatch):
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "sklearn" else name)
-    assert gpu_check.tests(time.monotonic() + 60) == (False, ["Tests marked gpu: not run, sklearn not installed here."])
-
-
-def test_gpu_check_without_a_gpu_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--write", "never.md"])
-    assert gpu_check.main() == 2
-    assert "there is none here" in capsys.readouterr().err
-    assert not Path("never.md").exists()
 
 
 def test_every_entry_at_equal_budget_is_a_run_that_the_trainer_takes():

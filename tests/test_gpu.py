@@ -5,11 +5,14 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import pytest
 
+from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.counterfactual import counterfactuals, length
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.pixels import to_unit
+from ebjdat_serve.scheduling import Policy
 from ebjdat_serve.selftest import verify
 from ebjdat_serve.sgld import Chains, Prior
+from tests.conftest import DIGITS
 from tests.test_counterfactual import several_steps_a_turn
 from tests.test_reach import answers_alike
 from tests.test_scheduling import few_beside_many
@@ -23,33 +26,48 @@ def chains(shipped):
     return Chains.start(prior, shipped.manifest.sampler, np.arange(-1, 10), seed=3)
 
 
-def engine_or_skip(bundle, kind, device, precision="fp32"):
+@pytest.fixture
+def rehearsed(pytestconfig, monkeypatch):
+    """Whether the CPU stands for the GPU, with turns as wide as a GPU's: make gpu-rehearse."""
+    if pytestconfig.getoption("--rehearse"):
+        monkeypatch.setattr(Policy, "of", lambda engine: Policy(256, False))
+    return pytestconfig.getoption("--rehearse")
+
+
+@pytest.fixture
+def engine_or_skip(rehearsed):
     """Skip for what is not installed; what is installed and does not run is a failure."""
     wheels = {("onnx", "cuda"): ["onnxruntime-gpu"], ("onnx", "tensorrt"): ["onnxruntime-gpu", "tensorrt-cu13"]}
-    for wheel in wheels.get((kind, device), []):
-        try:
-            version(wheel)
-        except PackageNotFoundError:
-            pytest.skip(f"{wheel} is not installed here")
-    return load_engine(bundle, kind, device, 1, precision)
+
+    def engine(bundle, kind, device, precision="fp32"):
+        if rehearsed and device == "tensorrt":
+            pytest.skip("a rehearsal has no TensorRT")
+        for wheel in () if rehearsed else wheels.get((kind, device), []):
+            try:
+                version(wheel)
+            except PackageNotFoundError:
+                pytest.skip(f"{wheel} is not installed here")
+        return load_engine(bundle, kind, "cpu" if rehearsed else device, 1, precision)
+
+    return engine
 
 
 @pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda"), ("onnx", "tensorrt")])
-def test_fp32_gives_the_self_tests_answers(shipped, kind, device):
+def test_fp32_gives_the_self_tests_answers(shipped, kind, device, engine_or_skip, rehearsed):
     engine = engine_or_skip(shipped, kind, device)
-    assert device in engine.provider.lower()
+    assert rehearsed or device in engine.provider.lower()
     verify(shipped, engine)
 
 
 @pytest.mark.parametrize(
     ("kind", "device", "precision"), [("torch", "cuda", "bf16"), ("onnx", "cuda", "fp16"), ("onnx", "tensorrt", "fp16")]
 )
-def test_lower_precisions_stay_near(shipped, kind, device, precision):
+def test_lower_precisions_stay_near(shipped, kind, device, precision, engine_or_skip):
     verify(shipped, engine_or_skip(shipped, kind, device, precision))
 
 
 @pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda"), ("onnx", "tensorrt")])
-def test_chains_walk_as_on_the_cpu_and_as_alone(shipped, chains, kind, device):
+def test_chains_walk_as_on_the_cpu_and_as_alone(shipped, chains, kind, device, engine_or_skip):
     engine, cpu = engine_or_skip(shipped, kind, device), load_engine(shipped, "torch", "cpu")
     end = engine.advance(chains, 10)
     np.testing.assert_allclose(end.image, cpu.advance(chains, 10).image, atol=1e-3)
@@ -61,7 +79,7 @@ def test_chains_walk_as_on_the_cpu_and_as_alone(shipped, chains, kind, device):
         np.testing.assert_allclose(again, end.image, atol=1e-5)
 
 
-def test_more_chains_than_one_graph_moves(shipped, chains):
+def test_more_chains_than_one_graph_moves(shipped, chains, engine_or_skip):
     engine = engine_or_skip(shipped, "torch", "cuda")
     many = Chains.join([chains] * 30)
     end = engine.advance(many, 2).image
@@ -69,12 +87,15 @@ def test_more_chains_than_one_graph_moves(shipped, chains):
 
 
 @pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda")])
-def test_clients_share_turns_of_a_gpus_width(shipped, kind, device):
-    few_beside_many(engine_or_skip(shipped, kind, device), Prior.load(shipped.path / "prior.safetensors"), shipped.manifest.sampler)
+def test_clients_share_turns_of_a_gpus_width(shipped, kind, device, engine_or_skip, rehearsed):
+    bundle = Bundle.load(DIGITS) if rehearsed else shipped  # 610 chains take minutes of a CPU
+    few_beside_many(engine_or_skip(bundle, kind, device), Prior.load(bundle.path / "prior.safetensors"), bundle.manifest.sampler)
 
 
 @pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda"), ("onnx", "tensorrt")])
-def test_counterfactuals_are_those_of_the_cpu_and_turns_of_several_steps_find_them(shipped, test_images, monkeypatch, kind, device):
+def test_counterfactuals_are_those_of_the_cpu_and_turns_of_several_steps_find_them(
+    shipped, test_images, monkeypatch, kind, device, engine_or_skip
+):
     images = to_unit(test_images[0][4::50])
     engine, cpu = engine_or_skip(shipped, kind, device), load_engine(shipped, "torch", "cpu")
     found, expected = (counterfactuals(one, images, norm="l2", radius=4.0) for one in (engine, cpu))
@@ -85,17 +106,19 @@ def test_counterfactuals_are_those_of_the_cpu_and_turns_of_several_steps_find_th
 
 
 @pytest.mark.parametrize(("kind", "device"), [("torch", "cuda"), ("onnx", "cuda"), ("onnx", "tensorrt")])
-def test_views_and_checks_answer_as_on_the_cpu(shipped, test_images, kind, device):
+def test_views_and_checks_answer_as_on_the_cpu(shipped, test_images, kind, device, engine_or_skip):
     answers_alike(shipped, engine_or_skip(shipped, kind, device), load_engine(shipped, "onnx", "cpu"), to_unit(test_images[0][3::50]))
 
 
-def test_no_operator_of_a_step_runs_on_the_cpu_but_those_on_shapes(shipped, chains):
+def test_no_operator_of_a_step_runs_on_the_cpu_but_those_on_shapes(shipped, chains, engine_or_skip, rehearsed):
+    if rehearsed:
+        pytest.skip("a rehearsal runs every operator on the CPU")
     engine = engine_or_skip(shipped, "onnx", "cuda")
     engine.advance(chains, 1)
     assert engine.placement()["step"].get("CPUExecutionProvider", 0) <= 4  # the batch's size, read from a shape
 
 
-def test_one_training_step_runs_on_cuda(tmp_path):
+def test_one_training_step_runs_on_cuda(tmp_path, rehearsed):
     from dataclasses import replace
 
     import torch
@@ -107,5 +130,5 @@ def test_one_training_step_runs_on_cuda(tmp_path):
     from training.presets import DIGITS
 
     preset = replace(DIGITS, epochs=0.5, precision="auto")
-    weights = train(preset, load("digits"), tmp_path, init=None, clock=Clock(), device=torch.device("cuda"))
+    weights = train(preset, load("digits"), tmp_path, init=None, clock=Clock(), device=torch.device("cpu" if rehearsed else "cuda"))
     assert all(torch.isfinite(value).all() for value in load_file(weights).values())

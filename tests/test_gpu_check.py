@@ -1,0 +1,210 @@
+"""First contact with a GPU: what goes wrong in a step is said, keeps what was measured, and stops no other step."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Step
+from tests.conftest import ROOT, until
+from training.data.datasets import data_root
+
+ROW = {"name": "torch cuda fp32 classify batch 1", "value": 2.0, "unit": "images/s", "network": "WRN-16-2"}
+
+
+def writes(file, then=""):
+    """Return a command that writes one row, and then does something."""
+    return "-c", f"import json, time; open({str(file)!r}, 'w').write(json.dumps([{ROW}])); {then}", "--json", str(file)
+
+
+def done(monkeypatch, out, *steps, minutes="1"):
+    """Return the status of gpu-check with these steps, and its results."""
+    monkeypatch.setattr(gpu_check, "steps", lambda out, rehearsal: list(steps))
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--rehearse", "--out", str(out), "--minutes", minutes])
+    return gpu_check.main(), json.loads((out / "gpu.json").read_text())
+
+
+def by_name(found):
+    return {step["name"]: step for step in found["steps"]}
+
+
+def test_whatever_a_step_does_the_next_is_taken_and_nothing_measured_is_lost(monkeypatch, tmp_path, capsys):
+    hangs = tmp_path / "hangs.json"
+    monkeypatch.setattr(gpu_check, "LEAST", 0.5)
+    status, found = done(
+        monkeypatch,
+        tmp_path,
+        Step("hangs", (writes(hangs, "time.sleep(60)"),), 3),
+        Step("fails", (("-c", "raise ValueError('no kernel image')"), writes(tmp_path / "never.json")), 20),
+        Step("killed", (("-c", "import os; os.kill(os.getpid(), 9)"),), 20),
+        Step(
+            "garbage",
+            (("-c", f"open({str(tmp_path / 'garbage.json')!r}, 'w').write('[{{')", "--json", str(tmp_path / "garbage.json")),),
+            20,
+        ),
+        Step("lacks", (("-c", "pass"),), 20, ("no_such_package",)),
+        Step("fine", (writes(tmp_path / "fine.json"),), 20),
+    )
+    steps = by_name(found)
+    assert status == 1
+    assert {name: step["status"] for name, step in steps.items()} == {
+        **{"hangs": "stopped", "fails": "failed", "killed": "failed"},
+        **{"garbage": "passed", "lacks": "not run", "fine": "passed"},
+    }
+    assert steps["fails"]["said"] == "status 1: ValueError: no kernel image"
+    assert steps["killed"]["said"].startswith("status -9")
+    assert steps["lacks"]["said"] == "no_such_package not installed here"
+    assert [row["step"] for row in found["rows"]] == ["hangs", "fine"]
+    assert steps["hangs"]["seconds"] < 12
+    assert "stopped  hangs" in (said := capsys.readouterr().out) and "not run  lacks" in said
+
+
+def test_what_an_earlier_run_left_is_no_result_of_this_one(monkeypatch, tmp_path):
+    (tmp_path / "old.json").write_text(json.dumps([ROW]))
+    _, found = done(monkeypatch, tmp_path, Step("fails", (("-c", "raise SystemExit(3)", "--json", str(tmp_path / "old.json")),), 20))
+    assert found["rows"] == []
+
+
+def test_a_run_that_is_cut_off_keeps_its_rows_and_leaves_no_process(tmp_path):
+    pid = tmp_path / "pid"
+    then = f"import os; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"""
+import sys
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Step
+gpu_check.steps = lambda out, rehearsal: [Step("long", ({writes(tmp_path / "long.json", then)},), 60), Step("never", (("-c", "pass"),), 60)]
+sys.argv = ["gpu_check.py", "--rehearse", "--out", {str(tmp_path)!r}]
+sys.exit(gpu_check.main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    until(lambda: pid.exists() and pid.read_text() and json.loads((tmp_path / "gpu.json").read_text())["rows"], 60)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [(step["name"], step["status"], step["said"]) for step in found["steps"]] == [
+        ("long", "running", "cut off"),
+        ("never", "not run", "not begun"),
+    ]
+    assert [row["step"] for row in found["rows"]] == ["long"]
+    until(lambda: not Path(f"/proc/{pid.read_text()}").exists(), 10)
+
+
+def test_tests_that_were_all_skipped_show_nothing(monkeypatch, tmp_path):
+    said = "print('SKIPPED [3] tests/test_gpu.py:30: no GPU'); print('3 skipped in 0.1s')"
+    status, found = done(monkeypatch, tmp_path, Step("tests", (("-c", said),), 20))
+    assert (status, by_name(found)["tests"]["status"], by_name(found)["tests"]["skipped"]) == (1, "failed", ["no GPU"])
+    status, found = done(monkeypatch, tmp_path, Step("tests", (("-c", "print('2 passed, 1 skipped in 0.1s')"),), 20))
+    assert (status, by_name(found)["tests"]["status"]) == (0, "passed")
+
+
+@pytest.mark.parametrize(("optional", "status"), [(True, 0), (False, 1)])
+def test_only_what_is_optional_may_be_missing(monkeypatch, tmp_path, optional, status):
+    assert done(monkeypatch, tmp_path, Step("tensorrt", (("-c", "pass"),), 20, ("no_such_package",), optional))[0] == status
+
+
+def test_a_step_without_time_left_is_not_begun(monkeypatch, tmp_path):
+    status, found = done(monkeypatch, tmp_path, Step("late", (("-c", "pass"),), 60), minutes="0.1")
+    assert (status, by_name(found)["late"]["status"], found["rows"]) == (1, "not run", [])
+    assert by_name(found)["late"]["said"].endswith(" s were left")
+
+
+def test_weights_are_those_that_the_command_before_wrote(monkeypatch, tmp_path):
+    made = (
+        "import os, pathlib; run = pathlib.Path(os.environ['EBJDAT_RUNS']) / 'gpu-check' / 'a'; "
+        "run.mkdir(parents=True); (run / 'weights.safetensors').touch()"
+    )
+    asked = ("-c", "import sys; assert sys.argv[1].endswith('gpu-check/a/weights.safetensors')", gpu_check.WEIGHTS)
+    assert done(monkeypatch, tmp_path / "none", Step("training", (asked,), 20))[1]["steps"][0]["said"] == "no weights were written"
+    assert done(monkeypatch, tmp_path / "some", Step("training", (("-c", made), asked), 20))[0] == 0
+
+
+def test_without_a_gpu_nothing_is_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--out", str(tmp_path / "never")])
+    assert gpu_check.main() == 2
+    assert "there is none here" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_package_that_everything_needs_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "safetensors" else name)
+    monkeypatch.setattr("sys.argv", ["gpu_check.py"])
+    assert gpu_check.main() == 2
+    assert "gpu-check needs safetensors" in capsys.readouterr().err
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results(tmp_path):
+    docs = (ROOT / "docs" / "gpu.md").read_text()
+    assert gpu_check.document(docs, gpu_check.read(ROOT / "benchmarks" / "gpu.json")) == docs
+
+
+def test_a_report_says_what_did_not_run():
+    found = {
+        "machine": {"device": "a GPU", "date": "2026-01-01", "torch": "2.11"},
+        "steps": [
+            {"name": "tests", "status": "failed", "seconds": 41.2, "limit": 100, "said": "1 failed, 3 passed", "skipped": ["no TensorRT"]}
+        ],
+        "rows": [
+            {**ROW, "step": "engines"},
+            {
+                "name": "ratio torch cuda fp32 classify batch 1 / eager torch fp32",
+                "value": 1.5,
+                "unit": "ratio",
+                "network": "WRN-16-2",
+                "step": "engines",
+            },
+            {"name": "onnx cuda fp32", "value": None, "unit": "unmeasured", "why": "no provider", "network": "WRN-16-2", "step": "engines"},
+            {"name": "ebjdat baseline", "value": 3.0, "unit": "labelled images/s", "network": "WRN-16-4", "step": "step", "tf32": True},
+        ],
+    }
+    report = gpu_check.report(found)
+    assert "| tests | failed | 41 | 1 failed, 3 passed |" in report
+    assert "| torch cuda fp32 | 2 (1.50 x) |" in report
+    assert "| ebjdat baseline | WRN-16-4 | 3 | labelled images/s | TF32 |" in report
+    assert report.splitlines()[-2:] == ["- tests: no TensorRT", "- WRN-16-2 onnx cuda fp32: no provider"]
+
+
+@pytest.mark.slow
+def test_all_of_it_is_rehearsed_on_the_cpu(tmp_path):
+    words = [sys.executable, "benchmarks/gpu_check.py", "--rehearse", "--out", str(tmp_path), "--minutes", "9"]
+    began = time.monotonic()
+    ran = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert time.monotonic() - began < 540
+    assert [step["status"] for step in found["steps"] if step["name"] != "tensorrt"] == ["passed"] * 5
+    speeds = {(row["step"], row["network"]) for row in found["rows"] if row["unit"] in ("images/s", "labelled images/s")}
+    assert speeds == {("engines", "WRN-16-2"), ("engines", "WRN-10-2"), ("step", "WRN-10-1"), ("step-wide", "WRN-10-2")}
+    assert "Did not run:" in gpu_check.report(found)
+
+
+def test_a_pack_goes_into_a_folder_that_git_ignores(tmp_path):
+    ran = subprocess.run([ROOT / "benchmarks" / "gpu_pack.sh", "docs"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "git does not ignore docs" in ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_what_is_packed_is_the_data_that_is_here(tmp_path):
+    folder = ROOT / "build" / f"pack-{os.getpid()}"
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PACKAGES": "", "PIECE": "20"}
+    environment |= {"EBJDAT_DATA": str(data_root())}
+    subprocess.run([ROOT / "benchmarks" / "gpu_pack.sh", str(folder.relative_to(ROOT))], env=environment, check=True, capture_output=True)
+    pieces = sorted(folder.glob("piece-*/part.*"))
+    assert len(pieces) > 2 and max(piece.stat().st_size for piece in pieces) <= 20 << 20
+    archive = tmp_path / "archive.tar"
+    archive.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+    (tmp_path / "data").mkdir()
+    subprocess.run(["tar", "-xf", archive, "-C", tmp_path / "data"], check=True)
+    code = "from training.data.datasets import load; d = load('cifar10'); print(len(d.test))"
+    there = {**environment, "EBJDAT_DATA": str(tmp_path / "data")}
+    assert subprocess.run([sys.executable, "-c", code], env=there, check=True, capture_output=True, text=True).stdout == "10000\n"
+    subprocess.run(["rm", "-r", folder], check=True)
