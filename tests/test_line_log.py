@@ -2,11 +2,13 @@
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.server.drift_states import DriftFile
 from ebjdat_serve.server.line_log import LineFile, LineLog, ThreadedHandler, rotating, write_whole
 from tests.classifiers import write
-from tests.conftest import HTTP, until
+from tests.conftest import DIGITS, HTTP, until
 
 PIPE = 4096
 SET_PIPE_SIZE = 1031
@@ -147,6 +149,27 @@ def test_half_a_character_is_written_as_an_escape():
     assert os.read(reading, 100).decode() == "a\\ud800é\n"
     os.close(reading)
     os.close(writing)
+
+
+def test_a_drawing_that_is_cut_off_by_a_stop_has_its_line(tmp_path):
+    port = free_port()
+    options = "--log json --device cpu --graceful-timeout 1 --generate-graceful-timeout 1 --max-steps 10000 --max-work 640000"
+    command = [sys.executable, "-m", "ebjdat_serve.cli", "serve", str(DIGITS), "--port", str(port), *options.split()]
+    command += ["--generate-backlog", "100000"]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            until(lambda: answers(port), 60)
+            with socket.create_connection(("127.0.0.1", port)) as drawing:
+                drawing.settimeout(30)
+                drawing.sendall(b"GET /generate?class=1&n=64&steps=10000&format=json HTTP/1.1\r\nHost: x\r\nX-Request-ID: drawing\r\n\r\n")
+                time.sleep(1)
+                process.terminate()
+                assert b" 503 " in drawing.recv(4096)
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+    rows = [json.loads(line) for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+    assert [(row["route"], row["code"]) for row in rows if row.get("id") == "drawing"] == [("/generate", 503)]
 
 
 @pytest.mark.parametrize("style", ["text", "json"])

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import stat
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,8 @@ GATHER_SECONDS = 0.05
 """Time in which lines gather before they are written: a thread that wakes for each takes the interpreter from the event loop each time."""
 CLOSE_SECONDS = 2.0
 """Time in which what waits at the end is written, or is not."""
+OWNERS = 0o600
+"""Mode of a file that its owner alone may read and write."""
 
 
 class LineLog:
@@ -130,7 +133,8 @@ class LineFile:
             if error.errno == errno.ELOOP:
                 raise OSError(errno.ELOOP, "it is a link; name the file itself") from error
             raise
-        os.fchmod(self._descriptor, 0o600)
+        if stat.S_IMODE(os.fstat(self._descriptor).st_mode) != OWNERS:  # a file system without modes is no reason to end
+            os.fchmod(self._descriptor, OWNERS)
 
     def write(self, line: str) -> None:
         """Write a line, or none of it; raise OSError where that fails."""
