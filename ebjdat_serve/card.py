@@ -13,7 +13,9 @@ from ebjdat_serve.store import reason_held_back
 
 log = logging.getLogger("ebjdat_serve")
 NAMED = 20
-"""Labels that a card names."""
+"""Labels that are named."""
+LONGEST_LINE = 2000
+"""Characters of a line of a summary: what a strange manifest says is cut there."""
 
 
 def summary(bundle: Bundle) -> str:
@@ -23,7 +25,7 @@ def summary(bundle: Bundle) -> str:
         f"{m.name}@{m.version}",
         f"  path          {bundle.path}",
         f"  architecture  {network_name(m.architecture)}, input {m.input.described()}",
-        f"  labels        {', '.join(m.labels)}",
+        f"  labels        {label_words(m)}",
         f"  sampler       {s.steps} steps of {s.step_size}, gradient clip {s.grad_clip}, noise {s.noise_std}",
         f"  trained       preset {p.preset}, seed {p.seed}, {p.dataset}, git {p.git[:12]}, {p.started}",
         f"  steps         {p.steps} of {p.planned_steps} planned, rolled back {p.rollbacks} times",
@@ -49,7 +51,15 @@ def summary(bundle: Bundle) -> str:
     if rows:
         lines.append("  metrics")
         lines += [f"    {row.metric:32}{figure(row):>24}  n = {row.n:<6} {data_words(row)}: {protocol_words(row)}" for row in rows]
-    return "\n".join(map(visible, lines))
+    return "\n".join(
+        visible(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} … ({len(line):,} characters)") for line in lines
+    )
+
+
+def label_words(manifest: Manifest) -> str:
+    """Return the labels, of many the first and how many more."""
+    more = len(manifest.labels) - NAMED
+    return ", ".join(manifest.labels[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def score_words(manifest: Manifest, calibration: Calibration | None) -> str:
@@ -120,7 +130,7 @@ def imported_card(bundle: Bundle) -> str:
     """Return what the card of an imported model says without figures: input, capabilities with reasons, calibration, licences."""
     m, p = bundle.manifest, bundle.manifest.provenance
     size = f"{m.input.height} x {m.input.width} pixels"
-    names = ", ".join(m.labels[:NAMED]) + (f" and {len(m.labels) - NAMED} more" if len(m.labels) > NAMED else "")
+    names = label_words(m)
     contract = {name: value for name, value in vars(m.input).items() if name not in ("height", "width")}
     calibration = bundle.calibration() if bundle.calibrated else None
     return f"""{title(m)}

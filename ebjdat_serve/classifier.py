@@ -248,7 +248,12 @@ def load(
     threads: int | None = None,
     trust: Sequence[str | os.PathLike[str]] = (),
 ) -> Classifier:
-    """Open a bundle or the current one of a store, as `ebjdat-serve serve` does with the options of the same names."""
+    """Open a bundle or the current one of a store, as `ebjdat-serve serve` does with the options of the same names.
+
+    Raises BundleError for one that cannot be served, EbjdatError for an option, TypeError for a path that is none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"load takes the path of a bundle or a store, a str or a Path, not {path!r:.40}")
     keys = tuple(map(Path, trust))
     settings = Settings(Path(path), engine=engine, device=device, precision=precision, calibration=calibration, alpha=alpha, trust=keys)
     return Classifier(settings.model, settings if threads is None else replace(settings, threads=threads))

@@ -139,6 +139,7 @@ def serve(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
     from ebjdat_serve.server import litserve_adapter
     from ebjdat_serve.server.app import build_server
+    from ebjdat_serve.server.line_log import log_by_thread
     from ebjdat_serve.server.settings import settings_of
 
     settings = settings_of(options, os.environ)
@@ -171,6 +172,7 @@ def serve(options: argparse.Namespace) -> None:
     def greet() -> None:
         logs.announce(settings.log, f"{models()} on {url} (docs: {url}/docs); Ctrl-C ends", model=models(), url=url)
 
+    log_by_thread()
     litserve_adapter.run(server, settings, greet)
 
 

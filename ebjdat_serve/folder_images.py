@@ -5,6 +5,7 @@ Pixels of one chunk are held at a time.
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,9 @@ class FolderImages:
         try:
             if file.stat().st_size > SERVED.max_bytes:
                 raise InvalidImage(f"the image has {file.stat().st_size} bytes; the limit is {SERVED.max_bytes}")
-            return decode(file.read_bytes(), self.contract, SERVED)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of each strange tag of each image
+                return decode(file.read_bytes(), self.contract, SERVED)
         except (InvalidImage, OSError) as error:
             self.unread[file] = cause(error)
             return None

@@ -3,7 +3,7 @@
 import json
 import shutil
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ from clients import classify as classify_client
 from clients import screen as screen_client
 from ebjdat_serve import card, load
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.card import summary
 from ebjdat_serve.cli import main
 from ebjdat_serve.engines import load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
@@ -91,6 +92,18 @@ def test_it_is_inspected_signed_and_published(bundles, tmp_path, capsys):
     sign(bundle.path, tmp_path / "key.pem", CPU)
     home = publish(bundle, tmp_path / "store", terms=CPU)
     assert (home / "bundle.json.sig").is_file()
+
+
+def test_what_a_strange_manifest_says_without_end_is_cut_where_it_is_inspected(bundles):
+    manifest = replace(bundles["plain"].manifest, labels=[f"label {i}" for i in range(60_000)])
+    manifest = replace(manifest, provenance=replace(manifest.provenance, preset="x" * 10**6))
+    labels, trained = (
+        next(line for line in summary(replace(bundles["plain"], manifest=manifest)).split("\n") if name in line)
+        for name in ("labels", "trained")
+    )
+    assert labels.endswith("label 18, label 19 and 59980 more")
+    assert trained.startswith("  trained       preset xxx") and trained.endswith("… (1,000,058 characters)")
+    assert len(trained) < 2100
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,9 @@ def test_threads_share_one(model, picture):
 def test_a_bundle_that_no_server_serves_is_refused(tmp_path):
     with pytest.raises(BundleError):
         ebjdat_serve.load(tmp_path)
+    for none in (None, b"bundle", 3):
+        with pytest.raises(TypeError, match=f"load takes the path of a bundle or a store, .* not {none!r}"):
+            ebjdat_serve.load(none)
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         ebjdat_serve.lod  # noqa: B018
 

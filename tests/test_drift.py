@@ -197,7 +197,9 @@ def test_a_damaged_file_is_put_aside_and_said_in_a_line(tmp_path, caplog, conten
         ("flagged", True),
         ("flagged", 10**9),
         ("since", "x" * 1000),
+        ("since", "2026\nERROR: forged"),
         ("alarm", 3),
+        ("alarm", "\x1b[2J"),
     ],
 )
 def test_a_damaged_state_begins_anew(tmp_path, caplog, name, value):

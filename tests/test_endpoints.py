@@ -8,6 +8,7 @@ import httpx2
 import numpy as np
 import pytest
 
+from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.server.app import operations_of
 from ebjdat_serve.server.compute.model import Operation
 from ebjdat_serve.server.endpoints import ENDPOINTS
@@ -253,3 +254,7 @@ def test_the_open_protocol_asks_for_the_key_in_its_own_words(extended, client, p
             assert all(list(one.json()) == ["error"] and "www-authenticate" in one.headers for one in answers)
         for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/cifar10-small/ready"):
             assert send.get(f"{base}{path}").status_code == 200
+        for path in ("/v2/ready", "/v2/health/ready", "/v2/models/cifar10-small/versions/0/ready", "/v2/models/x/ready"):
+            said = send.get(f"{base}{path}").text  # probes need no key, and tell only what they were told
+            assert Bundle.load(SHIPPED).manifest.version not in said
+            assert ("cifar10" in said) == ("cifar10" in path)

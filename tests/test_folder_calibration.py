@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 import weakref
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from scipy.stats import betabinom
 
+from benchmarks.hostile_images import png_of_tags
 from ebjdat_serve import folder_calibration as fc
 from ebjdat_serve import folder_images
 from ebjdat_serve.bundle import Bundle, read_json
@@ -53,6 +55,14 @@ def many(tmp_path_factory):
 
 def files(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_strange_tags_of_an_image_write_no_line_each(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_of_tags(100, 1000))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert FolderImages([tmp_path / "a.png"], SIZE, quiet).decoded(tmp_path / "a.png").shape == (12, 10, 3)
+    assert not said
 
 
 @pytest.mark.parametrize("n", [20, 59, 60, 499, 5_000, 50_000])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import struct
 import sys
@@ -361,11 +362,13 @@ def test_hostile_checkpoints_end_in_one_line_and_run_nothing(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/data.pkl", b"\x80\x02" + b"0" * 2**22)
     save_file({"x": torch.zeros(3)}, tmp_path / "strange.safetensors")
+    for pipe in ("pipe.pt", "pipe.safetensors"):
+        os.mkfifo(tmp_path / pipe)
     for name, said in (
         *(("code.pt", "more than tensors"), ("old.pt", "more than tensors"), ("short.safetensors", "without running code")),
         *(("none.pt", "holds no weights|damaged"), ("huge.pt", "larger than the file"), ("number.pt", "is no tensor")),
         *(("list.pt", "holds no state_dict"), ("bomb.pt", "compressed"), ("strange.safetensors", "match no network family: wideresnet")),
-        ("absent.pt", "cannot be read"),
+        *(("absent.pt", "cannot be read"), ("pipe.pt", "no regular file"), ("pipe.safetensors", "no regular file")),
     ):
         with pytest.raises(EbjdatError, match=said) as refused:
             checkpoint.find(str(tmp_path / name), **ASKED)

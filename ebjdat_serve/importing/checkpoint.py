@@ -84,6 +84,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name, with memory in proportion to the file; raise EbjdatError for any other file."""
     try:
         size = file.stat().st_size
+        if not file.is_file():
+            raise EbjdatError(f"{printable(file)} is no regular file: save what comes through a pipe first")
         if size > LARGEST:
             raise EbjdatError(f"{printable(file)} has {size} bytes, more than {LARGEST}")
         if file.suffix == ".safetensors":

@@ -84,4 +84,3 @@ class Application:
             queue.close("the server is stopping; try again when it is back")
         await decoders.close()
         await self._shared.drift_file.close(self._shared.drift_states())
-        self._shared.observer.close()

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ebjdat_serve.errors import EbjdatError, cause
 from ebjdat_serve.logs import now
 from ebjdat_serve.manifest import Calibration
 from ebjdat_serve.server.payloads import Predictions
+from ebjdat_serve.server.regular_files import open_regular
 from ebjdat_serve.server.tallies import KEPT
 from ebjdat_serve.server.threads import in_daemon_thread
 
@@ -95,7 +97,7 @@ class Drift:
             raise ValueError("capital must be three shares of 1")
         if any(type(n) is not int or n < 0 for n in (flagged, repeated)) or flagged > sum(state["counts"]):
             raise ValueError("flagged and repeated must be counts")
-        if any(type(text) is not str or len(text) > 40 or not text.isascii() for text in (since, alarm)):
+        if any(type(text) is not str or len(text) > 40 or not (text.isascii() and text.isprintable()) for text in (since, alarm)):
             raise ValueError("since and alarm must be times")
         self.test.restore(state["counts"], state["stakes"])
         self.jumper.capital[:], self.jumper.log_e = capital, self.jumper.log_e + jumper
@@ -168,7 +170,7 @@ class DriftFile:
 def read(path: Path) -> dict[str, State]:
     """Return the states in a file, none where there is no file; one that holds none is put aside with a warning. Raises OSError."""
     try:
-        with path.open("rb") as file:
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
             content = file.read(LARGEST + 1)
     except FileNotFoundError:
         return {}

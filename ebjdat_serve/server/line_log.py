@@ -1,37 +1,53 @@
 """Lines written by a thread of their own: a disk or a reader that stalls never keeps the event loop."""
 
+import errno
 import logging
 import os
+import stat
 import threading
 from collections import deque
 from collections.abc import Callable
-from logging.handlers import RotatingFileHandler
+from functools import partial
+from itertools import pairwise
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 from ebjdat_serve.errors import EbjdatError, cause
+from ebjdat_serve.server.regular_files import open_regular
 
 log = logging.getLogger("ebjdat_serve")
 WAITING = 20_000
 """Lines that wait at most; what comes then is lost, and counted."""
 GATHER_SECONDS = 0.05
 """Time in which lines gather before they are written: a thread that wakes for each takes the interpreter from the event loop each time."""
+CLOSE_SECONDS = 2.0
+"""Time in which what waits at the end is written, or is not."""
+OWNERS = 0o600
+"""Mode of a file that its owner alone may read and write."""
 
 
 class LineLog:
-    """Gives lines to ``write`` in a thread; ``lost`` counts those that it could not take."""
+    """Gives lines to ``write`` in a thread; ``lost`` counts those that it could not take, which is also logged once if it is ``told``."""
 
-    def __init__(self, write: Callable[[str], None], name: str) -> None:
-        self._write, self._name = write, name
+    def __init__(self, write: Callable[[str], None], name: str, *, told: bool = True) -> None:
+        self._write, self._name, self._told = write, name, told
+        self.lost = 0
+        self._begin()
+
+    def _begin(self) -> None:
         self._lines: deque[str] = deque()
         self._come, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self.lost = 0
+        self._process = os.getpid()
 
     def put(self, line: str) -> None:
         """Have a line written."""
-        if self._thread is None:  # not before the HTTP process was forked
+        if self._process != os.getpid():
+            self._begin()  # forked: the thread stayed in the other process, with what waits there
+        if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name=self._name)
             self._thread.start()
+            Finalize(self, self.close, exitpriority=0)  # a process that multiprocessing started runs no atexit
         if len(self._lines) >= WAITING or self._closing.is_set():
             self.lost += 1
             return
@@ -39,9 +55,9 @@ class LineLog:
         if not self._come.is_set():
             self._come.set()
 
-    def close(self, seconds: float = 2.0) -> None:
-        """Have what waits written, and end the thread, within so many seconds."""
-        if self._thread is not None:
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Have what waits written, and end the thread, within so many seconds; the end of the process does it, too."""
+        if self._thread is not None and self._process == os.getpid() and not self._closing.is_set():
             self._lines.append("")
             self._closing.set()
             self._come.set()
@@ -59,31 +75,103 @@ class LineLog:
                 try:
                     self._write(line)
                 except (OSError, ValueError) as error:
-                    if not self.lost:
+                    if self._told and not self.lost:
                         log.error("%s: a line is lost, and others may be (/metrics counts them): %s", self._name, cause(error))
                     self.lost += 1
 
 
-class Rotating(RotatingFileHandler):
-    """A file that only its owner may read, replaced when it is full, and an error where a line cannot be written."""
+class ThreadedHandler(logging.Handler):
+    """Writes records to a descriptor by a thread: whoever logs never waits for whoever reads."""
 
-    def _open(self) -> "os.PathLike[str] | object":  # type: ignore[override]
-        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=lambda path, flags: os.open(path, flags, 0o600))
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.lines = LineLog(partial(write_whole, descriptor), "the log", told=False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Have a record written; logging's own way to tell of one that has no text would wait for a reader."""
+        try:
+            self.lines.put(self.format(record))
+        except (KeyError, TypeError, ValueError):
+            self.lines.lost += 1
+
+
+def log_by_thread() -> None:
+    """Have a thread write the log of this process, and one in each process that it forks, where it was written to a stream."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.StreamHandler):
+            threaded = ThreadedHandler(handler.stream.fileno())
+            threaded.setFormatter(handler.formatter)
+            root.removeHandler(handler)
+            root.addHandler(threaded)
+
+
+def log_lines_lost() -> int:
+    """Return how many lines of this process's log could not be written."""
+    return sum(handler.lines.lost for handler in logging.getLogger().handlers if isinstance(handler, ThreadedHandler))
+
+
+def write_whole(descriptor: int, line: str) -> None:
+    """Write a line past Python's streams, whose locks a thread that waits would hold until the process ends."""
+    data = f"{line}\n".encode("utf-8", "backslashreplace")
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+class LineFile:
+    """A file of lines that only its owner may read, replaced when it is full; what another program moved or removed is made anew."""
+
+    def __init__(self, file: Path, size: int, files: int) -> None:
+        """``size``: bytes at which the file is replaced, of which ``files`` earlier ones are kept. Raises OSError."""
+        self._file, self._size, self._kept = file, size, files
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._descriptor = open_regular(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OSError(errno.ELOOP, "it is a link; name the file itself") from error
+            raise
+        if stat.S_IMODE(os.fstat(self._descriptor).st_mode) != OWNERS:  # a file system without modes is no reason to end
+            os.fchmod(self._descriptor, OWNERS)
 
     def write(self, line: str) -> None:
-        """Write a line; raise OSError where that fails."""
-        record = logging.LogRecord("", logging.INFO, "", 0, line, None, None)
-        if self.shouldRollover(record):
-            self.doRollover()
-        assert self.stream
-        self.stream.write(f"{line}\n")
-        self.stream.flush()
+        """Write a line, or none of it; raise OSError where that fails."""
+        data = f"{line}\n".encode("utf-8", "backslashreplace")
+        if not self._is_there():
+            self._reopen()
+        before = os.fstat(self._descriptor).st_size
+        if before and before + len(data) > self._size:
+            self._replace()
+            before = 0
+        if os.write(self._descriptor, data) < len(data):
+            os.ftruncate(self._descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.lstat(self._file), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+
+    def _reopen(self) -> None:
+        earlier = self._descriptor
+        self._open()
+        os.close(earlier)
+
+    def _replace(self) -> None:
+        names = [self._file, *(self._file.with_name(f"{self._file.name}.{n}") for n in range(1, self._kept + 1))]
+        for newer, older in reversed(list(pairwise(names))):
+            if newer.exists():
+                newer.replace(older)
+        self._reopen()
 
 
 def rotating(file: Path, size: int, files: int) -> LineLog:
     """Return a log in ``file``, replaced at ``size`` bytes, ``files`` earlier ones kept; raise EbjdatError where it cannot be."""
     try:
-        handler = Rotating(file, maxBytes=size, backupCount=files, encoding="utf-8")
+        lines = LineFile(file, size, files)
     except OSError as error:
         raise EbjdatError(f"the audit log {file} cannot be written: {cause(error)}") from error
-    return LineLog(handler.write, f"the audit log {file}")
+    return LineLog(lines.write, f"the audit log {file}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ebjdat_serve.logs import now
-from ebjdat_serve.server.line_log import LineLog, rotating
+from ebjdat_serve.server.line_log import LineLog, rotating, write_whole
 from ebjdat_serve.server.payloads import Predictions
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.server.tallies import Histogram
@@ -123,12 +123,6 @@ class Observer:
             row |= {"probability": finite(p.probability[i, top]), **scores, "decision": trace.decisions[i] if trace.decisions else None}
             self.audit.put(json.dumps(row | ({"reasons": reasons[i]} if reasons else {})))
 
-    def close(self) -> None:
-        """Have what waits written."""
-        for line_log in (self.access, self.audit):
-            if line_log:
-                line_log.close()
-
 
 def finite(value: Any) -> float | None:
     """Return a number as JSON has it, None for NaN and infinity."""
@@ -137,8 +131,7 @@ def finite(value: Any) -> float | None:
 
 def write_line(line: str) -> None:
     """Write a line to standard output."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    write_whole(sys.stdout.fileno(), line)
 
 
 class TraceMiddleware:

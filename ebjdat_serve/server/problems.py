@@ -59,6 +59,7 @@ class Problem(Exception):
     """
 
     def __init__(self, status: int, detail: str, *, headers: dict[str, str] | None = None, public: str = "", **extra: Any) -> None:
+        detail = detail.encode("utf-8", "backslashreplace").decode()  # JSON of a client may hold half a character, which no answer can
         super().__init__(detail)
         self.status, self.detail, self.headers, self.public, self.extra = status, detail, headers, public, extra
 

@@ -12,6 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from ebjdat_serve.keys import Scope
 from ebjdat_serve.server.answer.status import DriftInfo, drift_info
 from ebjdat_serve.server.endpoints.endpoint import Endpoint, Service, Shared
+from ebjdat_serve.server.line_log import log_lines_lost
 from ebjdat_serve.server.observer import REASONS
 from ebjdat_serve.server.problems import refused
 from ebjdat_serve.server.read.http_protocol import connections
@@ -76,7 +77,7 @@ COUNTERS: list[tuple[str, str, Labels]] = [
     ("ebjdat_chain_steps", "Steps of Langevin chains, and gradients that count as such.", ("model",)),
     ("ebjdat_worker_restarts", "Workers that died and were started again.", ("model", "kind")),
     ("ebjdat_refresh", "Versions of a store that were looked at.", ("model", "result")),
-    ("ebjdat_log_lines_lost", "Lines of the access and the audit log that could not be written.", ("log",)),
+    ("ebjdat_log_lines_lost", "Lines of the access log, the audit log and the HTTP process's own that could not be written.", ("log",)),
 ]
 HISTOGRAMS: list[tuple[str, str, Labels]] = [
     ("ebjdat_request_duration_seconds", "Time from the head of a request to the end of its response.", ("route", *MODEL)),
@@ -129,6 +130,7 @@ def families(shared: Shared) -> Families:
     for name, line_log in (("access", observer.access), ("audit", observer.audit)):
         if line_log:
             found.add("ebjdat_log_lines_lost", (name,), line_log.lost)
+    found.add("ebjdat_log_lines_lost", ("server",), log_lines_lost())
     found.add("ebjdat_connections", (), connections())
     for service in shared.services.values():
         of_service(found, service)

@@ -16,6 +16,7 @@ from ebjdat_serve.server.compute.model import PREDICT
 from ebjdat_serve.server.endpoints.endpoint import Endpoint, Handler, Service
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.read.bodies import parse_json, read_body
+from ebjdat_serve.server.read.model_path import MODEL_NAME
 from ebjdat_serve.server.read.uploads import ImageBody
 from ebjdat_serve.server.read.v2_body import InferBody, open_infer
 from ebjdat_serve.server.read.v2_path import ALL_STATS, MODEL_VERSION
@@ -56,17 +57,22 @@ async def server_ready(service: Service, request: Request) -> Response:
 
 async def model_ready(service: Service, request: Request) -> Response:
     """Return whether every worker of a model is ready, until a stop signal."""
-    of_version(request.scope, service.manager.active)
+    named = request.scope.get(MODEL_NAME)
+    if request.scope.get(MODEL_VERSION) not in (None, service.manager.active.bundle.manifest.version):
+        raise Problem(404, f"that version of {named} is not served")
     refuse_unready(service.shared.draining, service)
-    return JSONResponse({"name": service.name, "live": True, "ready": True})
+    return JSONResponse({**({"name": named} if named else {}), "live": True, "ready": True})
 
 
 def refuse_unready(draining: bool, *services: Service) -> None:
-    """Raise Problem 503 when the server is stopping or a model's workers are not ready."""
+    """Raise Problem 503 when the server is stopping or a model's workers are not ready.
+
+    Probes need no key: they tell no name and no version that the request does not name.
+    """
     if draining:
         raise Problem(503, "the server is stopping")
-    if waiting := [one.name for one in services if not one.manager.ready()]:
-        raise Problem(503, f"not ready: {', '.join(waiting)}")
+    if not all(one.manager.ready() for one in services):
+        raise Problem(503, "not ready: workers are starting; GET /models says of which model")
 
 
 async def models(service: Service, request: Request) -> Response:
