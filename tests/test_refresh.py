@@ -49,7 +49,7 @@ def info(server):
 def _followed(tmp_path_factory, shipped):
     folder = tmp_path_factory.mktemp("followed")
     publish(shipped, folder / "store")
-    with serving(folder / "store", folder / "log", *LONG) as server:
+    with serving(folder / "store", folder / "log", *LONG, "--refresh-interval", "0.2") as server:
         yield folder / "store", server
 
 
