@@ -97,12 +97,21 @@ def pytest_runtest_setup(item):
         pytest.skip("the time of this run is over: make test-slow runs it")
 
 
+LONGEST = (
+    "test_golden", "test_soak", "test_imported_evaluation", "test_precision", "test_evaluation", "test_training", "test_extending",
+    "test_faults", "test_gate", "test_survival", "test_refresh", "test_registries", "test_import_libraries", "test_noise",
+)  # fmt: skip
+"""The files whose slow tests take longest, the longest first: begun last, one would keep one worker at work while the others have none."""
+
+
 SLOW_FIXTURES = ("trained", "precise")
 """Fixtures that take a minute or more: who asks for one is slow. The tests of one are of one file, which one worker runs (loadfile)."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr == "slow":
+        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         for name in SLOW_FIXTURES:
             if name in getattr(item, "fixturenames", ()):
