@@ -608,15 +608,6 @@ def test_long_chains_are_cut_off_with_an_answer(tmp_path):
         assert 2 < time.monotonic() - begin < 7
 
 
-@pytest.mark.slow
-def test_the_death_of_the_main_process_ends_the_others(tmp_path):
-    with serving(SHIPPED, tmp_path / "log") as server:
-        tree = [server.process.pid, *server.children()]
-        os.kill(server.process.pid, signal.SIGKILL)
-        server.process.wait(10)
-        gone(tree)
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
