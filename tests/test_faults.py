@@ -538,6 +538,7 @@ def test_nothing_that_a_server_needs_is_in_a_file_and_nothing_stays_of_one_that_
         until(lambda: len(workers(server)) == 2 and killed not in workers(server))
         wait_ready(server)
         assert httpx2.post(f"{server.url}/classify", content=picture).status_code == 200
+        until(lambda: len(server.decoders()) == 3)
         tree = [server.process.pid, *server.children()]
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait(10)
