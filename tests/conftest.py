@@ -99,8 +99,8 @@ def pytest_runtest_setup(item):
 
 
 LONGEST = (
-    "test_golden", "test_soak", "test_imported_evaluation", "test_precision", "test_evaluation", "test_training", "test_extending",
-    "test_faults", "test_gate", "test_survival", "test_refresh", "test_registries", "test_import_libraries", "test_noise",
+    "test_golden", "test_soak", "test_training", "test_evaluation", "test_extending", "test_faults", "test_precision", "test_noise",
+    "test_install", "test_refresh", "test_survival", "test_gate", "test_registries", "test_import_packages", "test_import_libraries",
 )  # fmt: skip
 """The files whose slow tests take longest, the longest first: begun last, one would keep one worker at work while the others have none."""
 

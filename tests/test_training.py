@@ -191,13 +191,13 @@ def test_the_prior_is_fitted_once_for_chains_validation_and_the_bundle(tmp_path,
 def test_a_killed_run_resumes_with_bit_identical_losses(tmp_path):
     """kill -9 in the middle, then --resume through the command line, against a run that nobody disturbed."""
     command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--only-train", "--threads", "1"]
-    command += ["--set", "warm_start.epochs=1", "epochs=8", "chains.steps=1", "attack.steps=1", "save_seconds=0.3"]
+    command += ["--set", "warm_start.epochs=1", "epochs=4", "chains.steps=1", "attack.steps=1", "save_seconds=0.3"]
     environment = {**os.environ, "EBJDAT_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--run", "whole"], env=environment, check=True, capture_output=True)
     process = subprocess.Popen([*command, "--run", "killed"], env=environment, stdout=subprocess.DEVNULL)
     log = tmp_path / "killed" / "digits" / "log.jsonl"
     end = time.monotonic() + 120
-    while not (log.is_file() and len(log.read_text().splitlines()) >= 4):
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.02)
