@@ -1,7 +1,6 @@
 """Test tiers, progress lines, and fixtures: the digits bundle, the shipped bundle, and live servers in their own processes."""
 
 import functools
-import gc
 import os
 import signal
 import subprocess
@@ -125,10 +124,6 @@ def pytest_collection_modifyitems(config, items):
                     reason=f"needs CIFAR-10 in {data_root()}: python -c 'from training.data.datasets import load; load(\"cifar10\")'"
                 )
             )
-
-
-def pytest_collection_finish():
-    gc.freeze()  # what was imported and collected is not looked through for garbage again
 
 
 @dataclass

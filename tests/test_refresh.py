@@ -175,7 +175,9 @@ def test_what_is_not_right_is_refused_and_the_old_model_goes_on(tmp_path, shippe
         assert info(server)["refresh"]["refused"] is None
         # a worker that is started again serves what is served now, not what it was first started with
         shutil.rmtree(first)
-        os.kill(workers(server)[0], signal.SIGKILL)
+        killed = workers(server)[0]
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: killed not in workers(server))  # what comes before this is noticed is lost with it
         after = httpx2.post(f"{server.url}/classify", content=picture, timeout=30).json()
         assert after == {**before, "model": f"{shipped.manifest.name}@good"}
         assert good.is_dir()
