@@ -218,13 +218,13 @@ def encoded(image: Any, limits: Limits) -> bytes:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))) or not image.size:
             raise InvalidImage(f"an array must be uint8 of (H, W), (H, W, 3) or (H, W, 4), not {image.dtype} of {image.shape}")
+        _check_pixels(image.shape[1], image.shape[0], limits)  # before it is copied
         image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         raise InvalidImage(f"an image must be bytes, a path, an array or a Pillow image, not {type(image).__name__}")
     if image.mode == "F":
         raise InvalidImage("an image of floats does not say what is white: give uint8")
-    if image.width * image.height > limits.max_pixels:  # before it is encoded
-        raise InvalidImage(f"the image has {image.width} x {image.height} pixels; the limit is {limits.max_pixels} in all", too_large=True)
+    _check_pixels(image.width, image.height, limits)  # before it is encoded
     try:
         if image.mode == "I":
             image = image.convert("I;16")
@@ -235,6 +235,11 @@ def encoded(image: Any, limits: Limits) -> bytes:
     except (OSError, ValueError) as error:  # closed, truncated, without pixels
         raise InvalidImage(f"Pillow does not give the image's pixels: {first_line(error)}") from None
     return buffer.getvalue()
+
+
+def _check_pixels(width: int, height: int, limits: Limits) -> None:
+    if width * height > limits.max_pixels:
+        raise InvalidImage(f"the image has {width} x {height} pixels; the limit is {limits.max_pixels} in all", too_large=True)
 
 
 def load(

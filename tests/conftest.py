@@ -1,5 +1,6 @@
 """Test tiers, progress lines, and fixtures: the digits bundle, the shipped bundle, and live servers in their own processes."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -27,15 +28,17 @@ from ebjdat_serve.store import publish
 from training.data.datasets import data_root
 
 try:
+    import httpcore2
     import httpx2
 except ImportError:  # the tests marked gpu run on machines that have no server's packages
     httpx2 = None
+else:  # `httpx2.get` would read all certificates each time, which takes 25 ms
+    httpcore2.default_ssl_context = functools.cache(httpcore2.default_ssl_context)
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "tests" / "data" / "digits"
 """What `python training/train.py digits` made, once: tests/data/README.md."""
 HTTP: Any = httpx2 and httpx2.Client(verify=False, timeout=30, headers={"Connection": "close"})
-"""For what is asked again and again: `httpx2.get` reads all certificates each time."""
 torch.set_num_threads(1)
 settings.register_profile("noisy-machine", deadline=None)
 settings.load_profile("noisy-machine")
@@ -95,12 +98,21 @@ def pytest_runtest_setup(item):
         pytest.skip("the time of this run is over: make test-slow runs it")
 
 
+LONGEST = (
+    "test_golden", "test_soak", "test_training", "test_evaluation", "test_extending", "test_faults", "test_precision", "test_noise",
+    "test_install", "test_refresh", "test_survival", "test_gate", "test_registries", "test_import_packages", "test_import_libraries",
+)  # fmt: skip
+"""The files whose slow tests take longest, the longest first: begun last, one would keep one worker at work while the others have none."""
+
+
 SLOW_FIXTURES = ("trained", "precise")
 """Fixtures that take a minute or more: who asks for one is slow. The tests of one are of one file, which one worker runs (loadfile)."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr == "slow":
+        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         for name in SLOW_FIXTURES:
             if name in getattr(item, "fixturenames", ()):
@@ -220,10 +232,13 @@ def trained(tmp_path_factory) -> Path:
     return folder / "golden" / "store"
 
 
+LONG = ("--device", "cpu", "--max-steps", "1000")
+
+
 @pytest.fixture(scope="session")
 def live(tmp_path_factory) -> Iterator[Live]:
-    """The shipped model, served."""
-    with serving(SHIPPED, tmp_path_factory.mktemp("live") / "server.log") as server:
+    """The shipped model, served with chains of up to 1000 steps."""
+    with serving(SHIPPED, tmp_path_factory.mktemp("live") / "server.log", *LONG) as server:
         yield server
 
 
@@ -238,24 +253,15 @@ def no_start(monkeypatch) -> None:
     monkeypatch.setenv("EBJDAT_PORT", str(free_port()))  # a taken one would be named first
 
 
-LONG = ("--device", "cpu", "--max-steps", "1000")
-
-
-@pytest.fixture(scope="session")
-def _long_live(tmp_path_factory) -> Iterator[Live]:
-    with serving(SHIPPED, tmp_path_factory.mktemp("long_live") / "server.log", *LONG) as server:
-        yield server
-
-
 @pytest.fixture
-def long_live(_long_live) -> Iterator[Live]:
-    """The shipped model, served with chains of up to 1000 steps; a test leaves it idle, and with the processes it had."""
-    until(lambda: len(_long_live.decoders()) == 3)
-    before = set(_long_live.children()) - set(_long_live.decoders())  # these end with the clients of their images
-    yield _long_live
-    until(lambda: _long_live.info()["load"]["generate"]["chains"] == 0)
-    until(lambda: len(_long_live.decoders()) == 3)
-    assert set(_long_live.children()) - set(_long_live.decoders()) == before, _long_live.log.read_text()
+def long_live(live) -> Iterator[Live]:
+    """`live` for tests that strain it: each leaves it idle, and with the processes it had."""
+    until(lambda: len(live.decoders()) == 3)
+    before = set(live.children()) - set(live.decoders())  # these end with the clients of their images
+    yield live
+    until(lambda: live.info()["load"]["generate"]["chains"] == 0)
+    until(lambda: len(live.decoders()) == 3)
+    assert set(live.children()) - set(live.decoders()) == before, live.log.read_text()
 
 
 @pytest.fixture(scope="session")

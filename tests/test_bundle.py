@@ -14,12 +14,13 @@ from ebjdat_serve.manifest import Manifest
 from ebjdat_serve.parsing import parse
 from ebjdat_serve.server.read.generate_request import find_label
 from ebjdat_serve.store import publish
+from tests.conftest import DIGITS
 
 
 @pytest.fixture
-def copy(shipped, tmp_path):
+def copy(tmp_path):
     folder = tmp_path / "bundle"
-    shutil.copytree(shipped.path, folder)
+    shutil.copytree(DIGITS, folder)
     return folder
 
 
@@ -182,14 +183,16 @@ def test_a_manifest_that_is_not_json_is_refused(copy):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_calibration_of_another_graph_is_stale(copy, precision):
-    rows = json.loads((copy / "calibration.json").read_text())
+def test_calibration_of_another_graph_is_stale(shipped, tmp_path, precision):
+    folder = tmp_path / "bundle"
+    shutil.copytree(shipped.path, folder)
+    rows = json.loads((folder / "calibration.json").read_text())
     for row in rows:
         row["of"] = "0" * 64 if row["precision"] == precision else row["of"]
-    (copy / "calibration.json").write_text(json.dumps(rows))
-    Bundle.draft(copy).update("calibration.json")
+    (folder / "calibration.json").write_text(json.dumps(rows))
+    Bundle.draft(folder).update("calibration.json")
     with pytest.raises(BundleError, match=f"stale: {precision}"):
-        Bundle.load(copy).calibration(precision)
+        Bundle.load(folder).calibration(precision)
 
 
 def test_neither_bundle_nor_store(tmp_path):

@@ -21,12 +21,12 @@ from ebjdat_serve.server.settings import SHIPPED, Settings
 from ebjdat_serve.verification import Terms, verified
 from ebjdat_serve.view_files import REACH, load_reviewed
 
-N = 12
+N = 8
 
 
 @pytest.fixture(scope="module")
 def images(test_images):
-    return test_images[0][::41][:N]
+    return test_images[0][::62][:N]
 
 
 def asked(live, images, query, path="/classify"):

@@ -42,7 +42,7 @@ from ebjdat_serve.server.read.bodies import SMALL_BODY, BodyMemory
 from ebjdat_serve.server.read.uploads import encoded_images, read_upload
 from ebjdat_serve.server.settings import SHIPPED, Settings
 from ebjdat_serve.server.v2_protocol import HEADER_LENGTH
-from tests.conftest import serving, until
+from tests.conftest import HTTP, serving, until
 from tests.test_faults import connect, http_process, memory
 
 KEY = "a-key-of-the-tests"
@@ -371,15 +371,22 @@ async def watch():
         longest, last = max(longest, now - last), now
 
 
-async def lag(service, request):
-    """Return the longest turn since the last call, and watch from now on."""
+async def begin(service, request):
+    """Watch from now on."""
     global longest
+    longest = 0.0
     if not watching:
         watching.append(asyncio.create_task(watch()))
-    said, longest = longest, 0.0
-    return Response(f"{1000 * said:.3f}")
+    return Response()
 
 
+async def lag(service, request):
+    """Return the longest turn since the watch began, and end it: it costs a core."""
+    watching.pop().cancel()
+    return Response(f"{1000 * longest:.3f}")
+
+
+ENDPOINTS.append(Endpoint("/watch", begin, method="GET", hidden=True))
 ENDPOINTS.append(Endpoint("/lag", lag, method="GET", hidden=True))
 
 if __name__ == "__main__":
@@ -392,8 +399,7 @@ def watched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched")
     (folder / "script.py").write_text(WATCHED, encoding="utf-8")
     executable = (sys.executable, str(folder / "script.py"))
-    with serving(SHIPPED, folder / "log", "--device", "cpu", executable=executable) as server:
-        httpx2.get(f"{server.url}/lag")
+    with serving(SHIPPED, folder / "log", "--device", "cpu", "--generate-workers", "0", executable=executable) as server:
         yield server
 
 
@@ -559,7 +565,7 @@ def check(act):
 
 
 def lag(server):
-    return float(httpx2.get(f"{server.url}/lag", timeout=30).text)
+    return float(HTTP.get(f"{server.url}/lag").text)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -569,7 +575,7 @@ def test_no_body_keeps_the_event_loop(watched, name):
     assert len(body) <= 22 * 2**20
 
     def post():
-        lag(watched)
+        HTTP.get(f"{watched.url}/watch")
         httpx2.post(f"{watched.url}/classify", content=body, headers={"Content-Type": kind}, timeout=60)
         return lag(watched)
 
@@ -615,7 +621,7 @@ def test_no_body_of_the_open_protocol_keeps_the_event_loop(watched, name):
     assert len(body) <= 22 * 2**20
 
     def post():
-        lag(watched)
+        HTTP.get(f"{watched.url}/watch")
         answer = httpx2.post(f"{watched.url}/v2/models/cifar10-small/infer", content=body, headers=headers, timeout=60)
         assert answer.status_code in ((200,) if name == "a large array" else (400, 413)), answer.text
         return lag(watched)
@@ -657,7 +663,7 @@ RAW = {
 @pytest.mark.parametrize("name", RAW)
 def test_no_framing_keeps_the_event_loop(watched, name):
     def send():
-        lag(watched)
+        HTTP.get(f"{watched.url}/watch")
         with connect(watched, 20) as client, contextlib.suppress(ConnectionError):
             client.sendall(RAW[name])
             client.recv(2**16)

@@ -28,7 +28,7 @@ from ebjdat_serve.pixels import decode, encode_png, to_unit
 from ebjdat_serve.reach import Policy
 from ebjdat_serve.server.app import build_server
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.read.generate_request import find_label, read_values
+from ebjdat_serve.server.read.generate_request import GenerateQuery, check_limits, find_label, read_values
 from ebjdat_serve.server.settings import SHIPPED, Settings
 from ebjdat_serve.view_files import load_reviewed
 from ebjdat_serve.views import Seen
@@ -327,10 +327,10 @@ BAD_QUERIES = [
     ({"class": "3", "n": "0"}, "1 to 64"),
     ({"class": "3", "n": "1000000"}, "1 to 64"),
     ({"class": "3", "n": "x"}, "integer"),
-    ({"class": "3", "steps": "-1"}, "1 to 80"),
-    ({"class": "3", "steps": "0"}, "1 to 80"),
+    ({"class": "3", "steps": "-1"}, "1 to 1000"),
+    ({"class": "3", "steps": "0"}, "1 to 1000"),
     ({"class": "3", "steps": "1e9"}, "integer"),
-    ({"class": "3", "steps": "81"}, "--max-steps"),
+    ({"class": "3", "steps": "1001"}, "1 to 1000"),
     ({"class": "3", "step_size": "0"}, "step_size"),
     ({"class": "3", "step_size": "nan"}, "step_size"),
     ({"class": "3", "step_size": "inf"}, "step_size"),
@@ -346,6 +346,13 @@ BAD_QUERIES = [
     ({"class": "3", "format": "gif"}, "png"),
     ({"class": "3", "colour": "red"}, "known are class, n, steps"),
 ]
+
+
+def test_steps_beyond_those_that_the_sampler_was_tuned_for_name_the_option_that_allows_them(shipped):
+    query = GenerateQuery(**{"class": 3})
+    check_limits(query, 80, shipped.manifest, Settings())
+    with pytest.raises(Problem, match=r"1 to 80, not 81, .* serve --max-steps raises it"):
+        check_limits(query, 81, shipped.manifest, Settings())
 
 
 @pytest.mark.parametrize(("query", "said"), BAD_QUERIES, ids=[json.dumps(q) for q, _ in BAD_QUERIES])

@@ -20,6 +20,8 @@ from training.config import describe, stages
 from training.data.datasets import load
 from training.distributed import Noise
 from training.errors import OutOfTime, TrainingDiverged, TrainingError
+from training.evaluation import context
+from training.evaluation.context import Suite
 from training.loop.bundle_writer import Origin, draft_bundle
 from training.loop.clock import Clock
 from training.loop.divergence import diverged
@@ -34,6 +36,7 @@ from training.methods.ebjdat import EbJdat
 from training.methods.replay import ChainConfig
 from training.overrides import listing, override
 from training.presets import DIGITS, preset
+from training.train import main
 
 CPU = torch.device("cpu")
 WARM = stages(DIGITS)[0]
@@ -188,13 +191,13 @@ def test_the_prior_is_fitted_once_for_chains_validation_and_the_bundle(tmp_path,
 def test_a_killed_run_resumes_with_bit_identical_losses(tmp_path):
     """kill -9 in the middle, then --resume through the command line, against a run that nobody disturbed."""
     command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--only-train", "--threads", "1"]
-    command += ["--set", "warm_start.epochs=1", "epochs=8", "chains.steps=1", "attack.steps=1", "save_seconds=0.3"]
+    command += ["--set", "warm_start.epochs=1", "epochs=4", "chains.steps=1", "attack.steps=1", "save_seconds=0.3"]
     environment = {**os.environ, "EBJDAT_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--run", "whole"], env=environment, check=True, capture_output=True)
     process = subprocess.Popen([*command, "--run", "killed"], env=environment, stdout=subprocess.DEVNULL)
     log = tmp_path / "killed" / "digits" / "log.jsonl"
     end = time.monotonic() + 120
-    while not (log.is_file() and len(log.read_text().splitlines()) >= 4):
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -232,11 +235,13 @@ def test_training_and_the_torch_engine_need_no_more_than_torch_numpy_pillow_and_
 
 
 @pytest.mark.slow
-def test_a_short_time_is_shared_by_the_stages_and_ends_with_a_bundle(tmp_path):
-    environment = {**os.environ, "EBJDAT_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "training" / "train.py"), "digits", "--threads", "1", "--run", "short", "--max-minutes", "0.4"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_short_time_is_shared_by_the_stages_and_ends_with_a_bundle(tmp_path, monkeypatch):
+    """Through the command, but in this process, where little of the evaluation that follows is enough."""
+    monkeypatch.setitem(context.SUITES, "quick", Suite(*[20, 5, 5, 0, 0, 0, 2, 5, 1, 5, 10], queries=5, thorough=False))
+    monkeypatch.setattr("training.evaluate.USUAL", ("clean", "robustness", "landscape"))
+    monkeypatch.setenv("EBJDAT_RUNS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--threads", "1", "--run", "short", "--max-minutes", "0.4"])
+    main()
     bundle = Bundle.load(tmp_path / "short" / "store" / "current")
     assert bundle.manifest.name == "digits"
     assert 0 < bundle.manifest.provenance.steps < bundle.manifest.provenance.planned_steps
