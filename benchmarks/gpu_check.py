@@ -135,7 +135,8 @@ def tests(end: float) -> tuple[bool, list[str]]:
     except subprocess.TimeoutExpired:
         return False, ["Tests marked gpu: not finished within half of the time."]
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode == 0, [f"Tests marked gpu: {done.stdout.strip().splitlines()[-1]}", *failed]
+    last = (done.stdout.strip() or done.stderr.strip() or f"pytest said nothing and ended with {done.returncode}").splitlines()[-1]
+    return done.returncode == 0, [f"Tests marked gpu: {last}", *failed]
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def test_fp32_on_a_gpu_is_not_tf32(shipped, monkeypatch):
 def test_no_session_goes_on_with_other_providers_on_its_own(roads):
     for name in ("classify", "score", "step"):
         roads["onnx"].warm(name)
-        assert not getattr(roads["onnx"], f"_{name}")._enable_fallback
+        assert not roads["onnx"]._session(name, 1)._enable_fallback
 
 
 def test_a_graph_of_other_weights_is_not_run(shipped):
