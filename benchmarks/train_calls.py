@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Calls of a training step, which a GPU waits for in a small network: `python benchmarks/train_calls.py [--json FILE] [--as NAME]`.
+
+Counted on the CPU, at the depth and width of the preset and a batch of eight, by the profiler: calls of ATen that no other call of ATen
+made, by part of the step, and reads of the host, for which it waits until the device is done. Neither depends on the batch.
+"""
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.train_step import Step, random_data
+from training.config import Preset
+from training.presets import CIFAR10
+
+Row = dict[str, Any]
+PARTS = ("data and augmentation", "inner problem", "loss and gradient", "optimiser, average, log")
+READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero")
+BATCH = 8
+MARK = "mark of a part"
+
+
+class Marked(Step):
+    """A step whose parts are told apart by marks in the profile."""
+
+    def clock(self) -> float:
+        """Leave a mark."""
+        with record_function(MARK):
+            return 0.0
+
+
+class Reads(TorchFunctionMode):
+    """Counts what waits for the device, by the name of the method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = (resolve_name(func) or "").rpartition(".")[2]
+        if name in READS:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def tiny(stage: Preset) -> Preset:
+    """Return a preset with a batch of eight; its network, and so its calls, are unchanged."""
+    changes: dict[str, Any] = {}
+    if hasattr(stage.method, "chains"):
+        changes["method"] = replace(stage.method, chains=replace(stage.method.chains, batch=BATCH, buffer_size=10 * BATCH))  # type: ignore[type-var]
+    return replace(stage, batch_size=BATCH, plain_batch=BATCH, precision="bf16", warm_start=None, **changes)
+
+
+def counted(stage: Preset) -> tuple[dict[str, Counter[str]], Counter[str]]:
+    """Return the calls of a preset's step by part and name, and its reads of the host by name; the step is not the first."""
+    step = Marked(tiny(stage), random_data(20 * BATCH), torch.device("cpu"))
+    step.step()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        step.step()
+    with Reads() as reads:
+        step.step()
+    calls = {part: Counter[str]() for part in PARTS}
+    part = -1
+    for event in sorted(seen.events(), key=lambda event: event.time_range.start):
+        if event.name == MARK:
+            part += 1
+        elif event.name.startswith("aten::") and not made_by_aten(event):
+            calls[PARTS[part]][event.name.removeprefix("aten::")] += 1
+    return calls, reads.seen
+
+
+def made_by_aten(event: Any) -> bool:
+    """Return whether a call of ATen made this one."""
+    parent = event.cpu_parent
+    while parent is not None and not parent.name.startswith("aten::"):
+        parent = parent.cpu_parent
+    return parent is not None
+
+
+def main() -> None:
+    """Print the counts, and write them beside those of other names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--as", dest="title", default="now", help="name of these counts in the JSON (%(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[Row] = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.is_file() else []
+    rows = [row for row in rows if row["at"] != options.title]
+    assert CIFAR10.warm_start is not None
+    for stage in (CIFAR10, CIFAR10.warm_start):
+        calls, reads = counted(stage)
+        parts = {part: sum(found.values()) for part, found in calls.items()}
+        rows.append({"at": options.title, "preset": stage.name, "calls": sum(parts.values()), "parts": parts, "reads": dict(reads)})
+        rows[-1]["torch"] = torch.__version__
+        print(json.dumps(rows[-1]), flush=True)
+    if options.json:
+        options.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
