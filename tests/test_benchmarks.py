@@ -155,6 +155,37 @@ def test_gpu_check_does_not_pass_where_its_tests_cannot_run(monkeypatch):
     assert gpu_check.tests(time.monotonic() + 60) == (False, ["Tests marked gpu: not run, sklearn not installed here."])
 
 
+@pytest.mark.parametrize(("out", "err", "said"), [("", "ImportError: no torch\n", "ImportError: no torch"), ("", "", "ended with 4")])
+def test_gpu_check_tells_of_tests_that_said_nothing(monkeypatch, out, err, said):
+    """A conftest that cannot be imported leaves the output empty, which was an IndexError."""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 4, out, err))
+    passed, (line,) = gpu_check.tests(time.monotonic() + 60)
+    assert not passed
+    assert said in line
+
+
+ABSENT = "httpx2 litserve tqdm fastapi starlette uvicorn onnx onnxscript onnxruntime cryptography matplotlib pyautoattack prometheus_client"
+BARE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1].split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import benchmarks.gpu_check, benchmarks.engines, pytest
+sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"]))
+"""
+
+
+def test_gpu_check_and_the_tests_marked_gpu_need_nothing_of_the_server():
+    """A machine with a GPU has torch, NumPy, Pillow and safetensors, and what was carried to it."""
+    done = subprocess.run([sys.executable, "-c", BARE, ABSENT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests collected" in done.stdout
+
+
 def test_gpu_check_without_a_gpu_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["gpu_check.py", "--write", "never.md"])
