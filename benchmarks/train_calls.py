@@ -62,7 +62,7 @@ def counted(stage: Preset) -> tuple[dict[str, Counter[str]], Counter[str]]:
     """Return the calls of a preset's step by part and name, and its reads of the host by name; the step is not the first."""
     step = Marked(tiny(stage), random_data(20 * BATCH), torch.device("cpu"))
     step.step()
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:  # of one cycle; torch 2.11 warns without
         step.step()
     with Reads() as reads:
         step.step()

@@ -45,6 +45,7 @@ def pytest_addoption(parser):
     parser.addoption("--soak", type=float, default=101.0, metavar="SECONDS", help="length of the long soak (%(default)s; make soak: 600)")
 
 
+@pytest.hookimpl(optionalhook=True)  # a machine of the tests marked gpu has no pytest-xdist
 def pytest_xdist_auto_num_workers():
     """One worker a core, at most four: each starts servers of its own, which have processes of their own."""
     return min(4, cpus())

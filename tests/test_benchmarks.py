@@ -175,7 +175,7 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import benchmarks.gpu_check, benchmarks.engines, pytest
-sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"]))
+sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_gpu.py"]))
 """
 
 

@@ -209,6 +209,6 @@ def input_gradients(network: Classifier, asked: Sequence[Ask]) -> Sequence[Tenso
         logits = network(x)
         if len(asked) == 1:
             return torch.autograd.grad(logits, x, grad_outputs=asked[0].slope(logits.detach()))
-        slopes = [ask.slope(part) for ask, part in zip(asked, logits.detach().split(sizes), strict=True)]
+        slopes = [ask.slope(part) for ask, part in zip(asked, torch.split(logits.detach(), sizes), strict=True)]
         (gradient,) = torch.autograd.grad(logits, x, grad_outputs=torch.cat(slopes))
-    return gradient.split(sizes)
+    return torch.split(gradient, sizes)

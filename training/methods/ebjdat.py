@@ -89,7 +89,8 @@ class EbJdat(Method[ReplayBuffer]):
         if self.alignment == "kl":  # TRADES aligns E(x) and E(x_adv) by itself (arXiv 2407.06315)
             h2 = divergence(logits, logits_adv).mean()
         else:  # of the whole batch: a quotient of its statistics is no mean over ranks
-            h2 = alignment(*context.ranks.everywhere(energy_x, energy_adv), self.alignment)
+            everyone = context.ranks.everywhere(energy_x, energy_adv)
+            h2 = alignment(everyone[0], everyone[1], self.alignment)
         h3 = classification(logits, logits_adv, label, self.clean_weight)
         loss = ramp(self.w1, self.w1_ramp, context) * h1 + self.w2 * h2 + self.w3 * h3
         loss = loss + self.energy_penalty * penalty(energy_plain, energy_neg)
