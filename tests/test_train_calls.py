@@ -1,32 +1,42 @@
 """Tests of what a training step asks of its device: calls and reads of the host are counted, on the CPU; no time is measured."""
 
 import json
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks.train_calls import PARTS, counted
+from benchmarks.train_calls import LAUNCH, PARTS, WARM, captured, counted
 from benchmarks.train_step import random_data
 from tests.conftest import ROOT
+from training.data.datasets import load
 from training.distributed import Noise
-from training.loop.loop import clipped
+from training.loop.clock import Clock
+from training.loop.loop import clipped, train
 from training.loop.start import new_optimiser, new_state
+from training.methods import passes
 from training.methods.adversary import Ask, Attack, Threat, attacking, cross_entropy, frozen, together
 from training.presets import CIFAR10, DIGITS
 
+HOW = {"objective": cross_entropy, "threat": Threat("linf", 0.1), "attack": Attack(3)}
 KEPT = json.loads((ROOT / "benchmarks" / "train_calls.json").read_text(encoding="utf-8"))
 
 
-def kept(at, stage):
-    (row,) = (row for row in KEPT if (row["at"], row["preset"]) == (at, stage.name))
+def kept(at, stage, road):
+    (row,) = (row for row in KEPT if (row["at"], row["preset"], row["captured"]) == (at, stage.name, road))
     return row
 
 
-@pytest.mark.parametrize(("stage", "most"), [(CIFAR10, 0.6), (CIFAR10.warm_start, 0.65)])
-def test_a_step_asks_no_more_of_its_device_than_is_kept(stage, most):
-    before, now = kept("985fe67", stage), kept("now", stage)
-    calls, reads = counted(stage)
+@pytest.mark.parametrize(
+    ("stage", "warm", "most"), [(CIFAR10, 0, 0.56), (CIFAR10.warm_start, 0, 0.63), (CIFAR10, WARM, 0.34), (CIFAR10.warm_start, WARM, 0.51)]
+)
+def test_a_step_asks_no_more_of_its_device_than_is_kept(stage, warm, most):
+    before, now = kept("985fe67", stage, False), kept("now", stage, bool(warm))
+    with captured() if warm else nullcontext():
+        calls, reads = counted(stage, warm or 1)
     parts = {part: sum(calls[part].values()) for part in PARTS}
     if torch.__version__ == now["torch"]:  # another torch counts otherwise, by a few
         assert parts == now["parts"], "python benchmarks/train_calls.py --json benchmarks/train_calls.json"
@@ -36,8 +46,68 @@ def test_a_step_asks_no_more_of_its_device_than_is_kept(stage, most):
     last = calls[PARTS[-1]]
     assert last["_foreach_lerp_"] == 1
     assert not {"lerp_", "add_", "linalg_vector_norm"} & {name for name, times in last.items() if times > 3}
-    # norms are folded once, for adversary and chains alike
-    assert calls["inner problem"]["sqrt"] == 13
+    inner = calls["inner problem"]
+    assert inner["sqrt"] == 13  # norms are folded once, for adversary and chains alike
+    assert inner[LAUNCH] == bool(warm) * 2 * stage.method.attack.steps
+    assert inner["conv2d"] == (0 if warm else 16 * stage.method.attack.steps)
+
+
+def weights_after(epochs, folder):
+    stage = replace(DIGITS, epochs=epochs, precision="bf16", warm_start=None)
+    file = train(stage, load("digits"), folder, init=None, clock=Clock(), device=torch.device("cpu"))
+    return load_file(file)
+
+
+def test_captured_passes_train_the_same_weights(tmp_path, monkeypatch):
+    """What was captured reads the weights where they were then: they are folded into the same memory at each step."""
+    alone = weights_after(0.25, tmp_path / "alone")
+    launches = []
+    with captured():
+        launch = passes.captured
+        monkeypatch.setattr(passes, "captured", lambda function, pool: launches.append(function.__name__) or launch(function, pool))
+        found = weights_after(0.25, tmp_path / "captured")
+    assert launches.count("_forward") == launches.count("_backward") >= 1
+    for name, value in alone.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("road", "said"),
+    [
+        (lambda function, pool: function, None),  # which captured() returns where nothing records
+        (lambda function, pool: lambda: None, "captured passes are off"),  # a replay that does nothing
+    ],
+    ids=["does not record", "records nothing"],
+)
+def test_passes_that_cannot_be_captured_are_called(model, monkeypatch, caplog, road, said):
+    monkeypatch.setattr(passes, "FEW", 1)
+    monkeypatch.setattr(passes, "on_gpu", lambda image: True)
+    monkeypatch.setattr(passes, "captured", road)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    model.autocast = torch.bfloat16
+    x, label = torch.rand(4, 3, 8, 8), torch.arange(4)
+    with frozen(model) as network:
+        found = [together(network, attacking(x, label, noise=Noise.seeded(1), **HOW))[0] for _ in range(2)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], x)
+    assert [said in record.getMessage() for record in caplog.records] == ([True] if said else [])
+
+
+def test_a_copy_of_a_network_has_passes_of_its_own(model):
+    """LAS-AT looks ahead with a copy, whose weights differ."""
+    model.autocast = torch.bfloat16
+    x = torch.rand(4, 3, 8, 8)
+    with frozen(model) as network, torch.no_grad():
+        before = network(x)
+    ahead = deepcopy(model)
+    with torch.no_grad():
+        ahead.head.bias.add_(1)
+        ahead.blocks[0].conv1.weight.mul_(1.5)
+    with frozen(ahead) as network, torch.no_grad():
+        assert (network(x) - before).abs().min() > 0
+        torch.testing.assert_close(network(x), ahead.folded()(x))
+    with frozen(model) as network, torch.no_grad():
+        assert torch.equal(network(x), before)
 
 
 def walking(x, steps):
@@ -55,8 +125,8 @@ def test_inner_loops_that_share_their_passes_end_where_each_ends_alone(model, dt
     passes = []
 
     def searches():
-        how = {"objective": cross_entropy, "threat": Threat("linf", 0.1), "attack": Attack(attack_steps)}
-        return attacking(image, label, noise=Noise.seeded(1), **how), walking(other, walk_steps)
+        attack = attacking(image, label, noise=Noise.seeded(1), **{**HOW, "attack": Attack(attack_steps)})
+        return attack, walking(other, walk_steps)
 
     with frozen(model) as network:
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ebjdat_serve.energy import energy, joint_energy
 from ebjdat_serve.networks import Network
 from training.distributed import Noise
+from training.methods.passes import Passes, gradient_of
 
 Classifier = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W) in [0,1] -> logits (N, K)."""
@@ -90,7 +92,7 @@ def frozen(model: nn.Module) -> Iterator[Classifier]:
     model.eval().requires_grad_(False)
     try:
         with torch.no_grad():
-            function = model.folded() if isinstance(model, Network) and model.autocast is not None else model
+            function = Passes.of(model) if isinstance(model, Network) and model.autocast is not None else model
         yield function
     finally:
         for module, mode in training.items():
@@ -167,8 +169,9 @@ def climbing(x: Tensor, label: Tensor, objective: Objective, threat: Threat, ste
     """Return ``steps`` ascents of length ``step_size`` as an inner loop, kept in the ball around ``centre``; infinite eps: in the box."""
 
     def slope(logits: Tensor) -> Tensor:
-        leaf = logits.requires_grad_()
-        (found,) = torch.autograd.grad(objective(leaf, label).sum(), leaf)
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            (found,) = torch.autograd.grad(objective(leaf, label).sum(), leaf)
         return found
 
     for _ in range(steps):
@@ -203,12 +206,12 @@ def together(network: Classifier, *searches: Search) -> list[Tensor]:
 
 def input_gradients(network: Classifier, asked: Sequence[Ask]) -> Sequence[Tensor]:
     """Return each one's d objective / dx, from one pass over the images of all."""
+    gradient = network.gradient if isinstance(network, Passes) else partial(gradient_of, network)
+    if len(asked) == 1:
+        return [gradient(asked[0].image, asked[0].slope)]
     sizes = [len(ask.image) for ask in asked]
-    with torch.enable_grad():
-        x = (torch.cat([ask.image for ask in asked]) if len(asked) > 1 else asked[0].image).detach().requires_grad_()
-        logits = network(x)
-        if len(asked) == 1:
-            return torch.autograd.grad(logits, x, grad_outputs=asked[0].slope(logits.detach()))
-        slopes = [ask.slope(part) for ask, part in zip(asked, torch.split(logits.detach(), sizes), strict=True)]
-        (gradient,) = torch.autograd.grad(logits, x, grad_outputs=torch.cat(slopes))
-    return torch.split(gradient, sizes)
+
+    def slope(logits: Tensor) -> Tensor:
+        return torch.cat([ask.slope(part) for ask, part in zip(asked, torch.split(logits, sizes), strict=True)])
+
+    return torch.split(gradient(torch.cat([ask.image for ask in asked]), slope), sizes)
