@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -76,12 +77,13 @@ def captured() -> Iterator[None]:
 
         return replay
 
-    honest = passes.captured, passes.on_gpu, torch.cuda.graph_pool_handle, passes.FEW
-    passes.captured, passes.on_gpu, torch.cuda.graph_pool_handle, passes.FEW = launch, lambda image: True, object, 1
-    try:
+    with (
+        patch.object(passes, "captured", launch),
+        patch.object(passes, "on_gpu", lambda image: True),
+        patch.object(passes, "FEW", 1),
+        patch.object(torch.cuda, "graph_pool_handle", object),
+    ):
         yield
-    finally:
-        passes.captured, passes.on_gpu, torch.cuda.graph_pool_handle, passes.FEW = honest
 
 
 def counted(stage: Preset, warm: int = 1) -> tuple[dict[str, Counter[str]], Counter[str]]:

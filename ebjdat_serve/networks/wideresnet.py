@@ -99,7 +99,7 @@ class Folded:
     def __init__(self, network: WideResNet, dtype: torch.dtype) -> None:
         self._network, self._dtype = network, dtype
         self._stem, self._blocks, self._out = self._fold()
-        self._strides = [block.conv1.stride[0] for block in network.blocks]  # type: ignore[union-attr, index]
+        self._strides: list[int] = [block.conv1.stride[0] for block in network.blocks if isinstance(block, Block)]
 
     def _fold(self) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]], tuple[Tensor, Tensor]]:
         dtype = self._dtype
@@ -114,7 +114,8 @@ class Folded:
             scale, shift = affine(block.norm1, dtype)
             after, bias = statistics(block.norm2)
             skip = None if block.shortcut is None else weight(block.shortcut)
-            blocks.append((scale, shift, weight(block.conv1, after), bias.to(dtype), weight(block.conv2), skip))
+            conv1, conv2 = weight(block.conv1, after), weight(block.conv2)
+            blocks.append((scale, shift, conv1, bias.to(dtype), conv2, skip))
         out = affine(self._network.norm, dtype)
         return weight(self._network.stem), blocks, out
 
