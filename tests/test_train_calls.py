@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from benchmarks.train_calls import LAUNCH, PARTS, WARM, captured, counted
 from benchmarks.train_step import random_data
+from ebjdat_serve.networks.wideresnet import WideResNet
 from tests.conftest import ROOT
 from training.data.datasets import load
 from training.distributed import Noise
@@ -93,6 +94,31 @@ def test_passes_that_cannot_be_captured_are_called(model, monkeypatch, caplog, r
     assert [said in record.getMessage() for record in caplog.records] == ([True] if said else [])
 
 
+def captured_as_called(device, monkeypatch):
+    """Inner loops of captured passes end where those of single calls end, also when weights change; test_gpu asks it of a GPU."""
+    torch.manual_seed(0)
+    net = WideResNet(10, 1, 4).to(device, memory_format=torch.channels_last)
+    net.autocast = torch.bfloat16
+    draw = torch.Generator().manual_seed(1)
+    images = [torch.rand(n, 3, 8, 8, generator=draw).to(device) for n in (6, 2)]
+
+    monkeypatch.setattr(passes, "FEW", 1)
+    for _ in range(3):
+        with frozen(net) as network, torch.no_grad():
+            found, expected = (torch.cat(together(one, *(walking(image, 4) for image in images))) for one in (network, net.folded()))
+        (graphs,) = network._graphs.values()
+        assert graphs._whole
+        assert (found - expected).norm() <= 0.05 * (expected - torch.cat(images)).norm()
+        with torch.no_grad():
+            for weight in net.parameters():
+                weight.mul_(0.8)
+
+
+def test_captured_passes_end_where_calls_end(monkeypatch):
+    with captured():
+        captured_as_called(torch.device("cpu"), monkeypatch)
+
+
 def test_a_copy_of_a_network_has_passes_of_its_own(model):
     """LAS-AT looks ahead with a copy, whose weights differ."""
     model.autocast = torch.bfloat16
@@ -113,7 +139,7 @@ def test_a_copy_of_a_network_has_passes_of_its_own(model):
 def walking(x, steps):
     """Steps along the first logit's gradient, as chains take them."""
     for _ in range(steps):
-        x = x + 0.1 * (yield Ask(x, lambda logits: torch.eye(logits.shape[1])[0].expand_as(logits)))
+        x = x + 0.1 * (yield Ask(x, lambda logits: torch.eye(logits.shape[1], device=logits.device)[0].expand_as(logits)))
     return x
 
 
