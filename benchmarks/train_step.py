@@ -8,7 +8,6 @@ x-, class-Gaussian draws only for re-initialised chains, no SAM, and the same th
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from training.config import Preset
 from training.data.datasets import Dataset
 from training.data.image_folders import Split
 from training.distributed import Ranks
-from training.loop.loop import descend
+from training.loop.loop import clipped, descend
 from training.loop.run_log import scalars
 from training.loop.start import new_state, precision
 from training.loop.stream import Stream
@@ -146,7 +145,7 @@ class Step:
         marks.append(("inner problem", self.clock()))
         terms = descend(state.model, lambda: p.method.loss(state.model, batch, state.method_state, now), p, 0.5)
         marks.append(("loss and gradient", self.clock()))
-        length = torch.nn.utils.clip_grad_norm_(state.model.parameters(), p.gradient_clip or math.inf)
+        length = clipped(list(state.model.parameters()), p.gradient_clip)
         scalars(terms, length, Ranks())
         state.optimiser.step()
         state.update_ema(p.ema)

@@ -49,6 +49,7 @@ def pytest_addoption(parser):
     parser.addoption("--rehearse", action="store_true", help="take the tests marked gpu on the CPU: make gpu-rehearse")
 
 
+@pytest.hookimpl(optionalhook=True)  # a machine of the tests marked gpu has no pytest-xdist
 def pytest_xdist_auto_num_workers():
     """One worker a core, at most four: each starts servers of its own, which have processes of their own."""
     return min(4, cpus())

@@ -43,6 +43,7 @@ def places(module):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_square_works_where_it_is_told(device):
+    pytest.importorskip("pyautoattack")
     assert torch.device(autoattack.square(torch.nn.Identity(), LINF, 5, device).device) == torch.device(device)
 
 

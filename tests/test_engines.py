@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 
 from benchmarks.engines import operations
 from ebjdat_serve.bundle import GRAPHS, Bundle
+from ebjdat_serve.energy import score
 from ebjdat_serve.engines import eager, load_engine, providers
-from ebjdat_serve.engines.eager import TorchEngine
+from ebjdat_serve.engines.eager import TorchEngine, load_model
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError, EngineError
 from ebjdat_serve.noise import horner, normal, uniform
-from ebjdat_serve.selftest import PROBE
+from ebjdat_serve.selftest import PROBE, verify
 from ebjdat_serve.sgld import PRIME, Chains, Prior, Sampler
+from tests.conftest import until
 
 
 def keys(n, seed=0):
@@ -137,25 +139,12 @@ def test_bf16_keeps_the_chains_state_in_fp32(shipped, chains):
     assert 0 < np.abs(end - small.image).max() < 1e-4  # such a step is lost in bf16, whose neighbours are 4e-3 apart
 
 
-def test_a_captured_walk_pads_to_a_power_of_two_and_serves_again(shipped, chains, monkeypatch):
-    """What a GPU does, but for the capture itself: fixed memory for the next power of two, at most so many at once, used again."""
-    made = []
-    monkeypatch.setattr(eager.Walk, "capture", lambda walk: made.append(len(walk.image)))
-    monkeypatch.setattr(eager, "LARGEST", 4)
-    engine = TorchEngine(shipped, "cpu")
-    expected = engine.advance(chains, 3).image
-    engine._device = torch.device("meta")  # not the CPU's road; memory stays where Walk is told
-    monkeypatch.setattr(eager, "Walk", lambda model, rows, device, walk=eager.Walk: walk(model, rows, torch.device("cpu")))
-    for _ in range(2):
-        found = engine.advance(chains, 3)
-        np.testing.assert_allclose(found.image, expected, atol=2e-5)
-        assert found.step.tolist() == [3] * 5
-    np.testing.assert_allclose(engine.advance(chains.rows([4, 2, 0]), 3).image, expected[[4, 2, 0]], atol=2e-5)
-    assert made == [4, 1]
+@pytest.fixture
+def captures(monkeypatch):
+    """What a GPU does, but for the recording itself: torch.cuda's part is played here, and a replay calls what was recorded.
 
-
-def test_a_capture_leaves_other_threads_alone_and_the_device_to_itself(shipped, chains, monkeypatch):
-    """A refresh captures in a thread while the main thread answers: gpu.md, what a fake of torch.cuda can show."""
+    Each capture notes its options, whether the device was free for another thread, and its function.
+    """
     seen = []
 
     class Stream:
@@ -169,15 +158,107 @@ def test_a_capture_leaves_other_threads_alone_and_the_device_to_itself(shipped, 
         seen.append((how, free.get(timeout=10)))
         yield
 
-    fakes = {"Stream": Stream, "current_stream": Stream, "stream": nullcontext, "graph": graph}
+    fakes = {"Stream": Stream, "current_stream": Stream, "stream": nullcontext, "graph": graph, "graph_pool_handle": object}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    engine = TorchEngine(shipped, "cpu")
-    engine._device = torch.device("meta")  # not the CPU's road; memory stays where Walk is told
-    monkeypatch.setattr(eager, "Walk", lambda model, rows, device, walk=eager.Walk: walk(model, rows, torch.device("cpu")))
+    honest = eager.captured
+
+    def captured(function, pool):
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=function))
+        return honest(function, pool)
+
+    monkeypatch.setattr(eager, "captured", captured)
+    return seen
+
+
+@pytest.fixture
+def gpu(monkeypatch, captures):
+    """Return an engine that takes the GPU's road; its memory is the CPU's."""
+
+    def engine(bundle, precision="fp32"):
+        made = TorchEngine(bundle, "cpu", 1, precision)
+        made._device = torch.device("meta")  # not the CPU's road; memory stays where Walk and Look are told
+        made._model, made._features = made._fast, load_model(bundle).folded_features(eager.DTYPES[precision])
+        made.score = lambda *given: tuple(found.numpy() for found in score(made._model, *map(torch.from_numpy, given)))
+        return made
+
+    for name in ("Walk", "Look"):
+        kind = getattr(eager, name)
+        monkeypatch.setattr(eager, name, lambda answer, rows, device, kind=kind: kind(answer, rows, torch.device("cpu")))
+    return engine
+
+
+def test_a_captured_walk_pads_to_a_power_of_two_and_serves_again(roads, shipped, chains, gpu, captures, monkeypatch):
+    """Fixed memory for the next power of two, at most so many at once, used again."""
+    monkeypatch.setattr(eager, "LARGEST", 4)
+    expected, engine = roads["torch"].advance(chains, 3).image, gpu(shipped)
+    for _ in range(2):
+        found = engine.advance(chains, 3)
+        np.testing.assert_allclose(found.image, expected, atol=2e-5)
+        assert found.step.tolist() == [3] * 5
+    np.testing.assert_allclose(engine.advance(chains.rows([4, 2, 0]), 3).image, expected[[4, 2, 0]], atol=2e-5)
+    assert [shape[0] for shape in engine._walks] == [4, 1]
+    assert len(captures) == 2
+
+
+def test_a_captured_classification_pads_too_and_shares_the_memory_of_the_steps(roads, shipped, chains, gpu, captures, monkeypatch):
+    monkeypatch.setattr(eager, "LARGEST", 4)
+    engine, expected = gpu(shipped), roads["torch"].classify(chains.image)
+    for rows in (slice(0, 5), slice(0, 3), slice(3, 4)):
+        for found, whole in zip(engine.classify(chains.image[rows]), expected, strict=True):
+            np.testing.assert_allclose(found, whole[rows], atol=2e-5)
+    assert [shape[0] for shape in engine._looks] == [4, 1]
     engine.advance(chains, 1)
-    assert seen == [({"capture_error_mode": "thread_local"}, False)]
+    assert len(captures) == 4
+    assert len({id(how["pool"]) for how, _ in captures}) == 1
+
+
+def test_on_a_gpu_fp32_with_folded_norms_passes_the_self_test(shipped, gpu):
+    """The fewer calls are the same function: within the tolerances that every engine has."""
+    verify(shipped, gpu(shipped))
+
+
+def test_a_capture_leaves_other_threads_alone_and_the_device_to_itself(shipped, chains, gpu, captures):
+    """A refresh captures in a thread while the main thread answers."""
+    engine = gpu(shipped)
+    engine.advance(chains, 1)
+    engine.classify(chains.image)
+    assert [(how["capture_error_mode"], free) for how, free in captures] == [("thread_local", False)] * 2
+
+
+def test_a_network_that_does_not_record_is_launched_call_by_call(roads, shipped, chains, gpu, monkeypatch, caplog):
+    @contextmanager
+    def graph(made, **how):
+        yield
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    engine = gpu(shipped)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    np.testing.assert_allclose(engine.classify(chains.image).logits, roads["torch"].classify(chains.image).logits, atol=2e-5)
+    np.testing.assert_allclose(engine.advance(chains, 2).image, roads["torch"].advance(chains, 2).image, atol=2e-5)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+def test_a_gpus_engine_is_opened_while_no_other_thread_uses_the_gpu(shipped, monkeypatch):
+    """A capture that another thread makes meanwhile would meet the copies of the weights."""
+    held = []
+
+    class Net:
+        head = None
+
+        def to(self, device):
+            Thread(target=lambda: held.append((device.type, not eager.DEVICE_LOCK.acquire(blocking=False)))).start()
+            until(lambda: held)
+            return self
+
+        def folded(self, dtype):
+            return None
+
+        folded_features = folded
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    TorchEngine(shipped, "cuda", model=Net())
+    assert held == [("cuda", True)]
 
 
 @pytest.mark.parametrize("call", ["classify", "score"])
@@ -242,7 +323,7 @@ def test_fp32_on_a_gpu_is_not_tf32(shipped, monkeypatch):
 def test_no_session_goes_on_with_other_providers_on_its_own(roads):
     for name in ("classify", "score", "step"):
         roads["onnx"].warm(name)
-        assert not getattr(roads["onnx"], f"_{name}")._enable_fallback
+        assert not roads["onnx"]._session(name, 1)._enable_fallback
 
 
 def test_a_graph_of_other_weights_is_not_run(shipped):

@@ -16,6 +16,7 @@ from tests.conftest import DIGITS
 from tests.test_counterfactual import several_steps_a_turn
 from tests.test_reach import answers_alike
 from tests.test_scheduling import few_beside_many
+from tests.test_train_calls import captured_as_called
 
 pytestmark = pytest.mark.gpu
 
@@ -116,6 +117,12 @@ def test_no_operator_of_a_step_runs_on_the_cpu_but_those_on_shapes(shipped, chai
     engine = engine_or_skip(shipped, "onnx", "cuda")
     engine.advance(chains, 1)
     assert engine.placement()["step"].get("CPUExecutionProvider", 0) <= 4  # the batch's size, read from a shape
+
+
+def test_captured_inner_loops_of_training_end_where_calls_end(monkeypatch, rehearsed):
+    import torch
+
+    captured_as_called(torch.device("cpu" if rehearsed else "cuda"), monkeypatch)
 
 
 def test_one_training_step_runs_on_cuda(tmp_path, rehearsed):

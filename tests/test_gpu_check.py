@@ -171,6 +171,28 @@ def test_a_report_says_what_did_not_run():
     assert report.splitlines()[-2:] == ["- tests: no TensorRT", "- WRN-16-2 onnx cuda fp32: no provider"]
 
 
+ABSENT = "httpx2 litserve tqdm fastapi starlette uvicorn onnx onnxscript onnxruntime cryptography matplotlib pyautoattack prometheus_client"
+BARE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1].split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import benchmarks.gpu_check, benchmarks.engines, pytest
+sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_gpu.py"]))
+"""
+
+
+def test_gpu_check_and_the_tests_marked_gpu_need_nothing_of_the_server():
+    """A machine with a GPU has torch, NumPy, Pillow and safetensors, and what was carried to it."""
+    done = subprocess.run([sys.executable, "-c", BARE, ABSENT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests collected" in done.stdout
+
+
 @pytest.mark.slow
 def test_all_of_it_is_rehearsed_on_the_cpu(tmp_path):
     words = [sys.executable, "benchmarks/gpu_check.py", "--rehearse", "--out", str(tmp_path), "--minutes", "9"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import packages_distributions
@@ -40,6 +41,16 @@ def test_functions_and_files_stay_readable():
     for file in tracked():
         if file.suffix == ".py" and "tests" not in file.parts:
             assert len(file.read_text().splitlines()) <= 350, file
+
+
+def test_the_linters_the_makefile_and_the_readme_know_the_oldest_python():
+    """A newer Python's syntax or library is then a failure of make check, whichever Python runs it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = project["project"]["requires-python"].removeprefix(">=")
+    assert project["tool"]["mypy"]["python_version"] == oldest
+    assert project["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert f"sys.version_info < ({oldest.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
+    assert f"Python {oldest} or newer" in (ROOT / "README.md").read_text()
 
 
 def test_readme_commands_exist():

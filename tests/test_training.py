@@ -43,6 +43,13 @@ WARM = stages(DIGITS)[0]
 FEW = replace(DIGITS.method, chains=replace(DIGITS.method.chains, batch=8, buffer_size=96))
 
 
+@pytest.mark.parametrize(("precision", "left"), [("fp32", False), ("bf16", True)])
+def test_training_in_fp32_is_not_in_tf32(precision, left):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        new_state(replace(WARM, precision=precision), load("digits"), None, CPU)
+        assert torch.backends.cudnn.allow_tf32 is left
+
+
 def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
     assert learning_rate(0.0, 0.4, "linear") == 0
     assert learning_rate(0.4, 0.4, "linear") == pytest.approx(1.0)

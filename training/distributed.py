@@ -5,7 +5,8 @@ ranks with half the batch each compute what one rank with the whole batch comput
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,14 +16,19 @@ from torch import Tensor
 from training.errors import TrainingError
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)
+"""The longest that ranks compute apart between two collectives of a step: beyond it NCCL ends a run that hangs."""
+PATIENCE = timedelta(days=7)
+"""The longest that ranks wait for the first one, which may be downloading; if it ends, its connections close and they end at once."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process and the number of processes."""
+    """The rank of this process, the number of processes, and their group for what hosts tell each other (None: the default one)."""
 
     rank: int = 0
     world: int = 1
+    hosts: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
 
     def share(self, rows: Tensor) -> Tensor:
         """Return this rank's contiguous rows of a global tensor."""
@@ -43,22 +49,22 @@ class Ranks:
         dist.all_gather(parts, rows.detach().contiguous())
         return torch.cat(parts)
 
-    def everywhere(self, rows: Tensor) -> Tensor:
-        """Return the rows of every rank, such that gradients averaged over ranks are those of the global loss.
+    def everywhere(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Return each (N,) of all ranks, in one collective, such that gradients averaged over ranks are those of the global loss.
 
         For losses that are not means over images, such as a quotient of batch statistics.
         """
         if self.world == 1:
             return rows
-        everyone: Tensor = _Gather.apply(rows, self)  # type: ignore[no-untyped-call]
-        return everyone
+        everyone: Tensor = _Gather.apply(torch.stack(rows, dim=1), self)  # type: ignore[no-untyped-call]
+        return everyone.unbind(dim=1)
 
-    def any(self, flag: bool, device: torch.device) -> bool:
+    def any(self, flag: bool) -> bool:
         """Return whether ``flag`` is set on any rank, the same on all."""
         if self.world == 1:
             return flag
-        seen = torch.tensor(float(flag), device=device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        seen = torch.tensor(float(flag))
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.hosts)
         return bool(seen)
 
     def agree(self, value: T) -> T:
@@ -66,14 +72,19 @@ class Ranks:
         if self.world == 1:
             return value
         values: list[Any] = [value]
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, group=self.hosts)
         first: T = values[0]
         return first
 
     def wait(self) -> None:
-        """Wait for every rank."""
+        """Wait for every rank, as long as it takes."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.hosts)
+
+    def leave(self) -> None:
+        """Close the groups: the first rank goes on alone."""
+        if self.world > 1:
+            dist.destroy_process_group()
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the average of a detached tensor over the ranks."""
@@ -131,7 +142,10 @@ def connect() -> Ranks:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return Ranks(dist.get_rank(), world)
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", timeout=PATIENCE)
+        return Ranks(dist.get_rank(), world)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    return Ranks(dist.get_rank(), world, dist.new_group(backend="gloo", timeout=PATIENCE))

@@ -69,6 +69,7 @@ def refresh(
         if first:
             ranks.wait()
         weights = train_stages(todo, data, run, init=init, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
+        ranks.leave()
         if suite is None or origin is None:
             return weights
         baseline, before = None, 0

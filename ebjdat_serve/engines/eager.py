@@ -1,8 +1,10 @@
 """The PyTorch engine: the fp32 reference that exported graphs are compared with; captured as CUDA graphs on a GPU."""
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -11,7 +13,7 @@ from torch import Tensor
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.energy import energy, score
 from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision, output_names
-from ebjdat_serve.errors import EngineError
+from ebjdat_serve.errors import EngineError, first_line
 from ebjdat_serve.networks import Network, architecture_of, build
 from ebjdat_serve.noise import normal
 from ebjdat_serve.sgld import Chains, Sampler, langevin_step
@@ -22,6 +24,7 @@ LARGEST = 256
 DEVICE_LOCK = threading.RLock()
 """Held while the GPU is used: a refresh loads, verifies and captures in another thread than the one that answers requests, and a
 process can capture one graph at a time."""
+log = logging.getLogger("ebjdat_serve")
 
 
 def load_model(bundle: Bundle) -> Network:
@@ -51,24 +54,50 @@ class TorchEngine:
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         self.precision: Precision = precision
         self.provider = f"torch {torch.__version__} {self._device.type}"
-        model = (model or load_model(bundle)).to(self._device)
-        self._fast, self._head = model.folded(DTYPES[precision]), model.head
-        # fp32 stays unfolded: it is the reference of every other engine
-        exactly = precision == "fp32"
-        self._model: Callable[[Tensor], Tensor] = model if exactly else self._fast
-        self._features: Callable[[Tensor], Tensor] = model.features if exactly else model.folded_features(DTYPES[precision])
+        with self._lock():
+            model = (model or load_model(bundle)).to(self._device)
+            self._fast, self._head = model.folded(DTYPES[precision]), model.head
+            # on a CPU fp32 stays unfolded: it is the reference of every other engine
+            exactly = precision == "fp32" and self._device.type == "cpu"
+            self._model: Callable[[Tensor], Tensor] = model if exactly else self._fast
+            self._features: Callable[[Tensor], Tensor] = model.features if exactly else model.folded_features(DTYPES[precision])
         if (m := bundle.manifest).output != "logits":
             raise EngineError(f"{bundle.path} gives {m.output}, which only its graph computes", options=("--engine onnx",))
         self._given = output_names(m)
         self._walks: dict[tuple[int, ...], Walk] = {}
+        self._looks: dict[tuple[int, ...], Look] = {}
+        self._pool: Any = None  # memory that all graphs share: one runs at a time, and its results are copied at once
 
     def classify(self, image: Floats) -> Outputs:
-        """Return logits, energy and features."""
+        """Return logits, energy and features; on a GPU by a captured graph of the next power of two."""
         with self._lock(), torch.inference_mode():
-            features = self._features(torch.from_numpy(image).to(self._device))
-            logits = self._head(features)
-            found = {"logits": logits, "energy": energy(logits), "features": features}
-            return Outputs.of({name: found[name].cpu().numpy() for name in self._given})
+            if self._device.type == "cpu":
+                found = self._answer(torch.from_numpy(image))
+                return Outputs.of({name: found[name].numpy() for name in self._given})
+            return Outputs.join([self._looked(image[i : i + LARGEST]) for i in range(0, len(image), LARGEST)])
+
+    def _answer(self, image: Tensor) -> dict[str, Tensor]:
+        features = self._features(image)
+        logits = self._head(features)
+        return {"logits": logits, "energy": energy(logits), "features": features}
+
+    def _looked(self, image: Floats) -> Outputs:
+        n = len(image)
+        padded = image[padding(n)]
+        if padded.shape not in self._looks:
+            look = Look(self._answer, padded, self._device)
+            look.capture(self._memory())
+            self._looks[padded.shape] = look
+        look = self._looks[padded.shape]
+        look.image.copy_(torch.from_numpy(padded))
+        look.run()
+        return Outputs.of({name: look.found[name][:n].cpu().numpy() for name in self._given})
+
+    def _memory(self) -> Any:
+        """Return the pool of the graphs' memory."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""
@@ -88,13 +117,12 @@ class TorchEngine:
         return nullcontext() if self._device.type == "cpu" else DEVICE_LOCK
 
     def _captured(self, chains: Chains, steps: int) -> Chains:
-        n = len(chains.label)
-        bucket = 1 << (n - 1).bit_length()
-        padded = chains.rows([*range(n), *[0] * (bucket - n)])
+        padded = chains.rows(padding(len(chains.label)))
         shape = padded.image.shape
         if shape not in self._walks:
-            self._walks[shape] = Walk(self._fast, padded, self._device)
-            self._walks[shape].capture()
+            walk = Walk(self._fast, padded, self._device)
+            walk.capture(self._memory())
+            self._walks[shape] = walk
         return self._moved(self._walks[shape], chains, steps, padded)
 
     def _moved(self, walk: "Walk", chains: Chains, steps: int, padded: Chains | None = None) -> Chains:
@@ -126,19 +154,52 @@ class Walk:
         self.image.copy_(langevin_step(self.image, gradient, noise, Sampler(1, *each)))  # type: ignore[arg-type]
         s["step"] += 1
 
-    def capture(self) -> None:
-        """Capture a step as one launch: warm up on a side stream, as CUDA graphs require, then record."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+    def capture(self, pool: Any) -> None:
+        """Capture a step as one launch."""
+        self.step = captured(self._step, pool)
+
+
+class Look:
+    """A classification in fixed device memory; ``found`` holds the outputs of the last run."""
+
+    def __init__(self, answer: Callable[[Tensor], dict[str, Tensor]], image: Floats, device: torch.device) -> None:
+        self._answer, self.image = answer, torch.from_numpy(image).to(device, copy=True)
+        self.found: dict[str, Tensor] = {}
+        self.run = self._run
+
+    def _run(self) -> None:
+        self.found = self._answer(self.image)
+
+    def capture(self, pool: Any) -> None:
+        """Capture a run as one launch, which writes to the ``found`` of its capture."""
+        self.run = captured(self._run, pool)
+
+
+def captured(function: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Return ``function`` as one launch: warmed up on a side stream, as CUDA graphs require, then recorded; its memory is of ``pool``.
+
+    A network of somebody else may not record, where it waits for the device, say: then ``function`` itself is returned.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
         # the default mode forbids allocations by every thread of the process during capture
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
-        self.step = graph.replay
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            function()
+    except RuntimeError as error:
+        log.warning("this network does not record as a CUDA graph, so its calls are launched one by one: %s", first_line(error))
+        return function
+    return graph.replay
+
+
+def padding(n: int) -> list[int]:
+    """Return the rows of the next power of two: each of ``n`` once, and the first again in what is left."""
+    return [*range(n), *[0] * ((1 << (n - 1).bit_length()) - n)]
 
 
 def exact() -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -27,8 +28,14 @@ GPU = (CUDA, TENSORRT)
 BY_DEVICE: dict[Device, str] = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 BATCHES = (1, 32, 256)
 """The batch sizes of TensorRT's optimisation profile: smallest, best, largest."""
+BUCKETS = (1, 4, 16, 64, 256)
+"""The batch sizes that CUDA computes: cuDNN plans every convolution anew where the size changes (onnxruntime#23006)."""
+UNPROFILED = "no associated shape profiles"
+"""What ONNX Runtime says where TensorRT takes a part of the graph alone, whose inputs no profile of the whole graph names."""
 SEAL = "engine.json"
 Facts = dict[str, Any]
+Wanted = list[tuple[str, dict[str, str]]]
+log = logging.getLogger("ebjdat_serve")
 
 
 def chosen(device: Device, precision: Precision) -> str:
@@ -40,23 +47,48 @@ def chosen(device: Device, precision: Precision) -> str:
         raise EngineError("bf16 runs on the torch engine, on a CPU or CUDA", options=("--engine torch --device cpu", "--precision fp16"))
     if device == "tensorrt" and precision == "int8":
         raise EngineError("int8 runs on CPUs: TensorRT takes only symmetric ranges", options=("--precision fp16",))
-    available = ort.get_available_providers()
+    listed = available()
     if device == "auto":
-        return CUDA if CUDA in available else CPU
+        if CUDA not in listed and gpu_build():
+            log.warning("ONNX Runtime's GPU build lists no CUDA here, so the CPU computes: check the driver and CUDA's libraries")
+        return CUDA if CUDA in listed else CPU
     wanted = BY_DEVICE[device]
-    if wanted == TENSORRT and (tensorrt_version() is None or wanted not in available):
+    if wanted == TENSORRT and (tensorrt_version() is None or wanted not in listed):
         raise EngineError(
             f"TensorRT needs ONNX Runtime's GPU build and TensorRT 10: {install('gpu,tensorrt')} (its libraries come from NVIDIA's own "
             "package index, not from PyPI)",
             options=("--device cuda",),
         )
-    if wanted not in available:
+    if wanted not in listed:
         raise EngineError(f"this ONNX Runtime has no {wanted}: {install('gpu')}", options=("--device cpu",))
     return wanted
 
 
+def available() -> list[str]:
+    """Return the providers of this ONNX Runtime, CUDA too where its import could not load it yet.
+
+    A wheel that has CUDA as a plugin (``cuda-plugin-ep=1``) registers it when it is imported, before CUDA's libraries of other wheels are
+    loaded; to load them registers it again.
+    """
+    listed: list[str] = ort.get_available_providers()
+    if CUDA not in listed and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+        listed = ort.get_available_providers()
+    return listed
+
+
+def gpu_build() -> bool:
+    """Return whether this ONNX Runtime was built for CUDA, whatever it lists."""
+    return "cuda-plugin-ep=" in ort.get_build_info() or getattr(ort, "cuda_version", "") != ""
+
+
+def bucket(n: int) -> int:
+    """Return the batch size that CUDA computes for ``n`` images, at most the largest bucket."""
+    return next((size for size in BUCKETS if size >= n), BUCKETS[-1])
+
+
 @contextmanager
-def options_for(provider: str, bundle: Bundle, graph: Path) -> Iterator[list[tuple[str, dict[str, str]]]]:
+def options_for(provider: str, bundle: Bundle, graph: Path) -> Iterator[Wanted]:
     """Yield ONNX Runtime's providers while a session is opened: the requested one, then the fallback for operators it lacks.
 
     TensorRT's engine is locked meanwhile, so that no process removes an engine that another builds, and sealed once the session is open.
@@ -66,8 +98,9 @@ def options_for(provider: str, bundle: Bundle, graph: Path) -> Iterator[list[tup
         return
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
-    # TF32 would shift energies, and so a threshold, by 1e-3: fp32 means fp32, and fp16 is for speed
-    cuda = (CUDA, {"device_id": "0", "use_tf32": "0"})
+    # TF32 would shift energies, and so a threshold, by 1e-3: fp32 means fp32, and fp16 is for speed; a search of all algorithms takes
+    # longer than it saves, for it is made again for each batch size
+    cuda = (CUDA, {"device_id": "0", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})
     if provider == CUDA:
         yield [cuda, (CPU, {})]
         return
@@ -78,8 +111,29 @@ def options_for(provider: str, bundle: Bundle, graph: Path) -> Iterator[list[tup
     ensure_folder(home.parent, "EBJDAT_CACHE")
     with exclusive_lock(home.with_suffix(".lock")):
         clear_unless_ready(home, facts)
-        yield [(TENSORRT, tensorrt_options(home, bundle, graph)), cuda, (CPU, {})]
-        seal(home, facts)
+        wanted = [(TENSORRT, tensorrt_options(home, bundle, graph)), cuda, (CPU, {})]
+        if not sealed_with_profile(home):
+            drop_profile(wanted)
+        yield wanted
+        seal(home, facts, profile=has_profile(wanted))
+
+
+def has_profile(wanted: Wanted) -> bool:
+    """Return whether TensorRT is given an optimisation profile."""
+    return any(name.startswith("trt_profile_") for name in wanted[0][1])
+
+
+def drop_profile(wanted: Wanted) -> None:
+    """Take TensorRT's profile out of ``wanted``: it then finds the range of each part of the graph from the batches it is run with."""
+    wanted[0] = (TENSORRT, {name: value for name, value in wanted[0][1].items() if not name.startswith("trt_profile_")})
+
+
+def start_again(wanted: Wanted) -> None:
+    """Remove what a failed build left in TensorRT's cache, and take the profile out of ``wanted``."""
+    home = Path(wanted[0][1]["trt_engine_cache_path"])
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    drop_profile(wanted)
 
 
 def load_tensorrt() -> None:
@@ -131,19 +185,24 @@ def engine_folder(facts: Facts) -> Path:
     return folder("EBJDAT_CACHE") / "tensorrt" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def seal(folder: Path, facts: Facts) -> None:
+def seal(folder: Path, facts: Facts, *, profile: bool = True) -> None:
     """Write the facts and file hashes of the engine in ``folder``; an engine without them is not loaded."""
     if ready(folder, facts):
         return
     files = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != SEAL}
-    write_json(folder / SEAL, {**facts, "files": files})
+    write_json(folder / SEAL, {**facts, "files": files, "profile": profile})
+
+
+def sealed_with_profile(folder: Path) -> bool:
+    """Return false for a complete engine that was built without an optimisation profile: another attempt with one would fail again."""
+    return not (folder / SEAL).is_file() or read_json(folder / SEAL)["profile"] is not False
 
 
 def ready(folder: Path, facts: Facts) -> bool:
     """Return whether ``folder`` holds a complete engine built under exactly these facts."""
     try:
         found = read_json(folder / SEAL)
-        files = found.pop("files")
+        files, _ = found.pop("files"), found.pop("profile")
         there = {file.name for file in folder.iterdir()} - {SEAL}
         return bool(files) and found == facts and there == set(files) and all(sha256(folder / name) == files[name] for name in files)
     except (BundleError, OSError, KeyError, TypeError, AttributeError):

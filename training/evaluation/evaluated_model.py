@@ -100,6 +100,7 @@ def open_bundle(path: Path, allow_code: bool = False) -> EvaluatedModel:
     """
     bundle = Bundle.draft(path)
     device = best_device()
+    exact()  # the network's gradients, too, where ONNX Runtime serves
     model, no_network = torch_network(bundle, allow_code=allow_code)
     kind, where = ("onnx" if runtime_has(device) else "torch"), device.type
     if bundle.manifest.imported and kind == "torch":  # its network may be none that torch has

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.config import Preset
@@ -58,7 +58,8 @@ def train(
     since_save = time.monotonic()
 
     with clock.listening():
-        while state.step < total and not ranks.any(clock.over(), device):
+        over = ranks.any(clock.over())
+        while state.step < total and not over:
             started = time.monotonic()
             progress = state.step / total
             for group in state.optimiser.param_groups:
@@ -67,9 +68,10 @@ def train(
             context = StepContext(preset.threat, state.noise, progress)
             batch = method.solve(state.model, stream.batch(state.step), state.method_state, context)  # x_adv and x_neg
             terms = descend(model, lambda: method.loss(model, batch, state.method_state, context), preset, progress)  # noqa: B023
-            gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, preset.gradient_clip or math.inf)
-            row = scalars(terms, gradient_norm, ranks)  # waits for the device
-            if ranks.any(diverged(row, preset, data_saturation), device):  # before the step, so that weights stay finite
+            gradient_norm = clipped(parameters, preset.gradient_clip)
+            due = time.monotonic() - since_save > preset.save_seconds
+            row, (over, due) = scalars(terms, gradient_norm, ranks, clock.over(), due)  # waits for the device
+            if diverged(row, preset, data_saturation):  # of averages: on all ranks; before the step, so that weights stay finite
                 roll_back(state, saved, run_log, row, preset.rollbacks)
                 continue
             state.optimiser.step()
@@ -84,12 +86,12 @@ def train(
                 figures, samples = validator.validate(state.ema)
                 run_log.write({"step": state.step, **figures})
                 run_log.write_samples(state.step, samples)
-            if ranks.any(time.monotonic() - since_save > preset.save_seconds, device):
+            if due:
                 state.save(saved)
                 since_save = time.monotonic()
 
         state.save(saved)
-        interrupted = ranks.any(clock.interrupted, device)
+        interrupted = ranks.any(clock.interrupted)
     run_log.close()
     if interrupted:
         raise KeyboardInterrupt
@@ -99,6 +101,11 @@ def train(
         save_weights(state.ema, weights)
     ranks.wait()  # others start their next stage from this file
     return weights
+
+
+def clipped(parameters: list[nn.Parameter], most: float) -> Tensor:
+    """Return the global norm of the gradients, which are then scaled to a norm of at most ``most``; 0: not scaled."""
+    return torch.nn.utils.clip_grad_norm_(parameters, most or math.inf, foreach=True)
 
 
 def descend(model: nn.Module, loss: Callable[[], Terms], preset: Preset, progress: float) -> Terms:

@@ -122,8 +122,19 @@ def summary_writer(folder: Path) -> Any:
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-def scalars(terms: Terms, gradient_norm: Tensor, ranks: Ranks) -> Row:
-    """Return loss, log and the gradient's norm as numbers, averaged over the ranks, with one transfer from the device."""
+def scalars(terms: Terms, gradient_norm: Tensor, ranks: Ranks, *flags: bool) -> tuple[Row, list[bool]]:
+    """Return loss, log and the gradient's norm as numbers, averaged over the ranks, and whether each flag is set on any of them.
+
+    One collective, and one transfer from the device, which the host waits for.
+    """
     names, device = ["loss", *terms.log, "gradient"], terms.loss.device
-    values = torch.stack([terms.loss.detach().float(), *(value.float().to(device) for value in (*terms.log.values(), gradient_norm))])
-    return dict(zip(names, ranks.mean(values).tolist(), strict=True))
+    values = torch.stack([alike(value, device) for value in (terms.loss.detach(), *terms.log.values(), gradient_norm)])
+    if ranks.world == 1:
+        return dict(zip(names, values.tolist(), strict=True)), list(flags)
+    everything = ranks.mean(torch.cat([values, torch.tensor(flags, dtype=torch.float32, device=device)])).tolist()
+    return dict(zip(names, everything, strict=False)), [share > 0 for share in everything[len(names) :]]
+
+
+def alike(value: Tensor, device: torch.device) -> Tensor:
+    """Return a scalar in float32 on the device."""
+    return value if value.dtype == torch.float32 and value.device == device else value.float().to(device)

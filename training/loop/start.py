@@ -23,6 +23,8 @@ def new_state(preset: Preset, data: Dataset, init: Path | None, device: torch.de
         load_init(model, init)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.autocast = precision(preset, device)
+    if model.autocast is None:
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     noise = Noise.seeded(preset.seed, device, ranks)
     method_state = preset.method.begin(RunContext(data, preset.threat, noise, device, preset.prior_rank))
@@ -54,8 +56,8 @@ def new_optimiser(preset: Preset, model: nn.Module) -> torch.optim.Optimizer:
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": preset.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if preset.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=preset.lr, momentum=preset.momentum, nesterov=preset.momentum > 0)
-    return torch.optim.Adam(groups, lr=preset.lr)
+        return torch.optim.SGD(groups, lr=preset.lr, momentum=preset.momentum, nesterov=preset.momentum > 0, foreach=True)
+    return torch.optim.Adam(groups, lr=preset.lr, foreach=True)
 
 
 def precision(preset: Preset, device: torch.device) -> torch.dtype | None:

@@ -33,14 +33,17 @@ class State:
     lr_scale: float = 1.0
     fell_back: bool = False  # since the last save of its own
 
+    def __post_init__(self) -> None:
+        pairs = [(self.ema[name], value) for name, value in self.model.state_dict().items()]  # the same memory throughout the stage
+        self._floating = [pair for pair in pairs if pair[1].is_floating_point()]
+        self._counts = [pair for pair in pairs if not pair[1].is_floating_point()]
+
     def update_ema(self, decay: float) -> None:
-        """Update the moving average; its decay starts low and rises to ``decay``."""
+        """Update the moving average, in a call for all; its decay starts low and rises to ``decay``."""
         decay = min(decay, (1 + self.step) / (10 + self.step))
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point():
-                self.ema[name].lerp_(value, 1 - decay)
-            else:
-                self.ema[name].copy_(value)
+        torch._foreach_lerp_([mean for mean, _ in self._floating], [value for _, value in self._floating], 1 - decay)
+        if self._counts:
+            torch._foreach_copy_([mean for mean, _ in self._counts], [value for _, value in self._counts])
 
     def save(self, path: Path, *, keep: bool = True) -> None:
         """Replace the state, so that a kill at any moment leaves a whole file; every rank calls, the first writes.

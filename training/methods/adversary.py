@@ -1,8 +1,9 @@
 """Projected gradient ascent of any objective: training attacks, FGSM-RS, PGD-20 and DAT's negatives alike (arXiv 1706.06083)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ebjdat_serve.energy import energy, joint_energy
 from ebjdat_serve.networks import Network
 from training.distributed import Noise
+from training.methods.passes import Passes, gradient_of
 
 Classifier = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W) in [0,1] -> logits (N, K)."""
@@ -37,6 +39,18 @@ INNER: dict[str, Objective] = {
     "class_logit": lambda logits, label: -joint_energy(logits, label),
 }
 """Objectives of an inner loop; ``class_logit`` is f(x)[y], the direction of a sample of class y."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Where an inner loop is, (N, 3, H, W), and d objective / d logits (N, K), of which it asks d objective / dx."""
+
+    image: Tensor
+    slope: Callable[[Tensor], Tensor]  # of the logits (N, K)
+
+
+Search = Generator[Ask, Tensor, Tensor]
+"""An inner loop: it yields what it asks, is sent the gradient (N, 3, H, W), and returns where it ends."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ def frozen(model: nn.Module) -> Iterator[Classifier]:
     model.eval().requires_grad_(False)
     try:
         with torch.no_grad():
-            function = model.folded() if isinstance(model, Network) and model.autocast is not None else model
+            function = Passes.of(model) if isinstance(model, Network) and model.autocast is not None else model
         yield function
     finally:
         for module, mode in training.items():
@@ -135,27 +149,69 @@ def pgd(model: nn.Module, image: Tensor, label: Tensor, *, objective: Objective,
     Image (N, 3, H, W) in [0,1]. The model is frozen meanwhile.
     """
     with frozen(model) as network:
-        x_adv = begin(image, threat, attack.start, noise)
-        return climb(network, x_adv, label, objective, threat, attack.steps, attack.step_over_eps * threat.eps, image)
+        (x_adv,) = together(network, attacking(image, label, objective=objective, threat=threat, attack=attack, noise=noise))
+    return x_adv
 
 
-def climb(
-    network: Classifier,
-    x: Tensor,
-    label: Tensor,
-    objective: Objective,
-    threat: Threat,
-    steps: int,
-    step_size: float,
-    centre: Tensor | None = None,
-) -> Tensor:
-    """Return ``x`` after ``steps`` ascents of length ``step_size``, kept in the ball around ``centre``, by default ``x``.
+def attacking(image: Tensor, label: Tensor, *, objective: Objective, threat: Threat, attack: Attack, noise: Noise) -> Search:
+    """Return ``pgd`` as an inner loop, which may share its passes with others."""
+    x_adv = begin(image, threat, attack.start, noise)
+    return (yield from climbing(x_adv, label, objective, threat, attack.steps, attack.step_over_eps * threat.eps, image))
 
-    With an infinite eps only the box holds it. The network must be frozen.
-    """
-    centre = x if centre is None else centre
+
+def climb(network: Classifier, x: Tensor, label: Tensor, objective: Objective, threat: Threat, steps: int, step_size: float) -> Tensor:
+    """Return ``x`` after ``steps`` ascents of length ``step_size``, kept in the ball around it; the network must be frozen."""
+    (end,) = together(network, climbing(x, label, objective, threat, steps, step_size, x))
+    return end
+
+
+def climbing(x: Tensor, label: Tensor, objective: Objective, threat: Threat, steps: int, step_size: float, centre: Tensor) -> Search:
+    """Return ``steps`` ascents of length ``step_size`` as an inner loop, kept in the ball around ``centre``; infinite eps: in the box."""
+
+    def slope(logits: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            (found,) = torch.autograd.grad(objective(leaf, label).sum(), leaf)
+        return found
+
     for _ in range(steps):
-        x = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(objective(network(x).float(), label).sum(), x)
-        x = project(x.detach() + step_size * ascent(gradient, threat.norm), centre, threat)
+        gradient = yield Ask(x, slope)
+        x = project(x + step_size * ascent(gradient, threat.norm), centre, threat)
     return x.detach()
+
+
+def together(network: Classifier, *searches: Search) -> list[Tensor]:
+    """Return where each inner loop ends: a step of all that still run is one forward and one backward.
+
+    A GPU waits for its next call in a small network, so that the passes count and not their size. The network must be frozen.
+    """
+    ends: dict[int, Tensor] = {}
+    asked: dict[int, Ask] = {}
+
+    def answer(place: int, gradient: Tensor | None) -> None:
+        try:
+            asked[place] = searches[place].send(gradient)  # type: ignore[arg-type]
+        except StopIteration as end:
+            asked.pop(place, None)
+            ends[place] = end.value
+
+    for place in range(len(searches)):
+        answer(place, None)
+    while asked:
+        places = list(asked)
+        for place, gradient in zip(places, input_gradients(network, list(asked.values())), strict=True):
+            answer(place, gradient)
+    return [ends[place] for place in range(len(searches))]
+
+
+def input_gradients(network: Classifier, asked: Sequence[Ask]) -> Sequence[Tensor]:
+    """Return each one's d objective / dx, from one pass over the images of all."""
+    gradient = network.gradient if isinstance(network, Passes) else partial(gradient_of, network)
+    if len(asked) == 1:
+        return [gradient(asked[0].image, asked[0].slope)]
+    sizes = [len(ask.image) for ask in asked]
+
+    def slope(logits: Tensor) -> Tensor:
+        return torch.cat([ask.slope(part) for ask, part in zip(asked, torch.split(logits, sizes), strict=True)])
+
+    return torch.split(gradient(torch.cat([ask.image for ask in asked]), slope), sizes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
 from training.methods import Batch, NoState, Stateless, StepContext, Terms, accuracy, detached, forward
-from training.methods.adversary import Attack, Objective, cross_entropy, divergence, frozen, pgd
+from training.methods.adversary import Attack, Classifier, Objective, Search, attacking, cross_entropy, divergence, frozen, together
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,28 @@ def cross_entropy_adversary(model: nn.Module, batch: Batch, attack: Attack, cont
 
 def divergence_adversary(model: nn.Module, batch: Batch, attack: Attack, context: StepContext) -> Tensor:
     """Return x_adv that raises KL(p || q), p held at the clean image."""
-    with frozen(model) as network, torch.no_grad():
-        logits = network(batch.image)
-    return objective_adversary(model, batch, lambda logits_adv, _: divergence(logits, logits_adv), attack, context)
+    with frozen(model) as network:
+        (x_adv,) = together(network, objective_search(batch, divergence_from(network, batch.image), attack, context))
+    return x_adv
+
+
+def divergence_from(network: Classifier, image: Tensor) -> Objective:
+    """Return KL(p || q) as an objective, p of ``image`` held constant."""
+    with torch.no_grad():
+        logits = network(image)
+    return lambda logits_adv, _: divergence(logits, logits_adv)
 
 
 def objective_adversary(model: nn.Module, batch: Batch, objective: Objective, attack: Attack, context: StepContext) -> Tensor:
     """Return x_adv in the ball that raises ``objective``."""
-    return pgd(model, batch.image, batch.label, objective=objective, threat=context.threat, attack=attack, noise=context.noise)
+    with frozen(model) as network:
+        (x_adv,) = together(network, objective_search(batch, objective, attack, context))
+    return x_adv
+
+
+def objective_search(batch: Batch, objective: Objective, attack: Attack, context: StepContext) -> Search:
+    """Return the inner loop to x_adv in the ball that raises ``objective``."""
+    return attacking(batch.image, batch.label, objective=objective, threat=context.threat, attack=attack, noise=context.noise)
 
 
 def accuracies(logits: Tensor, logits_adv: Tensor, label: Tensor) -> dict[str, Tensor]:

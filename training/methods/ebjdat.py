@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
 from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached, forward
-from training.methods.adversary import INNER, Attack, cross_entropy, divergence
-from training.methods.at import divergence_adversary, objective_adversary
+from training.methods.adversary import INNER, Attack, Classifier, Objective, cross_entropy, divergence, frozen, together
+from training.methods.at import divergence_from, objective_search
 from training.methods.jem import blurred, energy_log, generative, penalty, ramp, start_chains
 from training.methods.replay import ChainConfig, ReplayBuffer
 
@@ -70,15 +70,14 @@ class EbJdat(Method[ReplayBuffer]):
 
     def solve(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Batch:
         """Add x_adv and x_neg, and Gaussian noise to the p(x) stream."""
-        x_adv = self.adversary(model, batch, context)
-        x_neg = state.advance(model, context.noise)
+        with frozen(model) as network:
+            search = objective_search(batch, self.objective(network, batch.image), self.attack, context)
+            x_adv, x_neg = together(network, search, state.walk(context.noise))
         return replace(batch, x_adv=x_adv, x_neg=x_neg, plain=blurred(batch.plain, self.data_noise, context))
 
-    def adversary(self, model: nn.Module, batch: Batch, context: StepContext) -> Tensor:
-        """Return x_adv in the ball."""
-        if self.inner == "kl":
-            return divergence_adversary(model, batch, self.attack, context)
-        return objective_adversary(model, batch, INNER[self.inner], self.attack, context)
+    def objective(self, network: Classifier, image: Tensor) -> Objective:
+        """Return what the adversary raises."""
+        return divergence_from(network, image) if self.inner == "kl" else INNER[self.inner]
 
     def loss(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Terms:
         label = batch.label
@@ -90,7 +89,8 @@ class EbJdat(Method[ReplayBuffer]):
         if self.alignment == "kl":  # TRADES aligns E(x) and E(x_adv) by itself (arXiv 2407.06315)
             h2 = divergence(logits, logits_adv).mean()
         else:  # of the whole batch: a quotient of its statistics is no mean over ranks
-            h2 = alignment(context.ranks.everywhere(energy_x), context.ranks.everywhere(energy_adv), self.alignment)
+            everyone = context.ranks.everywhere(energy_x, energy_adv)
+            h2 = alignment(everyone[0], everyone[1], self.alignment)
         h3 = classification(logits, logits_adv, label, self.clean_weight)
         loss = ramp(self.w1, self.w1_ramp, context) * h1 + self.w2 * h2 + self.w3 * h3
         loss = loss + self.energy_penalty * penalty(energy_plain, energy_neg)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy
 from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached, forward
-from training.methods.adversary import INNER, Attack, cross_entropy
-from training.methods.at import objective_adversary
+from training.methods.adversary import INNER, Attack, cross_entropy, frozen, together
+from training.methods.at import objective_search
 from training.methods.replay import ChainConfig, ReplayBuffer, Starts, prior_of
 
 
@@ -74,8 +74,10 @@ class Jeat(Method[ReplayBuffer]):
         return start_chains(self.chains, context)
 
     def solve(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Batch:
-        x_adv = objective_adversary(model, batch, INNER[self.inner], self.attack, context)
-        return replace(batch, x_adv=x_adv, x_neg=state.advance(model, context.noise))
+        with frozen(model) as network:
+            search = objective_search(batch, INNER[self.inner], self.attack, context)
+            x_adv, x_neg = together(network, search, state.walk(context.noise))
+        return replace(batch, x_adv=x_adv, x_neg=x_neg)
 
     def loss(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Terms:
         logits_adv, logits_neg = forward(model, batch.x_adv, batch.x_neg)

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ebjdat_serve.energy import MARGINAL, score
-from ebjdat_serve.sgld import Prior, Sampler, sgld
+from ebjdat_serve.energy import MARGINAL, logit_weights
+from ebjdat_serve.sgld import Prior, Sampler, langevin_step
 from training.data.datasets import Dataset
 from training.data.image_folders import Split
 from training.distributed import Noise
 from training.errors import TrainingError
-from training.methods.adversary import frozen
+from training.methods.adversary import Ask, Search, frozen, together
 
 SHARDS = 8
 """Parts of the buffer; a draw takes equally many chains of each, and a rank owns whole parts. So 1, 2, 4 or 8 ranks draw alike."""
@@ -120,19 +120,24 @@ class ReplayBuffer:
         return torch.arange(parts, device=place.device).repeat_interleave(each), place
 
     def advance(self, model: nn.Module, noise: Noise) -> Tensor:
-        """Return x_neg: chains (N, 3, H, W), some started afresh from p0(x|y), moved by SGLD and kept.
+        """Return x_neg, (N, 3, H, W), by ``walk``; batch norm is frozen meanwhile."""
+        with frozen(model) as network:
+            (x_neg,) = together(network, self.walk(noise))
+        return x_neg
 
-        Batch norm is frozen meanwhile.
-        """
+    def walk(self, noise: Noise) -> Search:
+        """Return an inner loop to x_neg: chains (N, 3, H, W), some started afresh from p0(x|y), moved by SGLD and kept."""
         part, place = self.draw(noise)
         label = self.label[part, place]
         fresh = noise.uniform(len(label), 1, 1, 1) < self.chains.reinit
         x = torch.where(fresh, self.starts.draw(label, noise), self.chain[part, place])
         target = label if self.chains.conditional else torch.full_like(label, MARGINAL)
-        with frozen(model) as network:
-            x_neg = sgld(lambda image: score(network, image, target)[0], x, lambda: noise.normal(*x.shape), self.chains.sampler())
-        self.chain[part, place] = x_neg
-        return x_neg
+        sampler = self.chains.sampler()
+        for _ in range(sampler.steps):
+            score = yield Ask(x, lambda logits: logit_weights(logits, target))
+            x = langevin_step(x, score, noise.normal(*x.shape), sampler)
+        self.chain[part, place] = x
+        return x
 
     def saturation(self) -> Tensor:
         """Return the share of pixels at 0 or 1: near one when chains have diverged."""

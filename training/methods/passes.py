@@ -1,0 +1,107 @@
+"""Passes of inner loops through a network with folded norms: weights in fixed memory, and on a GPU one launch for each direction."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebjdat_serve.engines.eager import captured
+from ebjdat_serve.networks import Network
+
+FEW = 20
+"""Passes of a shape before it is captured, which takes as long as some: a network that is soon gone is not."""
+APART = 0.05
+"""The most, of the gradient's length, by which a captured pass may differ from one that is not: kernels of bf16 add in any order."""
+log = logging.getLogger("training")
+
+
+class Passes:
+    """A network, folded, as a function of images (N, 3, H, W) to logits (N, K), and its input gradients."""
+
+    def __init__(self, model: Network) -> None:
+        assert model.autocast is not None
+        self._features, self._head = model.folded_features(model.autocast), model.head
+        self._seen: Counter[torch.Size] = Counter()
+        self._graphs: dict[torch.Size, Graphs] = {}
+        self._pool: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the network folds and captures by itself
+
+    @staticmethod
+    def of(model: Network) -> "Passes":
+        """Return a network's passes, folded as its weights and norms now are."""
+        known: Passes | None = vars(model).get("_passes")
+        if known is None:
+            model.__dict__["_passes"] = known = Passes(model)  # no submodule, nor part of its state
+        elif refold := getattr(known._features, "refold", None):
+            refold()
+        return known
+
+    def __call__(self, image: Tensor) -> Tensor:
+        logits: Tensor = self._head(self._features(image))
+        return logits
+
+    def gradient(self, image: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return d objective / dx of images, by ``slope``, d objective / d logits of the logits; the next pass may overwrite it."""
+        self._seen[image.shape] += 1
+        if self._seen[image.shape] <= FEW or not on_gpu(image):
+            return gradient_of(self, image, slope)
+        if image.shape not in self._graphs:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[image.shape] = Graphs(self, image, slope, self._pool)
+        return self._graphs[image.shape].gradient(image, slope)
+
+
+class Graphs:
+    """The two directions of a pass in fixed memory, each captured as one launch."""
+
+    def __init__(self, network: Callable[[Tensor], Tensor], image: Tensor, slope: Callable[[Tensor], Tensor], pool: Any) -> None:
+        self._network, self._image = network, image.detach().clone().requires_grad_()
+        self._forward()
+        self._slope, self._found = torch.zeros_like(self._logits), torch.zeros_like(self._image)
+        self._ahead = captured(self._forward, pool)
+        self._back = captured(self._backward, pool)
+        self._whole = self._ahead != self._forward and self._back != self._backward
+        if self._whole:
+            expected = gradient_of(network, image, slope)
+            off = float((self.gradient(image, slope) - expected).norm() / expected.norm().clamp_min(1e-20))
+            if not off <= APART:  # no GPU has shown yet that it cannot be
+                log.warning("captured passes are off by %.1e of the gradient, so calls are launched one by one", off)
+                self._whole = False
+
+    def _forward(self) -> None:
+        with torch.enable_grad():
+            self._logits = self._network(self._image)
+
+    def _backward(self) -> None:
+        (self._found,) = torch.autograd.grad(self._logits, self._image, grad_outputs=self._slope, retain_graph=True)
+
+    def gradient(self, image: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return d objective / dx, in memory that the next pass overwrites."""
+        if not self._whole:
+            return gradient_of(self._network, image, slope)
+        with torch.no_grad():
+            self._image.copy_(image)
+        self._ahead()
+        with torch.no_grad():
+            self._slope.copy_(slope(self._logits.detach()))
+        self._back()
+        return self._found
+
+
+def gradient_of(network: Callable[[Tensor], Tensor], image: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return d objective / dx of images, call by call."""
+    with torch.enable_grad():
+        x = image.detach().requires_grad_()
+        logits = network(x)
+        (found,) = torch.autograd.grad(logits, x, grad_outputs=slope(logits.detach()))
+    return found
+
+
+def on_gpu(image: Tensor) -> bool:
+    """Return whether images lie where calls are captured."""
+    return image.is_cuda
