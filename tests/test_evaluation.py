@@ -32,7 +32,7 @@ from ebjdat_serve.scores import SCORES, ood_score
 from ebjdat_serve.sentences import protocol_words
 from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
-from training import compare, evaluate
+from training import card, compare, evaluate
 from training.card import write_card
 from training.data.datasets import load
 from training.data.image_folders import Split
@@ -786,20 +786,16 @@ def test_shifts_go_through_the_servers_decoder(test_images):
 # Cards and comparisons ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_card_of_stale_figures_is_refused(golden, tmp_path):
+def test_a_card_of_stale_figures_is_refused(golden, tmp_path, monkeypatch):
     bundle = copied(golden, tmp_path / "bundle")
     row, *others = bundle.metrics()
     rows = [replace(row, of="0" * 64), *others]
     with pytest.raises(BundleError, match=r"stale: 1 figures, accuracy_clean first"):
         write_card(bundle, rows, [], {})
     write_rows(bundle.path / "metrics.json", rows)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "training" / "card.py"), str(bundle.path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "stale" in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["card.py", str(bundle.path)])
+    with pytest.raises(SystemExit, match="stale"):
+        card.main()
 
 
 @pytest.mark.slow
@@ -869,16 +865,15 @@ def test_bounds_below_zero_are_shown():
     assert figure(number("fpr95_energy", 0.0, 9, where, "", interval=(1e-17, 0.06), **rest)) == "0 [0, 0.06]"
 
 
-@pytest.mark.slow
-def test_what_cannot_be_compared_says_why(tmp_path, weights, runs, capsys):
+def test_what_cannot_be_compared_says_why(tmp_path, weights, runs, monkeypatch):
     measured(Net, weights, runs, parts=("clean",))
     for words, said in (
         ([str(runs / "Net")], "two or more models"),
         ([str(runs / "Net"), str(tmp_path)], "neither a bundle nor the folder"),
     ):
-        done = subprocess.run([sys.executable, str(ROOT / "training" / "compare.py"), *words], capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        assert said in done.stderr
+        monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+        with pytest.raises(SystemExit, match=said):
+            compare.main()
 
 
 # on a GPU -----------------------------------------------------------------------------------------------------------------
