@@ -256,10 +256,10 @@ def random_bundle(folder: Path, depth: int, width: int, *, graphs: bool = True) 
 def runs_graphs(device: torch.device) -> bool:
     """Return whether ONNX Runtime computes on the device: a build for CPUs runs no graph on a GPU, so none need be exported."""
     try:
-        import onnxruntime
+        from ebjdat_serve.engines.providers import available
     except ImportError:
         return False
-    return device.type != "cuda" or "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return device.type != "cuda" or "CUDAExecutionProvider" in available()
 
 
 def main() -> None:

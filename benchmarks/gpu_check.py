@@ -273,9 +273,9 @@ def rows(out: Path, wanted: list[Step]) -> Iterator[Row]:
 
 def write(file: Path, content: dict[str, Any]) -> None:
     """Write JSON in one rename, so that whoever reads it, or is cut off, has a whole file."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+    from ebjdat_serve.bundle import write_json
+
+    write_json(file, content)
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -121,6 +121,13 @@ def attacks(c: Context) -> Iterator[tuple[Images, Attack, int]]:
         under = replace(c.where, norm="linf", eps=threat.eps)
         yield replace(under, attack="square", queries=c.suite.queries), Square(threat, c.suite.queries), c.suite.strong
         yield replace(under, attack="apgd_ce_dlr"), AutoAttack(threat, PARTS), c.suite.strong
+        if c.suite.autoattack:
+            rand = c.subject.random
+            yield (
+                replace(under, attack="autoattack", version="rand" if rand else "standard"),
+                AutoAttack(threat, rand=rand),
+                c.suite.autoattack,
+            )
 
 
 def made_by(c: Context, images: Images, attack: Attack, image: Floats, label: Labels) -> Arrays:
