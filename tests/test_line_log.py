@@ -143,6 +143,17 @@ def test_who_logs_never_waits_for_who_reads():
     os.close(writing)
 
 
+def test_a_record_that_has_no_text_is_lost_and_counted_and_whoever_logs_goes_on():
+    class Strange:
+        def __str__(self):
+            raise AttributeError("no text")
+
+    handler = ThreadedHandler(-1)  # nothing comes to be written
+    for arguments in ((Strange(),), (1, 2)):
+        handler.handle(logging.LogRecord("name", logging.INFO, "", 0, "%s", arguments, None))
+    assert handler.lines.lost == 2
+
+
 def test_half_a_character_is_written_as_an_escape():
     reading, writing = os.pipe()
     write_whole(writing, "a\ud800é")

@@ -1,6 +1,8 @@
 """Tests of what a training step asks of its device: calls and reads of the host are counted, on the CPU; no time is measured."""
 
+import gc
 import json
+import weakref
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -77,8 +79,9 @@ def test_captured_passes_train_the_same_weights(tmp_path, monkeypatch):
     [
         (lambda function, pool: function, None),  # which captured() returns where nothing records
         (lambda function, pool: lambda: None, "captured passes are off"),  # a replay that does nothing
+        (lambda function, pool: (lambda: None) if function.__name__ == "_forward" else (lambda: function()), "captured passes are off"),
     ],
-    ids=["does not record", "records nothing"],
+    ids=["does not record", "records nothing", "records the first image"],
 )
 def test_passes_that_cannot_be_captured_are_called(model, monkeypatch, caplog, road, said):
     monkeypatch.setattr(passes, "FEW", 1)
@@ -134,6 +137,25 @@ def test_a_copy_of_a_network_has_passes_of_its_own(model):
         torch.testing.assert_close(network(x), ahead.folded()(x))
     with frozen(model) as network, torch.no_grad():
         assert torch.equal(network(x), before)
+
+
+@pytest.mark.parametrize("road", [nullcontext, captured])
+def test_a_network_that_nobody_holds_is_gone_at_once(model, road):
+    """LAS-AT makes a copy every few steps: in a circle it would keep its memory of the GPU until Python looks for circles."""
+    model.autocast = torch.bfloat16
+    x, label = torch.rand(4, 3, 8, 8), torch.arange(4)
+    gc.disable()
+    try:
+        with road(), frozen(model) as network:
+            together(network, attacking(x, label, noise=Noise.seeded(1), **HOW))
+        copy = deepcopy(model)
+        with road(), frozen(copy) as network:
+            together(network, attacking(x, label, noise=Noise.seeded(1), **HOW))
+        gone = weakref.ref(copy), weakref.ref(network)
+        del copy, network
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def walking(x, steps):
