@@ -74,6 +74,37 @@ def test_captured_passes_train_the_same_weights(tmp_path, monkeypatch):
         assert torch.equal(found[name], value), name
 
 
+def memory_of(network):
+    """Return where what a pass reads lies, folded weights and norms and the head, and its values."""
+    features, head = network._logits.args
+    parts = [features._stem, *(one for block in features._blocks for one in block if one is not None), *features._out, *head.parameters()]
+    return [part.data_ptr() for part in parts], [part.detach().clone() for part in parts]
+
+
+def test_a_step_a_checkpoint_and_a_fold_leave_the_memory_that_a_capture_reads_where_it_is(tmp_path):
+    """A captured pass reads addresses, not names: a rehearsal, which calls functions again, would not see them change."""
+    stage = replace(DIGITS, precision="bf16", warm_start=None)
+    state = new_state(stage, random_data(80, 8), None, torch.device("cpu"))
+    state.save(tmp_path / "state.pt")
+    with frozen(state.model) as network:
+        places, values = memory_of(network)
+    for change in ("step", "restore", "load"):
+        for weight in state.model.parameters():
+            weight.grad = torch.randn_like(weight)
+        if change == "step":
+            state.optimiser.step()
+        elif change == "restore":
+            state.restore(tmp_path / "state.pt")
+        else:
+            state.model.load_state_dict({name: value + 1 if value.is_floating_point() else value for name, value in state.ema.items()})
+        with frozen(state.model) as network:
+            there, now = memory_of(network)
+            expected = torch.cat([one.flatten().float() for one in memory_of(passes.Passes(state.model))[1]])
+        assert there == places, change
+        assert torch.equal(torch.cat([one.flatten().float() for one in now]), expected), change
+        assert all(torch.equal(*pair) for pair in zip(now, values, strict=True)) == (change == "restore")
+
+
 @pytest.mark.parametrize(
     ("road", "said"),
     [
