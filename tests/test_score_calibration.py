@@ -198,6 +198,7 @@ def test_a_torn_last_line_of_a_live_log_is_tolerated_and_said(bundle, tmp_path):
         {"energy": "0"},
         {"sha256": "zz" * 32},
         {"sha256": 7},
+        {"sha256": " " * 64},
     ],
     ids=lambda line: str(line)[:12],
 )
