@@ -55,9 +55,9 @@ class Recorded:
             self.skipped[reason] += 1
             return
         digest, values = row.get("sha256"), [row.get(name) for name in ("suspicion", "margin", *(["energy"] if wanted.energy else []))]
-        if type(digest) is not str or len(digest) != 64:
+        if type(digest) is not str or len(digest) != 64 or len(whole := bytes.fromhex(digest)) != 32:  # it skips blanks
             raise ValueError("sha256 must have 64 hexadecimal digits")
-        picture = bytes.fromhex(digest)[:16]
+        picture = whole[:16]
         if None in values:
             self.skipped["of scores that are not finite"] += 1
             return

@@ -11,7 +11,7 @@ metrics.json, README.md, samples.png, landscape.png   the evaluation   bundle.js
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
 CANDIDATE = "candidate.json"  # in the folder of a bundle that a store holds back: {"reason", "comparison"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
-LARGEST_MANIFEST, LARGEST_JSON = 4 * 2**20, 64 * 2**20
+LARGEST_MANIFEST, LARGEST_JSON, LARGEST_RECORDED = 4 * 2**20, 64 * 2**20, 4 * 2**20
+MOST_RECORDED = 100
 GRAPHS = ("classify.onnx", "score.onnx", "step.onnx")
 SERVED = ("weights.safetensors", "classify.onnx", "selftest.safetensors")
 """The files that every finished bundle has; ``Bundle.required`` adds those of what it is capable of."""
@@ -210,14 +211,14 @@ class Bundle:
 
     def recorded(self) -> dict[str, RecordedCalibration]:
         """Return the calibrations by recorded scores, stale or not, by name; raise BundleError for one that is damaged."""
+        named = {file.removeprefix("calibration.").removesuffix(".json"): file for file in self.manifest.files}
+        files = {name: self.path / file for name, file in named.items() if file == recorded_file(name) and CALIBRATION_NAME.fullmatch(name)}
+        check_number(files)
         found = {}
-        for file in self.manifest.files:
-            name = file.removeprefix("calibration.").removesuffix(".json")
-            if file != recorded_file(name) or not CALIBRATION_NAME.fullmatch(name):
-                continue
-            found[name] = parse(RecordedCalibration, read_json(self.path / file), str(self.path / file))
+        for name, file in files.items():
+            found[name] = parse(RecordedCalibration, parse_json(read_bytes(file, LARGEST_RECORDED), file), str(file))
             if found[name].name != name:
-                raise BundleError(f"{self.path / file} is the calibration {found[name].name}")
+                raise BundleError(f"{file} is the calibration {found[name].name}")
         return found
 
     def combination(self, precision: str = "fp32") -> Combination:
@@ -275,6 +276,12 @@ def network_name(architecture: Mapping[str, Any]) -> str:
     told += [config["model_type"]] if isinstance(config, Mapping) and "model_type" in config else []
     sizes = "-".join(map(str, told))
     return f"{architecture['family']} {sizes}".strip()
+
+
+def check_number(names: Collection[str]) -> None:
+    """Raise BundleError where there are more calibrations of recorded scores than a bundle may hold: all are read when it is opened."""
+    if len(names) > MOST_RECORDED:
+        raise BundleError(f"a bundle holds {MOST_RECORDED} calibrations of recorded scores at most, not {len(names)}")
 
 
 def recorded_file(name: str) -> str:

@@ -17,6 +17,8 @@ SCHEMA = 2
 YES = "yes"
 OF_IMAGES = "images"
 """The name of the calibration that was made of images, calibration.json; others are of recorded scores."""
+MOST_SCORES, MOST_SOURCES, MOST_REASONS = 10_000, 1000, 100
+"""What a calibration of recorded scores holds at most: scores (p-values down to 1/10,001), files, and reasons why rows are not in it."""
 CALIBRATION_NAME = re.compile(r"(?!images$)[a-z0-9][a-z0-9_-]{0,39}")
 
 
@@ -147,7 +149,7 @@ class RecordedCalibration:
     made: str
     since: str  # the first and the last of the images
     until: str
-    precision: str
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
     scored_by: str  # sha256 of what decides scores: scored_by.py
     images: Annotated[int, COUNT]  # of the period, of which ``scores`` are all, or some at random
     skipped: dict[str, Annotated[int, COUNT]]  # rows that are not among them, by reason
@@ -168,6 +170,8 @@ class RecordedCalibration:
             if not valid:
                 raise BundleError(f"{text[:40]!r} is no time with a zone, as ISO 8601 writes it")
         n = len(self.scores)
+        if n > MOST_SCORES or len(self.sources) > MOST_SOURCES or len(self.skipped) > MOST_REASONS:
+            raise BundleError(f"of {n} scores, {len(self.sources)} files and {len(self.skipped)} reasons it holds more than it may hold")
         if self.scores != sorted(self.scores) or not n or len(self.margins) != n or len(self.energies) not in (0, n) or self.images < n:
             raise BundleError("scores must be sorted, and margins and energies of as many images")
 

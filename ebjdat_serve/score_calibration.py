@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebjdat_serve.audit_rows import Recorded, Wanted, read_rows
-from ebjdat_serve.bundle import Bundle, recorded_file, write_json
+from ebjdat_serve.bundle import Bundle, check_number, recorded_file, write_json
 from ebjdat_serve.detection import flag_range, p_value
 from ebjdat_serve.drift import LEVEL, DriftTest, Ranks
 from ebjdat_serve.engines import Precision
@@ -23,11 +23,9 @@ from ebjdat_serve.folder_calibration import promise
 from ebjdat_serve.folder_images import FEWEST, Say
 from ebjdat_serve.listing import printable
 from ebjdat_serve.logs import now
-from ebjdat_serve.manifest import CALIBRATION_NAME, OF_IMAGES, YES, Calibration, RecordedCalibration
+from ebjdat_serve.manifest import CALIBRATION_NAME, MOST_SCORES, OF_IMAGES, YES, Calibration, RecordedCalibration
 from ebjdat_serve.scored_by import scored_by
 
-MOST = 10_000
-"""Scores that are kept, at random where there are more: p-values down to 1/10,001."""
 ALPHAS = (0.05, 0.01)
 MANY = 0.5
 """Share of the pictures from which on it is said that one API key sent them."""
@@ -58,6 +56,7 @@ def calibrate_scores(bundle: Bundle, choice: Choice, say: Say = lambda text: pri
     if not bundle.calibrated:
         raise EbjdatError(f"{bundle.path} has no calibration, and recorded scores are by its views: ebjdat-serve calibrate BUNDLE DIR")
     bundle.check_files()
+    check_number({*bundle.recorded(), choice.name})
     energy, by = bundle.manifest.capabilities.energy == YES, scored_by(bundle, choice.precision, bundle.combination(choice.precision))
     found = read_rows(choice.files, Wanted(by, choice.precision, energy, choice.since, choice.until))
     n = len(found.scores)
@@ -90,7 +89,7 @@ def calibrate_scores(bundle: Bundle, choice: Choice, say: Say = lambda text: pri
 def kept(found: Recorded) -> NDArray[np.int64]:
     """Return which pictures are kept, in the order of their scores, at random among equal ones: it tells no time."""
     noise = np.random.default_rng(0)
-    chosen = noise.permutation(len(found.scores))[:MOST]
+    chosen = noise.permutation(len(found.scores))[:MOST_SCORES]
     order: NDArray[np.int64] = chosen[np.argsort(np.asarray(found.scores)[chosen], kind="stable")]
     return order
 

@@ -115,7 +115,7 @@ def _verified(folder: Path, terms: Terms, functions: Sequence[str], key: str) ->
     check_json(asdict(bundle.manifest), f"{folder / MANIFEST}")
     check_json(list(map(to_json, rows)), f"{folder}: metrics.json")
     if terms.calibration != OF_IMAGES and not bundle.calibrated:
-        raise BundleError(f"{folder} has no calibration {terms.calibration[:40]!r}: it has none")
+        raise BundleError(f"{folder} has no calibration {terms.calibration[:40]!r}, nor one on images")
     calibrated, no_check = _calibrated(bundle, terms) if bundle.calibrated else (None, NOT_CALIBRATED)
     if (reason := bundle.manifest.capabilities.gradient) != YES:
         no_check = f"check=reach takes gradients, which the model does not have: {reason}"

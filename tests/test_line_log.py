@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -141,6 +142,41 @@ def test_who_logs_never_waits_for_who_reads():
     assert handler.lines.lost == 0
     os.close(reading)
     os.close(writing)
+
+
+def test_a_record_that_has_no_text_is_lost_and_counted_and_whoever_logs_goes_on():
+    class Strange:
+        def __str__(self):
+            raise AttributeError("no text")
+
+    handler = ThreadedHandler(-1)  # nothing comes to be written
+    for arguments in ((Strange(),), (1, 2)):
+        handler.handle(logging.LogRecord("name", logging.INFO, "", 0, "%s", arguments, None))
+    assert handler.lines.lost == 2
+
+
+WORKER = """
+import logging, os
+from pathlib import Path
+from ebjdat_serve.server.compute.workers import ClassifyWorker
+from ebjdat_serve.server.settings import Settings
+
+ClassifyWorker("model", Settings(Path()), ()).setup("cpu")
+logging.getLogger("ebjdat_serve").error("x" * 10_000)
+os.write(1, b"went on")
+"""
+
+
+def test_a_worker_waits_for_no_reader_of_its_log():
+    command = [sys.executable, "-c", WORKER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
+        fcntl.fcntl(worker.stderr, SET_PIPE_SIZE, PIPE)  # less than the line
+        try:
+            assert select.select([worker.stdout], [], [], 60)[0]
+            assert os.read(worker.stdout.fileno(), 100) == b"went on"
+            assert worker.stderr.read().endswith(b"xxx\n")
+        finally:
+            worker.kill()
 
 
 def test_half_a_character_is_written_as_an_escape():

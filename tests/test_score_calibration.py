@@ -198,6 +198,7 @@ def test_a_torn_last_line_of_a_live_log_is_tolerated_and_said(bundle, tmp_path):
         {"energy": "0"},
         {"sha256": "zz" * 32},
         {"sha256": 7},
+        {"sha256": " " * 64},
     ],
     ids=lambda line: str(line)[:12],
 )
@@ -279,7 +280,7 @@ def test_a_bundle_without_a_calibration_is_told_to_make_one_first(tmp_path):
     bundle = write(tmp_path / "bundle")
     with pytest.raises(EbjdatError, match=r"has no calibration, and recorded scores are by its views: ebjdat-serve calibrate BUNDLE DIR"):
         calibrate(bundle, tmp_path / "audit")
-    with pytest.raises(BundleError, match="has no calibration 'traffic': it has none"):
+    with pytest.raises(BundleError, match="has no calibration 'traffic', nor one on images"):
         verified(bundle.path, Terms(calibration="traffic"))
 
 
@@ -301,6 +302,10 @@ def test_a_name_that_is_not_there_or_does_not_hold_is_one_line(bundle, log):
         ({"since": "2026-11-01"}, "no time with a zone"),
         ({"since": "0001-01-01T00:00+14:00"}, "no time with a zone"),
         ({"more": 1}, "unknown keys"),
+        ({"precision": "fp32](http://x)"}, "precision: .* is not 'fp32' or"),
+        ({"skipped": {f"r{i}": 1 for i in range(101)}}, "more than it may hold"),
+        ({"sources": data["sources"] * 1001}, "more than it may hold"),
+        ({name: [0.0] * 10_001 for name in ("scores", "margins", "energies")} | {"images": 10_001}, "more than it may hold"),
     ):
         write_json(done.path / "calibration.autumn.json", {**data, **change})
         done.update("calibration.autumn.json")
@@ -310,6 +315,25 @@ def test_a_name_that_is_not_there_or_does_not_hold_is_one_line(bundle, log):
     done.update("calibration.autumn.json")
     with pytest.raises(EbjdatError, match="cannot be served with 200"):
         verified(done.path, Terms(calibration="autumn", alpha=0.001))
+
+
+def test_a_bundle_holds_so_many_of_so_many_bytes(bundle, log, monkeypatch):
+    """They are all read when it is opened: a bundle of somebody else may list a name for each of thousands of large files."""
+    monkeypatch.setattr("ebjdat_serve.bundle.MOST_RECORDED", 2)
+    for name in ("one", "two", "two"):
+        done = calibrate(bundle, log, name=name)
+    with pytest.raises(EbjdatError, match="2 calibrations of recorded scores at most"):
+        calibrate(bundle, log, name="three")
+    assert list(Bundle.load(bundle.path).recorded()) == ["one", "two"]
+    shutil.copy(done.path / "calibration.one.json", done.path / "calibration.three.json")
+    done.update("calibration.three.json")
+    with pytest.raises(BundleError, match="2 calibrations of recorded scores at most"):
+        Bundle.load(bundle.path)
+    monkeypatch.undo()
+    (done.path / "calibration.two.json").write_text(" " * (4 * 2**20 + 1))
+    done.update("calibration.two.json")
+    with pytest.raises(BundleError, match="is larger than"):
+        Bundle.load(bundle.path)
 
 
 def test_another_calibration_on_images_drops_what_was_recorded_by_other_views(bundle, log, tmp_path, caplog):
@@ -331,7 +355,7 @@ def test_what_decides_scores_is_told_from_what_does_not(bundle, log, tmp_path):
 
 
 def test_of_many_pictures_some_are_kept_at_random(bundle, log, monkeypatch):
-    monkeypatch.setattr(score_calibration, "MOST", 50)
+    monkeypatch.setattr(score_calibration, "MOST_SCORES", 50)
     done = calibrate(bundle, log).recorded()["traffic"]
     assert (len(done.scores), done.images) == (50, N)
     assert done.scores == sorted(done.scores)

@@ -1,6 +1,8 @@
 """Tests of what a training step asks of its device: calls and reads of the host are counted, on the CPU; no time is measured."""
 
+import gc
 import json
+import weakref
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -72,13 +74,45 @@ def test_captured_passes_train_the_same_weights(tmp_path, monkeypatch):
         assert torch.equal(found[name], value), name
 
 
+def memory_of(network):
+    """Return where what a pass reads lies, folded weights and norms and the head, and its values."""
+    features, head = network._logits.args
+    parts = [features._stem, *(one for block in features._blocks for one in block if one is not None), *features._out, *head.parameters()]
+    return [part.data_ptr() for part in parts], [part.detach().clone() for part in parts]
+
+
+def test_a_step_a_checkpoint_and_a_fold_leave_the_memory_that_a_capture_reads_where_it_is(tmp_path):
+    """A captured pass reads addresses, not names: a rehearsal, which calls functions again, would not see them change."""
+    stage = replace(DIGITS, precision="bf16", warm_start=None)
+    state = new_state(stage, random_data(80, 8), None, torch.device("cpu"))
+    state.save(tmp_path / "state.pt")
+    with frozen(state.model) as network:
+        places, values = memory_of(network)
+    for change in ("step", "restore", "load"):
+        for weight in state.model.parameters():
+            weight.grad = torch.randn_like(weight)
+        if change == "step":
+            state.optimiser.step()
+        elif change == "restore":
+            state.restore(tmp_path / "state.pt")
+        else:
+            state.model.load_state_dict({name: value + 1 if value.is_floating_point() else value for name, value in state.ema.items()})
+        with frozen(state.model) as network:
+            there, now = memory_of(network)
+            expected = torch.cat([one.flatten().float() for one in memory_of(passes.Passes(state.model))[1]])
+        assert there == places, change
+        assert torch.equal(torch.cat([one.flatten().float() for one in now]), expected), change
+        assert all(torch.equal(*pair) for pair in zip(now, values, strict=True)) == (change == "restore")
+
+
 @pytest.mark.parametrize(
     ("road", "said"),
     [
         (lambda function, pool: function, None),  # which captured() returns where nothing records
         (lambda function, pool: lambda: None, "captured passes are off"),  # a replay that does nothing
+        (lambda function, pool: (lambda: None) if function.__name__ == "_forward" else (lambda: function()), "captured passes are off"),
     ],
-    ids=["does not record", "records nothing"],
+    ids=["does not record", "records nothing", "records the first image"],
 )
 def test_passes_that_cannot_be_captured_are_called(model, monkeypatch, caplog, road, said):
     monkeypatch.setattr(passes, "FEW", 1)
@@ -134,6 +168,25 @@ def test_a_copy_of_a_network_has_passes_of_its_own(model):
         torch.testing.assert_close(network(x), ahead.folded()(x))
     with frozen(model) as network, torch.no_grad():
         assert torch.equal(network(x), before)
+
+
+@pytest.mark.parametrize("road", [nullcontext, captured])
+def test_a_network_that_nobody_holds_is_gone_at_once(model, road):
+    """LAS-AT makes a copy every few steps: in a circle it would keep its memory of the GPU until Python looks for circles."""
+    model.autocast = torch.bfloat16
+    x, label = torch.rand(4, 3, 8, 8), torch.arange(4)
+    gc.disable()
+    try:
+        with road(), frozen(model) as network:
+            together(network, attacking(x, label, noise=Noise.seeded(1), **HOW))
+        copy = deepcopy(model)
+        with road(), frozen(copy) as network:
+            together(network, attacking(x, label, noise=Noise.seeded(1), **HOW))
+        gone = weakref.ref(copy), weakref.ref(network)
+        del copy, network
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def walking(x, steps):

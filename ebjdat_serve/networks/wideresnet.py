@@ -97,27 +97,26 @@ class Folded:
     """A network's features (N, F) with its norms folded, in memory of its own, which ``refold`` brings up to date in place."""
 
     def __init__(self, network: WideResNet, dtype: torch.dtype) -> None:
-        self._network, self._dtype = network, dtype
+        self._parts, self._dtype = (network.stem, network.blocks, network.norm), dtype  # not the network, which may hold this: no cycle
         self._stem, self._blocks, self._out = self._fold()
         self._strides: list[int] = [block.conv1.stride[0] for block in network.blocks if isinstance(block, Block)]
 
     def _fold(self) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]], tuple[Tensor, Tensor]]:
-        dtype = self._dtype
+        dtype, (stem, body, norm) = self._dtype, self._parts
 
         def weight(conv: nn.Conv2d, scale: Tensor | None = None) -> Tensor:
             w = conv.weight if scale is None else conv.weight * scale.reshape(-1, 1, 1, 1)
             return w.to(dtype).contiguous(memory_format=torch.channels_last)
 
         blocks = []
-        for block in self._network.blocks:
+        for block in body:
             assert isinstance(block, Block)
             scale, shift = affine(block.norm1, dtype)
             after, bias = statistics(block.norm2)
             skip = None if block.shortcut is None else weight(block.shortcut)
             conv1, conv2 = weight(block.conv1, after), weight(block.conv2)
             blocks.append((scale, shift, conv1, bias.to(dtype), conv2, skip))
-        out = affine(self._network.norm, dtype)
-        return weight(self._network.stem), blocks, out
+        return weight(stem), blocks, affine(norm, dtype)
 
     def refold(self) -> None:
         """Fold the network's norms as they now are, into the same memory."""

@@ -91,7 +91,7 @@ class ThreadedHandler(logging.Handler):
         """Have a record written; logging's own way to tell of one that has no text would wait for a reader."""
         try:
             self.lines.put(self.format(record))
-        except (KeyError, TypeError, ValueError):
+        except Exception:  # noqa: BLE001 (a text of anybody's may raise what it likes, and who logs goes on)
             self.lines.lost += 1
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Passes:
 
     def __init__(self, model: Network) -> None:
         assert model.autocast is not None
-        self._features, self._head = model.folded_features(model.autocast), model.head
+        self._features = model.folded_features(model.autocast)
+        self._logits = partial(logits_of, self._features, model.head)  # what graphs call: no reference back to what holds them
         self._seen: Counter[torch.Size] = Counter()
         self._graphs: dict[torch.Size, Graphs] = {}
         self._pool: Any = None
@@ -42,17 +44,16 @@ class Passes:
         return known
 
     def __call__(self, image: Tensor) -> Tensor:
-        logits: Tensor = self._head(self._features(image))
-        return logits
+        return self._logits(image)
 
     def gradient(self, image: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
         """Return d objective / dx of images, by ``slope``, d objective / d logits of the logits; the next pass may overwrite it."""
         self._seen[image.shape] += 1
         if self._seen[image.shape] <= FEW or not on_gpu(image):
-            return gradient_of(self, image, slope)
+            return gradient_of(self._logits, image, slope)
         if image.shape not in self._graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[image.shape] = Graphs(self, image, slope, self._pool)
+            self._graphs[image.shape] = Graphs(self._logits, image, slope, self._pool)
         return self._graphs[image.shape].gradient(image, slope)
 
 
@@ -60,7 +61,8 @@ class Graphs:
     """The two directions of a pass in fixed memory, each captured as one launch."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], image: Tensor, slope: Callable[[Tensor], Tensor], pool: Any) -> None:
-        self._network, self._image = network, image.detach().clone().requires_grad_()
+        self._network = network
+        self._image = torch.zeros_like(image).requires_grad_()  # not the image of the check below, which then needs the copy, too
         self._forward()
         self._slope, self._found = torch.zeros_like(self._logits), torch.zeros_like(self._image)
         self._ahead = captured(self._forward, pool)
@@ -72,6 +74,8 @@ class Graphs:
             if not off <= APART:  # no GPU has shown yet that it cannot be
                 log.warning("captured passes are off by %.1e of the gradient, so calls are launched one by one", off)
                 self._whole = False
+        if not self._whole:
+            del self._ahead, self._back, self._logits, self._found  # and the memory of their activations
 
     def _forward(self) -> None:
         with torch.enable_grad():
@@ -91,6 +95,11 @@ class Graphs:
             self._slope.copy_(slope(self._logits.detach()))
         self._back()
         return self._found
+
+
+def logits_of(features: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """Return the logits (N, K) of images."""
+    return head(features(image))
 
 
 def gradient_of(network: Callable[[Tensor], Tensor], image: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:

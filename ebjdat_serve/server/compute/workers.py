@@ -24,6 +24,7 @@ from ebjdat_serve.scheduling import Group, Policy, Scheduler
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.compute.generate_task import ChainTask
 from ebjdat_serve.server.compute.model import Model, Operation
+from ebjdat_serve.server.line_log import log_by_thread
 from ebjdat_serve.server.memory import return_large_blocks
 from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.sgld import Chains
@@ -54,6 +55,7 @@ class Worker(ls.LitAPI):
             signal.signal(number, signal.SIG_IGN)
         return_large_blocks()
         logs.configure(self._settings.log)
+        log_by_thread()  # LitServe spawns it: nothing of the main process's log came along
         with contextlib.suppress(OSError):  # no Linux
             Path("/proc/self/comm").write_text(f"ebjdat-{self.kind}", encoding="ascii")  # for ps and top
 
