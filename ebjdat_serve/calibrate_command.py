@@ -31,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="audit logs (serve --audit-log): calibrate on the scores in them, beside the calibration on images (serve --calibration NAME)",
+        help="audit logs of a server: calibrate on the scores in them, beside the calibration on images",
     )
     scores.add_argument("--name", metavar="NAME", help="of the calibration (traffic)")
     scores.add_argument("--since", metavar="TIME", help="first date or time, UTC, of the period that you vouch for")

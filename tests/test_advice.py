@@ -31,6 +31,9 @@ HOST = {
     "ebjdat_serve/import_command.py": "ebjdat-serve import",
     "ebjdat_serve/importing/__init__.py": "ebjdat-serve import",
     "ebjdat_serve/importing/onnx_source.py": "ebjdat-serve import",
+    "ebjdat_serve/audit_rows.py": "ebjdat-serve calibrate",
+    "ebjdat_serve/calibrate_command.py": "ebjdat-serve calibrate",
+    "ebjdat_serve/score_calibration.py": "ebjdat-serve calibrate",
     "ebjdat_serve/folder_calibration.py": "ebjdat-serve calibrate",
     "ebjdat_serve/folder_images.py": "ebjdat-serve calibrate",
     "ebjdat_serve/folder_prior.py": "ebjdat-serve prior",
@@ -108,7 +111,7 @@ def texts(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
 
 
 NAMED = re.compile(
-    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)|(?:ebjdat-)?(?P<served>serve(?! import)|sign|publish|rollback|verify)(?= )"
+    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)|(?:ebjdat-)?(?P<served>serve(?! import)|sign|publish|rollback|verify|calibrate)(?= )"
     r"|(?P<flag>--[a-z][a-z-]*)"
 )
 
