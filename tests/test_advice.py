@@ -111,7 +111,8 @@ def texts(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
 
 
 NAMED = re.compile(
-    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)|(?:ebjdat-)?(?P<served>serve(?! import)|sign|publish|rollback|verify|calibrate)(?= )"
+    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)"
+    r"|(?:ebjdat-)?(?P<served>serve(?! import)|sign|publish|rollback|verify|calibrate)(?= )"
     r"|(?P<flag>--[a-z][a-z-]*)"
 )
 
