@@ -24,6 +24,7 @@ from typing import Any
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for machines where the package cannot be installed
 NEEDED = ("torch", "numpy", "PIL", "safetensors")
 NAMED = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt-cu13", "nvidia-cudnn-cu13", "onnx", "onnxscript", "numpy")
 LEAST = 10.0

@@ -66,7 +66,7 @@ def keyed(tmp_path_factory) -> Iterator[Keyed]:
         "narrow": new(file, "narrow", "--scope", "classify", "--concurrency", "1"),
         "root": "a key of all scopes from the environment",
     }
-    options = ("--device", "cpu", "--keys", str(file), "--trusted-proxy", "127.0.0.1", "--client-requests", "4")
+    options = ("--device", "cpu", "--keys", str(file), "--trusted-proxy", "127.0.0.1", "--client-requests", "4", "--access-log")
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("LIT_SERVER_API_KEY", f"{secrets['root']}\n")
@@ -94,6 +94,8 @@ def test_a_key_opens_the_paths_of_its_scopes(keyed, picture, path):
             assert answer.status_code == 200
         else:
             assert problem(answer, 403) == f"the key {name} is for {scope}; {path} needs a key for {PATHS[path]}"
+            lines = lambda: keyed.log.read_text(encoding="utf-8").splitlines()  # noqa: E731
+            until(lambda: any("code=403" in line and line.endswith(f"key={name}") for line in lines()), 5)  # noqa: B023
     assert keyed.ask(path, "root", content).status_code == 200
 
 

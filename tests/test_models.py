@@ -5,12 +5,14 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.pixels import encode_png
+from ebjdat_serve.server import app
 from ebjdat_serve.server.app import build_server
 from ebjdat_serve.server.served_model import named_models
 from ebjdat_serve.server.settings import SHIPPED, Settings
@@ -138,3 +140,9 @@ def test_threads_are_shared_and_every_model_has_queues_of_its_own(other):
     workers = server.litapi_connector.lit_apis
     assert {worker._settings.threads for worker in workers} == {1}
     assert [worker.api_path for worker in workers[-2:]] == ["/tiny/classify", "/tiny/generate"]
+
+
+def test_the_start_says_by_which_name_a_model_is_served():
+    model = SimpleNamespace(name="digits@1", bundle=SimpleNamespace(manifest=SimpleNamespace(name="digits")))
+    assert app.shown("digits", model) == "digits@1"
+    assert app.shown("second", model) == "second=digits@1"

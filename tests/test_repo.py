@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import ebjdat_serve
 from benchmarks.methods import SEEDS, table
 from tests import conftest
 from tests.conftest import ROOT
@@ -64,6 +65,38 @@ def test_readme_commands_exist():
             for word in words:
                 if word.endswith((".py", ".sh")) and "/" in word:
                     assert (ROOT / word).is_file(), line
+
+
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def faults_of_curl(line: str) -> list[str]:
+    """Return a curl command that sends the picture in a wrong way: -T would PUT it, and curl takes no address without a host."""
+    sends = re.search(r"--data-binary @cat\.png|-F image=@cat\.png|base64 .*cat\.png", line)
+    return [] if sends and re.search(r"http://[a-z0-9.]+:\d+/", line) else [line]
+
+
+def test_every_curl_that_sends_the_picture_posts_it_to_a_host():
+    assert faults_of_curl("curl -T cat.png http://localhost:8000/classify")
+    assert faults_of_curl("curl --data-binary @cat.png :8000/classify")
+    joined = [text.read_text(encoding="utf-8").replace("\\\n", "") for text in TEXTS]
+    lines = [line.strip() for text in joined for line in text.splitlines() if re.match(r"\s*curl .*cat\.png", line)]
+    assert len(lines) >= 5
+    assert not [fault for line in lines for fault in faults_of_curl(line)]
+
+
+def test_what_a_text_calls_of_the_package_is_there_after_its_import():
+    """A submodule is not: ``import ebjdat_serve`` imports none."""
+    called = {name for text in TEXTS for name in re.findall(r"\bebjdat_serve\.(\w+)[\w.]*\(", text.read_text(encoding="utf-8"))}
+    assert "load" in called
+    assert called <= set(ebjdat_serve.__all__)
+
+
+def test_what_the_readme_installs_into_the_venv_leaves_the_checkout_in_it():
+    """Without -e pip replaces the checkout by a copy, in which training/ and export/ are missing."""
+    installs = re.findall(r"\.venv/bin/pip install (.*?)'\.\[", "".join(text.read_text(encoding="utf-8") for text in TEXTS))
+    assert installs
+    assert set(installs) == {"-e "}
 
 
 def test_a_second_make_does_not_install_again():

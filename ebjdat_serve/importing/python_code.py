@@ -23,7 +23,8 @@ def find(source: str, *, labels: list[str] | None, contract: Contract | None, li
     """
     name, _, file = source.removeprefix("python:").partition("@")
     if not allow_code:
-        raise EbjdatError(f"{source[:100]} is code, which import runs with your rights", options=("--allow-code",))
+        refusal = f"{source[:100]} is code, which would run with your rights: give a file or a folder in its place"
+        raise EbjdatError(refusal, options=("--allow-code",))
     size, normalisation, said = contract_of(contract)
     try:
         architecture = PythonArchitecture(name, normalisation=normalisation)

@@ -52,7 +52,12 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
             await supervisor.run(server.announce, server.give_up, beside=beside)
 
     server = litserve_adapter.Server(workers, application.install, serve, application.begin_drain, application.drain, sockets, settings)
-    return server, lambda: ", ".join(manager.active.name for manager in managers.values())
+    return server, lambda: ", ".join(shown(name, manager.active) for name, manager in managers.items())
+
+
+def shown(name: str, model: ServedModel) -> str:
+    """Return a model's bundle and version, after the name that it is served by where that is another."""
+    return model.name if name == model.bundle.manifest.name else f"{name}={model.name}"
 
 
 def service_of(name: str, served: ServedModel, refused: str, settings: Settings, shared: Shared, workers: Workers) -> Service:

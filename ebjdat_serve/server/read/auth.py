@@ -140,13 +140,13 @@ class ApiKeyMiddleware:
         if not access.keys.closed:
             return network_name(address), None, access.limits
         key = await self._key(scope["headers"], network_name(address))
+        scope["trace"].key = key.name  # also of what it is refused: the access log says whose key lacks a scope
         if needed is None and "operate" not in key.scopes:
             raise Problem(404, f"no such path {path}")  # the app's routes are not asked: they might see another path in it than we do
         if needed and not key.scopes.intersection(needed):
             detail = f"the key {key.name} is for {', '.join(sorted(key.scopes))}; {path} needs a key for {' or '.join(sorted(needed))}"
             raise Problem(403, detail)
         limits = access.limits.of_key(rate=key.rate, burst=key.burst, concurrency=key.concurrency)
-        scope["trace"].key = key.name
         return client_name(key.name, address), key, limits
 
     async def _key(self, headers: list[tuple[bytes, bytes]], client: str) -> Key:
