@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from ebjdat_serve import selftest
 from ebjdat_serve.bundle import MANIFEST, Bundle, resolve
+from ebjdat_serve.contract import Input
+from ebjdat_serve.cpus import cpus
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.engines import Device, Engine, EngineKind, Floats, Outputs, Precision, load_engine
 from ebjdat_serve.errors import BundleError, EbjdatError
@@ -25,6 +27,8 @@ from ebjdat_serve.sgld import Chains, Prior
 from ebjdat_serve.view_files import REACH, load_reviewed
 from ebjdat_serve.views import Combination, Seen
 
+SMALL = 64 * 64
+"""Pixels of an image up to which decoding and HTTP take about as much of the CPUs as the network (docs/decisions/0033)."""
 DEEPEST = 64
 """Levels of nesting in a bundle's JSON; pydantic writes 255."""
 NOT_CALIBRATED = "the model is not calibrated: ebjdat-serve calibrate BUNDLE DIR does that with images like those it will see"
@@ -38,10 +42,16 @@ class Terms:
     device: Device = "auto"
     precision: Precision = "fp32"
     alpha: float = 0.05
-    threads: int = 1
+    threads: int | None = 1  # None: as many as ``threads_for`` says
     trust: tuple[bytes, ...] = ()
     review_share: float | None = None  # of clean images; None: reach.REVIEW_SHARE, or the least that can be kept
     calibration: str = OF_IMAGES  # its name
+    models: int = 1  # that share the CPUs
+
+    def threads_for(self, size: Input) -> int:
+        """Return the threads of a worker whose model takes images of ``size``: all CPUs' where its network is most of the work."""
+        usual = cpus() if size.height * size.width > SMALL else cpus() // 2
+        return self.threads or max(1, usual // self.models)
 
 
 USUAL = Terms()
@@ -166,7 +176,7 @@ def _opened(bundle: Bundle, combination: Combination | None, terms: Terms, funct
     """Open the engine, replay the self-test, and run what a worker runs: three blank images, one chain of the last class drawn."""
     m = bundle.manifest
     functions = [function for function in functions if function in bundle.functions]
-    engine = load_engine(bundle, terms.engine, terms.device, terms.threads, terms.precision)
+    engine = load_engine(bundle, terms.engine, terms.device, terms.threads_for(m.input), terms.precision)
     errors = selftest.verify(bundle, engine, functions)
     blank = np.stack([np.full((3, m.input.height, m.input.width), level, np.float32) for level in (0.0, 0.5, 1.0)])
     seen = engine.classify(blank)

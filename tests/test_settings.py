@@ -122,7 +122,7 @@ def test_help_is_in_groups_and_shows_unit_and_default():
     for group in dict.fromkeys(one.about.group for one in SETTINGS):
         assert f"\n{group}:\n" in text
     for one in SETTINGS:
-        here = f": {one.default}" if one.name == "threads" else ""  # on this machine
+        here = f": {one.default}" if one.name in ("decoders", "decode_memory") else ""  # on this machine
         assert f"{one.about.help} ({one.default_text}{here})" in text
     assert "--worker-timeout SECONDS" in text
     assert "==SUPPRESS==" not in text

@@ -36,7 +36,8 @@ def build_server(settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) 
     browsers.check(settings)
     shared, workers = Shared(settings, Access.of(settings), endpoints), Workers()
     for name, path in named_models(settings):
-        own = replace(settings, model=path, threads=max(1, settings.threads // (1 + len(settings.more))))
+        threads = settings.threads and max(1, settings.threads // (1 + len(settings.more)))
+        own = replace(settings, model=path, threads=threads)
         served, refused = open_first(own)
         name = name or served.bundle.manifest.name
         if name in shared.services:

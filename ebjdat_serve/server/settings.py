@@ -37,6 +37,10 @@ def per_client(help: str, unit: str, most: int) -> About:
     return About(CLIENTS, f"{help}, of one client, beyond which it is answered 429; 0: no limit", unit, at_least=0, shown=shown)
 
 
+DECODERS = min(cpus() + 1, 4)
+"""Each decodes on one CPU, and one is left for images that are not heavy."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an operator may set."""
@@ -75,8 +79,11 @@ class Settings:
     client_chains: Annotated[int | None, per_client("chains in progress", "chains", 64)] = None
 
     threads: Annotated[
-        int, About(WORKERS, "threads of each worker; models share them", "threads", at_least=1, shown="half of the CPUs")
-    ] = max(1, cpus() // 2)
+        int | None,
+        About(
+            WORKERS, "threads of each worker; models share them", "threads", at_least=1, shown="half of the CPUs; above 64 x 64 pixels all"
+        ),
+    ] = None
     classify_workers: Annotated[int, count(WORKERS, "workers for /classify and /energy", "processes")] = 1
     generate_workers: Annotated[int, count(WORKERS, "workers for /generate and /explain; 0: neither, and less memory", "processes", 0)] = 1
     max_batch: Annotated[int, count(WORKERS, "images in one forward pass, unless a single list has more", "images")] = 32
@@ -130,8 +137,19 @@ class Settings:
     generate_deadline: Annotated[float, seconds(LOAD, "time until a generate request is answered 504")] = 120.0
     upload_memory: Annotated[int, count(LOAD, "all bodies and images, encoded and decoded, beyond which 503", "bytes")] = 256 * 2**20
 
-    decoders: Annotated[int, count(LOAD, "processes that decode large images", "processes")] = 2
-    decode_memory: Annotated[int, count(LOAD, "memory of decoders of large images; all but 64 MiB for each is shared", "bytes")] = 2**29
+    decoders: Annotated[
+        int, About(LOAD, "processes that decode large images", "processes", at_least=1, shown="one more than the CPUs, at most 4")
+    ] = DECODERS
+    decode_memory: Annotated[
+        int,
+        About(
+            LOAD,
+            "memory of decoders of large images; all but 64 MiB for each is shared",
+            "bytes",
+            at_least=1,
+            shown="384 MiB, and 64 for each of the usual decoders",
+        ),
+    ] = (384 + 64 * DECODERS) * 2**20
 
     max_connections: Annotated[
         int, count(CONNECTION, "open connections, fewer where the limit of descriptors asks for it; idle ones make room", "connections")
@@ -182,7 +200,17 @@ class Settings:
 
     def terms(self, trust: tuple[bytes, ...] = ()) -> Terms:
         """Return how a bundle is to be served, with the public keys that ``trusted`` reads."""
-        return Terms(self.engine, self.device, self.precision, self.alpha, self.threads, trust, self.review_share, self.calibration)
+        return Terms(
+            self.engine,
+            self.device,
+            self.precision,
+            self.alpha,
+            self.threads,
+            trust,
+            self.review_share,
+            self.calibration,
+            1 + len(self.more),
+        )
 
     def trusted(self) -> tuple[bytes, ...]:
         """Return the public keys of --trust; raise EbjdatError for a file that holds none."""

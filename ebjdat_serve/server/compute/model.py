@@ -30,7 +30,8 @@ class Model:
         assert found.opened
         self.bundle, self.calibrated = found.bundle, found.calibrated
         self.engine, self._prior = found.opened.engine, found.opened.prior
-        self._threads = ThreadPoolExecutor(settings.threads, "predict") if on_cpu(self.engine) and settings.threads > 1 else None
+        threads = settings.terms().threads_for(self.bundle.manifest.input)
+        self._threads = ThreadPoolExecutor(threads, "predict") if on_cpu(self.engine) and threads > 1 else None
 
     @property
     def prior(self) -> Prior:
