@@ -32,6 +32,8 @@ HOST = {
     "ebjdat_serve/importing/__init__.py": "ebjdat-serve import",
     "ebjdat_serve/importing/onnx_source.py": "ebjdat-serve import",
     "ebjdat_serve/audit_rows.py": "ebjdat-serve calibrate",
+    "ebjdat_serve/calibrate_command.py": "ebjdat-serve calibrate",
+    "ebjdat_serve/score_calibration.py": "ebjdat-serve calibrate",
     "ebjdat_serve/folder_calibration.py": "ebjdat-serve calibrate",
     "ebjdat_serve/folder_images.py": "ebjdat-serve calibrate",
     "ebjdat_serve/folder_prior.py": "ebjdat-serve prior",
@@ -109,8 +111,9 @@ def texts(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
 
 
 NAMED = re.compile(
-    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)|ebjdat-serve (?P<served>[a-z]+)"
-    r"|(?P<plain>serve|sign|publish|rollback|verify)(?= )|(?P<flag>--[a-z][a-z-]*)"
+    r"(?:python )?(?P<script>(?:training|export)/\w+\.py)"
+    r"|(?:ebjdat-)?(?P<served>serve(?! import)|sign|publish|rollback|verify|calibrate)(?= )"
+    r"|(?P<flag>--[a-z][a-z-]*)"
 )
 
 
@@ -124,9 +127,8 @@ def test_every_option_that_a_text_names_is_one_of_the_command_that_it_names(pars
         for line, text, optional in texts(ast.parse(file.read_bytes())):
             known = everything if optional else flags(own) if own else set()
             for found in NAMED.finditer(text):
-                if found["script"] or found["served"] or found["plain"]:
-                    command = found["script"] or f"ebjdat-serve {found['served'] or found['plain']}"
-                    known = set().union(*(flags(parser) for name, parser in parsers.items() if f"{name} ".startswith(f"{command} ")))
+                if found["script"] or found["served"]:
+                    known = flags(parsers[found["script"] or f"ebjdat-serve {found['served']}"])
                 else:
                     seen += 1
                     if found["flag"] not in known:
