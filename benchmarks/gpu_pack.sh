@@ -5,7 +5,7 @@
 #   wheels/      wheels of PACKAGES below 5 MiB, for Python PYTHON_VERSION: name it in `carry` of the first call
 #   piece-00/ …  CIFAR-10 as lossless WebP atlases (of EBJDAT_DATA), larger wheels and those of LARGE, as one archive cut into pieces of
 #                PIECE MiB (what the checkout leaves of a call's 64): one a call
-# and PACKED, with sizes and sha256. What to do on the machine is printed at the end.
+# and PACKED, with sizes and sha256; what an earlier run packed there is removed, and a folder that holds anything else is refused. What to do on the machine is printed at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.carry}
@@ -18,8 +18,13 @@ tree=$(git ls-files -z --cached --others --exclude-standard | xargs -0 du -cb --
 piece=${PIECE:-$((room - 4 - tree / 1048576))}
 [ "$piece" -ge 1 ] || { echo "gpu_pack: the checkout leaves no room in a call: set PIECE" >&2; exit 1; }
 git check-ignore -q "$folder/x" || { echo "gpu_pack: git does not ignore $folder: name a folder that it ignores" >&2; exit 1; }
+if [ -e "$folder" ] && [ ! -f "$folder/PACKED" ] && [ -n "$(ls -A "$folder")" ]; then
+  echo "gpu_pack: $folder holds what was not packed here: name another folder, or empty it" >&2
+  exit 1
+fi
 rm -rf "$folder"
 mkdir -p "$folder/wheels" "$folder/archive/wheels"
+: > "$folder/PACKED"  # so that a run that is cut off can be made again
 
 download() {  # into, packages: wheels for the other machine's Python, without what they depend on
   "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version "$version" --implementation cp \

@@ -21,6 +21,12 @@ LONGEST_LINE = 2**16
 """Bytes of a line; a server writes some 700."""
 MOST_ROWS = 4_000_000
 """Pictures that are told from each other at most, by 16 bytes of their sha256: some 600 MB."""
+MOST_KEYS, OTHERS = 10_000, "others"
+"""Names of API keys that are told from each other at most, and what the others count as."""
+BEGINNING = b'{"time":'
+"""What a server begins a row with; within a row no string can hold it, whose quotes are escaped."""
+UNFINISHED = "torn: the last line of a file that is still written"
+TORN = "torn: a server that was killed began them, and the next one went on in the same line"
 
 
 @dataclass(frozen=True)
@@ -29,22 +35,20 @@ class Wanted:
 
     scored_by: str
     precision: str
-    energy: bool  # whether the model has one
     since: datetime | None = None
     until: datetime | None = None
 
 
 @dataclass
 class Recorded:
-    """What was read: scores, margins and energies of N pictures in the order of the rows, and why other rows are not among them."""
+    """What was read: scores and margins of N pictures in the order of the rows, and why other rows are not among them."""
 
     scores: "array[float]" = field(default_factory=lambda: array("d"))
     margins: "array[float]" = field(default_factory=lambda: array("d"))
-    energies: "array[float]" = field(default_factory=lambda: array("d"))  # (N,), or (0,) where the model has none
     first: datetime | None = None
     last: datetime | None = None
     skipped: Counter[str] = field(default_factory=Counter)
-    keys: Counter[str] = field(default_factory=Counter)  # pictures by the name of the API key, "" for none
+    keys: Counter[str] = field(default_factory=Counter)  # pictures by the name of the API key, "" for none, OTHERS beyond MOST_KEYS
     sources: list[Source] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
 
@@ -54,7 +58,7 @@ class Recorded:
         if reason := unwanted(row, when, wanted):
             self.skipped[reason] += 1
             return
-        digest, values = row.get("sha256"), [row.get(name) for name in ("suspicion", "margin", *(["energy"] if wanted.energy else []))]
+        digest, values = row.get("sha256"), [row.get(name) for name in ("suspicion", "margin")]
         if type(digest) is not str or len(digest) != 64 or len(whole := bytes.fromhex(digest)) != 32:  # it skips blanks
             raise ValueError("sha256 must have 64 hexadecimal digits")
         picture = whole[:16]
@@ -68,10 +72,11 @@ class Recorded:
         if len(self.seen) >= MOST_ROWS:
             raise ValueError(f"more than {MOST_ROWS:,} pictures: choose a shorter period by --since and --until")
         self.seen.add(picture)
-        for column, value in zip((self.scores, self.margins, self.energies), numbers, strict=False):
+        for column, value in zip((self.scores, self.margins), numbers, strict=True):
             column.append(value)
         self.first, self.last = min(self.first or when, when), max(self.last or when, when)
-        self.keys[str(row.get("key", ""))[:100]] += 1
+        key = str(row.get("key", ""))[:100]
+        self.keys[key if key in self.keys or len(self.keys) < MOST_KEYS else OTHERS] += 1
 
 
 def unwanted(row: dict[str, Any], when: datetime, wanted: Wanted) -> str:
@@ -105,7 +110,7 @@ def number(value: Any) -> float:
 def read_rows(files: Sequence[Path], wanted: Wanted) -> Recorded:
     """Return what audit logs say of one bundle; raise EbjdatError naming the file and line that no server wrote.
 
-    The last line of a file may be torn: a server is still writing it.
+    The last line of a file may be torn, since a server is still writing it, and any may begin with what a killed one left.
     """
     found = Recorded()
     for file in files:
@@ -126,10 +131,9 @@ def read_file(stream: BinaryIO, file: Path, wanted: Wanted, found: Recorded) -> 
         try:
             if len(line) > LONGEST_LINE:
                 raise ValueError(f"it is longer than {LONGEST_LINE:,} bytes")
-            row = parsed(line)
-            if row is None:
-                found.skipped["torn: the last line of a file that is still written"] += 1
-            else:
+            row, torn = parsed(line)
+            found.skipped.update(torn)
+            if row is not None:
                 found.take(row, wanted)
         except (ValueError, RecursionError, OverflowError) as error:
             raise EbjdatError(f"{printable(str(file))}, line {count}, is no row of an audit log: {first_line(error)}") from error
@@ -143,17 +147,20 @@ def bounded(stream: BinaryIO, size: int) -> Iterator[bytes]:
         yield line
 
 
-def parsed(line: bytes) -> dict[str, Any] | None:
-    """Return a line as an object, None for a last one that is torn; raise ValueError for what is neither."""
+def parsed(line: bytes) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return a line as an object, None for a last one that is torn, and what was left out of it; raise ValueError for what is neither."""
     try:
         row = strict_json.loads(line, unique=True)
     except ValueError:
+        if line.startswith(b"{") and (begins := line.rfind(BEGINNING)) > 0:
+            rest, torn = parsed(line[begins:])
+            return rest, [TORN, *torn]
         if line.endswith(b"\n"):
             raise
-        return None
+        return None, [UNFINISHED]
     if not isinstance(row, dict):
         raise ValueError("it is no object")
-    return row
+    return row, []
 
 
 def bound_of(text: str, *, end: bool = False) -> datetime:

@@ -1,4 +1,4 @@
-"""`ebjdat-serve calibrate BUNDLE DIR`, on images, and `calibrate BUNDLE --scores FILE`, on scores that a server recorded."""
+"""`ebjdat-serve calibrate BUNDLE DIR`, on images; `--scores FILE`, on scores that a server recorded; `--remove NAME` removes such a one."""
 
 import argparse
 from pathlib import Path
@@ -37,18 +37,21 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
     scores.add_argument("--since", metavar="TIME", help="first date or time, UTC, of the period that you vouch for")
     scores.add_argument("--until", metavar="TIME", help="last date, or the time that ends it")
     scores.add_argument("--precision", choices=get_args(Precision), help="that the scores were recorded in (fp32)")
+    scores.add_argument("--remove", metavar="NAME", help="remove the calibration NAME of recorded scores, and do nothing else")
     parser.set_defaults(command=calibrate)
 
 
 def calibrate(options: argparse.Namespace) -> None:
-    """Calibrate a bundle, in place or as the next version of its store."""
-    if (options.folder is None) == (options.scores is None):
-        raise EbjdatError("calibrate takes either DIR, a folder of images, or --scores FILE, audit logs of a server")
-    strange = [name for name in (OF_SCORES if options.scores is None else OF_FOLDER) if getattr(options, name) is not None]
-    if strange:
-        what = "DIR has no use for it" if options.scores is None else "--scores has no use for it"
-        raise EbjdatError(f"--{strange[0].replace('_', '-')}: calibrate with {what}")
-    (on_images if options.scores is None else on_scores)(options)
+    """Calibrate a bundle, in place or as the next version of its store, or remove a calibration of it."""
+    ways = {"DIR": (options.folder, OF_FOLDER, on_images), "--scores": (options.scores, OF_SCORES, on_scores)}
+    ways["--remove"] = (options.remove, (), remove)
+    given = [way for way, (value, *_) in ways.items() if value is not None]
+    if len(given) != 1:
+        raise EbjdatError("calibrate takes either DIR, a folder of images, or --scores FILE, audit logs of a server, or --remove NAME")
+    _, uses, run = ways[given[0]]
+    if strange := [name for name in (*OF_FOLDER, *OF_SCORES) if name not in uses and getattr(options, name) is not None]:
+        raise EbjdatError(f"--{strange[0].replace('_', '-')}: calibrate with {given[0]} has no use for it")
+    run(options)
 
 
 def on_images(options: argparse.Namespace) -> None:
@@ -83,3 +86,15 @@ def on_scores(options: argparse.Namespace) -> None:
     )
     print("\n".join([*map(shown, told(done, choice.name)), f"into {done.path / recorded_file(choice.name)}"]))
     print(f"serve it: ebjdat-serve serve {options.bundle} --calibration {choice.name}")
+
+
+def remove(options: argparse.Namespace) -> None:
+    """Remove a calibration of recorded scores."""
+    from ebjdat_serve.card import renewed
+    from ebjdat_serve.editing import edit
+    from ebjdat_serve.score_calibration import without_scores
+
+    done = edit(
+        options.bundle, lambda draft: renewed(without_scores(draft, options.remove), f"may tell of {options.remove}"), force=options.force
+    )
+    print(f"the calibration {options.remove} is removed: {done.path}")

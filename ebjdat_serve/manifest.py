@@ -155,8 +155,7 @@ class RecordedCalibration:
     skipped: dict[str, Annotated[int, COUNT]]  # rows that are not among them, by reason
     sources: list[Source]
     scores: list[Annotated[float, NATS]]
-    margins: list[Annotated[float, NATS]]  # of the same images, as the energies
-    energies: list[Annotated[float, NATS]]  # none where the model has no energy
+    margins: list[Annotated[float, NATS]]  # of the same images
 
     def __post_init__(self) -> None:
         """Raise BundleError for a name or a time that is none, and for scores that are not sorted or not of as many images."""
@@ -172,8 +171,8 @@ class RecordedCalibration:
         n = len(self.scores)
         if n > MOST_SCORES or len(self.sources) > MOST_SOURCES or len(self.skipped) > MOST_REASONS:
             raise BundleError(f"of {n} scores, {len(self.sources)} files and {len(self.skipped)} reasons it holds more than it may hold")
-        if self.scores != sorted(self.scores) or not n or len(self.margins) != n or len(self.energies) not in (0, n) or self.images < n:
-            raise BundleError("scores must be sorted, and margins and energies of as many images")
+        if self.scores != sorted(self.scores) or not n or len(self.margins) != n or self.images < n:
+            raise BundleError("scores must be sorted, and margins of as many images")
 
     @property
     def period(self) -> str:
@@ -194,9 +193,8 @@ class RecordedCalibration:
         )
 
     def in_place_of(self, of_images: Calibration) -> Calibration:
-        """Return this as the calibration to serve, with views and temperature of the one on images."""
-        energies = sorted(self.energies)
-        return replace(of_images, dataset=self.dataset, handled=0.0, energies=energies, reach_steps=0, scores=self.scores)
+        """Return this as the calibration to serve, with views and temperature of the one on images, and no energies: none are served."""
+        return replace(of_images, dataset=self.dataset, handled=0.0, energies=[], reach_steps=0, scores=self.scores)
 
     def reviewed(self, names: list[str]) -> dict[str, NDArray[np.float32]]:
         """Return the named scores (n,) that `decision` looks at, high = suspicious, of the same images in order."""

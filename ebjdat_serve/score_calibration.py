@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ebjdat_serve.audit_rows import Recorded, Wanted, read_rows
+from ebjdat_serve.audit_rows import OTHERS, Recorded, Wanted, read_rows
 from ebjdat_serve.bundle import Bundle, check_number, recorded_file, write_json
 from ebjdat_serve.detection import flag_range, p_value
 from ebjdat_serve.drift import LEVEL, DriftTest, Ranks
@@ -23,7 +23,7 @@ from ebjdat_serve.folder_calibration import promise
 from ebjdat_serve.folder_images import FEWEST, Say
 from ebjdat_serve.listing import printable
 from ebjdat_serve.logs import now
-from ebjdat_serve.manifest import CALIBRATION_NAME, MOST_SCORES, OF_IMAGES, YES, Calibration, RecordedCalibration
+from ebjdat_serve.manifest import CALIBRATION_NAME, MOST_SCORES, OF_IMAGES, Calibration, RecordedCalibration
 from ebjdat_serve.scored_by import scored_by
 
 ALPHAS = (0.05, 0.01)
@@ -57,8 +57,8 @@ def calibrate_scores(bundle: Bundle, choice: Choice, say: Say = lambda text: pri
         raise EbjdatError(f"{bundle.path} has no calibration, and recorded scores are by its views: ebjdat-serve calibrate BUNDLE DIR")
     bundle.check_files()
     check_number({*bundle.recorded(), choice.name})
-    energy, by = bundle.manifest.capabilities.energy == YES, scored_by(bundle, choice.precision, bundle.combination(choice.precision))
-    found = read_rows(choice.files, Wanted(by, choice.precision, energy, choice.since, choice.until))
+    by = scored_by(bundle, choice.precision, bundle.combination(choice.precision))
+    found = read_rows(choice.files, Wanted(by, choice.precision, choice.since, choice.until))
     n = len(found.scores)
     if n < FEWEST or found.first is None or found.last is None:
         raise EbjdatError(
@@ -79,11 +79,20 @@ def calibrate_scores(bundle: Bundle, choice: Choice, say: Say = lambda text: pri
         sources=found.sources,
         scores=np.asarray(found.scores)[order].tolist(),
         margins=np.asarray(found.margins)[order].tolist(),
-        energies=np.asarray(found.energies)[order].tolist() if energy else [],
     )
     file = recorded_file(choice.name)
     write_json(bundle.path / file, asdict(recorded))
     return bundle.update(file)
+
+
+def without_scores(bundle: Bundle, name: str) -> Bundle:
+    """Remove the calibration ``name`` of recorded scores, be it damaged, and return the bundle; raise EbjdatError where there is none."""
+    named = [(file, file.removeprefix("calibration.").removesuffix(".json")) for file in bundle.manifest.files]
+    there = [name for file, name in named if file == recorded_file(name) and CALIBRATION_NAME.fullmatch(name)]
+    if name not in there:
+        names = ", ".join(there) or "none"
+        raise EbjdatError(f"{bundle.path} has no calibration {printable(name[:60])!r} of recorded scores; there are: {names}")
+    return bundle.without(recorded_file(name))
 
 
 def kept(found: Recorded) -> NDArray[np.int64]:
@@ -153,4 +162,4 @@ def busiest(found: Recorded) -> str:
     """Return who sent most of the pictures, "" where that is nobody."""
     (name, n), *_ = found.keys.most_common(1)
     share = n / len(found.scores)
-    return f"the API key {printable(name)} sent {share:.0%} of the pictures" if name and share > MANY else ""
+    return f"the API key {printable(name)} sent {share:.0%} of the pictures" if name not in ("", OTHERS) and share > MANY else ""

@@ -14,8 +14,10 @@ from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.drift import EDGES, LEVEL, NAMES, ODDS, DriftTest, Jumper, Ranks, reserve, share_interval
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.pixels import encode_png
+from ebjdat_serve.server import drift_states
 from ebjdat_serve.server.drift_states import LARGEST, Drift, DriftFile
 from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.server.tallies import KEPT
 from tests.classifiers import images
 from tests.conftest import DIGITS, HTTP, serving, until
 from tests.test_metrics import scraped, total
@@ -211,6 +213,26 @@ def test_a_damaged_state_begins_anew(tmp_path, caplog, name, value):
     DriftFile(file).take("m", fresh)
     assert fresh.state() == before
     assert len(caplog.messages) == 1
+
+
+def test_states_that_no_model_has_taken_yet_are_kept_for_each_model(tmp_path, monkeypatch):
+    """A server of many models that is restarted twice, with no request between, goes on as one that had some."""
+    file, noted, fresh = tmp_path / "drift.json", drift(), drift()
+    noted.note(predictions([0.5, 0.1]))
+    state = noted.state()
+    states = {f"{model} {version} of 0.05": state for version in range(KEPT + 3) for model in ("a", "b", "c")}
+
+    def kept():
+        return list(json.loads(file.read_text(encoding="utf-8"))["states"])
+
+    file.write_text(json.dumps({"format": 1, "states": states}), encoding="utf-8")
+    for _ in range(2):
+        DriftFile(file)
+    assert kept() == list(states)[9:]
+    assert DriftFile(file).take("a 5 of 0.05", fresh).test.t == 2
+    monkeypatch.setattr(drift_states, "MOST", 10)
+    DriftFile(file)
+    assert kept() == list(states)[-10:]
 
 
 def test_a_file_that_cannot_be_written_ends_the_start(tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from queue import Queue
 from threading import Thread
@@ -23,6 +23,7 @@ from ebjdat_serve.engines import eager, load_engine, providers
 from ebjdat_serve.engines.eager import TorchEngine, load_model
 from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import BundleError, EngineError
+from ebjdat_serve.networks import wideresnet
 from ebjdat_serve.noise import horner, normal, uniform
 from ebjdat_serve.selftest import PROBE, verify
 from ebjdat_serve.sgld import PRIME, Chains, Prior, Sampler
@@ -239,6 +240,77 @@ def test_a_network_that_does_not_record_is_launched_call_by_call(roads, shipped,
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
 
 
+@contextmanager
+def no_memory(*_, **__):
+    yield
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@contextmanager
+def no_memory_and_no_end(*_, **__):
+    """The end of a recording that has failed fails, too."""
+    with suppress(torch.OutOfMemoryError):
+        yield
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    except torch.OutOfMemoryError:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904 (torch names no cause)
+
+
+@pytest.mark.parametrize(("where", "what"), [("stream", no_memory), ("graph", no_memory), ("graph", no_memory_and_no_end)])
+def test_a_graph_that_does_not_fit_is_given_back_and_launched_call_by_call(roads, shipped, chains, gpu, monkeypatch, caplog, where, what):
+    """Warm-up, recording, or its end: nothing of it says that the network does not record, and nothing ends the call."""
+    given_back = []
+    engine = gpu(shipped)
+    monkeypatch.setattr(torch.cuda, where, what)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+    for _ in range(2):
+        np.testing.assert_allclose(engine.classify(chains.image).logits, roads["torch"].classify(chains.image).logits, atol=2e-5)
+        np.testing.assert_allclose(engine.advance(chains, 2).image, roads["torch"].advance(chains, 2).image, atol=2e-5)
+    assert len(given_back) == 2  # tried once for each
+    assert ["does not fit into the GPU's memory" in record.getMessage() for record in caplog.records] == [True] * 2
+
+
+def test_what_fails_before_it_is_recorded_is_an_error(shipped, chains, gpu, monkeypatch):
+    @contextmanager
+    def stream(_):
+        yield
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    engine = gpu(shipped)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    with pytest.raises(RuntimeError, match="mat1"):
+        engine.classify(chains.image)
+
+
+def test_every_size_of_a_gpu_is_captured_by_one_batch_of_each(shipped, gpu, captures):
+    engine, image = gpu(shipped), np.zeros((11, 3, 32, 32), np.float32)
+    assert engine.sizes(11) == [1, 2, 4, 8, 16]
+    assert engine.sizes(64)[-1] == 64 and engine.sizes(10_000)[-1] == eager.LARGEST
+    for n in engine.sizes(8):
+        engine.classify(image[:n])
+    before = len(captures)
+    for n in range(1, 9):
+        engine.classify(image[:n])
+    assert len(captures) == before == 4
+
+
+def test_norms_are_folded_into_one_copy(shipped, monkeypatch):
+    folds, honest = [], wideresnet.Folded
+    monkeypatch.setattr(wideresnet, "Folded", lambda *given: folds.append(given) or honest(*given))
+    TorchEngine(shipped, "cpu", 1, "bf16")  # as a GPU in fp32, too
+    assert len(folds) == 1
+
+
+@pytest.mark.parametrize("road", ["onnx", "torch", "gpu"])
+def test_of_no_image_there_are_no_rows(roads, shipped, chains, gpu, road):
+    engine, none = gpu(shipped) if road == "gpu" else roads[road], chains.rows(slice(0))
+    given = engine.classify(none.image)
+    assert [values.shape for values in given] == [(0, *values.shape[1:]) for values in roads["onnx"].classify(chains.image)]
+    assert [values.shape for values in engine.score(none.image, none.label)] == [(0, 3, 32, 32), (0,)]
+    assert engine.advance(none, 3).image.shape == (0, 3, 32, 32)
+
+
 def test_a_gpus_engine_is_opened_while_no_other_thread_uses_the_gpu(shipped, monkeypatch):
     """A capture that another thread makes meanwhile would meet the copies of the weights."""
     held = []
@@ -251,10 +323,11 @@ def test_a_gpus_engine_is_opened_while_no_other_thread_uses_the_gpu(shipped, mon
             until(lambda: held)
             return self
 
-        def folded(self, dtype):
+        def folded_features(self, dtype):
             return None
 
-        folded_features = folded
+        def folded(self, dtype, features):
+            return None
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     TorchEngine(shipped, "cuda", model=Net())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,10 +99,13 @@ sys.exit(gpu_check.main())
 
 def test_tests_that_were_all_skipped_show_nothing(monkeypatch, tmp_path):
     said = "print('SKIPPED [3] tests/test_gpu.py:30: no GPU'); print('3 skipped in 0.1s')"
-    status, found = done(monkeypatch, tmp_path, Step("tests", (("-c", said),), 20))
-    assert (status, by_name(found)["tests"]["status"], by_name(found)["tests"]["skipped"]) == (1, "failed", ["no GPU"])
-    status, found = done(monkeypatch, tmp_path, Step("tests", (("-c", "print('2 passed, 1 skipped in 0.1s')"),), 20))
+    for name in ("tests", "other tests"):
+        status, found = done(monkeypatch, tmp_path, Step(name, (("-c", said),), 20, shows=" passed"))
+        step = by_name(found)[name]
+        assert (status, step["status"], step["skipped"], step["said"]) == (1, "failed", ["no GPU"], "3 skipped in 0.1s")
+    status, found = done(monkeypatch, tmp_path, Step("tests", (("-c", "print('2 passed, 1 skipped in 0.1s')"),), 20, shows=" passed"))
     assert (status, by_name(found)["tests"]["status"]) == (0, "passed")
+    assert [step.name for step in gpu_check.steps(tmp_path, rehearsal=False) if step.shows] == ["tests"]
 
 
 @pytest.mark.parametrize(("optional", "status"), [(True, 0), (False, 1)])
@@ -211,6 +215,30 @@ def test_a_pack_goes_into_a_folder_that_git_ignores(tmp_path):
     ran = subprocess.run([ROOT / "benchmarks" / "gpu_pack.sh", "docs"], capture_output=True, text=True, check=False)
     assert ran.returncode == 1
     assert "git does not ignore docs" in ran.stderr
+
+
+def test_a_pack_removes_only_what_was_packed(tmp_path):
+    """`gpu_pack.sh .venv` once removed the virtual environment, which git ignores, too."""
+    environment = {**os.environ, "PYTHON": "false", "PACKAGES": "", "LARGE": "", "PIECE": "20"}
+    folder = ROOT / "build" / f"no-pack-{os.getpid()}"
+    (folder / "bin").mkdir(parents=True)
+    mine = folder / "bin" / "python"
+    mine.touch()
+    try:
+        for name in (folder, mine):
+            command = [ROOT / "benchmarks" / "gpu_pack.sh", str(name.relative_to(ROOT))]
+            ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert ran.returncode == 1
+            assert "holds what was not packed here" in ran.stderr
+            assert mine.exists()
+        (folder / "PACKED").touch()
+        subprocess.run(
+            [ROOT / "benchmarks" / "gpu_pack.sh", str(folder.relative_to(ROOT))], env=environment, capture_output=True, check=False
+        )
+        assert not mine.exists()
+        assert (folder / "PACKED").exists()  # that run failed, and may be made again
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow

@@ -15,7 +15,11 @@ from ebjdat_serve.engines.ort import OnnxEngine
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.generation import classify_in_chunks
 from ebjdat_serve.selftest import verify
+from ebjdat_serve.server.compute.model import Model
+from ebjdat_serve.server.compute.workers import ClassifyWorker, GenerateWorker, prepare, runs
+from ebjdat_serve.server.settings import Settings
 from ebjdat_serve.sgld import Chains, Sampler
+from tests.conftest import DIGITS
 
 SAMPLER = Sampler(1, 0.25, 2.0, 0.005)
 PARTITIONED = (
@@ -137,6 +141,74 @@ def test_chains_of_any_number_walk_in_buckets_as_on_the_cpu(shipped, gpu, images
         np.testing.assert_allclose(found.image, expected.image, atol=1e-5)
         assert found.step.tolist() == [2] * n
     assert [set(one.shapes) for one in gpu if one.graph == "step.onnx" and one.name == providers.CUDA] == [{1}, {4}]
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_of_no_image_there_are_no_rows(shipped, gpu, images, device):
+    engine, none = OnnxEngine(shipped, device), Chains.at(images[:1], SAMPLER, np.arange(1), seed=4).rows(slice(0))
+    given = engine.classify(none.image)
+    assert [values.shape for values in given] == [(0, *values.shape[1:]) for values in engine.classify(images[:1])]
+    assert [values.shape for values in engine.score(none.image, none.label)] == [(0, 3, 32, 32), (0,)]
+    assert engine.advance(none, 3).image.shape == (0, 3, 32, 32)
+
+
+# before the first request ------------------------------------------------------------------------------------------------
+
+
+def warmed(kind, device):
+    """Return a model as a worker opens it, warmed."""
+    worker = kind("model", Settings(DIGITS), ())
+    worker.rate, worker.channel = 0.0, SimpleNamespace(send=lambda message: None)
+    model = Model(DIGITS, Settings(DIGITS, device=device, engine="onnx"), kind.functions)
+    worker.warm_up(model)
+    return model
+
+
+def test_no_request_opens_a_session(gpu):
+    """Each of CUDA's sizes has a session of its own, which takes seconds to open and to plan; so does a refresh's."""
+    model = warmed(ClassifyWorker, "cuda")
+    before = len(gpu)
+    for n in (1, 2, 5, 17, 33, 64, 70):
+        model.predict(np.zeros((n, 8, 8, 3), np.uint8))
+    assert len(gpu) == before
+
+
+def test_no_turn_of_chains_opens_a_session(gpu):
+    model = warmed(GenerateWorker, "cuda")
+    before = len(gpu)
+    for n in (1, 2, 5, 17, 65, 256):
+        for run in runs(model, n):
+            run()
+    assert len(gpu) == before
+    assert {one.graph for one in gpu} == {"classify.onnx", "score.onnx", "step.onnx"}
+
+
+@pytest.mark.parametrize(("kind", "seen"), [(ClassifyWorker, [1]), (GenerateWorker, [1, 8, 8, 8])])
+def test_a_cpu_is_warmed_as_before(monkeypatch, kind, seen):
+    model, sizes = Model(DIGITS, Settings(DIGITS, device="cpu", engine="onnx"), kind.functions), []
+    for name in ("classify", "score", "advance"):
+        honest = getattr(model.engine, name)
+        monkeypatch.setattr(model.engine, name, lambda rows, *more, honest=honest: sizes.append(len(rows)) or honest(rows, *more))
+    worker = kind("model", Settings(DIGITS), ())
+    worker.rate, worker.channel = 0.0, SimpleNamespace(send=lambda message: None)
+    worker.warm_up(model)
+    assert sizes == seen
+
+
+def test_a_large_batch_that_cannot_be_prepared_is_a_warning_and_the_smallest_an_error(caplog):
+    def run(n, most):
+        if n > most:
+            raise MemoryError("CUDA out of memory")
+        done.append(n)
+
+    done = []
+    prepare([1, 4, 16, 64], lambda n: run(n, 4))
+    assert done == [1, 4]
+    assert [record.getMessage() for record in caplog.records] == [
+        "no batch of 16 is prepared, and requests that bring one may fail: MemoryError: CUDA out of memory"
+    ]
+    with pytest.raises(MemoryError):
+        prepare([1, 4], lambda n: run(n, 0))
 
 
 # what is listed, and what loads ------------------------------------------------------------------------------------------

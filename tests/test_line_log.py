@@ -12,13 +12,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import weakref
+from contextlib import suppress
 
 import httpx2
 import pytest
 
 from benchmarks.load import free_port
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.server import line_log
 from ebjdat_serve.server.drift_states import DriftFile
 from ebjdat_serve.server.line_log import LineFile, LineLog, ThreadedHandler, rotating, write_whole
 from tests.classifiers import write
@@ -124,6 +128,52 @@ def test_a_process_that_is_forked_writes_its_own_lines(tmp_path):
     os.waitpid(child, 0)
     lines.close(10)
     assert file.read_text() == "parent\nchild\n"
+
+
+def test_a_log_that_nobody_holds_is_written_and_gone_with_its_thread():
+    written = []
+    lines = LineLog(written.append, "a log that nobody holds")
+    lines.put("one")
+    gone = weakref.ref(lines)
+    assert [thread.name for thread in threading.enumerate()].count("a log that nobody holds") == 1
+    del lines
+    assert (gone(), written) == (None, ["one"])
+    assert "a log that nobody holds" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_an_empty_line_is_a_line():
+    written = []
+    lines = LineLog(written.append, "a log")
+    for line in ("", "two"):
+        lines.put(line)
+    lines.close(10)
+    assert (written, lines.lost) == (["", "two"], 0)
+
+
+def test_lines_that_still_wait_at_the_end_are_counted_and_said(capfd):
+    gate, lines = threading.Event(), LineLog(lambda line: gate.wait(10), "the audit log")
+    for i in range(3):
+        lines.put(str(i))
+    lines.close(0.2)
+    gate.set()
+    assert lines.lost == 3
+    assert capfd.readouterr().err == "the audit log: 3 lines are lost, which could not be written within 0.2 s at the end\n"
+
+
+def test_what_is_said_at_the_end_waits_for_no_reader(monkeypatch):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * PIPE)
+    os.set_blocking(writing, True)
+    monkeypatch.setattr(line_log, "STDERR", writing)
+    began = time.monotonic()
+    line_log.say("lost")
+    os.close(writing)
+    line_log.say("closed")
+    assert time.monotonic() - began < 1
+    os.close(reading)
 
 
 def test_who_logs_never_waits_for_who_reads():

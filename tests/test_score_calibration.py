@@ -195,7 +195,6 @@ def test_a_torn_last_line_of_a_live_log_is_tolerated_and_said(bundle, tmp_path):
         {"suspicion": 1e300},
         {"suspicion": 10**400},
         {"margin": True},
-        {"energy": "0"},
         {"sha256": "zz" * 32},
         {"sha256": 7},
         {"sha256": " " * 64},
@@ -276,6 +275,36 @@ def test_a_call_takes_a_folder_or_scores(bundle, log, tmp_path, capsys):
     assert "--name: calibrate with DIR has no use for it" in said
 
 
+def test_one_is_removed_and_the_others_stay(bundle, log, capsys):
+    for name in ("one", "two"):
+        calibrate(bundle, log, name=name)
+    damaged = bundle.path / "calibration.one.json"
+    damaged.write_text("{")  # or it could not be removed
+    assert main(["calibrate", str(bundle.path), "--remove", "one"]) == 0
+    assert capsys.readouterr().out == f"the calibration one is removed: {bundle.path}\n"
+    done = Bundle.load(bundle.path)
+    assert list(done.recorded()) == ["two"]
+    assert not damaged.exists()
+    assert "calibration.one.json" not in done.manifest.files
+    before = {one.name: one.read_bytes() for one in bundle.path.iterdir()}
+    for name in ("one", "images", "../../x", "selftest", ""):
+        assert main(["calibrate", str(bundle.path), "--remove", name]) == 2
+        assert f"has no calibration {name!r} of recorded scores; there are: two" in capsys.readouterr().err
+    assert main(["calibrate", str(bundle.path), "--remove", "two", "--since", "2026-11-01"]) == 2
+    assert "--since: calibrate with --remove has no use for it" in capsys.readouterr().err
+    assert main(["calibrate", str(bundle.path), "--remove", "two", "--scores", str(log)]) == 2
+    assert before == {one.name: one.read_bytes() for one in bundle.path.iterdir()}
+
+
+def test_in_a_store_it_is_removed_from_the_next_version(bundle, log, tmp_path, capsys):
+    publish(calibrate(bundle, log), tmp_path / "store")
+    assert main(["calibrate", str(tmp_path / "store"), "--remove", "traffic"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main(["calibrate", str(tmp_path / "store"), "--remove", "traffic", "--force"]) == 0
+    done = Bundle.load(tmp_path / "store" / "current")
+    assert (done.recorded(), done.manifest.version) == ({}, f"{bundle.manifest.version}.r1")
+
+
 def test_a_bundle_without_a_calibration_is_told_to_make_one_first(tmp_path):
     bundle = write(tmp_path / "bundle")
     with pytest.raises(EbjdatError, match=r"has no calibration, and recorded scores are by its views: ebjdat-serve calibrate BUNDLE DIR"):
@@ -305,7 +334,7 @@ def test_a_name_that_is_not_there_or_does_not_hold_is_one_line(bundle, log):
         ({"precision": "fp32](http://x)"}, "precision: .* is not 'fp32' or"),
         ({"skipped": {f"r{i}": 1 for i in range(101)}}, "more than it may hold"),
         ({"sources": data["sources"] * 1001}, "more than it may hold"),
-        ({name: [0.0] * 10_001 for name in ("scores", "margins", "energies")} | {"images": 10_001}, "more than it may hold"),
+        ({name: [0.0] * 10_001 for name in ("scores", "margins")} | {"images": 10_001}, "more than it may hold"),
     ):
         write_json(done.path / "calibration.autumn.json", {**data, **change})
         done.update("calibration.autumn.json")
@@ -366,6 +395,38 @@ def test_who_sent_most_of_it_is_said(bundle, tmp_path):
     rows, said = [row(bundle, i, i, key="shop" if i < 18 else "") for i in range(24)], []
     calibrate_scores(bundle, Choice([written(tmp_path / "audit", rows)]), said.append)
     assert said == ["the API key shop sent 75% of the pictures"]
+
+
+def test_of_so_many_keys_the_names_are_kept(bundle, tmp_path, monkeypatch):
+    """Each name is some 100 bytes of somebody else's choice, and a log has millions of lines."""
+    monkeypatch.setattr(audit_rows, "MOST_KEYS", 3)
+    rows, said = [row(bundle, i, i, key=f"key {i}" if i < 20 else "key 2") for i in range(24)], []
+    found = audit_rows.read_rows([written(tmp_path / "audit", rows)], audit_rows.Wanted(BY[bundle.key], "fp32"))
+    assert found.keys == {"key 0": 1, "key 1": 1, "key 2": 5, "others": 17}
+    calibrate_scores(bundle, Choice([tmp_path / "audit"]), said.append)
+    assert said == []  # the others are not one
+
+
+@pytest.mark.parametrize("cut", [1, 5, 77, 300])
+def test_a_line_that_a_killed_server_began_is_left_out_and_the_next_is_read(bundle, tmp_path, cut):
+    rows = [json.dumps(row(bundle, i, i, key='{"time":')) for i in range(24)]
+    text = "\n".join([*rows[:9], rows[9][:cut] + rows[10][:cut] + rows[11], *rows[12:]]) + "\n"
+    (tmp_path / "audit").write_text(text, encoding="utf-8")
+    done = calibrate(bundle, tmp_path / "audit").recorded()["traffic"]
+    assert done.scores == [float(i) for i in range(24) if i not in (9, 10)]
+    assert done.skipped == {audit_rows.TORN: 1}
+    (tmp_path / "audit").write_text(text + rows[9][:cut] + rows[10][:cut], encoding="utf-8")  # and is being written
+    assert sum(calibrate(bundle, tmp_path / "audit").recorded()["traffic"].skipped.values()) in (2, 3)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"time": "x" {"time": 1', 'x{"time": "2026-11-01T00:00+00:00"}', '{"a": {"b": 1}', '{"time": 1}{"time": [}']
+)
+def test_a_line_that_no_server_left_stays_an_error(bundle, log, line):
+    text = log.read_text().splitlines()
+    log.write_text("\n".join([*text[:30], line, *text[30:]]) + "\n")
+    with pytest.raises(EbjdatError, match="line 31, is no row of an audit log"):
+        calibrate(bundle, log)
 
 
 def test_exchangeable_images_are_flagged_as_often_as_alpha_says(bundle, tmp_path):

@@ -20,6 +20,7 @@ from training.distributed import Noise
 from training.loop.clock import Clock
 from training.loop.loop import clipped, train
 from training.loop.start import new_optimiser, new_state
+from training.loop.validator import Validator
 from training.methods import passes
 from training.methods.adversary import Ask, Attack, Threat, attacking, cross_entropy, frozen, together
 from training.presets import CIFAR10, DIGITS
@@ -126,6 +127,43 @@ def test_passes_that_cannot_be_captured_are_called(model, monkeypatch, caplog, r
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], x)
     assert [said in record.getMessage() for record in caplog.records] == ([True] if said else [])
+
+
+def test_captured_passes_that_do_not_fit_are_called_and_their_memory_is_given_back(model, monkeypatch, caplog):
+    given_back = []
+
+    def forward(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(passes.Graphs, "_forward", forward)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+    model.autocast = torch.bfloat16
+    x, label = torch.rand(4, 3, 8, 8), torch.arange(4)
+    with frozen(model) as network:
+        expected = together(network, attacking(x, label, noise=Noise.seeded(1), **HOW))[0]
+    with captured(), frozen(model) as network:
+        found = [together(network, attacking(x, label, noise=Noise.seeded(1), **HOW))[0] for _ in range(2)]
+    assert all(torch.equal(one, expected) for one in found)
+    assert len(given_back) == 1
+    assert ["does not fit into the GPU's memory" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_validation_keeps_no_captured_passes(monkeypatch):
+    """The activations of a pass of 100 images would lie beside those of training for the rest of its stage."""
+    made, honest = [], passes.Graphs
+
+    def graphs(*given):
+        one = honest(*given)
+        made.append(weakref.ref(one))
+        return one
+
+    stage, data = replace(DIGITS, precision="bf16", warm_start=None), load("digits")
+    validator = Validator(stage, data, torch.device("cpu"), n=20)
+    with captured():
+        monkeypatch.setattr(passes, "Graphs", graphs)
+        validator.validate(validator.model.state_dict())
+    gc.collect()  # a launch that is played here holds its Graphs, a replay of a GPU does not
+    assert made and not any(one() for one in made)
 
 
 def captured_as_called(device, monkeypatch):

@@ -39,6 +39,10 @@ class Outputs(NamedTuple):
         logits = named["logits"] if "logits" in named else np.log(np.maximum(named["probabilities"], TINY))
         return Outputs(logits, named.get("energy"), named.get("features"))
 
+    def first(self, n: int) -> "Outputs":
+        """Return the outputs of the first ``n`` images."""
+        return Outputs(*(None if column is None else column[:n] for column in self))  # type: ignore[arg-type]
+
     @staticmethod
     def join(parts: Sequence["Outputs"]) -> "Outputs":
         """Return the outputs of all images of ``parts``, in order."""
@@ -46,6 +50,11 @@ class Outputs(NamedTuple):
             return parts[0]
         columns = zip(*parts, strict=True)
         return Outputs(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
+
+
+def one_like(rows: NDArray[Any]) -> NDArray[Any]:
+    """Return one row of zeros: an empty batch is answered with none of the rows of such a one, since not every engine computes it."""
+    return np.zeros((1, *rows.shape[1:]), rows.dtype)
 
 
 def given(values: Floats | None, what: str) -> Floats:
@@ -72,11 +81,14 @@ class Differentiable(Protocol):
 
 
 class Engine(Protocol):
-    """The interface of a model for server, calibration and evaluation; images (N, 3, H, W) float32 in [0,1]."""
+    """The interface of a model for server, calibration and evaluation; images (N, 3, H, W) float32 in [0,1], of which N may be 0."""
 
     name: str
     provider: str
     precision: Precision
+
+    def sizes(self, most: int) -> list[int]:
+        """Return the batch sizes that batches of 1 to ``most`` are computed in, each of which the first time prepares for."""
 
     def classify(self, image: Floats) -> Outputs:
         """Return logits, energy and features."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.energy import energy, score
-from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision, output_names
+from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision, one_like, output_names
 from ebjdat_serve.errors import EngineError, first_line
 from ebjdat_serve.networks import Network, architecture_of, build
 from ebjdat_serve.noise import normal
@@ -56,11 +56,12 @@ class TorchEngine:
         self.provider = f"torch {torch.__version__} {self._device.type}"
         with self._lock():
             model = (model or load_model(bundle)).to(self._device)
-            self._fast, self._head = model.folded(DTYPES[precision]), model.head
+            folded = model.folded_features(DTYPES[precision])
+            self._fast, self._head = model.folded(DTYPES[precision], folded), model.head
             # on a CPU fp32 stays unfolded: it is the reference of every other engine
             exactly = precision == "fp32" and self._device.type == "cpu"
             self._model: Callable[[Tensor], Tensor] = model if exactly else self._fast
-            self._features: Callable[[Tensor], Tensor] = model.features if exactly else model.folded_features(DTYPES[precision])
+            self._features: Callable[[Tensor], Tensor] = model.features if exactly else folded
         if (m := bundle.manifest).output != "logits":
             raise EngineError(f"{bundle.path} gives {m.output}, which only its graph computes", options=("--engine onnx",))
         self._given = output_names(m)
@@ -68,8 +69,15 @@ class TorchEngine:
         self._looks: dict[tuple[int, ...], Look] = {}
         self._pool: Any = None  # memory that all graphs share: one runs at a time, and its results are copied at once
 
+    def sizes(self, most: int) -> list[int]:
+        """Return the batch sizes that batches of 1 to ``most`` are computed in: on a GPU powers of two, each with a graph of its own."""
+        largest = len(padding(min(most, LARGEST)))
+        return [1] if self._device.type == "cpu" else [1 << i for i in range(largest.bit_length())]
+
     def classify(self, image: Floats) -> Outputs:
         """Return logits, energy and features; on a GPU by a captured graph of the next power of two."""
+        if not len(image):
+            return self.classify(one_like(image)).first(0)
         with self._lock(), torch.inference_mode():
             if self._device.type == "cpu":
                 found = self._answer(torch.from_numpy(image))
@@ -101,12 +109,17 @@ class TorchEngine:
 
     def score(self, image: Floats, label: Labels) -> tuple[Floats, Floats]:
         """Return -dE(x,y)/dx (N, 3, H, W) and E(x,y) (N,); label -1 is the marginal E(x)."""
+        if not len(image):
+            gradient, energies = self.score(one_like(image), one_like(label))
+            return gradient[:0], energies[:0]
         with self._lock():
-            gradient, energies = score(self._model, torch.from_numpy(image).to(self._device), torch.from_numpy(label).to(self._device))
-        return gradient.cpu().numpy(), energies.cpu().numpy()
+            found = score(self._model, torch.from_numpy(image).to(self._device), torch.from_numpy(label).to(self._device))
+        return found[0].cpu().numpy(), found[1].cpu().numpy()
 
     def advance(self, chains: Chains, steps: int) -> Chains:
         """Return ``chains`` after ``steps`` Langevin steps; on a GPU each is one launch of a captured graph of the next power of two."""
+        if not len(chains.label):
+            return chains.moved(chains.image, steps)
         if self._device.type == "cpu":
             return self._moved(Walk(self._fast, chains, self._device), chains, steps)
         parts = [chains.rows(slice(i, i + LARGEST)) for i in range(0, len(chains.label), LARGEST)]
@@ -178,23 +191,48 @@ class Look:
 def captured(function: Callable[[], None], pool: Any) -> Callable[[], None]:
     """Return ``function`` as one launch: warmed up on a side stream, as CUDA graphs require, then recorded; its memory is of ``pool``.
 
-    A network of somebody else may not record, where it waits for the device, say: then ``function`` itself is returned.
+    A network of somebody else may not record, where it waits for the device, say, and a GPU may not have the memory: then ``function``
+    itself is returned, and what was taken is given back.
     """
+    try:
+        warmed(function)
+        return recorded(function, pool)
+    except RuntimeError as error:
+        if not lacked_memory(error):
+            raise
+        log.warning("a CUDA graph does not fit into the GPU's memory, so its calls are launched one by one: %s", first_line(error))
+    torch.cuda.empty_cache()  # after the handler: the error's traceback holds what was computed
+    return function
+
+
+def warmed(function: Callable[[], None]) -> None:
+    """Call a function on a side stream, as often as CUDA graphs require it before they are recorded."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+def recorded(function: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Return ``function`` as one launch, or itself where it does not record; raise RuntimeError where memory lacks."""
     graph = torch.cuda.CUDAGraph()
     try:
         # the default mode forbids allocations by every thread of the process during capture
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             function()
     except RuntimeError as error:
+        if lacked_memory(error):
+            raise
         log.warning("this network does not record as a CUDA graph, so its calls are launched one by one: %s", first_line(error))
         return function
     return graph.replay
+
+
+def lacked_memory(error: RuntimeError) -> bool:
+    """Return whether a GPU's memory was too small, also where the end of the recording failed after that."""
+    return any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__))
 
 
 def padding(n: int) -> list[int]:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from ebjdat_serve.bundle import MANIFEST, Bundle
-from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision, output_names
+from ebjdat_serve.engines import Device, Floats, Labels, Outputs, Precision, one_like, output_names
 from ebjdat_serve.engines.providers import (
     BATCHES,
     BUCKETS,
@@ -114,6 +114,10 @@ class OnnxEngine:
         """Return, for each open graph, the number of its operators per provider."""
         return {name: dict(_operators(session)) for (name, _), session in self._sessions.items()}
 
+    def sizes(self, most: int) -> list[int]:
+        """Return the batch sizes that batches of 1 to ``most`` are computed in: on CUDA the buckets, each with a session of its own."""
+        return [size for size in BUCKETS if size <= bucket(most)] if self._wish == CUDA else [1]
+
     def classify(self, image: Floats) -> Outputs:
         """Return logits, energy and features."""
         found = self._run("classify", self._outputs, {"image": image})
@@ -127,6 +131,8 @@ class OnnxEngine:
     def _run(self, function: str, outputs: list[str], feeds: dict[str, Any]) -> list[Floats]:
         """Return a graph's outputs; on CUDA of batches padded to the next bucket."""
         n = len(feeds["image"])
+        if not n:  # no provider of a GPU has a plan for it
+            return [output[:0] for output in self._run(function, outputs, {name: one_like(array) for name, array in feeds.items()})]
         if self._wish != CUDA:
             return list(self._session(function, n).run(outputs, feeds))
         parts = []
@@ -141,6 +147,8 @@ class OnnxEngine:
     def advance(self, chains: Chains, steps: int) -> Chains:
         """Return ``chains`` after ``steps`` Langevin steps: one run of the step graph each, alternating between two buffers."""
         n = len(chains.label)
+        if not n:
+            return chains.moved(chains.image, steps)
         if self._wish in GPU and n > BATCHES[-1]:  # beyond the optimisation profile, and the largest bucket
             parts = [chains.rows(slice(i, i + BATCHES[-1])) for i in range(0, n, BATCHES[-1])]
             return Chains.join([self.advance(part, steps) for part in parts])

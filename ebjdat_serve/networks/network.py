@@ -42,12 +42,13 @@ class Network(nn.Module, ABC):
         with torch.autocast(image.device.type, dtype):
             return self.features(image.contiguous(memory_format=torch.channels_last)).float()
 
-    def folded(self, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
+    def folded(self, dtype: torch.dtype | None = None, features: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
         """Return x -> logits in ``dtype`` (by default that of ``autocast``) for samplers, attacks and graphs; eval mode is assumed.
 
-        Parameters must not change while it is used, and receive no gradient.
+        ``features`` are those of ``folded_features`` where they are there, which hold a copy of the weights. Parameters must not change
+        while it is used, and receive no gradient.
         """
-        features, head = self.folded_features(dtype or self.autocast or torch.float32), self.head
+        features, head = features or self.folded_features(dtype or self.autocast or torch.float32), self.head
 
         def forward(image: Tensor) -> Tensor:
             logits: Tensor = head(features(image))

@@ -72,7 +72,7 @@ class Wrapped(Network):
         self.check_dtype(dtype)
         return self.features(image)
 
-    def folded(self, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
+    def folded(self, dtype: torch.dtype | None = None, features: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
         """Return the network itself."""
         self.check_dtype(dtype or torch.float32)
         return self

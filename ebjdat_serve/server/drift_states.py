@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ log = logging.getLogger("ebjdat_serve")
 FORMAT = 1
 LARGEST = 2**22
 """Bytes of a file of states at most; that of a version takes a thousand, and each model may keep KEPT of them."""
+MOST = 1000
+"""States that no model has taken yet which are kept at most: of models that are served no more, too."""
 WRITE_SECONDS, LAST_SECONDS = 5.0, 2.0
 """Seconds between writes, and for the last one."""
 REMEMBERED = 4096
@@ -157,14 +160,23 @@ class DriftFile:
             await asyncio.wait_for(self.write(states), LAST_SECONDS)
 
     def _text(self, states: dict[str, State]) -> str:
-        untaken = dict(list(self._states.items())[-KEPT:])
-        return json.dumps({"format": FORMAT, "states": untaken | states})
+        return json.dumps({"format": FORMAT, "states": newest(self._states) | states})
 
     def _write(self, text: str) -> None:
         assert self._path
         with replacing(self._path, shared=True) as temporary:
             temporary.write_text(text, encoding="utf-8")
         self._written = text
+
+
+def newest(states: dict[str, State]) -> dict[str, State]:
+    """Return the last KEPT states of each model, by whose name their keys begin, MOST in all."""
+    kept, of_model = list[str](), Counter[str]()
+    for of in reversed(states):
+        of_model[of.partition(" ")[0]] += 1
+        if of_model[of.partition(" ")[0]] <= KEPT and len(kept) < MOST:
+            kept.append(of)
+    return {of: states[of] for of in reversed(kept)}
 
 
 def read(path: Path) -> dict[str, State]:

@@ -1,8 +1,10 @@
 """Lines written by a thread of their own: a disk or a reader that stalls never keeps the event loop."""
 
+import contextlib
 import errno
 import logging
 import os
+import select
 import stat
 import threading
 from collections import deque
@@ -22,6 +24,7 @@ GATHER_SECONDS = 0.05
 """Time in which lines gather before they are written: a thread that wakes for each takes the interpreter from the event loop each time."""
 CLOSE_SECONDS = 2.0
 """Time in which what waits at the end is written, or is not."""
+STDERR = 2
 OWNERS = 0o600
 """Mode of a file that its owner alone may read and write."""
 
@@ -30,24 +33,55 @@ class LineLog:
     """Gives lines to ``write`` in a thread; ``lost`` counts those that it could not take, which is also logged once if it is ``told``."""
 
     def __init__(self, write: Callable[[str], None], name: str, *, told: bool = True) -> None:
-        self._write, self._name, self._told = write, name, told
-        self.lost = 0
-        self._begin()
+        self._waiting = Waiting(write, name, told)
 
-    def _begin(self) -> None:
-        self._lines: deque[str] = deque()
-        self._come, self._closing = threading.Event(), threading.Event()
-        self._thread: threading.Thread | None = None
-        self._process = os.getpid()
+    @property
+    def lost(self) -> int:
+        """How many lines could not be written."""
+        return self._waiting.lost
+
+    def lose(self) -> None:
+        """Count a line that there never was."""
+        self._waiting.lost += 1
 
     def put(self, line: str) -> None:
         """Have a line written."""
-        if self._process != os.getpid():
-            self._begin()  # forked: the thread stayed in the other process, with what waits there
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True, name=self._name)
-            self._thread.start()
-            Finalize(self, self.close, exitpriority=0)  # a process that multiprocessing started runs no atexit
+        if self._waiting.process != os.getpid():
+            self._waiting = self._waiting.anew()  # forked: the thread stayed in the other process, with what waits there
+        if self._waiting.begin():
+            # a process that multiprocessing started runs no atexit; what is called holds what waits and not this, which could never go
+            Finalize(self, self._waiting.close, exitpriority=0)
+        self._waiting.put(line)
+
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Have what waits written, and end the thread, within so many seconds; the end of the process does it, too."""
+        self._waiting.close(seconds)
+
+
+class Waiting:
+    """The lines of a LineLog and the thread that writes them, which does not hold the LineLog: one that nobody holds is closed."""
+
+    def __init__(self, write: Callable[[str], None], name: str, told: bool, lost: int = 0) -> None:
+        self._write, self._name, self._told, self.lost = write, name, told, lost
+        self._lines: deque[str] = deque()  # the first may be half written
+        self._come, self._closing, self._over = threading.Event(), threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self.process = os.getpid()
+
+    def anew(self) -> "Waiting":
+        """Return the same without lines and without a thread."""
+        return Waiting(self._write, self._name, self._told, self.lost)
+
+    def begin(self) -> bool:
+        """Start the thread; return whether there was none."""
+        if self._thread is not None:
+            return False
+        self._thread = threading.Thread(target=self._run, daemon=True, name=self._name)
+        self._thread.start()
+        return True
+
+    def put(self, line: str) -> None:
+        """Have a line written."""
         if len(self._lines) >= WAITING or self._closing.is_set():
             self.lost += 1
             return
@@ -56,28 +90,41 @@ class LineLog:
             self._come.set()
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Have what waits written, and end the thread, within so many seconds; the end of the process does it, too."""
-        if self._thread is not None and self._process == os.getpid() and not self._closing.is_set():
-            self._lines.append("")
-            self._closing.set()
-            self._come.set()
-            self._thread.join(seconds)
+        """Have what waits written within so many seconds; count what is not, and say so."""
+        thread = self._thread
+        if thread is None or self.process != os.getpid() or self._closing.is_set():
+            return
+        self._closing.set()
+        self._come.set()
+        if thread is not threading.current_thread():  # which may be the one that collects the LineLog
+            thread.join(seconds)
+            self._over.set()
+            if left := len(self._lines):
+                self.lost += left
+                say(f"{self._name}: {left:,} lines are lost, which could not be written within {seconds:g} s at the end")
 
     def _run(self) -> None:
-        while True:
+        while not self._over.is_set():
             self._come.wait()
-            self._closing.wait(GATHER_SECONDS)
+            closing = self._closing.wait(GATHER_SECONDS)
             self._come.clear()
-            while self._lines:
-                line = self._lines.popleft()
-                if not line:
-                    return
+            while self._lines and not self._over.is_set():
                 try:
-                    self._write(line)
+                    self._write(self._lines[0])
                 except (OSError, ValueError) as error:
                     if self._told and not self.lost:
                         log.error("%s: a line is lost, and others may be (/metrics counts them): %s", self._name, cause(error))
                     self.lost += 1
+                self._lines.popleft()
+            if closing:
+                return
+
+
+def say(text: str) -> None:
+    """Write a line to standard error, if that can be done without waiting for its reader."""
+    with contextlib.suppress(OSError, ValueError):  # closed, or none
+        if select.select([], [STDERR], [], 0)[1]:
+            os.write(STDERR, f"{text}\n".encode())
 
 
 class ThreadedHandler(logging.Handler):
@@ -92,7 +139,7 @@ class ThreadedHandler(logging.Handler):
         try:
             self.lines.put(self.format(record))
         except Exception:  # noqa: BLE001 (a text of anybody's may raise what it likes, and who logs goes on)
-            self.lines.lost += 1
+            self.lines.lose()
 
 
 def log_by_thread() -> None:

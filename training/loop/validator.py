@@ -15,6 +15,7 @@ from training.data.datasets import Dataset
 from training.distributed import Noise
 from training.loop.start import precision
 from training.methods.adversary import Attack, cross_entropy, pgd
+from training.methods.passes import Passes
 from training.methods.replay import Starts, prior_of
 
 BINS = 48
@@ -43,6 +44,7 @@ class Validator:
         x_adv = torch.cat(
             [pgd(model, x, y, objective=cross_entropy, threat=p.threat, attack=Attack(steps=10), noise=noise) for x, y in pairs]
         )
+        Passes.drop(model)  # or they would lie beside those of training for the rest of its stage
         start = self.starts.draw(self.drawn, noise)
         drawn = sgld(lambda x: score(model, x, self.drawn)[0], start, lambda: noise.normal(*start.shape), p.sample)
         with torch.no_grad():

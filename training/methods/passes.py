@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ebjdat_serve.engines.eager import captured
+from ebjdat_serve.errors import first_line
 from ebjdat_serve.networks import Network
 
 FEW = 20
@@ -27,7 +28,7 @@ class Passes:
         self._features = model.folded_features(model.autocast)
         self._logits = partial(logits_of, self._features, model.head)  # what graphs call: no reference back to what holds them
         self._seen: Counter[torch.Size] = Counter()
-        self._graphs: dict[torch.Size, Graphs] = {}
+        self._graphs: dict[torch.Size, Graphs | None] = {}  # None: not enough memory
         self._pool: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -43,6 +44,11 @@ class Passes:
             refold()
         return known
 
+    @staticmethod
+    def drop(model: Network) -> None:
+        """Give back the memory of a network's passes: each captured shape keeps the activations of one."""
+        vars(model).pop("_passes", None)
+
     def __call__(self, image: Tensor) -> Tensor:
         return self._logits(image)
 
@@ -52,9 +58,23 @@ class Passes:
         if self._seen[image.shape] <= FEW or not on_gpu(image):
             return gradient_of(self._logits, image, slope)
         if image.shape not in self._graphs:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[image.shape] = Graphs(self._logits, image, slope, self._pool)
-        return self._graphs[image.shape].gradient(image, slope)
+            self._graphs[image.shape] = self._captured(image, slope)
+        graphs = self._graphs[image.shape]
+        return gradient_of(self._logits, image, slope) if graphs is None else graphs.gradient(image, slope)
+
+    def _captured(self, image: Tensor, slope: Callable[[Tensor], Tensor]) -> "Graphs | None":
+        """Return the passes of a shape, captured, or None where the GPU's memory is too small to keep one beside the rest."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            return Graphs(self._logits, image, slope, self._pool)
+        except torch.OutOfMemoryError as error:
+            log.warning(
+                "a captured pass of %d images does not fit into the GPU's memory, so calls are launched one by one: %s",
+                len(image),
+                first_line(error),
+            )
+        torch.cuda.empty_cache()  # after the handler: the error's traceback holds what was computed
+        return None
 
 
 class Graphs:
@@ -76,6 +96,7 @@ class Graphs:
                 self._whole = False
         if not self._whole:
             del self._ahead, self._back, self._logits, self._found  # and the memory of their activations
+            torch.cuda.empty_cache()
 
     def _forward(self) -> None:
         with torch.enable_grad():

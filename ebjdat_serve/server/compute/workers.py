@@ -19,7 +19,9 @@ from litserve.loops import LitLoop
 
 from ebjdat_serve import logs
 from ebjdat_serve.bundle import Bundle, draws
-from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.engines import on_cpu
+from ebjdat_serve.errors import EbjdatError, first_line
+from ebjdat_serve.generation import chunk_size
 from ebjdat_serve.scheduling import Group, Policy, Scheduler
 from ebjdat_serve.server import ipc
 from ebjdat_serve.server.compute.generate_task import ChainTask
@@ -114,9 +116,10 @@ class Worker(ls.LitAPI):
         return True
 
     def warm_up(self, model: Model) -> None:
-        """Run the model once before the first request."""
-        size = model.bundle.manifest.input
-        model.predict(np.zeros((1, size.height, size.width, 3), np.uint8))
+        """Run the model before the first request, on a GPU in every batch size: each opens a session, or captures a graph."""
+        size, engine = model.bundle.manifest.input, model.engine
+        sizes = engine.sizes(chunk_size(engine, size.height, size.width))
+        prepare(sizes, lambda n: model.predict(np.zeros((n, size.height, size.width, 3), np.uint8)))
 
     # LitServe requires these methods of every LitAPI; with a loop of our own they are never called
 
@@ -181,14 +184,11 @@ class GenerateWorker(Worker):
     def warm_up(self, model: Model) -> None:
         """Time a few steps too, or gradients where there are no steps: admission needs the rate of chain-steps."""
         super().warm_up(model)
-        n, m = min(Policy.of(model.engine).width, 16), model.bundle.manifest
-        label = np.zeros(n, np.int64)
-        if "step" in model.bundle.functions:
-            chains = Chains.start(model.prior, m.sampler, label + model.prior.labels[0], seed=0)
-            step: Callable[[], object] = lambda: model.engine.advance(chains, 1)  # noqa: E731 (one of two)
-        else:
-            grey = np.full((n, 3, m.input.height, m.input.width), 0.5, np.float32)
-            step = lambda: model.engine.score(grey, label)  # noqa: E731
+        width = Policy.of(model.engine).width
+        if not on_cpu(model.engine):
+            prepare(model.engine.sizes(width), lambda n: [run() for run in runs(model, n)])
+        n = min(width, 16)
+        step = runs(model, n)[0]
         step()
         began = time.perf_counter()
         step()
@@ -248,3 +248,29 @@ class GenerateWorker(Worker):
         self.channel.send(ipc.Stats(self.rate, left, self.scheduler.longest_wait, self.steps_taken))
         self.steps_taken = 0
         self.scheduler.longest_wait = 0.0
+
+
+def runs(model: Model, n: int) -> list[Callable[[], object]]:
+    """Return what moves n chains by a step, gives n gradients, and classifies n images: what turns call, as far as the model has it."""
+    m, label, found = model.bundle.manifest, np.zeros(n, np.int64), list[Callable[[], object]]()
+    grey = np.full((n, 3, m.input.height, m.input.width), 0.5, np.float32)
+    if "step" in model.bundle.functions:
+        chains = Chains.start(model.prior, m.sampler, label + model.prior.labels[0], seed=0)
+        found.append(lambda: model.engine.advance(chains, 1))
+    if "score" in model.bundle.functions:
+        found.append(lambda: model.engine.score(grey, label))
+    return [*found, lambda: model.engine.classify(grey)]
+
+
+def prepare(sizes: Sequence[int], run: Callable[[int], object]) -> None:
+    """Run batches of these sizes, the smallest first; a larger one that fails, for want of memory say, is a warning."""
+    for n in sizes:
+        try:
+            run(n)
+        except Exception as error:  # whatever an engine raises
+            if n == sizes[0]:
+                raise
+            log.warning(
+                "no batch of %d is prepared, and requests that bring one may fail: %s: %s", n, type(error).__name__, first_line(error)
+            )
+            return
