@@ -23,7 +23,7 @@ from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.cpus import cpus
 from ebjdat_serve.networks.wideresnet import WideResNet
-from ebjdat_serve.server.settings import SHIPPED
+from ebjdat_serve.server.settings import DECODERS, SHIPPED
 from ebjdat_serve.store import publish
 from training.data.datasets import data_root
 
@@ -257,11 +257,11 @@ def no_start(monkeypatch) -> None:
 @pytest.fixture
 def long_live(live) -> Iterator[Live]:
     """`live` for tests that strain it: each leaves it idle, and with the processes it had."""
-    until(lambda: len(live.decoders()) == 3)
+    until(lambda: len(live.decoders()) == 1 + DECODERS)
     before = set(live.children()) - set(live.decoders())  # these end with the clients of their images
     yield live
     until(lambda: live.info()["load"]["generate"]["chains"] == 0)
-    until(lambda: len(live.decoders()) == 3)
+    until(lambda: len(live.decoders()) == 1 + DECODERS)
     assert set(live.children()) - set(live.decoders()) == before, live.log.read_text()
 
 

@@ -74,7 +74,7 @@ def test_openmps_own_variable_is_heeded_where_it_is_a_number(monkeypatch, said, 
         pytest.param(("training/evaluate.py",), marks=pytest.mark.slow),
     ],
 )
-def test_a_command_on_one_cpu_of_many_takes_one_thread(words):
+def test_a_command_counts_the_cpus_that_it_may_use(words):
     """As ``taskset -c 0`` starts it, on a host that says it has 64."""
     code = "import os, runpy, sys; os.cpu_count = lambda: 64; sys.argv = sys.argv[1:]; "
     if words[0] == "-m":
@@ -92,10 +92,10 @@ def test_a_command_on_one_cpu_of_many_takes_one_thread(words):
         preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
     )
     assert done.returncode == 0, done.stderr
-    option = "--processes" if "evaluate" in words[0] else "--threads"
+    option, count = ("--processes", 1) if "evaluate" in words[0] else ("--decoders", 2) if "serve" in words else ("--threads", 1)
     said = re.search(rf"  {option} [A-Z]+\s+[^-]*\([^)]*\b(\d+)\)", done.stdout)
     assert said, done.stdout
-    assert said[1] == "1"
+    assert int(said[1]) == count
 
 
 def test_nothing_else_counts_cpus():

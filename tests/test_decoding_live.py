@@ -31,7 +31,8 @@ ROWS = 4000
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with serving(SHIPPED, tmp_path_factory.mktemp("decoding") / "log", "--device", "cpu", "--generate-workers", "0") as running:
+    two = ("--decoders", "2", "--decode-memory", str(2**29))  # of large images, as on one CPU
+    with serving(SHIPPED, tmp_path_factory.mktemp("decoding") / "log", "--device", "cpu", "--generate-workers", "0", *two) as running:
         until(lambda: len(running.decoders()) == 3)
         yield running
 

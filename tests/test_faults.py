@@ -25,7 +25,7 @@ from ebjdat_serve import cli
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.server.read import http_protocol
 from ebjdat_serve.server.read.http_protocol import bounded_protocol
-from ebjdat_serve.server.settings import SHIPPED, Settings
+from ebjdat_serve.server.settings import DECODERS, SHIPPED, Settings
 from ebjdat_serve.server.supervisor import Supervisor
 from ebjdat_serve.server.worker_sockets import WorkerSockets
 from tests.conftest import HTTP, LONG, ROOT, free_port, serving, until, wait_ready
@@ -119,7 +119,7 @@ def test_a_stop_signal_drains_and_leaves_no_process_behind(tmp_path, picture, se
     """A drawing and an upload under way are answered before the end."""
     with serving(SHIPPED, tmp_path / "log") as server, connect(server) as client:
         answers = []
-        until(lambda: len(server.children()) == 8)  # HTTP, two workers, multiprocessing's resource tracker, zygote, three decoders
+        until(lambda: len(server.children()) == 6 + DECODERS)  # HTTP, two workers, multiprocessing's resource tracker, zygote, decoders
         tree = [server.process.pid, *server.children()]
         query = {"class": 1, "n": 2, "steps": 80}
         thread = threading.Thread(target=lambda: answers.append(httpx2.get(f"{server.url}/generate", params=query, timeout=60).status_code))
@@ -538,7 +538,7 @@ def test_nothing_that_a_server_needs_is_in_a_file_and_nothing_stays_of_one_that_
         until(lambda: len(workers(server)) == 2 and killed not in workers(server))
         wait_ready(server)
         assert httpx2.post(f"{server.url}/classify", content=picture).status_code == 200
-        until(lambda: len(server.decoders()) == 3)
+        until(lambda: len(server.decoders()) == 1 + DECODERS)
         tree = [server.process.pid, *server.children()]
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait(10)

@@ -288,7 +288,7 @@ def test_python_code_is_run_with_leave_alone_and_says_what_it_found(tmp_path, mo
         "    return nn.Sequential(make(), nn.Softmax(1))\n\ndef broken():\n    raise ValueError('two\\nlines')\n\n"
         "def none():\n    return 3\n"
     )
-    with pytest.raises(EbjdatError, match="code, which import runs") as refused:
+    with pytest.raises(EbjdatError, match="code, which would run with your rights") as refused:
         python_code.find("python:own_nets_of_a_user:make", **ASKED)
     assert refused.value.options == ("--allow-code",)
     assert "own_nets_of_a_user" not in sys.modules
