@@ -25,14 +25,15 @@ from tests.test_headers import COSTLY, HOSTILE, colour
 
 SMALL = encoded(colour((300, 300)))
 LARGE = encoded(Image.effect_noise((1200, 1000), 60).convert("RGB"), "PNG", compress_level=1)
+CLASSIFIES = ("--device", "cpu", "--generate-workers", "0", "--decoders", "2", "--decode-memory", str(2**29))
+"""Two decoders of large images, as on one CPU."""
 ROWS = 4000
 """Of a 12- or 24-megapixel image."""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    two = ("--decoders", "2", "--decode-memory", str(2**29))  # of large images, as on one CPU
-    with serving(SHIPPED, tmp_path_factory.mktemp("decoding") / "log", "--device", "cpu", "--generate-workers", "0", *two) as running:
+    with serving(SHIPPED, tmp_path_factory.mktemp("decoding") / "log", *CLASSIFIES) as running:
         until(lambda: len(running.decoders()) == 3)
         yield running
 
@@ -227,7 +228,7 @@ def test_a_client_with_many_large_images_delays_anothers_by_no_more_than_one_of_
 
 @pytest.mark.slow
 def test_a_decode_ends_at_the_deadline(tmp_path):
-    with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--generate-workers", "0", "--classify-deadline", "1") as server:
+    with serving(SHIPPED, tmp_path / "log", *CLASSIFIES, "--classify-deadline", "1") as server:
         large = of_large(server)
         freeze(large)
         began = time.monotonic()
@@ -241,7 +242,7 @@ def test_a_decode_ends_at_the_deadline(tmp_path):
 @pytest.mark.slow
 def test_no_decoder_survives_the_http_process(tmp_path):
     """Nor the main process: test_faults, of all processes."""
-    with serving(SHIPPED, tmp_path / "log", "--device", "cpu", "--generate-workers", "0") as server:
+    with serving(SHIPPED, tmp_path / "log", *CLASSIFIES) as server:
         of_large(server)
         tree = server.children()
         os.kill(next(pid for pid in tree if zygote(server) in children_of(pid)), signal.SIGKILL)
@@ -255,8 +256,7 @@ def children_of(pid):
 @pytest.mark.slow
 @pytest.mark.parametrize("graceful", [2, 6])
 def test_a_stop_signal_is_obeyed_in_time_while_images_are_decoded(tmp_path, graceful):
-    options = ("--device", "cpu", "--generate-workers", "0", "--graceful-timeout", str(graceful))
-    with serving(SHIPPED, tmp_path / "log", *options) as server:
+    with serving(SHIPPED, tmp_path / "log", *CLASSIFIES, "--graceful-timeout", str(graceful)) as server:
         freeze(of_large(server))
         tree, answers = [server.process.pid, *server.children()], []
 

@@ -262,10 +262,10 @@ def test_what_diverged_is_counted_in_the_model_card(tmp_path, monkeypatch):
 
     real, said = loop.scalars, []
 
-    def poisoned(terms, gradient_norm, ranks):
-        row = real(terms, gradient_norm, ranks)
+    def poisoned(*given):
+        row, flags = real(*given)
         said.append(row)
-        return {**row, "loss": float("nan")} if len(said) == 25 else row
+        return ({**row, "loss": float("nan")} if len(said) == 25 else row), flags
 
     monkeypatch.setattr(loop, "scalars", poisoned)
     stage = replace(WARM, epochs=2)
