@@ -47,7 +47,7 @@ class Large:
     suspect: bool = False  # it was one of the small images of a message that was never answered
     need: int = 0
     granted: int = 0  # bytes of those for heavy decodes
-    tries: int = 0
+    lost_with: object = None  # the zygote that ended while it was decoded
     queue: "FairQueue[Large]" = field(default_factory=FairQueue)
     number: int = 0  # in the queue, the last that it waited in
 

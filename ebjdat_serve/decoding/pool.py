@@ -290,8 +290,8 @@ class Decoders:
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
             limit = self.limits.max_seconds
             refuse(job.future, InvalidImage(f"the image takes longer to decode than the limit of {limit:g} s: save it anew, or smaller"))
-        elif zygote.gone and not job.tries:
-            job.tries, job.need = 1, 0
+        elif zygote.gone and job.lost_with in (None, zygote):  # more of its decoders may be dead that are not known to be
+            job.lost_with, job.need = zygote, 0
             job.wait_in(self.fresh)
         else:
             log.warning("a decoder of large images ended with status %d", status)
