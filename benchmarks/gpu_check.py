@@ -65,19 +65,8 @@ class Outcome:
 
 def steps(out: Path, *, rehearsal: bool) -> list[Step]:
     """Return the steps; a rehearsal takes them all on the CPU, at sizes that take seconds."""
-    tests = (
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu",
-        "-W",
-        "default",
-        "tests/test_gpu.py",
-    )  # other torch, other warnings
+    # another torch warns of other things
+    tests = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu", "-W", "default", "tests/test_gpu.py")
     small = ("--batch", "1", "2", "--seconds", "0.2", "--without-graphs") if rehearsal else ()
     deep, wide = (("10", "1"), ("10", "2")) if rehearsal else (("16", "4"), ("28", "10"))
     digits = ("training/train.py", "digits", "--only-train", "--run", "gpu-check", *(("--set", "depth=10", "width=1") if rehearsal else ()))

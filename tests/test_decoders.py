@@ -24,11 +24,11 @@ from ebjdat_serve import pixels
 from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding import jobs, pool, pool_settings, small, wire
 from ebjdat_serve.decoding.header import Limits
-from ebjdat_serve.decoding.jobs import DecoderLost, Small, Suspects
+from ebjdat_serve.decoding.jobs import DecoderLost, Large, Small, Suspects
 from ebjdat_serve.decoding.judge import judge
 from ebjdat_serve.decoding.pool import Decoders
 from ebjdat_serve.decoding.pool_settings import PoolSettings
-from ebjdat_serve.decoding.processes import Channel
+from ebjdat_serve.decoding.processes import UNKNOWN, Channel
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.server.read import images
 from ebjdat_serve.server.read.images import ImageDecoder
@@ -423,6 +423,31 @@ def test_the_death_of_the_zygote_is_survived_by_requests_under_way():
             assert len(await asyncio.gather(*tasks)) == 22
             assert running.zygote is not zygote
             await until(lambda: not any(map(runs, old)), 2)
+
+    asyncio.run(main())
+
+
+def test_a_request_is_decoded_again_for_each_decoder_of_one_zygote_but_not_for_another_zygote():
+    """Of several decoders that died with it the next may take the request before its end is known, and is not to blame either."""
+
+    async def main():
+        running = Decoders(PoolSettings())
+
+        def dead():
+            fate = asyncio.get_running_loop().create_future()
+            fate.set_result(UNKNOWN)
+            return SimpleNamespace(gone=True, kill=lambda number: None, fates={1: fate})
+
+        job = Large([MEDIUM], Input(32, 32), asyncio.get_running_loop().create_future(), "client")
+        channel, first = SimpleNamespace(number=1), dead()
+        for _ in range(3):
+            await running._explain(first, channel, job)
+            assert not job.future.done()
+            assert running._eligible() is job
+        await running._explain(dead(), channel, job)
+        with pytest.raises(DecoderLost):
+            job.future.result()
+        assert running._eligible() is None
 
     asyncio.run(main())
 

@@ -11,6 +11,7 @@ from typing import get_args, get_origin
 
 import pytest
 
+from ebjdat_serve.contract import Input
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.server.settings import SETTINGS, Settings, add_arguments, settings_of, table
 from tests.conftest import ROOT
@@ -112,6 +113,16 @@ def test_every_setting_is_read_somewhere():
     trees = [ast.parse(file.read_bytes()) for file in files]
     read_names = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert set(BY_NAME) <= read_names
+
+
+@pytest.mark.parametrize(
+    ("side", "models", "given", "threads"),
+    [(32, 1, None, 4), (64, 1, None, 4), (65, 1, None, 8), (224, 1, None, 8), (224, 3, None, 2), (32, 9, None, 1), (224, 3, 5, 5)],
+)
+def test_a_large_network_has_all_cpus_a_small_one_half_and_models_share_them(monkeypatch, side, models, given, threads):
+    monkeypatch.setattr("ebjdat_serve.verification.cpus", lambda: 8)
+    terms = Settings(threads=given, more=(Path("another"),) * (models - 1)).terms()
+    assert terms.threads_for(Input(side, side)) == threads
 
 
 def test_help_is_in_groups_and_shows_unit_and_default():

@@ -3,13 +3,16 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ebjdat_serve.contract import Input
 from ebjdat_serve.decoding.header import Bytes, Header
 from ebjdat_serve.errors import EbjdatError, InvalidImage
 from ebjdat_serve.fairness import FairQueue
 from ebjdat_serve.pixels import Pixels
+
+if TYPE_CHECKING:
+    from ebjdat_serve.decoding.processes import Zygote
 
 T = TypeVar("T")
 SUSPICION_SECONDS = 60.0
@@ -47,7 +50,7 @@ class Large:
     suspect: bool = False  # it was one of the small images of a message that was never answered
     need: int = 0
     granted: int = 0  # bytes of those for heavy decodes
-    lost_with: object = None  # the zygote that ended while it was decoded
+    lost_with: "Zygote | None" = None  # which ended while it was decoded
     queue: "FairQueue[Large]" = field(default_factory=FairQueue)
     number: int = 0  # in the queue, the last that it waited in
 
