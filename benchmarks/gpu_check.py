@@ -9,6 +9,7 @@ measured; FOLDER/STEP.log has what a step printed. `gpu_check.py --report docs/g
 
 import argparse
 import json
+import math
 import os
 import platform
 import signal
@@ -111,18 +112,29 @@ def main() -> int:
     parser.add_argument("--report", type=Path, metavar="FILE", help="run nothing: write the tables of FILE from --from")
     parser.add_argument("--from", dest="source", type=Path, default=ROOT / "benchmarks" / "gpu.json", help="results (benchmarks/gpu.json)")
     options = parser.parse_args()
+    if not 0 <= options.minutes < math.inf:
+        parser.error(f"--minutes must be a time, 0 or more, not {options.minutes}")
     if options.report:
-        options.report.write_text(document(options.report.read_text(encoding="utf-8"), read(options.source)), encoding="utf-8")
+        try:
+            text = document(options.report.read_text(encoding="utf-8"), read(options.source))
+            options.report.write_text(text, encoding="utf-8")
+        except OSError as error:
+            parser.error(str(error))
+        except (ValueError, LookupError, TypeError) as error:
+            parser.error(f"{options.source} must hold results of gpu-check, and {options.report} the marks {' … '.join(MARKS)}: {error!r}")
         return 0
     if why := cannot(rehearsal=options.rehearse):
         print(f"gpu-check {why}", file=sys.stderr)
         return 2
     out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     planned = steps(out, rehearsal=options.rehearse)
     if unknown := set(options.only or ()) - {step.name for step in planned}:
         parser.error(f"there is no step {', '.join(sorted(unknown))}; there are {', '.join(step.name for step in planned)}")
     wanted = [step for step in planned if not options.only or step.name in options.only]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step that is running
     outcomes = run(wanted, out, time.monotonic() + 60 * options.minutes, machine(rehearsal=options.rehearse))
     print(summary(outcomes, list(rows(out, wanted))))

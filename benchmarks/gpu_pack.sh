@@ -16,12 +16,14 @@ large=${LARGE-}
 room=64 # MiB that one call takes in, the checkout with it
 tree=$(git ls-files -z --cached --others --exclude-standard | xargs -0 du -cb -- 2>/dev/null | tail -n 1 | cut -f 1)
 piece=${PIECE:-$((room - 4 - tree / 1048576))}
+case $piece in *[!0-9]*) [ -z "${PIECE-}" ] || { echo "gpu_pack: PIECE must be a number of MiB, not $PIECE" >&2; exit 1; } ;; esac
 [ "$piece" -ge 1 ] || { echo "gpu_pack: the checkout leaves no room in a call: set PIECE" >&2; exit 1; }
 git check-ignore -q "$folder/x" || { echo "gpu_pack: git does not ignore $folder: name a folder that it ignores" >&2; exit 1; }
 if [ -e "$folder" ] && [ ! -f "$folder/PACKED" ] && [ -n "$(ls -A "$folder")" ]; then
   echo "gpu_pack: $folder holds what was not packed here: name another folder, or empty it" >&2
   exit 1
 fi
+command -v "$python" > /dev/null || { echo "gpu_pack: there is no $python: name an interpreter with PYTHON=" >&2; exit 1; }
 rm -rf "$folder"
 mkdir -p "$folder/wheels" "$folder/archive/wheels"
 : > "$folder/PACKED"  # so that a run that is cut off can be made again

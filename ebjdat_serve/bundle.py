@@ -240,11 +240,11 @@ class Bundle:
         return Bundle(self.path, manifest, sha256(self.path / MANIFEST))
 
     def without(self, *names: str) -> "Bundle":
-        """Delete the files ``names``, which the manifest no longer lists."""
+        """Delete the files ``names``, those that are there, which the manifest no longer lists."""
         files = {name: entry for name, entry in self.manifest.files.items() if name not in names}
         done = replace(self, manifest=replace(self.manifest, files=files)).update()
         for name in names:
-            (self.path / name).unlink()
+            (self.path / name).unlink(missing_ok=True)
         return done
 
 

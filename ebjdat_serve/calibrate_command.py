@@ -80,7 +80,12 @@ def on_scores(options: argparse.Namespace) -> None:
 
     since = None if options.since is None else bound_of(options.since)
     until = None if options.until is None else bound_of(options.until, end=True)
-    choice = Choice(options.scores, options.name or "traffic", options.precision or "fp32", since, until)
+    if since is not None and until is not None and since >= until:
+        raise EbjdatError(
+            f"--since {shown(options.since)} is not before the end of --until {shown(options.until)}: no row can be between them"
+        )
+    name = "traffic" if options.name is None else options.name  # "" is a variable that was not set, and no name
+    choice = Choice(options.scores, name, options.precision or "fp32", since, until)
     done = edit(
         options.bundle, lambda draft: renewed(calibrate_scores(draft, choice), f"does not tell of {choice.name}"), force=options.force
     )

@@ -10,11 +10,13 @@ from safetensors import SafetensorError
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
 from ebjdat_serve.card import retitled
 from ebjdat_serve.errors import BundleError, first_line
-from ebjdat_serve.locking import is_held
+from ebjdat_serve.locking import changing, is_held
 from ebjdat_serve.store import next_revision, publish, reason_held_back, scratch, store_of
 
 FORCED = "also one that is tracked by git, installed or being served; in a store it becomes a new version"
 """The help of --force of commands that change a bundle."""
+HELD = "weights.safetensors"
+"""The file of a bundle that is locked while it changes: every bundle has it, and no change writes it."""
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -22,13 +24,14 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
     """Return the bundle at ``path``, a bundle or a store, after ``change`` has written into it.
 
     A version of a store never changes: ``change`` gets a copy, which is published as the next revision. Raises BundleError as
-    ``check_editable`` does, when the store points at another version by then, and when writing fails.
+    ``check_editable`` does, while another process changes it, when the store points at another version by then, and when writing fails.
     """
     bundle = check_editable(path, force=force)
     store = store_of(bundle.path)
     try:
         if store is None:
-            return change(bundle)
+            with changing(bundle.path / HELD):
+                return change(Bundle.draft(bundle.path))  # as it is by now
         with scratch(store) as folder:
             done = change(copied(bundle, folder / bundle.path.name))
             if done.manifest == bundle.manifest:

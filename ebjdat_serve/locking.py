@@ -63,6 +63,29 @@ def hold(folder: Path) -> int | None:
     return held
 
 
+@contextmanager
+def changing(file: Path) -> Iterator[None]:
+    """Hold ``file``, which no change replaces, by a flock while what lies beside it is changed; nothing is held where it has none.
+
+    Raises Held where another process holds it.
+    """
+    try:
+        held = os.open(file, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Held(f"another command is changing {file.parent}: wait for it") from error
+        except OSError:  # no flock here
+            pass
+        yield
+    finally:
+        os.close(held)
+
+
 def abandoned(folder: Path) -> bool:
     """Return whether no running process holds ``folder``; false where the file system has no flock, and nobody can know."""
     probe = os.open(folder, os.O_RDONLY)

@@ -4,8 +4,11 @@ The rows of one period in audit logs (serve --audit-log), never pictures, become
 """
 
 import math
+import os
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.audit_rows import OTHERS, Recorded, Wanted, read_rows
 from ebjdat_serve.bundle import Bundle, check_number, recorded_file, write_json
 from ebjdat_serve.detection import flag_range, p_value
@@ -81,8 +85,27 @@ def calibrate_scores(bundle: Bundle, choice: Choice, say: Say = lambda text: pri
         margins=np.asarray(found.margins)[order].tolist(),
     )
     file = recorded_file(choice.name)
-    write_json(bundle.path / file, asdict(recorded))
-    return bundle.update(file)
+    with undone(bundle.path / file):
+        write_json(bundle.path / file, asdict(recorded))
+        return bundle.update(file)
+
+
+@contextmanager
+def undone(file: Path) -> Iterator[None]:
+    """Put ``file`` back as it was where what is done with it fails, on a full disk, say: a manifest that lists another is of no bundle."""
+    before = file.with_name(f".{file.name}.before")
+    if there := file.is_file():
+        with replacing(before) as copy:
+            shutil.copyfile(file, copy)
+    try:
+        yield
+    except BaseException:
+        if there:
+            os.replace(before, file)
+        elif file.is_file():
+            file.unlink()
+        raise
+    before.unlink(missing_ok=True)
 
 
 def without_scores(bundle: Bundle, name: str) -> Bundle:

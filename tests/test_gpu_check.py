@@ -241,6 +241,51 @@ def test_a_pack_removes_only_what_was_packed(tmp_path):
         shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize(("name", "value", "said"), [("PYTHON", "/no/python", "there is no /no/python"), ("PIECE", "x", "PIECE must be")])
+def test_a_pack_that_cannot_be_made_leaves_the_one_before(name, value, said):
+    folder = ROOT / "build" / f"pack-before-{os.getpid()}"
+    folder.mkdir(parents=True)
+    (folder / "PACKED").write_text("before")
+    try:
+        environment = {**os.environ, "PYTHON": "false", "PACKAGES": "", "LARGE": "", "PIECE": "20", name: value}
+        command = [ROOT / "benchmarks" / "gpu_pack.sh", str(folder.relative_to(ROOT))]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ran.returncode == 1
+        assert ran.stderr.startswith(f"gpu_pack: {said}")
+        assert len(ran.stderr.splitlines()) == 1
+        assert (folder / "PACKED").read_text() == "before"
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--out", "{file}"], "--out: "),
+        (["--out", "{file}/x"], "--out: "),
+        (["--minutes", "nan"], "--minutes must be"),
+        (["--minutes", "-1"], "--minutes must be"),
+        (["--only", "x", "--out", "{new}"], "there is no step x"),
+        (["--report", "{file}"], "must hold results"),
+        (["--report", "{new}"], "No such file"),
+        (["--report", "{doc}", "--from", "{file}"], "must hold results"),
+        (["--report", "{doc}", "--from", "{flat}"], "must hold results"),
+    ],
+)
+def test_what_is_wrong_with_a_call_is_one_line(monkeypatch, tmp_path, capsys, options, said):
+    places = {name: tmp_path / name for name in ("file", "new", "doc", "flat")}
+    places["file"].write_text("x")
+    places["doc"].write_text("\n".join(gpu_check.MARKS))
+    places["flat"].write_text("[]")
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--rehearse", *(option.format(**places) for option in options)])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not places["new"].exists()
+    assert places["doc"].read_text() == "\n".join(gpu_check.MARKS)
+
+
 @pytest.mark.slow
 @pytest.mark.data
 def test_what_is_packed_is_the_data_that_is_here(tmp_path):

@@ -6,6 +6,7 @@ import re
 import shutil
 from base64 import b64encode
 from datetime import UTC, datetime, timedelta
+from errno import ENOSPC
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,7 +250,9 @@ def test_a_long_line_is_not_read_whole(tmp_path):
         (["--name", "images"], "--name must be of 1 to 40 small letters"),
         (["--name", "x" * 41], "--name must be of 1 to 40 small letters"),
         (["--name", "a.b"], "--name must be of 1 to 40 small letters"),
+        (["--name", ""], "--name must be of 1 to 40 small letters"),
         (["--since", "yesterday"], "'yesterday' is no date"),
+        (["--since", "2026-11-05", "--until", "2026-11-01"], "--since 2026-11-05 is not before the end of --until 2026-11-01"),
         (["--precision", "int8"], "holds no int8 calibration"),
         (
             ["--until", "2026-11-01"],
@@ -294,6 +297,41 @@ def test_one_is_removed_and_the_others_stay(bundle, log, capsys):
     assert "--since: calibrate with --remove has no use for it" in capsys.readouterr().err
     assert main(["calibrate", str(bundle.path), "--remove", "two", "--scores", str(log)]) == 2
     assert before == {one.name: one.read_bytes() for one in bundle.path.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["traffic", "new"])
+def test_where_the_manifest_cannot_be_written_the_bundle_stays_as_it_was(bundle, log, tmp_path, capsys, monkeypatch, name):
+    calibrate(bundle, log)
+    before = {one.name: one.read_bytes() for one in bundle.path.iterdir()}
+
+    def full(*names, **changes):
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Bundle, "update", full)
+    other = written(tmp_path / "other", [row(bundle, i, i) for i in range(24)])
+    assert main(["calibrate", str(bundle.path), "--scores", str(other), "--name", name]) == 2
+    assert capsys.readouterr().err.endswith(f"{bundle.path} cannot be written: No space left on device\n")
+    assert before == {one.name: one.read_bytes() for one in bundle.path.iterdir()}
+
+
+def test_one_whose_file_is_gone_is_removed(bundle, log, capsys):
+    calibrate(bundle, log)
+    (bundle.path / "calibration.traffic.json").unlink()
+    assert main(["calibrate", str(bundle.path), "--remove", "traffic"]) == 0
+    assert Bundle.load(bundle.path).recorded() == {}
+
+
+def test_of_two_at_once_one_is_refused_and_none_is_lost(bundle, log, capsys):
+    said = []
+
+    def change(draft):
+        said.append((main(["calibrate", str(bundle.path), "--scores", str(log), "--name", "two"]), capsys.readouterr().err))
+        return calibrate_scores(draft, Choice([log], "one"), quiet)
+
+    edit(bundle.path, change)
+    assert said == [(2, f"ebjdat-serve: another command is changing {bundle.path}: wait for it\n")]
+    assert main(["calibrate", str(bundle.path), "--scores", str(log), "--name", "two"]) == 0
+    assert list(Bundle.load(bundle.path).recorded()) == ["one", "two"]
 
 
 def test_in_a_store_it_is_removed_from_the_next_version(bundle, log, tmp_path, capsys):
