@@ -5,7 +5,8 @@
 #   wheels/      wheels of PACKAGES below 5 MiB, for Python PYTHON_VERSION: name it in `carry` of the first call
 #   piece-00/ …  CIFAR-10 as lossless WebP atlases (of EBJDAT_DATA), larger wheels and those of LARGE, as one archive cut into pieces of
 #                PIECE MiB (what the checkout leaves of a call's 64): one a call
-# and PACKED, with sizes and sha256; what an earlier run packed there is removed, and a folder that holds anything else is refused. What to do on the machine is printed at the end.
+# and PACKED, with sizes and sha256. What an earlier run packed there is removed; a folder without PACKED that is not empty is refused.
+# What to do on the machine is printed at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.carry}
@@ -24,7 +25,7 @@ if [ -e "$folder" ] && [ ! -f "$folder/PACKED" ] && [ -n "$(ls -A "$folder")" ];
   exit 1
 fi
 command -v "$python" > /dev/null || { echo "gpu_pack: there is no $python: name an interpreter with PYTHON=" >&2; exit 1; }
-rm -rf "$folder"
+rm -rf "$folder"/wheels "$folder"/archive "$folder"/archive.tar "$folder"/part.* "$folder"/piece-*
 mkdir -p "$folder/wheels" "$folder/archive/wheels"
 : > "$folder/PACKED"  # so that a run that is cut off can be made again
 

@@ -1,6 +1,7 @@
 """Atomic file replacement: write to a temporary file in the same folder, then rename, so that no reader or kill leaves half a file."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,3 +22,21 @@ def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def undone(file: Path) -> Iterator[None]:
+    """Put ``file`` back as it was where what is done with it fails, on a full disk, say: a manifest that lists another is of no bundle."""
+    before = file.with_name(f".{file.name}.before")
+    if there := file.is_file():
+        with replacing(before) as copy:
+            shutil.copyfile(file, copy)
+    try:
+        yield
+    except BaseException:
+        if there:
+            os.replace(before, file)
+        elif file.is_file():
+            file.unlink()
+        raise
+    before.unlink(missing_ok=True)

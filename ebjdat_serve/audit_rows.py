@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import stat
 from array import array
 from collections import Counter
@@ -131,9 +132,9 @@ def read_file(stream: BinaryIO, file: Path, wanted: Wanted, found: Recorded) -> 
         try:
             if len(line) > LONGEST_LINE:
                 raise ValueError(f"it is longer than {LONGEST_LINE:,} bytes")
-            row, torn = parsed(line)
+            rows, torn = parsed(line)
             found.skipped.update(torn)
-            if row is not None:
+            for row in rows:
                 found.take(row, wanted)
         except (ValueError, RecursionError, OverflowError) as error:
             raise EbjdatError(f"{printable(str(file))}, line {count}, is no row of an audit log: {first_line(error)}") from error
@@ -147,20 +148,36 @@ def bounded(stream: BinaryIO, size: int) -> Iterator[bytes]:
         yield line
 
 
-def parsed(line: bytes) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return a line as an object, None for a last one that is torn, and what was left out of it; raise ValueError for what is neither."""
+def parsed(line: bytes) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the objects of a line, one but where a killed server left its own without an end, and why parts of it are none.
+
+    Raises ValueError for a line that ends in none.
+    """
     try:
-        row = strict_json.loads(line, unique=True)
+        return [object_of(line)], []
     except ValueError:
-        if line.startswith(b"{") and (begins := line.rfind(BEGINNING)) > 0:
-            rest, torn = parsed(line[begins:])
-            return rest, [TORN, *torn]
+        pieces = re.split(b"(?<=.)(?=%b)" % re.escape(BEGINNING), line, flags=re.DOTALL) if line.startswith(b"{") else [line]
+    rows, torn = [], []
+    for piece in pieces[:-1]:
+        try:
+            rows.append(object_of(piece))
+        except ValueError:
+            torn.append(TORN)
+    try:
+        rows.append(object_of(pieces[-1]))
+    except ValueError:
         if line.endswith(b"\n"):
             raise
-        return None, [UNFINISHED]
-    if not isinstance(row, dict):
+        torn.append(UNFINISHED)
+    return rows, torn
+
+
+def object_of(text: bytes) -> dict[str, Any]:
+    """Return a JSON object; raise ValueError for anything else."""
+    found = strict_json.loads(text, unique=True)
+    if not isinstance(found, dict):
         raise ValueError("it is no object")
-    return row, []
+    return found
 
 
 def bound_of(text: str, *, end: bool = False) -> datetime:

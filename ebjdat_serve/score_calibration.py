@@ -4,11 +4,8 @@ The rows of one period in audit logs (serve --audit-log), never pictures, become
 """
 
 import math
-import os
-import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ebjdat_serve.atomic import replacing
+from ebjdat_serve.atomic import undone
 from ebjdat_serve.audit_rows import OTHERS, Recorded, Wanted, read_rows
 from ebjdat_serve.bundle import Bundle, check_number, recorded_file, write_json
 from ebjdat_serve.detection import flag_range, p_value
@@ -60,7 +57,8 @@ def calibrate_scores(bundle: Bundle, choice: Choice, say: Say = lambda text: pri
     if not bundle.calibrated:
         raise EbjdatError(f"{bundle.path} has no calibration, and recorded scores are by its views: ebjdat-serve calibrate BUNDLE DIR")
     bundle.check_files()
-    check_number({*bundle.recorded(), choice.name})
+    there = bundle.recorded()
+    check_number({*there, choice.name})
     by = scored_by(bundle, choice.precision, bundle.combination(choice.precision))
     found = read_rows(choice.files, Wanted(by, choice.precision, choice.since, choice.until))
     n = len(found.scores)
@@ -70,6 +68,8 @@ def calibrate_scores(bundle: Bundle, choice: Choice, say: Say = lambda text: pri
         )
     if sender := busiest(found):
         say(sender)
+    if choice.name in there:
+        say(f"the calibration {choice.name}, made {there[choice.name].made}, is replaced")
     order = kept(found)
     recorded = RecordedCalibration(
         name=choice.name,
@@ -88,24 +88,6 @@ def calibrate_scores(bundle: Bundle, choice: Choice, say: Say = lambda text: pri
     with undone(bundle.path / file):
         write_json(bundle.path / file, asdict(recorded))
         return bundle.update(file)
-
-
-@contextmanager
-def undone(file: Path) -> Iterator[None]:
-    """Put ``file`` back as it was where what is done with it fails, on a full disk, say: a manifest that lists another is of no bundle."""
-    before = file.with_name(f".{file.name}.before")
-    if there := file.is_file():
-        with replacing(before) as copy:
-            shutil.copyfile(file, copy)
-    try:
-        yield
-    except BaseException:
-        if there:
-            os.replace(before, file)
-        elif file.is_file():
-            file.unlink()
-        raise
-    before.unlink(missing_ok=True)
 
 
 def without_scores(bundle: Bundle, name: str) -> Bundle:

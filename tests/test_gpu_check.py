@@ -232,10 +232,12 @@ def test_a_pack_removes_only_what_was_packed(tmp_path):
             assert "holds what was not packed here" in ran.stderr
             assert mine.exists()
         (folder / "PACKED").touch()
+        (folder / "piece-07").mkdir()
         subprocess.run(
             [ROOT / "benchmarks" / "gpu_pack.sh", str(folder.relative_to(ROOT))], env=environment, capture_output=True, check=False
         )
-        assert not mine.exists()
+        assert mine.exists()
+        assert not (folder / "piece-07").exists()
         assert (folder / "PACKED").exists()  # that run failed, and may be made again
     finally:
         shutil.rmtree(folder)

@@ -451,10 +451,34 @@ def test_a_line_that_a_killed_server_began_is_left_out_and_the_next_is_read(bund
     text = "\n".join([*rows[:9], rows[9][:cut] + rows[10][:cut] + rows[11], *rows[12:]]) + "\n"
     (tmp_path / "audit").write_text(text, encoding="utf-8")
     done = calibrate(bundle, tmp_path / "audit").recorded()["traffic"]
-    assert done.scores == [float(i) for i in range(24) if i not in (9, 10)]
-    assert done.skipped == {audit_rows.TORN: 1}
+    whole, told_apart = cut >= len(rows[9]), cut >= len('{"time":')
+    assert done.scores == [float(i) for i in range(24) if whole or i not in (9, 10)]
+    assert done.skipped == ({} if whole else {audit_rows.TORN: 2 if told_apart else 1})
     (tmp_path / "audit").write_text(text + rows[9][:cut] + rows[10][:cut], encoding="utf-8")  # and is being written
-    assert sum(calibrate(bundle, tmp_path / "audit").recorded()["traffic"].skipped.values()) in (2, 3)
+    left_out = calibrate(bundle, tmp_path / "audit").recorded()["traffic"].skipped
+    if whole:
+        assert left_out == {"of a picture that was sent before": 2}
+    else:
+        assert left_out == {audit_rows.TORN: 3 if told_apart else 1, audit_rows.UNFINISHED: 1}
+
+
+def test_whole_rows_that_share_a_line_are_all_read(bundle, tmp_path):
+    rows = [json.dumps(row(bundle, i, i)) for i in range(30)]
+    (tmp_path / "audit").write_text("\n".join([*rows[:5], "".join(rows[5:20]), *rows[20:]]) + "\n", encoding="utf-8")
+    done = calibrate(bundle, tmp_path / "audit").recorded()["traffic"]
+    assert done.scores == [float(i) for i in range(30)]
+    assert done.skipped == {}
+
+
+def test_what_a_calibration_of_the_same_name_replaces_is_said(bundle, log):
+    said = []
+    first = calibrate_scores(bundle, Choice([log]), said.append)
+    assert said == []
+    made = first.recorded()["traffic"].made
+    second = calibrate_scores(first, Choice([log]), said.append)
+    assert said == [f"the calibration traffic, made {made}, is replaced"]
+    calibrate_scores(second, Choice([log], "another"), said.append)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 from ebjdat_serve.contract import Input
 from ebjdat_serve.errors import EbjdatError
+from ebjdat_serve.server.read.images import limits
 from ebjdat_serve.server.settings import SETTINGS, Settings, add_arguments, settings_of, table
 from tests.conftest import ROOT
 
@@ -115,6 +116,13 @@ def test_every_setting_is_read_somewhere():
     assert set(BY_NAME) <= read_names
 
 
+def test_what_decoders_share_does_not_depend_on_how_many_there_are():
+    """With a memory of all that was the same for all, nine decoders left one image 64 MiB."""
+    assert {limits(Settings(decoders=n)).max_memory for n in (1, 2, 9, 100)} == {448 * 2**20}
+    assert limits(Settings(decoders=2, decode_memory=2**29)).max_memory == 448 * 2**20
+    assert limits(Settings(decoders=3, decode_memory=2**29)).max_memory == 384 * 2**20
+
+
 @pytest.mark.parametrize(
     ("side", "models", "given", "threads"),
     [(32, 1, None, 4), (64, 1, None, 4), (65, 1, None, 8), (224, 1, None, 8), (224, 3, None, 2), (32, 9, None, 1), (224, 3, 5, 5)],
@@ -133,7 +141,7 @@ def test_help_is_in_groups_and_shows_unit_and_default():
     for group in dict.fromkeys(one.about.group for one in SETTINGS):
         assert f"\n{group}:\n" in text
     for one in SETTINGS:
-        here = f": {one.default}" if one.name in ("decoders", "decode_memory") else ""  # on this machine
+        here = f": {one.default}" if one.name == "decoders" else ""  # on this machine
         assert f"{one.about.help} ({one.default_text}{here})" in text
     assert "--worker-timeout SECONDS" in text
     assert "==SUPPRESS==" not in text

@@ -141,15 +141,15 @@ class Settings:
         int, About(LOAD, "processes that decode large images", "processes", at_least=1, shown="one more than the CPUs, at most 4")
     ] = DECODERS
     decode_memory: Annotated[
-        int,
+        int | None,
         About(
             LOAD,
             "memory of decoders of large images; all but 64 MiB for each is shared",
             "bytes",
             at_least=1,
-            shown="384 MiB, and 64 for each of the usual decoders",
+            shown="384 MiB, and 64 MiB for each decoder",
         ),
-    ] = (384 + 64 * DECODERS) * 2**20
+    ] = None
 
     max_connections: Annotated[
         int, count(CONNECTION, "open connections, fewer where the limit of descriptors asks for it; idle ones make room", "connections")

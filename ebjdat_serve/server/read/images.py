@@ -19,6 +19,8 @@ from ebjdat_serve.server.disconnects import on_disconnect
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.settings import Settings
 
+SHARED = 384 * 2**20
+"""Bytes that decoders of large images share where --decode-memory says nothing, and one of them may have of it."""
 SLICE = 2**20
 """Bytes of images that are copied before the event loop has its turn."""
 
@@ -28,24 +30,27 @@ def limits(settings: Settings) -> Limits:
     return Limits(
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_pixels,
-        max_memory=settings.decode_memory - LIGHT * (settings.decoders - 1),
+        max_memory=memory_of(settings) - LIGHT * (settings.decoders - 1),
         max_seconds=settings.decode_seconds,
         jpeg_draft=settings.jpeg_draft,
     )
+
+
+def memory_of(settings: Settings) -> int:
+    """Return the memory in bytes of the decoders of large images: by default what they share stays the same, however many there are."""
+    return SHARED + LIGHT * settings.decoders if settings.decode_memory is None else settings.decode_memory
 
 
 class ImageDecoder:
     """The decoders of a server, and the requests that they work for."""
 
     def __init__(self, settings: Settings) -> None:
-        least = LIGHT * settings.decoders
-        if settings.decode_memory < least:
-            raise EbjdatError(
-                f"serve --decode-memory must be at least {least} for {settings.decoders} decoders, not {settings.decode_memory}"
-            )
+        least, memory = LIGHT * settings.decoders, memory_of(settings)
+        if memory < least:
+            raise EbjdatError(f"serve --decode-memory must be at least {least} for {settings.decoders} decoders, not {memory}")
         self.limits = limits(settings)
         # each request ends its own decode at its deadline; this is for a zygote that does not hear of it
-        pool = PoolSettings(self.limits, large=settings.decoders, memory=settings.decode_memory, timeout=settings.classify_deadline)
+        pool = PoolSettings(self.limits, large=settings.decoders, memory=memory, timeout=settings.classify_deadline)
         self.decoders = Decoders(pool)
 
     @contextlib.asynccontextmanager
