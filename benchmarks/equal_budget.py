@@ -53,23 +53,23 @@ ENTRIES: dict[str, Entry] = {
     # the control, its second seed, and EB-JDAT by recipe 2
     "pgd7": Entry("pgd-at", "warm", 8, (*CONTINUED, *PGD)),
     "pgd7-seed1": Entry("pgd-at", "warm", 8, (*CONTINUED, *PGD, "seed=1")),
-    "ebjdat-light": Entry("cifar10-small", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0.2", "clean_weight=0")),
-    "ebjdat-light-seed1": Entry("cifar10-small", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0.2", "clean_weight=0", "seed=1")),
+    "ebjdat-light": Entry("cifar10-wrn16", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0.2", "clean_weight=0")),
+    "ebjdat-light-seed1": Entry("cifar10-wrn16", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0.2", "clean_weight=0", "seed=1")),
     # recipe 3, TRADES with a likelihood, and TRADES alone; recipe 4, DAT's second stage
     "trades-w1": Entry(
-        "cifar10-small",
+        "cifar10-wrn16",
         "warm",
         12.5,
         (*JOINT, "w1=0.03", "alignment=kl", "inner=kl", "w2=6", "clean_weight=1", "attack.steps=7", "attack.start=gaussian"),
     ),
     "trades": Entry("trades", "warm", 9.3, (*CONTINUED, *PGD)),
     "dat": Entry("dat", "warm", 21, ("ema=0.999", "gradient_clip=5", "lr_peak=0.1", "cap=15", "eta=0.25", *PGD), centred=True),
-    # the recipe of the shipped model, the likelihood alone, and recipe 5
-    "ebjdat-full": Entry("cifar10-small", "warm", 10.5, JOINT),
-    "ebjdat-w1": Entry("cifar10-small", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0", "clean_weight=0")),
+    # the recipe of the model shipped before, the likelihood alone, and recipe 5
+    "ebjdat-full": Entry("cifar10-wrn16", "warm", 10.5, JOINT),
+    "ebjdat-w1": Entry("cifar10-wrn16", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0", "clean_weight=0")),
     # half of eps, as in the released code: plain adversarial training, and the paper's signs and weights
     "pgd7-half": Entry("pgd-at", "warm", 8, (*CONTINUED, *PGD, "threat.eps=0.01568627450980392")),
-    "ebjdat-paper-half": Entry("cifar10-small", "warm", 10.5, (*JOINT, *PAPER)),
+    "ebjdat-paper-half": Entry("cifar10-wrn16", "warm", 10.5, (*JOINT, *PAPER)),
 }
 
 
@@ -129,7 +129,7 @@ class Plan:
         epochs = self.shorter * (entry.epochs or self.passes / entry.passes)
         settings = [f"depth={self.network[0]}", f"width={self.network[1]}", f"epochs={epochs:.2f}", *entry.settings]
         words = ["training/train.py", entry.method, "--run", name, "--only-train", "--threads", "1", "--set", *settings]
-        if entry.method != "cifar10-small":
+        if entry.method != "cifar10-wrn16":
             words[2:2] = ["--data", "cifar10", "--budget", "small"]
         if entry.init:
             init = self.train(entry.init)

@@ -22,7 +22,7 @@ from tests import conftest
 from tests.conftest import ROOT
 from training.config import describe, stages
 from training.overrides import MEASURED, override
-from training.presets import METHODS, preset
+from training.presets import METHODS, PRESETS, preset
 
 
 def tracked():
@@ -111,6 +111,18 @@ def test_a_second_make_does_not_install_again():
 def test_every_decision_is_numbered_once():
     numbers = [file.name[:4] for file in sorted((ROOT / "docs" / "decisions").glob("*.md"))]
     assert numbers == [f"{i + 1:04}" for i in range(len(numbers))]
+
+
+@pytest.mark.parametrize(("i", "row"), [(1, "warm"), (2, "trades-w1"), (3, "ebjdat-light")])
+def test_the_shipped_recipe_is_what_was_trained_at_equal_budget(i, row):
+    kept = json.loads((ROOT / "benchmarks" / "models" / f"wrn28-{row}" / "config.json").read_text(encoding="utf-8"))["stages"][-1]
+    here = json.loads(json.dumps(describe(stages(PRESETS["cifar10-small"])[i])))
+    assert {name: value for name, value in here.items() if kept.get(name) != value}.keys() <= {
+        "name",
+        "warm_start",
+        "sample",
+        "averaged_with",
+    }
 
 
 def test_warm_starts_exist_and_share_the_network():

@@ -124,6 +124,30 @@ def test_an_interrupt_at_the_last_step_loses_nothing(tmp_path):
     assert weights.is_file()
 
 
+def test_a_killed_recipe_of_two_averaged_runs_goes_on_to_the_same_mean(tmp_path):
+    fgsm, start = replace(WARM, epochs=0.3), replace(WARM, name="start", epochs=0.2)
+    other = replace(DIGITS, name="other", epochs=0.2, lr=0.01)
+    stage = replace(DIGITS, epochs=0.2, warm_start=replace(start, warm_start=fgsm), averaged_with=other)
+    assert [each.name for each in stages(stage)] == ["digits-fgsm", "start", "other", "digits"]
+    whole = refresh(stage, tmp_path / "whole", init=None, clock=Clock(), suite=None, device=CPU)
+    for ticks in (8, 5):  # within the second warm start, and within the first of the two runs
+        with pytest.raises(KeyboardInterrupt):
+            refresh(stage, tmp_path / "run", init=None, clock=Ticks(ticks, interrupt=True), suite=None, device=CPU)
+    again = refresh(stage, tmp_path / "run", init=None, clock=Clock(), suite=None, device=CPU)
+    own, its, mean = (
+        load_weights(tmp_path / "run" / name)
+        for name in ("digits/weights.safetensors", "other/weights.safetensors", "digits/averaged.safetensors")
+    )
+    for name, value in load_weights(whole).items():
+        assert torch.equal(mean[name], value)
+        torch.testing.assert_close(mean[name], (own[name] + its[name]) / 2, rtol=1e-6, atol=1e-7)
+    assert again == tmp_path / "run" / "digits" / "averaged.safetensors"
+    assert not torch.equal(own["stem.weight"], its["stem.weight"])
+    first = tmp_path / "run" / "start" / "weights.safetensors"
+    branched = refresh(stage, tmp_path / "branched", init=first, clock=Clock(), suite=None, device=CPU)  # both runs begin with the file
+    assert torch.equal(load_weights(branched)["stem.weight"], mean["stem.weight"])
+
+
 class Interrupting(Clock):
     """Ctrl-C during the last step."""
 

@@ -1,6 +1,7 @@
 """The configuration of a training stage; training/presets.py holds the named presets."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ class Preset:
     epochs: float
     seed: int = 0
     warm_start: "Preset | None" = None  # the stage whose weights this one starts from
+    averaged_with: "Preset | None" = None  # a stage from the same start; what is published is the mean of both weights
     threat: Threat = Threat("linf", 8 / 255)
 
     # data
@@ -82,18 +84,43 @@ class Preset:
             self.architecture.check_images(self.size, self.size)
 
 
+SHARED = ("seed", "dataset", "size", "flip", "architecture", "threat", "prior_rank", "sample", "precision", "extra", "extra_fraction")
+"""Fields that the other stages of a recipe take from its last one."""
+
+
+def alike(stage: Preset, other: Preset) -> Preset:
+    """Return ``other`` on the data, network and ball of ``stage``."""
+    changes: dict[str, Any] = {name: getattr(stage, name) for name in SHARED}
+    return replace(other, **changes)
+
+
 def stages(stage: Preset) -> list[Preset]:
-    """Return the stages in order: the warm start, if there is one, on the same data, network and ball, then the stage itself."""
-    if stage.warm_start is None:
+    """Return the stages in order: its warm start with all before it, the stage that it is averaged with, the stage itself."""
+    before = [] if stage.warm_start is None else stages(alike(stage, stage.warm_start))
+    return [*before, *continuing(stage)]
+
+
+def continuing(stage: Preset) -> list[Preset]:
+    """Return the stages that continue one start: the stage, after the one that it is averaged with, if any."""
+    if stage.averaged_with is None:
         return [stage]
-    shared = ("seed", "dataset", "size", "flip", "architecture", "threat", "prior_rank", "sample", "precision", "extra", "extra_fraction")
-    changes: dict[str, Any] = {name: getattr(stage, name) for name in shared}
-    return [replace(stage.warm_start, **changes), stage]
+    return [replace(alike(stage, stage.averaged_with), warm_start=stage.warm_start), stage]
+
+
+def start_of(todo: Sequence[Preset], i: int) -> int:
+    """Return which of the stages ``todo`` gives stage i its first weights; -1: none does."""
+    return i - 1 if todo[i].averaged_with is None else i - 2
 
 
 def describe(stage: Preset) -> dict[str, Any]:
-    """Return the preset as JSON: methods and sharpness with their kind, the network with its family, the warm start as its name."""
-    described = asdict(replace(stage, warm_start=None))
+    """Return the preset as JSON: methods and sharpness with their kind, the network with its family, the warm start as its name.
+
+    ``averaged_with`` is there only where there is such a stage, with its settings.
+    """
+    described = asdict(replace(stage, warm_start=None, averaged_with=None))
+    described.pop("averaged_with")
+    if stage.averaged_with is not None:
+        described["averaged_with"] = describe(continuing(stage)[0])
     for name in ("method", "sharpness"):
         if described[name] is not None:
             described[name] = {"kind": type(getattr(stage, name)).__name__, **described[name]}

@@ -12,6 +12,8 @@ from training.config import Preset
 from training.errors import TrainingError
 from training.presets import METHODS, PRESETS
 
+OTHERS = ("warm_start.", "averaged_with.")
+"""Prefixes of the fields of other stages."""
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "methods.json"
 
 
@@ -19,12 +21,12 @@ def override(preset: Preset, settings: list[str]) -> Preset:
     """Return ``preset`` with FIELD=VALUE settings applied; raise TrainingError naming the known fields.
 
     A nested field is named by its path, ``method.chains.steps``, or by its last name if it is unique, ``beta``; fields of the warm
-    start begin with ``warm_start.``.
+    start begin with ``warm_start.``, of the stage that it is averaged with by ``averaged_with.``.
     """
     for setting in settings:
         name, _, value = setting.partition("=")
         known = paths(preset)
-        path = name if name in known else unique(name, [path for path in known if not path.startswith("warm_start.")], setting)
+        path = name if name in known else unique(name, [path for path in known if not path.startswith(OTHERS)], setting)
         preset = changed(preset, path.split("."), value, setting)
     return preset
 
@@ -49,7 +51,7 @@ def unique(name: str, known: list[str], setting: str) -> str:
     message = (
         f"{name} is one of {', '.join(matches)}"
         if matches
-        else f"fields are {', '.join(known)}; prefix one with warm_start. for the warm start"
+        else f"fields are {', '.join(known)}; prefix one with {' or '.join(OTHERS)} for another stage"
     )
     raise TrainingError(f"--set {setting}: {message}")
 
@@ -82,7 +84,13 @@ def listing() -> str:
     rows = Bundle.draft(SHIPPED).metrics()
     clean, pgd20 = rows_where(rows, "accuracy_clean"), rows_where(rows, "accuracy_pgd20", norm="linf", eps=8 / 255)
     reached = f"clean {clean[0].value:.3f}, PGD-20 8/255 {pgd20[0].value:.3f}; 75 minutes on one core"
-    summaries = {"cifar10-small": reached, "cifar10": "for a GPU; not measured yet", "digits": "about a minute on one core"}
+    summaries = {
+        "cifar10-small": "about 15 hours on one core; the parts are measured in docs/equal_budget.md",
+        "cifar10-wrn16": reached,
+        "cifar10": "for a GPU; not measured yet",
+        "cifar10-full": "cifar10-small on WRN-28-10, for a GPU; not measured yet",
+        "digits": "about a minute on one core",
+    }
     lines += [f"  {name:22}{summaries.get(name, 'not measured')}" for name in PRESETS]
     lines.append("methods, on --budget digits (8 x 8; mean of 3 seeds, PGD-20 at l-inf 51/255), small (CIFAR-10, a core) or large (a GPU):")
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ebjdat_serve.networks import Plain
+from ebjdat_serve.networks import Architecture, Plain
+from ebjdat_serve.sgld import Sampler
 from training.config import Preset
 from training.errors import TrainingError
 from training.methods import Method
@@ -202,8 +203,24 @@ def refreshed(budget: str, name: str, warm: str) -> Preset:
     return replace(stage, name=name, warm_start=replace(stage.warm_start, name=warm))
 
 
+def averaged(name: str, architecture: Architecture) -> Preset:
+    """Return the shipped model's recipe: FGSM-RS, PGD-7, then the mean of two EB-JDAT runs (docs/decisions/0037).
+
+    The learning rates and lengths are those of benchmarks/equal_budget.py.
+    """
+    stage = replace(BUDGETS["small"].stage, architecture=architecture, ema=0.999, sample=Sampler(20, 1.0, 2.0, 0.005))
+    fgsm = replace(stage, name=f"{name}-fgsm", method=AdversarialTraining(Attack(steps=1, step_over_eps=1.25)), epochs=24, batch_size=256)
+    pgd7 = replace(fgsm, name=f"{name}-pgd7", method=AdversarialTraining(Attack(steps=7)), epochs=8, lr=0.1, lr_peak=0.1, warm_start=fgsm)
+    joint = replace(stage, name=name, lr=0.02, lr_peak=0.1, gradient_clip=5.0, frozen_norm=True, warm_start=pgd7)
+    light = EbJdat(w1=0.03, w2=0.2, clean_weight=0.0, chains=chains(BUDGETS["small"], conditional=True, noise_std=0.005))
+    by_kl = replace(light, w2=6.0, alignment="kl", inner="kl", clean_weight=1.0, attack=Attack(steps=7, start="gaussian"))
+    return replace(joint, method=light, epochs=5.33, averaged_with=replace(joint, name=f"{name}-kl", method=by_kl, epochs=4.48))
+
+
 DIGITS = refreshed("digits", "digits", "digits-fgsm")
-CIFAR10_SMALL = refreshed("small", "cifar10-small", "cifar10-fgsm")
+CIFAR10_WRN16 = refreshed("small", "cifar10-wrn16", "cifar10-fgsm")
+CIFAR10_SMALL = averaged("cifar10-small", Plain(28, 2))
+CIFAR10_FULL = averaged("cifar10-full", Plain(28, 10))
 CIFAR10 = refreshed("large", "cifar10", "cifar10-fgsm-gpu")
-PRESETS = {stage.name: stage for stage in (CIFAR10_SMALL, CIFAR10, DIGITS)}
+PRESETS = {stage.name: stage for stage in (CIFAR10_SMALL, CIFAR10_WRN16, CIFAR10, CIFAR10_FULL, DIGITS)}
 """The presets of the refresh."""

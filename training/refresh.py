@@ -17,7 +17,7 @@ from ebjdat_serve.folders import ensure_folder, folder, unwritable
 from ebjdat_serve.locking import Held, exclusive_lock
 from ebjdat_serve.rows import rows_where
 from ebjdat_serve.store import next_revision, publish, withhold
-from training.config import Preset, describe, stages
+from training.config import Preset, continuing, describe, stages, start_of
 from training.data.datasets import Dataset, load, load_extra
 from training.distributed import Ranks
 from training.errors import HeldBack, TrainingError
@@ -25,7 +25,7 @@ from training.loop.bundle_writer import Origin, draft_bundle, git_commit
 from training.loop.clock import Clock
 from training.loop.loop import total_steps, train
 from training.loop.start import check_images
-from training.loop.state import load_position
+from training.loop.state import load_position, mean_weights, save_weights
 from training.report import write_report
 
 log = logging.getLogger("training")
@@ -64,7 +64,7 @@ def refresh(
             ranks.wait()  # the first rank may be downloading
         data = load(preset.dataset, Input(preset.size, preset.size) if preset.size else None)
         check_images(preset, data)
-        todo = [filled(stage, len(data.train), tells=first) for stage in ([preset] if init is not None else stages(preset))]
+        todo = [filled(stage, len(data.train), tells=first) for stage in (continuing(preset) if init is not None else stages(preset))]
         origin = remember(run, todo, init, data) if first else None
         if first:
             ranks.wait()
@@ -72,12 +72,13 @@ def refresh(
         ranks.leave()
         if suite is None or origin is None:
             return weights
-        baseline, before = None, 0
-        for stage in todo:
-            bundle = finish(
-                stage, data, run / stage.name, suite=suite, baseline=baseline, origin=origin, before=before, last=stage is todo[-1]
-            )
-            baseline, before = bundle.path / "metrics.json", bundle.manifest.provenance.rollbacks
+        baseline, last = None, len(todo) - 1
+        for i in range(last + 1):
+            if i not in (start_of(todo, last), last):  # the card compares with where the last stage started
+                continue
+            before = sum(load_position(run / other.name / "state.pt").rollbacks for other in todo[:i])
+            bundle = finish(todo[i], data, run / todo[i].name, suite=suite, baseline=baseline, origin=origin, before=before, last=i == last)
+            baseline = bundle.path / "metrics.json"
         return deliver(bundle, data, run, store or run / "store", force)
 
 
@@ -115,25 +116,43 @@ def filled(stage: Preset, images: int, *, tells: bool) -> Preset:
 def train_stages(
     todo: list[Preset], data: Dataset, run: Path, *, init: Path | None, clock: Clock, device: torch.device, ranks: Ranks, tensorboard: bool
 ) -> Path:
-    """Train or resume each stage from the weights of the previous one, and return the path of the last weights."""
-    weights = init
+    """Train or resume each stage from the weights that it starts with, and return the path of the weights to publish."""
+    trained: list[Path] = []
     steps = [total_steps(stage, len(data.train)) for stage in todo]
     for i, stage in enumerate(todo):
         folder = run / stage.name
         taken = [load_position(run / other.name / "state.pt").step for other in todo[i:]]
         unfinished = taken[0] < steps[i] or not (folder / "weights.safetensors").is_file()
-        # a warm start that ran out of time is not continued once a later stage started from it
-        if ranks.agree(unfinished and not any(taken[1:])):
+        start = start_of(todo, i)
+        # a stage that ran out of time is not continued once a later one started from it
+        begun = any(taken[1:]) and not (i + 1 < len(todo) and start_of(todo, i + 1) < i)
+        if ranks.agree(unfinished and not begun):
             if ranks.rank == 0:
                 say(f"train {stage.name} in {folder}")
             share = (steps[i] - taken[0] + 1) / (sum(steps[i:]) - taken[0] + 1)
             clock.allot(share if len(taken) == 1 else min(share, 0.5))  # steps of a warm start are cheaper
-            train(stage, data, folder, init=weights, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
+            train(
+                stage,
+                data,
+                folder,
+                init=trained[start] if start >= 0 else init,
+                clock=clock,
+                device=device,
+                ranks=ranks,
+                tensorboard=tensorboard,
+            )
             if ranks.rank == 0:
                 write_report(folder, stage)
-        weights = folder / "weights.safetensors"
-    assert weights is not None
-    return weights
+        trained.append(folder / "weights.safetensors")
+    published = published_weights(todo[-1], run / todo[-1].name)
+    if published != trained[-1] and ranks.rank == 0:
+        save_weights(mean_weights(trained[-2:]), published)
+    return published
+
+
+def published_weights(stage: Preset, folder: Path) -> Path:
+    """Return the file of the weights that a stage gives: its own, or their mean with those of the stage that it is averaged with."""
+    return folder / ("weights.safetensors" if stage.averaged_with is None else "averaged.safetensors")
 
 
 @contextmanager
@@ -165,7 +184,7 @@ def finish(
     from training.evaluation.context import SUITES
     from training.evaluation.evidence import take
 
-    home, weights = folder / "bundle", folder / "weights.safetensors"
+    home, weights = folder / "bundle", published_weights(stage, folder)
     parts = USUAL if last else ("clean", "robustness", "landscape")
     if finished(home, weights, min(SUITES[suite].test, len(data.test))):
         return Bundle.load(home)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,12 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     kept = {name: value.detach().float().contiguous() for name, value in weights.items() if value.is_floating_point()}
     with replacing(path) as temporary:
         save_file(kept, temporary)
+
+
+def mean_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the mean of the weights of several runs from one start, in float32 (arXiv 2203.05482)."""
+    every = [load_weights(file) for file in files]
+    return {name: torch.stack([weights[name] for weights in every]).mean(dim=0) for name in every[0]}
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
