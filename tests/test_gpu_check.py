@@ -305,3 +305,27 @@ def test_what_is_packed_is_the_data_that_is_here(tmp_path):
     there = {**environment, "EBJDAT_DATA": str(tmp_path / "data")}
     assert subprocess.run([sys.executable, "-c", code], env=there, check=True, capture_output=True, text=True).stdout == "10000\n"
     subprocess.run(["rm", "-r", folder], check=True)
+
+
+SHORT = ["--set", "epochs=0.2", "warm_start.epochs=0.2", "chains.steps=1", "attack.steps=1"]
+GPU_TRAIN = ["bash", str(ROOT / "training" / "gpu_train.sh")]
+
+
+def test_training_on_a_gpu_ends_where_the_check_fails(tmp_path):
+    made = tmp_path / "make"
+    made.write_text('#!/bin/sh\necho "no GPU: $*"\nexit 7\n', encoding="utf-8")
+    made.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "EBJDAT_RUNS": str(tmp_path / "runs")}
+    done = subprocess.run([*GPU_TRAIN, "digits"], env=env, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, "no GPU: gpu-check" in done.stdout) == (7, True)
+    assert not (tmp_path / "runs" / "gpu-digits" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_training_on_a_gpu_saves_and_goes_on(tmp_path):
+    env = {**os.environ, "CHECKED": "1", "PYTHON": sys.executable, "EBJDAT_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    first = subprocess.run([*GPU_TRAIN, "digits", "--max-minutes", "0.01", *SHORT], env=env, capture_output=True, text=True, check=False)
+    again = subprocess.run([*GPU_TRAIN, "digits", *SHORT], env=env, capture_output=True, text=True, check=True)
+    assert (tmp_path / "gpu-digits" / "digits" / "weights.safetensors").is_file()
+    assert "train.py: " in first.stderr or "trained" in first.stdout
+    assert "trained" in again.stdout
