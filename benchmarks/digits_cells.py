@@ -123,7 +123,9 @@ def difference(rows: list[dict[str, Any]], control: list[dict[str, Any]], what: 
 
     Runs are paired by seed, results by image; an image's difference is the mean over seeds, since the seeds share the images.
     """
-    each = np.array([[int(a) - int(b) for a, b in zip(row[what], other[what], strict=True)] for row, other in zip(rows, control, strict=True)])
+    each = np.array(
+        [[int(a) - int(b) for a, b in zip(row[what], other[what], strict=True)] for row, other in zip(rows, control, strict=True)]
+    )
     of_image = each.mean(axis=0)
     return float(of_image.mean()), float(1.96 * of_image.std() / of_image.size**0.5), float(each.mean(axis=1).std(ddof=1))
 

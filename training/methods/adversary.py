@@ -156,7 +156,7 @@ def pgd(model: nn.Module, image: Tensor, label: Tensor, *, objective: Objective,
 def attacking(
     image: Tensor, label: Tensor, *, objective: Objective, threat: Threat, attack: Attack, noise: Noise, projected: bool = True
 ) -> Search:
-    """Return ``pgd`` as an inner loop, which may share its passes with others; not ``projected``: it starts in the ball and may leave it."""
+    """Return ``pgd`` as an inner loop, which may share its passes with others; not ``projected``: it may leave the ball."""
     x_adv = begin(image, threat, attack.start, noise)
     kept_in = threat if projected else Threat(threat.norm, torch.inf)
     return (yield from climbing(x_adv, label, objective, kept_in, attack.steps, attack.step_over_eps * threat.eps, image))
