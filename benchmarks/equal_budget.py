@@ -5,6 +5,8 @@ One warm start W, WRN-28-2: FGSM-RS, then PGD-7. Each row continues W with anoth
 forward and a backward of one labelled image): PGD-7 alone is the control. --together rows run in parallel, since a small network leaves
 a GPU idle between launches. Finished work is not repeated. OUT gets config, log, fp16 weights, metrics.json and the per-image results
 of every row. Needs CIFAR-10 under EBJDAT_DATA, and the requirements of `training/train.py --only-train`.
+
+--evaluate measures what kept rows lack (equal_budget_rows.py), --document writes docs/equal_budget.md and docs/pareto.png.
 """
 
 import argparse
@@ -16,89 +18,20 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ebjdat_serve.bundle import read_rows  # noqa: E402 (the checkout's)
-from ebjdat_serve.rows import FRESH, Row, rows_where  # noqa: E402
+from benchmarks.equal_budget_entries import AVERAGES, BUDGET, ENTRIES, MEASURED, PREFIX, STARTS  # noqa: E402 (the checkout's)
 
 EVALUATED = ("clean", "robustness", "generation")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One training run: a method or preset of training/train.py, its initial weights, and its settings."""
-
-    method: str
-    init: str  # another entry's name, "" for none; centred: its head's bias shifted so that mean E(x) = 0
-    passes: float  # per labelled image and step
-    settings: tuple[str, ...] = ()
-    centred: bool = False
-    epochs: float = 0.0  # 0: the budget over the passes
-
-
-CONTINUED = ("lr=0.02", "lr_peak=0.1", "ema=0.999", "gradient_clip=5")
-JOINT = (*CONTINUED, "frozen_norm=true")
-PAPER = ("w1=1", "w2=1", "alignment=paper", "clean_weight=0.5", "energy_penalty=0", "inner=joint_energy", "threat.eps=0.01568627450980392")
-PGD = ("attack.steps=7",)
-STARTS = ("warm-fgsm", "warm")
-ENTRIES: dict[str, Entry] = {
-    "pgd7-scratch": Entry("pgd-at", "", 8, ("ema=0.999", *PGD), epochs=30),
-    "warm-fgsm": Entry("fgsm-rs", "", 2, ("batch_size=256", "ema=0.999"), epochs=24),
-    "warm": Entry("pgd-at", "warm-fgsm", 8, ("batch_size=256", "lr=0.1", "lr_peak=0.1", "ema=0.999", *PGD), epochs=8),
-    # the control, its second seed, and EB-JDAT by recipe 2
-    "pgd7": Entry("pgd-at", "warm", 8, (*CONTINUED, *PGD)),
-    "pgd7-seed1": Entry("pgd-at", "warm", 8, (*CONTINUED, *PGD, "seed=1")),
-    "ebjdat-light": Entry("cifar10-wrn16", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0.2", "clean_weight=0")),
-    "ebjdat-light-seed1": Entry("cifar10-wrn16", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0.2", "clean_weight=0", "seed=1")),
-    # recipe 3, TRADES with a likelihood, and TRADES alone; recipe 4, DAT's second stage
-    "trades-w1": Entry(
-        "cifar10-wrn16",
-        "warm",
-        12.5,
-        (*JOINT, "w1=0.03", "alignment=kl", "inner=kl", "w2=6", "clean_weight=1", "attack.steps=7", "attack.start=gaussian"),
-    ),
-    "trades": Entry("trades", "warm", 9.3, (*CONTINUED, *PGD)),
-    "dat": Entry("dat", "warm", 21, ("ema=0.999", "gradient_clip=5", "lr_peak=0.1", "cap=15", "eta=0.25", *PGD), centred=True),
-    # the recipe of the model shipped before, the likelihood alone, and recipe 5
-    "ebjdat-full": Entry("cifar10-wrn16", "warm", 10.5, JOINT),
-    "ebjdat-w1": Entry("cifar10-wrn16", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0", "clean_weight=0")),
-    # half of eps, as in the released code: plain adversarial training, and the paper's signs and weights
-    "pgd7-half": Entry("pgd-at", "warm", 8, (*CONTINUED, *PGD, "threat.eps=0.01568627450980392")),
-    "ebjdat-paper-half": Entry("cifar10-wrn16", "warm", 10.5, (*JOINT, *PAPER)),
-}
-
-
-BUDGET = 56.0
-"""Passes of a row."""
-CONTROL, PREFIX = "pgd7", "wrn28-"
-"""The row that differences are taken from, and the prefix of rows in benchmarks/models/."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: its heading, metric and fields; ``paired``: the difference from the control."""
-
-    heading: str
-    metric: str
-    fields: dict[str, Any] = field(default_factory=dict)
-    paired: bool = False
-
-
-EPS = {"norm": "linf", "eps": 8 / 255}
-COLUMNS = (
-    Column("clean", "accuracy_clean"),
-    Column("PGD-20 8/255", "accuracy_pgd20", EPS),
-    Column("minus control, paired", "accuracy_pgd20", EPS, paired=True),
-    Column("APGD-CE + APGD-T 8/255", "accuracy_apgd"),
-    Column("KID, ResNet-20", "kernel_distance_resnet20", {"dataset": FRESH}),
-    Column("agreement, ResNet-20", "class_agreement_resnet20", {"dataset": FRESH}),
-    Column("sd of E(x), nats", "energy_sd"),
-)
+AMOUNTS = ("test=10000", "attacked=10000", "attacked_other=100", "strong=1000", "samples=500", "queries=300")
+"""Numbers of images of a new row."""
+COMPLETED = ("test=10000", "attacked=10000", "strong=500", "looked=500", "samples=500")
+"""Numbers of images of what a kept row lacks."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +44,28 @@ class Plan:
     amounts: tuple[str, ...]
     shorter: float  # every stage's epochs are multiplied by it
     end: float  # time.monotonic() after which nothing new is started
+    parts: tuple[str, ...] = EVALUATED
+    warm: Path | None = None  # weights of the entry ``warm``, which is then not trained
 
     def claim(self) -> None:
         """Write the plan into OUT; raise ValueError if OUT holds rows of another plan, which would be mixed with these."""
         file = self.out / "plan.json"
-        said = {"passes": self.passes, "network": list(self.network), "amounts": list(self.amounts), "shorter": self.shorter}
+        said: dict[str, Any] = {
+            "passes": self.passes,
+            "network": list(self.network),
+            "amounts": list(self.amounts),
+            "shorter": self.shorter,
+        }
+        said |= {"warm": str(self.warm)} if self.warm else {}
         if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))) != said:
             raise ValueError(f"{self.out} holds rows of another plan, {known}: name another folder")
         self.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(said) + "\n", encoding="utf-8")
 
     def train(self, name: str) -> Path:
-        """Train one entry and return its weights, unless they exist."""
+        """Train one entry, unless its weights exist, and return them."""
+        if name == "warm" and self.warm is not None:
+            return self.warm
         entry = ENTRIES[name]
         if found := weights_of(self.out / "runs" / name):
             return found
@@ -152,7 +95,7 @@ class Plan:
         for file in (weights.parent / "log.jsonl", weights.parent.parent / "config.json"):
             shutil.copy(file, kept)
         # evaluates the fp16 weights, which are the ones kept
-        words = ["training/evaluate.py", str(kept / "weights.safetensors"), "--processes", "1", "--part", *EVALUATED]
+        words = ["training/evaluate.py", str(kept / "weights.safetensors"), "--processes", "1", "--part", *self.parts]
         folder = self.out / "measured" / name
         self.call([*words, "--folder", str(folder), "--amount", *self.amounts], name, "evaluate")
         for kind in ("arrays.npz", "images.npz", "drawings.npz", "subject.json", "metrics.json"):  # the last marks that all exist
@@ -208,71 +151,79 @@ def halve(weights: Path, file: Path) -> None:
     save_file({name: value.half() for name, value in load_file(weights).items()}, file)
 
 
-def table(kept: Path) -> list[str]:
-    """Return a Markdown table of the kept rows with their paired difference from the control and its 95 % interval."""
-    lines = [f"| | {' | '.join(column.heading for column in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name in ENTRIES:
-        folder = kept / f"{PREFIX}{name}"
-        if (folder / "metrics.json").is_file():
-            rows = read_rows(folder / "metrics.json")
-            lines.append(f"| {name} | {' | '.join(cell(rows, column, folder, kept) for column in COLUMNS)} |")
-    return lines
+def kept(options: argparse.Namespace) -> int:
+    """Measure what kept rows lack, print their tables, or write the document of them; return 1 when a row failed."""
+    failed = False
+    if options.evaluate:
+        import torch
+
+        from benchmarks.equal_budget_rows import complete
+        from ebjdat_serve.errors import EbjdatError
+        from training.evaluation.context import suite_of
+
+        torch.set_num_threads(1)
+        suite = suite_of("quick", None, options.amount or COMPLETED)
+        for name in options.evaluate:
+            try:
+                complete(options.out, name, options.measure, suite, 1)
+            except (EbjdatError, OSError) as error:
+                failed = True
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+    if options.document:
+        from benchmarks.equal_budget_table import document, kept_rows, pareto
+
+        page = ROOT / "docs" / "equal_budget.md"
+        page.write_text(document(page.read_text(encoding="utf-8"), options.out), encoding="utf-8")
+        (ROOT / "docs" / "pareto.png").write_bytes(pareto(kept_rows(options.out)))
+    if options.table:
+        show(options.out)
+    return 1 if failed else 0
 
 
-def cell(rows: list[Row], column: Column, folder: Path, kept: Path) -> str:
-    """Return one figure of a row, the one of most images; empty if it was not measured."""
-    found = rows_where(rows, column.metric, **column.fields)
-    if not found:
-        return ""
-    row = max(found, key=lambda row: row.n)
-    if column.paired:
-        if folder.name == f"{PREFIX}{CONTROL}":
-            return ""
-        files = (folder / "images.npz", kept / f"{PREFIX}{CONTROL}" / "images.npz")
-        return difference(*files, row.key)
-    spread = f" ± {row.stderr:.2g}" if row.stderr is not None else ""
-    return f"{row.value:.4g}{spread}" + ("" if row.n == 10_000 else f" (n = {row.n})")
+def show(models: Path) -> None:
+    """Print the tables of the kept rows."""
+    from benchmarks.equal_budget_table import ACCURACY, DETECTION, kept_rows, samples_table, table
 
-
-def difference(images: Path, control: Path, key: str) -> str:
-    """Return the mean difference of two proportions on the same images, with its normal 95 % interval; empty if it is not available.
-
-    ``images`` and ``control`` are the per-image results of two evaluations, images.npz.
-    """
-    import numpy as np
-
-    if not (images.is_file() and control.is_file()):
-        return ""
-    with np.load(images) as one, np.load(control) as other:
-        if key not in one or key not in other or len(one[key]) != len(other[key]):
-            return ""
-        change = one[key].astype(np.float64) - other[key]
-    half = 1.96 * change.std() / len(change) ** 0.5
-    return f"{change.mean():+.4f} [{change.mean() - half:+.4f}, {change.mean() + half:+.4f}]"
+    if found := kept_rows(models):
+        print("\n\n".join([table(found, ACCURACY), table(found, DETECTION), samples_table(found)]))
 
 
 def main() -> int:
     """Train and evaluate the requested rows in parallel; return 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None, epilog=f"entries: {', '.join(ENTRIES)}")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--table", action="store_true", help="train nothing: OUT holds kept rows; print their table")
+    parser.add_argument("--table", action="store_true", help="train nothing: OUT holds kept rows; print their tables")
+    parser.add_argument("--document", action="store_true", help="train nothing: write docs/equal_budget.md and docs/pareto.png from OUT")
+    rows = sorted({*ENTRIES, *AVERAGES})
+    parser.add_argument("--evaluate", nargs="+", choices=rows, metavar="ROW", help="train nothing: measure what kept rows of OUT lack")
+    parser.add_argument("--measure", nargs="+", choices=MEASURED, default=MEASURED, help="of --evaluate (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=list(ENTRIES), default=[name for name in ENTRIES if name != "warm-fgsm"])
     parser.add_argument("--passes", type=float, default=BUDGET, help="budget of a row (%(default)s: 7 epochs of PGD-7)")
     parser.add_argument("--network", type=int, nargs=2, default=(28, 2), metavar=("DEPTH", "WIDTH"))
     parser.add_argument("--together", type=int, default=12, help="processes at a time (%(default)s)")
     parser.add_argument("--shorter", type=float, default=1.0, help="multiplies all epochs, for a trial run")
     parser.add_argument("--max-minutes", type=float, default=1e9, help="start nothing new after this time")
-    amounts = ["test=10000", "attacked=10000", "attacked_other=100", "strong=1000", "samples=500", "queries=300"]
-    parser.add_argument("--amount", nargs="+", default=amounts, help="numbers of images for evaluate.py (%(default)s)")
+    parser.add_argument("--warm", type=Path, metavar="WEIGHTS", help="continue these weights, instead of training the warm start")
+    parser.add_argument("--part", nargs="+", default=EVALUATED, help="parts of evaluate.py that new rows get (%(default)s)")
+    parser.add_argument(
+        "--amount", nargs="+", help=f"numbers of images (new rows: {', '.join(AMOUNTS)}; --evaluate: {', '.join(COMPLETED)})"
+    )
     options = parser.parse_args()
-    if options.table:
-        _, _, *rows = lines = table(options.out)
-        if not rows:
+    if options.table or options.document or options.evaluate:
+        if not any(options.out.glob(f"{PREFIX}*/metrics.json")):
             parser.error(f"{options.out} holds no {PREFIX}NAME/metrics.json")
-        print("\n".join(lines))
-        return 0
+        return kept(options)
     end = time.monotonic() + 60 * options.max_minutes
-    plan = Plan(options.out.resolve(), options.passes, tuple(options.network), tuple(options.amount), options.shorter, end)
+    plan = Plan(
+        options.out.resolve(),
+        options.passes,
+        tuple(options.network),
+        tuple(options.amount or AMOUNTS),
+        options.shorter,
+        end,
+        tuple(options.part),
+        options.warm and options.warm.resolve(),
+    )
     try:
         plan.claim()
     except ValueError as error:
@@ -293,7 +244,7 @@ def main() -> int:
         if any(ENTRIES[name].init for name in options.only):
             attempt("warm", plan.train)
         list(pool.map(attempt, (name for name in options.only if name in STARTS or ENTRIES[name].init)))
-    print("\n".join(table(plan.out / "kept")))
+    show(plan.out / "kept")
     return 1 if failed else 0
 
 

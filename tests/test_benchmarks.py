@@ -11,17 +11,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import benchmarks.engines as engines
-from benchmarks import equal_budget, explanations, gpu_parallel, load, priors, tables
+from benchmarks import (
+    digits_cells,
+    equal_budget,
+    equal_budget_entries,
+    equal_budget_rows,
+    equal_budget_table,
+    explanations,
+    gpu_parallel,
+    load,
+    priors,
+    tables,
+)
 from benchmarks.public_nets import KNOWN
-from ebjdat_serve.bundle import write_rows
+from ebjdat_serve.bundle import read_rows, write_rows
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.rows import Images, first, parse_rows, rows_where
 from tests.conftest import ROOT
 from training.config import describe
-from training.evaluation.rows import number
+from training.evaluation.rows import number, proportion
+from training.loop.state import mean_weights
 from training.overrides import override
 from training.presets import PRESETS, preset
 
@@ -135,7 +148,7 @@ def test_one_cpu_thread_is_timed_by_the_cpus_time():
 
 def test_every_entry_at_equal_budget_is_a_run_that_the_trainer_takes():
     models = ROOT / "benchmarks" / "models"
-    ran_once = {folder.name.removeprefix(equal_budget.PREFIX) for folder in models.glob("wrn28-*")}
+    ran_once = {folder.name.removeprefix(equal_budget.PREFIX) for folder in models.glob("wrn28-*")} - set(equal_budget.AVERAGES)
     assert len(ran_once) == 10
     assert ran_once <= set(equal_budget.ENTRIES)
     for name, entry in equal_budget.ENTRIES.items():
@@ -146,33 +159,137 @@ def test_every_entry_at_equal_budget_is_a_run_that_the_trainer_takes():
         if name in ran_once:  # the entry is what was run
             ran = json.loads((models / f"{equal_budget.PREFIX}{name}" / "config.json").read_text())["stages"][-1]
             epochs = entry.epochs or equal_budget.BUDGET / entry.passes
-            assert describe(override(stage, ["depth=28", "width=2", f"epochs={epochs:.2f}", *entry.settings])) == ran, name
+            now = describe(override(stage, ["depth=28", "width=2", f"epochs={epochs:.2f}", *entry.settings]))
+            assert {**now, "name": ran["name"]} == ran, name  # cifar10-wrn16 was called cifar10-small
 
 
-def test_rows_at_equal_budget_stand_beside_their_paired_difference(tmp_path):
-    def keep(name, good, n):
-        folder = tmp_path / f"{equal_budget.PREFIX}{name}"
-        folder.mkdir()
-        images = Images(dataset="cifar10", split="test", attack="pgd", norm="linf", eps=8 / 255)
-        row = number("accuracy_pgd20", float(np.mean(good)), n, images, "")
-        write_rows(folder / "metrics.json", [row])
-        np.savez(folder / "images.npz", **{row.key: np.array(good, bool)})
+def kept_run(models, name, rows, masks=()):
+    folder = models / f"{equal_budget.PREFIX}{name}"
+    folder.mkdir()
+    write_rows(folder / "metrics.json", rows)
+    if masks:
+        np.savez(folder / "images.npz", **{row.key: np.array(good, bool) for row, good in zip(rows, masks, strict=True)})
+
+
+def cells_of(text):
+    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()]
+    return {line[0].split("`")[1]: dict(zip(lines[0][1:], line[1:], strict=True)) for line in lines[2:]}
+
+
+PGD20 = Images(
+    dataset="cifar10", split="test", attack="pgd", norm="linf", eps=8 / 255, objective="ce", steps=20, step_over_eps=0.25, restarts=1
+)
+
+
+def test_a_proportion_at_equal_budget_stands_above_its_paired_difference_and_no_other(tmp_path):
+    def keep(name, good):
+        kept_run(tmp_path, name, [proportion("accuracy_pgd20", sum(good), len(good), PGD20, "")], [good])
 
     control = [1] * 60 + [0] * 40
-    keep("pgd7", control, 100)
-    keep("trades", [1] * 70 + [0] * 30, 100)
-    keep("dat", control[:50], 50)  # of other images: no pair
-    head, _, *lines = equal_budget.table(tmp_path)
-    cells = {line.split(" | ")[0].strip("| "): [cell.strip() for cell in line.strip("|").split(" | ")] for line in lines}
-    at = [name.strip() for name in head.strip("|").split(" | ")].index("minus control, paired")
+    keep("pgd7", control)
+    keep("trades", [1] * 70 + [0] * 30)
+    keep("dat", control[:50])  # of other images: no pair
+    kept = equal_budget_table.kept_rows(tmp_path)
+    found = {name: row["PGD-20 8/255"] for name, row in cells_of(equal_budget_table.table(kept, equal_budget_table.ACCURACY)).items()}
     half = 1.96 * (0.1 * 0.9) ** 0.5 / 10
-    assert cells["trades"][at] == f"+0.1000 [{0.1 - half:+.4f}, {0.1 + half:+.4f}]"
-    assert cells["pgd7"][at] == cells["dat"][at] == ""
+    assert found["trades"] == f"0.7 (n = 100)<br>+0.1000 [{0.1 - half:+.4f}, {0.1 + half:+.4f}] (n = 100)"
+    assert (found["pgd7"], found["dat"]) == ("0.6 (n = 100)", "1 (n = 50)")
 
 
-def test_the_table_of_equal_budget_is_that_of_the_kept_rows():
-    text = (ROOT / "docs" / "equal_budget.md").read_text()
-    assert "\n".join(equal_budget.table(ROOT / "benchmarks" / "models")) in text
+def test_figures_that_are_no_proportions_differ_by_independent_errors(tmp_path):
+    about = {"extractor": "resnet20", "stderr": 0.03}
+    for name, value in (("pgd7", 0.9), ("trades", 0.4)):
+        sampled = Images(**equal_budget_table.SAMPLED)
+        other = replace(sampled, steps=20)  # of another sampler: not comparable
+        rows = [number("kernel_distance_resnet20", value, 500, sampled, "", **about)]
+        kept_run(tmp_path, name, [*rows, number("kernel_distance_resnet20", 0.01, 900, other, "", **about)])
+    found = cells_of(equal_budget_table.table(equal_budget_table.kept_rows(tmp_path), equal_budget_table.SAMPLES))
+    half = 1.96 * 0.03 * 2**0.5
+    assert found["trades"]["KID, ResNet-20"] == f"0.4 ± 0.059 (n = 500)<br>-0.5000 [{-0.5 - half:+.4f}, {-0.5 + half:+.4f}]"
+
+
+def test_an_average_costs_what_its_runs_cost():
+    models = ROOT / "benchmarks" / "models"
+    kept = dict.fromkeys(("trades-w1", "ebjdat-light", "ebjdat-mean"))
+    (first_run, second, mean) = (line.split(" | ") for line in equal_budget_table.cost_table(models, kept).splitlines()[2:])
+    for column in (1, 2, 3):
+        parts = [float(run[column].strip(" |")) for run in (first_run, second)]
+        assert float(mean[column].strip(" |")) == pytest.approx(sum(parts), abs=0.11 if column == 2 else 0.02)
+    assert float(first_run[3].strip(" |")) == pytest.approx(1573 * 128 * 12.5 / 1e6, abs=0.005)
+
+
+def test_the_document_of_equal_budget_is_that_of_the_kept_rows():
+    models = ROOT / "benchmarks" / "models"
+    text = (ROOT / "docs" / "equal_budget.md").read_text(encoding="utf-8")
+    assert equal_budget_table.document(text, models) == text, "run python benchmarks/equal_budget.py benchmarks/models --document"
+    with Image.open(ROOT / "docs" / "pareto.png") as picture:  # which says what it shows
+        assert json.loads(picture.text["points"]) == equal_budget_table.points(equal_budget_table.kept_rows(models))
+
+
+def test_the_weights_of_an_average_are_the_fp32_mean(tmp_path):
+    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for file, value in zip(files, (1.0, 1.0 + 2**-10), strict=True):  # whose mean fp16 cannot hold
+        save_file({"w": torch.full((2,), value, dtype=torch.float16)}, file)
+    (mean,) = mean_weights(files).values()
+    assert mean.dtype == torch.float32
+    assert mean.tolist() == [1 + 2**-11] * 2
+
+
+def test_a_completed_row_keeps_figures_of_more_images(tmp_path):
+    many = [1] * 60 + [0] * 40
+    kept_run(tmp_path, "pgd7", [proportion("accuracy_pgd20", 60, 100, PGD20, "")], [many])
+    fewer = proportion("accuracy_pgd20", 5, 10, PGD20, "")
+    strong = proportion("accuracy_apgd", 3, 10, replace(PGD20, attack="apgd"), "")
+    folder = tmp_path / f"{equal_budget.PREFIX}pgd7"
+    equal_budget_rows.keep(folder, [fewer, strong], {fewer.key: np.ones(10, bool), strong.key: np.ones(10, bool)})
+    assert {row.metric: row.n for row in read_rows(folder / "metrics.json")} == {"accuracy_pgd20": 100, "accuracy_apgd": 10}
+    with np.load(folder / "images.npz") as images:
+        assert {key: len(images[key]) for key in images} == {fewer.key: 100, strong.key: 10}
+
+
+def test_what_evaluate_measures_are_the_measures_of_a_row():
+    assert tuple(equal_budget_rows.MEASURES) == equal_budget_entries.MEASURED
+
+
+def test_short_runs_continue_given_weights(tmp_path, monkeypatch):
+    weights = tmp_path / "warm.safetensors"
+    plan = equal_budget.Plan(tmp_path / "out", 9, (28, 2), (), 1.0, time.monotonic() + 60, warm=weights)
+    called = []
+
+    def call(plan, words, name, what):
+        called.append(words)
+        made = plan.out / "runs" / name / "stage" / "weights.safetensors"
+        made.parent.mkdir(parents=True)
+        made.touch()
+
+    monkeypatch.setattr(equal_budget.Plan, "call", call)
+    for name in ("pgd7-half", "ebjdat-released"):
+        plan.train(name)
+    assert [words[words.index("--init") + 1] for words in called] == [str(weights)] * 2
+    epochs = [float(next(word for word in words if word.startswith("epochs=")).removeprefix("epochs=")) for words in called]
+    passes = [equal_budget.ENTRIES[name].passes for name in ("pgd7-half", "ebjdat-released")]
+    assert [a * b for a, b in zip(epochs, passes, strict=True)] == pytest.approx([9, 9], rel=0.01)
+
+
+def test_the_released_codes_settings_are_those_of_the_reference():
+    entry = equal_budget.ENTRIES["ebjdat-released"]
+    stage = override(preset(entry.method, "small", "cifar10"), [*entry.settings])
+    method = stage.method
+    assert (method.w1, method.w2, method.w3 * method.clean_weight, method.w3 * (1 - method.clean_weight)) == (1, 0.1, 1, 1)
+    assert (method.inner, method.alignment, method.energy_penalty, method.w1_ramp) == ("released", "released", 0, 0)
+    assert (method.attack.steps, method.attack.step_over_eps, method.attack.start) == (5, 0.25, "uniform")
+    assert (stage.threat.norm, stage.threat.eps) == ("linf", 4 / 255)  # 8/255 of [-1,1]
+    assert (method.chains.steps, method.chains.conditional, method.chains.noise_std, method.data_noise) == (10, False, 0, 0.015)
+    assert (type(stage.sharpness).__name__, stage.sharpness.rho, stage.frozen_norm, stage.lr) == ("Asam", 2.0, False, 0.01)
+
+
+def test_the_table_of_cells_is_that_of_the_json():
+    rows = json.loads((ROOT / "benchmarks" / "digits_cells.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert tables.placed(text, "cells", digits_cells.table(rows)) == text, "run python benchmarks/digits_cells.py --table"
+    for row in rows:
+        for figure, what in (("accuracy_clean", "clean"), ("accuracy_pgd20", "robust")):
+            assert row[what].count("1") / len(row[what]) == pytest.approx(row[figure])
 
 
 def test_the_robustness_measured_on_a_gpu_is_that_of_the_kept_per_image_results():
@@ -197,7 +314,7 @@ def test_the_robustness_measured_on_a_gpu_is_that_of_the_kept_per_image_results(
         key = row.key
         shares = [results[name][key].mean() for name in files]
         digits = 4 if said == "PGD-20 on cross-entropy" else 3
-        cells = [said, *(f"{share:.{digits}f}" for share in shares), equal_budget.difference(files["ebjdat"], files["fgsm-rs"], key)]
+        cells = [said, *(f"{share:.{digits}f}" for share in shares), equal_budget_table.difference(files["ebjdat"], files["fgsm-rs"], key)]
         assert f"| {' | '.join(cells)} | {len(results['ebjdat'][key]):,} |" in text
 
 

@@ -119,6 +119,7 @@ def test_ebjdat_and_jem_losses_equal_an_independent_float64_computation(batch):
         "absolute": abs(e_adv - e).mean(),
         "relative": abs((e_adv - e).mean()) / e.std(ddof=1),
         "kl": (softmax(f, axis=1) * (log_softmax(f, axis=1) - log_softmax(g, axis=1))).sum(axis=1).mean(),
+        "released": e_plain.mean() - e_adv.mean(),
     }
     for kind, h2 in gaps.items():
         loss = EbJdat(alignment=kind, **common).loss(net, batch, Still(), NOW).loss
@@ -141,6 +142,24 @@ def test_ebjdat_that_climbs_kl_finds_the_x_adv_of_trades(batch):
     joint = EbJdat(w1=0.0, w2=6.0, alignment="kl", inner="kl", clean_weight=1.0, energy_penalty=0.0)
     expected = Trades(beta=6.0).loss(net, batch, NoState(), NOW).loss
     torch.testing.assert_close(joint.loss(net, batch, Still(), NOW).loss, expected)
+
+
+def test_the_released_inner_loop_raises_the_labels_logit_and_is_not_brought_back_into_the_ball(batch):
+    """Five sign steps of eps/4 from a uniform start in the ball, clipped to the box alone."""
+    net, eps, seed = Toy(), 0.1, torch.Generator()
+    now = StepContext(Threat("linf", eps), Noise(seed.manual_seed(1)), 0.5)
+    found = EbJdat(inner="released", attack=Attack(steps=5)).solve(net, batch, Chained(), now).x_adv
+    clean, rows = net(batch.image).detach(), torch.arange(6)
+    x = (batch.image + eps * (2 * Noise(seed.manual_seed(1)).uniform(*batch.image.shape) - 1)).clamp(0, 1)
+    for _ in range(5):
+        x = x.detach().requires_grad_()
+        logits = net(x)
+        turn = 2 - 2 * F.cosine_similarity(logits, clean, dim=1)
+        (gradient,) = torch.autograd.grad((logits[rows, LABEL] + turn).sum(), x)
+        x = (x + eps / 4 * gradient.sign()).clamp(0, 1)
+    torch.testing.assert_close(found, x.detach())
+    assert (found - batch.image).abs().max() > 1.2 * eps
+    assert net(found)[rows, LABEL].mean() > clean[rows, LABEL].mean()  # easier images, not harder ones
 
 
 def test_dat_loss_equals_an_independent_float64_computation(batch):

@@ -153,10 +153,13 @@ def pgd(model: nn.Module, image: Tensor, label: Tensor, *, objective: Objective,
     return x_adv
 
 
-def attacking(image: Tensor, label: Tensor, *, objective: Objective, threat: Threat, attack: Attack, noise: Noise) -> Search:
-    """Return ``pgd`` as an inner loop, which may share its passes with others."""
+def attacking(
+    image: Tensor, label: Tensor, *, objective: Objective, threat: Threat, attack: Attack, noise: Noise, projected: bool = True
+) -> Search:
+    """Return ``pgd`` as an inner loop, which may share its passes with others; not ``projected``: it may leave the ball."""
     x_adv = begin(image, threat, attack.start, noise)
-    return (yield from climbing(x_adv, label, objective, threat, attack.steps, attack.step_over_eps * threat.eps, image))
+    kept_in = threat if projected else Threat(threat.norm, torch.inf)
+    return (yield from climbing(x_adv, label, objective, kept_in, attack.steps, attack.step_over_eps * threat.eps, image))
 
 
 def climb(network: Classifier, x: Tensor, label: Tensor, objective: Objective, threat: Threat, steps: int, step_size: float) -> Tensor:

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebjdat_serve.energy import energy
+from ebjdat_serve.energy import energy, joint_energy
 from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached, forward
-from training.methods.adversary import INNER, Attack, Classifier, Objective, cross_entropy, divergence, frozen, together
+from training.methods.adversary import INNER, Attack, Classifier, Objective, Search, attacking, cross_entropy, divergence, frozen, together
 from training.methods.at import divergence_from, objective_search
 from training.methods.jem import blurred, energy_log, generative, penalty, ramp, start_chains
 from training.methods.replay import ChainConfig, ReplayBuffer
 
-ALIGNMENTS = ("relative", "mean", "absolute", "paper", "kl")
+ALIGNMENTS = ("relative", "mean", "absolute", "paper", "kl", "released")
 
 
 def alignment(energy_x: Tensor, energy_adv: Tensor, kind: str) -> Tensor:
@@ -42,6 +44,18 @@ def classification(logits: Tensor, logits_adv: Tensor, label: Tensor, clean_weig
     return clean_weight * clean + (1 - clean_weight) * adversarial
 
 
+def released_objective(network: Classifier, image: Tensor) -> Objective:
+    """Return what the released code's adversary raises: f(x_adv)[y] + ||f(x)/||f(x)|| - f(x_adv)/||f(x_adv)|| ||^2, f(x) held constant."""
+    with torch.no_grad():
+        direction = F.normalize(network(image), dim=1)
+
+    def objective(logits_adv: Tensor, label: Tensor) -> Tensor:
+        turn = (direction - F.normalize(logits_adv, dim=1)).square().sum(dim=1)
+        return turn - joint_energy(logits_adv, label)
+
+    return objective
+
+
 @dataclass(frozen=True)
 class EbJdat(Method[ReplayBuffer]):
     """min -(w1 h1 + w2 h2 + w3 h3) with x_adv raising ``inner`` (ce | energy | joint_energy) and x_neg from ``chains``."""
@@ -54,12 +68,12 @@ class EbJdat(Method[ReplayBuffer]):
     clean_weight: float = 0.3  # share of the clean image in h3
     energy_penalty: float = 0.002
     data_noise: float = 0.015  # on the images whose likelihood is raised
-    inner: str = "ce"  # objective of the inner maximisation; kl: KL(p || q), as in TRADES
+    inner: str = "ce"  # objective of the inner maximisation; kl: KL(p || q), as in TRADES; released: that of the released code
     attack: Attack = Attack(steps=5)
     chains: ChainConfig = ChainConfig(conditional=True, noise_std=0.005)
 
     def __post_init__(self) -> None:
-        inners = (*INNER, "kl")
+        inners = (*INNER, "kl", "released")
         if self.alignment not in ALIGNMENTS or self.inner not in inners:
             raise ValueError(
                 f"alignment is one of {', '.join(ALIGNMENTS)}, inner of {', '.join(inners)}: not {self.alignment}, {self.inner}"
@@ -71,9 +85,16 @@ class EbJdat(Method[ReplayBuffer]):
     def solve(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Batch:
         """Add x_adv and x_neg, and Gaussian noise to the p(x) stream."""
         with frozen(model) as network:
-            search = objective_search(batch, self.objective(network, batch.image), self.attack, context)
-            x_adv, x_neg = together(network, search, state.walk(context.noise))
+            x_adv, x_neg = together(network, self.search(network, batch, context), state.walk(context.noise))
         return replace(batch, x_adv=x_adv, x_neg=x_neg, plain=blurred(batch.plain, self.data_noise, context))
+
+    def search(self, network: Classifier, batch: Batch, context: StepContext) -> Search:
+        """Return the inner loop to x_adv; the released code does not bring it back into the ball."""
+        if self.inner != "released":
+            return objective_search(batch, self.objective(network, batch.image), self.attack, context)
+        objective = released_objective(network, batch.image)
+        image, label, threat, noise = batch.image, batch.label, context.threat, context.noise
+        return attacking(image, label, objective=objective, threat=threat, attack=self.attack, noise=noise, projected=False)
 
     def objective(self, network: Classifier, image: Tensor) -> Objective:
         """Return what the adversary raises."""
@@ -88,6 +109,8 @@ class EbJdat(Method[ReplayBuffer]):
         h1 = generative(energy_plain, energy_neg)
         if self.alignment == "kl":  # TRADES aligns E(x) and E(x_adv) by itself (arXiv 2407.06315)
             h2 = divergence(logits, logits_adv).mean()
+        elif self.alignment == "released":  # raises E(x_adv), the sign opposite to the paper's; of other images than x_adv's
+            h2 = generative(energy_plain, energy_adv)
         else:  # of the whole batch: a quotient of its statistics is no mean over ranks
             everyone = context.ranks.everywhere(energy_x, energy_adv)
             h2 = alignment(everyone[0], everyone[1], self.alignment)
