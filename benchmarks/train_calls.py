@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Calls of a training step, which a GPU waits for in a small network: `python benchmarks/train_calls.py [--json FILE] [--as NAME]`.
 
-Counted on the CPU by the profiler, at the depth and width of the preset and a batch of eight images of 8 x 8, neither of which they depend
-on: calls of ATen that no other call of ATen made, by part of the step, and reads of the host, for which it waits until the device is done.
+Counted on the CPU by the profiler, of EB-JDAT and its warm start on WRN-16-4, with a batch of eight images of 8 x 8, on neither of which
+they depend: calls of ATen that no other call of ATen made, by part of the step, and reads of the host, for which it waits until the device
+is done.
 ``captured``: as on a GPU, where the passes of inner loops are recorded and a launch counts as one; the launches are played on the CPU.
 """
 
@@ -23,8 +24,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.train_step import Step, random_data
 from training.config import Preset
 from training.methods import passes
-from training.presets import CIFAR10
+from training.presets import refreshed
 
+JOINT = refreshed("large", "wrn16-4", "wrn16-4-fgsm")
+"""EB-JDAT as ``cifar10-wrn16`` has it, on WRN-16-4."""
 Row = dict[str, Any]
 PARTS = ("data and augmentation", "inner problem", "loss and gradient", "optimiser, average, log")
 READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero")
@@ -122,9 +125,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[Row] = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.is_file() else []
     rows = [row for row in rows if row["at"] != options.title]
-    assert CIFAR10.warm_start is not None
+    assert JOINT.warm_start is not None
     for road, warm in ((nullcontext, 1), (captured, WARM)):
-        for stage in (CIFAR10, CIFAR10.warm_start):
+        for stage in (JOINT, JOINT.warm_start):
             with road():
                 calls, reads = counted(stage, warm)
             parts = {part: sum(found.values()) for part, found in calls.items()}

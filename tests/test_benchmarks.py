@@ -22,6 +22,7 @@ from benchmarks import (
     equal_budget_rows,
     equal_budget_table,
     explanations,
+    gpu_hours,
     gpu_parallel,
     load,
     priors,
@@ -32,17 +33,27 @@ from ebjdat_serve.bundle import read_rows, write_rows
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.rows import Images, first, parse_rows, rows_where
 from tests.conftest import ROOT
-from training.config import describe
+from training.config import describe, stages
 from training.evaluation.rows import number, proportion
 from training.loop.state import mean_weights
 from training.overrides import override
-from training.presets import PRESETS, preset
+from training.presets import CIFAR10_SMALL, PRESETS, preset
 
 
 def test_the_documents_tables_are_those_of_the_json(shipped):
     rows = json.loads((ROOT / "benchmarks" / "engines.json").read_text())
     text = (ROOT / "docs" / "engines.md").read_text()
     assert engines.document(text, rows, shipped) == text
+
+
+def test_the_hours_of_a_gpu_are_those_that_are_computed():
+    text = gpu_hours.PAGE.read_text()
+    assert gpu_hours.document(text) == text, "python benchmarks/gpu_hours.py --document"
+    for stage, row in zip(stages(CIFAR10_SMALL), ("warm-fgsm", "warm", "trades-w1", "ebjdat-light"), strict=True):
+        made = gpu_hours.passes(stage)
+        assert made.inner + made.update == equal_budget.ENTRIES[row].passes
+    to_image, to_weights = (gpu_hours.flops_of_pass(CIFAR10_SMALL.architecture, update=update) for update in (False, True))
+    assert to_weights / to_image == pytest.approx(1.5, rel=0.01)  # the gradient to the weights costs as much as the one to the image
 
 
 def test_the_tables_of_serving_are_those_of_the_json():

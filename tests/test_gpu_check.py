@@ -16,6 +16,7 @@ from benchmarks import gpu_check
 from benchmarks.gpu_check import Step
 from tests.conftest import ROOT, until
 from training.data.datasets import data_root
+from training.loop.state import load_position
 
 ROW = {"name": "torch cuda fp32 classify batch 1", "value": 2.0, "unit": "images/s", "network": "WRN-16-2"}
 
@@ -307,7 +308,6 @@ def test_what_is_packed_is_the_data_that_is_here(tmp_path):
     subprocess.run(["rm", "-r", folder], check=True)
 
 
-SHORT = ["--set", "epochs=0.2", "warm_start.epochs=0.2", "chains.steps=1", "attack.steps=1"]
 GPU_TRAIN = ["bash", str(ROOT / "training" / "gpu_train.sh")]
 
 
@@ -324,8 +324,35 @@ def test_training_on_a_gpu_ends_where_the_check_fails(tmp_path):
 @pytest.mark.slow
 def test_training_on_a_gpu_saves_and_goes_on(tmp_path):
     env = {**os.environ, "CHECKED": "1", "PYTHON": sys.executable, "EBJDAT_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    first = subprocess.run([*GPU_TRAIN, "digits", "--max-minutes", "0.01", *SHORT], env=env, capture_output=True, text=True, check=False)
-    again = subprocess.run([*GPU_TRAIN, "digits", *SHORT], env=env, capture_output=True, text=True, check=True)
-    assert (tmp_path / "gpu-digits" / "digits" / "weights.safetensors").is_file()
-    assert "train.py: " in first.stderr or "trained" in first.stdout
+    words = [*GPU_TRAIN, "digits", "--set", "epochs=0.2", "warm_start.epochs=6", "chains.steps=1", "attack.steps=1"]
+    warm = tmp_path / "gpu-digits" / "digits-fgsm"
+    over = tmp_path / "bin" / "timeout"  # whose time is over when training has begun, however long that takes
+    over.parent.mkdir()
+    over.write_text(
+        f"""#!/bin/sh
+shift 3
+"$@" & child=$!
+until [ -s {warm}/log.jsonl ]; do kill -0 $child || exit 1; sleep 0.05; done
+kill -TERM $child; wait $child; exit 124
+""",
+        encoding="utf-8",
+    )
+    over.chmod(0o755)
+    shorter = {**env, "PATH": f"{over.parent}:{env['PATH']}"}
+    for limit, where in (("0.02", env), ("9", shorter)):  # before the first step, and after some
+        stopped = subprocess.run([*words, "--max-minutes", limit], env=where, capture_output=True, text=True, check=False)
+        assert (stopped.returncode, "the same command goes on with it" in stopped.stderr) == (124, True), stopped.stderr
+    assert 0 < load_position(warm / "state.pt").step < 102
+    assert not (warm / "weights.safetensors").exists()
+    again = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
     assert "trained" in again.stdout
+    assert load_position(warm / "state.pt").step == 102  # no stage was shortened
+    assert (tmp_path / "gpu-digits" / "digits" / "weights.safetensors").is_file()
+
+
+def test_a_limit_that_is_no_number_is_refused_before_the_check(tmp_path):
+    env = {**os.environ, "EBJDAT_RUNS": str(tmp_path / "runs")}
+    for words in (["--max-minutes", "soon"], ["--max-minutes"], ["digits", "--max-minutes=-1"]):
+        done = subprocess.run([*GPU_TRAIN, *words], env=env, capture_output=True, text=True, check=False)
+        assert (done.returncode, "--max-minutes takes a number" in done.stderr) == (2, True)
+    assert not (tmp_path / "runs").exists()

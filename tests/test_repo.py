@@ -10,6 +10,7 @@ import threading
 import time
 import tomllib
 from contextlib import nullcontext
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import packages_distributions
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 import ebjdat_serve
+from benchmarks.equal_budget_entries import ENTRIES
 from benchmarks.methods import SEEDS, table
 from tests import conftest
 from tests.conftest import ROOT
@@ -123,6 +125,27 @@ def test_the_shipped_recipe_is_what_was_trained_at_equal_budget(i, row):
         "sample",
         "averaged_with",
     }
+
+
+def test_the_shipped_recipe_begins_as_the_runs_at_equal_budget_did():
+    """No weights of the FGSM-RS run were kept: the preset is compared with its entry."""
+    entry = ENTRIES["warm-fgsm"]
+    ran = override(preset(entry.method, "small", "cifar10"), ["depth=28", "width=2", f"epochs={entry.epochs}", *entry.settings])
+    here = describe(stages(PRESETS["cifar10-small"])[0])
+    assert {name for name, value in describe(ran).items() if here[name] != value} == {"name", "sample"}
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-full"])
+def test_recipes_for_a_gpu_are_the_shipped_one_on_wider_networks(name):
+    for here, small in zip(stages(PRESETS[name]), stages(PRESETS["cifar10-small"]), strict=True):
+        assert here.architecture != small.architecture
+        same = {
+            "name": small.name,
+            "architecture": small.architecture,
+            "warm_start": small.warm_start,
+            "averaged_with": small.averaged_with,
+        }
+        assert replace(here, **same) == small
 
 
 def test_warm_starts_exist_and_share_the_network():

@@ -15,7 +15,7 @@ from PIL import Image
 from ebjdat_serve.bundle import Bundle
 from tests.conftest import ROOT
 from training.card import card
-from training.config import stages
+from training.config import stages, together
 from training.data.datasets import load, load_extra
 from training.errors import DataError, OutOfTime, TrainingDiverged, TrainingError
 from training.loop.bundle_writer import Origin, draft_bundle
@@ -27,7 +27,7 @@ from training.loop.state import Position, State, load_position, load_weights, pr
 from training.overrides import override
 from training.presets import DIGITS, preset
 from training.pseudo_label import pseudo_label
-from training.refresh import lock, refresh
+from training.refresh import lock, reached, refresh
 
 CPU = torch.device("cpu")
 WARM = stages(DIGITS)[0]
@@ -146,6 +146,46 @@ def test_a_killed_recipe_of_two_averaged_runs_goes_on_to_the_same_mean(tmp_path)
     first = tmp_path / "run" / "start" / "weights.safetensors"
     branched = refresh(stage, tmp_path / "branched", init=first, clock=Clock(), suite=None, device=CPU)  # both runs begin with the file
     assert torch.equal(load_weights(branched)["stem.weight"], mean["stem.weight"])
+
+
+def test_what_starts_from_averaged_runs_starts_from_their_mean(tmp_path):
+    """At rate 0 a stage ends with what it began with."""
+    pair = replace(WARM, name="pair", epochs=0.2, averaged_with=replace(WARM, name="half", epochs=0.2, lr=0.01))
+    stage = replace(DIGITS, epochs=0.2, lr=0.0, warm_start=pair, averaged_with=replace(DIGITS, name="other", epochs=0.2, lr=0.0))
+    todo = stages(stage)
+    assert [each.name for each in todo] == ["half", "pair", "other", "digits"]
+    assert [together(todo, i) for i in range(4)] == [range(2), range(2), range(2, 4), range(2, 4)]
+    refresh(stage, tmp_path, init=None, clock=Clock(), suite=None, device=CPU)
+    mean = load_weights(tmp_path / "pair" / "averaged.safetensors")["stem.weight"]
+    for name in ("digits/weights.safetensors", "other/weights.safetensors", "digits/averaged.safetensors"):
+        torch.testing.assert_close(load_weights(tmp_path / name)["stem.weight"], mean, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(load_weights(tmp_path / "pair" / "weights.safetensors")["stem.weight"], mean, rtol=1e-3)
+
+
+def test_the_second_of_two_averaged_runs_leaves_the_first_to_be_continued(tmp_path):
+    stage = replace(WARM, name="pair", epochs=0.3, averaged_with=replace(WARM, name="half", epochs=0.5))
+    todo = stages(stage)
+
+    class Uneven(Ticks):
+        """Three steps for the first run, and as many as it wants for the second."""
+
+        def allot(self, share):
+            self.ticks = 3 if share < 1 else 99
+
+    for clock, steps in ((Uneven(0), [3, 6]), (Clock(), [9, 6])):
+        mean = load_weights(refresh(stage, tmp_path, init=None, clock=clock, suite=None, device=CPU))["stem.weight"]
+        assert [load_position(tmp_path / each.name / "state.pt").step for each in todo] == steps
+        assert reached(todo, 1, tmp_path).step == sum(steps)
+        own, its = (load_weights(tmp_path / name / "weights.safetensors")["stem.weight"] for name in ("pair", "half"))
+        torch.testing.assert_close(mean, (own + its) / 2, rtol=1e-6, atol=1e-7)
+
+
+def test_recipes_that_cannot_be_run_are_refused():
+    other = replace(WARM, name="other")
+    with pytest.raises(ValueError, match="different names"):
+        replace(DIGITS, averaged_with=replace(other, name="digits"))
+    with pytest.raises(ValueError, match="two runs are averaged"):
+        replace(DIGITS, averaged_with=replace(other, averaged_with=replace(WARM, name="third")))
 
 
 class Interrupting(Clock):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.train_calls import LAUNCH, PARTS, WARM, captured, counted
+from benchmarks.train_calls import JOINT, LAUNCH, PARTS, WARM, captured, counted
 from benchmarks.train_step import random_data
 from ebjdat_serve.networks.wideresnet import WideResNet
 from tests.conftest import ROOT
@@ -23,7 +23,7 @@ from training.loop.start import new_optimiser, new_state
 from training.loop.validator import Validator
 from training.methods import passes
 from training.methods.adversary import Ask, Attack, Threat, attacking, cross_entropy, frozen, together
-from training.presets import CIFAR10, DIGITS
+from training.presets import DIGITS
 
 HOW = {"objective": cross_entropy, "threat": Threat("linf", 0.1), "attack": Attack(3)}
 KEPT = json.loads((ROOT / "benchmarks" / "train_calls.json").read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ def kept(at, stage, road):
 
 
 @pytest.mark.parametrize(
-    ("stage", "warm", "most"), [(CIFAR10, 0, 0.56), (CIFAR10.warm_start, 0, 0.63), (CIFAR10, WARM, 0.34), (CIFAR10.warm_start, WARM, 0.51)]
+    ("stage", "warm", "most"), [(JOINT, 0, 0.56), (JOINT.warm_start, 0, 0.63), (JOINT, WARM, 0.34), (JOINT.warm_start, WARM, 0.51)]
 )
 def test_a_step_asks_no_more_of_its_device_than_is_kept(stage, warm, most):
     before, now = kept("985fe67", stage, False), kept("now", stage, bool(warm))

@@ -27,7 +27,7 @@ from training.loop.clock import Clock
 from training.loop.divergence import diverged
 from training.loop.loop import learning_rate, train
 from training.loop.start import new_state
-from training.loop.state import load_position, save_weights
+from training.loop.state import load_position, load_weights, save_weights
 from training.loop.stream import Stream
 from training.methods import StepContext, replay
 from training.methods.adversary import Attack, Threat, cross_entropy
@@ -36,6 +36,7 @@ from training.methods.ebjdat import EbJdat
 from training.methods.replay import ChainConfig
 from training.overrides import listing, override
 from training.presets import DIGITS, preset
+from training.refresh import refresh
 from training.train import main
 
 CPU = torch.device("cpu")
@@ -253,6 +254,30 @@ def test_a_short_time_is_shared_by_the_stages_and_ends_with_a_bundle(tmp_path, m
     assert bundle.manifest.name == "digits"
     assert 0 < bundle.manifest.provenance.steps < bundle.manifest.provenance.planned_steps
     assert 0 < load_position(tmp_path / "short" / "digits-fgsm" / "state.pt").step < 340
+
+
+@pytest.mark.slow
+def test_a_recipe_of_two_averaged_runs_publishes_their_mean_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(context.SUITES, "quick", Suite(*[20, 5, 5, 0, 0, 0, 2, 5, 1, 5, 10], queries=5, thorough=False))
+    monkeypatch.setattr("training.evaluate.USUAL", ("clean", "robustness", "landscape"))
+    short = {"epochs": 0.5, "method": FEW}
+    start = replace(WARM, name="start", epochs=3, warm_start=replace(WARM, epochs=3))
+    stage = replace(DIGITS, warm_start=start, averaged_with=replace(DIGITS, name="other", lr=0.01, **short), **short)
+    run, how = tmp_path / "run", {"init": None, "suite": "quick", "device": CPU}
+    home = refresh(stage, run, clock=Clock(), **how)
+    bundle = Bundle.load(home)
+    own, its = (load_weights(run / name / "weights.safetensors") for name in ("digits", "other"))
+    for name, value in load_weights(home / "weights.safetensors").items():
+        torch.testing.assert_close(value, (own[name] + its[name]) / 2, rtol=1e-6, atol=1e-7)
+    said = bundle.manifest.provenance
+    assert (said.steps, said.planned_steps) == (18, 18)  # nine of each
+    assert said.configuration["averaged_with"]["lr"] == 0.01
+    assert (said.configuration["lr"], said.configuration["warm_start"]) == (stage.lr, "start")
+    text = (home / "README.md").read_text(encoding="utf-8")
+    assert "the mean of two runs from one start, this one and `other`" in text
+    assert "The column `warm start` is of `start`" in text
+    assert {folder.parent.name for folder in run.glob("*/bundle")} == {"start", "digits"}  # what the card compares
+    assert refresh(stage, run, clock=Clock(), **how) == home  # nothing is left to do
 
 
 @pytest.mark.slow

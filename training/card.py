@@ -109,7 +109,7 @@ def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
     return f"""{title(m)}
 {network_name(m.architecture)} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
 Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, started {p.started}:
-{p.steps} of {p.planned_steps} planned steps, rolled back for divergence {p.rollbacks} times. Data sha256 {p.data_sha256[:16]}.
+{p.steps} of {p.planned_steps} planned steps, rolled back for divergence {p.rollbacks} times. {about_mean(bundle)}Data sha256 {p.data_sha256[:16]}.
 
 ![samples: one column per class, seeds in order, not selected](samples.png)
 
@@ -138,6 +138,14 @@ class Gaussian; it is not an exact draw from p(x|y).
 
 {licence(p.dataset)} {about_fid(rows)}
 """
+
+
+def about_mean(bundle: Bundle) -> str:
+    """Return a sentence on the two runs whose mean the weights are, if they are one."""
+    other = bundle.manifest.provenance.configuration.get("averaged_with")
+    if not other:
+        return ""
+    return f"The weights are the mean of two runs from one start, this one and `{other['name']}`; steps are of both.\n"
 
 
 def about_baseline(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:

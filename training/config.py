@@ -82,6 +82,11 @@ class Preset:
             raise ValueError("lr_peak must be from 0 to below 1, and eps finite")
         if self.size:
             self.architecture.check_images(self.size, self.size)
+        names = [stage.name for stage in (self, self.warm_start, self.averaged_with) if stage is not None]
+        if len(set(names)) < len(names):  # a run has a folder for each
+            raise ValueError(f"the stages of a recipe need different names, not {', '.join(names)}")
+        if self.averaged_with is not None and self.averaged_with.averaged_with is not None:
+            raise ValueError("two runs are averaged, and not more: averaged_with has an averaged_with")
 
 
 SHARED = ("seed", "dataset", "size", "flip", "architecture", "threat", "prior_rank", "sample", "precision", "extra", "extra_fraction")
@@ -107,9 +112,11 @@ def continuing(stage: Preset) -> list[Preset]:
     return [replace(alike(stage, stage.averaged_with), warm_start=stage.warm_start), stage]
 
 
-def start_of(todo: Sequence[Preset], i: int) -> int:
-    """Return which of the stages ``todo`` gives stage i its first weights; -1: none does."""
-    return i - 1 if todo[i].averaged_with is None else i - 2
+def together(todo: Sequence[Preset], i: int) -> range:
+    """Return which of the stages ``todo`` stage i belongs with: itself, or the two that are averaged. The one before is their start."""
+    if todo[i].averaged_with is not None:
+        return range(i - 1, i + 1)
+    return range(i, i + 2) if i + 1 < len(todo) and todo[i + 1].averaged_with is not None else range(i, i + 1)
 
 
 def describe(stage: Preset) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def listing() -> str:
     summaries = {
         "cifar10-small": "about 15 hours on one core; the parts are measured in docs/equal_budget.md",
         "cifar10-wrn16": reached,
-        "cifar10": "for a GPU; not measured yet",
-        "cifar10-full": "cifar10-small on WRN-28-10, for a GPU; not measured yet",
+        "cifar10": "cifar10-small on WRN-16-4, for a GPU; not measured yet",
+        "cifar10-full": "cifar10-small on WRN-28-10, for a GPU; not measured yet, an estimate is in docs/training.md",
         "digits": "about a minute on one core",
     }
     lines += [f"  {name:22}{summaries.get(name, 'not measured')}" for name in PRESETS]

@@ -17,7 +17,7 @@ from ebjdat_serve.folders import ensure_folder, folder, unwritable
 from ebjdat_serve.locking import Held, exclusive_lock
 from ebjdat_serve.rows import rows_where
 from ebjdat_serve.store import next_revision, publish, withhold
-from training.config import Preset, continuing, describe, stages, start_of
+from training.config import Preset, continuing, describe, stages, together
 from training.data.datasets import Dataset, load, load_extra
 from training.distributed import Ranks
 from training.errors import HeldBack, TrainingError
@@ -25,7 +25,7 @@ from training.loop.bundle_writer import Origin, draft_bundle, git_commit
 from training.loop.clock import Clock
 from training.loop.loop import total_steps, train
 from training.loop.start import check_images
-from training.loop.state import load_position, mean_weights, save_weights
+from training.loop.state import Position, load_position, mean_weights, save_weights
 from training.report import write_report
 
 log = logging.getLogger("training")
@@ -72,13 +72,10 @@ def refresh(
         ranks.leave()
         if suite is None or origin is None:
             return weights
-        baseline, last = None, len(todo) - 1
-        for i in range(last + 1):
-            if i not in (start_of(todo, last), last):  # the card compares with where the last stage started
-                continue
-            before = sum(load_position(run / other.name / "state.pt").rollbacks for other in todo[:i])
-            bundle = finish(todo[i], data, run / todo[i].name, suite=suite, baseline=baseline, origin=origin, before=before, last=i == last)
-            baseline = bundle.path / "metrics.json"
+        last, baseline = len(todo) - 1, None
+        if (start := together(todo, last).start - 1) >= 0:  # the card compares with where the last stage started
+            baseline = finish(todo, start, data, run, suite=suite, baseline=None, origin=origin).path / "metrics.json"
+        bundle = finish(todo, last, data, run, suite=suite, baseline=baseline, origin=origin)
         return deliver(bundle, data, run, store or run / "store", force)
 
 
@@ -117,42 +114,40 @@ def train_stages(
     todo: list[Preset], data: Dataset, run: Path, *, init: Path | None, clock: Clock, device: torch.device, ranks: Ranks, tensorboard: bool
 ) -> Path:
     """Train or resume each stage from the weights that it starts with, and return the path of the weights to publish."""
-    trained: list[Path] = []
-    steps = [total_steps(stage, len(data.train)) for stage in todo]
+    given: list[Path] = []  # by each stage, to those after it
     for i, stage in enumerate(todo):
-        folder = run / stage.name
+        folder, group = run / stage.name, together(todo, i)
         taken = [load_position(run / other.name / "state.pt").step for other in todo[i:]]
-        unfinished = taken[0] < steps[i] or not (folder / "weights.safetensors").is_file()
-        start = start_of(todo, i)
-        # a stage that ran out of time is not continued once a later one started from it
-        begun = any(taken[1:]) and not (i + 1 < len(todo) and start_of(todo, i + 1) < i)
+        left = [max(0, total_steps(other, len(data.train)) - step) for other, step in zip(todo[i:], taken, strict=True)]
+        unfinished = left[0] > 0 or not (folder / "weights.safetensors").is_file()
+        begun = any(taken[group.stop - i :])  # a stage that ran out of time is not continued once a later one started from it
         if ranks.agree(unfinished and not begun):
             if ranks.rank == 0:
                 say(f"train {stage.name} in {folder}")
-            share = (steps[i] - taken[0] + 1) / (sum(steps[i:]) - taken[0] + 1)
-            clock.allot(share if len(taken) == 1 else min(share, 0.5))  # steps of a warm start are cheaper
-            train(
-                stage,
-                data,
-                folder,
-                init=trained[start] if start >= 0 else init,
-                clock=clock,
-                device=device,
-                ranks=ranks,
-                tensorboard=tensorboard,
-            )
+            share = (left[0] + 1) / (sum(left) + 1)
+            clock.allot(min(share, 0.5) if any(left[1:]) else share)  # steps of a warm start are cheaper
+            start = given[group.start - 1] if group.start else init
+            train(stage, data, folder, init=start, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
             if ranks.rank == 0:
                 write_report(folder, stage)
-        trained.append(folder / "weights.safetensors")
-    published = published_weights(todo[-1], run / todo[-1].name)
-    if published != trained[-1] and ranks.rank == 0:
-        save_weights(mean_weights(trained[-2:]), published)
-    return published
+        if stage.averaged_with is not None:
+            if ranks.rank == 0:
+                save_weights(mean_weights([given[-1], folder / "weights.safetensors"]), weights_given(stage, folder))
+            ranks.wait()
+        given.append(weights_given(stage, folder))
+    return given[-1]
 
 
-def published_weights(stage: Preset, folder: Path) -> Path:
+def weights_given(stage: Preset, folder: Path) -> Path:
     """Return the file of the weights that a stage gives: its own, or their mean with those of the stage that it is averaged with."""
     return folder / ("weights.safetensors" if stage.averaged_with is None else "averaged.safetensors")
+
+
+def reached(todo: list[Preset], i: int, run: Path) -> Position:
+    """Return how far stage i is: steps and seconds with those of the run that it is averaged with, rollbacks of all until there."""
+    positions = [load_position(run / stage.name / "state.pt") for stage in todo[: i + 1]]
+    own = positions[together(todo, i).start :]
+    return Position(sum(one.step for one in own), sum(one.seconds for one in own), sum(one.rollbacks for one in positions))
 
 
 @contextmanager
@@ -169,12 +164,10 @@ def lock(run: Path) -> Iterator[None]:
         yield
 
 
-def finish(
-    stage: Preset, data: Dataset, folder: Path, *, suite: str, baseline: Path | None, origin: Origin, before: int, last: bool
-) -> Bundle:
-    """Return the evaluated bundle of one stage's weights: export, parity, calibration, evaluation; ``before``: earlier rollbacks.
+def finish(todo: list[Preset], i: int, data: Dataset, run: Path, *, suite: str, baseline: Path | None, origin: Origin) -> Bundle:
+    """Return the evaluated bundle of the weights that stage i gives: export, parity, calibration, evaluation.
 
-    For a warm start (not ``last``) only the figures that the card compares are measured.
+    For a warm start, which is not the last stage, only the figures that the card compares are measured.
     """
     # imported here: a machine that only trains needs neither ONNX nor SciPy
     from export.parity import check
@@ -184,14 +177,14 @@ def finish(
     from training.evaluation.context import SUITES
     from training.evaluation.evidence import take
 
-    home, weights = folder / "bundle", published_weights(stage, folder)
-    parts = USUAL if last else ("clean", "robustness", "landscape")
+    stage, folder = todo[i], run / todo[i].name
+    home, weights = folder / "bundle", weights_given(stage, folder)
+    parts = USUAL if i == len(todo) - 1 else ("clean", "robustness", "landscape")
     if finished(home, weights, min(SUITES[suite].test, len(data.test))):
         return Bundle.load(home)
     say(f"export {home}")
-    position = load_position(folder / "state.pt")
-    position = replace(position, rollbacks=position.rollbacks + before)
-    bundle = export(draft_bundle(weights, stage, data, home, origin, position, total_steps(stage, len(data.train))))
+    planned = sum(total_steps(todo[k], len(data.train)) for k in together(todo, i))
+    bundle = export(draft_bundle(weights, stage, data, home, origin, reached(todo, i, run), planned))
     worst = max(check(bundle).items(), key=lambda item: item[1])
     say(f"parity: largest difference {worst[1]:.1e} ({worst[0]})")
     bundle = calibrate(bundle, data)
