@@ -108,7 +108,8 @@ def complete(rows: list[dict[str, Any]], seed: int, data: Dataset, file: Path, s
         init, about = run(WARM, warm, data, Path(folder) / "warm", None)
         for name, stage in runs().items():
             stage = replace(stage, seed=seed, epochs=shorter * stage.epochs)
-            if any(row["name"] == name and row["seed"] == seed for row in rows):
+            configuration = json.loads(json.dumps(describe(stage)))
+            if any(row["name"] == name and row["configuration"] == configuration for row in rows):
                 continue
             _, row = run(name, stage, data, Path(folder) / f"{len(rows)}", init)
             rows.append(row)
@@ -159,6 +160,8 @@ def main() -> None:
         page = DOCS / "methods.md"
         page.write_text(placed(page.read_text(encoding="utf-8"), "cells", table(rows)), encoding="utf-8")
         return
+    if options.shorter != 1 and options.json == RESULTS:
+        parser.error(f"--shorter {options.shorter:g} trains other runs than those of {RESULTS.name}: name another file by --json")
     torch.set_num_threads(1)
     data = load("digits")
     for seed in SEEDS:

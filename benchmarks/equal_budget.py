@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.equal_budget_entries import AVERAGES, BUDGET, ENTRIES, MEASURED, PREFIX, STARTS  # noqa: E402 (the checkout's)
+from ebjdat_serve.bundle import sha256  # noqa: E402
 
 EVALUATED = ("clean", "robustness", "generation")
 AMOUNTS = ("test=10000", "attacked=10000", "attacked_other=100", "strong=1000", "samples=500", "queries=300")
@@ -56,7 +57,7 @@ class Plan:
             "amounts": list(self.amounts),
             "shorter": self.shorter,
         }
-        said |= {"warm": str(self.warm)} if self.warm else {}
+        said |= {"warm": sha256(self.warm)} if self.warm else {}
         if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))) != said:
             raise ValueError(f"{self.out} holds rows of another plan, {known}: name another folder")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,7 @@ def kept(options: argparse.Namespace) -> int:
         suite = suite_of("quick", None, options.amount or COMPLETED)
         for name in options.evaluate:
             try:
-                complete(options.out, name, options.measure, suite, 1)
+                complete(options.out, name, options.measure, suite)
             except (EbjdatError, OSError) as error:
                 failed = True
                 print(f"{name}: {error}", file=sys.stderr, flush=True)

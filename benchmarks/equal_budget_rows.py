@@ -112,19 +112,19 @@ MEASURES: dict[str, tuple[str, Callable[[Context], Iterator[Row]]]] = {
 """The figures of each name of ``MEASURED``, and the part of an evaluation that they belong to."""
 
 
-def complete(out: Path, name: str, measures: Sequence[str], suite: Suite, processes: int) -> None:
+def complete(out: Path, name: str, measures: Sequence[str], suite: Suite) -> None:
     """Measure ``measures`` of a kept row of ``out`` and take the figures into its metrics.json and images.npz as they come.
 
-    An average's weights are made if they are missing. Raises FileNotFoundError for a row whose weights are not kept.
+    An average's weights are made, under EBJDAT_RUNS. Raises FileNotFoundError for a row whose weights are not kept.
     """
     row, data = out / f"{PREFIX}{name}", load("cifar10")
-    if name in AVERAGES and not (row / "weights.safetensors").is_file():
-        row.mkdir(parents=True, exist_ok=True)
-        save_weights(
-            mean_weights([out / f"{PREFIX}{part}" / "weights.safetensors" for part in AVERAGES[name]]), row / "weights.safetensors"
-        )
-    bundle = bundle_of(row / "weights.safetensors", data)
-    c = context(bundle_spec(bundle.path), data, suite, processes=processes, bundle=bundle, folder=bundle.path.parent / "measured")
+    weights = row / "weights.safetensors"
+    if name in AVERAGES:
+        weights = work_root() / "equal-budget" / row.name / "weights.safetensors"
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(mean_weights([out / f"{PREFIX}{part}" / "weights.safetensors" for part in AVERAGES[name]]), weights)
+    bundle = bundle_of(weights, data)
+    c = context(bundle_spec(bundle.path), data, suite, processes=1, bundle=bundle, folder=bundle.path.parent / "measured")
     for measure in measures:
         part, rows_of = MEASURES[measure]
         c.part = part

@@ -2,7 +2,7 @@
 """Count the work of `cifar10-full`, and estimate the GPU hours that it takes: `python benchmarks/gpu_hours.py [--json FILE] [--document]`.
 
 A pass is a forward and a backward of one image: to the image in inner loops (attack, chains), to the weights in an update. Its FLOPs are
-counted by torch, on the network. Two rates measured on the card (benchmarks/gpu.json) bound the hours, of which none was measured:
+counted by torch, on the network. Two rates measured on the card (benchmarks/gpu.json) bracket the hours, by other work; none was measured:
 
     fast   Langevin steps of WRN-28-10, the same network, 256 together, passes captured: inner loops alone
     slow   training steps of WRN-28-2 in eight processes together, which keep the card busy: scaled by the FLOPs

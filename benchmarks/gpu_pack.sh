@@ -15,7 +15,7 @@ version=${PYTHON_VERSION:-3.12}
 packages=${PACKAGES-httpx2 httpcore2 truststore idna anyio sniffio h11 pyautoattack}
 large=${LARGE-}
 room=64 # MiB that one call takes in, the checkout with it
-tree=$(git ls-files -z --cached --others --exclude-standard | xargs -0 du -cb -- 2>/dev/null | tail -n 1 | cut -f 1)
+tree=$(git ls-files -z --cached --others --exclude-standard | { xargs -0 du -cb -- 2>/dev/null || true; } | tail -n 1 | cut -f 1)  # files deleted but not committed are not there
 piece=${PIECE:-$((room - 4 - tree / 1048576))}
 case $piece in *[!0-9]*) [ -z "${PIECE-}" ] || { echo "gpu_pack: PIECE must be a number of MiB, not $PIECE" >&2; exit 1; } ;; esac
 [ "$piece" -ge 1 ] || { echo "gpu_pack: the checkout leaves no room in a call: set PIECE" >&2; exit 1; }

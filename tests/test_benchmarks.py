@@ -29,9 +29,10 @@ from benchmarks import (
     tables,
 )
 from benchmarks.public_nets import KNOWN
-from ebjdat_serve.bundle import read_rows, write_rows
+from ebjdat_serve.bundle import Bundle, read_rows, write_rows
 from ebjdat_serve.errors import EngineError
 from ebjdat_serve.rows import Images, first, parse_rows, rows_where
+from ebjdat_serve.server.settings import SHIPPED
 from tests.conftest import ROOT
 from training.config import describe, stages
 from training.evaluation.rows import number, proportion
@@ -244,6 +245,15 @@ def test_the_weights_of_an_average_are_the_fp32_mean(tmp_path):
     (mean,) = mean_weights(files).values()
     assert mean.dtype == torch.float32
     assert mean.tolist() == [1 + 2**-11] * 2
+
+
+def test_the_columns_at_equal_budget_name_rows_that_an_evaluation_writes():
+    """A misspelt field would leave cells empty, which reads as not measured."""
+    shipped = Bundle.draft(SHIPPED).metrics()
+    for column in (*equal_budget_table.ACCURACY, *equal_budget_table.DETECTION):
+        assert rows_where(shipped, column.metric, **column.fields), column.heading
+    for column in equal_budget_table.SAMPLES:  # the shipped model's sampler may be another one
+        assert rows_where(shipped, column.metric, dataset=column.fields["dataset"]), column.heading
 
 
 def test_a_completed_row_keeps_figures_of_more_images(tmp_path):

@@ -321,6 +321,17 @@ def test_training_on_a_gpu_ends_where_the_check_fails(tmp_path):
     assert not (tmp_path / "runs" / "gpu-digits" / "config.json").exists()
 
 
+def test_a_gpu_is_checked_once_a_run(tmp_path):
+    made = tmp_path / "make"
+    made.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/made\n', encoding="utf-8")
+    made.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "EBJDAT_RUNS": str(tmp_path / "runs")}
+    for _ in range(2):  # whose training is refused at once
+        done = subprocess.run([*GPU_TRAIN, "digits", "--set", "nothing=1"], env=env, capture_output=True, text=True, check=False)
+        assert (done.returncode, "--set nothing=1" in done.stderr) == (1, True)
+    assert len((tmp_path / "made").read_text().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_training_on_a_gpu_saves_and_goes_on(tmp_path):
     env = {**os.environ, "CHECKED": "1", "PYTHON": sys.executable, "EBJDAT_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}

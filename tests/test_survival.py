@@ -126,7 +126,7 @@ def test_an_interrupt_at_the_last_step_loses_nothing(tmp_path):
 
 def test_a_killed_recipe_of_two_averaged_runs_goes_on_to_the_same_mean(tmp_path):
     fgsm, start = replace(WARM, epochs=0.3), replace(WARM, name="start", epochs=0.2)
-    other = replace(DIGITS, name="other", epochs=0.2, lr=0.01)
+    other = replace(DIGITS, name="other", warm_start=None, epochs=0.2, lr=0.01)
     stage = replace(DIGITS, epochs=0.2, warm_start=replace(start, warm_start=fgsm), averaged_with=other)
     assert [each.name for each in stages(stage)] == ["digits-fgsm", "start", "other", "digits"]
     whole = refresh(stage, tmp_path / "whole", init=None, clock=Clock(), suite=None, device=CPU)
@@ -151,7 +151,9 @@ def test_a_killed_recipe_of_two_averaged_runs_goes_on_to_the_same_mean(tmp_path)
 def test_what_starts_from_averaged_runs_starts_from_their_mean(tmp_path):
     """At rate 0 a stage ends with what it began with."""
     pair = replace(WARM, name="pair", epochs=0.2, averaged_with=replace(WARM, name="half", epochs=0.2, lr=0.01))
-    stage = replace(DIGITS, epochs=0.2, lr=0.0, warm_start=pair, averaged_with=replace(DIGITS, name="other", epochs=0.2, lr=0.0))
+    stage = replace(
+        DIGITS, epochs=0.2, lr=0.0, warm_start=pair, averaged_with=replace(DIGITS, name="other", warm_start=None, epochs=0.2, lr=0.0)
+    )
     todo = stages(stage)
     assert [each.name for each in todo] == ["half", "pair", "other", "digits"]
     assert [together(todo, i) for i in range(4)] == [range(2), range(2), range(2, 4), range(2, 4)]

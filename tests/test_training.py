@@ -35,7 +35,7 @@ from training.methods.at import AdversarialTraining
 from training.methods.ebjdat import EbJdat
 from training.methods.replay import ChainConfig
 from training.overrides import listing, override
-from training.presets import DIGITS, preset
+from training.presets import DIGITS, PRESETS, preset
 from training.refresh import refresh
 from training.train import main
 
@@ -147,6 +147,22 @@ def test_the_warm_start_is_of_the_same_network_and_ball():
     warm, joint = stages(override(DIGITS, ["width=2", "eps=0.1"]))
     assert (warm.architecture.width, warm.threat.eps) == (2, 0.1)
     assert joint.architecture.width == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("name=cifar10-small-fgsm", "different names"),  # of the warm start's warm start
+        ("averaged_with.name=cifar10-small-pgd7", "different names"),
+        ("averaged_with.warm_start.epochs=1", "averaged_with starts|fields are"),  # which would have no effect
+        ("averaged_with.lr=-1", "lr must be"),
+    ],
+)
+def test_a_recipe_whose_stages_cannot_be_told_apart_or_have_no_effect_is_refused(setting, said):
+    with pytest.raises(TrainingError, match=said):
+        override(PRESETS["cifar10-small"], [setting])
+    with pytest.raises(ValueError, match="averaged_with starts where this stage does"):
+        replace(DIGITS, averaged_with=replace(DIGITS, name="other"))  # which has a warm start of its own
 
 
 def test_dat_without_bce_is_adversarial_training_step_for_step(tmp_path):
@@ -262,7 +278,7 @@ def test_a_recipe_of_two_averaged_runs_publishes_their_mean_and_says_so(tmp_path
     monkeypatch.setattr("training.evaluate.USUAL", ("clean", "robustness", "landscape"))
     short = {"epochs": 0.5, "method": FEW}
     start = replace(WARM, name="start", epochs=3, warm_start=replace(WARM, epochs=3))
-    stage = replace(DIGITS, warm_start=start, averaged_with=replace(DIGITS, name="other", lr=0.01, **short), **short)
+    stage = replace(DIGITS, warm_start=start, averaged_with=replace(DIGITS, name="other", warm_start=None, lr=0.01, **short), **short)
     run, how = tmp_path / "run", {"init": None, "suite": "quick", "device": CPU}
     home = refresh(stage, run, clock=Clock(), **how)
     bundle = Bundle.load(home)

@@ -82,11 +82,11 @@ class Preset:
             raise ValueError("lr_peak must be from 0 to below 1, and eps finite")
         if self.size:
             self.architecture.check_images(self.size, self.size)
-        names = [stage.name for stage in (self, self.warm_start, self.averaged_with) if stage is not None]
+        if self.averaged_with is not None and (self.averaged_with.averaged_with or self.averaged_with.warm_start):
+            raise ValueError("averaged_with starts where this stage does, and two runs are averaged: it has no warm_start or averaged_with")
+        names = [stage.name for stage in stages(self)]
         if len(set(names)) < len(names):  # a run has a folder for each
             raise ValueError(f"the stages of a recipe need different names, not {', '.join(names)}")
-        if self.averaged_with is not None and self.averaged_with.averaged_with is not None:
-            raise ValueError("two runs are averaged, and not more: averaged_with has an averaged_with")
 
 
 SHARED = ("seed", "dataset", "size", "flip", "architecture", "threat", "prior_rank", "sample", "precision", "extra", "extra_fraction")

@@ -81,17 +81,20 @@ def checked(part: Any, name: str, value: Any, setting: str) -> Any:
 def listing() -> str:
     """Return presets and methods with their accuracies and training times, for --help."""
     lines = ["presets, from data to a published bundle:"]
-    rows = Bundle.draft(SHIPPED).metrics()
+    shipped = Bundle.draft(SHIPPED)
+    rows = shipped.metrics()
     clean, pgd20 = rows_where(rows, "accuracy_clean"), rows_where(rows, "accuracy_pgd20", norm="linf", eps=8 / 255)
-    reached = f"clean {clean[0].value:.3f}, PGD-20 8/255 {pgd20[0].value:.3f}; 75 minutes on one core"
+    reached = f"clean {clean[0].value:.3f}, PGD-20 8/255 {pgd20[0].value:.3f} (the bundled model); "
     summaries = {
-        "cifar10-small": "about 15 hours on one core; the parts are measured in docs/equal_budget.md",
-        "cifar10-wrn16": reached,
+        "cifar10-small": "about 15 hours on one core, estimated; its runs are in docs/equal_budget.md",
+        "cifar10-wrn16": "75 minutes on one core",
         "cifar10": "cifar10-small on WRN-16-4, for a GPU; not measured yet",
         "cifar10-full": "cifar10-small on WRN-28-10, for a GPU; not measured yet, an estimate is in docs/training.md",
         "digits": "about a minute on one core",
     }
-    lines += [f"  {name:22}{summaries.get(name, 'not measured')}" for name in PRESETS]
+    for name, stage in PRESETS.items():
+        bundled = reached if stage.architecture.described() == shipped.manifest.architecture else ""
+        lines.append(f"  {name:22}{bundled}{summaries.get(name, 'not measured')}")
     lines.append("methods, on --budget digits (8 x 8; mean of 3 seeds, PGD-20 at l-inf 51/255), small (CIFAR-10, a core) or large (a GPU):")
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
     lines += [f"  {name:22}{measured.get(name, {}).get('summary', 'not measured')}" for name in METHODS]

@@ -214,7 +214,8 @@ def averaged(name: str, architecture: Architecture) -> Preset:
     joint = replace(stage, name=name, lr=0.02, lr_peak=0.1, gradient_clip=5.0, frozen_norm=True, warm_start=pgd7)
     light = EbJdat(w1=0.03, w2=0.2, clean_weight=0.0, chains=chains(BUDGETS["small"], conditional=True, noise_std=0.005))
     by_kl = replace(light, w2=6.0, alignment="kl", inner="kl", clean_weight=1.0, attack=Attack(steps=7, start="gaussian"))
-    return replace(joint, method=light, epochs=5.33, averaged_with=replace(joint, name=f"{name}-kl", method=by_kl, epochs=4.48))
+    other = replace(joint, name=f"{name}-kl", method=by_kl, epochs=4.48, warm_start=None)
+    return replace(joint, method=light, epochs=5.33, averaged_with=other)
 
 
 DIGITS = refreshed("digits", "digits", "digits-fgsm")

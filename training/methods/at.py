@@ -143,9 +143,10 @@ def objective_adversary(model: nn.Module, batch: Batch, objective: Objective, at
     return x_adv
 
 
-def objective_search(batch: Batch, objective: Objective, attack: Attack, context: StepContext) -> Search:
-    """Return the inner loop to x_adv in the ball that raises ``objective``."""
-    return attacking(batch.image, batch.label, objective=objective, threat=context.threat, attack=attack, noise=context.noise)
+def objective_search(batch: Batch, objective: Objective, attack: Attack, context: StepContext, *, projected: bool = True) -> Search:
+    """Return the inner loop to x_adv that raises ``objective``, in the ball unless not ``projected``."""
+    threat, noise = context.threat, context.noise
+    return attacking(batch.image, batch.label, objective=objective, threat=threat, attack=attack, noise=noise, projected=projected)
 
 
 def accuracies(logits: Tensor, logits_adv: Tensor, label: Tensor) -> dict[str, Tensor]:

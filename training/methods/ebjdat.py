@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ebjdat_serve.energy import energy, joint_energy
 from training.methods import Batch, Method, RunContext, StepContext, Terms, accuracy, detached, forward
-from training.methods.adversary import INNER, Attack, Classifier, Objective, Search, attacking, cross_entropy, divergence, frozen, together
+from training.methods.adversary import INNER, Attack, Classifier, Objective, cross_entropy, divergence, frozen, together
 from training.methods.at import divergence_from, objective_search
 from training.methods.jem import blurred, energy_log, generative, penalty, ramp, start_chains
 from training.methods.replay import ChainConfig, ReplayBuffer
@@ -85,20 +85,15 @@ class EbJdat(Method[ReplayBuffer]):
     def solve(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Batch:
         """Add x_adv and x_neg, and Gaussian noise to the p(x) stream."""
         with frozen(model) as network:
-            x_adv, x_neg = together(network, self.search(network, batch, context), state.walk(context.noise))
+            objective, projected = self.objective(network, batch.image), self.inner != "released"  # whose code leaves the ball
+            search = objective_search(batch, objective, self.attack, context, projected=projected)
+            x_adv, x_neg = together(network, search, state.walk(context.noise))
         return replace(batch, x_adv=x_adv, x_neg=x_neg, plain=blurred(batch.plain, self.data_noise, context))
-
-    def search(self, network: Classifier, batch: Batch, context: StepContext) -> Search:
-        """Return the inner loop to x_adv; the released code does not bring it back into the ball."""
-        if self.inner != "released":
-            return objective_search(batch, self.objective(network, batch.image), self.attack, context)
-        objective = released_objective(network, batch.image)
-        image, label, threat, noise = batch.image, batch.label, context.threat, context.noise
-        return attacking(image, label, objective=objective, threat=threat, attack=self.attack, noise=noise, projected=False)
 
     def objective(self, network: Classifier, image: Tensor) -> Objective:
         """Return what the adversary raises."""
-        return divergence_from(network, image) if self.inner == "kl" else INNER[self.inner]
+        of_image = {"kl": divergence_from, "released": released_objective}
+        return of_image[self.inner](network, image) if self.inner in of_image else INNER[self.inner]
 
     def loss(self, model: nn.Module, batch: Batch, state: ReplayBuffer, context: StepContext) -> Terms:
         label = batch.label
