@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import benchmarks.engines as engines
 from benchmarks import (
+    averaged_runs,
     digits_cells,
     equal_budget,
     equal_budget_entries,
@@ -311,6 +312,16 @@ def test_the_table_of_cells_is_that_of_the_json():
     for row in rows:
         for figure, what in (("accuracy_clean", "clean"), ("accuracy_pgd20", "robust")):
             assert row[what].count("1") / len(row[what]) == pytest.approx(row[figure])
+
+
+def test_the_tables_of_the_recipe_and_its_sampler_are_those_of_the_json():
+    rows = json.loads((ROOT / "benchmarks" / "averaged_runs.json").read_text(encoding="utf-8"))
+    for name, (mark, table) in averaged_runs.TABLES.items():
+        text = (ROOT / "docs" / "decisions" / name).read_text(encoding="utf-8")
+        assert tables.placed(text, mark, table(rows)) == text, "run python benchmarks/averaged_runs.py --table"
+    for row in (row for row in rows if "robust" in row):
+        assert row["robust"].count("1") / row["n"] == pytest.approx(row["value"])
+        assert row["clean"].count("1") / row["n_clean"] == pytest.approx(row["accuracy_clean"])
 
 
 def test_the_robustness_measured_on_a_gpu_is_that_of_the_kept_per_image_results():
