@@ -143,6 +143,12 @@ def test_a_killed_recipe_of_two_averaged_runs_goes_on_to_the_same_mean(tmp_path)
         torch.testing.assert_close(mean[name], (own[name] + its[name]) / 2, rtol=1e-6, atol=1e-7)
     assert again == tmp_path / "run" / "digits" / "averaged.safetensors"
     assert not torch.equal(own["stem.weight"], its["stem.weight"])
+    (tmp_path / "run" / "other" / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(TrainingError, match=r"other.weights.safetensors is damaged .* delete it"):
+        refresh(stage, tmp_path / "run", init=None, clock=Clock(), suite=None, device=CPU)
+    (tmp_path / "run" / "other" / "weights.safetensors").unlink()
+    refresh(stage, tmp_path / "run", init=None, clock=Clock(), suite=None, device=CPU)
+    assert torch.equal(load_weights(again)["stem.weight"], mean["stem.weight"])
     first = tmp_path / "run" / "start" / "weights.safetensors"
     branched = refresh(stage, tmp_path / "branched", init=first, clock=Clock(), suite=None, device=CPU)  # both runs begin with the file
     assert torch.equal(load_weights(branched)["stem.weight"], mean["stem.weight"])

@@ -156,6 +156,8 @@ def test_the_warm_start_is_of_the_same_network_and_ball():
         ("averaged_with.name=cifar10-small-pgd7", "different names"),
         ("averaged_with.warm_start.epochs=1", "averaged_with starts|fields are"),  # which would have no effect
         ("averaged_with.lr=-1", "lr must be"),
+        ("averaged_with.seed=3", "all stages have one seed, the last one's: set seed=3"),
+        ("warm_start.warm_start.architecture.depth=16", "one architecture, the last one's: set architecture.depth=16"),
     ],
 )
 def test_a_recipe_whose_stages_cannot_be_told_apart_or_have_no_effect_is_refused(setting, said):

@@ -8,7 +8,7 @@ from typing import Any
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.rows import rows_where
 from ebjdat_serve.server.settings import SHIPPED
-from training.config import Preset
+from training.config import SHARED, Preset
 from training.errors import TrainingError
 from training.presets import METHODS, PRESETS
 
@@ -27,6 +27,11 @@ def override(preset: Preset, settings: list[str]) -> Preset:
         name, _, value = setting.partition("=")
         known = paths(preset)
         path = name if name in known else unique(name, [path for path in known if not path.startswith(OTHERS)], setting)
+        own = path
+        while own.startswith(OTHERS):
+            own = own.partition(".")[2]
+        if own != path and own.partition(".")[0] in SHARED:
+            raise TrainingError(f"--set {setting}: all stages have one {own.partition('.')[0]}, the last one's: set {own}={value}")
         preset = changed(preset, path.split("."), value, setting)
     return preset
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -124,8 +125,18 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def mean_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Return the mean of the weights of several runs from one start, in float32 (arXiv 2203.05482)."""
-    every = [load_weights(file) for file in files]
+    """Return the mean of the weights of several runs from one start, in float32 (arXiv 2203.05482).
+
+    Raises TrainingError for a file that is damaged, or that is not of the first one's network.
+    """
+    every = []
+    for file in files:
+        try:
+            every.append(load_weights(file))
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"{file} is damaged ({error}): delete it, and the run writes it again when it is resumed") from error
+        if {name: value.shape for name, value in every[-1].items()} != {name: value.shape for name, value in every[0].items()}:
+            raise TrainingError(f"{file} is of another network than {files[0]}: they have no mean")
     return {name: torch.stack([weights[name] for weights in every]).mean(dim=0) for name in every[0]}
 
 
