@@ -151,6 +151,8 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else []
     if options.table:
+        if not rows:
+            parser.error(f"{options.json} holds no rows: measure them first, without --table")
         for name, (mark, table) in TABLES.items():
             page = DOCS / "decisions" / name
             page.write_text(placed(page.read_text(encoding="utf-8"), mark, table(rows)), encoding="utf-8")

@@ -227,7 +227,7 @@ def main() -> int:
     )
     try:
         plan.claim()
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # also weights of --warm that are not there
         parser.error(str(error))
     failed: list[str] = []
 

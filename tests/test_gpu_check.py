@@ -321,6 +321,19 @@ def test_training_on_a_gpu_ends_where_the_check_fails(tmp_path):
     assert not (tmp_path / "runs" / "gpu-digits" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [(["digitz"], "invalid choice: 'digitz'"), (["digits", "--run", "x"], "it names its run gpu-PRESET")]
+)
+def test_what_cannot_be_trained_is_told_before_the_gpu_is_checked(tmp_path, words, said):
+    made = tmp_path / "make"
+    made.write_text("#!/bin/sh\nexit 7\n", encoding="utf-8")
+    made.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "EBJDAT_RUNS": str(tmp_path / "runs")}
+    done = subprocess.run([*GPU_TRAIN, *words], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, said in done.stderr) == (2, True)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_gpu_is_checked_once_a_run(tmp_path):
     made = tmp_path / "make"
     made.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/made\n', encoding="utf-8")

@@ -14,6 +14,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --max-minutes) minutes=${2-none}; [ $# -eq 1 ] || shift ;;
     --max-minutes=*) minutes=${1#*=} ;;
+    --run | --run=* | --name | --name=* | --resume) echo "gpu_train: it names its run gpu-PRESET, and resumes it by itself: leave $1 out" >&2; exit 2 ;;
     *) options+=("$1") ;;
   esac
   shift
@@ -22,6 +23,7 @@ done
 python=${PYTHON:-.venv/bin/python}
 [ -n "${PYTHON-}" ] || [ -x "$python" ] || python=python3
 command -v "$python" > /dev/null || { echo "gpu_train: there is no $python: name an interpreter with PYTHON=" >&2; exit 1; }
+PYTHONPATH=. "$python" training/train.py "$preset" --help > /dev/null  # a preset that is none is told before the check, which takes minutes
 runs=${EBJDAT_RUNS:-$HOME/.cache/ebjdat_serve/runs}
 run=gpu-$preset
 mkdir -p "$runs/$run"
