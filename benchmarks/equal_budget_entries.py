@@ -40,7 +40,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "trades": Entry("trades", "warm", 9.3, (*CONTINUED, *PGD)),
     "dat": Entry("dat", "warm", 21, ("ema=0.999", "gradient_clip=5", "lr_peak=0.1", "cap=15", "eta=0.25", *PGD), centred=True),
-    # the recipe of the shipped model, the likelihood alone, and recipe 5
+    # the recipe of the model shipped until 2026-11-27, the likelihood alone, and recipe 5
     "ebjdat-full": Entry("cifar10-wrn16", "warm", 10.5, JOINT),
     "ebjdat-w1": Entry("cifar10-wrn16", "warm", 10.5, (*JOINT, "w1=0.03", "w2=0", "clean_weight=0")),
     # half of eps, as in the released code: plain adversarial training, the paper's signs and weights, and the released code's

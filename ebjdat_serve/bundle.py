@@ -39,7 +39,7 @@ SERVED = ("weights.safetensors", "classify.onnx", "selftest.safetensors")
 """The files that every finished bundle has; ``Bundle.required`` adds those of what it is capable of."""
 CALIBRATED = ("calibration.json", "views.safetensors")
 """The files of a calibration: a bundle has both, or neither and no p-values."""
-EVIDENCE = ("metrics.json", "README.md", "samples.png", "landscape.png", "baseline.json")
+EVIDENCE = ("metrics.json", "README.md", "samples.png", "landscape.png", "baseline.json", "control.json")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ebjdat_serve.bundle import Bundle, network_name
 from ebjdat_serve.errors import visible
@@ -123,7 +124,7 @@ def renewed(bundle: Bundle, lacks: str = "describes the calibration before this 
 
 def measured(rows: list[Row]) -> str:
     """Return the card's section on figures."""
-    return f"## Measured\n\n{table(rows, [])}\n" if rows else "Nothing was measured on it here: python training/evaluate.py does that.\n"
+    return f"## Measured\n\n{table(rows)}\n" if rows else "Nothing was measured on it here: python training/evaluate.py does that.\n"
 
 
 def imported_card(bundle: Bundle) -> str:
@@ -218,11 +219,24 @@ def figure(row: Row) -> str:
     return text
 
 
-def table(rows: list[Row], baseline: list[Row]) -> str:
-    """Return a Markdown table of ``rows``, with a column for the warm start's measurements if there are any."""
-    known = {key(row): row for row in baseline}
+@dataclass(frozen=True)
+class Baseline:
+    """The figures of the network that a card compares with: the warm start, or a control trained for as long without the energies."""
+
+    title: str = "warm start"
+    rows: list[Row] = field(default_factory=list)
+
+
+UNCOMPARED = Baseline()
+BASELINES = {"baseline.json": "warm start", "control.json": "control"}
+"""Titles of a baseline by the file of the bundle that holds it."""
+
+
+def table(rows: list[Row], baseline: Baseline = UNCOMPARED) -> str:
+    """Return a Markdown table of ``rows``, with a column for the baseline's measurements if there are any."""
+    known = {key(row): row for row in baseline.rows}
     paired = any(key(row) in known for row in rows)
-    names = ["figure", "this model", *(["warm start"] if paired else []), "n", "data", "protocol"]
+    names = ["figure", "this model", *([baseline.title] if paired else []), "n", "data", "protocol"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         reference = known.get(key(row))

@@ -397,3 +397,12 @@ def test_processes_that_share_a_gpu_are_compared_with_one_alone(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", [*words, "--processes", "1"])
     assert gpu_parallel.main() == 1  # it was not ready within a hundredth of a second
     assert "of 1 processes 1 failed" in capsys.readouterr().err
+
+
+def test_the_bundled_model_and_its_control_are_rows_at_equal_budget():
+    kept, shipped = equal_budget_table.kept_rows(ROOT / "benchmarks" / "models"), Bundle.draft(SHIPPED)
+    robust = kept["ebjdat-mean"].best(equal_budget_table.ROBUST)
+    assert robust is not None
+    assert robust.of == shipped.manifest.files["weights.safetensors"].sha256
+    (control,) = rows_where(read_rows(SHIPPED / "control.json"), "accuracy_pgd20", norm="linf", eps=8 / 255, n=10_000)
+    assert control == kept[equal_budget_table.CONTROL].best(equal_budget_table.ROBUST)

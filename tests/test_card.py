@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.card import figure
+from ebjdat_serve.card import BASELINES, Baseline, figure
 from ebjdat_serve.editing import copied
 from ebjdat_serve.rows import CONTROL, FRESH, PRIOR, Row, first, rows_where
 from ebjdat_serve.server.settings import SHIPPED
@@ -44,9 +44,9 @@ def test_the_readme_is_short_and_its_figures_are_the_shipped_rows(readme, bundle
     assert write_sections(readme, {"limits": readme_limits(bundle), "figures": readme_table(bundle)}) == readme
 
 
-def test_the_readme_shows_eight_rows_each_beside_what_it_is_compared_with(readme, bundle):
+def test_the_readme_shows_nine_rows_each_beside_what_it_is_compared_with(readme, bundle):
     found = list(readme_rows(bundle, bundle.metrics(), baseline_of(bundle)))
-    assert len(found) == len(readme_figures(model_of(bundle))) == 8
+    assert len(found) == len(readme_figures(model_of(bundle))) == 9
     assert all(others for _, _, others in found)
     for said, row, others in found:
         assert f"| {said} | {figure(row)} |" in readme
@@ -73,7 +73,7 @@ def test_limits_stand_before_the_figures_and_say_what_is_inconvenient(readme):
         < readme.index("## HTTP API")
     )
     limits = readme.split("## Limits")[1].split("\n## ")[0]
-    for said in ("GPU", "blank images", "costs robustness", "max softmax", "no defence", "FID"):
+    for said in ("GPU", "blank images", "against its control", "max softmax", "no defence", "FID"):
         assert said in limits
     missing = readme.split("**Missing**")[1].split("\n\n")[0]
     for name in ("LAS-AWP", "DHAT-CFA", "SCORE"):
@@ -84,11 +84,16 @@ def row(metric, value, dataset="d", **more):
     return Row(**{"metric": metric, "value": value, "n": 10, "dataset": dataset, "seed": 0, "of": "a" * 64, **more})
 
 
-def test_what_cost_robustness_is_the_bundles_own_method(bundle):
-    provenance = bundle.manifest.provenance
+def test_what_cost_robustness_is_the_bundles_own_method(bundle, monkeypatch):
+    provenance, rows = bundle.manifest.provenance, bundle.metrics()
     other = replace(provenance, configuration={**provenance.configuration, "method": {"kind": "Trades"}})
-    (line,) = costs(Bundle(bundle.path, replace(bundle.manifest, provenance=other)), bundle.metrics())
-    assert line.startswith("- **Trades costs robustness** against its warm start")
+    trades = Bundle(bundle.path, replace(bundle.manifest, provenance=other))
+    same = rows_where(rows, "accuracy_pgd20")
+    better = [replace(each, value=0.9, interval=(0.89, 0.91)) for each in same]
+    for found, said in ((better, "**Trades costs robustness** against its control, at"), (same, "Robustness against its control, at")):
+        monkeypatch.setattr(card, "baseline_of", lambda of, rows=found: Baseline("control", rows))
+        (line,) = costs(trades, rows)
+        assert line.startswith(f"- {said}")
 
 
 def test_worse_than_chance_is_said_only_where_the_interval_says_so(bundle):
@@ -106,13 +111,17 @@ def test_worse_than_chance_is_said_only_where_the_interval_says_so(bundle):
 
 def test_the_warm_start_is_spoken_of_as_far_as_it_was_measured(bundle):
     rows, other = [row("accuracy_clean", 0.7)], row("accuracy_clean", 0.8, of="b" * 64)
-    assert "which was not evaluated" in about_baseline(bundle, rows, [])
-    assert "which was not evaluated" in about_baseline(bundle, rows, [replace(other, n=11)])
-    assert "bbbbbbbbbbbb" in about_baseline(bundle, rows, [other])
+    assert "which was not evaluated" in about_baseline(bundle, rows, Baseline())
+    assert "which was not evaluated" in about_baseline(bundle, rows, Baseline(rows=[replace(other, n=11)]))
+    for title in BASELINES.values():
+        said = about_baseline(bundle, rows, Baseline(title, [other]))
+        assert f"The column `{title}` is of" in said
+        assert "bbbbbbbbbbbb" in said
     card = (bundle.path / "README.md").read_text(encoding="utf-8")
     assert "evaluated identically" not in card
     assert about_baseline(bundle, bundle.metrics(), baseline_of(bundle)) in card
-    for line in baseline_of(bundle):
+    assert baseline_of(bundle).rows
+    for line in baseline_of(bundle).rows:
         assert line.of not in {entry.sha256 for entry in bundle.manifest.files.values()}
 
 
@@ -126,14 +135,14 @@ def test_a_row_stands_beside_its_own_kind(bundle):
         row("class_agreement_resnet4b", 0.5, split="test"),
     ]
     assert first(rows, served[5].metric, **served[5].fields) is rows[1]
-    assert list(comparisons(served[5], plain[5], rows[1], rows, [])) == [("max softmax", rows[2])]
+    assert list(comparisons(served[5], plain[5], rows[1], rows, Baseline())) == [("max softmax", rows[2])]
     assert first(rows, served[7].metric, **served[7].fields) is rows[3]
-    assert list(comparisons(served[7], plain[7], rows[3], rows, [])) == [("test images", rows[4])]
+    assert list(comparisons(served[7], plain[7], rows[3], rows, Baseline())) == [("test images", rows[4])]
     clean = row("accuracy_clean", 0.7)
-    assert list(comparisons(served[0], plain[0], clean, [clean], [replace(clean, value=0.8)])) == [
-        ("warm start", replace(clean, value=0.8))
+    assert list(comparisons(served[0], plain[0], clean, [clean], Baseline("control", [replace(clean, value=0.8)]))) == [
+        ("control", replace(clean, value=0.8))
     ]
-    assert not list(comparisons(served[0], plain[0], clean, [clean], [replace(clean, value=0.8, n=11)]))
+    assert not list(comparisons(served[0], plain[0], clean, [clean], Baseline(rows=[replace(clean, value=0.8, n=11)])))
 
 
 def test_the_card_shows_what_was_fooled_and_not_all_attacked(bundle):

@@ -13,6 +13,7 @@ import pytest
 
 from ebjdat_serve import sentences as words
 from ebjdat_serve.bundle import Bundle, read_rows, write_json, write_rows
+from ebjdat_serve.card import BASELINES
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.rows import COMPARED, OUTCOME, Images, Row, first, images_key, parse_images, parse_row, parse_rows, to_json
 from ebjdat_serve.sentences import EXTRACTORS
@@ -33,7 +34,7 @@ MODELS = ("standard", "pgd-at", "sada-jem", "ebjdat")
 def tracked():
     """Return (file, rows) of every file of rows that git tracks."""
     done = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True)
-    names = [name for name in done.stdout.splitlines() if name.rsplit("/", 1)[-1] in ("metrics.json", "baseline.json")]
+    names = [name for name in done.stdout.splitlines() if name.rsplit("/", 1)[-1] in ("metrics.json", *BASELINES)]
     found = [(name, read_rows(ROOT / name)) for name in names]
     file = ROOT / "benchmarks" / "gpu_robustness.json"
     found += [(f"{file.name}, {model}", parse_rows(rows, file)) for model, rows in json.loads(file.read_text()).items()]

@@ -13,7 +13,7 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, network_name, read_rows, write_rows
-from ebjdat_serve.card import figure, imported_card, key, measured, table, title
+from ebjdat_serve.card import BASELINES, UNCOMPARED, Baseline, figure, imported_card, key, measured, table, title
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import load_engine
@@ -30,8 +30,8 @@ from training.evaluation.ood_sets import NEAR
 from training.evaluation.rows import ball_of
 
 
-def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[Images, Any], *, samples: bool = True) -> list[str]:
-    """Write README.md, landscape.png, samples.png if ``samples``, and baseline.json if there is one; return their names.
+def write_card(bundle: Bundle, rows: list[Row], baseline: Baseline, arrays: dict[Images, Any], *, samples: bool = True) -> list[str]:
+    """Write README.md, landscape.png, samples.png if ``samples``, and the baseline's file if there is one; return their names.
 
     Raises BundleError for figures that were not measured on the bundle's files.
     """
@@ -47,17 +47,20 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dic
         (bundle.path / "landscape.png").unlink(missing_ok=True)
     if (bundle.path / "landscape.png").is_file():
         names.append("landscape.png")
-    if baseline:
-        write_rows(bundle.path / "baseline.json", baseline)
-        names.append("baseline.json")
+    for name, kind in BASELINES.items():
+        if baseline.rows and kind == baseline.title:
+            write_rows(bundle.path / name, baseline.rows)
+            names.append(name)
+        else:
+            (bundle.path / name).unlink(missing_ok=True)
     (bundle.path / "README.md").write_text(card(bundle, rows, baseline), encoding="utf-8")
     return names
 
 
-def renew_card(bundle: Bundle, rows: list[Row], baseline: list[Row], arrays: dict[Images, Any], *, samples: bool = True) -> Bundle:
+def renew_card(bundle: Bundle, rows: list[Row], baseline: Baseline, arrays: dict[Images, Any], *, samples: bool = True) -> Bundle:
     """Write the card and record its files in the manifest; remove an image that ``write_card`` deleted."""
     names = write_card(bundle, rows, baseline, arrays, samples=samples)
-    files = {name: entry for name, entry in bundle.manifest.files.items() if name != "landscape.png"}
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name not in ("landscape.png", *BASELINES)}
     return Bundle(bundle.path, replace(bundle.manifest, files=files)).update(*names)
 
 
@@ -99,7 +102,7 @@ def write_landscape(bundle: Bundle, arrays: dict[Images, Any]) -> bool:
     return True
 
 
-def card(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
+def card(bundle: Bundle, rows: list[Row], baseline: Baseline) -> str:
     """Return the model card."""
     if bundle.manifest.imported:
         return f"{imported_card(bundle)}\n{measured(rows)}"
@@ -148,18 +151,20 @@ def about_mean(bundle: Bundle) -> str:
     return f"The weights are the mean of two runs from one start, this one and `{other['name']}`; steps are of both.\n"
 
 
-def about_baseline(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> str:
-    """Return a sentence on the warm start and its column of the table."""
+def about_baseline(bundle: Bundle, rows: list[Row], baseline: Baseline) -> str:
+    """Return a sentence on the baseline and its column of the table."""
     warm = bundle.manifest.provenance.configuration.get("warm_start")
     if not warm:
         return ""
-    known = {key(row) for row in baseline}
+    known = {key(row) for row in baseline.rows}
     if not any(key(row) in known for row in rows):
         return f"It was continued from `{warm}`, the warm start, which was not evaluated.\n"
-    of = next(row.of for row in rows_where(baseline, "accuracy_clean"))
+    of = next(row.of for row in rows_where(baseline.rows, "accuracy_clean"))
+    control = f"plain adversarial training continued from `{warm}` instead"
+    whose = f"`{warm}`, which this model was continued from" if baseline.title == "warm start" else control
     return (
-        f"The column `warm start` is of `{warm}`, which this model was continued from (weights sha256 {of[:12]}), by the same protocol on the\n"
-        "same number of images; where it is empty, the warm start was not measured.\n"
+        f"The column `{baseline.title}` is of {whose} (weights sha256 {of[:12]}), by the same protocol on the\n"
+        f"same number of images; where it is empty, the {baseline.title} was not measured.\n"
     )
 
 
@@ -191,7 +196,7 @@ def short(git: str) -> str:
 
 
 def readme_table(bundle: Bundle) -> str:
-    """Return the README's table of eight figures, each with its comparison."""
+    """Return the README's table of nine figures, each with its comparison."""
     lines = ["| | this model | compared with | n | metric |", "|---|---|---|---|---|"]
     for text, row, others in readme_rows(bundle, bundle.metrics(), baseline_of(bundle)):
         comparison = "; ".join(f"{name} {figure(other)}" for name, other in others) or "not measured"
@@ -221,17 +226,19 @@ def readme_limits(bundle: Bundle) -> str:
 
 
 def costs(bundle: Bundle, rows: list[Row]) -> list[str]:
-    """Return the robustness lost against the warm start, if that was measured by the same protocol on as many images."""
-    known = {key(row): row for row in baseline_of(bundle)}
+    """Return the robustness lost against the baseline, if that was measured by the same protocol on as many images."""
+    baseline = baseline_of(bundle)
+    known = {key(row): row for row in baseline.rows}
     m = model_of(bundle)
     chosen = [first(rows, metric, norm="linf", eps=m.eps) for metric in ("accuracy_pgd20", "accuracy_autoattack")]
     pairs = [(row, known[key(row)]) for row in chosen if row and key(row) in known]
     if not pairs:
         return []
-    costly = any(row.interval[1] < warm.interval[0] for row, warm in pairs if row.interval and warm.interval)
-    losses = "; ".join(f"{figure(row)} against {figure(warm)} under {under(row)}, n = {row.n:,}" for row, warm in pairs)
+    costly = any(row.interval[1] < other.interval[0] for row, other in pairs if row.interval and other.interval)
+    losses = "; ".join(f"{figure(row)} against {figure(other)} under {under(row)}, n = {row.n:,}" for row, other in pairs)
     method = {"EbJdat": "EB-JDAT"}.get(method_kind(bundle), method_kind(bundle))
-    title = f"**{method} costs robustness** against its warm start" if costly else "Robustness against its warm start"
+    against = f"against its {baseline.title}"
+    title = f"**{method} costs robustness** {against}" if costly else f"Robustness {against}"
     return [f"- {title}, at l-inf {eps_name(m.eps)}: {losses}."]
 
 
@@ -240,10 +247,12 @@ def under(row: Row) -> str:
     return attack_name(row) + (f" on {OBJECTIVES[row.objective]}" if row.objective else "")
 
 
-def baseline_of(bundle: Bundle) -> list[Row]:
-    """Return the warm start's rows, or an empty list."""
-    file = bundle.path / "baseline.json"
-    return read_rows(file) if "baseline.json" in bundle.manifest.files and file.is_file() else []
+def baseline_of(bundle: Bundle) -> Baseline:
+    """Return the figures of the network that the card compares with, or none."""
+    for name, kind in BASELINES.items():
+        if name in bundle.manifest.files and (bundle.path / name).is_file():
+            return Baseline(kind, read_rows(bundle.path / name))
+    return UNCOMPARED
 
 
 def write_sections(text: str, sections: dict[str, str]) -> str:

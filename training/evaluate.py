@@ -10,8 +10,7 @@ To evaluate any torch module:
     print(rows[0].metric, rows[0].value, rows[0].interval)
 
 Results are computed in chunks of 100 images, one process per core, and kept on disk: a killed run continues where it stopped.
-``--part`` runs only some parts. Measurements whose file or package is missing are reported and left out. The logger ``training`` gets a
-line per part at INFO, every figure at DEBUG.
+``--part`` runs some parts. What lacks a file or package is reported. Logger ``training``: a line per part at INFO, every figure at DEBUG.
 """
 
 import argparse
@@ -30,6 +29,7 @@ import torch
 from torch import nn
 
 from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_json, write_rows
+from ebjdat_serve.card import BASELINES
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.contract import Input
 from ebjdat_serve.cpus import cpus
@@ -271,7 +271,10 @@ def main() -> None:
         "--force", action="store_true", help=f"with --into: {FORCED}; with --folder: also a folder whose figures git tracks"
     )
     parser.add_argument("--folder", type=Path, help="output folder of figures and report (under EBJDAT_RUNS, named after the model)")
-    parser.add_argument("--baseline", type=Path, help="with --into: metrics.json of the warm start, for a column of comparison")
+    parser.add_argument("--baseline", type=Path, help="with --into: metrics.json to compare with, for a column of the card")
+    parser.add_argument(
+        "--baseline-is", choices=tuple(BASELINES.values()), default="warm start", help="what --baseline is of (%(default)s)"
+    )
     parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights of the surrogate of transferred attacks")
     parser.add_argument("--control", type=Path, nargs="+", default=[], help="control weights, sampled with the same prior, steps and seeds")
     parser.add_argument("--buffer", type=Path, help="state.pt of a stage, whose replay buffer is measured for comparison")
@@ -335,7 +338,7 @@ def evaluate_bundle(options: argparse.Namespace, suite: Suite, parts: Sequence[s
     summaries: list[str] = []
 
     def change(draft: Bundle) -> Bundle:
-        taken, merged = take(draft, done, options.baseline)
+        taken, merged = take(draft, done, options.baseline, options.baseline_is)
         summaries.append(merged.summary())
         return taken
 

@@ -1,11 +1,11 @@
-"""The selection of main rows: the card's first table, and the README's eight figures with their comparisons."""
+"""The selection of main rows: the card's first table, and the README's nine figures with their comparisons."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.card import key
+from ebjdat_serve.card import Baseline, key
 from ebjdat_serve.rows import CONTROL, FRESH, SUM, Row, first, rows_where
 from ebjdat_serve.scores import BASELINE
 from ebjdat_serve.sentences import eps_name
@@ -14,7 +14,9 @@ from training.evaluation.rows import ball_of
 
 ALPHA = 0.05
 Fields = dict[str, Any]
-WARM_START, SOFTMAX = "warm start", "max softmax"
+BASELINE_NETWORK, SOFTMAX = "baseline", "max softmax"
+CONTROLS = ("wrn28-pgd7", "pgd-at")
+"""Plain adversarial training in benchmarks/models/, whose samples the bundled model's are compared with; pgd-at is WRN-16-2."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,15 @@ class ReadmeRow:
     text: str
     metric: str
     fields: Fields
-    baselines: tuple[str, ...] = (WARM_START,)
+    baselines: tuple[str, ...] = (BASELINE_NETWORK,)
     others: dict[str, Fields] = field(default_factory=dict)  # rows of the same metric to compare with, by name
 
 
 def readme_figures(m: Model) -> list[ReadmeRow]:
-    """Return the specifications of the README's eight rows."""
+    """Return the specifications of the README's nine rows."""
     eps, threat, flag = eps_name(m.eps), {"norm": "linf", "eps": m.eps}, {"alpha": ALPHA, "score": m.score}
     fooled = {**m.test, **m.pgd, "subset": "fooled"}
-    judged = {f"samples of the control {name}": {"dataset": CONTROL, "control": name} for name in ("pgd-at",)}
+    judged = {f"samples of the control {name}": {"dataset": CONTROL, "control": name} for name in CONTROLS}
     return [
         ReadmeRow("accuracy on clean images", "accuracy_clean", m.test),
         ReadmeRow(f"accuracy under PGD-20, l-inf {eps}", "accuracy_pgd20", {**m.test, **threat}),
@@ -110,6 +112,13 @@ def readme_figures(m: Model) -> list[ReadmeRow]:
         ReadmeRow(
             "samples of the class asked for, to a robust judge",
             "class_agreement_resnet4b",
+            {"dataset": FRESH},
+            (),
+            {**judged, "test images": m.test},
+        ),
+        ReadmeRow(
+            "kernel distance of samples to training images, ResNet-20",
+            "kernel_distance_resnet20",
             {"dataset": FRESH},
             (),
             {**judged, "test images": m.test},
@@ -127,7 +136,7 @@ def chief(bundle: Bundle, rows: list[Row]) -> list[Row]:
     return found
 
 
-def readme_rows(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> Iterator[tuple[str, Row, list[tuple[str, Row]]]]:
+def readme_rows(bundle: Bundle, rows: list[Row], baseline: Baseline) -> Iterator[tuple[str, Row, list[tuple[str, Row]]]]:
     """Yield (text, row, [(text, row to compare with)]) of the README's table, without rows that were not measured."""
     m = model_of(bundle)
     for spec, plain in zip(readme_figures(m), readme_figures(replace(m, score=BASELINE)), strict=True):
@@ -136,10 +145,10 @@ def readme_rows(bundle: Bundle, rows: list[Row], baseline: list[Row]) -> Iterato
             yield spec.text, row, list(comparisons(spec, plain, row, rows, baseline))
 
 
-def comparisons(spec: ReadmeRow, plain: ReadmeRow, row: Row, rows: list[Row], baseline: list[Row]) -> Iterator[tuple[str, Row]]:
-    """Yield (text, row) to compare ``row`` with: the warm start's, max softmax's (``plain``), or other images' by the same judge."""
-    if WARM_START in spec.baselines:
-        yield from ((WARM_START, other) for other in baseline if key(other) == key(row))
+def comparisons(spec: ReadmeRow, plain: ReadmeRow, row: Row, rows: list[Row], baseline: Baseline) -> Iterator[tuple[str, Row]]:
+    """Yield (text, row) to compare ``row`` with: the baseline's, max softmax's (``plain``), or other images' by the same judge."""
+    if BASELINE_NETWORK in spec.baselines:
+        yield from ((baseline.title, other) for other in baseline.rows if key(other) == key(row))
     if SOFTMAX in spec.baselines:
         other = first(rows, plain.metric, **plain.fields)
         if other is not None and other is not row:

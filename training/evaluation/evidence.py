@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebjdat_serve.bundle import Bundle, read_rows, write_rows
+from ebjdat_serve.card import Baseline
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.rows import Images, Row
 from ebjdat_serve.sentences import data_words, protocol_words
-from training.card import renew_card
+from training.card import baseline_of, renew_card
 from training.evaluation.result_cache import Arrays
 
 
@@ -37,8 +38,8 @@ class Merged:
         return "\n".join(lines)
 
 
-def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None) -> tuple[Bundle, Merged]:
-    """Write the rows of ``measured`` into the bundle with its card and images; ``baseline``: metrics.json of the warm start.
+def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None, title: str = "warm start") -> tuple[Bundle, Merged]:
+    """Write the rows of ``measured`` into the bundle with its card and images; ``baseline``: metrics.json of the one that it compares with.
 
     Raises BundleError when they are of other weights or graphs than the bundle's.
     """
@@ -46,14 +47,14 @@ def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None) -> 
     if strange is not None or not measured.rows:
         of = f"of {strange.of[:12]}, which it does not hold" if strange else "none"
         raise BundleError(f"{bundle.path} takes no rows {of}: evaluate this bundle first")
-    baseline_rows = read_rows(baseline or bundle.path / "baseline.json") if baseline or "baseline.json" in bundle.manifest.files else []
+    reference = Baseline(title, read_rows(baseline)) if baseline else baseline_of(bundle)
     merged = merge(bundle.metrics(), measured.rows, bundle)
     # the image shows the rows that are in the bundle
     arrays = measured.arrays if any(row.part == "landscape" for row in merged.taken) else {}
     write_rows(bundle.path / "metrics.json", merged.rows)
     bundle = bundle.update("metrics.json")
     drawn = "samples.png" in bundle.manifest.files  # samples depend only on the network, which an evaluation does not change
-    return renew_card(bundle, merged.rows, baseline_rows, arrays, samples=not drawn), merged
+    return renew_card(bundle, merged.rows, reference, arrays, samples=not drawn), merged
 
 
 def merge(before: list[Row], new: list[Row], bundle: Bundle | None = None) -> Merged:
