@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from ebjdat_serve.bundle import Bundle, write_json, write_rows
-from ebjdat_serve.card import figure
+from ebjdat_serve.card import Baseline, figure
 from ebjdat_serve.detection import Detector
 from ebjdat_serve.errors import BundleError, EbjdatError, EngineError
 from ebjdat_serve.networks.wideresnet import WideResNet
@@ -791,7 +791,7 @@ def test_a_card_of_stale_figures_is_refused(golden, tmp_path, monkeypatch):
     row, *others = bundle.metrics()
     rows = [replace(row, of="0" * 64), *others]
     with pytest.raises(BundleError, match=r"stale: 1 figures, accuracy_clean first"):
-        write_card(bundle, rows, [], {})
+        write_card(bundle, rows, Baseline(), {})
     write_rows(bundle.path / "metrics.json", rows)
     monkeypatch.setattr(sys, "argv", ["card.py", str(bundle.path)])
     with pytest.raises(SystemExit, match="stale"):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.card import Baseline
 from tests.conftest import ROOT
 from training.card import card
 from training.config import stages, together
@@ -278,12 +279,12 @@ def test_the_card_says_what_was_trained_and_no_path(tmp_path):
     bundle = draft_bundle(
         tmp_path / "w.safetensors", stage, data, tmp_path / "bundle", Origin("a" * 40 + "-dirty", "now", ""), Position(5, 1.0, 2), 10
     )
-    text = card(bundle, [], []) + (tmp_path / "bundle" / "bundle.json").read_text()
+    text = card(bundle, [], Baseline()) + (tmp_path / "bundle" / "bundle.json").read_text()
     assert "secret" not in text
     for said in ("method Standard", "aaaaaaaaaaaa-dirty", "rolled back for divergence 2 times", "its licence is for you to state"):
         assert said in text
     for unsaid in ("FGSM", "CIFAR-10"):
-        assert unsaid not in card(bundle, [], [])
+        assert unsaid not in card(bundle, [], Baseline())
 
 
 @pytest.mark.slow

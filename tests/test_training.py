@@ -12,20 +12,21 @@ import pytest
 import torch
 
 from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.card import Baseline
 from ebjdat_serve.networks.wideresnet import WideResNet
 from ebjdat_serve.sgld import Prior
 from tests.conftest import ROOT
 from training.card import card
 from training.config import describe, stages
 from training.data.datasets import load
-from training.distributed import Noise
+from training.distributed import Noise, Ranks
 from training.errors import OutOfTime, TrainingDiverged, TrainingError
 from training.evaluation import context
 from training.evaluation.context import Suite
 from training.loop.bundle_writer import Origin, draft_bundle
 from training.loop.clock import Clock
 from training.loop.divergence import diverged
-from training.loop.loop import learning_rate, train
+from training.loop.loop import learning_rate, total_steps, train
 from training.loop.start import new_state
 from training.loop.state import load_position, load_weights, save_weights
 from training.loop.stream import Stream
@@ -36,7 +37,7 @@ from training.methods.ebjdat import EbJdat
 from training.methods.replay import ChainConfig
 from training.overrides import listing, override
 from training.presets import DIGITS, PRESETS, preset
-from training.refresh import refresh
+from training.refresh import refresh, train_stages
 from training.train import main
 
 CPU = torch.device("cpu")
@@ -260,6 +261,28 @@ def test_training_and_the_torch_engine_need_no_more_than_torch_numpy_pillow_and_
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_time_is_shared_by_the_passes_of_what_is_left(tmp_path, monkeypatch):
+    shares = []
+
+    class Recorded(Clock):
+        def allot(self, share):
+            shares.append(share)
+
+    def trained(stage, data, folder, **how):
+        folder.mkdir(parents=True)
+        (folder / "weights.safetensors").touch()
+
+    monkeypatch.setattr("training.refresh.train", trained)
+    monkeypatch.setattr("training.refresh.write_report", lambda folder, stage: None)
+    data, todo = load("digits"), stages(DIGITS)
+    how = {"init": None, "device": CPU, "ranks": Ranks(), "tensorboard": False}
+    train_stages(todo, data, tmp_path, clock=Recorded(), **how)
+    steps = [total_steps(stage, len(data.train)) for stage in todo]
+    fgsm, joint = steps[0] * 2 * 64, steps[1] * (6 * 64 + 6 * 32)  # attack and update; chains and theirs
+    assert shares[0] == pytest.approx(fgsm / (fgsm + joint), rel=1e-3)
+    assert shares[1] == pytest.approx(1)
+
+
 @pytest.mark.slow
 def test_a_short_time_is_shared_by_the_stages_and_ends_with_a_bundle(tmp_path, monkeypatch):
     """Through the command, but in this process, where little of the evaluation that follows is enough."""
@@ -318,5 +341,5 @@ def test_what_diverged_is_counted_in_the_model_card(tmp_path, monkeypatch):
     assert (position.step, position.rollbacks) == (34, 1)
     assert sum('"diverged": 1' in line for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
     bundle = draft_bundle(weights, stage, data, tmp_path / "bundle", Origin("git", "now", ""), position, 34)
-    assert "rolled back for divergence 1 times" in card(bundle, [], [])
+    assert "rolled back for divergence 1 times" in card(bundle, [], Baseline())
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["position"][3] == 0.5  # half the rate

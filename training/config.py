@@ -119,6 +119,13 @@ def together(todo: Sequence[Preset], i: int) -> range:
     return range(i, i + 2) if i + 1 < len(todo) and todo[i + 1].averaged_with is not None else range(i, i + 1)
 
 
+def work(stage: Preset) -> float:
+    """Return what a step takes, roughly: the forwards and backwards of attack, chains and update, times their images."""
+    attack, chains = getattr(stage.method, "attack", None), getattr(stage.method, "chains", None)
+    walked = 0 if chains is None else (chains.steps + 1) * chains.batch
+    return float((1 if attack is None else attack.steps + 1) * stage.batch_size + walked)
+
+
 def describe(stage: Preset) -> dict[str, Any]:
     """Return the preset as JSON: methods and sharpness with their kind, the network with its family, the warm start as its name.
 

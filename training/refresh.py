@@ -17,7 +17,7 @@ from ebjdat_serve.folders import ensure_folder, folder, unwritable
 from ebjdat_serve.locking import Held, exclusive_lock
 from ebjdat_serve.rows import rows_where
 from ebjdat_serve.store import next_revision, publish, withhold
-from training.config import Preset, continuing, describe, stages, together
+from training.config import Preset, continuing, describe, stages, together, work
 from training.data.datasets import Dataset, load, load_extra
 from training.distributed import Ranks
 from training.errors import HeldBack, TrainingError
@@ -124,8 +124,8 @@ def train_stages(
         if ranks.agree(unfinished and not begun):
             if ranks.rank == 0:
                 say(f"train {stage.name} in {folder}")
-            share = (left[0] + 1) / (sum(left) + 1)
-            clock.allot(min(share, 0.5) if any(left[1:]) else share)  # steps of a warm start are cheaper
+            ahead = [steps * work(other) for steps, other in zip(left, todo[i:], strict=True)]
+            clock.allot((ahead[0] + 1) / (sum(ahead) + 1))
             start = given[group.start - 1] if group.start else init
             train(stage, data, folder, init=start, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
             if ranks.rank == 0:
