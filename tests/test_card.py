@@ -112,11 +112,15 @@ def test_worse_than_chance_is_said_only_where_the_interval_says_so(bundle):
 def test_the_warm_start_is_spoken_of_as_far_as_it_was_measured(bundle):
     rows, other = [row("accuracy_clean", 0.7)], row("accuracy_clean", 0.8, of="b" * 64)
     assert "which was not evaluated" in about_baseline(bundle, rows, Baseline())
-    assert "which was not evaluated" in about_baseline(bundle, rows, Baseline(rows=[replace(other, n=11)]))
     for title in BASELINES.values():
+        assert f"no figure of the {title} is of the same" in about_baseline(bundle, rows, Baseline(title, [replace(other, n=11)]))
         said = about_baseline(bundle, rows, Baseline(title, [other]))
         assert f"The column `{title}` is of" in said
         assert "bbbbbbbbbbbb" in said
+        loss, only = row("nll", 0.5), row("nll", 0.6, of="b" * 64)  # a file without the clean accuracy
+        assert f"The column `{title}` is of" in about_baseline(bundle, [loss], Baseline(title, [only]))
+    started = replace(bundle.manifest, provenance=replace(bundle.manifest.provenance, init_sha256="c" * 64))
+    assert "from given weights (sha256 cccccccccccc)" in about_baseline(Bundle(bundle.path, started), rows, Baseline())
     card = (bundle.path / "README.md").read_text(encoding="utf-8")
     assert "evaluated identically" not in card
     assert about_baseline(bundle, bundle.metrics(), baseline_of(bundle)) in card

@@ -31,7 +31,7 @@ from training import calibrate
 from training.card import rewrite
 from training.data.datasets import load
 from training.errors import TrainingError
-from training.evaluate import evaluate, evaluate_bundle
+from training.evaluate import evaluate, evaluate_bundle, main
 from training.evaluation.context import Suite, suite_of
 from training.evaluation.evidence import Evaluation, measurement, merge, take
 
@@ -276,6 +276,35 @@ def test_rows_of_other_files_are_dropped_and_never_taken(bundle):
         take(bundle, Evaluation(bundle.path, [row(of="1" * 64)], {}))
 
 
+def test_a_baseline_is_of_another_network_and_a_card_that_fails_leaves_the_bundle_whole(bundle, tmp_path, monkeypatch):
+    of = bundle.manifest.files["weights.safetensors"].sha256
+    done, file = Evaluation(bundle.path, [row(of=of)], {}), tmp_path / "other.json"
+    for rows, said in (([], "holds no rows"), ([row(of=of)], "holds figures of this bundle itself")):
+        write_rows(file, rows)
+        with pytest.raises(BundleError, match=f"{said}: give the metrics.json"):
+            take(bundle, done, file)
+    write_rows(file, [row("nll", of="0" * 64)])  # without the clean accuracy
+    taken, _ = take(bundle, done, file, "control")
+    assert (bundle.path / "control.json").is_file()
+    assert not (bundle.path / "baseline.json").is_file()
+    with monkeypatch.context() as broken:
+        broken.setattr("training.card.card", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            take(taken, done, file, "warm start")
+    assert "control.json" in Bundle.load(bundle.path).manifest.files  # which lists what is there
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--baseline-is", "control"], "add --baseline FILE"), (["--baseline", "none.json"], "none.json cannot be read")],
+)
+def test_a_baseline_that_cannot_be_read_is_told_before_anything_is_measured(bundle, runs, monkeypatch, words, said):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(bundle.path), "--part", "clean", "--into", str(bundle.path), *words])
+    with pytest.raises(SystemExit, match=said):
+        main()
+    assert not list(runs.glob("**/metrics.json"))
+
+
 def test_an_evaluation_leaves_the_bundle_as_it_was_until_its_rows_are_taken(bundle, runs):
     before, rows = digest(bundle.path), bundle.metrics()
     done = evaluate(bundle, load("digits"), FEW, parts=("clean",))
@@ -297,7 +326,7 @@ def test_into_takes_what_was_measured_of_the_same_weights(bundle, golden, runs, 
     bare.update("metrics.json")
 
     class Options:
-        into, force, baseline, data, folders, allow_code = bare.path, False, None, None, None, False
+        into, force, baseline, baseline_is, data, folders, allow_code = bare.path, False, None, None, None, None, False
 
     Options.bundle = bundle.path
     evaluate_bundle(Options, suite_of("quick", 20, []), ("clean",), {"processes": 1})

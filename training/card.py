@@ -51,17 +51,16 @@ def write_card(bundle: Bundle, rows: list[Row], baseline: Baseline, arrays: dict
         if baseline.rows and kind == baseline.title:
             write_rows(bundle.path / name, baseline.rows)
             names.append(name)
-        else:
-            (bundle.path / name).unlink(missing_ok=True)
     (bundle.path / "README.md").write_text(card(bundle, rows, baseline), encoding="utf-8")
     return names
 
 
 def renew_card(bundle: Bundle, rows: list[Row], baseline: Baseline, arrays: dict[Images, Any], *, samples: bool = True) -> Bundle:
-    """Write the card and record its files in the manifest; remove an image that ``write_card`` deleted."""
+    """Write the card and record its files in the manifest; remove an image that ``write_card`` deleted, and another kind of baseline."""
     names = write_card(bundle, rows, baseline, arrays, samples=samples)
     files = {name: entry for name, entry in bundle.manifest.files.items() if name not in ("landscape.png", *BASELINES)}
-    return Bundle(bundle.path, replace(bundle.manifest, files=files)).update(*names)
+    done = Bundle(bundle.path, replace(bundle.manifest, files=files)).update(*names)
+    return done.without(*(name for name in BASELINES if name not in names))
 
 
 def refuse_stale(bundle: Bundle, rows: list[Row]) -> None:
@@ -156,14 +155,18 @@ def about_baseline(bundle: Bundle, rows: list[Row], baseline: Baseline) -> str:
     warm = bundle.manifest.provenance.configuration.get("warm_start")
     if not warm:
         return ""
+    init = bundle.manifest.provenance.init_sha256
+    start = f"given weights (sha256 {init[:12]})" if init else f"`{warm}`"
     known = {key(row) for row in baseline.rows}
     if not any(key(row) in known for row in rows):
-        return f"It was continued from `{warm}`, the warm start, which was not evaluated.\n"
-    of = next(row.of for row in rows_where(baseline.rows, "accuracy_clean"))
-    control = f"plain adversarial training continued from `{warm}` instead"
-    whose = f"`{warm}`, which this model was continued from" if baseline.title == "warm start" else control
+        other = f"is not compared: no figure of the {baseline.title} is of the same protocol and n"
+        lack = other if baseline.rows else "was not evaluated"
+        return f"It was continued from {start}, the warm start, which {lack}.\n"
+    clean = next((f" (weights sha256 {row.of[:12]})" for row in rows_where(baseline.rows, "accuracy_clean")), "")
+    control = f"plain adversarial training continued from {start} instead"
+    whose = f"{start}, which this model was continued from" if baseline.title == "warm start" else control
     return (
-        f"The column `{baseline.title}` is of {whose} (weights sha256 {of[:12]}), by the same protocol on the\n"
+        f"The column `{baseline.title}` is of {whose}{clean}, by the same protocol on the\n"
         f"same number of images; where it is empty, the {baseline.title} was not measured.\n"
     )
 

@@ -46,7 +46,7 @@ from training.errors import TrainingError
 from training.evaluation.calibration import calibration_rows, clean_rows
 from training.evaluation.context import FORM, LEAST, SUITES, Context, Suite, claim, suite_of, unit
 from training.evaluation.evaluated_model import Spec, best_device, bundle_spec, load_weights, module_sha256, module_spec
-from training.evaluation.evidence import Evaluation, take
+from training.evaluation.evidence import Evaluation, compared, take
 from training.evaluation.expected import expected
 from training.evaluation.explanation import explanation_rows
 from training.evaluation.generation import generation_rows
@@ -253,10 +253,7 @@ def measure(c: Context, part: str) -> list[Row]:
 
 def main() -> None:
     """Evaluate the bundle named on the command line."""
-    parser = parser_of(
-        __doc__,
-        epilog=f"parts: {', '.join(PARTS)}; --protocol released-code is the part of that name only",
-    )
+    parser = parser_of(__doc__, epilog=f"parts: {', '.join(PARTS)}; --protocol released-code is the part of that name only")
     parser.add_argument("bundle", type=Path, help="a bundle, a store, or a weights.safetensors that the trainer wrote")
     parser.add_argument("--suite", choices=sorted(SUITES), default="quick")
     parser.add_argument("--part", nargs="+", choices=sorted(PARTS), default=None, help="measure only these parts; rows of others are kept")
@@ -272,9 +269,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, help="output folder of figures and report (under EBJDAT_RUNS, named after the model)")
     parser.add_argument("--baseline", type=Path, help="with --into: metrics.json to compare with, for a column of the card")
-    parser.add_argument(
-        "--baseline-is", choices=tuple(BASELINES.values()), default="warm start", help="what --baseline is of (%(default)s)"
-    )
+    parser.add_argument("--baseline-is", choices=tuple(BASELINES.values()), help="what --baseline is of; the warm start by default")
     parser.add_argument("--surrogate", type=Path, default=SURROGATE, help="weights of the surrogate of transferred attacks")
     parser.add_argument("--control", type=Path, nargs="+", default=[], help="control weights, sampled with the same prior, steps and seeds")
     parser.add_argument("--buffer", type=Path, help="state.pt of a stage, whose replay buffer is measured for comparison")
@@ -300,6 +295,8 @@ def main() -> None:
         }
         if options.baseline and not options.into:
             raise TrainingError("--baseline is for a bundle's card, which only --into writes: give both or neither")
+        if options.baseline_is and not options.baseline:
+            raise TrainingError("--baseline-is says what --baseline is of: add --baseline FILE, or leave it out")
         if options.folder and not options.force and tracked(options.folder / "metrics.json"):
             raise TrainingError(f"{options.folder / 'metrics.json'} is tracked by git: name another --folder", options=("--force",))
         suite = suite_of(options.suite, options.n, options.amount)
@@ -321,6 +318,7 @@ def evaluate_bundle(options: argparse.Namespace, suite: Suite, parts: Sequence[s
     bundle = Bundle.draft(options.bundle)
     if options.into:
         target = check_editable(options.into, force=options.force)  # checked before hours of measuring
+        compared(target, options.baseline)
         if target.manifest.files.get("weights.safetensors") != bundle.manifest.files["weights.safetensors"]:
             raise TrainingError(
                 f"--into {options.into} has other weights than {options.bundle}: figures of one are not valid for the other"
@@ -338,7 +336,7 @@ def evaluate_bundle(options: argparse.Namespace, suite: Suite, parts: Sequence[s
     summaries: list[str] = []
 
     def change(draft: Bundle) -> Bundle:
-        taken, merged = take(draft, done, options.baseline, options.baseline_is)
+        taken, merged = take(draft, done, options.baseline, options.baseline_is or "warm start")
         summaries.append(merged.summary())
         return taken
 

@@ -41,13 +41,13 @@ class Merged:
 def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None, title: str = "warm start") -> tuple[Bundle, Merged]:
     """Write the rows of ``measured`` into the bundle with its card and images; ``baseline``: metrics.json of the one that it compares with.
 
-    Raises BundleError when they are of other weights or graphs than the bundle's.
+    Raises BundleError when they are of other weights or graphs than the bundle's, and as ``compared`` does.
     """
     strange = next((row for row in measured.rows if not bundle.holds(row.of)), None)
     if strange is not None or not measured.rows:
         of = f"of {strange.of[:12]}, which it does not hold" if strange else "none"
         raise BundleError(f"{bundle.path} takes no rows {of}: evaluate this bundle first")
-    reference = Baseline(title, read_rows(baseline)) if baseline else baseline_of(bundle)
+    reference = compared(bundle, baseline, title)
     merged = merge(bundle.metrics(), measured.rows, bundle)
     # the image shows the rows that are in the bundle
     arrays = measured.arrays if any(row.part == "landscape" for row in merged.taken) else {}
@@ -55,6 +55,20 @@ def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None, tit
     bundle = bundle.update("metrics.json")
     drawn = "samples.png" in bundle.manifest.files  # samples depend only on the network, which an evaluation does not change
     return renew_card(bundle, merged.rows, reference, arrays, samples=not drawn), merged
+
+
+def compared(bundle: Bundle, file: Path | None, title: str = "warm start") -> Baseline:
+    """Return what the bundle's card compares with: the rows of ``file``, without one as before.
+
+    Raises BundleError for a file without rows, and for one of the bundle's own weights.
+    """
+    if file is None:
+        return baseline_of(bundle)
+    rows, own = read_rows(file), bundle.manifest.files.get("weights.safetensors")
+    wrong = "no rows" if not rows else "figures of this bundle itself" if own and any(row.of == own.sha256 for row in rows) else ""
+    if wrong:
+        raise BundleError(f"{file} holds {wrong}: give the metrics.json of the network to compare with")
+    return Baseline(title, rows)
 
 
 def merge(before: list[Row], new: list[Row], bundle: Bundle | None = None) -> Merged:
