@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from training.loop.clock import Clock
 from training.loop.divergence import diverged
 from training.loop.loop import learning_rate, total_steps, train
 from training.loop.start import new_state
-from training.loop.state import load_position, load_weights, save_weights
+from training.loop.state import check_weights, load_position, load_weights, save_weights
 from training.loop.stream import Stream
 from training.methods import StepContext, replay
 from training.methods.adversary import Attack, Threat, cross_entropy
@@ -157,6 +158,9 @@ def test_the_warm_start_is_of_the_same_network_and_ball():
         ("averaged_with.name=cifar10-small-pgd7", "different names"),
         ("averaged_with.warm_start.epochs=1", "averaged_with starts|fields are"),  # which would have no effect
         ("averaged_with.lr=-1", "lr must be"),
+        ("averaged_with.name=../elsewhere", "its folder is named so"),
+        ("name=", "its folder is named so"),
+        ("save_seconds=nan", "save_seconds must be a finite number"),
         ("averaged_with.seed=3", "all stages have one seed, the last one's: set seed=3"),
         ("warm_start.warm_start.architecture.depth=16", "one architecture, the last one's: set architecture.depth=16"),
     ],
@@ -251,6 +255,65 @@ def test_a_run_without_time_for_a_step_is_an_error_not_a_model(tmp_path):
     with pytest.raises(OutOfTime, match="time ran out"):
         train(WARM, load("digits"), tmp_path, init=None, clock=Clock(0), device=CPU)
     assert not (tmp_path / "weights.safetensors").exists()
+
+
+def test_a_stage_that_a_later_one_continued_gets_its_weights_again_from_its_state(tmp_path):
+    data, stage = load("digits"), replace(WARM, epochs=0.06)
+    weights = train(stage, data, tmp_path / "run", init=None, clock=Clock(), device=CPU)
+    before = load_weights(weights)
+    weights.unlink()
+    check_weights(tmp_path / "run")
+    for name, value in load_weights(weights).items():
+        assert torch.equal(value, before[name])
+    weights.write_bytes(b"x")
+    with pytest.raises(TrainingError, match=r"weights\.safetensors is damaged .*: delete it, and the run writes it again"):
+        check_weights(tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"weights\.safetensors is missing"):
+        check_weights(tmp_path)
+
+
+def test_a_full_disk_names_the_file_and_a_state_of_something_else_is_damaged(tmp_path):
+    torch.save({"a": 1}, tmp_path / "state.pt")
+    with pytest.raises(TrainingError, match=r"state\.pt is damaged"):
+        load_position(tmp_path / "state.pt")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = new_state(WARM, load("digits"), None, CPU)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        for name, write in (("full.pt", state.save), ("full.safetensors", lambda path: save_weights(state.ema, path))):
+            with pytest.raises(TrainingError, match=f"{name} cannot be written .*: is the disk full"):
+                write(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {file.name for file in tmp_path.iterdir()} == {"state.pt"}
+
+
+def test_a_stage_without_steps_is_told_before_the_stages_before_it_are_trained(tmp_path):
+    stage = replace(DIGITS, epochs=0)
+    with pytest.raises(TrainingError, match="digits has nothing to train: its epochs are 0"):
+        refresh(stage, tmp_path, init=None, clock=Clock(), suite=None, device=CPU)
+    assert not (tmp_path / "digits-fgsm").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"stages": []}', '{"stages": [{"name": "digits"}]}'])
+def test_a_configuration_that_is_none_is_told(tmp_path, monkeypatch, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(content)
+    monkeypatch.setenv("EBJDAT_RUNS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--run", "run", "--resume", "--threads", "1"])
+    with pytest.raises(SystemExit, match=r"config\.json is damaged"):
+        main()
+
+
+def test_an_interrupted_run_that_only_trains_goes_on_so_and_options_are_not_shortened(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EBJDAT_RUNS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--run", "run", "--only-train", "--max-minutes", "0", "--threads", "1"])
+    with pytest.raises(SystemExit, match=r"go on with: .* --run run .*--resume --only-train$"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--max-min", "1"])  # which gpu_train.sh would not know as its own
+    with pytest.raises(SystemExit):
+        main()
+    assert "unrecognized arguments: --max-min" in capsys.readouterr().err
 
 
 @pytest.mark.slow

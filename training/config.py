@@ -18,6 +18,20 @@ CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "precision": ("auto", "fp32", "bf16"),
 }
+FROM_ZERO = (
+    "lr",
+    "ema",
+    "momentum",
+    "weight_decay",
+    "gradient_clip",
+    "epochs",
+    "padding",
+    "plain_batch",
+    "size",
+    "save_seconds",
+    "rollbacks",
+)
+"""Fields that are finite numbers from 0 up."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class Preset:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("lr", "ema", "momentum", "weight_decay", "gradient_clip", "epochs", "padding", "plain_batch", "size"):
+        for name in FROM_ZERO:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number from 0 up, not {getattr(self, name)}")
         for name in ("batch_size", "prior_rank"):

@@ -1,6 +1,7 @@
 """Command-line overrides of presets (--set), and the preset list of --help."""
 
 import json
+import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from training.presets import METHODS, PRESETS
 
 OTHERS = ("warm_start.", "averaged_with.")
 """Prefixes of the fields of other stages."""
+STAGE_NAME = re.compile(r"(?!store$)[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "methods.json"
 
 
@@ -72,6 +74,8 @@ def changed(part: Any, path: list[str], value: str, setting: str) -> Any:
         new = {"true": True, "false": False}[value] if kind is bool else kind(value)
     except (ValueError, KeyError):
         raise TrainingError(f"--set {setting}: {name} is a {kind.__name__}") from None
+    if name == "name" and not STAGE_NAME.fullmatch(str(new)):
+        raise TrainingError(f"--set {setting}: a stage is named by letters, digits, - _ and ., and not store: its folder is named so")
     return checked(part, name, new, setting)
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from training.loop.bundle_writer import Origin, draft_bundle, git_commit
 from training.loop.clock import Clock
 from training.loop.loop import total_steps, train
 from training.loop.start import check_images
-from training.loop.state import Position, load_position, mean_weights, save_weights
+from training.loop.state import Position, check_weights, load_position, mean_weights, save_weights
 from training.report import write_report
 
 log = logging.getLogger("training")
@@ -115,6 +116,9 @@ def train_stages(
 ) -> Path:
     """Train or resume each stage from the weights that it starts with, and return the path of the weights to publish."""
     given: list[Path] = []  # by each stage, to those after it
+    for stage in todo:
+        if not total_steps(stage, len(data.train)):
+            raise TrainingError(f"{stage.name} has nothing to train: its epochs are {stage.epochs:g}, give it more with --set")
     for i, stage in enumerate(todo):
         folder, group = run / stage.name, together(todo, i)
         taken = [load_position(run / other.name / "state.pt").step for other in todo[i:]]
@@ -130,6 +134,10 @@ def train_stages(
             train(stage, data, folder, init=start, clock=clock, device=device, ranks=ranks, tensorboard=tensorboard)
             if ranks.rank == 0:
                 write_report(folder, stage)
+        else:
+            if ranks.rank == 0:
+                check_weights(folder)
+            ranks.wait()
         if stage.averaged_with is not None:
             if ranks.rank == 0:
                 save_weights(mean_weights([given[-1], folder / "weights.safetensors"]), weights_given(stage, folder))
@@ -216,11 +224,23 @@ def remember(run: Path, todo: list[Preset], init: Path | None, data: Dataset) ->
     if not file.is_file():
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(file, {"git": git_commit(), "started": now, **begun})
-    known = read_json(file)
+    known = configuration(run)
     if {name: known.get(name) for name in begun} != begun:
         message = f"{file} holds another configuration or data: continue it with the same preset, settings and images"
         raise TrainingError(message, options=("--run NAME",))
     return Origin(known["git"], known["started"], known["init_sha256"])
+
+
+def configuration(run: Path) -> dict[str, Any]:
+    """Return a run's config.json; raise TrainingError for one that is none."""
+    file = run / "config.json"
+    known = read_json(file)
+    try:
+        if all(isinstance(known[name], str) for name in ("git", "started")) and isinstance(known["stages"][-1]["name"], str):
+            return dict(known)
+    except (LookupError, TypeError):
+        pass
+    raise TrainingError(f"{file} is damaged, it does not tell the stages of the run", options=("--run NAME",))
 
 
 def say(text: str) -> None:

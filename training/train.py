@@ -19,7 +19,6 @@ from typing import NoReturn, get_args
 import torch
 
 from ebjdat_serve import logs
-from ebjdat_serve.bundle import read_json
 from ebjdat_serve.console import advice, parser_of
 from ebjdat_serve.cpus import threads
 from ebjdat_serve.errors import EbjdatError
@@ -31,7 +30,7 @@ from training.errors import HeldBack, OutOfTime, TrainingError
 from training.loop.clock import Clock
 from training.overrides import listing, override
 from training.presets import BUDGETS, METHODS, PRESETS, preset
-from training.refresh import log, refresh, runs_root
+from training.refresh import configuration, log, refresh, runs_root
 
 HELD_BACK = 3
 """Exit status of a refresh whose model is held back."""
@@ -74,13 +73,13 @@ def main() -> None:
     except HeldBack as error:
         failed(options, f"{error}\npublish it nevertheless: {resuming('--force', run)}", HELD_BACK)
     except OutOfTime as error:
-        failed(options, f"{error}; give more --max-minutes and go on with: {resuming('--resume', run)}")
+        failed(options, f"{error}; give more --max-minutes and go on with: {again(options, run)}")
     except EbjdatError as error:
         failed(options, advice(error, parser))
     except OSError as error:  # a full disk: its message names the file
         failed(options, str(error))
     except KeyboardInterrupt:
-        failed(options, f"interrupted; go on with: {resuming('--resume', run)}", 130)
+        failed(options, f"interrupted; go on with: {again(options, run)}", 130)
     if ranks.rank:
         return
     if options.only_train:
@@ -102,8 +101,7 @@ def failed(options: argparse.Namespace, text: str, status: int = 1) -> NoReturn:
 
 def preset_of(run: Path) -> str:
     """Return the name of a run's preset, or an empty string before it has begun."""
-    file = run / "config.json"
-    return str(read_json(file)["stages"][-1]["name"]) if file.is_file() else ""
+    return str(configuration(run)["stages"][-1]["name"]) if (run / "config.json").is_file() else ""
 
 
 def resuming(option: str, run: Path) -> str:
@@ -113,9 +111,19 @@ def resuming(option: str, run: Path) -> str:
     return shlex.join([sys.executable, sys.argv[0], *words, *named, *dict.fromkeys(["--resume", option])])
 
 
+def again(options: argparse.Namespace, run: Path) -> str:
+    """Return the command that goes on with what was asked for: --only-train trains on a machine that can do no more."""
+    return resuming("--resume", run) + (" --only-train" if options.only_train else "")
+
+
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = parser_of(__doc__, epilog=listing(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(
+        __doc__,
+        epilog=listing(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # gpu_train.sh reads options by their whole names
+    )
     choices = sorted({*PRESETS, *METHODS})
     parser.add_argument("preset", nargs="?", choices=choices, metavar="PRESET", help="a preset or a method; the best preset by default")
     parser.add_argument("--data", help=f"for a method: {', '.join(SOURCES)}, or a folder of class sub-folders (cifar10)")

@@ -3,7 +3,8 @@
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ebjdat_serve.atomic import replacing
+from ebjdat_serve.errors import first_line
 from ebjdat_serve.networks import Network
 from training.distributed import Noise
 from training.errors import TrainingError
@@ -62,7 +64,7 @@ class State:
             "position": [self.step, self.seconds, self.rollbacks, self.lr_scale],
         }
         if self.noise.ranks.rank == 0:
-            with replacing(path) as temporary:
+            with writing(path) as temporary:
                 torch.save(payload, temporary)
                 if keep and path.is_file():
                     with replacing(previous(path)) as spare:
@@ -89,11 +91,22 @@ def previous(path: Path) -> Path:
     return path.with_suffix(".previous.pt")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces ``path``; raise TrainingError naming it for what torch and safetensors say of a full disk."""
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except (RuntimeError, SafetensorError) as error:
+        raise TrainingError(f"{path} cannot be written ({first_line(error)}): is the disk full? --resume goes on") from error
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """Return the content of a state file; raise TrainingError naming the file when it cannot be read."""
     try:
         payload: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        _, _, _, _ = payload["position"]
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError) as error:
         raise TrainingError(
             f"{path} is damaged ({type(error).__name__}): put {previous(path).name} in its place", options=("--run NAME",)
         ) from error
@@ -120,8 +133,16 @@ def load_position(path: Path) -> Position:
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write parameters and batch-norm statistics as safetensors, atomically; step counters are left out."""
     kept = {name: value.detach().float().contiguous() for name, value in weights.items() if value.is_floating_point()}
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         save_file(kept, temporary)
+
+
+def check_weights(folder: Path) -> None:
+    """Write a finished stage's weights again, from its state, if they are missing; raise TrainingError when they are damaged."""
+    file, state = folder / "weights.safetensors", folder / "state.pt"
+    if not file.is_file() and load_position(state).step:
+        save_weights(read_state(state)["ema"], file)
+    read_weights(file)
 
 
 def mean_weights(files: Sequence[Path]) -> dict[str, Tensor]:
@@ -131,13 +152,20 @@ def mean_weights(files: Sequence[Path]) -> dict[str, Tensor]:
     """
     every = []
     for file in files:
-        try:
-            every.append(load_weights(file))
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(f"{file} is damaged ({error}): delete it, and the run writes it again when it is resumed") from error
+        every.append(read_weights(file))
         if {name: value.shape for name, value in every[-1].items()} != {name: value.shape for name, value in every[0].items()}:
             raise TrainingError(f"{file} is of another network than {files[0]}: they have no mean")
     return {name: torch.stack([weights[name] for weights in every]).mean(dim=0) for name in every[0]}
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a run's own weights as float32; raise TrainingError that says how the run mends them."""
+    if not file.is_file():
+        raise TrainingError(f"{file} is missing")
+    try:
+        return load_weights(file)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{file} is damaged ({error}): delete it, and the run writes it again when it is resumed") from error
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
