@@ -65,6 +65,11 @@ def named(mix: Mix) -> str:
     return " + ".join(run if weight == 1.0 else f"{weight:g} {run}" for run, weight in mix.items())
 
 
+def title(one: Drawing) -> str:
+    """Return the name of a drawing's row."""
+    return f"{one.mix}, {one.steps} x {one.step_size:g}"
+
+
 SAMPLERS = ((1.0, 10), (1.0, 20), (1.0, 40), (0.5, 20), (0.5, 40), (0.25, 20), (0.25, 80), (2.0, 20))
 DRAWINGS = [Drawing(named(CHOSEN), steps, size) for size, steps in SAMPLERS]
 DRAWINGS += [Drawing(CONTROL, steps, size) for size, steps in ((1.0, 20), (0.25, 20), (0.25, 80))]
@@ -109,7 +114,7 @@ def drawn(one: Drawing, data: Dataset) -> dict[str, Any]:
     kid, error, _ = kernel_distance(seen["features"], real["features"])
     robust = features(subject, RESNET4B, image)["logits"]
     return {
-        "name": f"{one.mix}, {one.steps} x {one.step_size:g}", "unit": "KID", "value": kid, "stderr": error, "n": SAMPLES, "seed": 0,
+        "name": title(one), "unit": "KID", "value": kid, "stderr": error, "n": SAMPLES, "seed": 0,
         "frechet": frechet_distance(seen["features"], real["features"]), **asdict(one),
         "resnet20": float((seen["logits"].argmax(axis=1) == label).mean()), "resnet4b": float((robust.argmax(axis=1) == label).mean()),
     }  # fmt: skip
@@ -134,7 +139,7 @@ def drawings_table(rows: list[dict[str, Any]]) -> str:
     found = {row["name"]: row for row in rows}
     lines = []
     for one in DRAWINGS:
-        row = found[f"{one.mix}, {one.steps} x {one.step_size:g}"]
+        row = found[title(one)]
         cells = [f"{row['value']:.3f} ± {row['stderr']:.3f}", f"{row['frechet']:.2f}", f"{row['resnet20']:.3f}", f"{row['resnet4b']:.3f}"]
         lines.append([row["mix"], str(one.steps), f"{one.step_size:g}", *cells])
     return pivot(["weights", "steps", "step size", "KID", "Frechet", "ResNet-20 agrees", "ResNet-4b agrees"], lines)
@@ -149,19 +154,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="measure nothing: write the tables of decisions 0037 and 0006")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else []
+    try:
+        rows: list[dict[str, Any]] = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else []
+        known = {str(row["name"]) for row in rows}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        parser.error(f"{options.json} holds no list of rows ({error})")
+    if not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")  # before the first row is measured
     if options.table:
-        if not rows:
-            parser.error(f"{options.json} holds no rows: measure them first, without --table")
+        if missing := [name for name in (*map(named, MIXES), *map(title, DRAWINGS)) if name not in known]:
+            parser.error(f"{options.json} holds no rows of {', '.join(missing)}: measure them first, without --table")
         for name, (mark, table) in TABLES.items():
             page = DOCS / "decisions" / name
             page.write_text(placed(page.read_text(encoding="utf-8"), mark, table(rows)), encoding="utf-8")
         return
     torch.set_num_threads(1)
     data = load("cifar10")
-    known = {row["name"] for row in rows}
     todo: list[tuple[str, Any]] = [(named(mix), lambda mix=mix: accuracies(mix, data)) for mix in MIXES]
-    todo += [(f"{one.mix}, {one.steps} x {one.step_size:g}", lambda one=one: drawn(one, data)) for one in DRAWINGS]
+    todo += [(title(one), lambda one=one: drawn(one, data)) for one in DRAWINGS]
     for name, measure in todo:
         if name not in known:
             rows.append(measure())

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.equal_budget_entries import AVERAGES, BUDGET, ENTRIES, MEASURED, PREFIX, STARTS  # noqa: E402 (the checkout's)
 from ebjdat_serve.bundle import sha256  # noqa: E402
+from ebjdat_serve.errors import EbjdatError  # noqa: E402
 
 EVALUATED = ("clean", "robustness", "generation")
 AMOUNTS = ("test=10000", "attacked=10000", "attacked_other=100", "strong=1000", "samples=500", "queries=300")
@@ -159,14 +160,13 @@ def kept(options: argparse.Namespace) -> int:
         import torch
 
         from benchmarks.equal_budget_rows import complete
-        from ebjdat_serve.errors import EbjdatError
         from training.evaluation.context import suite_of
 
         torch.set_num_threads(1)
         suite = suite_of("quick", None, options.amount or COMPLETED)
         for name in options.evaluate:
             try:
-                complete(options.out, name, options.measure, suite)
+                complete(options.out, name, options.measure or MEASURED, suite)
             except (EbjdatError, OSError) as error:
                 failed = True
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
@@ -197,7 +197,7 @@ def main() -> int:
     parser.add_argument("--document", action="store_true", help="train nothing: write docs/equal_budget.md and docs/pareto.png from OUT")
     rows = sorted({*ENTRIES, *AVERAGES})
     parser.add_argument("--evaluate", nargs="+", choices=rows, metavar="ROW", help="train nothing: measure what kept rows of OUT lack")
-    parser.add_argument("--measure", nargs="+", choices=MEASURED, default=MEASURED, help="of --evaluate (%(default)s)")
+    parser.add_argument("--measure", nargs="+", choices=MEASURED, help=f"of --evaluate ({', '.join(MEASURED)})")
     parser.add_argument("--only", nargs="+", choices=list(ENTRIES), default=[name for name in ENTRIES if name != "warm-fgsm"])
     parser.add_argument("--passes", type=float, default=BUDGET, help="budget of a row (%(default)s: 7 epochs of PGD-7)")
     parser.add_argument("--network", type=int, nargs=2, default=(28, 2), metavar=("DEPTH", "WIDTH"))
@@ -210,10 +210,17 @@ def main() -> int:
         "--amount", nargs="+", help=f"numbers of images (new rows: {', '.join(AMOUNTS)}; --evaluate: {', '.join(COMPLETED)})"
     )
     options = parser.parse_args()
+    if options.together < 1:
+        parser.error(f"--together {options.together}: give 1 or more")
+    if options.measure and not options.evaluate:
+        parser.error("--measure is of --evaluate ROW: without it, OUT is trained")
     if options.table or options.document or options.evaluate:
         if not any(options.out.glob(f"{PREFIX}*/metrics.json")):
             parser.error(f"{options.out} holds no {PREFIX}NAME/metrics.json")
-        return kept(options)
+        try:
+            return kept(options)
+        except EbjdatError as error:  # a damaged row, an unknown amount
+            parser.error(str(error))
     end = time.monotonic() + 60 * options.max_minutes
     plan = Plan(
         options.out.resolve(),

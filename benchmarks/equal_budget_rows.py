@@ -122,7 +122,8 @@ def complete(out: Path, name: str, measures: Sequence[str], suite: Suite) -> Non
     if name in AVERAGES:
         weights = work_root() / "equal-budget" / row.name / "weights.safetensors"
         weights.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(mean_weights([out / f"{PREFIX}{part}" / "weights.safetensors" for part in AVERAGES[name]]), weights)
+        parts = [kept_weights(out / f"{PREFIX}{part}" / "weights.safetensors") for part in AVERAGES[name]]
+        save_weights(mean_weights(parts), weights)
     bundle = bundle_of(weights, data)
     c = context(bundle_spec(bundle.path), data, suite, processes=1, bundle=bundle, folder=bundle.path.parent / "measured")
     for measure in measures:
@@ -145,13 +146,19 @@ def keep(row: Path, rows: list[Row], images: dict[str, np.ndarray]) -> None:
     write(results, known | {key: good for key, good in images.items() if len(good) >= len(known.get(key, ()))})
 
 
+def kept_weights(file: Path) -> Path:
+    """Return the weights of a row; raise FileNotFoundError for one whose weights are not kept."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not kept: only rows with weights can be measured")
+    return file
+
+
 def bundle_of(weights: Path, data: Dataset) -> Bundle:
     """Return a calibrated draft bundle of kept weights, made unless it exists.
 
     Its sampler, 80 steps of 0.25, is that of all rows.
     """
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights} is not kept: only rows with weights can be measured")
+    kept_weights(weights)
     home = work_root() / "equal-budget" / f"{weights.parent.name}-{sha256(weights)[:12]}" / "bundle"
     if (home / MANIFEST).is_file() and Bundle.draft(home).calibrated:
         return Bundle.load(home)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from benchmarks.equal_budget_entries import AVERAGES, CONTROL, ENTRIES, PREFIX, SHORT, SHORT_CONTROL
 from benchmarks.tables import pivot, placed
 from ebjdat_serve.bundle import read_rows
+from ebjdat_serve.errors import BundleError
 from ebjdat_serve.rows import FRESH, PRIOR, SUM, Images, Row, rows_where
 from ebjdat_serve.scores import BASELINE
 
@@ -181,11 +183,21 @@ def paired(images: Path, control: Path, key: str) -> tuple[int, str]:
     """Return the number of images and the text of ``difference``; (0, "") if it is not available."""
     if not (images.is_file() and control.is_file()):
         return 0, ""
-    with np.load(images) as one, np.load(control) as other:
+    with per_image(images) as one, per_image(control) as other:
         if key not in one or key not in other or len(one[key]) != len(other[key]):
             return 0, ""
         change = one[key].astype(np.float64) - other[key]
     return len(change), spelled(change.mean(), Z * change.std() / len(change) ** 0.5)
+
+
+def per_image(file: Path) -> Any:
+    """Return an open images.npz; raise BundleError naming a damaged one."""
+    try:
+        if isinstance(opened := np.load(file), np.lib.npyio.NpzFile):
+            return opened
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        pass
+    raise BundleError(f"{file} is damaged: git checkout brings a kept one back; without it, the row has no paired differences")
 
 
 def spelled(change: float, half: float) -> str:

@@ -121,6 +121,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--document", action="store_true", help="also write the table into docs/training.md")
     options = parser.parse_args()
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     print(table(costs(CIFAR10_FULL)))
     if options.json:
         options.json.write_text(json.dumps([asdict(cost) for cost in costs(CIFAR10_FULL)], indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -385,6 +386,40 @@ def test_a_folder_without_rows_has_no_table(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         equal_budget.main()
     assert "holds no wrn28-NAME/metrics.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        (equal_budget, ["models", "--measure", "clean"], "--measure is of --evaluate ROW"),
+        (equal_budget, ["models", "--together", "0"], "--together 0: give 1 or more"),
+        (equal_budget, ["models", "--evaluate", "pgd7", "--amount", "nosuch=3"], "--amount nosuch=3: give NAME=N"),
+        (equal_budget, ["models", "--table"], "images.npz is damaged"),
+        (gpu_hours, ["--json", "missing/x.json"], "there is no folder missing"),
+        (averaged_runs, ["--json", "missing/x.json"], "there is no folder missing"),
+        (averaged_runs, ["--json", "broken.json"], "broken.json holds no list of rows"),
+        (averaged_runs, ["--json", "some.json", "--table"], "some.json holds no rows of trades-w1, "),
+    ],
+)
+def test_a_script_tells_what_is_wrong_with_its_words_and_files_before_it_works(tmp_path, monkeypatch, capsys, script, words, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pgd7", "trades"):
+        shutil.copytree(ROOT / "benchmarks" / "models" / f"wrn28-{name}", tmp_path / "models" / f"wrn28-{name}")
+    (tmp_path / "models" / "wrn28-trades" / "images.npz").write_bytes(b"x")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "some.json").write_text('[{"name": "pgd7"}]')
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_average_of_weights_that_are_not_kept_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("EBJDAT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(equal_budget_rows, "load", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"weights\.safetensors is not kept"):
+        equal_budget_rows.complete(tmp_path, "ebjdat-mean", ["clean"], None)
 
 
 @pytest.mark.slow
