@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args, overload
 
@@ -68,11 +69,11 @@ class Classifier:
         return list(self._served.labels)
 
     @overload
-    def classify(self, image: OneImage, *, check: Check = ..., radius: float = ...) -> ClassifyAnswer: ...
+    def classify(self, image: OneImage, *, check: Check = ..., radius: float | None = ...) -> ClassifyAnswer: ...
     @overload
-    def classify(self, image: Several, *, check: Check = ..., radius: float = ...) -> ClassifyList: ...
+    def classify(self, image: Several, *, check: Check = ..., radius: float | None = ...) -> ClassifyList: ...
 
-    def classify(self, image: "OneImage | Several", *, check: Check = "none", radius: float = RADIUS) -> ClassifyAnswer | ClassifyList:
+    def classify(self, image: "OneImage | Several", *, check: Check = "none", radius: float | None = None) -> ClassifyAnswer | ClassifyList:
         """Return what POST /classify answers of an image, or of a list of images.
 
         Example::
@@ -80,7 +81,7 @@ class Classifier:
             answer = model.classify("cat.png")
             print(answer.label, answer.probability, answer.suspicious)  # suspicious is None without a calibration
 
-        ``check="reach"`` also tells whether the label is within reach of a small change, within ``radius`` (l-inf, pixels of [0,1]).
+        ``check="reach"`` also tells whether the label is within reach of a small change, within ``radius`` (l-inf, pixels of [0,1]; 2/255).
         Raises InvalidImage, with the place of the image in a list, and EbjdatError for a check that the model cannot do.
         """
         listed = isinstance(image, list | tuple)
@@ -89,8 +90,10 @@ class Classifier:
             raise EbjdatError("classify was given an empty list")
         if check not in get_args(Check):
             raise EbjdatError(f"check must be {' or '.join(map(repr, get_args(Check)))}, not {check!r}")
+        if radius is not None and check != "reach":
+            raise EbjdatError("radius is of check='reach', which was not asked for")
         if check == "reach":
-            return self._check(self._decoded(images, listed=listed), radius, listed=listed)
+            return self._check(self._decoded(images, listed=listed), RADIUS if radius is None else radius, listed=listed)
         starts = range(0, len(images), TOGETHER)
         parts = [self._model.predict(self._decoded(images[i : i + TOGETHER], listed=listed, first=i)) for i in starts]
         answer = self._valid(lambda: classify_answer(concatenate(parts), listed, self._served, self._settings.alpha))
@@ -100,8 +103,8 @@ class Classifier:
     def _check(self, image: Pixels, radius: float, *, listed: bool) -> ClassifyAnswer | ClassifyList:
         if self._served.no_check or self._served.calibration is None:
             raise EbjdatError(f"{self.name}: {self._served.no_check}")
-        if not 1e-6 <= radius < 1:
-            raise EbjdatError(f"radius must be 1e-6 to 1, not {radius:g}")
+        if isinstance(radius, bool) or not isinstance(radius, Real) or not 1e-6 <= radius < 1:
+            raise EbjdatError(f"radius must be 1e-6 to 1, not {radius!r:.40}")
         self._ready("score")
         checked: Checked = self._done(CheckTask(self._model, CheckJob(image, radius, self._served.calibration.reach_steps)))
         answer = self._valid(lambda: checked_answer(checked, listed, self._served, self._settings.alpha))
@@ -259,6 +262,8 @@ def load(
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"load takes the path of a bundle or a store, a str or a Path, not {path!r:.40}")
+    if isinstance(trust, str | bytes | os.PathLike):
+        raise TypeError(f"trust takes a list of paths of public keys, not {trust!r:.40}: [{trust!r:.40}]")
     keys = tuple(map(Path, trust))
     settings = Settings(Path(path), engine=engine, device=device, precision=precision, calibration=calibration, alpha=alpha, trust=keys)
     return Classifier(settings.model, settings if threads is None else replace(settings, threads=threads))

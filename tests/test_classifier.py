@@ -113,6 +113,15 @@ def test_wrong_arguments_are_said_as_over_http(model, picture):
         model.classify([])
     with pytest.raises(EbjdatError, match="radius must be 1e-6 to 1"):
         model.classify(picture, check="reach", radius=2)
+    with pytest.raises(EbjdatError, match="radius must be 1e-6 to 1, not 'x'"):
+        model.classify(picture, check="reach", radius="x")
+    with pytest.raises(EbjdatError, match="radius is of check='reach'"):  # as HTTP refuses it
+        model.classify(picture, radius=0.01)
+    for wrong in ("scale", "radius", "probability"):
+        with pytest.raises(EbjdatError, match=f"{wrong}: a number is needed, not true or false"):
+            model.explain(picture, **{wrong: True})
+    with pytest.raises(TypeError, match="trust takes a list of paths"):
+        ebjdat_serve.load(SHIPPED, trust="key.pub.pem")
 
 
 def test_what_a_model_lacks_is_none_or_said(tiny, picture):

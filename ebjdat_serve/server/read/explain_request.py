@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ebjdat_serve.counterfactual import LONGEST, RADIUS, Norm
 from ebjdat_serve.manifest import Manifest
 from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.server.payloads import ExplainJob
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.read.generate_request import MAX_FIELDS, describe, find_label
+from ebjdat_serve.server.read.generate_request import MAX_FIELDS, describe, find_label, number
 from ebjdat_serve.server.settings import Settings
 
 TILES = 3
@@ -37,6 +37,8 @@ class ExplainQuery(BaseModel):
     format: Literal["png", "json"] = "png"
     stream: Annotated[bool, Field(description="server-sent events: previews of the search, then what format=json answers")] = False
     scale: Annotated[int, Field(description="PNG pixels per image pixel")] = 1
+
+    _no_booleans = field_validator("radius", "probability", "scale", mode="before")(number)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,13 @@ MAX_FIELDS = 32
 """Parameters of a query, a form or a JSON object, of which there are eleven."""
 
 
+def number(value: Any) -> Any:
+    """Return a value that may be a number; refuse true and false, which pydantic takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("boolean", "a number is needed, not true or false")
+    return value
+
+
 class GenerateQuery(BaseModel):
     """What to draw; GET takes it as query parameters, POST as query parameters or as a JSON object."""
 
@@ -47,13 +54,7 @@ class GenerateQuery(BaseModel):
     every: Annotated[int | None, Field(ge=1, description="steps between previews; a tenth of all by default")] = None
     scale: Annotated[int, Field(description="PNG pixels per image pixel")] = 1
 
-    @field_validator("n", "steps", "step_size", "temperature", "seed", "every", "scale", mode="before")
-    @classmethod
-    def refuse_boolean(cls, value: Any) -> Any:
-        """Refuse true and false, which pydantic takes for 1 and 0."""
-        if isinstance(value, bool):
-            raise PydanticCustomError("boolean", "a number is needed, not true or false")
-        return value
+    _no_booleans = field_validator("n", "steps", "step_size", "temperature", "seed", "every", "scale", mode="before")(number)
 
 
 @dataclass(frozen=True)
