@@ -98,7 +98,7 @@ def writing(path: Path) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except (RuntimeError, SafetensorError) as error:
-        raise TrainingError(f"{path} cannot be written ({first_line(error)}): is the disk full? --resume goes on") from error
+        raise TrainingError(f"{path} cannot be written ({first_line(error)}): is the disk full? Free space, then resume the run") from error
 
 
 def read_state(path: Path) -> dict[str, Any]:
