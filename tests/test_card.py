@@ -16,7 +16,17 @@ from tests.baseline import assert_max_softmax_beside
 from tests.conftest import ROOT
 from training import card
 from training.card import about_baseline, baseline_of, costs, readme_limits, readme_table, worse, write_sections
-from training.evaluation.chosen import Model, chief, comparisons, model_of, readme_figures, readme_rows, served_score, worse_than_chance
+from training.evaluation.chosen import (
+    CONTROLS,
+    Model,
+    chief,
+    comparisons,
+    model_of,
+    readme_figures,
+    readme_rows,
+    served_score,
+    worse_than_chance,
+)
 from training.evaluation.flag_text import Flagged, benign_limit, flag_sentence, odd_limit
 
 GENERATED = ("limits", "figures")
@@ -176,7 +186,7 @@ def test_a_readme_that_cannot_be_written_is_told_before_the_bundle_is_changed(go
 
 def test_samples_are_judged_by_a_robust_net_that_is_none_of_the_models(bundle):
     judged = {(r.dataset, r.split, r.control) for r in rows_where(bundle.metrics(), "class_agreement_resnet4b")}
-    assert judged >= {(FRESH, None, None), (PRIOR, None, None), (CONTROL, None, "pgd-at"), ("cifar10", "test", None)}
+    assert judged >= {(FRESH, None, None), (PRIOR, None, None), (CONTROL, None, CONTROLS[0]), ("cifar10", "test", None)}
 
 
 def test_the_cards_section_on_the_flag_claims_nothing_without_its_row(golden):

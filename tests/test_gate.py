@@ -311,7 +311,7 @@ def test_a_model_that_is_held_back_ends_with_a_status_and_the_command_that_publi
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets this process's threads
     for name in ("r1", "mine"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"stages": [{"name": "digits"}]}))
+        (tmp_path / name / "config.json").write_text(json.dumps({"git": "g", "started": "s", "stages": [{"name": "digits"}]}))
     monkeypatch.setattr(training.train, "refresh", held)
     monkeypatch.setattr(training.train, "default_run", lambda *told: "r1")
     monkeypatch.setattr(sys, "argv", ["train.py", *words, *([] if "--resume" in words else ["--resume"])])

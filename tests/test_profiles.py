@@ -67,9 +67,9 @@ def test_energies_are_refused_with_the_profile_named(public, picture):
     assert "scope operate" in refused.json()["detail"]
 
 
-def test_info_tells_the_model_its_input_and_limits_alone(public, live):
+def test_info_tells_the_model_its_input_and_limits_alone(public, live, shipped):
     full, said = (httpx2.get(f"{server.url}/info").json() for server in (live, public))
-    full["limits"].update(chains=8, steps=80)  # as it is started
+    full["limits"].update(chains=8, steps=shipped.manifest.sampler.steps)  # as it is started
     assert said == {name: full[name] for name in ("model", "labels", "input", "limits")}
 
 
@@ -124,8 +124,8 @@ def test_explanations_are_no_part_of_it(public, picture):
 STATIC = {"x-request-id", "x-content-type-options", "x-frame-options"}
 
 
-def test_a_refusal_for_load_tells_no_load(public):
-    query = {"class": 3, "steps": 80}
+def test_a_refusal_for_load_tells_no_load(public, shipped):
+    query = {"class": 3, "steps": shipped.manifest.sampler.steps}
     with httpx2.stream("GET", f"{public.url}/generate", params={**query, "n": 8, "stream": "true"}) as drawing:
         chunks = drawing.iter_raw()
         next(chunks)

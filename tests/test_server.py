@@ -350,9 +350,10 @@ BAD_QUERIES = [
 
 def test_steps_beyond_those_that_the_sampler_was_tuned_for_name_the_option_that_allows_them(shipped):
     query = GenerateQuery(**{"class": 3})
-    check_limits(query, 80, shipped.manifest, Settings())
-    with pytest.raises(Problem, match=r"1 to 80, not 81, .* serve --max-steps raises it"):
-        check_limits(query, 81, shipped.manifest, Settings())
+    tuned = shipped.manifest.sampler.steps
+    check_limits(query, tuned, shipped.manifest, Settings())
+    with pytest.raises(Problem, match=rf"1 to {tuned}, not {tuned + 1}, .* serve --max-steps raises it"):
+        check_limits(query, tuned + 1, shipped.manifest, Settings())
 
 
 @pytest.mark.parametrize(("query", "said"), BAD_QUERIES, ids=[json.dumps(q) for q, _ in BAD_QUERIES])

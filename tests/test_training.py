@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import torch
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.card import Baseline
 from ebjdat_serve.networks.wideresnet import WideResNet
+from ebjdat_serve.rows import first
+from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.sgld import Prior
 from tests.conftest import ROOT
 from training.card import card
@@ -142,7 +145,9 @@ def test_a_preset_describes_itself_as_json():
 def test_the_listing_names_every_method_and_what_it_reached():
     said = listing()
     assert "ebjdat-paper-jem++" in said
-    assert "clean 0.711, PGD-20 8/255 0.403" in said
+    rows = Bundle.draft(SHIPPED).metrics()
+    clean, robust = (first(rows, name, n=10_000).value for name in ("accuracy_clean", "accuracy_pgd20"))
+    assert re.search(rf"^  cifar10-small +clean {clean:.3f}, PGD-20 8/255 {robust:.3f} \(the bundled model\)", said, re.M)
 
 
 def test_the_warm_start_is_of_the_same_network_and_ball():

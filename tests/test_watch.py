@@ -106,6 +106,6 @@ def test_help_shows_presets_with_numbers_and_durations():
     said = subprocess.run(
         [sys.executable, str(ROOT / "training" / "train.py"), "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert re.search(r"cifar10-wrn16 +clean 0\.711, PGD-20 8/255 0\.403 \(the bundled model\); 75 minutes on one core", said)
+    assert re.search(r"cifar10-small +clean 0\.\d+, PGD-20 8/255 0\.\d+ \(the bundled model\); about 15 hours on one core", said)
     for method in ("trades", "jem++", "ebjdat-paper", "dat"):
         assert re.search(rf"^  {re.escape(method)} +clean 0?\.\d+", said, re.M), method

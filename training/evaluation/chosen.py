@@ -16,7 +16,7 @@ ALPHA = 0.05
 Fields = dict[str, Any]
 BASELINE_NETWORK, SOFTMAX = "baseline", "max softmax"
 CONTROLS = ("wrn28-pgd7", "pgd-at")
-"""Plain adversarial training in benchmarks/models/, whose samples the bundled model's are compared with; pgd-at is WRN-16-2."""
+"""Plain adversarial training in benchmarks/models/, whose samples the bundled model's are compared with: the first that was measured."""
 
 
 @dataclass(frozen=True)
