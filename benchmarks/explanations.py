@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT, STRIP, MODELS = ROOT / "docs" / "explanations.md", ROOT / "docs" / "explanations.png", ROOT / "benchmarks" / "models"
 ATLAS = ROOT / "tests" / "data" / "cifar10_test_500.webp"
 SUBJECTS = {"bundled": SHIPPED, **{name: MODELS / name / "weights.safetensors" for name in ("pgd-at", "fgsm-rs", "standard")}}
-"""The bundled model, two plain AT networks, and the undefended one; all are WRN-16-2."""
+"""The bundled model, two plain AT networks, and the undefended one; the last three are WRN-16-2."""
 EXAMPLES = (
     (160, "dog", 0.0), (160, "dog", LIKELY),
     (225, "horse", LIKELY), (53, "truck", LIKELY), (356, "deer", LIKELY), (401, "airplane", LIKELY),
