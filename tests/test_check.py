@@ -104,10 +104,17 @@ def test_a_server_that_checks_all_needs_workers_for_gradients():
 
 
 @pytest.mark.parametrize(("given", "said"), [({"precision": "bf16"}, "not calibrated for bf16"), ({"review_share": 0.002}, "3 views")])
-def test_a_server_that_checks_all_refuses_a_bundle_that_it_could_not_check(given, said):
-    assert said in open_bundle(SHIPPED, Settings(**given)).no_check  # served, but for check=reach
+def test_a_server_that_checks_all_refuses_a_bundle_that_it_could_not_check(given, said, shipped, tmp_path):
+    shutil.copytree(shipped.path, tmp_path / "bundle")
+    file = tmp_path / "bundle" / "calibration.json"
+    every = json.loads(file.read_text())
+    (bf16,) = (each for each in every if each["precision"] == "bf16")
+    bf16["reach_steps"] = 0  # calibrated without the walk
+    file.write_text(json.dumps(every))
+    home = Bundle.draft(file.parent).update(file.name).path
+    assert said in open_bundle(home, Settings(**given)).no_check  # served, but for check=reach
     with pytest.raises(BundleError, match=f"{said}.*serve --check none"):
-        open_bundle(SHIPPED, Settings(check="reach", **given))
+        open_bundle(home, Settings(check="reach", **given))
 
 
 @pytest.mark.parametrize(

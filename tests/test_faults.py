@@ -117,7 +117,7 @@ def gone(pids):
 )
 def test_a_stop_signal_drains_and_leaves_no_process_behind(tmp_path, picture, send):
     """A drawing and an upload under way are answered before the end."""
-    with serving(SHIPPED, tmp_path / "log") as server, connect(server) as client:
+    with serving(SHIPPED, tmp_path / "log", "--max-steps", "80") as server, connect(server) as client:
         answers = []
         until(lambda: len(server.children()) == 6 + DECODERS)  # HTTP, two workers, multiprocessing's resource tracker, zygote, decoders
         tree = [server.process.pid, *server.children()]

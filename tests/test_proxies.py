@@ -28,7 +28,7 @@ PROXIES = ROOT / "docs" / "proxies"
 def published(tmp_path_factory):
     """A server under a path prefix, for one web page and two host names."""
     options = ("--root-path", "/ebjdat/", "--cors-origin", PAGE, "--allowed-host", "127.0.0.1", "--allowed-host", "*.example.org")
-    with serving(SHIPPED, tmp_path_factory.mktemp("published") / "log", "--device", "cpu", *options) as server:
+    with serving(SHIPPED, tmp_path_factory.mktemp("published") / "log", "--device", "cpu", "--max-steps", "80", *options) as server:
         yield server
 
 
@@ -248,7 +248,7 @@ def refused(server):
 
 @pytest.mark.slow
 def test_a_second_signal_ends_the_delay_and_cuts_nobody_off(tmp_path):
-    options = ("--device", "cpu", "--classify-workers", "1", "--drain-delay", "60")
+    options = ("--device", "cpu", "--classify-workers", "1", "--drain-delay", "60", "--max-steps", "80")
     with serving(SHIPPED, tmp_path / "log", *options) as server, httpx2.Client() as client:
         query = {"class": 3, "steps": 80, "n": 16, "stream": "true", "every": 20}
         with client.stream("GET", f"{server.url}/generate", params=query, timeout=60) as stream:

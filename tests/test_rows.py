@@ -213,7 +213,7 @@ def test_rewording_every_sentence_changes_no_chart_no_choice_and_no_comparison(s
     before = decided(shipped)
     for name, found in before.items():
         assert found, name
-    assert len(before["readme"]) == 8
+    assert len(before["readme"]) == 9
     assert any(p is not None for _, tested in before["compared"] for p in tested)
     garbled()
     assert decided(shipped) == before

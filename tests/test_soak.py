@@ -180,7 +180,7 @@ def soak(tmp_path, test_images, seconds, kills_every, calm=0.0):
         publish(copied(SHIPPED, tmp_path / version, version=version), store)
     scopes = {"scopes": frozenset(keys.SCOPES)}
     secrets = {name: keys.new(file, key_of(name).model_copy(update=scopes)) for name in ("polite", *Attackers.KINDS)}
-    with serving(store, tmp_path / "log", "--keys", str(file), *OPTIONS) as server:
+    with serving(store, tmp_path / "log", "--keys", str(file), "--max-steps", "80", *OPTIONS) as server:
         run = Soak(server, expected, seconds, secrets["polite"], Attackers(server.url, secrets))
         threads = run.run(["classify"] * 3 + ["energies", "draw", "draw", "stream", "bad", "leave", *Attackers.KINDS])
         killed, seen = chaos(run, store, kills_every, calm)
