@@ -193,11 +193,12 @@ def paired(images: Path, control: Path, key: str) -> tuple[int, str]:
 def per_image(file: Path) -> Any:
     """Return an open images.npz; raise BundleError naming a damaged one."""
     try:
-        if isinstance(opened := np.load(file), np.lib.npyio.NpzFile):
-            return opened
+        opened = np.load(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        pass
-    raise BundleError(f"{file} is damaged: git checkout brings a kept one back; without it, the row has no paired differences")
+        opened = None
+    if not isinstance(opened, np.lib.npyio.NpzFile):
+        raise BundleError(f"{file} is damaged: git checkout brings a kept one back; without it, the row has no paired differences")
+    return opened
 
 
 def spelled(change: float, half: float) -> str:

@@ -219,16 +219,19 @@ def figure(row: Row) -> str:
     return text
 
 
+WARM_START = "warm start"
+
+
 @dataclass(frozen=True)
 class Baseline:
     """The figures of the network that a card compares with: the warm start, or a control trained for as long without the energies."""
 
-    title: str = "warm start"
+    title: str = WARM_START
     rows: list[Row] = field(default_factory=list)
 
 
 UNCOMPARED = Baseline()
-BASELINES = {"baseline.json": "warm start", "control.json": "control"}
+BASELINES = {"baseline.json": WARM_START, "control.json": "control"}
 """Titles of a baseline by the file of the bundle that holds it."""
 
 

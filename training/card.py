@@ -13,7 +13,7 @@ import numpy as np
 
 from ebjdat_serve import pixels
 from ebjdat_serve.bundle import Bundle, network_name, read_rows, write_rows
-from ebjdat_serve.card import BASELINES, UNCOMPARED, Baseline, figure, imported_card, key, measured, table, title
+from ebjdat_serve.card import BASELINES, UNCOMPARED, WARM_START, Baseline, figure, imported_card, key, measured, table, title
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.editing import FORCED, edit
 from ebjdat_serve.engines import load_engine
@@ -164,7 +164,7 @@ def about_baseline(bundle: Bundle, rows: list[Row], baseline: Baseline) -> str:
         return f"It was continued from {start}, the warm start, which {lack}.\n"
     clean = next((f" (weights sha256 {row.of[:12]})" for row in rows_where(baseline.rows, "accuracy_clean")), "")
     control = f"plain adversarial training continued from {start} instead"
-    whose = f"{start}, which this model was continued from" if baseline.title == "warm start" else control
+    whose = f"{start}, which this model was continued from" if baseline.title == WARM_START else control
     return (
         f"The column `{baseline.title}` is of {whose}{clean}, by the same protocol on the\n"
         f"same number of images; where it is empty, the {baseline.title} was not measured.\n"

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from ebjdat_serve.bundle import Bundle, read_rows, sha256, write_json, write_rows
-from ebjdat_serve.card import BASELINES
+from ebjdat_serve.card import BASELINES, WARM_START
 from ebjdat_serve.console import command, parser_of
 from ebjdat_serve.contract import Input
 from ebjdat_serve.cpus import cpus
@@ -336,7 +336,7 @@ def evaluate_bundle(options: argparse.Namespace, suite: Suite, parts: Sequence[s
     summaries: list[str] = []
 
     def change(draft: Bundle) -> Bundle:
-        taken, merged = take(draft, done, options.baseline, options.baseline_is or "warm start")
+        taken, merged = take(draft, done, options.baseline, options.baseline_is or WARM_START)
         summaries.append(merged.summary())
         return taken
 

@@ -236,11 +236,12 @@ def configuration(run: Path) -> dict[str, Any]:
     file = run / "config.json"
     known = read_json(file)
     try:
-        if all(isinstance(known[name], str) for name in ("git", "started")) and isinstance(known["stages"][-1]["name"], str):
-            return dict(known)
+        texts = [known["git"], known["started"], known["stages"][-1]["name"]]
     except (LookupError, TypeError):
-        pass
-    raise TrainingError(f"{file} is damaged, it does not tell the stages of the run", options=("--run NAME",))
+        texts = [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise TrainingError(f"{file} is damaged, it does not tell the stages of the run", options=("--run NAME",))
+    return dict(known)
 
 
 def say(text: str) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebjdat_serve.bundle import Bundle, read_rows, write_rows
-from ebjdat_serve.card import Baseline
+from ebjdat_serve.card import WARM_START, Baseline
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.rows import Images, Row
 from ebjdat_serve.sentences import data_words, protocol_words
@@ -38,7 +38,7 @@ class Merged:
         return "\n".join(lines)
 
 
-def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None, title: str = "warm start") -> tuple[Bundle, Merged]:
+def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None, title: str = WARM_START) -> tuple[Bundle, Merged]:
     """Write the rows of ``measured`` into the bundle with its card and images; ``baseline``: metrics.json of the one that it compares with.
 
     Raises BundleError when they are of other weights or graphs than the bundle's, and as ``compared`` does.
@@ -57,7 +57,7 @@ def take(bundle: Bundle, measured: Evaluation, baseline: Path | None = None, tit
     return renew_card(bundle, merged.rows, reference, arrays, samples=not drawn), merged
 
 
-def compared(bundle: Bundle, file: Path | None, title: str = "warm start") -> Baseline:
+def compared(bundle: Bundle, file: Path | None, title: str = WARM_START) -> Baseline:
     """Return what the bundle's card compares with: the rows of ``file``, without one as before.
 
     Raises BundleError for a file without rows, and for one of the bundle's own weights.
