@@ -14,7 +14,8 @@ import torch
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Step
-from tests.conftest import ROOT, until
+from ebjdat_serve.bundle import Bundle
+from tests.conftest import ROOT, SHIPPED, until
 from training.data.datasets import data_root
 from training.loop.state import load_position
 
@@ -81,6 +82,7 @@ def test_a_run_that_is_cut_off_keeps_its_rows_and_leaves_no_process(tmp_path):
 import sys
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Step
+from ebjdat_serve.bundle import Bundle
 gpu_check.steps = lambda out, rehearsal: [Step("long", ({writes(tmp_path / "long.json", then)},), 60), Step("never", (("-c", "pass"),), 60)]
 sys.argv = ["gpu_check.py", "--rehearse", "--out", {str(tmp_path)!r}]
 sys.exit(gpu_check.main())
@@ -208,7 +210,9 @@ def test_all_of_it_is_rehearsed_on_the_cpu(tmp_path):
     assert time.monotonic() - began < 540
     assert [step["status"] for step in found["steps"] if step["name"] != "tensorrt"] == ["passed"] * 5
     speeds = {(row["step"], row["network"]) for row in found["rows"] if row["unit"] in ("images/s", "labelled images/s")}
-    assert speeds == {("engines", "WRN-16-2"), ("engines", "WRN-10-2"), ("step", "WRN-10-1"), ("step-wide", "WRN-10-2")}
+    drawn = Bundle.load(SHIPPED).manifest.architecture
+    bundled = f"WRN-{drawn['depth']}-{drawn['width']}"
+    assert speeds == {("engines", bundled), ("engines", "WRN-10-2"), ("step", "WRN-10-1"), ("step-wide", "WRN-10-2")}
     assert "Did not run:" in gpu_check.report(found)
 
 
