@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from ebjdat_serve.bundle import Bundle
+from ebjdat_serve.bundle import Bundle, write_rows
 from ebjdat_serve.card import BASELINES, Baseline, figure
 from ebjdat_serve.editing import copied
+from ebjdat_serve.errors import BundleError
 from ebjdat_serve.rows import CONTROL, FRESH, PRIOR, Row, first, rows_where
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.views import VIEWS
@@ -138,6 +139,14 @@ def test_the_warm_start_is_spoken_of_as_far_as_it_was_measured(bundle):
     assert baseline_of(bundle).rows
     for line in baseline_of(bundle).rows:
         assert line.of not in {entry.sha256 for entry in bundle.manifest.files.values()}
+
+
+def test_a_card_compares_with_one_network(bundle, tmp_path):
+    copy = copied(bundle, tmp_path / "cifar10")
+    for name in BASELINES:
+        write_rows(copy.path / name, [row("accuracy_clean", 0.8, of="b" * 64)])
+    with pytest.raises(BundleError, match=r"has baseline\.json and control\.json, and a card compares with one"):
+        baseline_of(copy.update(*BASELINES))
 
 
 def test_a_row_stands_beside_its_own_kind(bundle):

@@ -251,11 +251,11 @@ def under(row: Row) -> str:
 
 
 def baseline_of(bundle: Bundle) -> Baseline:
-    """Return the figures of the network that the card compares with, or none."""
-    for name, kind in BASELINES.items():
-        if name in bundle.manifest.files and (bundle.path / name).is_file():
-            return Baseline(kind, read_rows(bundle.path / name))
-    return UNCOMPARED
+    """Return the figures of the network that the card compares with, or none; raise BundleError for a bundle with two."""
+    found = [name for name in BASELINES if name in bundle.manifest.files and (bundle.path / name).is_file()]
+    if len(found) > 1:
+        raise BundleError(f"{bundle.path} has {' and '.join(found)}, and a card compares with one: remove the other from the manifest")
+    return Baseline(BASELINES[found[0]], read_rows(bundle.path / found[0])) if found else UNCOMPARED
 
 
 def write_sections(text: str, sections: dict[str, str]) -> str:
