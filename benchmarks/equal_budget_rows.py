@@ -22,6 +22,7 @@ from export.parity import check
 from export.to_onnx import export
 from training.calibrate import calibrate
 from training.data.datasets import Dataset, load
+from training.data.image_folders import spread
 from training.evaluate import context
 from training.evaluation.attacks import Pgd, Predict
 from training.evaluation.autoattack import APGD, AutoAttack
@@ -76,7 +77,7 @@ def ood_rows(c: Context) -> Iterator[Row]:
     for name, strange in ood_sets(c):
         if name in OOD_ATLASES:
             images = Images(dataset=name)
-            found = c.look(images, Predict(), strange[: c.suite.test])
+            found = c.look(images, Predict(), strange[spread(len(strange), c.suite.test)])
             for flag in every:
                 if flag.score in (SUM, "energy", BASELINE):
                     yield auroc_row(c, f"auroc_{flag.score}", flag, images, flag.value(clean), flag.value(found))

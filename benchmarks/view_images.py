@@ -7,6 +7,7 @@ import numpy as np
 from ebjdat_serve.handling import handled
 from ebjdat_serve.pixels import Pixels, to_bytes
 from training.data.datasets import Dataset
+from training.data.image_folders import spread
 from training.evaluation.odd import odd_images
 from training.evaluation.ood_sets import ODD_SETS, strange_images
 from training.evaluation.shifts import SHIFTS, shifted
@@ -58,7 +59,7 @@ def image_sets(data: Dataset, say: Callable[[str], None]) -> dict[str, Pixels]:
     sets |= {f"handled/{name}": handled(image, seed) for seed, (name, image) in enumerate(mixed.items(), 1)}
     for name, image in strange_images(data, test[:1000], say):
         role = "odd" if name in ODD_SETS else "ood"
-        sets[f"{role}/{name}"] = to_bytes(image[:TEST])
+        sets[f"{role}/{name}"] = to_bytes(image[spread(len(image), TEST)])
     sets |= {"ood/test turned by 90 degrees": np.ascontiguousarray(np.rot90(test, axes=(1, 2))), "ood/test inverted": 255 - test}
     sets |= {f"odd/{name}": image for name, image in odd_images(height, width, ODD).items()}
     sets |= {f"benign/{name}": shifted(test, shift) for name, shift in BENIGN.items()}

@@ -207,7 +207,7 @@ def reason(error: OSError | InvalidImage) -> str:
 def load_images(source: str, contract: Input, most: int | None = None) -> Pixels:
     """Return unlabelled images (N, height, width, 3) of a folder, decoded by ``contract``, an .npz with ``image``, or an image of tiles.
 
-    ``most``: the first so many of each.
+    ``most``: so many of them at most, at equal distances.
     """
     height, width = contract.height, contract.width
     path = Path(source).expanduser()
@@ -217,12 +217,21 @@ def load_images(source: str, contract: Input, most: int | None = None) -> Pixels
         tell(path, listing)
         if not listing.images:
             raise DataError(f"{printable(path)} holds no images ({', '.join(accepted())})")
-        return read_images(listing.images[:most], contract)
+        return read_images([listing.images[i] for i in spread(len(listing.images), most)], contract)
     if path.suffix == ".npz":
-        return read_npz(path, height, width)[0][:most]
+        image = read_npz(path, height, width)[0]
+        return image[spread(len(image), most)]
     if path.is_file() and format_of(path) in accepted() and height == width:
-        return read_atlas(path, height)[:most]
+        image = read_atlas(path, height)
+        return image[spread(len(image), most)]
     raise DataError(f"{path} is not a folder of images, an .npz or an atlas of {height} x {width} tiles")
+
+
+def spread(count: int, most: int | None) -> NDArray[np.int64]:
+    """Return the places of ``most`` of ``count`` images, at equal distances: a folder or an atlas may be sorted by class."""
+    if most is None or count <= most:
+        return np.arange(count)
+    return np.linspace(0, count - 1, most).round().astype(np.int64)
 
 
 def read_npz(path: Path, height: int, width: int, names: Sequence[str] = ()) -> tuple[Pixels, Labels | None]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.rows import Images, Row
+from training.data.image_folders import spread
 from training.evaluation.adaptive import VARIANTS, Evade, EvadeBySquare, ScoreAttack
 from training.evaluation.attacks import Pgd, Predict
 from training.evaluation.autoattack import APGD, AutoAttack
@@ -44,7 +45,8 @@ def robust_ood_rows(c: Context, flag: Flag) -> Iterator[Row]:
     image, label = c.test(n)
     found = dict(ood_sets(c))
     name = NEAR if NEAR in found else MIXED
-    junk, none = found[name][:n], np.zeros(min(n, len(found[name])), np.int64)
+    junk = found[name][spread(len(found[name]), n)]
+    none = np.zeros(len(junk), np.int64)
     queries = min(c.suite.queries, QUERIES)
     down, up = (ScoreAttack(threat, flag.score, flag.weight, up, queries) for up in (False, True))
     todo: list[tuple[Task, Floats, Labels]] = [(Predict(), image, label), (up, image, label), (Predict(), junk, none), (down, junk, none)]

@@ -12,6 +12,7 @@ from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import ALL_SETS, SUM, Images, Row, alone
 from ebjdat_serve.scores import BASELINE
 from ebjdat_serve.sentences import set_name
+from training.data.image_folders import spread
 from training.evaluation.attacks import Pgd, Predict, Transfer
 from training.evaluation.autoattack import AutoAttack
 from training.evaluation.context import Context
@@ -193,7 +194,7 @@ def like(images: Images, clean: Arrays, found: Arrays) -> Arrays:
 
 def strange(c: Context) -> dict[Images, Arrays]:
     """Return the model's outputs on the OOD sets."""
-    sets = {Images(dataset=name): image[: c.suite.test] for name, image in ood_sets(c)}
+    sets = {Images(dataset=name): image[spread(len(image), c.suite.test)] for name, image in ood_sets(c)}
     return {images: c.look(images, Predict(gradient=True), image) for images, image in sets.items()}
 
 

@@ -9,7 +9,7 @@ from ebjdat_serve.contract import Input
 from ebjdat_serve.engines import Floats
 from ebjdat_serve.pixels import Pixels, decode, encode_png, to_unit
 from training.data.datasets import Dataset, data_root, read_atlas
-from training.data.image_folders import load_images
+from training.data.image_folders import load_images, spread
 from training.errors import DataError
 from training.evaluation.odd import ODD
 from training.evaluation.rows import SEED
@@ -58,7 +58,9 @@ def strange_images(data: Dataset, some: Pixels, say: Callable[[str], None]) -> I
         elif (height, width) == (32, 32):
             yield name, to_unit(read_atlas(file, 32))
         else:  # as a server decodes a file of 32 x 32 pixels
-            yield f"{name}, enlarged", to_unit(np.stack([decode(encode_png(one), data.input) for one in read_atlas(file, 32)[:n]]))
+            image = read_atlas(file, 32)
+            shown = np.stack([decode(encode_png(one), data.input) for one in image[spread(len(image), n)]])
+            yield f"{name}, enlarged", to_unit(shown)
     if data.name == "cifar10" and len(pictures := imagenet(data.input, say)):  # what is left out are pictures of its classes
         yield IMAGENET, to_unit(pictures)
     for folder in sorted((data_root() / "ood").glob("*")):
