@@ -61,7 +61,9 @@ JUDGED = Column("agreement, robust ResNet-4b", "class_agreement_resnet4b", SAMPL
 ACCURACY = (
     Column("clean", "accuracy_clean", TEST),
     ROBUST,
+    Column("PGD-20 on the margin, 5 starts", "accuracy_pgd20_restarts", {**PGD20, "objective": "margin", "restarts": 5, "eps": 8 / 255}),
     Column("APGD-CE + APGD-T 8/255", "accuracy_apgd", {**TEST, "norm": "linf", "eps": 8 / 255}),
+    Column("AutoAttack 8/255", "accuracy_autoattack", {**TEST, "norm": "linf", "eps": 8 / 255}),
     Column("NLL", "nll", {**TEST, "corruption": None, "temperature": "fitted"}),
     Column("sd of E(x), nats", "energy_sd", TEST),
 )

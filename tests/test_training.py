@@ -15,6 +15,7 @@ import torch
 
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.card import Baseline
+from ebjdat_serve.manifest import Licence
 from ebjdat_serve.networks.wideresnet import WideResNet
 from ebjdat_serve.rows import first
 from ebjdat_serve.server.settings import SHIPPED
@@ -221,6 +222,7 @@ def test_the_prior_is_fitted_once_for_chains_validation_and_the_bundle(tmp_path,
     again = real(data.train, 10, stage.prior_rank)
     assert torch.equal(torch.from_numpy(fitted[0].factor), torch.from_numpy(again.factor))
     assert (Prior.load(bundle.path / "prior.safetensors").mean == again.mean).all()
+    assert bundle.manifest.licence == Licence("Apache-2.0", "Apache-2.0", "CC-BY-4.0")
 
 
 @pytest.mark.slow

@@ -25,8 +25,7 @@ from ebjdat_serve.sentences import OBJECTIVES, attack_name, eps_name, set_name
 from ebjdat_serve.sgld import Prior
 from training.data.sources import SOURCES
 from training.evaluation.chosen import ALPHA, chief, model_of, readme_rows, served_score, worse_than_chance
-from training.evaluation.flag_text import Flagged, benign_limit, flag_sentence, knowing_limit, odd_limit
-from training.evaluation.ood_sets import NEAR
+from training.evaluation.flag_text import Flagged, benign_limit, close_limit, flag_sentence, knowing_limit, odd_limit
 from training.evaluation.rows import ball_of
 
 
@@ -110,7 +109,7 @@ def card(bundle: Bundle, rows: list[Row], baseline: Baseline) -> str:
     landscape = "![energies of clean, adversarial, generated and OOD images](landscape.png)" if drawn else ""
     return f"""{title(m)}
 {network_name(m.architecture)} on {p.dataset}, {m.input.height} x {m.input.width} pixels: {", ".join(m.labels)}.
-Trained as `{p.preset}` by method {method_kind(bundle)} (its configuration is in bundle.json), seed {p.seed}, git {short(p.git)}, started {p.started}:
+Trained as `{p.preset}` by method {method_kind(bundle)} (the recipe is in bundle.json), seed {p.seed}, git {short(p.git)}, started {p.started}:
 {p.steps} of {p.planned_steps} planned steps, rolled back for divergence {p.rollbacks} times. {about_mean(bundle)}Data sha256 {p.data_sha256[:16]}.
 
 ![samples: one column per class, seeds in order, not selected](samples.png)
@@ -167,7 +166,7 @@ def about_baseline(bundle: Bundle, rows: list[Row], baseline: Baseline) -> str:
     whose = f"{start}, which this model was continued from" if baseline.title == WARM_START else control
     return (
         f"The column `{baseline.title}` is of {whose}{clean}, by the same protocol on the\n"
-        f"same number of images; where it is empty, the {baseline.title} was not measured.\n"
+        f"same number of images; where it is empty, the {baseline.title} was not measured so.\n"
     )
 
 
@@ -211,18 +210,15 @@ def readme_limits(bundle: Bundle) -> str:
     """Return the README's limits that are figures; each claim depends on them."""
     rows, m = bundle.metrics(), model_of(bundle)
     f, level = Flagged(bundle, rows), {"alpha": ALPHA}
-    fooled = f.text("flag_power", subset="fooled", **m.test, **m.pgd, **level)
-    clean = f.text("flag_rate_clean", **m.test, **level)
-    own, plain = f.both("auroc_{}", dataset=NEAR)
-    better = own is not None and plain is not None and own.value < plain.value
+    fooled = f.counted("flag_power", subset="fooled", **m.test, **m.pgd, **level)
+    clean = f.counted("flag_rate_clean", **m.test, **level)
     return "\n".join(
         [
             *costs(bundle, rows),
             *odd_limit(f),
             *benign_limit(f, clean),
-            f"- Attacks in the ball: of the images that PGD-20 at {eps_name(m.eps)} fooled it flags {fooled}, of clean ones {clean}.",
-            f"- Images close to its data{', where max softmax does better' if better else ''}: AUROC against CIFAR-100 "
-            f"{f.text('auroc_{}', dataset=NEAR)}.",
+            f"- Attacks in the ball: of the images that PGD-20 at {eps_name(m.eps)} fooled it flags {fooled}; of clean ones {clean}.",
+            *close_limit(f),
             *knowing_limit(f),
         ]
     )

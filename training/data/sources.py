@@ -1,14 +1,18 @@
 """Named data sets. To add one, write a reader (see training/data/archives.py) and add it to SOURCES."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ebjdat_serve.manifest import Licence
 from training.data import archives
 from training.data.image_folders import Split
 
 Read = Callable[[Path], tuple[tuple[str, ...], Split, Split]]
 """The data folder -> class names, train and test; a reader downloads missing files where it can."""
+
+
+FREE = Licence("Apache-2.0", "Apache-2.0", "none stated")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Source:
     l2: float = 0.5  # and the l2 eps
     budget: str | None = None  # of training/presets.py; None: small or large, by the device
     licence: str = ""  # of weights trained on it, for the model card
+    terms: Licence = Licence()  # the same, for a bundle's manifest
 
 
 SOURCES: dict[str, Source] = {
@@ -29,15 +34,18 @@ SOURCES: dict[str, Source] = {
         archives.cifar10,
         licence="Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, "
         "non-commercial, is used for evaluation only.",
+        terms=FREE,
     ),
     "cifar100": Source(
         archives.cifar100,
         licence="Weights: Apache-2.0. CIFAR-100 (Krizhevsky 2009) states no licence; its use here follows research custom.",
+        terms=FREE,
     ),
     "svhn": Source(
         archives.svhn,
         flip=False,
         licence="Weights of a model trained on SVHN (Netzer et al. 2011), which is for non-commercial use only.",
+        terms=Licence("Apache-2.0", "non-commercial use", "non-commercial use"),
     ),
     "digits": Source(
         archives.digits,
@@ -47,6 +55,7 @@ SOURCES: dict[str, Source] = {
         l2=1.0,
         budget="digits",
         licence="Weights: Apache-2.0. Digits: UCI, Alpaydin and Kaynak 1998, as scikit-learn ships them (CC BY 4.0).",
+        terms=replace(FREE, data="CC-BY-4.0"),
     ),
 }
 

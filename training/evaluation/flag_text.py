@@ -12,7 +12,7 @@ from ebjdat_serve.scores import BASELINE
 from ebjdat_serve.sentences import eps_name, set_name
 from ebjdat_serve.views import VIEWS
 from training.evaluation.chosen import ALPHA, model_of, served_score
-from training.evaluation.ood_sets import BLANK, IMAGENET, MIXED, ODD_SETS, OOD_ATLASES
+from training.evaluation.ood_sets import BLANK, IMAGENET, MIXED, NEAR, ODD_SETS, OOD_ATLASES
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class Flagged:
         """Return both figures, "not measured" for one that is missing."""
         own, plain = (figure(row) if row else "not measured" for row in self.both(metric, **wanted))
         return f"{own} (max softmax: {plain})"
+
+    def counted(self, metric: str, **wanted: Any) -> str:
+        """Return both figures and the number of images that they are of."""
+        own, plain = self.both(metric, **wanted)
+        amounts = " and ".join(f"{n:,}" for n in dict.fromkeys(row.n for row in (own, plain) if row))
+        return self.text(metric, **wanted) + (f", n = {amounts}" if amounts else "")
 
     def lines(self, sets: Iterable[tuple[str, str, dict[str, Any]]]) -> str:
         """Return a table of both shares at ``ALPHA`` of each set that was measured, given as text, metric and fields."""
@@ -126,12 +132,13 @@ def knowing_limit(f: Flagged) -> list[str]:
         return []
     said = [
         f"- **The flag is no defence against an attacker who knows it.** One within {eps_name(m.eps)} who does not leaves {figure(blind)}",
-        f"of labels right; against one who does, {figure(aware)} are right or flagged",
+        f"of labels right, n = {blind.n:,}; against one who does,",
+        f"{f.counted('accuracy_with_rejection', alpha=ALPHA)}, are right or flagged",
     ]
     if searched and rejected:
         said += [
-            f"(with small margins and labels that a search in {eps_name(RADIUS)} changes refused, too: {figure(searched)}, at the price of",
-            f"{figure(rejected)} of clean images)",
+            f"(with small margins and labels that a search in {eps_name(RADIUS)} changes refused, too: {figure(searched)}, n = {searched.n:,},",
+            f"at the price of {figure(rejected)} of clean images)",
         ]
     return [" ".join(said) + "."]
 
@@ -142,7 +149,7 @@ def odd_limit(f: Flagged) -> list[str]:
     if not found:
         return ["- Odd pictures, such as blank images: not measured."]
     least = min(found, key=lambda row: row.value)
-    blank, hardest = (f.text("flag_power", dataset=name, alpha=ALPHA) for name in (BLANK, least.dataset))
+    blank, hardest = (f.counted("flag_power", dataset=name, alpha=ALPHA) for name in (BLANK, least.dataset))
     said = "**The flag misses odd pictures**" if least.value < 0.5 else "Odd pictures"
     return [f"- {said} of {len(found)} kinds: at alpha 0.05 it flags least of {least.dataset}, {hardest}; of blank images {blank}."]
 
@@ -153,7 +160,14 @@ def benign_limit(f: Flagged, clean: str) -> list[str]:
     if not found:
         return []
     most = max(found, key=lambda row: row.value)
-    changed = f.text("flag_rate_shifted", shift=most.shift, alpha=ALPHA)
-    return [
-        f"- Harmless changes: after {most.shift}, the worst of {len(found)}, it flags {changed} of test images, of untouched ones {clean}."
-    ]
+    changed = f.counted("flag_rate_shifted", shift=most.shift, alpha=ALPHA)
+    return [f"- Harmless changes: after {most.shift}, the worst of {len(found)}, it flags {changed}; of untouched test images {clean}."]
+
+
+def close_limit(f: Flagged) -> list[str]:
+    """Return how the flag sees images close to the data: another set of photographs, and means of two test images."""
+    own, plain = f.both("auroc_{}", dataset=NEAR)
+    better = own is not None and plain is not None and own.value < plain.value
+    said = f"- Images close to its data{', where max softmax does better' if better else ''}: AUROC against CIFAR-100"
+    mixed = f.counted("flag_power", dataset=MIXED, alpha=ALPHA) if f.both("flag_power", dataset=MIXED, alpha=ALPHA)[0] else "not measured"
+    return [f"{said} {f.counted('auroc_{}', dataset=NEAR)}; of means of two test images it flags {mixed}."]

@@ -10,10 +10,11 @@ from typing import Any
 
 from ebjdat_serve.bundle import Bundle, sha256, write_json
 from ebjdat_serve.exporting.reference import write_selftest
-from ebjdat_serve.manifest import Manifest, Provenance
+from ebjdat_serve.manifest import Licence, Manifest, Provenance
 from ebjdat_serve.pixels import to_unit
 from training.config import Preset, describe
 from training.data.datasets import Dataset
+from training.data.sources import SOURCES
 from training.loop.state import Position
 from training.methods.replay import prior_of
 
@@ -55,6 +56,7 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, ori
             configuration=without_paths(describe(preset)),
         ),
         files={},
+        licence=SOURCES[data.name].terms if data.name in SOURCES else Licence(),
     )
     write_json(folder / "bundle.json", asdict(manifest))
     bundle = Bundle.draft(folder).update("weights.safetensors", "prior.safetensors")
