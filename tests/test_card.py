@@ -233,9 +233,9 @@ def test_the_cards_section_on_the_flag_shows_both_scores(golden):
     assert "Which view speaks, of more than half of the flagged images: `statistics` on gradients." in said
     f = Flagged(bundle, rows)
     assert odd_limit(f) == [
-        "- **The flag misses odd pictures** of 2 kinds: at alpha 0.05 it flags least of blank images, 0.375 (max softmax: 0.0045);"
-        " of blank images 0.375 (max softmax: 0.0045)."
+        "- **The flag misses odd pictures** of 2 kinds: at alpha 0.05 it flags least of blank images, 0.375 (max softmax: 0.0045), n = 10;"
+        " of blank images 0.375 (max softmax: 0.0045), n = 10."
     ]
     assert benign_limit(f, "0.04") == [
-        "- Harmless changes: after grey, the worst of 2, it flags 0.125 (max softmax: not measured) of test images, of untouched ones 0.04."
+        "- Harmless changes: after grey, the worst of 2, it flags 0.125 (max softmax: not measured), n = 10; of untouched test images 0.04."
     ]

@@ -1,7 +1,7 @@
 """Named data sets. To add one, write a reader (see training/data/archives.py) and add it to SOURCES."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ebjdat_serve.manifest import Licence
@@ -26,7 +26,7 @@ class Source:
     l2: float = 0.5  # and the l2 eps
     budget: str | None = None  # of training/presets.py; None: small or large, by the device
     licence: str = ""  # of weights trained on it, for the model card
-    terms: Licence = Licence()  # the same, for a bundle's manifest
+    terms: Licence = field(default_factory=Licence)  # the same, for a bundle's manifest
 
 
 SOURCES: dict[str, Source] = {

@@ -137,7 +137,8 @@ def knowing_limit(f: Flagged) -> list[str]:
     ]
     if searched and rejected:
         said += [
-            f"(with small margins and labels that a search in {eps_name(RADIUS)} changes refused, too: {figure(searched)}, n = {searched.n:,},",
+            f"(with small margins and labels that a search in {eps_name(RADIUS)} changes refused, too:",
+            f"{figure(searched)}, n = {searched.n:,},",
             f"at the price of {figure(rejected)} of clean images)",
         ]
     return [" ".join(said) + "."]
