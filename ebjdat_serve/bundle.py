@@ -119,10 +119,15 @@ class Bundle:
         files = {name: entry for name, entry in self.manifest.files.items() if name not in EVIDENCE}
         return hashlib.sha256(json.dumps(asdict(replace(self.manifest, files=files)), sort_keys=True).encode()).hexdigest()
 
-    def check_files(self) -> None:
-        """Raise BundleError naming the first file that does not match the manifest or refers to a file outside the bundle."""
+    def check_files(self, *, without: Collection[str] = ()) -> None:
+        """Raise BundleError naming the first file that does not match the manifest or refers to a file outside the bundle.
+
+        ``without``: files that are not looked at.
+        """
         home = self.path.resolve()
         for name, entry in self.manifest.files.items():
+            if name in without:
+                continue
             file = self.path / name
             if not file.is_file():
                 raise BundleError(f"{file} is missing")

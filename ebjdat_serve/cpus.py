@@ -61,4 +61,4 @@ def _read(file: Path) -> str:
 def threads() -> int:
     """Return the number of compute threads: OMP_NUM_THREADS if it is set to a number, else every available CPU."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(wanted) if wanted.isdigit() and int(wanted) else cpus()
+    return int(wanted) if wanted.isdecimal() and int(wanted) else cpus()

@@ -46,7 +46,8 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
 def check_editable(path: Path, *, force: bool = False) -> Bundle:
     """Return the bundle at ``path``; raise BundleError without ``force`` if it is tracked, installed, published or being served.
 
-    A candidate, an earlier version of a store and a signed bundle are refused either way.
+    A candidate, an earlier version of a store, a signed bundle and one with a damaged file are refused either way: a change would
+    record the damage as the bundle's own. The card alone is written anew.
     """
     bundle = Bundle.draft(path)
     home, store = bundle.path, store_of(bundle.path)
@@ -59,6 +60,7 @@ def check_editable(path: Path, *, force: bool = False) -> Bundle:
     reason = "" if force else guarded(home)
     if reason:
         raise BundleError(f"{home} {reason}: copy the folder and change the copy", options=("--force",))
+    bundle.check_files(without=("README.md",))
     return bundle
 
 

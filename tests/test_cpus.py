@@ -58,7 +58,7 @@ def test_elsewhere_the_hosts_count_is_all_there_is(tmp_path, monkeypatch):
     assert cpus(tmp_path) == 6
 
 
-@pytest.mark.parametrize(("said", "expected"), [("3", 3), ("2,1", 2), ("", 7), ("all", 7), ("0", 7)])
+@pytest.mark.parametrize(("said", "expected"), [("3", 3), ("2,1", 2), ("", 7), ("all", 7), ("0", 7), ("²", 7)])
 def test_openmps_own_variable_is_heeded_where_it_is_a_number(monkeypatch, said, expected):
     monkeypatch.setattr(module, "cpus", lambda: 7)
     monkeypatch.setenv("OMP_NUM_THREADS", said)

@@ -357,6 +357,74 @@ def test_a_folder_whose_figures_git_tracks_is_measured_into_by_force_alone(bundl
     assert json.loads((folder / "metrics.json").read_text())
 
 
+@pytest.mark.parametrize("kind", ["deleted", "altered", "truncated", "folder"])
+@pytest.mark.parametrize("name", ["metrics.json", "landscape.png", "weights.safetensors"])
+@pytest.mark.parametrize("command", ["card", "into"])
+def test_damage_is_never_recorded_as_the_bundles_own(bundle, golden, runs, tmp_path, monkeypatch, kind, name, command):
+    other, file = copied(Bundle.load(golden), tmp_path / "other"), bundle.path / name
+    content = bytearray(file.read_bytes())
+    file.unlink()
+    if kind == "folder":
+        file.mkdir()
+    elif kind != "deleted":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if kind == "altered" else content[:100])
+    before = {one.name: one.stat().st_mtime_ns for one in bundle.path.iterdir()}
+    words = {"card": ["card.py", str(bundle.path)], "into": ["evaluate.py", str(other.path), "--part", "clean", "--into", str(bundle.path)]}
+    monkeypatch.setattr(sys, "argv", words[command])
+    with pytest.raises(SystemExit, match=rf"{name} is (missing|damaged)"):
+        import_module("training.card" if command == "card" else "training.evaluate").main()
+    assert {one.name: one.stat().st_mtime_ns for one in bundle.path.iterdir()} == before
+    assert not list(runs.glob("**/metrics.json"))
+
+
+def test_a_damaged_card_is_written_anew(bundle):
+    first = titled(bundle)
+    (bundle.path / "README.md").unlink()
+    assert titled(edit(bundle.path, rewrite)) == first
+    Bundle.load(bundle.path)
+
+
+def test_a_bundle_is_no_folder_for_figures(bundle, runs, monkeypatch):
+    before = digest(bundle.path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(bundle.path), "--part", "clean", "--folder", str(bundle.path)])
+    with pytest.raises(SystemExit, match="is a bundle: --into takes figures into one; name another folder"):
+        main()
+    assert digest(bundle.path) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--amount", "test=²"], "--amount test=²: give NAME=N"),
+        (["--amount", f"test={'9' * 4500}"], "give NAME=N"),
+        (["--size", "16"], "a bundle says its own size"),
+        (["--buffer", "README.md"], r"README\.md is no state\.pt of a stage"),
+        (["--buffer", "none.pt"], r"none\.pt is no state\.pt of a stage"),
+        (["--control", "weights.safetensors"], "is the model itself: give the weights of another as its control"),
+        (["--control", "none.safetensors"], r"none\.safetensors"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is(bundle, runs, monkeypatch, words, said):
+    monkeypatch.chdir(bundle.path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(bundle.path), "--part", "generation", *words])
+    with pytest.raises(SystemExit, match=said):
+        main()
+    assert not list(runs.glob("**/*.npz"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"averaged_with": "x"}, {"averaged_with": 7}, {"averaged_with": {}}, {"method": {}}, {"method": ["a"]}, {"method": "ebjdat"}],
+)
+def test_a_card_is_written_of_any_recorded_configuration(bundle, changes):
+    m = bundle.manifest
+    configuration = {**m.provenance.configuration, **changes}
+    odd = replace(bundle, manifest=replace(m, provenance=replace(m.provenance, configuration=configuration))).update()
+    edit(odd.path, rewrite)
+    Bundle.load(bundle.path)
+
+
 # a running server ------------------------------------------------------------------------------------------------------
 
 

@@ -352,7 +352,7 @@ def test_steps_beyond_those_that_the_sampler_was_tuned_for_name_the_option_that_
     query = GenerateQuery(**{"class": 3})
     tuned = shipped.manifest.sampler.steps
     check_limits(query, tuned, shipped.manifest, Settings())
-    with pytest.raises(Problem, match=rf"1 to {tuned}, not {tuned + 1}, .* serve --max-steps raises it"):
+    with pytest.raises(Problem, match=rf"1 to {tuned}, the number that its .* serve --max-steps raises it\), not {tuned + 1}"):
         check_limits(query, tuned + 1, shipped.manifest, Settings())
 
 
@@ -373,6 +373,8 @@ def test_a_bad_query_is_refused_with_the_limit_or_the_fix(live, query, said, met
         (b'{"class": true}', JSON, 422),
         (b'{"class": [3]}', JSON, 422),
         (b'{"class": null}', JSON, 422),
+        (b'{"class": 3, "class": 4}', JSON, 400),
+        (b"class=3&class=4", {"Content-Type": "application/x-www-form-urlencoded"}, 422),
         (b'{"class": 3, "n": 2.5}', JSON, 422),
         (b'{"class": 3, "n": true}', JSON, 422),
         (b'{"class": 3, "temperature": false}', JSON, 422),
@@ -384,6 +386,12 @@ def test_a_bad_generate_body_is_refused(live, body, headers, status):
     answer = post(live, "/generate", content=body, headers=headers)
     assert answer.status_code == status, answer.text
     clean(answer)
+
+
+@pytest.mark.parametrize(("query", "body"), [("class=3&class=4", None), ("class=3", {"class": 4}), ("class=3&n=1", {"n": 1})])
+def test_a_parameter_that_is_given_twice_is_refused(live, query, body):
+    answer = httpx2.request("POST" if body else "GET", f"{live.url}/generate?{query}", json=body, timeout=60)
+    assert (answer.status_code, clean(answer)) == (422, "a parameter may be given once")
 
 
 @pytest.mark.parametrize(

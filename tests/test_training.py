@@ -21,6 +21,7 @@ from ebjdat_serve.rows import first
 from ebjdat_serve.server.settings import SHIPPED
 from ebjdat_serve.sgld import Prior
 from tests.conftest import ROOT
+from training import overrides
 from training.card import card
 from training.config import describe, stages
 from training.data.datasets import load
@@ -223,6 +224,24 @@ def test_the_prior_is_fitted_once_for_chains_validation_and_the_bundle(tmp_path,
     assert torch.equal(torch.from_numpy(fitted[0].factor), torch.from_numpy(again.factor))
     assert (Prior.load(bundle.path / "prior.safetensors").mean == again.mean).all()
     assert bundle.manifest.licence == Licence("Apache-2.0", "Apache-2.0", "CC-BY-4.0")
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "no manifest", "no accuracy"])
+def test_the_help_needs_no_bundled_model(tmp_path, monkeypatch, damage):
+    copy = tmp_path / "cifar10"
+    copy.mkdir()
+    for name in ("bundle.json", "metrics.json"):
+        (copy / name).write_bytes((SHIPPED / name).read_bytes())
+    monkeypatch.setattr(overrides, "SHIPPED", copy)
+    assert "(the bundled model)" in listing()
+    if damage == "cut":
+        (copy / "metrics.json").write_bytes((SHIPPED / "metrics.json").read_bytes()[:100])
+    elif damage == "no accuracy":
+        (copy / "metrics.json").write_text("[]")
+    else:
+        (copy / ("bundle.json" if damage == "no manifest" else "metrics.json")).unlink()
+    said = listing()
+    assert "cifar10-small" in said and "(the bundled model)" not in said
 
 
 @pytest.mark.slow

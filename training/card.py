@@ -144,9 +144,9 @@ class Gaussian; it is not an exact draw from p(x|y).
 def about_mean(bundle: Bundle) -> str:
     """Return a sentence on the two runs whose mean the weights are, if they are one."""
     other = bundle.manifest.provenance.configuration.get("averaged_with")
-    if not other:
+    if not isinstance(other, dict):
         return ""
-    return f"The weights are the mean of two runs from one start, this one and `{other['name']}`; steps are of both.\n"
+    return f"The weights are the mean of two runs from one start, this one and `{other.get('name', 'unknown')}`; steps are of both.\n"
 
 
 def about_baseline(bundle: Bundle, rows: list[Row], baseline: Baseline) -> str:
@@ -188,7 +188,9 @@ def about_fid(rows: list[Row]) -> str:
 def method_kind(bundle: Bundle) -> str:
     """Return the class name of the method that trained the bundle."""
     method = bundle.manifest.provenance.configuration.get("method", "unknown")
-    return str(method["kind"]) if isinstance(method, dict) else {"ebjdat": "EbJdat"}.get(method, str(method))  # the latter: what ships
+    if isinstance(method, dict):
+        return str(method.get("kind", "unknown"))
+    return "EbJdat" if method == "ebjdat" else str(method)  # schema 1 has a name
 
 
 def short(git: str) -> str:
@@ -278,7 +280,10 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help=FORCED)
     options = parser.parse_args()
     with command(parser):
-        text = options.readme.read_text(encoding="utf-8") if options.readme else ""
+        try:
+            text = options.readme.read_text(encoding="utf-8") if options.readme else ""
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{options.readme} is no UTF-8 text ({error.reason}): give the README") from error
         if options.readme:
             write_sections(text, dict.fromkeys(("limits", "figures"), ""))  # check the markers before anything is changed
         bundle = edit(options.bundle, rewrite, force=options.force)

@@ -49,7 +49,7 @@ from training.evaluation.evaluated_model import Spec, best_device, bundle_spec, 
 from training.evaluation.evidence import Evaluation, compared, take
 from training.evaluation.expected import expected
 from training.evaluation.explanation import explanation_rows
-from training.evaluation.generation import generation_rows
+from training.evaluation.generation import check_given, generation_rows
 from training.evaluation.hostile import hostile_rows
 from training.evaluation.landscape import landscape_rows
 from training.evaluation.ood import shift_rows, suspicion_rows
@@ -163,6 +163,7 @@ def context(
 ) -> Context:
     """Return the context of the parts, without a surrogate that is of another data set or the subject itself."""
     subject = spec()
+    check_given(subject, controls, buffer)
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
     ensure_folder(home, "EBJDAT_RUNS")
     about = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
@@ -286,17 +287,13 @@ def main() -> None:
         if options.processes < 1:
             raise TrainingError(f"--processes {options.processes}: give 1 or more")
         parts = ("released-code",) if options.protocol == "released-code" else options.part or USUAL
-        more = {
-            "surrogate": options.surrogate,
-            "controls": options.control,
-            "buffer": options.buffer,
-            "processes": options.processes,
-            "folder": options.folder,
-        }
+        more = {name: getattr(options, name) for name in ("surrogate", "buffer", "processes", "folder")} | {"controls": options.control}
         if options.baseline and not options.into:
             raise TrainingError("--baseline is for a bundle's card, which only --into writes: give both or neither")
         if options.baseline_is and not options.baseline:
             raise TrainingError("--baseline-is says what --baseline is of: add --baseline FILE, or leave it out")
+        if options.size and options.bundle.suffix != ".safetensors":
+            raise TrainingError("--size is of weights and a folder: a bundle says its own size", options=("--size",))
         if options.folder and not options.force and tracked(options.folder / "metrics.json"):
             raise TrainingError(f"{options.folder / 'metrics.json'} is tracked by git: name another --folder", options=("--force",))
         suite = suite_of(options.suite, options.n, options.amount)

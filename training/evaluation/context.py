@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ebjdat_serve.bundle import Bundle, write_json
+from ebjdat_serve.bundle import MANIFEST, Bundle, write_json
 from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.manifest import YES
 from ebjdat_serve.pixels import to_unit
@@ -99,7 +99,7 @@ def suite_of(name: str, n: int | None = None, settings: Sequence[str] = ()) -> S
     suite = SUITES[name] if n is None else SUITES[name].at_most(n)
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key not in LEAST or not value.isdigit() or int(value) < LEAST[key]:
+        if key not in LEAST or not (value.isascii() and value.isdigit() and len(value) < 10) or int(value) < LEAST[key]:
             known = ", ".join(f"{known} from {least} up" for known, least in LEAST.items())
             raise TrainingError(f"--amount {setting}: give NAME=N of {known}")
         changes: dict[str, Any] = {key: int(value)}
@@ -206,8 +206,10 @@ FORM = "fields"
 def claim(folder: Path, subject: dict[str, str]) -> None:
     """Mark a folder with the evaluation it holds; files of the same weights but another graph or format are removed.
 
-    Raises TrainingError for a folder of another model or other data.
+    Raises TrainingError for a folder of another model or other data, and for a bundle, whose own figures would be replaced.
     """
+    if (folder / MANIFEST).exists():
+        raise TrainingError(f"{folder} is a bundle: --into takes figures into one; name another folder", options=("--folder FOLDER",))
     file = folder / "subject.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else subject
     if {**known, "graph": subject["graph"], "form": subject["form"]} != subject:

@@ -1,7 +1,7 @@
 """The quality of fresh samples, by feature distances, compared with a floor, the prior, a replay buffer and control models."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,10 +21,11 @@ from training.errors import TrainingError
 from training.evaluation.attacks import Predict
 from training.evaluation.context import Context
 from training.evaluation.distances import frechet_distance, frechet_infinity, inception_score, kernel_distance, nearest, precision_recall
-from training.evaluation.evaluated_model import EvaluatedModel, open_weights, weights_spec
+from training.evaluation.evaluated_model import EvaluatedModel, load_weights, module_sha256, open_weights, weights_spec
 from training.evaluation.extractors import Extractor, Features, available
 from training.evaluation.result_cache import Arrays, ResultCache
 from training.evaluation.rows import SEED, compared_with, number, proportion
+from training.loop.state import read_state
 from training.methods.replay import fit_prior
 
 TOGETHER, TOGETHER_GPU = 20, 256
@@ -120,13 +121,24 @@ def controls_and_buffer(c: Context, work: Draw, index: Floats, label: Labels, by
     return sets
 
 
+def check_given(subject: EvaluatedModel, controls: Sequence[Path], buffer: Path | None) -> None:
+    """Raise TrainingError, before hours of measuring, for a control or a replay buffer that is none."""
+    for file in controls:
+        if subject.weights in (sha256(file) if file.is_file() else "", module_sha256(load_weights(file))):
+            raise TrainingError(f"{file} is the model itself: give the weights of another as its control", options=("--control WEIGHTS",))
+    if buffer is not None:
+        buffer_images(buffer, 1, 1)
+
+
 def buffer_images(file: Path, n: int, classes: int) -> tuple[Pixels, Labels]:
     """Return n chains spread evenly over a run's replay buffer, which is ordered by class, and their classes.
 
     Raises TrainingError when the file holds none.
     """
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    stack, found = [state], None
+    try:
+        stack, found = [read_state(file)], None
+    except TrainingError as error:
+        raise TrainingError(f"{file} is no state.pt of a stage: give that of one that keeps chains", options=("--buffer FILE",)) from error
     while stack and found is None:
         here = stack.pop()
         found = here.get("chain")

@@ -24,6 +24,7 @@ from ebjdat_serve.server.endpoints.endpoint import IMAGE_BODY, Endpoint, ImageRe
 from ebjdat_serve.server.payloads import CheckJob
 from ebjdat_serve.server.problems import Problem
 from ebjdat_serve.server.queues.request_queue import PendingRequest
+from ebjdat_serve.server.read.bodies import once
 from ebjdat_serve.server.read.generate_request import MAX_FIELDS, describe
 from ebjdat_serve.server.served_model import ServedModel
 from ebjdat_serve.server.settings import OPERATE, Check, Settings
@@ -83,9 +84,7 @@ class CheckQuery(BaseModel):
             return CheckQuery(check=usual, radius=settings.check_radius)
         if request.scope["query_string"].count(b"&") >= MAX_FIELDS:
             raise Problem(422, f"the query may have {MAX_FIELDS} parameters")
-        if len(request.query_params) < len(request.query_params.multi_items()):
-            raise Problem(422, "a parameter may be given once")
-        given = {"check": usual, "radius": settings.check_radius, **request.query_params}
+        given = {"check": usual, "radius": settings.check_radius, **once(request.query_params.multi_items())}
         try:
             wanted = CheckQuery.model_validate(given)
         except ValidationError as error:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar
 
 from fastapi import Request
@@ -115,9 +115,17 @@ def refuse_large(size: int, limit: int, settings: Settings) -> None:
         raise Problem(413, f"the body is larger than the limit of {limit} bytes; {image}")
 
 
+def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return parameters as a dict; raise Problem 422 for one that is given twice, of which another reader may take the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Problem(422, "a parameter may be given once")
+    return found
+
+
 def parse_json(body: bytes | bytearray) -> Any:
-    """Return the JSON document; NaN and Infinity are not JSON. Raises Problem 400."""
+    """Return the JSON document; NaN, Infinity and a key that is given twice are not JSON. Raises Problem 400."""
     try:
-        return strict_json.loads(body)
+        return strict_json.loads(body, unique=True)
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"the body is not valid JSON: {error}") from None

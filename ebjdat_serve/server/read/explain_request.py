@@ -12,6 +12,7 @@ from ebjdat_serve.manifest import Manifest
 from ebjdat_serve.pixels import Pixels
 from ebjdat_serve.server.payloads import ExplainJob
 from ebjdat_serve.server.problems import Problem
+from ebjdat_serve.server.read.bodies import once
 from ebjdat_serve.server.read.generate_request import MAX_FIELDS, describe, find_label, number
 from ebjdat_serve.server.settings import Settings
 
@@ -59,7 +60,7 @@ def validate(request: Request, manifest: Manifest, settings: Settings) -> Explai
     """Return what the query of ``request`` asks for; raise Problem 422 for a wrong type, an unknown name or a number beyond its limit."""
     if request.scope["query_string"].count(b"&") >= MAX_FIELDS:
         raise Problem(422, f"the query may have {MAX_FIELDS} parameters")
-    return validate_values(dict(request.query_params), manifest, settings)
+    return validate_values(once(request.query_params.multi_items()), manifest, settings)
 
 
 def validate_values(values: dict[str, Any], manifest: Manifest, settings: Settings) -> ExplainRequest:

@@ -15,7 +15,7 @@ from ebjdat_serve.bounds import LONGEST_LABEL, class_number
 from ebjdat_serve.manifest import Manifest
 from ebjdat_serve.server.payloads import GenerateJob
 from ebjdat_serve.server.problems import Problem
-from ebjdat_serve.server.read.bodies import parse_json, read_body
+from ebjdat_serve.server.read.bodies import once, parse_json, read_body
 from ebjdat_serve.server.settings import Settings
 
 PREVIEWS = 10
@@ -72,11 +72,12 @@ async def read_values(request: Request, settings: Settings) -> dict[str, Any]:
     """
     if request.scope["query_string"].count(b"&") >= MAX_FIELDS:
         raise Problem(422, f"the query may have {MAX_FIELDS} parameters")
-    values: dict[str, Any] = dict(request.query_params)
+    query: dict[str, Any] = once(request.query_params.multi_items())
     if request.method == "POST":
         async with read_body(request, MAX_BODY, settings) as body:
-            values |= parse_body(request, body) if body else {}
-    return values
+            sent = parse_body(request, body) if body else {}
+        return once([*query.items(), *sent.items()])
+    return query
 
 
 def parse_body(request: Request, body: bytes | bytearray) -> dict[str, Any]:
@@ -86,9 +87,10 @@ def parse_body(request: Request, body: bytes | bytearray) -> dict[str, Any]:
         if len(body) > MAX_FORM:
             raise Problem(413, f"the form may have {MAX_FORM} bytes; send application/json")
         try:
-            return dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS))
+            fields = parse_qsl(body.decode(errors="replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
         except ValueError:
             raise Problem(422, f"the form may have {MAX_FIELDS} fields") from None
+        return once(fields)
     if kind != "application/json":
         raise Problem(415, f"content type {kind!r} is not accepted; send application/json, a form, or query parameters and no body")
     found = parse_json(body)
@@ -169,8 +171,8 @@ def check_limits(query: GenerateQuery, steps: int, manifest: Manifest, settings:
         ("scale", query.scale, s.max_scale),
     ):
         if not 1 <= value <= limit:
-            tuned = ", the number this model's sampler was tuned for; serve --max-steps raises it" if name == "steps" else ""
-            raise Problem(422, f"{name} must be 1 to {limit}, not {value}{tuned if not s.max_steps else ''}")
+            tuned = ", the number that its sampler was tuned for (serve --max-steps raises it)" if name == "steps" else ""
+            raise Problem(422, f"{name} must be 1 to {limit}{tuned if not s.max_steps else ''}, not {value}")
     size = manifest.input
     if query.n * query.scale**2 * size.height * size.width > s.max_sheet and (query.format == "png" or query.stream):
         raise Problem(422, f"n x scale^2 x {size.height} x {size.width} may be at most {s.max_sheet} pixels; lower n or scale")
