@@ -61,6 +61,13 @@ def pgd_rows(c: Context) -> Iterator[Row]:
     yield c.share("accuracy_pgd20", found["robust_mask"], under_pgd(c, "ce", linf), c.subject.weights)
 
 
+def margin_rows(c: Context) -> Iterator[Row]:
+    """Yield the accuracy under PGD-20 on the margin with 5 starts."""
+    linf, _, _ = c.ball.threats()
+    (found,) = c.run("PGD-20, margin, 5 starts", Pgd(linf, objective="margin", restarts=5, eot=c.eot), n=c.suite.strong)
+    yield c.share("accuracy_pgd20_restarts", found["robust_mask"], under_pgd(c, "margin", linf, 5), c.subject.weights)
+
+
 def apgd_rows(c: Context) -> Iterator[Row]:
     """Yield the accuracy under APGD-CE and APGD-T."""
     linf, _, _ = c.ball.threats()
@@ -108,6 +115,7 @@ MEASURES: dict[str, tuple[str, Callable[[Context], Iterator[Row]]]] = {
     "reach": ("reach", reach_rows),
     "samples": ("generation", generation_rows),
     "pgd": ("robustness", pgd_rows),
+    "margin": ("robustness", margin_rows),
     "apgd": ("robustness", apgd_rows),
 }
 """The figures of each name of ``MEASURED``, and the part of an evaluation that they belong to."""

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Calls every endpoint with curl: clients/curl.sh cat.png [http://localhost:8000]
+# Calls /classify, /energy and /generate with curl: clients/curl.sh cat.png [http://localhost:8000]
+# Writes generated.png and generated-grid.png into the current folder.
 # Stops at the first unexpected response, which is reported in one line with its status and not saved.
 set -euo pipefail
 image=${1:?usage: clients/curl.sh IMAGE [URL]}

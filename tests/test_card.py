@@ -58,13 +58,20 @@ def test_the_readme_is_short_and_its_figures_are_the_shipped_rows(readme, bundle
 def test_the_readme_shows_nine_rows_each_beside_what_it_is_compared_with(readme, bundle):
     found = list(readme_rows(bundle, bundle.metrics(), baseline_of(bundle)))
     assert len(found) == len(readme_figures(model_of(bundle))) == 9
-    alone = {row.metric for _, row, others in found if not others}
-    assert alone <= {"accuracy_autoattack"}  # which takes hours of the control, too; PGD-20 is compared
+    assert all(others for _, _, others in found)
     for said, row, others in found:
         assert f"| {said} | {figure(row)} |" in readme
         for name, other in others:
             assert f"{name} {figure(other)}" in readme
             assert other.of
+
+
+def test_a_baseline_of_other_images_says_how_many(bundle):
+    rows, other = bundle.metrics(), first(baseline_of(bundle).rows, "accuracy_pgd20", norm="linf", eps=8 / 255)
+    fewer = [replace(other, n=n, value=0.25) for n in (7, 12)]
+    for known, expected in ((fewer, ("control (n = 12)", fewer[1])), ([*fewer, other], ("control", other))):
+        found = readme_rows(bundle, rows, Baseline("control", known))
+        assert [others for _, row, others in found if row.metric == "accuracy_pgd20"] == [[expected]]
 
 
 def test_no_figure_stands_in_the_readme_outside_what_is_generated(readme):
@@ -166,7 +173,8 @@ def test_a_row_stands_beside_its_own_kind(bundle):
     assert list(comparisons(served[0], plain[0], clean, [clean], Baseline("control", [replace(clean, value=0.8)]))) == [
         ("control", replace(clean, value=0.8))
     ]
-    assert not list(comparisons(served[0], plain[0], clean, [clean], Baseline(rows=[replace(clean, value=0.8, n=11)])))
+    other = replace(clean, value=0.8, n=11)
+    assert list(comparisons(served[0], plain[0], clean, [clean], Baseline(rows=[other]))) == [("warm start (n = 11)", other)]
 
 
 def test_the_card_shows_what_was_fooled_and_not_all_attacked(bundle):

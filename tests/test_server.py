@@ -352,7 +352,7 @@ def test_steps_beyond_those_that_the_sampler_was_tuned_for_name_the_option_that_
     query = GenerateQuery(**{"class": 3})
     tuned = shipped.manifest.sampler.steps
     check_limits(query, tuned, shipped.manifest, Settings())
-    with pytest.raises(Problem, match=rf"1 to {tuned}, the number that its .* serve --max-steps raises it\), not {tuned + 1}"):
+    with pytest.raises(Problem, match=rf"1 to {tuned}, the number that its .* \(serve --max-steps raises it\), not {tuned + 1}"):
         check_limits(query, tuned + 1, shipped.manifest, Settings())
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ebjdat_serve.bundle import Bundle
-from ebjdat_serve.card import Baseline, key
+from ebjdat_serve.card import Baseline
 from ebjdat_serve.rows import CONTROL, FRESH, SUM, Row, first, rows_where
 from ebjdat_serve.scores import BASELINE
 from ebjdat_serve.sentences import eps_name
@@ -148,7 +148,10 @@ def readme_rows(bundle: Bundle, rows: list[Row], baseline: Baseline) -> Iterator
 def comparisons(spec: ReadmeRow, plain: ReadmeRow, row: Row, rows: list[Row], baseline: Baseline) -> Iterator[tuple[str, Row]]:
     """Yield (text, row) to compare ``row`` with: the baseline's, max softmax's (``plain``), or other images' by the same judge."""
     if BASELINE_NETWORK in spec.baselines:
-        yield from ((baseline.title, other) for other in baseline.rows if key(other) == key(row))
+        same = [other for other in baseline.rows if other.key == row.key]
+        if same:
+            other = max(same, key=lambda other: (other.n == row.n, other.n))
+            yield baseline.title if other.n == row.n else f"{baseline.title} (n = {other.n:,})", other
     if SOFTMAX in spec.baselines:
         other = first(rows, plain.metric, **plain.fields)
         if other is not None and other is not row:
