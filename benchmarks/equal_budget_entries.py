@@ -58,5 +58,5 @@ AVERAGES = {"ebjdat-mean": ("trades-w1", "ebjdat-light")}
 """Rows whose weights are the fp32 mean of other rows' weights."""
 SHORT, SHORT_CONTROL = "short-", "pgd7-half"
 """Prefix and control of the short rows at half of eps."""
-MEASURED = ("clean", "nll", "ood", "reach", "samples", "pgd", "margin", "apgd")
+MEASURED = ("clean", "nll", "ood", "reach", "samples", "pgd", "margin", "apgd", "autoattack")
 """What --evaluate can measure of a kept row, cheapest first."""

@@ -76,6 +76,15 @@ def apgd_rows(c: Context) -> Iterator[Row]:
         yield c.share("accuracy_apgd", found["robust_mask"], under(c, "apgd", linf), c.subject.weights)
 
 
+def autoattack_rows(c: Context) -> Iterator[Row]:
+    """Yield the accuracy under official AutoAttack."""
+    linf, _, _ = c.ball.threats()
+    if c.suite.autoattack and c.attackers():
+        (found,) = c.run("AutoAttack", AutoAttack(linf), n=c.suite.autoattack)
+        images = replace(under(c, "autoattack", linf), version="standard")
+        yield c.share("accuracy_autoattack", found["robust_mask"], images, c.subject.weights)
+
+
 def ood_rows(c: Context) -> Iterator[Row]:
     """Yield the AUROC of SVHN and CIFAR-100 against clean test images, by energy, the composite score and max softmax."""
     _, every = flags_of(c)
@@ -117,6 +126,7 @@ MEASURES: dict[str, tuple[str, Callable[[Context], Iterator[Row]]]] = {
     "pgd": ("robustness", pgd_rows),
     "margin": ("robustness", margin_rows),
     "apgd": ("robustness", apgd_rows),
+    "autoattack": ("robustness", autoattack_rows),
 }
 """The figures of each name of ``MEASURED``, and the part of an evaluation that they belong to."""
 

@@ -167,7 +167,7 @@ def classify(client: httpx2.Client, image: Path) -> str:
 def main() -> int:
     """Print one line per image; return 1 if an image was refused or a line cannot be written, 2 if there is no server."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file in a format that the server reads")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, or another format of the server's /info")
     parser.add_argument("--url", type=address, default="http://localhost:8000", help="address of the server (%(default)s)")
     options = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -173,7 +173,7 @@ def main() -> int:
     Return 1 if the request was refused or the output cannot be written, 2 if there is no server, 3 if there is no such image in the ball.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="a file in a format that the server reads")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, or another format of the server's /info")
     parser.add_argument("--to", help="class index or name (default: the runner-up)")
     parser.add_argument("-o", "--output", type=Path, default=Path("explained.png"), help="PNG file (%(default)s)")
     parser.add_argument("--norm", choices=("l2", "linf"), default="l2", help="norm of the ball around the image (%(default)s)")

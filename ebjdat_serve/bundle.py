@@ -120,19 +120,16 @@ class Bundle:
         return hashlib.sha256(json.dumps(asdict(replace(self.manifest, files=files)), sort_keys=True).encode()).hexdigest()
 
     def check_files(self, *, without: Collection[str] = ()) -> None:
-        """Raise BundleError naming the first file that does not match the manifest or refers to a file outside the bundle.
-
-        ``without``: files that are not looked at.
-        """
+        """Raise BundleError naming the first file, those ``without`` apart, that does not match the manifest, or leaves the bundle."""
         home = self.path.resolve()
         for name, entry in self.manifest.files.items():
-            if name in without:
-                continue
             file = self.path / name
-            if not file.is_file():
-                raise BundleError(f"{file} is missing")
             if file.resolve().parent != home:
                 raise BundleError(f"{file} is a link that leaves the bundle; put the file itself there")
+            if name in without:
+                continue
+            if not file.is_file():
+                raise BundleError(f"{file} is missing: restore the bundle")
             try:
                 whole = file.stat().st_size == entry.bytes and sha256(file) == entry.sha256
             except OSError as error:

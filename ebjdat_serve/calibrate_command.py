@@ -87,7 +87,10 @@ def on_scores(options: argparse.Namespace) -> None:
     name = "traffic" if options.name is None else options.name  # "" is a variable that was not set, and no name
     choice = Choice(options.scores, name, options.precision or "fp32", since, until)
     done = edit(
-        options.bundle, lambda draft: renewed(calibrate_scores(draft, choice), f"does not tell of {choice.name}"), force=options.force
+        options.bundle,
+        lambda draft: renewed(calibrate_scores(draft, choice), f"does not tell of {choice.name}"),
+        force=options.force,
+        renews=(recorded_file(choice.name),),
     )
     print("\n".join([*map(shown, told(done, choice.name)), f"into {done.path / recorded_file(choice.name)}"]))
     print(f"serve it: ebjdat-serve serve {options.bundle} --calibration {choice.name}")
@@ -95,11 +98,15 @@ def on_scores(options: argparse.Namespace) -> None:
 
 def remove(options: argparse.Namespace) -> None:
     """Remove a calibration of recorded scores."""
+    from ebjdat_serve.bundle import recorded_file
     from ebjdat_serve.card import renewed
     from ebjdat_serve.editing import edit
     from ebjdat_serve.score_calibration import without_scores
 
     done = edit(
-        options.bundle, lambda draft: renewed(without_scores(draft, options.remove), f"may tell of {options.remove}"), force=options.force
+        options.bundle,
+        lambda draft: renewed(without_scores(draft, options.remove), f"may tell of {options.remove}"),
+        force=options.force,
+        renews=(recorded_file(options.remove),),
     )
     print(f"the calibration {options.remove} is removed: {done.path}")

@@ -2,11 +2,14 @@
 
 import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ebjdat_serve.atomic import replacing
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
 from ebjdat_serve.card import retitled
 from ebjdat_serve.errors import BundleError, first_line
@@ -20,20 +23,22 @@ HELD = "weights.safetensors"
 PACKAGE = Path(__file__).resolve().parent
 
 
-def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False) -> Bundle:
-    """Return the bundle at ``path``, a bundle or a store, after ``change`` has written into it.
+def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False, renews: Collection[str] = ()) -> Bundle:
+    """Return the bundle at ``path``, a bundle or a store, after ``change``.
 
-    A version of a store never changes: ``change`` gets a copy, which is published as the next revision. Raises BundleError as
-    ``check_editable`` does, while another process changes it, when the store points at another version by then, and when writing fails.
+    ``change`` writes into a copy: what stops it half way leaves the bundle whole. In a store, whose versions never change, the copy is
+    published as the next revision; elsewhere its files take the place of the bundle's. ``renews``: files that ``change`` writes anew
+    whatever they hold, so that they may be damaged. Raises BundleError as ``check_editable`` does, while another process changes it, when
+    the store points at another version by then, and when writing fails.
     """
     bundle = check_editable(path, force=force)
     store = store_of(bundle.path)
     try:
         if store is None:
-            with changing(bundle.path / HELD):
-                return change(Bundle.draft(bundle.path))  # as it is by now
+            with changing(bundle.path / HELD), tempfile.TemporaryDirectory(prefix="ebjdat-serve-") as folder:
+                return put_files(change(whole_copy(bundle.path, Path(folder), renews)), bundle.path)
         with scratch(store) as folder:
-            done = change(copied(bundle, folder / bundle.path.name))
+            done = change(whole_copy(bundle.path, folder, renews))
             if done.manifest == bundle.manifest:
                 return bundle
             return Bundle.draft(publish(retitled(done, next_revision(bundle, store)), store, after=bundle.path.resolve()))
@@ -46,8 +51,7 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False)
 def check_editable(path: Path, *, force: bool = False) -> Bundle:
     """Return the bundle at ``path``; raise BundleError without ``force`` if it is tracked, installed, published or being served.
 
-    A candidate, an earlier version of a store, a signed bundle and one with a damaged file are refused either way: a change would
-    record the damage as the bundle's own. The card alone is written anew.
+    A candidate, an earlier version of a store and a signed bundle are refused either way.
     """
     bundle = Bundle.draft(path)
     home, store = bundle.path, store_of(bundle.path)
@@ -60,8 +64,29 @@ def check_editable(path: Path, *, force: bool = False) -> Bundle:
     reason = "" if force else guarded(home)
     if reason:
         raise BundleError(f"{home} {reason}: copy the folder and change the copy", options=("--force",))
-    bundle.check_files(without=("README.md",))
     return bundle
+
+
+def whole_copy(home: Path, folder: Path, renews: Collection[str] = ()) -> Bundle:
+    """Return a copy in ``folder`` of the bundle as it is by now; raise BundleError for damage, which a change would make its own."""
+    bundle = Bundle.draft(home)
+    bundle.check_files(without=renews)
+    return copied(bundle, folder / home.name, without=[name for name in renews if not (home / name).is_file()])
+
+
+def put_files(done: Bundle, home: Path) -> Bundle:
+    """Give the bundle in ``home`` the files of ``done``, and return it; raise OSError with all as it was when one cannot be written."""
+    before = Bundle.draft(home).manifest.files
+    changed = [name for name, entry in done.manifest.files.items() if before.get(name) != entry or not (home / name).is_file()]
+    with ExitStack() as last_is_first:  # the manifest, which is entered first, takes its place last
+        for name in (MANIFEST, *changed):
+            file = last_is_first.enter_context(replacing(home / name))
+            shutil.copyfile(done.path / name, file)
+            if (home / name).is_file():
+                shutil.copymode(home / name, file)
+    for name in before.keys() - done.manifest.files.keys():
+        (home / name).unlink(missing_ok=True)
+    return Bundle.draft(home)
 
 
 def guarded(folder: Path) -> str:
@@ -85,11 +110,12 @@ def tracked(file: Path) -> bool:
         return False
 
 
-def copied(bundle: Bundle, folder: Path) -> Bundle:
-    """Return a copy of the bundle in ``folder``, its files writable, unsigned."""
+def copied(bundle: Bundle, folder: Path, *, without: Collection[str] = ()) -> Bundle:
+    """Return a copy of the bundle in ``folder``, its files writable, unsigned; ``without`` some of its files."""
     folder.mkdir()
     for name in (MANIFEST, *bundle.manifest.files):
-        shutil.copyfile(bundle.path / name, folder / name)
+        if name not in without:
+            shutil.copyfile(bundle.path / name, folder / name)
     return Bundle.draft(folder)
 
 

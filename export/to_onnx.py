@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(threads())
     with command(parser):
-        bundle = edit(options.bundle, export_again, force=options.force)
+        bundle = edit(options.bundle, export_again, force=options.force, renews=GRAPHS)
         for name in GRAPHS:
             print(f"{bundle.path / name}  {bundle.manifest.files[name].bytes / 1024:.0f} KiB")
 

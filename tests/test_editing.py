@@ -357,11 +357,26 @@ def test_a_folder_whose_figures_git_tracks_is_measured_into_by_force_alone(bundl
     assert json.loads((folder / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["deleted", "altered", "truncated", "folder"])
-@pytest.mark.parametrize("name", ["metrics.json", "landscape.png", "weights.safetensors"])
-@pytest.mark.parametrize("command", ["card", "into"])
-def test_damage_is_never_recorded_as_the_bundles_own(bundle, golden, runs, tmp_path, monkeypatch, kind, name, command):
-    other, file = copied(Bundle.load(golden), tmp_path / "other"), bundle.path / name
+COMMANDS = {
+    "training.card": "card.py BUNDLE",
+    "training.evaluate": "evaluate.py OTHER --part clean --into BUNDLE",
+    "training.calibrate": "calibrate.py BUNDLE",
+    "training.precision": "precision.py BUNDLE --precision int8",
+    "export.to_onnx": "to_onnx.py BUNDLE",
+    "ebjdat_serve.cli": "ebjdat-serve calibrate BUNDLE --remove traffic",
+}
+"""Commands that change a bundle, by the module of their ``main``."""
+
+
+def changes(monkeypatch, capsys, module, bundle, other):
+    """Run a command that changes ``bundle``; raise SystemExit with what it says where it fails."""
+    places = {"BUNDLE": str(bundle.path), "OTHER": str(other.path)}
+    monkeypatch.setattr(sys, "argv", [places.get(word, word) for word in COMMANDS[module].split()])
+    if import_module(module).main():
+        raise SystemExit(capsys.readouterr().err)
+
+
+def damaged(file, kind):
     content = bytearray(file.read_bytes())
     file.unlink()
     if kind == "folder":
@@ -369,26 +384,81 @@ def test_damage_is_never_recorded_as_the_bundles_own(bundle, golden, runs, tmp_p
     elif kind != "deleted":
         content[len(content) // 2] ^= 1
         file.write_bytes(content if kind == "altered" else content[:100])
-    before = {one.name: one.stat().st_mtime_ns for one in bundle.path.iterdir()}
-    words = {"card": ["card.py", str(bundle.path)], "into": ["evaluate.py", str(other.path), "--part", "clean", "--into", str(bundle.path)]}
-    monkeypatch.setattr(sys, "argv", words[command])
+
+
+def state(folder):
+    return {file.name: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["deleted", "altered", "truncated", "folder"])
+@pytest.mark.parametrize("name", ["metrics.json", "landscape.png", "weights.safetensors"])
+@pytest.mark.parametrize("module", COMMANDS)
+def test_damage_is_never_recorded_as_the_bundles_own(bundle, golden, runs, tmp_path, monkeypatch, capsys, kind, name, module):
+    other = copied(Bundle.load(golden), tmp_path / "other")
+    damaged(bundle.path / name, kind)
+    before = state(bundle.path)
     with pytest.raises(SystemExit, match=rf"{name} is (missing|damaged)"):
-        import_module("training.card" if command == "card" else "training.evaluate").main()
-    assert {one.name: one.stat().st_mtime_ns for one in bundle.path.iterdir()} == before
+        changes(monkeypatch, capsys, module, bundle, other)
+    assert state(bundle.path) == before
     assert not list(runs.glob("**/metrics.json"))
+
+
+@pytest.mark.parametrize("module", [name for name in COMMANDS if name not in ("training.card", "training.evaluate")])
+def test_a_damaged_card_is_no_matter_to_those_alone_that_write_it(bundle, runs, monkeypatch, capsys, module):
+    damaged(bundle.path / "README.md", "altered")
+    with pytest.raises(SystemExit, match=r"README\.md is damaged"):
+        changes(monkeypatch, capsys, module, bundle, bundle)
+
+
+def test_a_card_that_is_a_link_is_not_written_through(bundle, tmp_path):
+    (bundle.path / "README.md").rename(tmp_path / "elsewhere.md")
+    (bundle.path / "README.md").symlink_to(tmp_path / "elsewhere.md")
+    before = (tmp_path / "elsewhere.md").read_bytes()
+    with pytest.raises(BundleError, match=r"README\.md is a link that leaves the bundle"):
+        edit(bundle.path, rewrite, renews=("README.md",))
+    assert (tmp_path / "elsewhere.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("ends", ["in the change", "while files are copied"])
+def test_an_edit_that_is_stopped_half_way_leaves_the_bundle_whole(bundle, monkeypatch, ends):
+    before = state(bundle.path)
+
+    def change(draft):
+        write_rows(draft.path / "metrics.json", [])
+        if ends == "in the change":
+            raise KeyboardInterrupt
+        (draft.path / "README.md").write_text("another")
+        return draft.update("metrics.json", "README.md")
+
+    real = shutil.copyfile
+
+    def copy(source, target):
+        if str(target).endswith("README.md.part"):
+            raise OSError(28, "No space left on device")
+        return real(source, target)
+
+    monkeypatch.setattr(editing.shutil, "copyfile", copy)
+    with pytest.raises((KeyboardInterrupt, BundleError)) as stopped:
+        edit(bundle.path, change)
+    assert ends == "in the change" or "No space left on device" in str(stopped.value)
+    assert state(bundle.path) == before
+    Bundle.load(bundle.path)
+    monkeypatch.setattr(editing.shutil, "copyfile", real)
+    edit(bundle.path, noted)
+    assert (Bundle.load(bundle.path).path / "README.md").read_text() == "noted"
 
 
 def test_a_damaged_card_is_written_anew(bundle):
     first = titled(bundle)
     (bundle.path / "README.md").unlink()
-    assert titled(edit(bundle.path, rewrite)) == first
+    assert titled(edit(bundle.path, rewrite, renews=("README.md",))) == first
     Bundle.load(bundle.path)
 
 
 def test_a_bundle_is_no_folder_for_figures(bundle, runs, monkeypatch):
     before = digest(bundle.path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(bundle.path), "--part", "clean", "--folder", str(bundle.path)])
-    with pytest.raises(SystemExit, match="is a bundle: --into takes figures into one; name another folder"):
+    with pytest.raises(SystemExit, match="is a bundle: --into takes figures into one; --folder names another folder"):
         main()
     assert digest(bundle.path) == before
 
@@ -398,10 +468,10 @@ def test_a_bundle_is_no_folder_for_figures(bundle, runs, monkeypatch):
     [
         (["--amount", "test=²"], "--amount test=²: give NAME=N"),
         (["--amount", f"test={'9' * 4500}"], "give NAME=N"),
-        (["--size", "16"], "a bundle says its own size"),
+        (["--size", "16"], "a bundle says its own size: leave it out$"),
         (["--buffer", "README.md"], r"README\.md is no state\.pt of a stage"),
         (["--buffer", "none.pt"], r"none\.pt is no state\.pt of a stage"),
-        (["--control", "weights.safetensors"], "is the model itself: give the weights of another as its control"),
+        (["--control", "weights.safetensors"], "is the model itself: --control takes the weights of another"),
         (["--control", "none.safetensors"], r"none\.safetensors"),
     ],
 )
@@ -414,15 +484,24 @@ def test_what_cannot_be_measured_is_told_before_anything_is(bundle, runs, monkey
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"averaged_with": "x"}, {"averaged_with": 7}, {"averaged_with": {}}, {"method": {}}, {"method": ["a"]}, {"method": "ebjdat"}],
+    ("changes", "said"),
+    [
+        *(({"averaged_with": value}, "by method EbJdat ") for value in ("x", 7, {}, {"name": ""})),
+        ({"averaged_with": {"name": "other"}}, "the mean of two runs from one start, this one and `other`"),
+        *(
+            ({"method": value}, said)
+            for value, said in (({}, "by method unknown "), (["a"], "by method ['a'] "), ("ebjdat", "by method EbJdat "))
+        ),
+    ],
 )
-def test_a_card_is_written_of_any_recorded_configuration(bundle, changes):
+def test_a_card_is_written_of_any_recorded_configuration(bundle, changes, said):
     m = bundle.manifest
     configuration = {**m.provenance.configuration, **changes}
     odd = replace(bundle, manifest=replace(m, provenance=replace(m.provenance, configuration=configuration))).update()
     edit(odd.path, rewrite)
-    Bundle.load(bundle.path)
+    text = (Bundle.load(bundle.path).path / "README.md").read_text(encoding="utf-8")
+    assert said in text
+    assert ("the mean of two runs" in text) == ("the mean of two runs" in said)
 
 
 # a running server ------------------------------------------------------------------------------------------------------

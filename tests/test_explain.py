@@ -181,7 +181,7 @@ def test_a_form_and_json_bring_the_image_too(live, sent, answer):
         ("probability=1", "probability: Input should be less than 1"),
         ("scale=0", "scale must be 1 to 16, not 0"),
         ("scale=17", "scale must be 1 to 16, not 17"),
-        ("to=dog&to=cat", "a parameter may be given once"),
+        ("to=dog&to=cat", "to is given twice: a parameter may be given once"),
         ("format=gif", "format: Input should be 'png' or 'json'"),
         ("class=3", "class is unknown; known are to, norm, radius, probability, format, stream, scale"),
     ],

@@ -82,7 +82,6 @@ def test_a_run_that_is_cut_off_keeps_its_rows_and_leaves_no_process(tmp_path):
 import sys
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Step
-from ebjdat_serve.bundle import Bundle
 gpu_check.steps = lambda out, rehearsal: [Step("long", ({writes(tmp_path / "long.json", then)},), 60), Step("never", (("-c", "pass"),), 60)]
 sys.argv = ["gpu_check.py", "--rehearse", "--out", {str(tmp_path)!r}]
 sys.exit(gpu_check.main())

@@ -29,7 +29,7 @@ from training.distributed import Noise, Ranks
 from training.errors import OutOfTime, TrainingDiverged, TrainingError
 from training.evaluation import context
 from training.evaluation.context import Suite
-from training.loop.bundle_writer import Origin, draft_bundle
+from training.loop.bundle_writer import Origin, draft_bundle, licence_of
 from training.loop.clock import Clock
 from training.loop.divergence import diverged
 from training.loop.loop import learning_rate, total_steps, train
@@ -39,6 +39,7 @@ from training.loop.stream import Stream
 from training.methods import StepContext, replay
 from training.methods.adversary import Attack, Threat, cross_entropy
 from training.methods.at import AdversarialTraining
+from training.methods.dat import Dat
 from training.methods.ebjdat import EbJdat
 from training.methods.replay import ChainConfig
 from training.overrides import listing, override
@@ -224,6 +225,11 @@ def test_the_prior_is_fitted_once_for_chains_validation_and_the_bundle(tmp_path,
     assert torch.equal(torch.from_numpy(fitted[0].factor), torch.from_numpy(again.factor))
     assert (Prior.load(bundle.path / "prior.safetensors").mean == again.mean).all()
     assert bundle.manifest.licence == Licence("Apache-2.0", "Apache-2.0", "CC-BY-4.0")
+    begun = Origin("git", "now", "")
+    assert licence_of(replace(stage, extra="more.npz"), data, begun) == Licence()
+    assert licence_of(replace(stage, method=Dat(seeds="folder")), data, begun) == Licence()
+    assert licence_of(stage, data, replace(begun, init_sha256="a" * 64)) == Licence()
+    assert licence_of(stage, replace(data, name="mine"), begun) == Licence()
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "no manifest", "no accuracy"])

@@ -144,9 +144,8 @@ class Gaussian; it is not an exact draw from p(x|y).
 def about_mean(bundle: Bundle) -> str:
     """Return a sentence on the two runs whose mean the weights are, if they are one."""
     other = bundle.manifest.provenance.configuration.get("averaged_with")
-    if not isinstance(other, dict):
-        return ""
-    return f"The weights are the mean of two runs from one start, this one and `{other.get('name', 'unknown')}`; steps are of both.\n"
+    name = other.get("name") if isinstance(other, dict) else None
+    return f"The weights are the mean of two runs from one start, this one and `{name}`; steps are of both.\n" if name else ""
 
 
 def about_baseline(bundle: Bundle, rows: list[Row], baseline: Baseline) -> str:
@@ -161,11 +160,13 @@ def about_baseline(bundle: Bundle, rows: list[Row], baseline: Baseline) -> str:
         other = f"is not compared: no figure of the {baseline.title} is of the same protocol and n"
         lack = other if baseline.rows else "was not evaluated"
         return f"It was continued from {start}, the warm start, which {lack}.\n"
-    clean = next((f" (weights sha256 {row.of[:12]})" for row in rows_where(baseline.rows, "accuracy_clean")), "")
+    clean = next((row.of[:12] for row in rows_where(baseline.rows, "accuracy_clean")), "")
+    others = ", ".join(sorted({row.of[:12] for row in baseline.rows} - {clean}))
+    whose_sha = f" (weights sha256 {clean}{f'; a graph or a copy in fp16: {others}' if others else ''})" if clean else ""
     control = f"plain adversarial training continued from {start} instead"
     whose = f"{start}, which this model was continued from" if baseline.title == WARM_START else control
     return (
-        f"The column `{baseline.title}` is of {whose}{clean}, by the same protocol on the\n"
+        f"The column `{baseline.title}` is of {whose}{whose_sha}, by the same protocol on the\n"
         f"same number of images; where it is empty, the {baseline.title} was not measured so.\n"
     )
 
@@ -252,7 +253,9 @@ def baseline_of(bundle: Bundle) -> Baseline:
     """Return the figures of the network that the card compares with, or none; raise BundleError for a bundle with two."""
     found = [name for name in BASELINES if name in bundle.manifest.files and (bundle.path / name).is_file()]
     if len(found) > 1:
-        raise BundleError(f"{bundle.path} has {' and '.join(found)}, and a card compares with one: remove the other from the manifest")
+        raise BundleError(
+            f"{bundle.path} has {' and '.join(found)}, and a card compares with one: evaluate.py --into with --baseline and --baseline-is sets it"
+        )
     return Baseline(BASELINES[found[0]], read_rows(bundle.path / found[0])) if found else UNCOMPARED
 
 
@@ -286,7 +289,7 @@ def main() -> None:
             raise BundleError(f"{options.readme} is no UTF-8 text ({error.reason}): give the README") from error
         if options.readme:
             write_sections(text, dict.fromkeys(("limits", "figures"), ""))  # check the markers before anything is changed
-        bundle = edit(options.bundle, rewrite, force=options.force)
+        bundle = edit(options.bundle, rewrite, force=options.force, renews=("README.md",))
         print(f"into {bundle.path / 'README.md'}")
         if options.readme:
             sections = {"limits": readme_limits(bundle), "figures": readme_table(bundle)}

@@ -163,7 +163,7 @@ def context(
 ) -> Context:
     """Return the context of the parts, without a surrogate that is of another data set or the subject itself."""
     subject = spec()
-    check_given(subject, controls, buffer)
+    check_given(subject, data, controls, buffer)
     home = folder or work_root() / folder_name(subject.name, subject.weights, data.sha256)
     ensure_folder(home, "EBJDAT_RUNS")
     about = {"name": subject.name, "weights": subject.weights, "graph": subject.graph, "data": data.name, "data_sha256": data.sha256}
@@ -292,8 +292,8 @@ def main() -> None:
             raise TrainingError("--baseline is for a bundle's card, which only --into writes: give both or neither")
         if options.baseline_is and not options.baseline:
             raise TrainingError("--baseline-is says what --baseline is of: add --baseline FILE, or leave it out")
-        if options.size and options.bundle.suffix != ".safetensors":
-            raise TrainingError("--size is of weights and a folder: a bundle says its own size", options=("--size",))
+        if options.size is not None and options.bundle.suffix != ".safetensors":
+            raise TrainingError("--size is of weights and a folder, and a bundle says its own size: leave it out")
         if options.folder and not options.force and tracked(options.folder / "metrics.json"):
             raise TrainingError(f"{options.folder / 'metrics.json'} is tracked by git: name another --folder", options=("--force",))
         suite = suite_of(options.suite, options.n, options.amount)
@@ -315,6 +315,7 @@ def evaluate_bundle(options: argparse.Namespace, suite: Suite, parts: Sequence[s
     bundle = Bundle.draft(options.bundle)
     if options.into:
         target = check_editable(options.into, force=options.force)  # checked before hours of measuring
+        target.check_files(without=("README.md",))
         compared(target, options.baseline)
         if target.manifest.files.get("weights.safetensors") != bundle.manifest.files["weights.safetensors"]:
             raise TrainingError(
@@ -337,7 +338,7 @@ def evaluate_bundle(options: argparse.Namespace, suite: Suite, parts: Sequence[s
         summaries.append(merged.summary())
         return taken
 
-    home = edit(options.into, change, force=options.force)
+    home = edit(options.into, change, force=options.force, renews=("README.md",))
     print(f"{summaries[0]}\ninto {home.path / 'metrics.json'}")
 
 

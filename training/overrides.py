@@ -1,11 +1,11 @@
 """Command-line overrides of presets (--set), and the preset list of --help."""
 
-import json
 import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ebjdat_serve import strict_json
 from ebjdat_serve.bundle import Bundle
 from ebjdat_serve.errors import EbjdatError
 from ebjdat_serve.rows import first
@@ -116,6 +116,9 @@ def listing() -> str:
         bundled = reached if stage.architecture.described() == drawn else ""
         lines.append(f"  {name:22}{bundled}{summaries.get(name, 'not measured')}")
     lines.append("methods, on --budget digits (8 x 8; mean of 3 seeds, PGD-20 at l-inf 51/255), small (CIFAR-10, a core) or large (a GPU):")
-    measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
+    try:
+        measured = strict_json.loads(MEASURED.read_bytes())
+    except (OSError, ValueError):
+        measured = {}
     lines += [f"  {name:22}{measured.get(name, {}).get('summary', 'not measured')}" for name in METHODS]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ Read = Callable[[Path], tuple[tuple[str, ...], Split, Split]]
 """The data folder -> class names, train and test; a reader downloads missing files where it can."""
 
 
-FREE = Licence("Apache-2.0", "Apache-2.0", "none stated")
+OURS = Licence("Apache-2.0", "Apache-2.0", "none stated")
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ SOURCES: dict[str, Source] = {
         archives.cifar10,
         licence="Weights: Apache-2.0. CIFAR-10 (Krizhevsky 2009) states no licence; its use here follows research custom. SVHN, "
         "non-commercial, is used for evaluation only.",
-        terms=FREE,
+        terms=OURS,
     ),
     "cifar100": Source(
         archives.cifar100,
         licence="Weights: Apache-2.0. CIFAR-100 (Krizhevsky 2009) states no licence; its use here follows research custom.",
-        terms=FREE,
+        terms=OURS,
     ),
     "svhn": Source(
         archives.svhn,
@@ -55,7 +55,7 @@ SOURCES: dict[str, Source] = {
         l2=1.0,
         budget="digits",
         licence="Weights: Apache-2.0. Digits: UCI, Alpaydin and Kaynak 1998, as scikit-learn ships them (CC BY 4.0).",
-        terms=replace(FREE, data="CC-BY-4.0"),
+        terms=replace(OURS, data="CC-BY-4.0"),
     ),
 }
 

@@ -150,8 +150,8 @@ def comparisons(spec: ReadmeRow, plain: ReadmeRow, row: Row, rows: list[Row], ba
     if BASELINE_NETWORK in spec.baselines:
         same = [other for other in baseline.rows if other.key == row.key]
         if same:
-            other = max(same, key=lambda other: (other.n == row.n, other.n))
-            yield baseline.title if other.n == row.n else f"{baseline.title} (n = {other.n:,})", other
+            most = max(same, key=lambda other: (other.n == row.n, other.n))
+            yield baseline.title if most.n == row.n else f"{baseline.title} (n = {most.n:,})", most
     if SOFTMAX in spec.baselines:
         other = first(rows, plain.metric, **plain.fields)
         if other is not None and other is not row:

@@ -139,7 +139,7 @@ def knowing_limit(f: Flagged) -> list[str]:
         said += [
             f"(with small margins and labels that a search in {eps_name(RADIUS)} changes refused, too:",
             f"{figure(searched)}, n = {searched.n:,},",
-            f"at the price of {figure(rejected)} of clean images)",
+            f"at the price of {figure(rejected)} of {rejected.n:,} clean images)",
         ]
     return [" ".join(said) + "."]
 
@@ -170,5 +170,5 @@ def close_limit(f: Flagged) -> list[str]:
     own, plain = f.both("auroc_{}", dataset=NEAR)
     better = own is not None and plain is not None and own.value < plain.value
     said = f"- Images close to its data{', where max softmax does better' if better else ''}: AUROC against CIFAR-100"
-    mixed = f.counted("flag_power", dataset=MIXED, alpha=ALPHA) if f.both("flag_power", dataset=MIXED, alpha=ALPHA)[0] else "not measured"
+    mixed = f.counted("flag_power", dataset=MIXED, alpha=ALPHA)
     return [f"{said} {f.counted('auroc_{}', dataset=NEAR)}; of means of two test images it flags {mixed}."]

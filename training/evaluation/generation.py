@@ -17,6 +17,7 @@ from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.pixels import Pixels, to_unit
 from ebjdat_serve.rows import BUFFER, CONTROL, FRESH, PRIOR, Images, Row
 from ebjdat_serve.sgld import Chains, Prior, Sampler
+from training.data.datasets import Dataset
 from training.errors import TrainingError
 from training.evaluation.attacks import Predict
 from training.evaluation.context import Context
@@ -121,13 +122,16 @@ def controls_and_buffer(c: Context, work: Draw, index: Floats, label: Labels, by
     return sets
 
 
-def check_given(subject: EvaluatedModel, controls: Sequence[Path], buffer: Path | None) -> None:
+def check_given(subject: EvaluatedModel, data: Dataset, controls: Sequence[Path], buffer: Path | None) -> None:
     """Raise TrainingError, before hours of measuring, for a control or a replay buffer that is none."""
     for file in controls:
-        if subject.weights in (sha256(file) if file.is_file() else "", module_sha256(load_weights(file))):
-            raise TrainingError(f"{file} is the model itself: give the weights of another as its control", options=("--control WEIGHTS",))
-    if buffer is not None:
-        buffer_images(buffer, 1, 1)
+        network = load_weights(file)
+        if network.classes != len(data.names):
+            raise TrainingError(f"{file} has {network.classes} classes, {data.name} {len(data.names)}: it is no control")
+        if subject.weights in (sha256(file), module_sha256(network)):
+            raise TrainingError(f"{file} is the model itself: --control takes the weights of another")
+    if buffer is not None and (size := buffer_images(buffer, 1, 1)[0].shape[1:3]) != data.size:
+        raise TrainingError(f"{buffer} has chains of {size[0]} x {size[1]} pixels, {data.name} has {data.size[0]} x {data.size[1]}")
 
 
 def buffer_images(file: Path, n: int, classes: int) -> tuple[Pixels, Labels]:
@@ -138,7 +142,7 @@ def buffer_images(file: Path, n: int, classes: int) -> tuple[Pixels, Labels]:
     try:
         stack, found = [read_state(file)], None
     except TrainingError as error:
-        raise TrainingError(f"{file} is no state.pt of a stage: give that of one that keeps chains", options=("--buffer FILE",)) from error
+        raise TrainingError(f"{file} is no state.pt of a stage: --buffer takes that of one that keeps chains") from error
     while stack and found is None:
         here = stack.pop()
         found = here.get("chain")

@@ -56,12 +56,18 @@ def draft_bundle(weights: Path, preset: Preset, data: Dataset, folder: Path, ori
             configuration=without_paths(describe(preset)),
         ),
         files={},
-        licence=SOURCES[data.name].terms if data.name in SOURCES else Licence(),
+        licence=licence_of(preset, data, origin),
     )
     write_json(folder / "bundle.json", asdict(manifest))
     bundle = Bundle.draft(folder).update("weights.safetensors", "prior.safetensors")
     write_selftest(bundle, to_unit(data.selection.image[:8]))
     return bundle.update("selftest.safetensors")
+
+
+def licence_of(preset: Preset, data: Dataset, origin: Origin) -> Licence:
+    """Return the licences of a model of a named data set; unknown of others, of further images, and of given weights."""
+    more = preset.extra or getattr(preset.method, "seeds", "gaussian") not in ("gaussian", "noise") or origin.init_sha256
+    return SOURCES[data.name].terms if data.name in SOURCES and not more else Licence()
 
 
 def without_paths(configuration: dict[str, Any]) -> dict[str, Any]:

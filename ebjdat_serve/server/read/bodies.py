@@ -117,9 +117,11 @@ def refuse_large(size: int, limit: int, settings: Settings) -> None:
 
 def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return parameters as a dict; raise Problem 422 for one that is given twice, of which another reader may take the other."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Problem(422, "a parameter may be given once")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise Problem(422, f"{name[:40]} is given twice: a parameter may be given once, in the query or in the body")
+        found[name] = value
     return found
 
 

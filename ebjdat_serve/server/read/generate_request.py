@@ -68,7 +68,7 @@ class GenerateRequest:
 async def read_values(request: Request, settings: Settings) -> dict[str, Any]:
     """Return query parameters and body as one object.
 
-    Raises Problem: 400 not JSON, 413 too large, 415 another content type, 422 no object.
+    Raises Problem: 400 not JSON, 413 too large, 415 another content type, 422 no object or a parameter that is given twice.
     """
     if request.scope["query_string"].count(b"&") >= MAX_FIELDS:
         raise Problem(422, f"the query may have {MAX_FIELDS} parameters")
