@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from benchmarks.equal_budget_entries import AVERAGES, PREFIX
 from ebjdat_serve.bundle import MANIFEST, Bundle, read_rows, sha256, write_rows
+from ebjdat_serve.detection import probabilities
+from ebjdat_serve.engines import Floats, Labels
 from ebjdat_serve.networks import architecture_of_weights
 from ebjdat_serve.rows import SUM, Images, Row
 from ebjdat_serve.scores import BASELINE
@@ -30,14 +32,14 @@ from training.evaluation.calibration import clean_rows, quality
 from training.evaluation.context import Context, Suite
 from training.evaluation.evaluated_model import bundle_spec
 from training.evaluation.evidence import merge
-from training.evaluation.flags import calibration_of, flags_of
+from training.evaluation.flags import Flag, calibration_of, flags_of
 from training.evaluation.generation import generation_rows
-from training.evaluation.metrics import auroc, auroc_stderr
+from training.evaluation.metrics import auroc, auroc_stderr, negative_log_likelihood
 from training.evaluation.ood import auroc_row, ood_sets
 from training.evaluation.ood_sets import OOD_ATLASES
 from training.evaluation.reach_rows import attacks, classes, made_by
 from training.evaluation.reach_rows import measured as walked
-from training.evaluation.result_cache import load_flat, work_root, write
+from training.evaluation.result_cache import Arrays, load_flat, work_root, write
 from training.evaluation.robustness import under, under_pgd
 from training.evaluation.rows import compared_with, number, with_finite_error
 from training.loop.bundle_writer import Origin, draft_bundle, git_commit
@@ -47,11 +49,23 @@ from training.presets import CIFAR10_WRN16
 
 def likelihood_rows(c: Context) -> Iterator[Row]:
     """Yield NLL, Brier score and ECE on clean test images, at temperature 1 and at the calibrated one."""
+    logits, label, temperature = clean_logits(c)
+    yield from quality(c, [(logits, label)], c.where, {"1": 1.0, "fitted": temperature})
+
+
+def likelihood_values(c: Context) -> Arrays:
+    """Return the NLL of each clean test image at the calibrated temperature."""
+    logits, label, temperature = clean_logits(c)
+    return {"nll": negative_log_likelihood(probabilities(logits.astype(np.float32), temperature), label).astype(np.float32)}
+
+
+def clean_logits(c: Context) -> tuple[Floats, Labels, float]:
+    """Return logits and labels of the clean test images, and the calibrated temperature."""
     image, label = c.test(c.suite.test)
     (found,) = c.ledger.run("calibration", [(Predict(), image, label)])
     calibration = calibration_of(c)
     assert calibration is not None
-    yield from quality(c, [(found["logits"], label)], c.where, {"1": 1.0, "fitted": calibration.temperature})
+    return found["logits"], label, calibration.temperature
 
 
 def pgd_rows(c: Context) -> Iterator[Row]:
@@ -87,6 +101,20 @@ def autoattack_rows(c: Context) -> Iterator[Row]:
 
 def ood_rows(c: Context) -> Iterator[Row]:
     """Yield the AUROC of SVHN and CIFAR-100 against clean test images, by energy, the composite score and max softmax."""
+    for flag, images, clean, found in ood_scores(c):
+        yield auroc_row(c, f"auroc_{flag.score}", flag, images, clean, found)
+
+
+def ood_values(c: Context) -> Arrays:
+    """Return these scores of each image: "score|data set", with those of the clean test images as "score|clean"."""
+    values: Arrays = {}
+    for flag, images, clean, found in ood_scores(c):
+        values |= {f"{flag.score}|clean": clean.astype(np.float32), f"{flag.score}|{images.dataset}": found.astype(np.float32)}
+    return values
+
+
+def ood_scores(c: Context) -> Iterator[tuple[Flag, Images, Floats, Floats]]:
+    """Yield the flag, the set, and the score of clean test images and of the set's."""
     _, every = flags_of(c)
     image, label = c.test(c.suite.test)
     clean = c.look(c.where, Predict(), image, label)
@@ -96,7 +124,7 @@ def ood_rows(c: Context) -> Iterator[Row]:
             found = c.look(images, Predict(), strange[spread(len(strange), c.suite.test)])
             for flag in every:
                 if flag.score in (SUM, "energy", BASELINE):
-                    yield auroc_row(c, f"auroc_{flag.score}", flag, images, flag.value(clean), flag.value(found))
+                    yield flag, images, flag.value(clean), flag.value(found)
 
 
 def reach_rows(c: Context) -> Iterator[Row]:
@@ -129,6 +157,8 @@ MEASURES: dict[str, tuple[str, Callable[[Context], Iterator[Row]]]] = {
     "autoattack": ("robustness", autoattack_rows),
 }
 """The figures of each name of ``MEASURED``, and the part of an evaluation that they belong to."""
+VALUES = {"nll": likelihood_values, "ood": ood_values}
+"""Values of each image, kept in values.npz: a difference between two rows is paired on them."""
 
 
 def complete(out: Path, name: str, measures: Sequence[str], suite: Suite) -> None:
@@ -150,6 +180,8 @@ def complete(out: Path, name: str, measures: Sequence[str], suite: Suite) -> Non
         c.part = part
         found = [with_finite_error(replace(one, part=part)) for one in rows_of(c) if np.isfinite(one.value)]
         keep(row, found, {one.key: c.images[one.key] for one in found if one.key in c.images})
+        if measure in VALUES:
+            write(row / "values.npz", load_flat(row / "values.npz") | VALUES[measure](c))
         for text in c.warnings.pop(part, []):
             print(f"{name}, {measure}: {text}", flush=True)
         for one in found:

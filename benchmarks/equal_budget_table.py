@@ -19,6 +19,7 @@ from ebjdat_serve.bundle import read_rows
 from ebjdat_serve.errors import BundleError
 from ebjdat_serve.rows import FRESH, PRIOR, SUM, Images, Row, rows_where
 from ebjdat_serve.scores import BASELINE
+from training.evaluation.metrics import auroc, auroc_difference_stderr
 
 USUAL = 10_000
 """Number of test images that a cell does not state."""
@@ -44,6 +45,7 @@ class Kept:
     name: str
     rows: list[Row]
     images: Path  # per-image results, which may be missing
+    values: Path  # per-image NLL and scores, which may be missing
 
     def best(self, column: Column) -> Row | None:
         """Return the row of a column of most images, or None if it was not measured."""
@@ -95,7 +97,7 @@ def kept_rows(models: Path, prefix: str = PREFIX) -> dict[str, Kept]:
     for name in (*ENTRIES, *AVERAGES):
         folder = models / f"{prefix}{name}"
         if (folder / "metrics.json").is_file():
-            found[name] = Kept(name, read_rows(folder / "metrics.json"), folder / "images.npz")
+            found[name] = Kept(name, read_rows(folder / "metrics.json"), folder / "images.npz", folder / "values.npz")
     return found
 
 
@@ -160,13 +162,15 @@ def half_width(row: Row) -> float | None:
 
 
 def minus(one: Kept, control: Kept, column: Column) -> str:
-    """Return the difference from the control with its interval: of proportions on the same images paired, of others as independent."""
+    """Return the difference from the control with its interval: paired on the same images where their results are kept."""
     row, other = one.best(column), control.best(column)
     if row is None or other is None:
         return ""
     if row.interval_kind == "wilson":
         n, text = paired(one.images, control.images, row.key)
         return text if n in (0, USUAL) else f"{text} (n = {n:,})"
+    if text := paired_values(one.values, control.values, column):
+        return text
     widths = (half_width(row), half_width(other))
     if None in widths:
         return ""
@@ -190,6 +194,22 @@ def paired(images: Path, control: Path, key: str) -> tuple[int, str]:
             return 0, ""
         change = one[key].astype(np.float64) - other[key]
     return len(change), spelled(change.mean(), Z * change.std() / len(change) ** 0.5)
+
+
+def paired_values(values: Path, control: Path, column: Column) -> str:
+    """Return the difference of two NLL or two AUROC of the same images (DeLong's error) with its interval; empty if it is not available."""
+    score, against = column.fields.get("score"), column.fields.get("dataset")
+    keys = ["nll"] if column.metric == "nll" else [f"{score}|clean", f"{score}|{against}"]
+    if not (values.is_file() and control.is_file()):
+        return ""
+    with per_image(values) as one, per_image(control) as other:
+        if any(key not in one or key not in other or len(one[key]) != len(other[key]) for key in keys):
+            return ""
+        own, known = [one[key] for key in keys], [other[key] for key in keys]
+    if column.metric == "nll":
+        change = own[0].astype(np.float64) - known[0]
+        return spelled(change.mean(), Z * change.std() / len(change) ** 0.5)
+    return spelled(auroc(*own) - auroc(*known), Z * auroc_difference_stderr(*own, *known))
 
 
 def per_image(file: Path) -> Any:

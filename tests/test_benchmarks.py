@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,8 @@ from ebjdat_serve.rows import Images, first, parse_rows, rows_where
 from ebjdat_serve.server.settings import SHIPPED
 from tests.conftest import ROOT
 from training.config import describe, stages
-from training.evaluation.rows import number, proportion
+from training.evaluation.metrics import auroc, auroc_stderr, mean_interval
+from training.evaluation.rows import estimate, number, proportion
 from training.loop.state import mean_weights
 from training.overrides import override
 from training.presets import CIFAR10_SMALL, PRESETS, preset
@@ -220,6 +222,58 @@ def test_figures_that_are_no_proportions_differ_by_independent_errors(tmp_path):
     found = cells_of(equal_budget_table.table(equal_budget_table.kept_rows(tmp_path), equal_budget_table.SAMPLES))
     half = 1.96 * 0.03 * 2**0.5
     assert found["trades"]["KID, ResNet-20"] == f"0.4 ± 0.059 (n = 500)<br>-0.5000 [{-0.5 - half:+.4f}, {-0.5 + half:+.4f}]"
+
+
+def test_nll_and_auroc_differ_by_paired_errors_where_values_are_kept(tmp_path):
+    noise = np.random.default_rng(0)
+    shared, added = noise.normal(size=(2, 300)), noise.normal(size=(2, 2, 300)) / 10
+    values = [{"nll": shared[0] + a[0], "energy|clean": shared[0] + a[0], "energy|svhn_train_first1080": shared[1] + a[1]} for a in added]
+    for name, kept in zip(("pgd7", "trades"), values, strict=True):
+        nll, clean, strange = kept.values()
+        rows = [
+            estimate("nll", nll.mean(), mean_interval(nll), 300, Images(dataset="cifar10", split="test"), "", temperature="fitted"),
+            number(
+                "auroc_energy",
+                auroc(clean, strange),
+                600,
+                Images(dataset="svhn_train_first1080"),
+                "",
+                score="energy",
+                stderr=auroc_stderr(clean, strange),
+            ),
+        ]
+        kept_run(tmp_path, name, rows)
+        np.savez(tmp_path / f"{equal_budget.PREFIX}{name}" / "values.npz", **kept)
+
+    def differences():
+        kept = equal_budget_table.kept_rows(tmp_path)
+        found = cells_of(equal_budget_table.table(kept, [*equal_budget_table.ACCURACY, *equal_budget_table.DETECTION]))["trades"]
+        return [[float(part) for part in re.findall(r"[+-]\d\.\d+", found[name].split("<br>")[1])] for name in ("NLL", "SVHN, energy")]
+
+    (change, low, high), (apart, lower, upper) = differences()
+    each = values[1]["nll"] - values[0]["nll"]
+    assert (change, (high - low) / 2) == pytest.approx((each.mean(), 1.96 * each.std() / 300**0.5), abs=1e-4)
+    areas = [(one["energy|clean"], one["energy|svhn_train_first1080"]) for one in values]
+    assert apart == pytest.approx(auroc(*areas[1]) - auroc(*areas[0]), abs=1e-4)
+    (tmp_path / f"{equal_budget.PREFIX}trades" / "values.npz").unlink()
+    (_, *alone), (_, *independent) = differences()
+    assert alone[1] - alone[0] > 3 * (high - low)
+    assert independent[1] - independent[0] > 3 * (upper - lower)
+
+
+def test_kept_values_are_those_of_the_kept_rows():
+    found = 0
+    for one in equal_budget_table.kept_rows(ROOT / "benchmarks" / "models").values():
+        if one.values.is_file():
+            with np.load(one.values) as values:
+                (nll,) = rows_where(one.rows, "nll", temperature="fitted")
+                assert values["nll"].mean(dtype=np.float64) == pytest.approx(nll.value, abs=1e-6)
+                for column in equal_budget_table.DETECTION[:6]:
+                    (row,) = rows_where(one.rows, column.metric, **column.fields)
+                    score = row.score
+                    assert auroc(values[f"{score}|clean"], values[f"{score}|{row.dataset}"]) == pytest.approx(row.value, abs=1e-9)
+                found += 1
+    assert found == 5
 
 
 def test_an_average_costs_what_its_runs_cost():
