@@ -390,8 +390,14 @@ def state(folder):
     return {file.name: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["deleted", "altered", "truncated", "folder"])
-@pytest.mark.parametrize("name", ["metrics.json", "landscape.png", "weights.safetensors"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("metrics.json", kind) for kind in ("deleted", "altered", "truncated", "folder")),
+        ("landscape.png", "altered"),
+        ("weights.safetensors", "altered"),
+    ],
+)
 @pytest.mark.parametrize("module", COMMANDS)
 def test_damage_is_never_recorded_as_the_bundles_own(bundle, golden, runs, tmp_path, monkeypatch, capsys, kind, name, module):
     other = copied(Bundle.load(golden), tmp_path / "other")
@@ -458,7 +464,7 @@ def test_a_damaged_card_is_written_anew(bundle):
 def test_a_bundle_is_no_folder_for_figures(bundle, runs, monkeypatch):
     before = digest(bundle.path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(bundle.path), "--part", "clean", "--folder", str(bundle.path)])
-    with pytest.raises(SystemExit, match="is a bundle: --into takes figures into one; --folder names another folder"):
+    with pytest.raises(SystemExit, match="is a bundle, whose own figures would be replaced: name another folder"):
         main()
     assert digest(bundle.path) == before
 
@@ -471,7 +477,7 @@ def test_a_bundle_is_no_folder_for_figures(bundle, runs, monkeypatch):
         (["--size", "16"], "a bundle says its own size: leave it out$"),
         (["--buffer", "README.md"], r"README\.md is no state\.pt of a stage"),
         (["--buffer", "none.pt"], r"none\.pt is no state\.pt of a stage"),
-        (["--control", "weights.safetensors"], "is the model itself: --control takes the weights of another"),
+        (["--control", "weights.safetensors"], "is the model itself: a control is another"),
         (["--control", "none.safetensors"], r"none\.safetensors"),
     ],
 )

@@ -254,7 +254,7 @@ def baseline_of(bundle: Bundle) -> Baseline:
     found = [name for name in BASELINES if name in bundle.manifest.files and (bundle.path / name).is_file()]
     if len(found) > 1:
         raise BundleError(
-            f"{bundle.path} has {' and '.join(found)}, and a card compares with one: evaluate.py --into with --baseline and --baseline-is sets it"
+            f"{bundle.path} has {' and '.join(found)}, and a card compares with one: measure with the baseline to keep, which removes the other"
         )
     return Baseline(BASELINES[found[0]], read_rows(bundle.path / found[0])) if found else UNCOMPARED
 

@@ -209,7 +209,7 @@ def claim(folder: Path, subject: dict[str, str]) -> None:
     Raises TrainingError for a folder of another model or other data, and for a bundle, whose own figures would be replaced.
     """
     if (folder / MANIFEST).exists():
-        raise TrainingError(f"{folder} is a bundle: --into takes figures into one; --folder names another folder")
+        raise TrainingError(f"{folder} is a bundle, whose own figures would be replaced: name another folder", options=("--folder FOLDER",))
     file = folder / "subject.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else subject
     if {**known, "graph": subject["graph"], "form": subject["form"]} != subject:

@@ -129,7 +129,7 @@ def check_given(subject: EvaluatedModel, data: Dataset, controls: Sequence[Path]
         if network.classes != len(data.names):
             raise TrainingError(f"{file} has {network.classes} classes, {data.name} {len(data.names)}: it is no control")
         if subject.weights in (sha256(file), module_sha256(network)):
-            raise TrainingError(f"{file} is the model itself: --control takes the weights of another")
+            raise TrainingError(f"{file} is the model itself: a control is another")
     if buffer is not None and (size := buffer_images(buffer, 1, 1)[0].shape[1:3]) != data.size:
         raise TrainingError(f"{buffer} has chains of {size[0]} x {size[1]} pixels, {data.name} has {data.size[0]} x {data.size[1]}")
 
@@ -142,7 +142,7 @@ def buffer_images(file: Path, n: int, classes: int) -> tuple[Pixels, Labels]:
     try:
         stack, found = [read_state(file)], None
     except TrainingError as error:
-        raise TrainingError(f"{file} is no state.pt of a stage: --buffer takes that of one that keeps chains") from error
+        raise TrainingError(f"{file} is no state.pt of a stage: give that of one that keeps chains") from error
     while stack and found is None:
         here = stack.pop()
         found = here.get("chain")
