@@ -213,7 +213,7 @@ def paired_values(values: Path, control: Path, column: Column) -> str:
 
 
 def per_image(file: Path) -> Any:
-    """Return an open images.npz; raise BundleError naming a damaged one."""
+    """Return open per-image results, an images.npz or values.npz; raise BundleError naming damaged ones."""
     try:
         opened = np.load(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
