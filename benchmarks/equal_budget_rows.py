@@ -181,7 +181,7 @@ def complete(out: Path, name: str, measures: Sequence[str], suite: Suite) -> Non
         found = [with_finite_error(replace(one, part=part)) for one in rows_of(c) if np.isfinite(one.value)]
         keep(row, found, {one.key: c.images[one.key] for one in found if one.key in c.images})
         if measure in VALUES:
-            write(row / "values.npz", load_flat(row / "values.npz") | VALUES[measure](c))
+            keep_longer(row / "values.npz", VALUES[measure](c))
         for text in c.warnings.pop(part, []):
             print(f"{name}, {measure}: {text}", flush=True)
         for one in found:
@@ -193,8 +193,13 @@ def keep(row: Path, rows: list[Row], images: dict[str, np.ndarray]) -> None:
     """Take figures and per-image results into a row's folder; none of fewer images replaces one of more."""
     file, results = row / "metrics.json", row / "images.npz"
     write_rows(file, merge(read_rows(file) if file.is_file() else [], rows).rows)
-    known = load_flat(results)
-    write(results, known | {key: good for key, good in images.items() if len(good) >= len(known.get(key, ()))})
+    keep_longer(results, images)
+
+
+def keep_longer(file: Path, arrays: Arrays) -> None:
+    """Take arrays into a file of per-image results; none of fewer images replaces one of more."""
+    known = load_flat(file)
+    write(file, known | {key: found for key, found in arrays.items() if len(found) >= len(known.get(key, ()))})
 
 
 def kept_weights(file: Path) -> Path:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from training.evaluation.metrics import auroc, auroc_difference_stderr
 USUAL = 10_000
 """Number of test images that a cell does not state."""
 NOTHING = "Not measured yet."
+SAME = 1e-5
+"""The most by which a figure of kept values, which are fp32, differs from its row."""
 Z = 1.96
 """Half-width of a normal 95 % interval in standard errors."""
 
@@ -136,10 +139,18 @@ def cost_table(models: Path, kept: dict[str, Kept]) -> str:
 
 
 def training_cost(folder: Path, passes: float) -> tuple[float, float, float]:
-    """Return a run's epochs, its passes, ``passes`` a labelled image and step, and its gradient evaluations: steps x batch x ``passes``."""
-    stage = json.loads((folder / "config.json").read_text(encoding="utf-8"))["stages"][-1]
-    steps = [row["of"] for row in map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()) if "of" in row]
-    return float(stage["epochs"]), stage["epochs"] * passes, steps[-1] * stage["batch_size"] * passes
+    """Return a run's epochs, its passes, ``passes`` a labelled image and step, and its gradient evaluations: steps x batch x ``passes``.
+
+    Raises BundleError for a damaged config.json or log.jsonl.
+    """
+    try:
+        stage = json.loads((folder / "config.json").read_text(encoding="utf-8"))["stages"][-1]
+        steps = [row["of"] for row in map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()) if "of" in row]
+        return float(stage["epochs"]), stage["epochs"] * passes, steps[-1] * stage["batch_size"] * passes
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise BundleError(
+            f"{folder}: config.json or log.jsonl is damaged ({type(error).__name__}): git checkout brings them back"
+        ) from error
 
 
 def cell(one: Kept, column: Column, control: Kept | None) -> str:
@@ -169,7 +180,7 @@ def minus(one: Kept, control: Kept, column: Column) -> str:
     if row.interval_kind == "wilson":
         n, text = paired(one.images, control.images, row.key)
         return text if n in (0, USUAL) else f"{text} (n = {n:,})"
-    if text := paired_values(one.values, control.values, column):
+    if text := paired_values(one, control, column):
         return text
     widths = (half_width(row), half_width(other))
     if None in widths:
@@ -189,38 +200,48 @@ def paired(images: Path, control: Path, key: str) -> tuple[int, str]:
     """Return the number of images and the text of ``difference``; (0, "") if it is not available."""
     if not (images.is_file() and control.is_file()):
         return 0, ""
-    with per_image(images) as one, per_image(control) as other:
-        if key not in one or key not in other or len(one[key]) != len(other[key]):
-            return 0, ""
-        change = one[key].astype(np.float64) - other[key]
+    one, other = per_image(images), per_image(control)
+    if key not in one or key not in other or len(one[key]) != len(other[key]):
+        return 0, ""
+    change = one[key].astype(np.float64) - other[key]
     return len(change), spelled(change.mean(), Z * change.std() / len(change) ** 0.5)
 
 
-def paired_values(values: Path, control: Path, column: Column) -> str:
-    """Return the difference of two NLL or two AUROC of the same images (DeLong's error) with its interval; empty if it is not available."""
-    score, against = column.fields.get("score"), column.fields.get("dataset")
-    keys = ["nll"] if column.metric == "nll" else [f"{score}|clean", f"{score}|{against}"]
-    if not (values.is_file() and control.is_file()):
+def paired_values(one: Kept, control: Kept, column: Column) -> str:
+    """Return the difference of two NLL or two AUROC of the same images (DeLong's error) with its interval; empty if it is not available.
+
+    Raises BundleError for values that are not those of the rows.
+    """
+    if not (one.values.is_file() and control.values.is_file()):
         return ""
-    with per_image(values) as one, per_image(control) as other:
-        if any(key not in one or key not in other or len(one[key]) != len(other[key]) for key in keys):
+    keys = ["nll"] if column.metric == "nll" else [f"{column.fields.get('score')}|{of}" for of in ("clean", column.fields.get("dataset"))]
+    each = []
+    for run in (one, control):
+        kept, row = per_image(run.values), run.best(column)
+        if row is None or not all(key in kept for key in keys):
             return ""
-        own, known = [one[key] for key in keys], [other[key] for key in keys]
+        found = [kept[key] for key in keys]
+        value = found[0].mean(dtype=np.float64) if len(found) == 1 else auroc(*found)
+        if sum(map(len, found)) != row.n or not abs(value - row.value) < SAME:
+            raise BundleError(f"{run.values} is not of {run.name}'s {row.metric}: git checkout brings both back, --evaluate measures both")
+        each.append(found)
+    own, known = each
     if column.metric == "nll":
         change = own[0].astype(np.float64) - known[0]
         return spelled(change.mean(), Z * change.std() / len(change) ** 0.5)
     return spelled(auroc(*own) - auroc(*known), Z * auroc_difference_stderr(*own, *known))
 
 
-def per_image(file: Path) -> Any:
-    """Return open per-image results, an images.npz or values.npz; raise BundleError naming damaged ones."""
+def per_image(file: Path) -> dict[str, Any]:
+    """Return per-image results, of images.npz or values.npz: arrays (N,) by name; raise BundleError naming damaged ones."""
     try:
-        opened = np.load(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        opened = None
-    if not isinstance(opened, np.lib.npyio.NpzFile):
+        with np.load(file, allow_pickle=False) as opened:
+            found = {name: opened[name] for name in opened.files}
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile):
+        found = {"": None}
+    if not all(isinstance(each, np.ndarray) and each.ndim == 1 and each.dtype.kind in "bf" for each in found.values()):
         raise BundleError(f"{file} is damaged: git checkout brings a kept one back; without it, the row has no paired differences")
-    return opened
+    return found
 
 
 def spelled(change: float, half: float) -> str:

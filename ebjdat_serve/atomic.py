@@ -30,7 +30,7 @@ def undone(file: Path) -> Iterator[None]:
     before = file.with_name(f".{file.name}.before")
     if there := file.is_file():
         with replacing(before) as copy:
-            shutil.copyfile(file, copy)
+            shutil.copy2(file, copy)
     try:
         yield
     except BaseException:

@@ -1,18 +1,20 @@
 """Write permission for bundles: drafts are writable; tracked, installed, published and served bundles need --force."""
 
+import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from errno import EACCES
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ebjdat_serve.atomic import replacing
+from ebjdat_serve.atomic import replacing, undone
 from ebjdat_serve.bundle import MANIFEST, SIGNATURE, Bundle
 from ebjdat_serve.card import retitled
-from ebjdat_serve.errors import BundleError, first_line
+from ebjdat_serve.errors import BundleError, EbjdatError, first_line
 from ebjdat_serve.locking import changing, is_held
 from ebjdat_serve.store import next_revision, publish, reason_held_back, scratch, store_of
 
@@ -35,10 +37,17 @@ def edit(path: Path, change: Callable[[Bundle], Bundle], *, force: bool = False,
     store = store_of(bundle.path)
     try:
         if store is None:
+            if not os.access(bundle.path, os.W_OK):
+                raise PermissionError(EACCES, os.strerror(EACCES))  # told before hours of work
             with changing(bundle.path / HELD), tempfile.TemporaryDirectory(prefix="ebjdat-serve-") as folder:
-                return put_files(change(whole_copy(bundle.path, Path(folder), renews)), bundle.path)
+                try:
+                    done = changed_copy(change, bundle.path, Path(folder), renews)
+                except OSError as error:
+                    place = f"the copy of {bundle.path} in {tempfile.gettempdir()}"
+                    raise BundleError(f"{place} cannot be written: {error.strerror or error}; set TMPDIR to a folder with room") from error
+                return put_files(done, bundle.path)
         with scratch(store) as folder:
-            done = change(whole_copy(bundle.path, folder, renews))
+            done = changed_copy(change, bundle.path, folder, renews)
             if done.manifest == bundle.manifest:
                 return bundle
             return Bundle.draft(publish(retitled(done, next_revision(bundle, store)), store, after=bundle.path.resolve()))
@@ -59,6 +68,8 @@ def check_editable(path: Path, *, force: bool = False) -> Bundle:
         raise BundleError(f"{home} is a candidate, which is published or deleted unchanged; change the bundle it was made from")
     if store and home != (store / "current").resolve():
         raise BundleError(f"{home} is a version of {store} and not the current one: versions never change; roll back to it, or copy it")
+    if HELD not in bundle.manifest.files:
+        raise BundleError(f"{home / MANIFEST} lists no {HELD}: restore the bundle")
     if (home / SIGNATURE).is_file():
         raise BundleError(f"{home} is signed: change a copy without {SIGNATURE}, sign it and publish it")
     reason = "" if force else guarded(home)
@@ -67,26 +78,50 @@ def check_editable(path: Path, *, force: bool = False) -> Bundle:
     return bundle
 
 
-def whole_copy(home: Path, folder: Path, renews: Collection[str] = ()) -> Bundle:
-    """Return a copy in ``folder`` of the bundle as it is by now; raise BundleError for damage, which a change would make its own."""
+def changed_copy(change: Callable[[Bundle], Bundle], home: Path, folder: Path, renews: Collection[str]) -> Bundle:
+    """Return what ``change`` makes of a copy in ``folder`` of the bundle as it is by now.
+
+    Raises BundleError for a damaged file, which a change would make the bundle's own; errors name the bundle, not the copy.
+    """
     bundle = Bundle.draft(home)
     bundle.check_files(without=renews)
-    return copied(bundle, folder / home.name, without=[name for name in renews if not (home / name).is_file()])
+    missing = [name for name in renews if name in bundle.manifest.files and not (home / name).is_file()]
+    copy = copied(bundle, folder / home.name, without=missing)
+    try:
+        return change(copy)
+    except EbjdatError as error:
+        error.args = (str(error).replace(str(copy.path), str(home)),)
+        raise
 
 
 def put_files(done: Bundle, home: Path) -> Bundle:
-    """Give the bundle in ``home`` the files of ``done``, and return it; raise OSError with all as it was when one cannot be written."""
+    """Give the bundle in ``home`` the files of ``done``, and return it; where one cannot be written, all are put back as they were.
+
+    Only a process that is killed between two renames leaves files of both. Raises OSError, and BundleError for a folder in a file's place.
+    """
     before = Bundle.draft(home).manifest.files
     changed = [name for name, entry in done.manifest.files.items() if before.get(name) != entry or not (home / name).is_file()]
-    with ExitStack() as last_is_first:  # the manifest, which is entered first, takes its place last
+    gone = before.keys() - done.manifest.files.keys()
+    if folders := [home / name for name in (*changed, *gone) if (home / name).is_dir()]:
+        raise BundleError(f"{folders[0]} is a folder in the place of a file: remove it")
+    with ExitStack() as undo, ExitStack() as last_is_first:  # the manifest, which is entered first, takes its place last
+        for name in (MANIFEST, *changed, *gone):
+            undo.enter_context(undone(home / name))
+        for name in gone:
+            (home / name).unlink(missing_ok=True)
         for name in (MANIFEST, *changed):
             file = last_is_first.enter_context(replacing(home / name))
             shutil.copyfile(done.path / name, file)
             if (home / name).is_file():
-                shutil.copymode(home / name, file)
-    for name in before.keys() - done.manifest.files.keys():
-        (home / name).unlink(missing_ok=True)
+                like(home / name, file)
     return Bundle.draft(home)
+
+
+def like(old: Path, new: Path) -> None:
+    """Give ``new`` the mode of ``old``, and its owner where this process may."""
+    shutil.copymode(old, new)
+    if os.geteuid() == 0:
+        os.chown(new, old.stat().st_uid, old.stat().st_gid)
 
 
 def guarded(folder: Path) -> str:

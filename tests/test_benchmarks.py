@@ -33,7 +33,7 @@ from benchmarks import (
 )
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.bundle import Bundle, read_rows, write_rows
-from ebjdat_serve.errors import EngineError
+from ebjdat_serve.errors import BundleError, EngineError
 from ebjdat_serve.rows import Images, first, parse_rows, rows_where
 from ebjdat_serve.server.settings import SHIPPED
 from tests.conftest import ROOT
@@ -255,7 +255,25 @@ def test_nll_and_auroc_differ_by_paired_errors_where_values_are_kept(tmp_path):
     assert (change, (high - low) / 2) == pytest.approx((each.mean(), 1.96 * each.std() / 300**0.5), abs=1e-4)
     areas = [(one["energy|clean"], one["energy|svhn_train_first1080"]) for one in values]
     assert apart == pytest.approx(auroc(*areas[1]) - auroc(*areas[0]), abs=1e-4)
-    (tmp_path / f"{equal_budget.PREFIX}trades" / "values.npz").unlink()
+    file = tmp_path / f"{equal_budget.PREFIX}trades" / "values.npz"
+    for wrong in (
+        values[0],
+        {key: value[:100] for key, value in values[1].items()},
+        {key: value * np.nan for key, value in values[1].items()},
+    ):
+        np.savez(file, **wrong)
+        with pytest.raises(BundleError, match=r"values\.npz is not of trades's nll"):
+            differences()
+    for odd in ({"nll": np.float64(1)}, {"nll": np.zeros((2, 2))}, {"nll": np.array(["a"])}, {"nll": np.array([None])}):
+        np.savez(file, **odd)
+        with pytest.raises(BundleError, match=r"values\.npz is damaged"):
+            differences()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match=r"values\.npz is damaged"):
+        differences()
+    file.unlink()
     (_, *alone), (_, *independent) = differences()
     assert alone[1] - alone[0] > 3 * (high - low)
     assert independent[1] - independent[0] > 3 * (upper - lower)
@@ -322,6 +340,26 @@ def test_a_completed_row_keeps_figures_of_more_images(tmp_path):
     assert {row.metric: row.n for row in read_rows(folder / "metrics.json")} == {"accuracy_pgd20": 100, "accuracy_apgd": 10}
     with np.load(folder / "images.npz") as images:
         assert {key: len(images[key]) for key in images} == {fewer.key: 100, strong.key: 10}
+
+
+def test_values_of_fewer_images_replace_none_of_more(tmp_path):
+    file = tmp_path / "values.npz"
+    equal_budget_rows.keep_longer(file, {"nll": np.ones(10), "energy|clean": np.ones(3)})
+    equal_budget_rows.keep_longer(file, {"nll": np.zeros(9), "energy|clean": np.zeros(3)})
+    with np.load(file) as kept:
+        assert (kept["nll"].tolist(), kept["energy|clean"].tolist()) == ([1] * 10, [0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("config.json", "[]"), ("config.json", "{"), ("log.jsonl", ""), ("log.jsonl", '{"of": '), ("log.jsonl", None)]
+)
+def test_a_damaged_record_of_a_run_is_named(tmp_path, name, text):
+    (tmp_path / "config.json").write_text('{"stages": [{"epochs": 1, "batch_size": 2}]}')
+    (tmp_path / "log.jsonl").write_text('{"of": 3}\n')
+    assert equal_budget_table.training_cost(tmp_path, 2) == (1, 2, 12)
+    (tmp_path / name).unlink() if text is None else (tmp_path / name).write_text(text)
+    with pytest.raises(BundleError, match="is damaged"):
+        equal_budget_table.training_cost(tmp_path, 2)
 
 
 def test_what_evaluate_measures_are_the_measures_of_a_row():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from ebjdat_serve import editing
-from ebjdat_serve.bundle import EVIDENCE, Bundle, read_rows, sha256, write_json, write_rows
+from ebjdat_serve.bundle import EVIDENCE, GRAPHS, Bundle, read_rows, sha256, write_json, write_rows
 from ebjdat_serve.editing import check_editable, copied, edit, guarded, put
 from ebjdat_serve.errors import BundleError
+from ebjdat_serve.exporting.bundle_graphs import export_again
 from ebjdat_serve.locking import hold, is_held
 from ebjdat_serve.rows import FRESH, Row
 from ebjdat_serve.server.settings import SHIPPED
@@ -425,33 +427,88 @@ def test_a_card_that_is_a_link_is_not_written_through(bundle, tmp_path):
     assert (tmp_path / "elsewhere.md").read_bytes() == before
 
 
-@pytest.mark.parametrize("ends", ["in the change", "while files are copied"])
+@pytest.mark.parametrize("ends", ["in the change", "while files are copied", "at the second rename", "by Ctrl-C at the last"])
 def test_an_edit_that_is_stopped_half_way_leaves_the_bundle_whole(bundle, monkeypatch, ends):
     before = state(bundle.path)
+    copyfile, rename, renamed = shutil.copyfile, os.replace, []
 
     def change(draft):
         write_rows(draft.path / "metrics.json", [])
         if ends == "in the change":
             raise KeyboardInterrupt
-        (draft.path / "README.md").write_text("another")
-        return draft.update("metrics.json", "README.md")
+        for name in ("README.md", "another.json"):
+            (draft.path / name).write_text("{}")
+        return draft.update("metrics.json", "README.md", "another.json")
 
-    real = shutil.copyfile
-
-    def copy(source, target):
-        if str(target).endswith("README.md.part"):
+    def copying(source, target, **more):
+        if ends == "while files are copied" and str(target).endswith("README.md.part"):
             raise OSError(28, "No space left on device")
-        return real(source, target)
+        return copyfile(source, target, **more)
 
-    monkeypatch.setattr(editing.shutil, "copyfile", copy)
-    with pytest.raises((KeyboardInterrupt, BundleError)) as stopped:
-        edit(bundle.path, change)
-    assert ends == "in the change" or "No space left on device" in str(stopped.value)
+    def renaming(source, target):
+        if os.path.dirname(target) == str(bundle.path) and str(source).endswith(".part") and not str(target).endswith(".before"):
+            renamed.append(target)
+            if ends == "at the second rename" and len(renamed) == 2:
+                raise OSError(5, "Input/output error")
+            if ends == "by Ctrl-C at the last" and str(target).endswith("bundle.json"):
+                raise KeyboardInterrupt
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(editing.shutil, "copyfile", copying)
+        patch.setattr(os, "replace", renaming)
+        with pytest.raises((KeyboardInterrupt, BundleError)):
+            edit(bundle.path, change)
+    assert len(renamed) == {"at the second rename": 2, "by Ctrl-C at the last": 4}.get(ends, 0)
     assert state(bundle.path) == before
-    Bundle.load(bundle.path)
-    monkeypatch.setattr(editing.shutil, "copyfile", real)
+    assert not list(bundle.path.glob(".*"))
     edit(bundle.path, noted)
     assert (Bundle.load(bundle.path).path / "README.md").read_text() == "noted"
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_before_any_is_replaced(bundle):
+    (bundle.path / "classify.onnx").unlink()
+    (bundle.path / "classify.onnx").mkdir()
+    before = state(bundle.path)
+    with pytest.raises(BundleError, match=r"classify\.onnx is a folder in the place of a file: remove it"):
+        edit(bundle.path, export_again, renews=GRAPHS)
+    assert state(bundle.path) == before
+    (bundle.path / "classify.onnx").rmdir()
+    edit(bundle.path, export_again, renews=GRAPHS).check_files()
+
+
+def test_errors_of_a_change_name_the_bundle_and_not_its_copy(bundle, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match=re.escape(f"{bundle.path} has no calibration 'traffic'")):
+        changes(monkeypatch, capsys, "ebjdat_serve.cli", bundle, bundle)
+    monkeypatch.setattr(sys, "argv", ["ebjdat-serve", "calibrate", str(bundle.path), "--remove", "a" * 300])
+    assert import_module("ebjdat_serve.cli").main()
+    assert "has no calibration" in capsys.readouterr().err
+
+
+def test_a_copy_that_has_no_room_is_told_apart_from_the_bundle(bundle):
+    def change(draft):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(BundleError, match=r"the copy of .* cannot be written: No space left on device; set TMPDIR to a folder with room"):
+        edit(bundle.path, change)
+
+
+def test_a_changed_file_keeps_mode_and_owner(bundle):
+    card, asked = bundle.path / "README.md", []
+    card.chmod(0o640)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(editing.os, "geteuid", lambda: 0)
+        patch.setattr(editing.os, "chown", lambda *given: asked.append(given[1:]))
+        edit(bundle.path, noted)
+    assert card.stat().st_mode & 0o777 == 0o640
+    assert set(asked) == {(card.stat().st_uid, card.stat().st_gid)}
+
+
+def test_a_manifest_without_weights_is_refused(bundle):
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name != "weights.safetensors"}
+    replace(bundle, manifest=replace(bundle.manifest, files=files)).update()
+    with pytest.raises(BundleError, match=r"bundle\.json lists no weights\.safetensors"):
+        edit(bundle.path, rewrite)
 
 
 def test_a_damaged_card_is_written_anew(bundle):
@@ -464,7 +521,7 @@ def test_a_damaged_card_is_written_anew(bundle):
 def test_a_bundle_is_no_folder_for_figures(bundle, runs, monkeypatch):
     before = digest(bundle.path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(bundle.path), "--part", "clean", "--folder", str(bundle.path)])
-    with pytest.raises(SystemExit, match="is a bundle, whose own figures would be replaced: name another folder"):
+    with pytest.raises(SystemExit, match="is a bundle or a store, with figures of its own: name another folder"):
         main()
     assert digest(bundle.path) == before
 
@@ -476,6 +533,7 @@ def test_a_bundle_is_no_folder_for_figures(bundle, runs, monkeypatch):
         (["--amount", f"test={'9' * 4500}"], "give NAME=N"),
         (["--size", "16"], "a bundle says its own size: leave it out$"),
         (["--buffer", "README.md"], r"README\.md is no state\.pt of a stage"),
+        (["--buffer", ""], r"\. is no state\.pt of a stage"),
         (["--buffer", "none.pt"], r"none\.pt is no state\.pt of a stage"),
         (["--control", "weights.safetensors"], "is the model itself: a control is another"),
         (["--control", "none.safetensors"], r"none\.safetensors"),

@@ -310,7 +310,8 @@ def test_where_the_manifest_cannot_be_written_the_bundle_stays_as_it_was(bundle,
     monkeypatch.setattr(Bundle, "update", full)
     other = written(tmp_path / "other", [row(bundle, i, i) for i in range(24)])
     assert main(["calibrate", str(bundle.path), "--scores", str(other), "--name", name]) == 2
-    assert capsys.readouterr().err.endswith(f"{bundle.path} cannot be written: No space left on device\n")
+    said = "cannot be written: No space left on device; set TMPDIR to a folder with room"
+    assert re.search(rf"the copy of {re.escape(str(bundle.path))} in \S+ {said}$", capsys.readouterr().err.strip())
     assert before == {one.name: one.read_bytes() for one in bundle.path.iterdir()}
 
 

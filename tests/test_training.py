@@ -250,6 +250,13 @@ def test_the_help_needs_no_bundled_model(tmp_path, monkeypatch, damage):
     assert "cifar10-small" in said and "(the bundled model)" not in said
 
 
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"x"', '{"standard": 3}', '{"standard": {"summary": 3}}', "[" * 200_000, "{", "ÿ"])
+def test_the_help_needs_no_measured_methods(tmp_path, monkeypatch, text):
+    (tmp_path / "methods.json").write_bytes(text.encode("latin-1"))
+    monkeypatch.setattr(overrides, "MEASURED", tmp_path / "methods.json")
+    assert re.search(r"^  standard +not measured$", listing(), re.M)
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_with_bit_identical_losses(tmp_path):
     """kill -9 in the middle, then --resume through the command line, against a run that nobody disturbed."""

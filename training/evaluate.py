@@ -301,7 +301,7 @@ def main() -> None:
             if options.into:
                 raise TrainingError(f"--into takes rows of a bundle, and {options.bundle} is a weights file: give the bundle")
             file = options.bundle.resolve()
-            data = load(options.data or "cifar10", Input(options.size, options.size) if options.size else None)
+            data = load(options.data or "cifar10", Input(options.size, options.size) if options.size is not None else None)
             model = load_weights(file).to(best_device())
             kept = options.folder or work_root() / folder_name(file.parent.name, module_sha256(model), data.sha256)
             rows = evaluate_module(model, data, suite=suite, parts=parts, name=file.parent.name, **{**more, "folder": kept})
@@ -317,7 +317,7 @@ def evaluate_bundle(options: argparse.Namespace, suite: Suite, parts: Sequence[s
         target = check_editable(options.into, force=options.force)  # checked before hours of measuring
         target.check_files(without=("README.md",))
         compared(target, options.baseline)
-        if target.manifest.files.get("weights.safetensors") != bundle.manifest.files["weights.safetensors"]:
+        if target.manifest.files["weights.safetensors"] != bundle.manifest.files.get("weights.safetensors"):
             raise TrainingError(
                 f"--into {options.into} has other weights than {options.bundle}: figures of one are not valid for the other"
             )

@@ -116,9 +116,16 @@ def listing() -> str:
         bundled = reached if stage.architecture.described() == drawn else ""
         lines.append(f"  {name:22}{bundled}{summaries.get(name, 'not measured')}")
     lines.append("methods, on --budget digits (8 x 8; mean of 3 seeds, PGD-20 at l-inf 51/255), small (CIFAR-10, a core) or large (a GPU):")
-    try:
-        measured = strict_json.loads(MEASURED.read_bytes())
-    except (OSError, ValueError):
-        measured = {}
-    lines += [f"  {name:22}{measured.get(name, {}).get('summary', 'not measured')}" for name in METHODS]
+    measured = summaries_of(MEASURED)
+    lines += [f"  {name:22}{measured.get(name, 'not measured')}" for name in METHODS]
     return "\n".join(lines)
+
+
+def summaries_of(file: Path) -> dict[str, str]:
+    """Return what benchmarks/methods.py found of each method; nothing of a missing or damaged file, as help needs none."""
+    try:
+        measured = strict_json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    entries = measured.items() if isinstance(measured, dict) else ()
+    return {name: entry["summary"] for name, entry in entries if isinstance(entry, dict) and isinstance(entry.get("summary"), str)}

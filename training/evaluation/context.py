@@ -18,6 +18,7 @@ from ebjdat_serve.manifest import YES
 from ebjdat_serve.pixels import to_unit
 from ebjdat_serve.rows import Images, Row
 from ebjdat_serve.sentences import set_name
+from ebjdat_serve.store import CURRENT
 from training.data.datasets import Dataset
 from training.data.image_folders import Split
 from training.errors import TrainingError
@@ -206,10 +207,10 @@ FORM = "fields"
 def claim(folder: Path, subject: dict[str, str]) -> None:
     """Mark a folder with the evaluation it holds; files of the same weights but another graph or format are removed.
 
-    Raises TrainingError for a folder of another model or other data, and for a bundle, whose own figures would be replaced.
+    Raises TrainingError for a folder of another model or other data, for a store, and for a bundle, whose own figures would be replaced.
     """
-    if (folder / MANIFEST).exists():
-        raise TrainingError(f"{folder} is a bundle, whose own figures would be replaced: name another folder", options=("--folder FOLDER",))
+    if (folder / MANIFEST).exists() or (folder / CURRENT).is_symlink():
+        raise TrainingError(f"{folder} is a bundle or a store, with figures of its own: name another folder", options=("--folder FOLDER",))
     file = folder / "subject.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else subject
     if {**known, "graph": subject["graph"], "form": subject["form"]} != subject:

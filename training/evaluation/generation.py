@@ -141,7 +141,7 @@ def buffer_images(file: Path, n: int, classes: int) -> tuple[Pixels, Labels]:
     """
     try:
         stack, found = [read_state(file)], None
-    except TrainingError as error:
+    except (TrainingError, ValueError) as error:  # the latter: a path without a name
         raise TrainingError(f"{file} is no state.pt of a stage: give that of one that keeps chains") from error
     while stack and found is None:
         here = stack.pop()
