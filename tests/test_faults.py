@@ -240,7 +240,8 @@ def test_a_worker_that_hangs_is_replaced(battered, picture):
     first = httpx2.post(f"{battered.url}/classify", content=picture, timeout=30)
     assert first.status_code == 503
     assert httpx2.post(f"{battered.url}/classify", content=picture, timeout=30).status_code == 200
-    assert "has not said a word for 3 s" in battered.log.read_text()
+    silent = re.search(r"has not said a word for (\d+) s", battered.log.read_text())
+    assert silent and int(silent[1]) >= 3  # more where the machine is busy
 
 
 def test_who_closes_the_sending_side_is_taken_for_gone(long_live):
