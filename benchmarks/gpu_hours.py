@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -71,10 +72,12 @@ def flops(architecture: Architecture, made: Passes) -> float:
     return made.inner * flops_of_pass(architecture, update=False) + made.update * flops_of_pass(architecture, update=True)
 
 
+@cache
 def flops_of_pass(architecture: Architecture, *, update: bool) -> float:
     """Return the FLOPs of a forward and a backward of one 32 x 32 image, to the weights (``update``) or to the image."""
-    model = architecture.build(10).eval().requires_grad_(update)
-    image = torch.zeros(2, 3, 32, 32, requires_grad=not update)
+    with torch.device("meta"):  # shapes alone
+        model = architecture.build(10).eval().requires_grad_(update)
+        image = torch.zeros(2, 3, 32, 32, requires_grad=not update)
     with FlopCounterMode(display=False) as counter:
         model(image).sum().backward()
     return float(counter.get_total_flops()) / len(image)

@@ -20,7 +20,6 @@ from ebjdat_serve import editing
 from ebjdat_serve.bundle import EVIDENCE, GRAPHS, Bundle, read_rows, sha256, write_json, write_rows
 from ebjdat_serve.editing import check_editable, copied, edit, guarded, put
 from ebjdat_serve.errors import BundleError
-from ebjdat_serve.exporting.bundle_graphs import export_again
 from ebjdat_serve.locking import hold, is_held
 from ebjdat_serve.rows import FRESH, Row
 from ebjdat_serve.server.settings import SHIPPED
@@ -467,14 +466,18 @@ def test_an_edit_that_is_stopped_half_way_leaves_the_bundle_whole(bundle, monkey
 
 
 def test_a_folder_in_the_place_of_a_file_is_told_before_any_is_replaced(bundle):
+    def change(draft):
+        shutil.copyfile(SHIPPED / "classify.onnx", draft.path / "classify.onnx")
+        return draft.update("classify.onnx")
+
     (bundle.path / "classify.onnx").unlink()
     (bundle.path / "classify.onnx").mkdir()
     before = state(bundle.path)
     with pytest.raises(BundleError, match=r"classify\.onnx is a folder in the place of a file: remove it"):
-        edit(bundle.path, export_again, renews=GRAPHS)
+        edit(bundle.path, change, renews=GRAPHS)
     assert state(bundle.path) == before
     (bundle.path / "classify.onnx").rmdir()
-    edit(bundle.path, export_again, renews=GRAPHS).check_files()
+    edit(bundle.path, change, renews=GRAPHS).check_files()
 
 
 def test_errors_of_a_change_name_the_bundle_and_not_its_copy(bundle, monkeypatch, capsys):

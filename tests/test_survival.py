@@ -125,6 +125,7 @@ def test_an_interrupt_at_the_last_step_loses_nothing(tmp_path):
     assert weights.is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_recipe_of_two_averaged_runs_goes_on_to_the_same_mean(tmp_path):
     fgsm, start = replace(WARM, epochs=0.3), replace(WARM, name="start", epochs=0.2)
     other = replace(DIGITS, name="other", warm_start=None, epochs=0.2, lr=0.01)
