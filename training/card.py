@@ -232,7 +232,7 @@ def costs(bundle: Bundle, rows: list[Row]) -> list[str]:
     baseline = baseline_of(bundle)
     known = {key(row): row for row in baseline.rows}
     m = model_of(bundle)
-    chosen = [first(rows, metric, norm="linf", eps=m.eps) for metric in ("accuracy_pgd20", "accuracy_autoattack")]
+    chosen = [first(rows, metric, norm="linf", eps=m.eps) for metric in ("accuracy_pgd20", "accuracy_apgd", "accuracy_autoattack")]
     pairs = [(row, known[key(row)]) for row in chosen if row and key(row) in known]
     if not pairs:
         return []
