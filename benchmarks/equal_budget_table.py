@@ -90,6 +90,10 @@ PROTOCOLS = (
     Column("released PGD-20, 4/255", "accuracy_pgd20_released_code", TEST),
     Column("released AutoAttack, 4/255", "accuracy_autoattack_released_code", TEST),
 )
+STARTS = Column("", DISTANCE.metric, vars(Images(dataset=PRIOR)))
+"""KID of the prior alone, which tells where chains started: the signs of its principal components differ between machines."""
+OTHER_STARTS = "other-starts"
+"""Folder, in the control's, of the control's samples from the starts of the rows that were drawn on another machine."""
 REFERENCES = {"prior alone": Images(dataset=PRIOR), "test images": Images(dataset="cifar10", split="test")}
 """Sets that samples are compared with, which are measured with every row."""
 
@@ -100,28 +104,56 @@ def kept_rows(models: Path, prefix: str = PREFIX) -> dict[str, Kept]:
     for name in (*ENTRIES, *AVERAGES):
         folder = models / f"{prefix}{name}"
         if (folder / "metrics.json").is_file():
-            found[name] = Kept(name, read_rows(folder / "metrics.json"), folder / "images.npz", folder / "values.npz")
+            found[name] = kept_run(name, folder)
     return found
 
 
-def table(kept: dict[str, Kept], columns: Sequence[Column], control: str = CONTROL) -> str:
-    """Return a Markdown table of the kept runs; under each figure is its difference from the control, with its 95 % interval."""
+def kept_run(name: str, folder: Path) -> Kept:
+    """Return the results that are kept in a folder."""
+    return Kept(name, read_rows(folder / "metrics.json"), folder / "images.npz", folder / "values.npz")
+
+
+def other_starts(models: Path) -> Kept | None:
+    """Return the control's samples from the starts of another machine, or None where they are not kept."""
+    folder = models / f"{PREFIX}{CONTROL}" / OTHER_STARTS
+    return kept_run(CONTROL, folder) if (folder / "metrics.json").is_file() else None
+
+
+def table(kept: dict[str, Kept], columns: Sequence[Column], control: str = CONTROL, other: Kept | None = None) -> str:
+    """Return a Markdown table of the kept runs; under each figure is its difference from the control, with its 95 % interval.
+
+    ``other`` is the control for the runs whose chains started where its did.
+    """
     lines = []
     for name, one in kept.items():
-        reference = kept.get(control) if name != control else None
-        title = f"`{name}`" if name != control else f"**`{name}`**, the control"
+        title, reference = f"`{name}`", kept.get(control)
+        if name == control:
+            title, reference = f"**`{name}`**, the control", None
+        elif other is not None and start(one) == start(other):
+            title, reference = f"`{name}` *", other
         lines.append([title, *(cell(one, column, reference) for column in columns)])
     return pivot(["", *(column.heading for column in columns)], lines)
 
 
-def samples_table(kept: dict[str, Kept]) -> str:
-    """Return the table of samples, with the prior alone and test images, as the control's evaluation measured them."""
+def start(one: Kept) -> float | None:
+    """Return what tells where a run's chains started, or None without samples."""
+    row = one.best(STARTS)
+    return row.value if row is not None else None
+
+
+def samples_table(kept: dict[str, Kept], other: Kept | None = None) -> str:
+    """Return the table of samples, with the prior alone and test images, as the control's evaluation measured them.
+
+    ``other``: the control from other starts, which the runs from these are compared with.
+    """
     lines = []
     source = kept.get(CONTROL, next(iter(kept.values())))
+    if other is not None:
+        lines.append(f"| `{CONTROL}` from the starts of * | {' | '.join(cell(other, column, None) for column in SAMPLES)} |")
     for name, images in REFERENCES.items():
         cells = [cell(source, Column(column.heading, column.metric, vars(images)), None) for column in SAMPLES]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([table(kept, SAMPLES), *lines])
+    return "\n".join([table(kept, SAMPLES, other=other), *lines])
 
 
 def cost_table(models: Path, kept: dict[str, Kept]) -> str:
@@ -201,9 +233,10 @@ def paired(images: Path, control: Path, key: str) -> tuple[int, str]:
     if not (images.is_file() and control.is_file()):
         return 0, ""
     one, other = per_image(images), per_image(control)
-    if key not in one or key not in other or len(one[key]) != len(other[key]):
+    if key not in one or key not in other:
         return 0, ""
-    change = one[key].astype(np.float64) - other[key]
+    n = min(len(one[key]), len(other[key]))  # fewer test images or chains are the first of more
+    change = one[key][:n].astype(np.float64) - other[key][:n]
     return len(change), spelled(change.mean(), Z * change.std() / len(change) ** 0.5)
 
 
@@ -255,7 +288,7 @@ def document(text: str, models: Path) -> str:
     text = placed(text, "accuracy", table(kept, ACCURACY))
     seen = {name: one for name, one in kept.items() if any(one.best(column) for column in DETECTION)}
     text = placed(text, "detection", table(seen, DETECTION) if seen else NOTHING)
-    text = placed(text, "samples", samples_table(kept))
+    text = placed(text, "samples", samples_table(kept, other_starts(models)))
     text = placed(text, "cost", cost_table(models, kept))
     short = kept_rows(models, SHORT)
     return placed(text, "released", table(short, PROTOCOLS, SHORT_CONTROL) if short else NOTHING)

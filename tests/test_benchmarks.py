@@ -34,7 +34,7 @@ from benchmarks import (
 from benchmarks.public_nets import KNOWN
 from ebjdat_serve.bundle import Bundle, read_rows, write_rows
 from ebjdat_serve.errors import BundleError, EngineError
-from ebjdat_serve.rows import Images, first, parse_rows, rows_where
+from ebjdat_serve.rows import PRIOR, Images, first, parse_rows, rows_where
 from ebjdat_serve.server.settings import SHIPPED
 from tests.conftest import ROOT
 from training.config import describe, stages
@@ -204,12 +204,12 @@ def test_a_proportion_at_equal_budget_stands_above_its_paired_difference_and_no_
     control = [1] * 60 + [0] * 40
     keep("pgd7", control)
     keep("trades", [1] * 70 + [0] * 30)
-    keep("dat", control[:50])  # of other images: no pair
+    keep("dat", control[:50])  # of the first images alone
     kept = equal_budget_table.kept_rows(tmp_path)
     found = {name: row["PGD-20 8/255"] for name, row in cells_of(equal_budget_table.table(kept, equal_budget_table.ACCURACY)).items()}
     half = 1.96 * (0.1 * 0.9) ** 0.5 / 10
     assert found["trades"] == f"0.7 (n = 100)<br>+0.1000 [{0.1 - half:+.4f}, {0.1 + half:+.4f}] (n = 100)"
-    assert (found["pgd7"], found["dat"]) == ("0.6 (n = 100)", "1 (n = 50)")
+    assert (found["pgd7"], found["dat"]) == ("0.6 (n = 100)", "1 (n = 50)<br>+0.0000 [+0.0000, +0.0000] (n = 50)")
 
 
 def test_figures_that_are_no_proportions_differ_by_independent_errors(tmp_path):
@@ -222,6 +222,25 @@ def test_figures_that_are_no_proportions_differ_by_independent_errors(tmp_path):
     found = cells_of(equal_budget_table.table(equal_budget_table.kept_rows(tmp_path), equal_budget_table.SAMPLES))
     half = 1.96 * 0.03 * 2**0.5
     assert found["trades"]["KID, ResNet-20"] == f"0.4 ± 0.059 (n = 500)<br>-0.5000 [{-0.5 - half:+.4f}, {-0.5 + half:+.4f}]"
+
+
+def test_samples_differ_from_the_control_of_their_own_starts(tmp_path):
+    """Chains of another machine start elsewhere: the signs of the prior's principal components are free."""
+    about = {"extractor": "resnet20", "stderr": 0.03}
+    folders = {"pgd7": (0.8, 2.2), "trades": (0.4, 2.2), "dat": (0.3, 2.3), "pgd7/other-starts": (0.9, 2.3)}
+    for name, (value, prior) in folders.items():
+        rows = [
+            number("kernel_distance_resnet20", value, 500, Images(**equal_budget_table.SAMPLED), "", **about),
+            number("kernel_distance_resnet20", prior, 500, Images(dataset=PRIOR), "", **about),
+        ]
+        kept_run(tmp_path, name, rows)
+    kept, other = equal_budget_table.kept_rows(tmp_path), equal_budget_table.other_starts(tmp_path)
+    lines = equal_budget_table.samples_table(kept, other).splitlines()[2:]
+    cells = {name: cell for name, cell, *_ in (line.removeprefix("| ").split(" | ") for line in lines)}
+    assert cells["`trades`"].startswith("0.4 ± 0.059 (n = 500)<br>-0.4000 [")
+    assert cells["`dat` *"].startswith("0.3 ± 0.059 (n = 500)<br>-0.6000 [")
+    assert cells["**`pgd7`**, the control"] == "0.8 ± 0.059 (n = 500)"
+    assert cells["`pgd7` from the starts of *"] == "0.9 ± 0.059 (n = 500)"
 
 
 def test_nll_and_auroc_differ_by_paired_errors_where_values_are_kept(tmp_path):
