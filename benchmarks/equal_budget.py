@@ -171,11 +171,11 @@ def kept(options: argparse.Namespace) -> int:
                 failed = True
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
     if options.document:
-        from benchmarks.equal_budget_table import document, kept_rows, pareto
+        from benchmarks.equal_budget_table import document, kept_rows, other_starts, pareto
 
         page = ROOT / "docs" / "equal_budget.md"
         page.write_text(document(page.read_text(encoding="utf-8"), options.out), encoding="utf-8")
-        (ROOT / "docs" / "pareto.png").write_bytes(pareto(kept_rows(options.out)))
+        (ROOT / "docs" / "pareto.png").write_bytes(pareto(kept_rows(options.out), other_starts(options.out)))
     if options.table:
         show(options.out)
     return 1 if failed else 0
@@ -183,10 +183,10 @@ def kept(options: argparse.Namespace) -> int:
 
 def show(models: Path) -> None:
     """Print the tables of the kept rows."""
-    from benchmarks.equal_budget_table import ACCURACY, DETECTION, kept_rows, samples_table, table
+    from benchmarks.equal_budget_table import ACCURACY, DETECTION, kept_rows, other_starts, samples_table, table
 
     if found := kept_rows(models):
-        print("\n\n".join([table(found, ACCURACY), table(found, DETECTION), samples_table(found)]))
+        print("\n\n".join([table(found, ACCURACY), table(found, DETECTION), samples_table(found, other_starts(models))]))
 
 
 def main() -> int:

@@ -82,7 +82,8 @@ DETECTION = (
     ),
     Column("fooled by PGD-20, reach score", "reach_auroc", {**FOOLED, "score": "reach_score"}, any_n=True),
 )
-SAMPLES = (DISTANCE, JUDGED, Column("agreement, ResNet-20", "class_agreement_resnet20", SAMPLED))
+LITE = Column("KID, EfficientNet-Lite0", "kernel_distance_efficientnet_lite0", SAMPLED)
+SAMPLES = (DISTANCE, LITE, JUDGED, Column("agreement, ResNet-20", "class_agreement_resnet20", SAMPLED))
 PROTOCOLS = (
     Column("clean", "accuracy_clean", TEST),
     ROBUST,
@@ -129,16 +130,16 @@ def table(kept: dict[str, Kept], columns: Sequence[Column], control: str = CONTR
         title, reference = f"`{name}`", kept.get(control)
         if name == control:
             title, reference = f"**`{name}`**, the control", None
-        elif other is not None and start(one) == start(other):
+        elif other is not None and same_start(one, other):
             title, reference = f"`{name}` *", other
         lines.append([title, *(cell(one, column, reference) for column in columns)])
     return pivot(["", *(column.heading for column in columns)], lines)
 
 
-def start(one: Kept) -> float | None:
-    """Return what tells where a run's chains started, or None without samples."""
-    row = one.best(STARTS)
-    return row.value if row is not None else None
+def same_start(one: Kept, other: Kept) -> bool:
+    """Return whether the chains of two runs started at the same points."""
+    rows = one.best(STARTS), other.best(STARTS)
+    return all(rows) and math.isclose(*(row.value for row in rows if row is not None), rel_tol=SAME)
 
 
 def samples_table(kept: dict[str, Kept], other: Kept | None = None) -> str:
@@ -235,7 +236,9 @@ def paired(images: Path, control: Path, key: str) -> tuple[int, str]:
     one, other = per_image(images), per_image(control)
     if key not in one or key not in other:
         return 0, ""
-    n = min(len(one[key]), len(other[key]))  # fewer test images or chains are the first of more
+    n = min(len(one[key]), len(other[key]))
+    if len(one[key]) != len(other[key]) and json.loads(key).get("subset"):
+        return 0, ""  # only of whole sets are fewer images the first of more
     change = one[key][:n].astype(np.float64) - other[key][:n]
     return len(change), spelled(change.mean(), Z * change.std() / len(change) ** 0.5)
 
@@ -297,33 +300,35 @@ def document(text: str, models: Path) -> str:
 # the picture -----------------------------------------------------------------------------------------------------------
 
 
-def points(kept: dict[str, Kept]) -> dict[str, list[float]]:
-    """Return of each run that has both: robust accuracy and half-width, KID and half-width."""
+def points(kept: dict[str, Kept], other: Kept | None = None) -> dict[str, list[float]]:
+    """Return of each run that has both: robust accuracy and half-width, KID and half-width; * marks the starts of ``other``."""
     found = {}
     for name, one in kept.items():
-        robust, distance = one.best(ROBUST), one.best(DISTANCE)
-        if robust is not None and distance is not None:
-            half = Z * (robust.value * (1 - robust.value) / robust.n) ** 0.5
-            found[name] = [robust.value, half, distance.value, half_width(distance) or 0.0]
+        for source, title in ((one, name), *([(other, name)] if other is not None and name == CONTROL else [])):
+            robust, distance = one.best(ROBUST), source.best(DISTANCE)
+            if robust is not None and distance is not None:
+                half = Z * (robust.value * (1 - robust.value) / robust.n) ** 0.5
+                mark = " *" if other is not None and same_start(source, other) else ""
+                found[title + mark] = [robust.value, half, distance.value, half_width(distance) or 0.0]
     return found
 
 
-def pareto(kept: dict[str, Kept]) -> bytes:
+def pareto(kept: dict[str, Kept], other: Kept | None = None) -> bytes:
     """Return a PNG of robust accuracy against KID of all runs, the control marked; its text chunk ``points`` holds what it shows."""
     import matplotlib.pyplot as plt
 
     from training.evaluation.figures import COLOURS, MARKERS, STYLE, png
 
-    shown = points(kept)
+    shown = points(kept, other)
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
-        others = [name for name in shown if name != CONTROL]
+        others = [name for name in shown if name.split()[0] != CONTROL]
         for name, (x, dx, y, dy) in shown.items():
             place = others.index(name) if name in others else -1
             look = (
                 {"fmt": MARKERS[(place + place // 7) % 7], "color": COLOURS[place % 7]}
                 if name in others
-                else {"fmt": "*", "color": "black", "ms": 13}
+                else {"fmt": "*", "color": "black", "ms": 13, "mfc": "black" if name == CONTROL else "white"}
             )
             title = name if name in others else f"{name}, the control"
             axis.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, lw=1, label=title, zorder=2 if name in others else 3, **look)

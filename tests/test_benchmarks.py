@@ -204,12 +204,23 @@ def test_a_proportion_at_equal_budget_stands_above_its_paired_difference_and_no_
     control = [1] * 60 + [0] * 40
     keep("pgd7", control)
     keep("trades", [1] * 70 + [0] * 30)
-    keep("dat", control[:50])  # of the first images alone
+    keep("dat", [1] * 20 + [0] * 20)  # of the first 40 images alone
     kept = equal_budget_table.kept_rows(tmp_path)
     found = {name: row["PGD-20 8/255"] for name, row in cells_of(equal_budget_table.table(kept, equal_budget_table.ACCURACY)).items()}
     half = 1.96 * (0.1 * 0.9) ** 0.5 / 10
     assert found["trades"] == f"0.7 (n = 100)<br>+0.1000 [{0.1 - half:+.4f}, {0.1 + half:+.4f}] (n = 100)"
-    assert (found["pgd7"], found["dat"]) == ("0.6 (n = 100)", "1 (n = 50)<br>+0.0000 [+0.0000, +0.0000] (n = 50)")
+    half = 1.96 * 0.5 / 40**0.5
+    assert found["dat"] == f"0.5 (n = 40)<br>-0.5000 [{-0.5 - half:+.4f}, {-0.5 + half:+.4f}] (n = 40)"
+    assert found["pgd7"] == "0.6 (n = 100)"
+
+
+def test_fewer_of_a_subset_are_not_the_first_of_more(tmp_path):
+    """Of the images that an attack fooled, say, which are others for each network."""
+    for name, n in (("pgd7", 40), ("trades", 30)):
+        row = proportion("flag_power", n, n, replace(PGD20, subset="fooled"), "")
+        kept_run(tmp_path, name, [row], [[1] * n])
+    files = [tmp_path / f"{equal_budget.PREFIX}{name}" / "images.npz" for name in ("trades", "pgd7")]
+    assert equal_budget_table.paired(*files, row.key) == (0, "")
 
 
 def test_figures_that_are_no_proportions_differ_by_independent_errors(tmp_path):
@@ -224,16 +235,26 @@ def test_figures_that_are_no_proportions_differ_by_independent_errors(tmp_path):
     assert found["trades"]["KID, ResNet-20"] == f"0.4 ± 0.059 (n = 500)<br>-0.5000 [{-0.5 - half:+.4f}, {-0.5 + half:+.4f}]"
 
 
+def agreement_of(worse, n, value=0.7):
+    """Return the end of a line whose agreement is of ``worse`` fewer samples than the control's."""
+    share = worse / n
+    half = 1.96 * (share * (1 - share) / n) ** 0.5
+    return f"| {value} (n = {n})<br>{-share:+.4f} [{-share - half:+.4f}, {-share + half:+.4f}] (n = {n}) |"
+
+
 def test_samples_differ_from_the_control_of_their_own_starts(tmp_path):
     """Chains of another machine start elsewhere: the signs of the prior's principal components are free."""
     about = {"extractor": "resnet20", "stderr": 0.03}
-    folders = {"pgd7": (0.8, 2.2), "trades": (0.4, 2.2), "dat": (0.3, 2.3), "pgd7/other-starts": (0.9, 2.3)}
-    for name, (value, prior) in folders.items():
+    sampled = Images(**equal_budget_table.SAMPLED)
+    folders = {"pgd7": (0.8, 2.2, 9), "trades": (0.4, 2.2, 8), "dat": (0.3, 2.3, 7), "pgd7/other-starts": (0.9, 2.3, 10)}
+    for name, (value, prior, good) in folders.items():
+        agreement = proportion("class_agreement_resnet20", good, 10, sampled, "", extractor="resnet20")
         rows = [
-            number("kernel_distance_resnet20", value, 500, Images(**equal_budget_table.SAMPLED), "", **about),
+            number("kernel_distance_resnet20", value, 500, sampled, "", **about),
             number("kernel_distance_resnet20", prior, 500, Images(dataset=PRIOR), "", **about),
         ]
-        kept_run(tmp_path, name, rows)
+        kept_run(tmp_path, name, [agreement], [[1] * good + [0] * (10 - good)])
+        write_rows(tmp_path / f"{equal_budget.PREFIX}{name}" / "metrics.json", [agreement, *rows])
     kept, other = equal_budget_table.kept_rows(tmp_path), equal_budget_table.other_starts(tmp_path)
     lines = equal_budget_table.samples_table(kept, other).splitlines()[2:]
     cells = {name: cell for name, cell, *_ in (line.removeprefix("| ").split(" | ") for line in lines)}
@@ -241,6 +262,10 @@ def test_samples_differ_from_the_control_of_their_own_starts(tmp_path):
     assert cells["`dat` *"].startswith("0.3 ± 0.059 (n = 500)<br>-0.6000 [")
     assert cells["**`pgd7`**, the control"] == "0.8 ± 0.059 (n = 500)"
     assert cells["`pgd7` from the starts of *"] == "0.9 ± 0.059 (n = 500)"
+    assert next(line for line in lines if line.startswith("| `dat` *")).endswith(agreement_of(3, 10))
+    assert next(line for line in lines if line.startswith("| `trades`")).endswith(agreement_of(1, 10, 0.8))
+    (tmp_path / "wrn28-pgd7" / "other-starts" / "metrics.json").unlink()
+    assert equal_budget_table.other_starts(tmp_path) is None
 
 
 def test_nll_and_auroc_differ_by_paired_errors_where_values_are_kept(tmp_path):
@@ -328,7 +353,9 @@ def test_the_document_of_equal_budget_is_that_of_the_kept_rows():
     text = (ROOT / "docs" / "equal_budget.md").read_text(encoding="utf-8")
     assert equal_budget_table.document(text, models) == text, "run python benchmarks/equal_budget.py benchmarks/models --document"
     with Image.open(ROOT / "docs" / "pareto.png") as picture:  # which says what it shows
-        assert json.loads(picture.text["points"]) == equal_budget_table.points(equal_budget_table.kept_rows(models))
+        assert json.loads(picture.text["points"]) == equal_budget_table.points(
+            equal_budget_table.kept_rows(models), equal_budget_table.other_starts(models)
+        )
 
 
 def test_the_weights_of_an_average_are_the_fp32_mean(tmp_path):
