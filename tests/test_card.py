@@ -115,6 +115,19 @@ def test_what_cost_robustness_is_the_bundles_own_method(bundle, monkeypatch):
         assert line.startswith(f"- {said}")
 
 
+@pytest.mark.parametrize(("metric", "words"), [("accuracy_apgd", "under APGD-CE and APGD-T"), ("accuracy_autoattack", "under official")])
+def test_attacks_that_both_were_measured_under_are_compared(bundle, monkeypatch, metric, words):
+    rows = bundle.metrics()
+    same = rows_where(rows, metric, norm="linf", eps=8 / 255)
+    assert same
+    monkeypatch.setattr(card, "baseline_of", lambda of: Baseline("control", same))
+    (line,) = costs(bundle, rows)
+    assert words in line
+    assert "PGD-20" not in line
+    monkeypatch.setattr(card, "baseline_of", lambda of: Baseline("control", [replace(row, n=7) for row in same]))
+    assert costs(bundle, rows) == []
+
+
 def test_worse_than_chance_is_said_only_where_the_interval_says_so(bundle):
     assert not worse_than_chance(row("auroc_energy", 0.4997, stderr=0.018))
     assert not worse_than_chance(row("auroc_energy", 0.2))  # without an error nothing is known
